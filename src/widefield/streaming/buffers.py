@@ -1,0 +1,122 @@
+"""The part of a map that one step holds, and what is cut out of it.
+
+In step (i, j) of the scan a map's buffer is put together from three pieces: what was kept to the left, what was kept above, and
+what has just been computed.
+
+            kept cols   new cols
+          +-----------+----------+
+    kept  |           |  above   |
+    rows  |   left    +----------+     left reaches over the kept rows too, so the `above` pieces
+    new   |           |   new    |     of the tiles in a row are disjoint and cover the width
+    rows  |           |          |
+          +-----------+----------+
+
+Consumers read overlapping windows of it; two more windows are the pieces for the next tile row (`above`) and tile (`left`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.rules import Axes
+
+
+class Cut(NamedTuple):
+    """A window of a buffer: rows `[top, bottom)` and columns `[left, right)` counted from the buffer's corner.
+
+    `fresh`: its gradient arrives as a tensor that nobody else holds, so others may be added into it.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    fresh: bool = False
+
+
+Pieces = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
+    """The windows `cuts` of the buffer made of `pieces` (left, above, new); differentiable."""
+    present = [piece for piece in pieces if piece is not None]
+    if len(present) == 1 and all(_is_whole(cut, present[0], axes) for cut in cuts):
+        return tuple(present * len(cuts))
+    if torch.is_grad_enabled() and any(piece.requires_grad for piece in present):
+        return _CutOut.apply(axes, cuts, *pieces)
+    return _windows(_assemble(pieces, axes), axes, cuts)
+
+
+def _assemble(pieces: Pieces, axes: Axes) -> Tensor:
+    left, above, new = pieces
+    column = [piece for piece in (above, new) if piece is not None]
+    centre = torch.cat(column, axes.rows) if len(column) == 2 else column[0] if column else None
+    if left is None:
+        assert centre is not None
+        return centre
+    return left if centre is None else torch.cat((left, centre), axes.cols)
+
+
+def _windows(buffer: Tensor, axes: Axes, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
+    return tuple(_window(buffer, axes, cut) for cut in cuts)
+
+
+def _window(buffer: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    rows = buffer.narrow(axes.rows, cut.top, cut.bottom - cut.top)
+    return rows.narrow(axes.cols, cut.left, cut.right - cut.left)
+
+
+def _is_whole(cut: Cut, buffer: Tensor, axes: Axes) -> bool:
+    return (cut.bottom - cut.top, cut.right - cut.left) == (buffer.shape[axes.rows], buffer.shape[axes.cols])
+
+
+class _CutOut(torch.autograd.Function):
+    """All reads of a buffer as one operation, so that their gradients are added in place into one tensor.
+
+    With plain narrow() each read would make a zero-filled gradient of the whole buffer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, axes: Axes, cuts: Sequence[Cut], *pieces: Tensor | None) -> tuple[Tensor, ...]:
+        buffer = _assemble(pieces, axes)  # type: ignore[arg-type]
+        ctx.set_materialize_grads(False)
+        ctx.axes, ctx.cuts, ctx.shape = axes, cuts, buffer.shape
+        ctx.sizes = [None if piece is None else (piece.shape[axes.rows], piece.shape[axes.cols]) for piece in pieces]
+        # A piece that is the whole buffer is not returned itself: autograd would take the output for the input.
+        return tuple(w.view_as(w) if any(w is p for p in pieces) else w for w in _windows(buffer, axes, cuts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        axes, cuts = ctx.axes, ctx.cuts
+        total, first = None, -1
+        for k, (cut, grad) in enumerate(zip(cuts, grads, strict=True)):
+            if grad is not None and cut.fresh and grad.shape == ctx.shape:
+                total, first = grad, k
+                break
+        for k, (cut, grad) in enumerate(zip(cuts, grads, strict=True)):
+            if grad is None or k == first:
+                continue
+            if total is None:
+                total = _zeros(ctx.shape, grad)
+            _window(total, axes, cut).add_(grad)
+        if total is None:
+            return (None,) * 5
+        left, above, new = ctx.sizes
+        kept_cols = left[1] if left else 0
+        kept_rows = above[0] if above else 0
+        results: list[Tensor | None] = [None, None, None]
+        if left and ctx.needs_input_grad[2]:
+            results[0] = total.narrow(axes.cols, 0, kept_cols)
+        if above and ctx.needs_input_grad[3]:
+            results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1])
+        if new and ctx.needs_input_grad[4]:
+            results[2] = total.narrow(axes.rows, kept_rows, new[0]).narrow(axes.cols, kept_cols, new[1])
+        return None, None, *results
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device).contiguous(memory_format=memory_format)

@@ -1,0 +1,198 @@
+"""From a module to a list of operations on named weights, by torch.export.
+
+The capture runs on a structural copy of the module whose tensors have shapes but no storage, so it costs no memory and
+leaves the user's module alone. Layers that keep running statistics are captured in evaluation mode, whatever their flag.
+"""
+
+import copy
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.errors import UnsupportedOpError
+
+CAPTURE_DEVICE = torch.device("cpu")  # the device that a capture pretends to run on, whatever the real one
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An argument that is the value of another node."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation. `target` is an ATen operator or a plain function; of a tuple result, `pick` says which item is meant.
+
+    `shape` and `dtype` are those of the result for the image size that was captured.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pick: int | None = None
+    module_path: str = ""
+    source: str = ""
+
+    @property
+    def op(self) -> str:
+        """The operation's name as PyTorch prints it, such as "aten.conv2d"."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            return f"{self.target.namespace}.{self.target._opname}"
+        return getattr(self.target, "__name__", str(self.target))
+
+    @property
+    def refs(self) -> Iterator[str]:
+        """Names of the nodes that this one reads, in the order of its arguments."""
+        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Ref):
+                yield leaf.name
+
+    def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
+        return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A module's forward pass at one image size.
+
+    `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
+    to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
+    """
+
+    image: str
+    image_shape: tuple[int, ...]
+    bound: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+
+def capture(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, autocast: bool = False) -> Captured:
+    """Capture `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
+
+    Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
+    updated in forward, calls that leave PyTorch.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton = _skeleton(module, fake)
+    with fake:
+        image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
+    try:
+        with torch.enable_grad(), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+            program = torch.export.export(skeleton, (image,), strict=False)
+            _refuse_regions(program.graph, autocast)
+            program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
+    except UnsupportedOpError:
+        raise
+    except Exception as error:
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
+            raise ValueError(f"the model cannot run on an image of shape {shape}: {first_line}") from error
+        raise UnsupportedOpError(
+            "",
+            "forward",
+            f"could not be captured by torch.export ({type(error).__name__}: {first_line})",
+            "remove control flow that depends on pixel values (.item(), if x.max() > 0) from forward, "
+            "or stream only the part of the model before it",
+        ) from error
+    signature = program.graph_signature
+    if signature.buffers_to_mutate:
+        keys = sorted(set(signature.buffers_to_mutate.values()))
+        raise UnsupportedOpError(
+            keys[0].rpartition(".")[0],
+            "in-place update",
+            f"changes the buffer '{keys[0]}' in forward, which a tile-by-tile pass would repeat",
+            "put the layer in evaluation mode, or move the update out of forward",
+        )
+    bound = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = {name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
+    image_name, nodes, outputs, shapes = "", [], (), {}
+    tuples: dict[str, Node] = {}
+    skipped = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
+    for fx in program.graph.nodes:
+        if fx.op == "placeholder":
+            value = fx.meta["val"]
+            if isinstance(value, torch.Tensor):
+                shapes[fx.name] = (tuple(value.shape), value.dtype)
+            if fx.name in signature.user_inputs:
+                image_name = fx.name
+        elif fx.op == "output":
+            outputs = tuple(_refs(value) for value in fx.args[0])[skipped:]
+        elif fx.target is operator.getitem and fx.args[0].name in tuples:
+            nodes.append(_named(replace(tuples[fx.args[0].name], pick=fx.args[1]), fx))
+        elif isinstance(fx.meta.get("val"), torch.Tensor):
+            nodes.append(_named(_node(fx), fx))
+        elif isinstance(fx.meta.get("val"), (tuple, list)):
+            tuples[fx.name] = _node(fx)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec)
+
+
+def _skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """A copy of the module's structure with tensors that have no storage, norm layers with running statistics in eval mode."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        with fake:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    skeleton = copy.deepcopy(module, memo)
+    for part in skeleton.modules():
+        if isinstance(part, _NormBase) and part.track_running_stats:
+            part.training = False
+    return skeleton
+
+
+def _refuse_regions(graph: torch.fx.Graph, autocast: bool) -> None:
+    """Parts of forward under another grad mode or autocast state: inlining them would silently drop that state."""
+    for fx in graph.nodes:
+        if not isinstance(fx.target, torch._ops.HigherOrderOperator):
+            continue
+        if fx.target is torch.ops.higher_order.wrap_with_autocast and not autocast and not fx.args[2]:
+            continue  # autocast switched off where it is off already
+        region = next((node for node in graph.nodes if node.args and node.args[0] is fx), fx)
+        remedy = "use .detach() on the result instead of no_grad, or move the region out of the streamed part"
+        raise UnsupportedOpError(_module_path(region), fx.target.__name__, "runs a part of forward in another mode", remedy)
+
+
+def _node(fx: torch.fx.Node) -> Node:
+    args = pytree.tree_map(_refs, fx.args, is_leaf=lambda a: isinstance(a, torch.fx.Node))
+    kwargs = pytree.tree_map(_refs, dict(fx.kwargs), is_leaf=lambda a: isinstance(a, torch.fx.Node))
+    assert callable(fx.target)
+    return Node(fx.name, fx.target, args, kwargs, (), torch.float32, None, _module_path(fx), _source(fx))
+
+
+def _named(node: Node, fx: torch.fx.Node) -> Node:
+    value = fx.meta["val"]
+    return replace(node, name=fx.name, shape=tuple(value.shape), dtype=value.dtype)
+
+
+def _refs(value: Any) -> Any:
+    return Ref(value.name) if isinstance(value, torch.fx.Node) else value
+
+
+def _module_path(fx: torch.fx.Node) -> str:
+    stack = fx.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "")
+
+
+def _source(fx: torch.fx.Node) -> str:
+    """File, line and code of the innermost frame outside of torch, where export recorded it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', fx.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    return "{}:{}: {}".format(*own[-1]) if own else ""

@@ -1,0 +1,251 @@
+"""Which inputs an op reads, along one axis.
+
+Everything the engine knows about geometry is here, in plain integers. Rows and columns are treated alike and apart, so each
+op carries one `AxisMap` for its rows and one for its columns. An `AxisMap` answers four questions about an op that turns
+`n_in` positions into `n_out`:
+
+- `ready(r)`: how many outputs can be computed once the first `r` inputs are there (all of them when `r == n_in`);
+- `first(o)`: the first input that output `o` *or any later one* reads, so the first that must still be kept;
+- `stop(o)`: one past the last input that the outputs before `o` read;
+- `span(o0, o1)`: what to read, and how much padding to add, to compute exactly the outputs `[o0, o1)`.
+
+All are non-decreasing, which is what makes a scan possible. Positions are not checked: callers stay inside `[0, n]`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+def clamp(value: int, low: int, high: int) -> int:
+    """`value` moved into `[low, high]`."""
+    return max(low, min(value, high))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One computation along one axis: outputs `[start, stop)` from inputs `[first, last)`.
+
+    `low` and `high` are the padding positions to add before and after what was read: non-zero only where a window crosses
+    the border of the whole image.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    low: int = 0
+    high: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of outputs."""
+        return self.stop - self.start
+
+
+class AxisMap(Protocol):
+    """See the module's page."""
+
+    @property
+    def n_in(self) -> int: ...
+    @property
+    def n_out(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    def ready(self, r: int) -> int: ...
+    def first(self, o: int) -> int: ...
+    def stop(self, o: int) -> int: ...
+    def span(self, o0: int, o1: int) -> Span: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Output `o` reads `[o * stride - padding, o * stride - padding + extent)`; what lies outside of the axis is padding.
+
+    Convolutions and poolings (`extent = (kernel - 1) * dilation + 1`), constant padding and cropping (`extent` 1, the
+    padding before as `padding`, negative to crop), strided slices, and space-to-depth (`extent == stride`).
+    """
+
+    n_in: int
+    n_out: int
+    extent: int = 1
+    stride: int = 1
+    padding: int = 0
+
+    def ready(self, r: int) -> int:
+        if r <= 0:
+            return 0
+        if r >= self.n_in:
+            return self.n_out
+        return clamp((r + self.padding - self.extent) // self.stride + 1, 0, self.n_out)
+
+    def first(self, o: int) -> int:
+        return self.n_in if o >= self.n_out else clamp(o * self.stride - self.padding, 0, self.n_in)
+
+    def stop(self, o: int) -> int:
+        return 0 if o <= 0 else clamp((o - 1) * self.stride - self.padding + self.extent, 0, self.n_in)
+
+    def span(self, o0: int, o1: int) -> Span:
+        begin = o0 * self.stride - self.padding
+        end = (o1 - 1) * self.stride - self.padding + self.extent
+        low = clamp(-begin, 0, end - begin)
+        high = clamp(end - self.n_in, 0, end - begin)
+        first = clamp(begin, 0, self.n_in)
+        return Span(o0, o1, first, max(first, clamp(end, 0, self.n_in)), low, high)
+
+
+def identity(n: int) -> Window:
+    """Output `o` reads input `o`: every pointwise op."""
+    return Window(n, n)
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """Input `i` contributes to outputs `[i * stride - padding, i * stride - padding + extent)`.
+
+    Transposed convolutions, and repetition by a whole factor (`extent == up`): nearest upsampling, depth-to-space.
+    """
+
+    n_in: int
+    n_out: int
+    extent: int
+    up: int
+    padding: int = 0
+    stride: int = 1
+
+    def ready(self, r: int) -> int:
+        if r <= 0:
+            return 0
+        if r >= self.n_in:
+            return self.n_out
+        return clamp(r * self.up - self.padding, 0, self.n_out)
+
+    def first(self, o: int) -> int:
+        if o >= self.n_out:
+            return self.n_in
+        return clamp(-((self.extent - 1 - o - self.padding) // self.up), 0, self.n_in)
+
+    def stop(self, o: int) -> int:
+        return 0 if o <= 0 else clamp((o - 1 + self.padding) // self.up + 1, 0, self.n_in)
+
+    def span(self, o0: int, o1: int) -> Span:
+        first = self.first(o0)
+        return Span(o0, o1, first, max(first, self.stop(o1)))
+
+
+def repeat(n: int, factor: int) -> Transposed:
+    """Output `o` reads input `o // factor`."""
+    return Transposed(n, n * factor, factor, factor)
+
+
+@dataclass(frozen=True, slots=True)
+class BorderPad:
+    """Padding with what stands near the border: `reflect` (without the border itself) or `replicate`.
+
+    `before` and `after` are the positions added at either end (negative to crop). Output `o` reads input `source(o)`.
+    """
+
+    n_in: int
+    before: int
+    after: int
+    reflect: bool
+    stride: int = 1
+
+    @property
+    def n_out(self) -> int:
+        return self.n_in + self.before + self.after
+
+    def source(self, o: int) -> int:
+        i = o - self.before
+        if not self.reflect:
+            return clamp(i, 0, self.n_in - 1)
+        return -i if i < 0 else 2 * (self.n_in - 1) - i if i >= self.n_in else i
+
+    def ready(self, r: int) -> int:
+        if r >= self.n_in:
+            return self.n_out
+        if r <= 0 or (self.reflect and r <= self.before):  # the first output is the reflection of input `before`
+            return 0
+        return clamp(r + self.before, 0, self.n_out)
+
+    def first(self, o: int) -> int:
+        if o >= self.n_out:
+            return self.n_in
+        kept_for_the_end = self.n_in - 1 - max(self.after, 0) if self.reflect else self.n_in - 1
+        return clamp(o - self.before, 0, kept_for_the_end)
+
+    def stop(self, o: int) -> int:
+        if o <= 0:
+            return 0
+        last = o - 1 - self.before
+        if self.reflect and self.before > 0:
+            last = max(last, self.before)
+        return clamp(last + 1, 1, self.n_in)
+
+    def span(self, o0: int, o1: int) -> Span:
+        return Span(o0, o1, self.first(o0), self.stop(o1))
+
+
+@dataclass(frozen=True, slots=True)
+class Resample:
+    """Interpolation: output `o` is a weighted sum of the inputs around `source(o)`.
+
+    `mode` is "linear" or "cubic", with `scale` input positions per output position and the source position of PyTorch's
+    `area_pixel_compute_source_index`; or "nearest" or "nearest-exact", in whole numbers.
+    """
+
+    n_in: int
+    n_out: int
+    scale: float
+    mode: str
+    align_corners: bool = False
+
+    @property
+    def stride(self) -> int:
+        return max(1, int(self.scale))
+
+    def taps(self, o: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The inputs that output `o` reads (clamped to the axis) and their weights."""
+        last = self.n_in - 1
+        if self.mode == "nearest":
+            return (o * self.n_in // self.n_out,), (1.0,)
+        if self.mode == "nearest-exact":
+            return ((2 * o + 1) * self.n_in // (2 * self.n_out),), (1.0,)
+        source = o * self.scale if self.align_corners else (o + 0.5) * self.scale - 0.5
+        if self.mode == "linear":
+            source = max(source, 0.0)
+            at = clamp(int(source), 0, last)
+            part = min(source - at, 1.0)
+            return (at, min(at + 1, last)), (1.0 - part, part)
+        at = int(source // 1)
+        part = source - at
+        weights = (cubic(part + 1.0), cubic(part), cubic(1.0 - part), cubic(2.0 - part))
+        return tuple(clamp(at + k, 0, last) for k in (-1, 0, 1, 2)), weights
+
+    def ready(self, r: int) -> int:
+        if r >= self.n_in:
+            return self.n_out
+        low, high = 0, self.n_out  # the first output that reads beyond r, by bisection: the last tap never decreases
+        while low < high:
+            middle = (low + high) // 2
+            if self.taps(middle)[0][-1] >= r:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def first(self, o: int) -> int:
+        return self.n_in if o >= self.n_out else self.taps(o)[0][0]
+
+    def stop(self, o: int) -> int:
+        return 0 if o <= 0 else self.taps(o - 1)[0][-1] + 1
+
+    def span(self, o0: int, o1: int) -> Span:
+        return Span(o0, o1, self.first(o0), self.stop(o1))
+
+
+def cubic(distance: float) -> float:
+    """Keys' cubic convolution kernel with a = -0.75, as PyTorch's bicubic interpolation uses it."""
+    a, x = -0.75, distance
+    if x <= 1.0:
+        return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    return ((x - 5.0) * x + 8.0) * x * a - 4.0 * a

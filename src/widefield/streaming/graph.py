@@ -1,0 +1,217 @@
+"""A captured module, taken apart: what does not depend on the image, what is streamed, what runs whole afterwards.
+
+    weights   parameters, and all that is computed from them alone: once per forward pass, by ordinary autograd
+    stage     maps: computed tile by tile, by the scan
+    tail      everything that needs a whole map (a classifier after global pooling): once, by ordinary autograd
+
+`build` does this for one image size; the result holds no tensors, so it can be kept and used for every image of that size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.capture import Captured, Node, Ref
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.fold import fold_batch_norms
+from widefield.streaming.rules import Axes, Maps, Placed, place
+from widefield.streaming.schedule import Flow
+
+aten = torch.ops.aten
+
+# Factories that take only dtype and device from their first argument.
+_FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all).
+
+    `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
+    `weights` names the weights that it uses.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: Axes
+    placed: Placed | None = None
+    sources: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ()
+    module_path: str = ""
+    op: str = ""
+    view: bool = False
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one position of the map, over all other dimensions."""
+        height, width = self.shape[self.axes.rows], self.shape[self.axes.cols]
+        return torch.Size(self.shape).numel() // (height * width) * self.dtype.itemsize
+
+    def flow(self, axis: int) -> Flow:
+        """The value along rows (axis 0) or columns (axis 1)."""
+        maps = () if self.placed is None else tuple(read.cols if axis else read.rows for read in self.placed.reads)
+        return Flow(self.shape[self.axes[axis]], self.sources, maps)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one scan executes: maps in, maps out.
+
+    `values` are in topological order, stage inputs first; `inputs` and `outputs` are indices into them. The first input is the
+    image, others are weights as large as the image. `weights` names the other tensors used; `random` says whether masks are drawn.
+    """
+
+    values: tuple[Value, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    weights: tuple[str, ...]
+    random: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """See the module's page. `prologue` computes weights; `spread` names each further stage input's weight and whole shape."""
+
+    captured: Captured
+    prologue: tuple[Node, ...]
+    stage: Stage
+    spread: dict[str, tuple[str, tuple[int, ...]]]
+    tail: tuple[Node, ...]
+    streamed_fraction: float
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the maps that leave the stage."""
+        return tuple(self.stage.values[v].name for v in self.stage.outputs)
+
+
+def build(captured: Captured, *, allow_tail: bool) -> Program:
+    """Take `captured` apart. What cannot be streamed goes to the tail if `allow_tail`, else raises `UnsupportedOpError`."""
+    nodes = fold_batch_norms(captured)
+    maps = Maps(shapes={name: shape for name, (shape, _) in captured.shapes.items()})
+    maps.axes[captured.image] = Axes(2, 3)
+    prologue: list[Node] = []
+    tail: list[Node] = []
+    late: set[str] = set()
+    placed: dict[str, Placed] = {}
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        maps.shapes[node.name] = node.shape
+        if node.target in _FACTORIES:
+            node = _independent(node)
+        names = set(node.refs)
+        if not any(name in maps or name in late for name in names):
+            prologue.append(node)
+        elif names & late:
+            late.add(node.name)
+            tail.append(node)
+        else:
+            try:
+                placed[node.name] = found = place(node, maps)
+                maps.axes[node.name] = found.axes
+            except UnsupportedOpError:
+                if not allow_tail:
+                    raise
+                late.add(node.name)
+                tail.append(node)
+    outputs = [leaf.name for leaf in captured.outputs if isinstance(leaf, Ref)]
+    needed = dict.fromkeys(name for node in tail for name in node.refs if name in maps)
+    needed.update(dict.fromkeys(name for name in outputs if name in maps))
+    if not needed or (len(needed) == 1 and captured.image in needed):
+        first = tail[0] if tail else None
+        raise UnsupportedOpError(
+            first.module_path if first else "",
+            first.op if first else "forward",
+            "is the first operation on the image, so that nothing is left to stream",
+            "run this model as it is, without streaming",
+        )
+    stage = _stage(captured, maps, placed, by_name, list(needed))
+    streamed = sum(_bytes(node) for node in nodes if node.name in placed)
+    whole = sum(_bytes(node) for node in tail)
+    tail_used = _used(tail, set(outputs))
+    spread = {name: maps.spread[name] for name in (stage.values[v].name for v in stage.inputs[1:])}
+    roots = {*stage.weights, *outputs, *(weight for weight, _ in spread.values()), *(ref for node in tail_used for ref in node.refs)}
+    return Program(captured, _used(prologue, roots), stage, spread, tail_used, streamed / max(1, streamed + whole))
+
+
+def _stage(
+    captured: Captured, maps: Maps, placed: dict[str, Placed], by_name: dict[str, Node], outputs: Sequence[str]
+) -> Stage:
+    """The stage that computes `outputs`, without what nobody needs."""
+    needed, stack = set(outputs), list(outputs)
+    while stack:
+        for read in placed[name].reads if (name := stack.pop()) in placed else ():
+            if read.source not in needed:
+                needed.add(read.source)
+                stack.append(read.source)
+    inputs = [captured.image, *(name for name in maps.spread if name in needed)]
+    order = [*inputs, *(name for name in placed if name in needed)]
+    index = {name: v for v, name in enumerate(order)}
+    values = []
+    for name in order:
+        node, rule = by_name.get(name), placed.get(name)
+        dtype = node.dtype if node else captured.shapes.get(maps.spread.get(name, (name, ()))[0], ((), torch.float32))[1]
+        values.append(
+            Value(
+                name,
+                maps.shapes[name],
+                dtype,
+                maps.axes[name],
+                rule,
+                tuple(index[read.source] for read in rule.reads) if rule else (),
+                _weights(node, rule, maps) if node and rule else (),
+                node.module_path if node else "",
+                node.op if node else "",
+                node is not None and _is_view(node),
+            )
+        )
+    weights = tuple(dict.fromkeys(weight for value in values for weight in value.weights))
+    random = any("dropout" in value.op or "bernoulli" in value.op for value in values)
+    return Stage(tuple(values), tuple(range(len(inputs))), tuple(index[name] for name in outputs), weights, random)
+
+
+def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
+    """What a node reads that is neither a map nor, spread out to the image's size, read as one."""
+    spread = {maps.spread[read.source][0] for read in rule.reads if read.source in maps.spread}
+    return tuple(ref for ref in node.refs if ref not in maps and ref not in spread)
+
+
+def _used(nodes: Sequence[Node], roots: set[str]) -> tuple[Node, ...]:
+    """The nodes that `roots` depend on, in order."""
+    needed, kept = set(roots), []
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.refs)
+            kept.append(node)
+    return tuple(reversed(kept))
+
+
+def _independent(node: Node) -> Node:
+    """`x.new_zeros(size)` and the like as a factory that does not read `x`."""
+    kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **{k: v for k, v in node.kwargs.items() if v is not None}}
+    return Node(
+        node.name, _FACTORIES[node.target], node.args[1:], kwargs, node.shape, node.dtype, None, node.module_path, node.source
+    )
+
+
+def _bytes(node: Node) -> int:
+    """Size of a node's result, nothing for views."""
+    return 0 if _is_view(node) else torch.Size(node.shape).numel() * node.dtype.itemsize
+
+
+def _is_view(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def fill(structure: Any, values: dict[str, Any]) -> Any:
+    """`structure` with every `Ref` replaced by its value."""
+    return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)

@@ -1,0 +1,112 @@
+"""Two schedules make a grid of steps: what each step computes, reads, keeps and hands on, for every map of a stage."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from widefield.streaming.buffers import Cut
+from widefield.streaming.extents import Span
+from widefield.streaming.graph import Stage
+from widefield.streaming.schedule import Schedule, schedule
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisStep:
+    """One map in one step along one axis, in positions of the whole axis.
+
+    The buffer holds `[kept, ready)`, of which `[done, ready)` is computed now and `[keep, ready)` is kept for the next step.
+    `reads[k]` is what the k-th reader takes, None if it computes nothing; `spans` is how the map itself is computed.
+    """
+
+    kept: int
+    done: int
+    ready: int
+    keep: int
+    spans: tuple[Span, ...]
+    reads: tuple[Range | None, ...]
+
+    @property
+    def new(self) -> int:
+        """Positions computed in this step."""
+        return self.ready - self.done
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The steps of a scan of `stage` with tiles of `tile` = (height, width) pixels of the image.
+
+    `readers[v]` lists who reads map v: pairs of (map, which of its sources). `rows[i][v]` and `cols[j][v]` say what happens in
+    tile row i and tile column j, both counted from 0.
+    """
+
+    stage: Stage
+    tile: tuple[int, int]
+    row_schedule: Schedule
+    col_schedule: Schedule
+    readers: tuple[tuple[tuple[int, int], ...], ...] = field(repr=False)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[AxisStep, ...], ...]:
+        return self._steps(self.row_schedule)
+
+    @cached_property
+    def cols(self) -> tuple[tuple[AxisStep, ...], ...]:
+        return self._steps(self.col_schedule)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the scan."""
+        return self.row_schedule.steps * self.col_schedule.steps
+
+    def _steps(self, plan: Schedule) -> tuple[tuple[AxisStep, ...], ...]:
+        return tuple(
+            tuple(self._axis_step(plan, v, t) for v in range(len(self.stage.values))) for t in range(1, plan.steps + 1)
+        )
+
+    def _axis_step(self, plan: Schedule, v: int, t: int) -> AxisStep:
+        ready, kept = plan.ready[v], plan.kept[v]
+        reads: list[Range | None] = []
+        for reader, k in self.readers[v]:
+            if plan.ready[reader][t] == plan.ready[reader][t - 1]:
+                reads.append(None)
+            else:
+                span = plan.span(reader, k, t)
+                reads.append((span.first, span.last))
+        sources = range(len(plan.flows[v].sources)) if ready[t] > ready[t - 1] else ()
+        spans = tuple(plan.span(v, k, t) for k in sources)
+        return AxisStep(kept[t - 1], ready[t - 1], ready[t], kept[t], spans, tuple(reads))
+
+    def cuts(self, v: int, row: AxisStep, col: AxisStep) -> tuple[list[tuple[int, int]], list[Cut], bool, bool]:
+        """What is cut out of map v's buffer in a step: who reads, the windows, and whether pieces are kept below and right.
+
+        The windows of the readers come first, then the piece for the tile row below, then the one for the tile to the right.
+        """
+        who, cuts = [], []
+        for (reader, k), rows, cols in zip(self.readers[v], row.reads, col.reads, strict=True):
+            if rows is not None and cols is not None:
+                placed = self.stage.values[reader].placed
+                fresh = placed is not None and placed.fresh
+                who.append((reader, k))
+                cuts.append(Cut(rows[0] - row.kept, rows[1] - row.kept, cols[0] - col.kept, cols[1] - col.kept, fresh))
+        height, width = row.ready - row.kept, col.ready - col.kept
+        below = row.keep < row.ready and col.new > 0
+        right = col.keep < col.ready and height > 0
+        if below:
+            cuts.append(Cut(row.keep - row.kept, height, col.done - col.kept, width))
+        if right:
+            cuts.append(Cut(0, height, col.keep - col.kept, width))
+        return who, cuts, below, right
+
+
+def make_grid(stage: Stage, tile: tuple[int, int], gate: int = 8) -> Grid:
+    """Schedule `stage` with tiles of `tile` = (height, width) pixels; `gate` as in `schedule`."""
+    readers: list[list[tuple[int, int]]] = [[] for _ in stage.values]
+    for v, value in enumerate(stage.values):
+        for k, source in enumerate(value.sources):
+            readers[source].append((v, k))
+    rows, cols = (schedule([value.flow(axis) for value in stage.values], tile[axis], gate) for axis in (0, 1))
+    return Grid(stage, tile, rows, cols, tuple(map(tuple, readers)))
+
+
+__all__ = ["AxisStep", "Grid", "make_grid"]

@@ -1,0 +1,121 @@
+"""Where a scan reads its tiles: a tensor, or an image on disk that is never held whole; and how a tile is normalised."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class LazyImage(Protocol):
+    """An image that is read region by region.
+
+    `shape` is (channels, height, width), `dtype` a NumPy or torch dtype. `read` takes a region in pixels and returns an array or
+    tensor of shape (channels, height, width).
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def read(self, y: int, x: int, height: int, width: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is done to each tile: range to 0..1, then `(x - mean) / std` per channel.
+
+    Integer images are divided by their dtype's maximum; float images are taken as they are. `value_range` = (low, high) says
+    otherwise: low becomes 0 and high 1.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = None
+
+    @classmethod
+    def parse(cls, mean: Any, std: Any, value_range: Any) -> "Normalisation":
+        """Check and convert what a user gave. Raises ValueError."""
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std go together: got mean={mean}, std={std}; give both or neither")
+        mean, std = (None if v is None else tuple(float(x) for x in ([v] if isinstance(v, (int, float)) else v)) for v in (mean, std))
+        if mean is not None and std is not None:
+            if len(mean) != len(std) or not mean:
+                raise ValueError(f"mean and std need one value per channel each: got {len(mean)} and {len(std)} values")
+            if not all(map(math.isfinite, mean)) or not all(math.isfinite(s) and s > 0 for s in std):
+                raise ValueError(f"mean must be finite and std finite and positive: got mean={mean}, std={std}")
+        if value_range is not None:
+            value_range = tuple(float(x) for x in value_range)
+            if len(value_range) != 2 or not value_range[0] < value_range[1]:
+                raise ValueError(f"value_range must be (low, high) with low < high, such as (0, 255): got {value_range}")
+        return cls(mean, std, value_range)
+
+    def check_channels(self, channels: int) -> None:
+        """Raises ValueError when `mean` and `std` are for another number of channels."""
+        if self.mean is not None and len(self.mean) not in (1, channels):
+            raise ValueError(f"mean and std have {len(self.mean)} values, the image has {channels} channels; give one per channel")
+
+    def apply(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        """A normalised tile (N, C, height, width) of `dtype` (float tiles keep theirs); `tile` itself is not changed.
+
+        Raises ValueError for a float tile with values above 2 that is to be normalised, unless `value_range` was given: it was
+        most likely not scaled to 0..1.
+        """
+        integer = not tile.is_floating_point()
+        if integer:
+            top = 1.0 if tile.dtype == torch.bool else float(torch.iinfo(tile.dtype).max)
+            low, high = self.value_range or (0.0, top)
+            tile = tile.to(dtype)
+        elif self.value_range:
+            low, high = self.value_range
+        else:
+            low, high = 0.0, 1.0
+            if self.mean is not None and tile.numel() and float(tile.detach().amax()) > 2.0:
+                raise ValueError(
+                    f"a float image with values up to {float(tile.detach().amax()):g} is to be normalised with mean={self.mean}, "
+                    "std=..., which are meant for values from 0 to 1. Say what its values mean with value_range=(0, 255) or the "
+                    "like, or scale the image to 0..1."
+                )
+        if (low, high) != (0.0, 1.0):
+            tile = (tile - low) / (high - low) if low else tile / high
+        if self.mean is not None and self.std is not None:
+            mean, std = (torch.tensor(v, dtype=tile.dtype, device=tile.device).view(-1, 1, 1) for v in (self.mean, self.std))
+            tile = (tile - mean) / std
+        return tile
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
+
+    `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one.
+    """
+
+    data: Tensor | LazyImage
+    device: torch.device
+    dtype: torch.dtype
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    dims: tuple[int, int] = (2, 3)
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def read(self, y: int, x: int, height: int, width: int) -> Tensor:
+        if isinstance(self.data, Tensor):
+            tile = self.data.narrow(self.dims[0], y, height).narrow(self.dims[1], x, width)
+            return tile.to(self.device, non_blocking=True)
+        pixels = self.data.read(y, x, height, width)
+        tile = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.require(pixels, requirements=("W",)))
+        planned = (self.data.shape[0], height, width)
+        if tuple(tile.shape) != planned:
+            raise ValueError(f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}")
+        tile = tile.to(self.device)[None]
+        return tile.to(self.dtype) if tile.is_floating_point() else tile
+
+    def prepare(self, raw: Tensor | None) -> Tensor | None:
+        if raw is None:
+            return None
+        tile = self.normalisation.apply(raw, self.dtype)
+        return tile.contiguous(memory_format=self.memory_format) if tile.ndim == 4 else tile
+

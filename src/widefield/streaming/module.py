@@ -1,0 +1,248 @@
+"""The module that users hold: a network that streams the images it is called on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
+from widefield.streaming.graph import Program, build, fill
+from widefield.streaming.grid import Grid
+from widefield.streaming.image import LazyImage, Normalisation, Source
+from widefield.streaming.plan import Plan, make_plan, parse_bytes, parse_tile_size
+from widefield.streaming.rules.random import keep_mask
+from widefield.streaming.scan import Job, Progress, scan
+
+_CACHED_SIZES = 16  # image sizes whose captured program is kept
+
+
+class StreamingCNN(nn.Module):
+    """`module`, computed tile by tile: the same results and gradients, in a fraction of the memory.
+
+    Called on an image it returns what `module` returns, as an ordinary differentiable call: `loss.backward()` fills every
+    parameter's `.grad`, and the image's if it requires grad. An image is a tensor (N, C, H, W) or an object that is read lazily
+    (`LazyImage`: one image, a batch of 1, never held whole); a list of them gives a list of results.
+
+    Layers that keep running statistics are evaluated with them, whatever their mode; their affine parameters train.
+
+    Args:
+        module: any `nn.Module` of operations that are local in space. It is used as it is and stays available as `.module`:
+            the same parameter objects, the same state_dict keys. Its mode flags are never changed.
+        tile_size: pixels of the image that are read per step: an int, (height, width), or (height, None) for strips over the
+            whole width. None derives it from `memory_budget`, or from the memory that is free.
+        memory_budget: bytes, or text such as "2GiB", for everything above the weights, their gradients and the image.
+        mean, std: per channel, for values from 0 to 1. Integer images are divided by their dtype's maximum first.
+        value_range: (low, high), which values of the image become 0 and 1; needed for float images that are not in 0..1.
+        unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
+            all that depends on it, on whole maps.
+
+    Raises:
+        UnsupportedOpError: at the first call, before any pixel is computed, naming the layer that cannot be streamed.
+        ValueError: for arguments or images that cannot be used.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tile_size: int | tuple[int, int | None] | None = None,
+        *,
+        memory_budget: int | str | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        value_range: tuple[float, float] | None = None,
+        unsupported: Literal["raise", "run_whole"] = "raise",
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module must be a torch.nn.Module, got {type(module).__name__}: {module!r:.100}")
+        if unsupported not in ("raise", "run_whole"):
+            raise ValueError(f"unsupported={unsupported!r} must be 'raise' or 'run_whole'")
+        self.module = module
+        self.tile_size = parse_tile_size(tile_size)
+        self.memory_budget = parse_bytes(memory_budget)
+        self.normalisation = Normalisation.parse(mean, std, value_range)
+        self.unsupported = unsupported
+        self.progress: Progress | None = None
+        self._programs: dict[Any, Program] = {}
+        self._grids: dict[Any, tuple[Plan, Grid]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_programs": {}, "_grids": {}, "progress": None}
+
+    def extra_repr(self) -> str:
+        return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
+
+    def forward(self, image: Tensor | LazyImage | Sequence[Any]) -> Any:
+        """Stream `image`; see the class."""
+        if isinstance(image, (list, tuple)):
+            return [self(one) for one in image]
+        device, dtype = self._device_and_dtype(image)
+        shape = self._check(image, device, dtype)
+        autocast = torch.is_autocast_enabled(device.type)
+        program = self._program(shape, dtype, autocast)
+        grid = self._grid(program, device)[1]
+        seed = int(torch.randint(2**63 - 1, ()).item()) if _draws(program) else 0
+
+        values = self._bind(program, device)
+        for node in program.prologue:
+            values[node.name] = _run(node, values, device, seed)
+        memory_format = _memory_format(device, dtype)
+        image_tensor = image if isinstance(image, Tensor) else None
+        sources = [Source(image.detach() if isinstance(image, Tensor) else image, device, dtype, self.normalisation, memory_format=memory_format)]
+        inputs = [image_tensor]
+        for v in program.stage.inputs[1:]:
+            value = program.stage.values[v]
+            weight = values[program.spread[value.name][0]]
+            weight = weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
+            sources.append(Source(weight.detach(), device, dtype, dims=tuple(value.axes)))
+            inputs.append(weight)
+        weights = [_in_format(values[name], memory_format) for name in program.stage.weights]
+        dtype_of_autocast = torch.get_autocast_dtype(device.type)
+        job = Job(
+            grid,
+            sources,
+            program.stage.weights,
+            seed,
+            lambda: torch.autocast(device.type, dtype=dtype_of_autocast, enabled=autocast),
+            self.progress,
+        )
+        values.update(zip(program.output_names, scan(job, inputs, weights), strict=True))
+        last_use = {name: k for k, node in enumerate(program.tail) for name in node.refs}
+        kept = {leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref)}
+        for k, node in enumerate(program.tail):
+            values[node.name] = _run(node, values, device, seed)
+            for name in node.refs:
+                if last_use[name] == k and name not in kept:
+                    values.pop(name, None)
+        return pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+
+    def plan(self, shape: tuple[int, ...]) -> Plan:
+        """How an image of `shape` (channels, height, width) or (N, channels, height, width) would be streamed."""
+        device, dtype = self._device_and_dtype(None)
+        full = (1, *shape) if len(shape) == 3 else tuple(shape)
+        if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
+            raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
+        return self._grid(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
+
+    def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
+        """The module captured at this image size, from the cache if nothing about the module has changed."""
+        key = (shape, dtype, autocast, _fingerprint(self.module))
+        if key not in self._programs:
+            while len(self._programs) >= _CACHED_SIZES:
+                self._programs.pop(next(iter(self._programs)))
+            self._grids.clear()
+            captured = capture(self.module, shape, dtype, autocast)  # type: ignore[arg-type]
+            self._programs[key] = build(captured, allow_tail=self.unsupported == "run_whole")
+        return self._programs[key]
+
+    def _grid(self, program: Program, device: torch.device) -> tuple[Plan, Grid]:
+        key = (id(program), self.tile_size, self.memory_budget, device)
+        if key not in self._grids:
+            self._grids[key] = make_plan(program, self.tile_size, self.memory_budget, device)
+        return self._grids[key]
+
+    def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
+        """Today's parameters and buffers, by the names that the captured program uses."""
+        tensors = dict(self.module.named_parameters(remove_duplicate=False))
+        tensors.update(self.module.named_buffers(remove_duplicate=False))
+        values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
+        values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
+        return values
+
+    def _device_and_dtype(self, image: Any) -> tuple[torch.device, torch.dtype]:
+        """Where the module computes and in what, or the image's own device and dtype for a module without parameters."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        floating = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        if floating is not None:
+            return floating.device, floating.dtype
+        if isinstance(image, Tensor):
+            return image.device, image.dtype if image.is_floating_point() else torch.get_default_dtype()
+        return torch.device("cpu"), torch.get_default_dtype()
+
+    def _check(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
+        """The image's shape (N, C, H, W). Raises ValueError for what cannot be streamed."""
+        if isinstance(image, Tensor):
+            shape = tuple(image.shape)
+            if len(shape) != 4:
+                raise ValueError(f"expected an image (N, C, H, W), got a tensor of shape {shape}; add a batch dimension with [None]")
+            if image.device != device and image.device.type != "cpu":
+                raise ValueError(f"the image is on {image.device}, the module on {device}; move one of them")
+            if image.is_floating_point() and image.dtype != dtype and not torch.is_autocast_enabled(device.type):
+                raise ValueError(f"the image is {image.dtype}, the module {dtype}; convert one of them with .to()")
+        elif isinstance(image, LazyImage):
+            shape = (1, *(int(n) for n in image.shape))
+            if len(shape) != 4:
+                raise ValueError(f"expected a lazy image of shape (C, H, W), got {tuple(image.shape)}")
+        else:
+            raise ValueError(
+                f"expected a tensor (N, C, H, W), an image with shape, dtype and read(y, x, height, width), or a list of them; got {type(image).__name__}"
+            )
+        if 0 in shape:
+            raise ValueError(f"the image is empty: its shape is {shape}")
+        self.normalisation.check_channels(shape[1])
+        return shape
+
+
+def stream(
+    model: nn.Module,
+    tile_size: int | tuple[int, int | None] | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> StreamingCNN:
+    """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
+
+    `stream(torchvision.models.resnet18())(image)` returns logits. Arguments as for `StreamingCNN`.
+    """
+    return StreamingCNN(
+        model, tile_size, memory_budget=memory_budget, mean=mean, std=std, value_range=value_range, unsupported="run_whole"
+    )
+
+
+def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:
+    """One node outside of the scan, on whole tensors, by ordinary autograd."""
+    if node.target is torch.ops.aten.bernoulli.p:  # stochastic depth, channel dropout: drawn once, the same on every device
+        like = values[node.args[0].name]
+        return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)
+    args, kwargs = fill((node.args, node.kwargs), values)
+    args, kwargs = pytree.tree_map(lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs))
+    result = node.target(*args, **kwargs)
+    return result if node.pick is None else result[node.pick]
+
+
+def _draws(program: Program) -> bool:
+    nodes: Callable[[Node], bool] = lambda node: node.target is torch.ops.aten.bernoulli.p  # noqa: E731
+    return program.stage.random or any(map(nodes, (*program.prologue, *program.tail)))
+
+
+def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Channels last where convolutions are faster in it, and a strip of a map is one block of memory."""
+    fast = dtype in (torch.float32, torch.bfloat16, torch.float16) if device.type == "cpu" else dtype.itemsize == 2
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def _in_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 else weight
+
+
+def _fingerprint(module: nn.Module) -> int:
+    """Changes when the module would be captured differently: other layers, settings, modes, or shapes of parameters."""
+    parts: list[Any] = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        settings = tuple(
+            (key, value)
+            for key, value in part.__dict__.items()
+            if isinstance(value, (bool, int, float, str, type(None))) and (key != "training" or not isinstance(part, _NormBase))
+            or isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value)
+        )
+        tensors = tuple(
+            (key, None if t is None else (tuple(t.shape), t.dtype))
+            for key, t in (*part._parameters.items(), *part._buffers.items())
+        )
+        parts.append((name, type(part), settings, tensors, len(part._forward_hooks), len(part._forward_pre_hooks)))
+    return hash(tuple(parts))

@@ -1,0 +1,187 @@
+"""How a network will be streamed over an image of a given size: tile, steps and memory, known before any pixel is computed."""
+
+import os
+import re
+from dataclasses import dataclass
+from math import isfinite
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from widefield.streaming.graph import Program
+from widefield.streaming.grid import Grid, make_grid
+
+# A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
+PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
+SHARE_OF_FREE_MEMORY = 0.5
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A streamed pass over an image of `image_shape` (N, C, H, W).
+
+    `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
+    `predicted_bytes` of a training step, above the weights, their gradients and the image: `carries` saved between tiles,
+    `step` for the activations of one tile, `outputs` for the maps that leave the streamed part. `streamed_fraction` is the
+    share of the plain model's activation bytes that is streamed; the rest is computed whole.
+    """
+
+    image_shape: tuple[int, int, int, int]
+    tile_size: tuple[int, int]
+    steps: int
+    predicted_bytes: MappingProxyType[str, int]
+    streamed_fraction: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of `predicted_bytes`."""
+        return sum(self.predicted_bytes.values())
+
+    def __str__(self) -> str:
+        rows = [
+            ("image", " x ".join(map(str, self.image_shape))),
+            ("tile", f"{self.tile_size[0]} x {self.tile_size[1]}"),
+            ("steps", str(self.steps)),
+            *((f"memory: {kind}", format_bytes(size)) for kind, size in self.predicted_bytes.items()),
+            ("memory: total", format_bytes(self.total_bytes)),
+            ("streamed", f"{self.streamed_fraction:.1%} of the activation bytes"),
+        ]
+        return "\n".join(f"{name:<18}{text}" for name, text in rows)
+
+    def __reduce__(self) -> Any:
+        fields = (self.image_shape, self.tile_size, self.steps, dict(self.predicted_bytes), self.streamed_fraction)
+        return _restore, fields
+
+
+def _restore(image_shape: Any, tile_size: Any, steps: int, predicted_bytes: dict[str, int], fraction: float) -> Plan:
+    return Plan(image_shape, tile_size, steps, MappingProxyType(predicted_bytes), fraction)
+
+
+def make_plan(program: Program, tile: tuple[int, int | None] | None, budget: int | None, device: torch.device) -> tuple[Plan, Grid]:
+    """Plan with the given `tile` (None as its width: the whole width), or derive one from `budget` bytes or the free memory.
+
+    Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
+    """
+    height, width = program.captured.image_shape[2:]
+    if tile is not None:
+        tile = min(tile[0], height), min(tile[1] or width, width)
+        grid = make_grid(program.stage, tile)
+        return _plan(program, grid), grid
+    limit = budget if budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(device))
+    best: tuple[Plan, Grid] | None = None
+    for candidate in _candidates(height, width, PREFERRED_PIXELS.get(device.type, 1 << 20)):
+        grid = make_grid(program.stage, candidate)
+        plan = _plan(program, grid)
+        if plan.total_bytes <= limit:
+            return plan, grid
+        if best is None or plan.total_bytes < best[0].total_bytes:
+            best = plan, grid
+    assert best is not None
+    if budget is None:  # nothing fits the share of the free memory: try with what needs least
+        return best
+    raise ValueError(
+        f"memory_budget of {format_bytes(budget)} is too small for an image of shape {program.captured.image_shape}: "
+        f"the smallest that works is about {format_bytes(best[0].total_bytes)} (with tile_size={best[0].tile_size})"
+    )
+
+
+def _candidates(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
+    """Tiles to try, the preferred one first: full-width strips of falling height, then tiles of falling width."""
+    tallest = max(32, -(-pixels // width) // 32 * 32)
+    heights = [tallest, *(h for h in (512, 384, 256, 192, 128, 96, 64, 32) if h < tallest)]
+    widths = [w for w in (4096, 2048, 1024, 512, 256) if w < width]
+    tiles = [(h, width) for h in heights] + [(max(64, pixels // w // 32 * 32), w) for w in widths] + [(128, 128), (64, 64)]
+    return list(dict.fromkeys((min(h, height), min(w, width)) for h, w in tiles))
+
+
+def _plan(program: Program, grid: Grid) -> Plan:
+    stage = program.stage
+    carries = sum(value.pixel_bytes * _carried(grid, v) for v, value in enumerate(stage.values))
+    rows = _largest(grid, 0)
+    cols = _largest(grid, 1)
+    step = 0
+    for v, value in enumerate(stage.values):
+        row, col = grid.rows[rows][v], grid.cols[cols][v]
+        if not value.view:
+            step += value.pixel_bytes * row.new * col.new
+        if row.kept < row.done or col.kept < col.done:
+            step += value.pixel_bytes * (row.ready - row.kept) * (col.ready - col.kept)
+    outputs = sum(stage.values[v].pixel_bytes * _area(grid, v) for v in stage.outputs)
+    sizes = MappingProxyType({"carries": carries, "step": step, "outputs": outputs})
+    shape = program.captured.image_shape
+    return Plan(shape, grid.tile, grid.steps, sizes, program.streamed_fraction)  # type: ignore[arg-type]
+
+
+def _carried(grid: Grid, v: int) -> int:
+    """Positions of map v in all carries of a pass: pieces above cover the width, pieces to the left the rows held."""
+    ready, kept = grid.row_schedule.ready[v], grid.row_schedule.kept[v]
+    above = sum(r - k for r, k in zip(ready, kept, strict=True)) * grid.col_schedule.ready[v][-1]
+    held = sum(r - k for r, k in zip(ready[1:], kept, strict=False))
+    beside = sum(r - k for r, k in zip(grid.col_schedule.ready[v], grid.col_schedule.kept[v], strict=True))
+    return above + held * beside
+
+
+def _largest(grid: Grid, axis: int) -> int:
+    """The step along an axis that computes most."""
+    steps = (grid.rows, grid.cols)[axis]
+    weight = [value.pixel_bytes for value in grid.stage.values]
+    return max(range(len(steps)), key=lambda t: sum(w * s.new for w, s in zip(weight, steps[t], strict=True)))
+
+
+def _area(grid: Grid, v: int) -> int:
+    return grid.row_schedule.ready[v][-1] * grid.col_schedule.ready[v][-1]
+
+
+def parse_bytes(value: Any) -> int | None:
+    """`memory_budget` as a number of bytes: None, an int, or text such as "6GiB", "500 MB". Raises ValueError."""
+    if value is None:
+        return None
+    number, unit = value, ""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", value.lower())
+        if not match:
+            raise ValueError(f"memory_budget={value!r} is not a size: give bytes, or text such as '6GiB' or '500MB'")
+        number, unit = float(match[1]), match[2]
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not isfinite(number) or number <= 0:
+        raise ValueError(f"memory_budget={value!r} must be a positive number of bytes, or text such as '6GiB'")
+    return int(number * _UNITS[unit])
+
+
+def parse_tile_size(value: Any) -> tuple[int, int | None] | None:
+    """`tile_size` as (height, width): from None, an int, a pair, or (height, None) for full-width strips. Raises ValueError."""
+    if value is None:
+        return None
+    pair = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        height, width = pair
+        if _positive(height) and (width is None or _positive(width)):
+            return int(height), None if width is None else int(width)
+    raise ValueError(
+        f"tile_size={value!r} must be a positive int, (height, width), or (height, None) for strips over the whole width, in pixels"
+    )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def format_bytes(size: int) -> str:
+    """`size` in the binary unit that fits: "1.5 GiB"."""
+    number = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`; 4 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30

@@ -1,0 +1,195 @@
+"""What a rule is: how one operation is placed in a scan.
+
+A rule looks at a captured `Node` whose inputs are maps (tensors with a height and a width) and weights (tensors that do not
+depend on the image), and returns a `Placed`: what the op reads along each axis, where height and width stand in its result,
+and how it runs on a tile. A rule that cannot do so exactly raises `node.refuse(reason, remedy)`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.extents import AxisMap, Span, identity
+
+
+class Axes(NamedTuple):
+    """The dimensions of a tensor that are its height and its width."""
+
+    rows: int
+    cols: int
+
+
+class Work(NamedTuple):
+    """One run of an op: what it computes and reads along both axes (one span per map read), and what it may use."""
+
+    rows: tuple[Span, ...]
+    cols: tuple[Span, ...]
+    weights: Mapping[str, Tensor]
+    seed: int
+
+
+Run = Callable[[Sequence[Tensor], Work], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A map that an op reads, and how."""
+
+    source: str
+    rows: AxisMap
+    cols: AxisMap
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An op in a scan. `fresh`: autograd gives its input gradients as new tensors that nobody else holds."""
+
+    reads: tuple[Read, ...]
+    axes: Axes
+    run: Run
+    fresh: bool = False
+
+
+@dataclass
+class Maps:
+    """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
+
+    `spread` collects weights that are as large as the image (position grids): they enter the scan as maps of their own.
+    """
+
+    axes: dict[str, Axes] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    spread: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.axes
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """Height and width of a map."""
+        axes, shape = self.axes[name], self.shapes[name]
+        return shape[axes.rows], shape[axes.cols]
+
+    def read(self, name: str) -> Read:
+        """Reading a map position by position."""
+        height, width = self.extent(name)
+        return Read(name, identity(height), identity(width))
+
+    def spread_weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> str:
+        """The name of the map that weight `name` becomes when broadcast to `shape`."""
+        spread = f"{name}@{'x'.join(map(str, shape))}"
+        self.spread[spread] = (name, shape)
+        self.axes[spread], self.shapes[spread] = axes, shape
+        return spread
+
+
+Rule = Callable[[Node, Maps], Placed]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators (all overloads of a packet, or single overloads)."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if isinstance(target, torch._ops.OpOverloadPacket):
+                for overload in target.overloads():
+                    RULES[getattr(target, overload)] = function
+            else:
+                RULES[target] = function
+        return function
+
+    return register
+
+
+def place(node: Node, maps: Maps) -> Placed:
+    """Apply the rule of `node`'s operator. Raises `UnsupportedOpError` where there is none."""
+    tags = getattr(node.target, "tags", ())
+    elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    found = RULES.get(node.target) or (RULES[torch.ops.aten.copy.default] if elementwise else None)
+    if found is None:
+        raise node.refuse(
+            "has no streaming rule",
+            "stream(model) runs such a layer on the whole map after streaming what comes before it; "
+            "or end the streamed module before this layer, or replace the layer",
+        )
+    return found(node, maps)
+
+
+def sources(node: Node, maps: Maps) -> list[str]:
+    """The maps among a node's arguments, in order, repeated where an argument is."""
+    return [name for name in node.refs if name in maps]
+
+
+def only_map(node: Node, maps: Maps) -> str:
+    """The one map that a node reads, which must be its first argument."""
+    names = sources(node, maps)
+    first = node.args[0] if node.args else None
+    if len(names) != 1 or not isinstance(first, Ref) or first.name != names[0]:
+        raise node.refuse(
+            "takes weights or scales that depend on the image", "compute them from parameters, or keep this layer out of the trunk"
+        )
+    return names[0]
+
+
+def refuse_whole(node: Node, what: str) -> UnsupportedOpError:
+    """For operations over the whole height or width."""
+    return node.refuse(
+        f"{what} the whole height or width of the image, which no tile holds",
+        "stream(model) runs such a layer on the whole map after streaming what comes before it; or end the streamed module here",
+    )
+
+
+def dims(node: Node, value: Any, ndim: int) -> tuple[int, ...]:
+    """Dimension arguments as non-negative numbers; None or empty means all."""
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return tuple(range(ndim))
+    return tuple(d % ndim for d in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+# How an argument of a call is filled in: a plain value, the k-th tile, a weight, or a list of these.
+_Slot = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Any]
+
+
+def caller(node: Node, maps: Maps) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Any]:
+    """A function of (tiles, weights) that calls the node's operator with them in place of its references.
+
+    Tiles are taken in the order of `sources(node, maps)`. A device argument becomes the tiles' device: the captured one is
+    only the capture's.
+    """
+    count = 0
+
+    def slot(value: Any) -> _Slot:
+        nonlocal count
+        if isinstance(value, Ref):
+            name = value.name
+            if name not in maps:
+                return lambda tiles, weights: weights[name]
+            k = count
+            count += 1
+            return lambda tiles, weights: tiles[k]
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Ref) for item in value):
+            items = [slot(item) for item in value]
+            return lambda tiles, weights: [item(tiles, weights) for item in items]
+        if isinstance(value, torch.device) and value == CAPTURE_DEVICE:
+            return lambda tiles, weights: tiles[0].device
+        return lambda tiles, weights: value
+
+    args = [slot(value) for value in node.args]
+    kwargs = {key: slot(value) for key, value in node.kwargs.items()}
+    target, pick = node.target, node.pick
+
+    def call(tiles: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Any:
+        result = target(*[a(tiles, weights) for a in args], **{key: a(tiles, weights) for key, a in kwargs.items()})
+        return result if pick is None else result[pick]
+
+    return call

@@ -1,0 +1,94 @@
+"""Operations along the channels (or any dimension that is neither height nor width): every position by itself."""
+
+import torch
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.rules.base import (
+    Axes,
+    Maps,
+    Placed,
+    argument,
+    caller,
+    dims,
+    only_map,
+    refuse_whole,
+    rule,
+    sources,
+)
+
+aten = torch.ops.aten
+
+
+def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
+    call = caller(node, maps)
+    return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
+
+
+@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.glu, aten.sort)
+def along(node: Node, maps: Maps) -> Placed:
+    """Along one dimension, which stays."""
+    name = only_map(node, maps)
+    position, default = {"aten.glu": (1, -1), "aten.sort": (1, -1)}.get(node.op, (1, None))
+    dim = dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))[0]
+    if dim in maps.axes[name]:
+        raise refuse_whole(node, "runs along")
+    return _placed(node, maps, maps.axes[name])
+
+
+@rule(
+    *(aten.mean, aten.sum, aten.amax, aten.amin, aten.prod, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp),
+    *(aten.linalg_vector_norm, aten.norm, aten.max, aten.min, aten.argmax, aten.argmin, aten.any, aten.all),
+)
+def reduction(node: Node, maps: Maps) -> Placed:
+    """Over some dimensions, none of them height or width."""
+    name = sources(node, maps)[0]
+    position = 2 if node.op in ("aten.linalg_vector_norm", "aten.norm") else 1
+    value = argument(node, position, "dim")
+    if isinstance(value, Ref):  # aten.max.other compares two maps
+        raise node.refuse("has no streaming rule", "use torch.maximum")
+    over = dims(node, value, len(maps.shapes[name]))
+    axes = maps.axes[name]
+    if set(over) & set(axes):
+        raise refuse_whole(node, "reduces over")
+    if len(node.shape) < len(maps.shapes[name]):  # keepdim=False
+        axes = Axes(*(axis - sum(d < axis for d in over) for axis in axes))
+    return _placed(node, maps, axes)
+
+
+@rule(aten.layer_norm, aten.native_layer_norm, aten.rms_norm)
+def layer_norm(node: Node, maps: Maps) -> Placed:
+    """Over the last dimensions of the map, none of them height or width."""
+    name = only_map(node, maps)
+    ndim = len(maps.shapes[name])
+    if max(maps.axes[name]) >= ndim - len(node.args[1]) or node.pick not in (None, 0):
+        raise refuse_whole(node, "normalises over")
+    return _placed(node, maps, maps.axes[name])
+
+
+@rule(aten.linear, aten.matmul)
+def linear(node: Node, maps: Maps) -> Placed:
+    """Map (..., C) times a weight: the last dimension is contracted."""
+    name = only_map(node, maps)
+    if len(maps.shapes[node.args[1].name]) > 2:
+        raise node.refuse("multiplies by a batch of matrices", "use a linear layer or a 1x1 convolution")
+    if len(maps.shapes[name]) - 1 in maps.axes[name]:
+        raise refuse_whole(node, "multiplies along")
+    return _placed(node, maps, maps.axes[name])
+
+
+@rule(aten.einsum)
+def einsum(node: Node, maps: Maps) -> Placed:
+    """One map and weights: neither height nor width is summed over or shared with a weight."""
+    equation, operands = node.args[0], node.args[1]
+    names = sources(node, maps)
+    if len(names) != 1 or "->" not in equation or "." in equation:
+        raise node.refuse("combines several maps or has implicit dimensions", "write it with broadcasting and sums over channels")
+    left, right = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    own = next(term for term, operand in zip(terms, operands, strict=True) if operand.name == names[0])
+    letters = [own[axis] for axis in maps.axes[names[0]]]
+    if any(terms.count(own) > 1 or own.count(letter) > 1 or letter not in right for letter in letters) or any(
+        letter in term for term in terms if term is not own for letter in letters
+    ):
+        raise refuse_whole(node, "sums over")
+    return _placed(node, maps, Axes(right.index(letters[0]), right.index(letters[1])))

@@ -1,0 +1,69 @@
+"""Operations that compute every position from the same position of their inputs."""
+
+from dataclasses import replace
+
+import torch
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.rules.base import Axes, Maps, Placed, caller, only_map, rule, sources
+
+aten = torch.ops.aten
+
+
+@rule(  # Pointwise operators that PyTorch does not tag so; the tagged ones come here without being listed.
+    *(aten.hardswish, aten.log_sigmoid, aten.softplus, aten.special_expm1, aten.square, aten.rsub, aten.floor_divide),
+    *(aten.where, aten.masked_fill, aten.fill, aten.copy, aten.clone, aten.alias, aten.detach, aten.contiguous),
+    *(aten.to, aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+)
+def pointwise(node: Node, maps: Maps) -> Placed:
+    """Broadcasting element by element; weights as large as the image are read tile by tile too."""
+    ndim = len(node.shape)
+    names = sources(node, maps)
+    aligned = {_align(maps.axes[name], len(maps.shapes[name]), ndim) for name in names}
+    extents = {maps.extent(name) for name in names}
+    if len(aligned) > 1 or len(extents) > 1:
+        raise node.refuse(
+            f"combines maps of different layout or size: {', '.join(str(maps.shapes[name]) for name in names)}",
+            "bring them to the same height and width, in the same dimensions, first",
+        )
+    axes, (height, width) = aligned.pop(), extents.pop()
+    for name in [name for name in node.refs if name not in maps]:
+        shape = (1,) * (ndim - len(maps.shapes[name])) + maps.shapes[name]
+        if shape[axes.rows] > 1 or shape[axes.cols] > 1:
+            spread = list(shape)
+            spread[axes.rows], spread[axes.cols] = height, width
+            node = _rename(node, name, maps.spread_weight(name, axes, tuple(spread)))
+    return _call(node, maps, axes)
+
+
+@rule(aten.batch_norm, aten._native_batch_norm_legit_no_training, aten.instance_norm, aten.prelu, aten._prelu_kernel)
+def channelwise(node: Node, maps: Maps) -> Placed:
+    """Per-channel weights on dimension 1: stored statistics, affine parameters, slopes."""
+    name = only_map(node, maps)
+    if node.op in ("aten.batch_norm", "aten.instance_norm") and node.args[5]:
+        raise node.refuse(
+            "normalises by statistics of the whole image",
+            "give the layer running statistics (track_running_stats=True), or keep it out of the streamed part",
+        )
+    return _call(node, maps, maps.axes[name])
+
+
+def _call(node: Node, maps: Maps, axes: Axes) -> Placed:
+    call = caller(node, maps)
+    reads = tuple(maps.read(name) for name in sources(node, maps))
+    return Placed(reads, axes, lambda tiles, work: call(tiles, work.weights))
+
+
+def _align(axes: Axes, ndim_in: int, ndim_out: int) -> Axes:
+    return Axes(axes.rows + ndim_out - ndim_in, axes.cols + ndim_out - ndim_in)
+
+
+def _rename(node: Node, old: str, new: str) -> Node:
+    """`node` with references to `old` turned into references to `new`."""
+
+    def swap(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return [swap(item) for item in value]
+        return Ref(new) if value == Ref(old) else value
+
+    return replace(node, args=tuple(swap(a) for a in node.args), kwargs={k: swap(v) for k, v in node.kwargs.items()})

@@ -1,0 +1,65 @@
+"""Interpolation with global coordinates, separably: rows, then columns."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.capture import Node
+from widefield.streaming.extents import Resample, Span
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, rule
+
+aten = torch.ops.aten
+
+MODES = {
+    "aten.upsample_nearest2d": "nearest",
+    "aten._upsample_nearest_exact2d": "nearest-exact",
+    "aten.upsample_bilinear2d": "linear",
+    "aten.upsample_bicubic2d": "cubic",
+}
+
+
+@rule(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d)
+def interpolate(node: Node, maps: Maps) -> Placed:
+    """F.interpolate in modes nearest, nearest-exact, bilinear and bicubic, to any size."""
+    name = only_map(node, maps)
+    mode = MODES[node.op]
+    if maps.axes[name] != Axes(2, 3):
+        raise node.refuse("needs a map (N, C, H, W)", "permute the map first")
+    has_corners = mode in ("linear", "cubic")
+    align_corners = bool(argument(node, 2, "align_corners", False)) if has_corners else False
+    factors = argument(node, 3 if has_corners else 2, "scale_factors")
+    axes = []
+    for axis, (n_in, n_out) in enumerate(zip(maps.extent(name), node.shape[2:], strict=True)):
+        if align_corners:
+            scale = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
+        else:
+            scale = 1.0 / factors[axis] if factors else n_in / n_out
+        if mode.startswith("nearest") and max(n_in, n_out) % min(n_in, n_out):
+            raise node.refuse(
+                f"resizes {n_in} positions to {n_out} by nearest neighbour, where the choice of neighbour depends on rounding",
+                "resize by a whole factor, or bilinearly",
+            )
+        axes.append(Resample(n_in, n_out, scale, mode, align_corners))
+    rows, cols = axes
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        return _resample(_resample(tiles[0], 2, rows, work.rows[0]), 3, cols, work.cols[0])
+
+    return Placed((Read(name, rows, cols),), Axes(2, 3), run)
+
+
+def _resample(tile: Tensor, dim: int, axis: Resample, span: Span) -> Tensor:
+    """Weighted sum of the tile's rows (or columns) for outputs `span.start ... span.stop`."""
+    taps = [axis.taps(o) for o in range(span.start, span.stop)]
+    shape = [1] * tile.ndim
+    shape[dim] = span.size
+    result: Tensor | None = None
+    for k in range(len(taps[0][0])):
+        index = torch.tensor([places[k] - span.first for places, _ in taps], device=tile.device)
+        term = tile.index_select(dim, index)
+        if len(taps[0][0]) > 1:
+            term = term * torch.tensor([weights[k] for _, weights in taps], dtype=tile.dtype, device=tile.device).view(shape)
+        result = term if result is None else result + term
+    assert result is not None
+    return result

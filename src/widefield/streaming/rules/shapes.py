@@ -1,0 +1,220 @@
+"""Operations that move elements without computing: views, permutations, slices, concatenation, pixel shuffle."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.extents import AxisMap, Window, identity, repeat
+from widefield.streaming.rules.base import (
+    Axes,
+    Maps,
+    Placed,
+    Read,
+    Work,
+    argument,
+    caller,
+    dims,
+    only_map,
+    refuse_whole,
+    rule,
+    sources,
+)
+
+aten = torch.ops.aten
+
+
+@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims)
+def permute(node: Node, maps: Maps) -> Placed:
+    name = only_map(node, maps)
+    ndim = len(maps.shapes[name])
+    # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
+    order = list(node.target(torch.empty(tuple(range(ndim)), device="meta"), *node.args[1:], **node.kwargs).shape)
+    axes = Axes(order.index(maps.axes[name].rows), order.index(maps.axes[name].cols))
+    return Placed((maps.read(name),), axes, lambda tiles, work: tiles[0].permute(order))
+
+
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.unflatten, aten.flatten, aten.view_as)
+def reshape(node: Node, maps: Maps) -> Placed:
+    """A new shape, as long as height and width stay apart from each other.
+
+    Height (width) may be split into `(height / f, f)`: space-to-depth, or merged with the dimension after it: depth-to-space.
+    """
+    name = sources(node, maps)[0]
+    shape_in, shape_out = maps.shapes[name], node.shape
+    found: list[tuple[int, AxisMap, int]] = []
+    for axis in maps.axes[name]:
+        group_in, group_out = next(g for g in _groups(shape_in, shape_out) if axis in g[0])
+        size = shape_in[axis]
+        wide_in = [d for d in group_in if shape_in[d] > 1]
+        wide_out = [d for d in group_out if shape_out[d] > 1]
+        taken = [place for place, _, _ in found]
+        if size == 1 and not set(maps.axes[name]) - {axis} & set(wide_in):
+            free = [d for d in group_out if shape_out[d] == 1 and d not in taken]
+            if not free:
+                raise refuse_whole(node, "flattens")
+            found.append((free[0], identity(1), 1))
+        elif wide_in == [axis] and len(wide_out) == 1:
+            found.append((wide_out[0], identity(size), 1))
+        elif wide_in == [axis] and len(wide_out) == 2:
+            factor = shape_out[wide_out[1]]
+            found.append((wide_out[0], Window(size, size // factor, factor, factor), 1))
+        elif len(wide_in) == 2 and wide_in[0] == axis and len(wide_out) == 1 and wide_in[1] not in maps.axes[name]:
+            factor = shape_in[wide_in[1]]
+            found.append((wide_out[0], repeat(size, factor), factor))
+        else:
+            raise refuse_whole(node, "flattens")
+    (rows, rows_map, rows_factor), (cols, cols_map, cols_factor) = found
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        shape = list(shape_out)
+        row, col = work.rows[0], work.cols[0]
+        shape[rows] = row.size if rows_factor == 1 else (row.last - row.first) * rows_factor
+        shape[cols] = col.size if cols_factor == 1 else (col.last - col.first) * cols_factor
+        full = tiles[0].reshape(shape)
+        if rows_factor > 1:
+            full = full.narrow(rows, row.start - row.first * rows_factor, row.size)
+        return full.narrow(cols, col.start - col.first * cols_factor, col.size) if cols_factor > 1 else full
+
+    return Placed((Read(name, rows_map, cols_map),), Axes(rows, cols), run)
+
+
+def _groups(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[tuple[range, range]]:
+    """The finest cut of both shapes into runs of dimensions with equal products."""
+    groups, i, j = [], 0, 0
+    while i < len(shape_in) or j < len(shape_out):
+        i1, j1 = min(i + 1, len(shape_in)), min(j + 1, len(shape_out))
+        while prod(shape_in[i:i1]) != prod(shape_out[j:j1]):
+            if prod(shape_in[i:i1]) < prod(shape_out[j:j1]):
+                i1 += 1
+            else:
+                j1 += 1
+        groups.append((range(i, i1), range(j, j1)))
+        i, j = i1, j1
+    return groups
+
+
+@rule(aten.expand, aten.repeat)
+def expand(node: Node, maps: Maps) -> Placed:
+    """Repetition along dimensions other than height and width."""
+    name = only_map(node, maps)
+    sizes = list(node.args[1])
+    added = len(sizes) - len(maps.shapes[name])
+    axes = Axes(maps.axes[name].rows + added, maps.axes[name].cols + added)
+    for axis, extent in zip(axes, maps.extent(name), strict=True):
+        if node.shape[axis] != extent:
+            raise refuse_whole(node, "repeats")
+        sizes[axis] = -1 if node.op == "aten.expand" else 1
+    repeats = node.op == "aten.repeat"
+    return Placed((maps.read(name),), axes, lambda tiles, work: tiles[0].repeat(sizes) if repeats else tiles[0].expand(sizes))
+
+
+@rule(aten.slice)
+def take_slice(node: Node, maps: Maps) -> Placed:
+    """A range with a step, along any dimension."""
+    name = only_map(node, maps)
+    axes, ndim = maps.axes[name], len(maps.shapes[name])
+    dim = dims(node, argument(node, 1, "dim", 0), ndim)[0]
+    size = maps.shapes[name][dim]
+    start, _, step = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)).indices(size)
+    length = node.shape[dim]
+    read = maps.read(name)
+    if dim not in axes:
+        stop = start + (length - 1) * step + 1
+        index = (slice(None),) * dim + (slice(start, stop, step),)
+        return Placed((read,), axes, lambda tiles, work: tiles[0][index])
+    window = Window(size, length, stride=step, padding=-start)
+    along_rows = dim == axes.rows
+    index = (slice(None),) * dim + (slice(None, None, step),)
+    return Placed(
+        (Read(name, window if along_rows else read.rows, read.cols if along_rows else window),), axes, lambda tiles, work: tiles[0][index]
+    )
+
+
+@rule(aten.select, aten.unbind)
+def select(node: Node, maps: Maps) -> Placed:
+    """One index of a dimension, which goes."""
+    name = only_map(node, maps)
+    axes = maps.axes[name]
+    dim = dims(node, argument(node, 1, "dim", 0), len(maps.shapes[name]))[0]
+    if dim in axes:
+        raise node.refuse("takes one row or column", "take a slice of length 1, or do it outside of the streamed part")
+    call = caller(node, maps)
+    return Placed(
+        (maps.read(name),), Axes(*(axis - (dim < axis) for axis in axes)), lambda tiles, work: call(tiles, work.weights)
+    )
+
+
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.flip, aten.roll, aten.index_select, aten.narrow)
+def along_another_dimension(node: Node, maps: Maps) -> Placed:
+    """Cutting or reordering a dimension other than height and width."""
+    name = only_map(node, maps)
+    position = {"aten.index_select": 1, "aten.narrow": 1, "aten.flip": 1}.get(node.op, 2)
+    default = None if node.op in ("aten.flip", "aten.roll") else 0
+    if set(dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))) & set(maps.axes[name]):
+        raise refuse_whole(node, "cuts or reorders")
+    call = caller(node, maps)
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
+
+
+@rule(aten.cat, aten.stack, aten.slice_scatter, aten.select_scatter)
+def join(node: Node, maps: Maps) -> Placed:
+    """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""
+    names = sources(node, maps)
+    stacked = node.op == "aten.stack"
+    position = 2 if node.op.endswith("scatter") else 1
+    axes_in = {maps.axes[name] for name in names}
+    ndim = len(node.shape)
+    dim = dims(node, argument(node, position, "dim", 0), ndim)[0]
+    if node.op == "aten.select_scatter" or len(axes_in) > 1 or len({maps.extent(name) for name in names}) > 1:
+        raise node.refuse(
+            f"joins maps of different layout or size: {', '.join(str(maps.shapes[name]) for name in names)}",
+            "bring them to the same height and width, in the same dimensions, first",
+        )
+    axes = axes_in.pop()
+    if stacked:
+        axes = Axes(*(axis + (dim <= axis) for axis in axes))
+    if dim in axes:
+        raise refuse_whole(node, "joins along")
+    items = list(node.args[0]) if isinstance(node.args[0], (list, tuple)) else list(node.args[:2])
+    for k, item in enumerate(items):
+        if isinstance(item, Ref) and item.name not in maps:
+            items[k] = Ref(maps.spread_weight(item.name, maps.axes[names[0]], maps.shapes[item.name]))
+    from dataclasses import replace
+
+    args = (items, *node.args[1:]) if isinstance(node.args[0], (list, tuple)) else (*items, *node.args[2:])
+    node = replace(node, args=args)
+    call = caller(node, maps)
+    return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
+
+
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(node: Node, maps: Maps) -> Placed:
+    name = only_map(node, maps)
+    factor = node.args[1]
+    height, width = maps.extent(name)
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        full = torch.pixel_shuffle(tiles[0], factor)
+        row, col = work.rows[0], work.cols[0]
+        full = full.narrow(-2, row.start - row.first * factor, row.size)
+        return full.narrow(-1, col.start - col.first * factor, col.size)
+
+    return Placed((Read(name, repeat(height, factor), repeat(width, factor)),), maps.axes[name], run)
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
+    name = only_map(node, maps)
+    factor = node.args[1]
+    height, width = maps.extent(name)
+    read = Read(name, Window(height, height // factor, factor, factor), Window(width, width // factor, factor, factor))
+    return Placed((read,), maps.axes[name], lambda tiles, work: torch.pixel_unshuffle(tiles[0], factor))
+
+
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def channel_shuffle(node: Node, maps: Maps) -> Placed:
+    name = only_map(node, maps)
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1]))

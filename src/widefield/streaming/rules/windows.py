@@ -1,0 +1,237 @@
+"""Sliding windows: convolution, pooling, transposed convolution, padding.
+
+Padding is added only where a window crosses the border of the whole image (`Span.low`, `Span.high`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.extents import BorderPad, Span, Transposed, Window
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, refuse_whole, rule
+
+aten = torch.ops.aten
+NCHW = Axes(2, 3)
+
+
+def _pair(value: Any, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return default
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def _require_nchw(node: Node, maps: Maps, name: str) -> None:
+    if maps.axes[name] != NCHW or len(maps.shapes[name]) != 4:
+        raise node.refuse(
+            f"needs a map (N, C, H, W) and gets one of shape {maps.shapes[name]} with height and width in dimensions {tuple(maps.axes[name])}",
+            "permute the map so that height and width come last",
+        )
+
+
+def _windows(maps: Maps, node: Node, name: str, extent: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Read:
+    sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
+    rows, cols = (Window(*size) for size in sizes)
+    return Read(name, rows, cols)
+
+
+def _native(span: Span, read: Window) -> int | None:
+    """The symmetric padding that an operator can add along this axis by itself, or None where it has to be explicit."""
+    if span.low == span.high:
+        return span.low
+    whole = span.first == 0 and span.last == read.n_in and span.size == read.n_out
+    return read.padding if whole and span.low == read.padding and span.high < read.padding else None
+
+
+def _padded(tile: Tensor, work: Work, read: Read, value: float) -> tuple[Tensor, tuple[int, int]]:
+    """The tile with the padding that its operator cannot add by itself, and the padding left to the operator."""
+    rows, cols = work.rows[0], work.cols[0]
+    assert isinstance(read.rows, Window) and isinstance(read.cols, Window)
+    native_rows, native_cols = _native(rows, read.rows), _native(cols, read.cols)
+    low, high = (rows.low, rows.high) if native_rows is None else (0, 0)
+    left, right = (cols.low, cols.high) if native_cols is None else (0, 0)
+    if low or high or left or right:
+        tile = F.pad(tile, (left, right, low, high), value=value)
+    return tile, (native_rows or 0, native_cols or 0)
+
+
+@rule(aten.conv2d)
+def convolution(node: Node, maps: Maps) -> Placed:
+    """Convolution, cross-correlation form, with zero padding."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    weight = node.args[1].name
+    bias = argument(node, 2, "bias")
+    stride = _pair(argument(node, 3, "stride"))
+    padding = argument(node, 4, "padding", 0)
+    dilation = _pair(argument(node, 5, "dilation"))
+    groups = argument(node, 6, "groups", 1)
+    extent = [(k - 1) * d + 1 for k, d in zip(maps.shapes[weight][-2:], dilation, strict=True)]
+    if padding == "same":  # what is left over goes to the far end
+        before = ((extent[0] - 1) // 2, (extent[1] - 1) // 2)
+    else:
+        before = (0, 0) if padding == "valid" else _pair(padding, (0, 0))
+    read = _windows(maps, node, name, extent, stride, before)
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        tile, native = _padded(tiles[0], work, read, 0.0)
+        b = work.weights[bias.name] if isinstance(bias, Ref) else None
+        return F.conv2d(tile, work.weights[weight], b, stride, native, dilation, groups)
+
+    return Placed((read,), NCHW, run, fresh=True)
+
+
+@rule(aten.max_pool2d, aten.max_pool2d_with_indices)
+def max_pool(node: Node, maps: Maps) -> Placed:
+    """Maximum of each window; the first in raster order wins a tie, as on the whole image."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    if node.pick == 1:
+        raise node.refuse("returns positions in the whole image", "use max pooling without return_indices")
+    kernel = _pair(argument(node, 1, "kernel_size"))
+    stride = _pair(argument(node, 2, "stride"), kernel)
+    padding = _pair(argument(node, 3, "padding"), (0, 0))
+    dilation = _pair(argument(node, 4, "dilation"))
+    ceil_mode = bool(argument(node, 5, "ceil_mode", False))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    read = _windows(maps, node, name, extent, stride, padding)
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        if ceil_mode or max(work.rows[0].low, work.rows[0].high) > padding[0] or max(work.cols[0].low, work.cols[0].high) > padding[1]:
+            rows, cols = work.rows[0], work.cols[0]
+            tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
+            return F.max_pool2d(tile, kernel, stride, 0, dilation)
+        tile, native = _padded(tiles[0], work, read, -torch.inf)
+        return F.max_pool2d(tile, kernel, stride, native, dilation)
+
+    return Placed((read,), NCHW, run, fresh=True)
+
+
+@rule(aten.avg_pool2d)
+def average_pool(node: Node, maps: Maps) -> Placed:
+    """Sum of each window over a divisor that near the border depends on the position (PyTorch's `avg_pool2d`)."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    kernel = _pair(argument(node, 1, "kernel_size"))
+    stride = _pair(argument(node, 2, "stride"), kernel)
+    padding = _pair(argument(node, 3, "padding"), (0, 0))
+    include = bool(argument(node, 5, "count_include_pad", True))
+    override = argument(node, 6, "divisor_override")
+    read = _windows(maps, node, name, kernel, stride, padding)
+    sizes = maps.extent(name)
+
+    def counts(axis: int, span: Span) -> list[int]:
+        pad = padding[axis] if include else 0
+        begins = [o * stride[axis] - padding[axis] for o in range(span.start, span.stop)]
+        return [min(b + kernel[axis], sizes[axis] + pad) - max(b, -pad) for b in begins]
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        rows, cols = work.rows[0], work.cols[0]
+        tile = tiles[0]
+        if rows.low or rows.high or cols.low or cols.high:
+            tile = F.pad(tile, (cols.low, cols.high, rows.low, rows.high))
+        if override is not None:
+            return F.avg_pool2d(tile, kernel, stride, divisor_override=override)
+        row_counts, col_counts = counts(0, rows), counts(1, cols)
+        if set(row_counts) == {kernel[0]} and set(col_counts) == {kernel[1]}:
+            return F.avg_pool2d(tile, kernel, stride)
+        divisor = torch.tensor(row_counts, device=tile.device)[:, None] * torch.tensor(col_counts, device=tile.device)
+        return F.avg_pool2d(tile, kernel, stride, divisor_override=1) / divisor.to(tile.dtype)
+
+    return Placed((read,), NCHW, run, fresh=True)
+
+
+@rule(aten.conv_transpose2d)
+def transposed_convolution(node: Node, maps: Maps) -> Placed:
+    """Transposed convolution: each input spreads over a window of outputs."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    weight = node.args[1].name
+    bias = argument(node, 2, "bias")
+    stride = _pair(argument(node, 3, "stride"))
+    padding = _pair(argument(node, 4, "padding"), (0, 0))
+    groups = argument(node, 6, "groups", 1)
+    dilation = _pair(argument(node, 7, "dilation"))
+    extent = [(k - 1) * d + 1 for k, d in zip(maps.shapes[weight][-2:], dilation, strict=True)]
+    sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
+    rows_map, cols_map = (Transposed(*size) for size in sizes)
+
+    def margins(axis: int, span: Span) -> tuple[int, int]:
+        """Positions to add (negative: to cut) before and after the full result of the inputs read."""
+        begin = span.first * stride[axis] - padding[axis]
+        end = begin + (span.last - span.first - 1) * stride[axis] + extent[axis]
+        return begin - span.start, span.stop - end
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        w = work.weights[weight]
+        rows, cols = work.rows[0], work.cols[0]
+        tile = tiles[0]
+        if tile.numel():
+            full = F.conv_transpose2d(tile, w, None, stride, 0, 0, groups, dilation)
+            low, high = margins(0, rows)
+            left, right = margins(1, cols)
+            if low or high or left or right:
+                full = F.pad(full, (left, right, low, high))
+        else:  # outputs between the windows of a stride larger than the kernel
+            full = tile.new_zeros(tile.shape[0], w.shape[1] * groups, rows.size, cols.size)
+        return full + work.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
+
+    return Placed((Read(name, rows_map, cols_map),), NCHW, run)
+
+
+@rule(aten.pad, aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d)
+def pad(node: Node, maps: Maps) -> Placed:
+    """Padding or cropping (negative amounts), of any dimension."""
+    name = only_map(node, maps)
+    axes, ndim = maps.axes[name], len(maps.shapes[name])
+    mode = {"aten.reflection_pad2d": "reflect", "aten.replication_pad2d": "replicate", "aten.constant_pad_nd": "constant"}.get(
+        node.op, argument(node, 2, "mode", "constant")
+    )
+    value = argument(node, 2, "value", 0.0) if node.op == "aten.constant_pad_nd" else argument(node, 3, "value", 0.0)
+    amounts = list(node.args[1])
+    before, after = [0] * ndim, [0] * ndim
+    for k in range(len(amounts) // 2):
+        before[ndim - 1 - k], after[ndim - 1 - k] = amounts[2 * k], amounts[2 * k + 1]
+    if mode == "circular":
+        raise refuse_whole(node, "wraps around")
+    height, width = maps.extent(name)
+    low, high = (before[axes.rows], after[axes.rows]), (before[axes.cols], after[axes.cols])
+    if mode != "constant":
+        if any(before[d] or after[d] for d in range(ndim) if d not in axes):
+            raise node.refuse(f"with mode '{mode}' pads other dimensions than height and width", "pad them with zeros")
+        reflect = mode == "reflect"
+        border = BorderPad(height, *low, reflect), BorderPad(width, *high, reflect)
+
+        def run_border(tiles: Sequence[Tensor], work: Work) -> Tensor:
+            tile = _gather(tiles[0], axes.rows, border[0], work.rows[0])
+            return _gather(tile, axes.cols, border[1], work.cols[0])
+
+        return Placed((Read(name, *border),), axes, run_border)
+
+    read = Read(
+        name,
+        Window(height, node.shape[axes.rows], padding=low[0]),
+        Window(width, node.shape[axes.cols], padding=high[0]),
+    )
+    others = [(0, 0) if d in axes else (before[d], after[d]) for d in range(ndim)]
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        sides = list(others)
+        sides[axes.rows] = (work.rows[0].low, work.rows[0].high)
+        sides[axes.cols] = (work.cols[0].low, work.cols[0].high)
+        flat = [amount for side in reversed(sides) for amount in side]
+        return F.pad(tiles[0], flat, value=value or 0.0) if any(flat) else tiles[0]
+
+    return Placed((read,), axes, run)
+
+
+def _gather(tile: Tensor, dim: int, border: BorderPad, span: Span) -> Tensor:
+    index = [border.source(o) - span.first for o in range(span.start, span.stop)]
+    if index == list(range(tile.shape[dim])):
+        return tile
+    return tile.index_select(dim, torch.tensor(index, device=tile.device))

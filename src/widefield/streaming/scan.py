@@ -1,0 +1,251 @@
+"""The algorithm: a convolutional network is a recurrent network over the tiles of an image.
+
+One step takes what earlier tiles left behind (the carries) and a new tile, and gives a tile of every output and new carries:
+
+    outputs, below, right  =  step(above, left, tile)
+
+The forward pass scans the tiles in raster order without recording gradients and saves the carries between tiles. The backward
+pass scans in reverse: it recomputes one tile from its saved carries with gradients recorded, and calls ordinary autograd from
+(output tile, carries handed on) to (carries received, image tile, weights), with the gradients of the carries handed on that the
+later tiles have left. This is back-propagation through time with a checkpoint between any two tiles. No overlap is ever
+recomputed, and no gradient formula appears here: what autograd can differentiate is exact.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.buffers import cut_out
+from widefield.streaming.graph import Stage, Value
+from widefield.streaming.grid import Grid
+from widefield.streaming.image import Source
+from widefield.streaming.rules import Work
+
+Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan: its `grid`, where its inputs are read, the names of its weights, the seed of its random masks.
+
+    `autocast` gives a context with the autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
+    """
+
+    grid: Grid
+    sources: Sequence[Source]
+    weight_names: Sequence[str]
+    seed: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    progress: Progress | None
+
+
+def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run `job`; returns the stage's output maps. An ordinary differentiable call.
+
+    `inputs` are the tensors behind the job's sources, for autograd (None for an image that is read lazily).
+    """
+    tensors = (*inputs, *weights)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return _Scan.apply(job, *tensors)
+    with torch.no_grad():
+        return tuple(_forward(job, weights, saved=None))
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        saved: list[tuple[Carry, Carry]] = []
+        weights = [tensor.detach() for tensor in tensors[len(job.sources) :] if tensor is not None]
+        outputs = _forward(job, weights, saved)
+        ctx.job = job
+        ctx.layout = [(tuple(above), tuple(left)) for above, left in saved]
+        ctx.save_for_backward(*tensors, *(piece for carries in saved for carry in carries for piece in carry.values()))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[output for output in outputs if not output.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a streamed network cannot be differentiated twice: backward() was called with create_graph=True. "
+                "Call it without, or run the plain module where second derivatives are needed."
+            )
+        needed = ctx.needs_input_grad[1:]
+        tensors, pieces = ctx.saved_tensors[: len(needed)], iter(ctx.saved_tensors[len(needed) :])
+        saved = [({v: next(pieces) for v in above}, {v: next(pieces) for v in left}) for above, left in ctx.layout]
+        with ctx.job.autocast():
+            return None, *_backward(ctx.job, tensors, needed, saved, grads)
+
+
+def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry]] | None) -> list[Tensor]:
+    """Scan the tiles in raster order; the carries that each tile received are appended to `saved`, if it is a list."""
+    grid = job.grid
+    by_name = dict(zip(job.weight_names, weights, strict=True))
+    outputs: dict[int, Tensor] = {}
+    above: list[Carry] = [{} for _ in grid.cols]
+    for i in range(len(grid.rows)):
+        left: Carry = {}
+        for j in range(len(grid.cols)):
+            if saved is not None:
+                saved.append((above[j], left))
+            tiles = [source.prepare(raw) for source, raw in zip(job.sources, _read(job, i, j), strict=True)]
+            made, below, right = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
+            above[j], left = _own(below), _own(right)
+            for v, tile in made.items():
+                if v not in outputs:
+                    outputs[v] = torch.empty(grid.stage.values[v].shape, dtype=tile.dtype, device=tile.device)
+                _tile_of(outputs[v], grid, v, i, j).copy_(tile)
+            if job.progress:
+                job.progress("forward", i * len(grid.cols) + j + 1, grid.steps)
+    return [outputs[v] for v in grid.stage.outputs]
+
+
+def _backward(
+    job: Job,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    saved: list[tuple[Carry, Carry]],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Scan the tiles in reverse; returns the gradients of `tensors` (inputs, then weights) where `needed`, None elsewhere."""
+    grid, stage, n = job.grid, job.grid.stage, len(job.sources)
+    leaves = [weight.detach().requires_grad_(need) for weight, need in zip(tensors[n:], needed[n:], strict=True)]  # type: ignore[union-attr]
+    by_name = dict(zip(job.weight_names, leaves, strict=True))
+    moving = _moving(stage, {name for name, leaf in by_name.items() if leaf.requires_grad}, needed[:n])
+    results = [torch.zeros_like(x) if need and k < n else None for k, (x, need) in enumerate(zip(tensors, needed, strict=True))]
+    wanted = [k for k, leaf in enumerate(leaves) if leaf.requires_grad]
+    grad_below: list[Carry] = [{} for _ in grid.cols]
+    for i in reversed(range(len(grid.rows))):
+        grad_right: Carry = {}
+        for j in reversed(range(len(grid.cols))):
+            above, left = ({v: x.detach().requires_grad_(moving[v]) for v, x in carry.items()} for carry in saved.pop())
+            raws = _read(job, i, j, needed)
+            with torch.enable_grad():
+                tiles = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
+                made, below, right = step(grid, i, j, above, left, tiles, by_name, job.seed)
+            arriving = [(made[v], _tile_of(g, grid, v, i, j)) for v, g in zip(stage.outputs, grads, strict=True) if g is not None and v in made]
+            arriving += [(below[v], g) for v, g in grad_below[j].items()] + [(right[v], g) for v, g in grad_right.items()]
+            arriving = [(x, g) for x, g in arriving if x.requires_grad]
+            del made, below, right, tiles
+            from_above, from_left = [v for v in above if moving[v]], [v for v in left if moving[v]]
+            images = [k for k, raw in enumerate(raws) if raw is not None and raw.requires_grad]
+            found = _gradients(
+                arriving,
+                [above[v] for v in from_above] + [left[v] for v in from_left] + [raws[k] for k in images] + [leaves[k] for k in wanted],
+            )
+            grad_below[j] = {v: g for v in from_above if (g := next(found)) is not None}
+            grad_right = {v: g for v in from_left if (g := next(found)) is not None}
+            for k in images:
+                if (g := next(found)) is not None:
+                    _tile_of(results[k], grid, stage.inputs[k], i, j).copy_(g)
+            for k in wanted:
+                if (g := next(found)) is not None:
+                    results[n + k] = _add(results[n + k], g)
+            if job.progress:
+                job.progress("backward", grid.steps - (i * len(grid.cols) + j), grid.steps)
+    return [g if g is None or x is None else g.to(x.dtype) for g, x in zip(results, tensors, strict=True)]
+
+
+def step(
+    grid: Grid,
+    i: int,
+    j: int,
+    above: Carry,
+    left: Carry,
+    tiles: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    seed: int,
+) -> tuple[Carry, Carry, Carry]:
+    """One step of the scan: a pure function of what was kept above and to the left, and of the new tiles of the stage inputs.
+
+    Returns the new tiles of the stage's outputs, and what is kept for the tile below and for the tile to the right.
+    """
+    stage = grid.stage
+    made, below, right = {}, {}, {}
+    reads: dict[tuple[int, int], Tensor] = {}
+    for v, (value, row, col) in enumerate(zip(stage.values, grid.rows[i], grid.cols[j], strict=True)):
+        new = None
+        if row.new and col.new:
+            if value.placed is None:
+                new = tiles[v]
+            else:
+                windows = [reads.pop((v, k)) for k in range(len(value.sources))]
+                new = value.placed.run(windows, Work(row.spans, col.spans, weights, seed))
+                del windows
+            assert new is not None
+            _check(value, new, row.new, col.new)
+            if v in stage.outputs:
+                made[v] = new
+        readers, cuts, keep_below, keep_right = grid.cuts(v, row, col)
+        if not cuts:
+            continue
+        parts = cut_out((left.get(v), above.get(v), new), value.axes, cuts)
+        reads.update(zip(readers, parts, strict=False))
+        if keep_right:
+            right[v] = parts[-1]
+        if keep_below:
+            below[v] = parts[-2 if keep_right else -1]
+    return made, below, right
+
+
+def _check(value: Value, new: Tensor, height: int, width: int) -> None:
+    """A rule that makes another shape than planned would give wrong numbers downstream: stop instead."""
+    planned = list(value.shape)
+    planned[value.axes.rows], planned[value.axes.cols] = height, width
+    if list(new.shape) != planned:
+        raise RuntimeError(
+            f"{value.op} in layer '{value.module_path}' made a tile of shape {tuple(new.shape)} where {tuple(planned)} was planned. "
+            "This is a fault of Widefield: please report it with the model."
+        )
+
+
+def _read(job: Job, i: int, j: int, needed: Sequence[bool] = ()) -> list[Tensor | None]:
+    """The new tile of each stage input as its source gives it; a leaf of autograd where its gradient is `needed`."""
+    raws: list[Tensor | None] = []
+    for k, (v, source) in enumerate(zip(job.grid.stage.inputs, job.sources, strict=True)):
+        row, col = job.grid.rows[i][v], job.grid.cols[j][v]
+        raw = source.read(row.done, col.done, row.new, col.new) if row.new and col.new else None
+        raws.append(raw.detach().requires_grad_() if raw is not None and needed and needed[k] else raw)
+    return raws
+
+
+def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[bool]:
+    """Which maps depend on something that requires grad."""
+    moving: list[bool] = []
+    for v, value in enumerate(stage.values):
+        own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
+        moving.append((own or any(moving[source] for source in value.sources)) and value.dtype.is_floating_point)
+    return moving
+
+
+def _gradients(arriving: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Any]) -> Iterator[Tensor | None]:
+    """Gradients of `leaves` from (tensor, its gradient) pairs; None where there is none."""
+    if not arriving or not leaves:
+        return repeat(None)
+    tensors, grads = zip(*arriving, strict=True)
+    return iter(torch.autograd.grad(tensors, leaves, grads, allow_unused=True))
+
+
+def _add(total: Tensor | None, grad: Tensor) -> Tensor:
+    """Sum over the tiles, in float32 or better: 256 tiles summed in bfloat16 are 3% off."""
+    if total is not None:
+        return total.add_(grad)
+    return grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+
+
+def _own(carry: Carry) -> Carry:
+    """`carry` without views: a view would keep the whole buffer that it was cut from alive."""
+    return {v: x if x.untyped_storage().nbytes() <= 1.25 * x.nbytes else x.clone() for v, x in carry.items()}
+
+
+def _tile_of(whole: Tensor, grid: Grid, v: int, i: int, j: int) -> Tensor:
+    """The part of map v that step (i, j) computes, in a tensor of the whole map's size."""
+    axes, row, col = grid.stage.values[v].axes, grid.rows[i][v], grid.cols[j][v]
+    return whole.narrow(axes.rows, row.done, row.new).narrow(axes.cols, col.done, col.new)

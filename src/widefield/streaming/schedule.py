@@ -1,0 +1,72 @@
+"""When each row of each map is computed, and how long it is kept: one axis, plain integers.
+
+Tiles arrive along the axis; every map follows as far as its inputs allow. `ready[v][t]` counts the positions of map `v` that
+exist after step `t`, `kept[v][t]` is the first one still needed by a later step. What lies between is the map's carry. Steps
+are numbered from 1; index 0 is the state before the first. A 2-D scan is one such schedule for rows and one for columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from widefield.streaming.extents import AxisMap, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How one map follows from others along one axis: `sources[k]` is read through `maps[k]`. No sources: a stage input."""
+
+    size: int
+    sources: tuple[int, ...] = ()
+    maps: tuple[AxisMap, ...] = ()
+
+    @property
+    def strided(self) -> bool:
+        return any(m.stride > 1 for m in self.maps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's page) for `t` in `0 ... steps`."""
+
+    flows: tuple[Flow, ...]
+    ready: tuple[tuple[int, ...], ...]
+    kept: tuple[tuple[int, ...], ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.ready[0]) - 1
+
+    def span(self, v: int, k: int, t: int) -> Span:
+        """What map `v` reads from its `k`-th source in step `t`."""
+        return self.flows[v].maps[k].span(self.ready[v][t - 1], self.ready[v][t])
+
+
+def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
+    """Scan `flows` (in topological order) with `tile` new input positions a step.
+
+    `gate`: a strided op waits until it can compute that many positions, so that no deep layer runs on a sliver. After the
+    last input, no map advances by much more than in a steady step: extra steps without new input drain the network, so that
+    the last step is no larger than the others.
+    """
+    length = max(flow.size for flow in flows if not flow.sources)
+    rate = [max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate) for flow in flows]
+    ready = [[0] for _ in flows]
+    t = 0
+    while any(r[-1] < flow.size for r, flow in zip(ready, flows, strict=True)):
+        t += 1
+        for v, flow in enumerate(flows):
+            before = ready[v][-1]
+            if not flow.sources:
+                now = min(t * tile, flow.size)
+            else:
+                now = min(m.ready(ready[s][t]) for s, m in zip(flow.sources, flow.maps, strict=True))
+                if flow.strided and now < flow.size and now - before < gate:
+                    now = before
+                now = min(now, before + rate[v])
+            ready[v].append(now)
+    kept = [list(r) for r in ready]
+    for v, flow in enumerate(flows):
+        for s, m in zip(flow.sources, flow.maps, strict=True):
+            kept[s] = [min(b, m.first(r)) for b, r in zip(kept[s], ready[v], strict=True)]
+    return Schedule(tuple(flows), tuple(map(tuple, ready)), tuple(map(tuple, kept)))
