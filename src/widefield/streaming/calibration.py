@@ -59,7 +59,7 @@ def calibrate_batch_norm(
             raise ValueError(f"calibrate_batch_norm got {name}={number}; it must be at least 1")
     if not len(images):
         raise ValueError("calibrate_batch_norm got no images; give at least one tensor or lazy image")
-    module, normalisation = _unwrap(model, Normalisation(mean, std, value_range))
+    module, normalisation = _unwrap(model, Normalisation.parse(mean, std, value_range))
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     if not layers:
         return 0
@@ -73,8 +73,7 @@ def calibrate_batch_norm(
             ]
             for layer in layers:
                 layer.momentum = len(batch) / (start + len(batch))
-            pixels = [normalisation.apply(crop.to(parameter.device), parameter.dtype) for crop in batch]
-            module(torch.cat(pixels))
+            module(torch.cat([_prepare(crop, normalisation, parameter) for crop in batch]))
     return len(layers)
 
 
@@ -83,7 +82,7 @@ def _unwrap(model: nn.Module, given: Normalisation) -> tuple[nn.Module, Normalis
     own = getattr(model, "normalisation", None)
     if not isinstance(own, Normalisation):
         return model, given
-    if given != Normalisation(None, None, None):
+    if given != Normalisation.parse(None, None, None):
         raise ValueError(
             "calibrate_batch_norm got mean, std or value_range along with a StreamingCNN, which has its own; omit them"
         )
@@ -123,6 +122,12 @@ def _random_crop(image: Any, side: int, generator: torch.Generator | None) -> Te
     batch = image if image.ndim == 4 else image[None]
     index = _draw(len(batch), generator)
     return batch[index : index + 1, :, y : y + side, x : x + side]
+
+
+def _prepare(crop: Tensor, normalisation: Normalisation, like: Tensor) -> Tensor:
+    """The crop as the network sees it in a scan, on the device and in the dtype of `like`."""
+    crop = crop.to(like.device)
+    return normalisation.apply(crop.to(like.dtype) if crop.is_floating_point() else crop, like.dtype)
 
 
 def _draw(upper: int, generator: torch.Generator | None) -> int:

@@ -1,0 +1,146 @@
+"""The classifier that `widefield fit` trains: any network by its name."""
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+from widefield.models.names import TIMM_PREFIX
+from widefield.models.plain import make_model
+from widefield.models.resnet.resnet import IMAGENET_MEAN, IMAGENET_STD, split_resnet
+from widefield.modules import ImageNetClassifier
+from widefield.streaming import split
+
+Pooling = Literal["average", "max"]
+
+
+class Classifier(ImageNetClassifier):
+    """A network by name, streamed, trained with cross-entropy on images that have one label each.
+
+    Its hyperparameters are plain data and stand in the checkpoint, so `Classifier.from_checkpoint` needs nothing else.
+
+    Args:
+        model_name: A torchvision ResNet, a narrow ResNet such as `resnet18_w16`, or any timm model as `timm/NAME`.
+        class_names: Names of the classes; a target is an index into them.
+        tile_size: See `StreamingCNN`; None lets the engine choose.
+        memory_budget: See `StreamingCNN`.
+        weights: None for random weights, "DEFAULT" for pretrained ones (a download), or a file for `load_weights`.
+        pooling: How the map becomes a vector: its average, or its maximum, per channel. The maximum suits labels that
+            hang on small marks, which an average over a large map dilutes.
+        train_streaming_layers: False freezes the trunk.
+        mean, std, value_range: Normalisation; see `StreamingCNN`.
+        lr: Learning rate of AdamW.
+        weight_decay: Its weight decay.
+
+    Raises:
+        ValueError: An unknown model name, fewer than two classes, or weights that don't belong to the model.
+        OSError: The weights cannot be downloaded or read.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        class_names: Sequence[str],
+        tile_size: int | tuple[int, int] | None = None,
+        memory_budget: int | str | None = None,
+        weights: str | None = None,
+        pooling: Pooling = "average",
+        train_streaming_layers: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        value_range: tuple[float, float] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        count = len(class_names)
+        if count < 2:
+            raise ValueError(f"a classifier needs at least two classes, got {list(class_names)}")
+        trunk, head = _trunk_and_head(model_name, count, weights, pooling)
+        super().__init__(
+            trunk,
+            head,
+            tile_size,
+            nn.CrossEntropyLoss(),
+            train_streaming_layers,
+            MetricCollection({"accuracy": MulticlassAccuracy(count, average="micro"), "auc": MulticlassAUROC(count)}),
+            memory_budget=memory_budget,
+            mean=mean,
+            std=std,
+            value_range=value_range,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+        self.class_names = list(class_names)
+        self.save_hyperparameters(
+            {
+                "model_name": model_name,
+                "class_names": self.class_names,
+                "pooling": pooling,
+                "train_streaming_layers": train_streaming_layers,
+                "mean": [float(value) for value in mean],
+                "std": [float(value) for value in std],
+                "value_range": None if value_range is None else [float(value) for value in value_range],
+                "lr": lr,
+                "weight_decay": weight_decay,
+            },
+            logger=False,
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> "tuple[Classifier, dict[str, Any]]":
+        """A classifier with the weights of a checkpoint, and the whole checkpoint (tensors and plain data).
+
+        Args:
+            path: A `.ckpt` file that `fit` wrote.
+            options: `tile_size` and `memory_budget`, which belong to the machine and are not in the checkpoint.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a checkpoint of a `Classifier`.
+        """
+        checkpoint = read_checkpoint(path)
+        try:
+            classifier = cls(**checkpoint["hyper_parameters"], **options)
+            classifier.load_state_dict(checkpoint["state_dict"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is not a checkpoint that `widefield fit` wrote ({reason}); give its .ckpt file") from error
+        return classifier, checkpoint
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read as a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a .ckpt file that `widefield fit` wrote")
+    return checkpoint
+
+
+def _trunk_and_head(name: str, num_classes: int, weights: str | None, pooling: Pooling) -> tuple[nn.Module, nn.Module]:
+    if pooling not in ("average", "max"):
+        raise ValueError(f"pooling={pooling!r} must be 'average' or 'max'")
+    net = make_model(name, num_classes, weights)
+    if not name.startswith(TIMM_PREFIX):
+        if pooling == "max":
+            net.avgpool = nn.AdaptiveMaxPool2d(1)
+        return split_resnet(net, num_classes)  # type: ignore[arg-type]
+    if pooling == "max":
+        raise ValueError(f"pooling='max' is for ResNets; {name} has its own pooling, use pooling='average'")
+    return split(net)

@@ -1,0 +1,71 @@
+"""Plain networks by name, before they are split and streamed."""
+
+from urllib.error import URLError
+
+import timm
+import torchvision.models
+from torch import nn
+from torchvision.models import ResNet
+
+from widefield.models.names import RESNETS, TIMM_PREFIX, unknown_model
+from widefield.models.narrow_resnet import NARROW_RESNETS, NarrowResNet
+from widefield.models.weights import load_weights
+
+
+def make_resnet(name: str, num_classes: int, weights: str | None) -> ResNet | NarrowResNet:
+    """A torchvision ResNet with the last layer of its weights, or a narrow one with `num_classes` outputs.
+
+    Args:
+        name: One of `RESNETS`.
+        num_classes: Outputs of a network without pretrained weights.
+        weights: "DEFAULT", None or a file, as for `StreamingResNet`.
+    """
+    if name in NARROW_RESNETS:
+        if weights == "DEFAULT":
+            raise ValueError(f"{name} has no pretrained weights; give weights=None for random ones, or a file")
+        net: ResNet | NarrowResNet = NarrowResNet(*NARROW_RESNETS[name], num_classes)
+    elif weights == "DEFAULT":
+        try:
+            return torchvision.models.get_model(name, weights="DEFAULT")
+        except (URLError, OSError) as error:
+            raise _no_download(name, error) from error
+    else:
+        net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if weights is not None:
+        load_weights(net, weights)
+    return net
+
+
+def make_timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """The timm model `name`, with or without the prefix `timm/`, with `num_classes` outputs."""
+    short = name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(short):
+        raise unknown_model(name, [TIMM_PREFIX + choice for choice in timm.list_models()])
+    try:
+        net: nn.Module = timm.create_model(short, pretrained=weights == "DEFAULT", num_classes=num_classes)
+    except OSError as error:
+        raise _no_download(name, error) from error
+    if weights not in (None, "DEFAULT"):
+        load_weights(net, weights)
+    return net
+
+
+def make_model(name: str, num_classes: int, weights: str | None) -> nn.Module:
+    """The network of any name that `fit --model` takes: a torchvision ResNet, a narrow ResNet, or `timm/NAME`.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    if name.startswith(TIMM_PREFIX):
+        return make_timm(name, num_classes, weights)
+    if name not in RESNETS:
+        near_timm = [TIMM_PREFIX + choice for choice in timm.list_models(f"{name}*")[:20]]
+        raise unknown_model(name, [*RESNETS, *near_timm])
+    return make_resnet(name, num_classes, weights)
+
+
+def _no_download(name: str, error: Exception) -> OSError:
+    return OSError(
+        f"the pretrained weights of {name} could not be downloaded ({error}); "
+        "fetch the file by other means and give its path as weights, or give none for random weights"
+    )

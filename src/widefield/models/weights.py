@@ -1,0 +1,68 @@
+"""Weights from a file into a plain network."""
+
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
+    """Load a state dict into `net`, all keys, but for a classifier of another number of classes.
+
+    The file is `.safetensors`, or what `torch.save` wrote: a state dict, or a dict that holds one as `state_dict` or
+    `model`. It is read with `weights_only=True`, so it can execute nothing. Where the last linear layer has other
+    outputs than the file's, it keeps its random weights, which is logged.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no state dict, or one of another network.
+    """
+    path = Path(path)
+    state = _read(path)
+    own = net.state_dict()
+    classifier = _classifier_keys(net)
+    other_classes = [key for key in classifier if key in state and state[key].shape != own[key].shape]
+    for key in other_classes:
+        state[key] = own[key]
+    if other_classes:
+        _log.info("%s has other classes: %s stays random", path.name, ", ".join(other_classes))
+    missing = sorted(own.keys() - state.keys())
+    surplus = sorted(state.keys() - own.keys())
+    shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    for what, keys in (("lacks", missing), ("has, unlike the network,", surplus), ("has in another shape", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"{path} is not for this network ({type(net).__name__}): it {what} {', '.join(keys[:3])}{more}; "
+                "give weights of the same architecture"
+            )
+    net.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights file {path} does not exist")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}; save a plain state dict of tensors") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict; save `model.state_dict()` with torch.save or safetensors")
+    return dict(content)
+
+
+def _classifier_keys(net: nn.Module) -> list[str]:
+    """Keys of the last linear layer."""
+    linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    return [key for key in net.state_dict() if linear and key.rpartition(".")[0] == linear[-1]]

@@ -1,0 +1,68 @@
+"""A heatmap laid over a thumbnail, with a scale bar and a colour bar."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from widefield.reports.scale_bar import scale_bar
+
+_DPI = 150
+_HEIGHT_INCHES = 6.0
+
+
+def save_overlay(
+    path: str | Path,
+    thumbnail: np.ndarray,
+    evidence: np.ndarray,
+    size: tuple[int, int],
+    spacing: tuple[float, float] | None,
+    title: str,
+) -> None:
+    """Write a PNG: the thumbnail, the positive evidence over it, a scale bar and a colour bar.
+
+    Where the evidence is at or below zero the thumbnail shows through; the colour bar starts there.
+
+    Args:
+        path: Of the PNG file; its folder must exist.
+        thumbnail: uint8 (h, w, 3) of the whole image.
+        evidence: (h, w) of the whole image, any resolution; see `class_activation`.
+        size: (height, width) of the image in pixels.
+        spacing: Micrometres per pixel (y, x), or None: then the scale bar is in pixels.
+        title: Above the picture.
+    """
+    height, width = size
+    figure = Figure(figsize=(max(4.0, _HEIGHT_INCHES * width / height) + 1.2, _HEIGHT_INCHES), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+    extent = (0, width, height, 0)
+    axes.imshow(thumbnail, extent=extent, interpolation="bilinear")
+    top = max(float(evidence.max()), np.finfo(np.float32).tiny)
+    share = np.clip(evidence / top, 0.0, 1.0)
+    heat = axes.imshow(
+        evidence, extent=extent, cmap="inferno", vmin=0.0, vmax=top, alpha=0.75 * share, interpolation="nearest"
+    )
+    colours = figure.colorbar(heat, ax=axes, shrink=0.8, label="evidence for the class (logit)")
+    colours.solids.set_alpha(1.0)
+    _draw_scale_bar(axes, height, width, spacing)
+    figure.savefig(path)
+
+
+def _draw_scale_bar(axes: Axes, height: int, width: int, spacing: tuple[float, float] | None) -> None:
+    bar = scale_bar(width, None if spacing is None else spacing[1])
+    left, bottom, thick = 0.03 * width, 0.96 * height, 0.012 * height
+    axes.add_patch(Rectangle((left, bottom - thick), bar.pixels, thick, facecolor="white", edgecolor="black", linewidth=0.8))
+    axes.annotate(
+        bar.text,
+        (left + bar.pixels / 2, bottom - 1.5 * thick),
+        ha="center",
+        va="bottom",
+        fontsize=9,
+        color="white",
+        bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0},
+    )
