@@ -117,6 +117,8 @@ class _CutOut(torch.autograd.Function):
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    channels_last = (
+        like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device).contiguous(memory_format=memory_format)

@@ -21,6 +21,9 @@ from widefield.streaming.errors import UnsupportedOpError
 
 CAPTURE_DEVICE = torch.device("cpu")  # the device that a capture pretends to run on, whatever the real one
 
+# Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
+_UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -82,7 +85,10 @@ class Captured:
     spec: pytree.TreeSpec
 
 
-def capture(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, autocast: bool = False) -> Captured:
+@torch.inference_mode(False)
+def capture(
+    module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, autocast: bool = False
+) -> Captured:
     """Capture `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
 
     Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
@@ -93,7 +99,7 @@ def capture(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dt
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
     try:
-        with torch.enable_grad(), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+        with torch.enable_grad(), _UNHOOKED, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
             program = torch.export.export(skeleton, (image,), strict=False)
             _refuse_regions(program.graph, autocast)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
@@ -167,14 +173,35 @@ def _refuse_regions(graph: torch.fx.Graph, autocast: bool) -> None:
             continue  # autocast switched off where it is off already
         region = next((node for node in graph.nodes if node.args and node.args[0] is fx), fx)
         remedy = "use .detach() on the result instead of no_grad, or move the region out of the streamed part"
-        raise UnsupportedOpError(_module_path(region), fx.target.__name__, "runs a part of forward in another mode", remedy)
+        raise UnsupportedOpError(
+            _module_path(region), fx.target.__name__, "runs a part of forward in another mode", remedy
+        )
 
 
 def _node(fx: torch.fx.Node) -> Node:
     args = pytree.tree_map(_refs, fx.args, is_leaf=lambda a: isinstance(a, torch.fx.Node))
     kwargs = pytree.tree_map(_refs, dict(fx.kwargs), is_leaf=lambda a: isinstance(a, torch.fx.Node))
     assert callable(fx.target)
-    return Node(fx.name, fx.target, args, kwargs, (), torch.float32, None, _module_path(fx), _source(fx))
+    return Node(
+        fx.name,
+        _DIFFERENTIABLE.get(fx.target, fx.target),
+        args,
+        kwargs,
+        (),
+        torch.float32,
+        None,
+        _module_path(fx),
+        _source(fx),
+    )
+
+
+def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """What `x` holds after `x.copy_(source)`."""
+    return source.to(x.dtype).expand_as(x)
+
+
+# Out-of-place forms of in-place updates that have no derivative of their own.
+_DIFFERENTIABLE = {torch.ops.aten.copy.default: overwrite}
 
 
 def _named(node: Node, fx: torch.fx.Node) -> Node:

@@ -139,7 +139,12 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
     whole = sum(_bytes(node) for node in tail)
     tail_used = _used(tail, set(outputs))
     spread = {name: maps.spread[name] for name in (stage.values[v].name for v in stage.inputs[1:])}
-    roots = {*stage.weights, *outputs, *(weight for weight, _ in spread.values()), *(ref for node in tail_used for ref in node.refs)}
+    roots = {
+        *stage.weights,
+        *outputs,
+        *(weight for weight, _ in spread.values()),
+        *(ref for node in tail_used for ref in node.refs),
+    }
     return Program(captured, _used(prologue, roots), stage, spread, tail_used, streamed / max(1, streamed + whole))
 
 
@@ -159,7 +164,9 @@ def _stage(
     values = []
     for name in order:
         node, rule = by_name.get(name), placed.get(name)
-        dtype = node.dtype if node else captured.shapes.get(maps.spread.get(name, (name, ()))[0], ((), torch.float32))[1]
+        dtype = (
+            node.dtype if node else captured.shapes.get(maps.spread.get(name, (name, ()))[0], ((), torch.float32))[1]
+        )
         values.append(
             Value(
                 name,
@@ -197,9 +204,21 @@ def _used(nodes: Sequence[Node], roots: set[str]) -> tuple[Node, ...]:
 
 def _independent(node: Node) -> Node:
     """`x.new_zeros(size)` and the like as a factory that does not read `x`."""
-    kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **{k: v for k, v in node.kwargs.items() if v is not None}}
+    kwargs = {
+        "dtype": node.dtype,
+        "device": torch.device("cpu"),
+        **{k: v for k, v in node.kwargs.items() if v is not None},
+    }
     return Node(
-        node.name, _FACTORIES[node.target], node.args[1:], kwargs, node.shape, node.dtype, None, node.module_path, node.source
+        node.name,
+        _FACTORIES[node.target],
+        node.args[1:],
+        kwargs,
+        node.shape,
+        node.dtype,
+        None,
+        node.module_path,
+        node.source,
     )
 
 

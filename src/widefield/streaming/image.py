@@ -41,7 +41,10 @@ class Normalisation:
         """Check and convert what a user gave. Raises ValueError."""
         if (mean is None) != (std is None):
             raise ValueError(f"mean and std go together: got mean={mean}, std={std}; give both or neither")
-        mean, std = (None if v is None else tuple(float(x) for x in ([v] if isinstance(v, (int, float)) else v)) for v in (mean, std))
+        mean, std = (
+            None if v is None else tuple(float(x) for x in ([v] if isinstance(v, (int, float)) else v))
+            for v in (mean, std)
+        )
         if mean is not None and std is not None:
             if len(mean) != len(std) or not mean:
                 raise ValueError(f"mean and std need one value per channel each: got {len(mean)} and {len(std)} values")
@@ -50,13 +53,17 @@ class Normalisation:
         if value_range is not None:
             value_range = tuple(float(x) for x in value_range)
             if len(value_range) != 2 or not value_range[0] < value_range[1]:
-                raise ValueError(f"value_range must be (low, high) with low < high, such as (0, 255): got {value_range}")
+                raise ValueError(
+                    f"value_range must be (low, high) with low < high, such as (0, 255): got {value_range}"
+                )
         return cls(mean, std, value_range)
 
     def check_channels(self, channels: int) -> None:
         """Raises ValueError when `mean` and `std` are for another number of channels."""
         if self.mean is not None and len(self.mean) not in (1, channels):
-            raise ValueError(f"mean and std have {len(self.mean)} values, the image has {channels} channels; give one per channel")
+            raise ValueError(
+                f"mean and std have {len(self.mean)} values, the image has {channels} channels; give one per channel"
+            )
 
     def apply(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
         """A normalised tile (N, C, height, width) of `dtype` (float tiles keep theirs); `tile` itself is not changed.
@@ -82,7 +89,9 @@ class Normalisation:
         if (low, high) != (0.0, 1.0):
             tile = (tile - low) / (high - low) if low else tile / high
         if self.mean is not None and self.std is not None:
-            mean, std = (torch.tensor(v, dtype=tile.dtype, device=tile.device).view(-1, 1, 1) for v in (self.mean, self.std))
+            mean, std = (
+                torch.tensor(v, dtype=tile.dtype, device=tile.device).view(-1, 1, 1) for v in (self.mean, self.std)
+            )
             tile = (tile - mean) / std
         return tile
 
@@ -109,7 +118,9 @@ class Source:
         tile = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.require(pixels, requirements=("W",)))
         planned = (self.data.shape[0], height, width)
         if tuple(tile.shape) != planned:
-            raise ValueError(f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}")
+            raise ValueError(
+                f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}"
+            )
         tile = tile.to(self.device)[None]
         return tile.to(self.dtype) if tile.is_floating_point() else tile
 
@@ -118,4 +129,3 @@ class Source:
             return None
         tile = self.normalisation.apply(raw, self.dtype)
         return tile.contiguous(memory_format=self.memory_format) if tile.ndim == 4 else tile
-

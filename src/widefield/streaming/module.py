@@ -91,7 +91,15 @@ class StreamingCNN(nn.Module):
             values[node.name] = _run(node, values, device, seed)
         memory_format = _memory_format(device, dtype)
         image_tensor = image if isinstance(image, Tensor) else None
-        sources = [Source(image.detach() if isinstance(image, Tensor) else image, device, dtype, self.normalisation, memory_format=memory_format)]
+        sources = [
+            Source(
+                image.detach() if isinstance(image, Tensor) else image,
+                device,
+                dtype,
+                self.normalisation,
+                memory_format=memory_format,
+            )
+        ]
         inputs = [image_tensor]
         for v in program.stage.inputs[1:]:
             value = program.stage.values[v]
@@ -167,7 +175,9 @@ class StreamingCNN(nn.Module):
         if isinstance(image, Tensor):
             shape = tuple(image.shape)
             if len(shape) != 4:
-                raise ValueError(f"expected an image (N, C, H, W), got a tensor of shape {shape}; add a batch dimension with [None]")
+                raise ValueError(
+                    f"expected an image (N, C, H, W), got a tensor of shape {shape}; add a batch dimension with [None]"
+                )
             if image.device != device and image.device.type != "cpu":
                 raise ValueError(f"the image is on {image.device}, the module on {device}; move one of them")
             if image.is_floating_point() and image.dtype != dtype and not torch.is_autocast_enabled(device.type):
@@ -200,17 +210,27 @@ def stream(
     `stream(torchvision.models.resnet18())(image)` returns logits. Arguments as for `StreamingCNN`.
     """
     return StreamingCNN(
-        model, tile_size, memory_budget=memory_budget, mean=mean, std=std, value_range=value_range, unsupported="run_whole"
+        model,
+        tile_size,
+        memory_budget=memory_budget,
+        mean=mean,
+        std=std,
+        value_range=value_range,
+        unsupported="run_whole",
     )
 
 
 def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:
     """One node outside of the scan, on whole tensors, by ordinary autograd."""
-    if node.target is torch.ops.aten.bernoulli.p:  # stochastic depth, channel dropout: drawn once, the same on every device
+    if (
+        node.target is torch.ops.aten.bernoulli.p
+    ):  # stochastic depth, channel dropout: drawn once, the same on every device
         like = values[node.args[0].name]
         return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)
     args, kwargs = fill((node.args, node.kwargs), values)
-    args, kwargs = pytree.tree_map(lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs))
+    args, kwargs = pytree.tree_map(
+        lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs)
+    )
     result = node.target(*args, **kwargs)
     return result if node.pick is None else result[node.pick]
 
@@ -237,8 +257,10 @@ def _fingerprint(module: nn.Module) -> int:
         settings = tuple(
             (key, value)
             for key, value in part.__dict__.items()
-            if isinstance(value, (bool, int, float, str, type(None))) and (key != "training" or not isinstance(part, _NormBase))
-            or isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value)
+            if isinstance(value, (bool, int, float, str, type(None)))
+            and (key != "training" or not isinstance(part, _NormBase))
+            or isinstance(value, tuple)
+            and all(isinstance(v, (bool, int, float, str)) for v in value)
         )
         tensors = tuple(
             (key, None if t is None else (tuple(t.shape), t.dtype))

@@ -15,7 +15,18 @@ from widefield.streaming.grid import Grid, make_grid
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,9 @@ def _restore(image_shape: Any, tile_size: Any, steps: int, predicted_bytes: dict
     return Plan(image_shape, tile_size, steps, MappingProxyType(predicted_bytes), fraction)
 
 
-def make_plan(program: Program, tile: tuple[int, int | None] | None, budget: int | None, device: torch.device) -> tuple[Plan, Grid]:
+def make_plan(
+    program: Program, tile: tuple[int, int | None] | None, budget: int | None, device: torch.device
+) -> tuple[Plan, Grid]:
     """Plan with the given `tile` (None as its width: the whole width), or derive one from `budget` bytes or the free memory.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
@@ -92,7 +105,9 @@ def _candidates(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
     tallest = max(32, -(-pixels // width) // 32 * 32)
     heights = [tallest, *(h for h in (512, 384, 256, 192, 128, 96, 64, 32) if h < tallest)]
     widths = [w for w in (4096, 2048, 1024, 512, 256) if w < width]
-    tiles = [(h, width) for h in heights] + [(max(64, pixels // w // 32 * 32), w) for w in widths] + [(128, 128), (64, 64)]
+    tiles = (
+        [(h, width) for h in heights] + [(max(64, pixels // w // 32 * 32), w) for w in widths] + [(128, 128), (64, 64)]
+    )
     return list(dict.fromkeys((min(h, height), min(w, width)) for h, w in tiles))
 
 

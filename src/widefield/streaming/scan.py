@@ -78,7 +78,9 @@ class _Scan(torch.autograd.Function):
                 "Call it without, or run the plain module where second derivatives are needed."
             )
         needed = ctx.needs_input_grad[1:]
-        tensors, pieces = ctx.saved_tensors[: len(needed)], iter(ctx.saved_tensors[len(needed) :])
+        everything = ctx.saved_tensors
+        tensors, pieces = everything[: len(needed)], iter(everything[len(needed) :])
+        del everything
         saved = [({v: next(pieces) for v in above}, {v: next(pieces) for v in left}) for above, left in ctx.layout]
         with ctx.job.autocast():
             return None, *_backward(ctx.job, tensors, needed, saved, grads)
@@ -119,7 +121,9 @@ def _backward(
     leaves = [weight.detach().requires_grad_(need) for weight, need in zip(tensors[n:], needed[n:], strict=True)]  # type: ignore[union-attr]
     by_name = dict(zip(job.weight_names, leaves, strict=True))
     moving = _moving(stage, {name for name, leaf in by_name.items() if leaf.requires_grad}, needed[:n])
-    results = [torch.zeros_like(x) if need and k < n else None for k, (x, need) in enumerate(zip(tensors, needed, strict=True))]
+    results = [
+        torch.zeros_like(x) if need and k < n else None for k, (x, need) in enumerate(zip(tensors, needed, strict=True))
+    ]
     wanted = [k for k, leaf in enumerate(leaves) if leaf.requires_grad]
     grad_below: list[Carry] = [{} for _ in grid.cols]
     for i in reversed(range(len(grid.rows))):
@@ -130,15 +134,24 @@ def _backward(
             with torch.enable_grad():
                 tiles = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
                 made, below, right = step(grid, i, j, above, left, tiles, by_name, job.seed)
-            arriving = [(made[v], _tile_of(g, grid, v, i, j)) for v, g in zip(stage.outputs, grads, strict=True) if g is not None and v in made]
-            arriving += [(below[v], g) for v, g in grad_below[j].items()] + [(right[v], g) for v, g in grad_right.items()]
+            arriving = [
+                (made[v], _tile_of(g, grid, v, i, j))
+                for v, g in zip(stage.outputs, grads, strict=True)
+                if g is not None and v in made
+            ]
+            arriving += [(below[v], g) for v, g in grad_below[j].items()] + [
+                (right[v], g) for v, g in grad_right.items()
+            ]
             arriving = [(x, g) for x, g in arriving if x.requires_grad]
             del made, below, right, tiles
             from_above, from_left = [v for v in above if moving[v]], [v for v in left if moving[v]]
             images = [k for k, raw in enumerate(raws) if raw is not None and raw.requires_grad]
             found = _gradients(
                 arriving,
-                [above[v] for v in from_above] + [left[v] for v in from_left] + [raws[k] for k in images] + [leaves[k] for k in wanted],
+                [above[v] for v in from_above]
+                + [left[v] for v in from_left]
+                + [raws[k] for k in images]
+                + [leaves[k] for k in wanted],
             )
             grad_below[j] = {v: g for v in from_above if (g := next(found)) is not None}
             grad_right = {v: g for v in from_left if (g := next(found)) is not None}

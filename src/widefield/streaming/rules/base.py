@@ -110,7 +110,7 @@ def place(node: Node, maps: Maps) -> Placed:
     """Apply the rule of `node`'s operator. Raises `UnsupportedOpError` where there is none."""
     tags = getattr(node.target, "tags", ())
     elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    found = RULES.get(node.target) or (RULES[torch.ops.aten.copy.default] if elementwise else None)
+    found = RULES.get(node.target) or (RULES[torch.ops.aten.clone.default] if elementwise else None)
     if found is None:
         raise node.refuse(
             "has no streaming rule",
@@ -131,7 +131,8 @@ def only_map(node: Node, maps: Maps) -> str:
     first = node.args[0] if node.args else None
     if len(names) != 1 or not isinstance(first, Ref) or first.name != names[0]:
         raise node.refuse(
-            "takes weights or scales that depend on the image", "compute them from parameters, or keep this layer out of the trunk"
+            "takes weights or scales that depend on the image",
+            "compute them from parameters, or keep this layer out of the trunk",
         )
     return names[0]
 

@@ -36,7 +36,18 @@ def along(node: Node, maps: Maps) -> Placed:
 
 
 @rule(
-    *(aten.mean, aten.sum, aten.amax, aten.amin, aten.prod, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp),
+    *(
+        aten.mean,
+        aten.sum,
+        aten.amax,
+        aten.amin,
+        aten.prod,
+        aten.var,
+        aten.std,
+        aten.var_mean,
+        aten.std_mean,
+        aten.logsumexp,
+    ),
     *(aten.linalg_vector_norm, aten.norm, aten.max, aten.min, aten.argmax, aten.argmin, aten.any, aten.all),
 )
 def reduction(node: Node, maps: Maps) -> Placed:
@@ -82,7 +93,9 @@ def einsum(node: Node, maps: Maps) -> Placed:
     equation, operands = node.args[0], node.args[1]
     names = sources(node, maps)
     if len(names) != 1 or "->" not in equation or "." in equation:
-        raise node.refuse("combines several maps or has implicit dimensions", "write it with broadcasting and sums over channels")
+        raise node.refuse(
+            "combines several maps or has implicit dimensions", "write it with broadcasting and sums over channels"
+        )
     left, right = equation.replace(" ", "").split("->")
     terms = left.split(",")
     own = next(term for term, operand in zip(terms, operands, strict=True) if operand.name == names[0])

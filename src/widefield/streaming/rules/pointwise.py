@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.capture import Node, Ref, overwrite
 from widefield.streaming.rules.base import Axes, Maps, Placed, caller, only_map, rule, sources
 
 aten = torch.ops.aten
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 @rule(  # Pointwise operators that PyTorch does not tag so; the tagged ones come here without being listed.
     *(aten.hardswish, aten.log_sigmoid, aten.softplus, aten.special_expm1, aten.square, aten.rsub, aten.floor_divide),
-    *(aten.where, aten.masked_fill, aten.fill, aten.copy, aten.clone, aten.alias, aten.detach, aten.contiguous),
+    *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.clone, aten.alias, aten.detach, aten.contiguous),
     *(aten.to, aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
 )
 def pointwise(node: Node, maps: Maps) -> Placed:

@@ -28,7 +28,9 @@ def keep_mask(
     probability: float, seed: int, name: str, shape: Sequence[int], starts: Sequence[int], device: torch.device
 ) -> Tensor:
     """Booleans of `shape`, each true with `probability`; `starts` is the global index of the first element per dimension."""
-    key = torch.tensor([seed & _MASK, (seed >> 32) & _MASK, zlib.crc32(name.encode())], dtype=torch.int64, device=device)
+    key = torch.tensor(
+        [seed & _MASK, (seed >> 32) & _MASK, zlib.crc32(name.encode())], dtype=torch.int64, device=device
+    )
     value = _mix(key[2] ^ _mix(key[1] ^ _mix(key[0])))
     for dim, (size, start) in enumerate(zip(shape, starts, strict=True)):
         index = torch.arange(start, start + size, device=device, dtype=torch.int64)

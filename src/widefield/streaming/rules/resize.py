@@ -59,7 +59,9 @@ def _resample(tile: Tensor, dim: int, axis: Resample, span: Span) -> Tensor:
         index = torch.tensor([places[k] - span.first for places, _ in taps], device=tile.device)
         term = tile.index_select(dim, index)
         if len(taps[0][0]) > 1:
-            term = term * torch.tensor([weights[k] for _, weights in taps], dtype=tile.dtype, device=tile.device).view(shape)
+            term = term * torch.tensor([weights[k] for _, weights in taps], dtype=tile.dtype, device=tile.device).view(
+                shape
+            )
         result = term if result is None else result + term
     assert result is not None
     return result

@@ -1,12 +1,14 @@
 """Operations that move elements without computing: views, permutations, slices, concatenation, pixel shuffle."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from widefield.streaming.capture import Node, Ref
+from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Window, identity, repeat
 from widefield.streaming.rules.base import (
     Axes,
@@ -36,7 +38,9 @@ def permute(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), axes, lambda tiles, work: tiles[0].permute(order))
 
 
-@rule(aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.unflatten, aten.flatten, aten.view_as)
+@rule(
+    aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.unflatten, aten.flatten, aten.view_as
+)
 def reshape(node: Node, maps: Maps) -> Placed:
     """A new shape, as long as height and width stay apart from each other.
 
@@ -108,7 +112,9 @@ def expand(node: Node, maps: Maps) -> Placed:
             raise refuse_whole(node, "repeats")
         sizes[axis] = -1 if node.op == "aten.expand" else 1
     repeats = node.op == "aten.repeat"
-    return Placed((maps.read(name),), axes, lambda tiles, work: tiles[0].repeat(sizes) if repeats else tiles[0].expand(sizes))
+    return Placed(
+        (maps.read(name),), axes, lambda tiles, work: tiles[0].repeat(sizes) if repeats else tiles[0].expand(sizes)
+    )
 
 
 @rule(aten.slice)
@@ -118,7 +124,9 @@ def take_slice(node: Node, maps: Maps) -> Placed:
     axes, ndim = maps.axes[name], len(maps.shapes[name])
     dim = dims(node, argument(node, 1, "dim", 0), ndim)[0]
     size = maps.shapes[name][dim]
-    start, _, step = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)).indices(size)
+    start, _, step = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)).indices(
+        size
+    )
     length = node.shape[dim]
     read = maps.read(name)
     if dim not in axes:
@@ -129,7 +137,9 @@ def take_slice(node: Node, maps: Maps) -> Placed:
     along_rows = dim == axes.rows
     index = (slice(None),) * dim + (slice(None, None, step),)
     return Placed(
-        (Read(name, window if along_rows else read.rows, read.cols if along_rows else window),), axes, lambda tiles, work: tiles[0][index]
+        (Read(name, window if along_rows else read.rows, read.cols if along_rows else window),),
+        axes,
+        lambda tiles, work: tiles[0][index],
     )
 
 
@@ -147,7 +157,16 @@ def select(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.flip, aten.roll, aten.index_select, aten.narrow)
+@rule(
+    aten.split,
+    aten.split_with_sizes,
+    aten.chunk,
+    aten.tensor_split,
+    aten.flip,
+    aten.roll,
+    aten.index_select,
+    aten.narrow,
+)
 def along_another_dimension(node: Node, maps: Maps) -> Placed:
     """Cutting or reordering a dimension other than height and width."""
     name = only_map(node, maps)
@@ -159,20 +178,17 @@ def along_another_dimension(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
 
 
-@rule(aten.cat, aten.stack, aten.slice_scatter, aten.select_scatter)
+@rule(aten.cat, aten.stack, aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""
     names = sources(node, maps)
     stacked = node.op == "aten.stack"
-    position = 2 if node.op.endswith("scatter") else 1
+    position = 2 if node.op == "aten.slice_scatter" else 1
     axes_in = {maps.axes[name] for name in names}
     ndim = len(node.shape)
     dim = dims(node, argument(node, position, "dim", 0), ndim)[0]
-    if node.op == "aten.select_scatter" or len(axes_in) > 1 or len({maps.extent(name) for name in names}) > 1:
-        raise node.refuse(
-            f"joins maps of different layout or size: {', '.join(str(maps.shapes[name]) for name in names)}",
-            "bring them to the same height and width, in the same dimensions, first",
-        )
+    if len(axes_in) > 1 or len({maps.extent(name) for name in names}) > 1:
+        raise _different(node, maps)
     axes = axes_in.pop()
     if stacked:
         axes = Axes(*(axis + (dim <= axis) for axis in axes))
@@ -182,12 +198,31 @@ def join(node: Node, maps: Maps) -> Placed:
     for k, item in enumerate(items):
         if isinstance(item, Ref) and item.name not in maps:
             items[k] = Ref(maps.spread_weight(item.name, maps.axes[names[0]], maps.shapes[item.name]))
-    from dataclasses import replace
-
     args = (items, *node.args[1:]) if isinstance(node.args[0], (list, tuple)) else (*items, *node.args[2:])
     node = replace(node, args=args)
     call = caller(node, maps)
     return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
+
+
+@rule(aten.select_scatter)
+def put(node: Node, maps: Maps) -> Placed:
+    """`x` with one index of a dimension replaced by `source`, as `x[:, k] = source` does."""
+    whole, part = (arg.name for arg in node.args[:2])
+    dim = dims(node, argument(node, 2, "dim", 0), len(node.shape))[0]
+    if whole not in maps or part not in maps or dim in maps.axes[whole] or maps.extent(whole) != maps.extent(part):
+        raise _different(node, maps)
+    axes = maps.axes[whole]
+    if maps.axes[part] != tuple(axis - (dim < axis) for axis in axes):
+        raise _different(node, maps)
+    call = caller(node, maps)
+    return Placed((maps.read(whole), maps.read(part)), axes, lambda tiles, work: call(tiles, work.weights))
+
+
+def _different(node: Node, maps: Maps) -> UnsupportedOpError:
+    return node.refuse(
+        f"joins maps of different layout or size: {', '.join(str(maps.shapes[name]) for name in node.refs)}",
+        "bring them to the same height and width, in the same dimensions, first",
+    )
 
 
 @rule(aten.pixel_shuffle)
@@ -217,4 +252,6 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(node: Node, maps: Maps) -> Placed:
     name = only_map(node, maps)
-    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1]))
+    return Placed(
+        (maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1])
+    )

@@ -34,7 +34,9 @@ def _require_nchw(node: Node, maps: Maps, name: str) -> None:
         )
 
 
-def _windows(maps: Maps, node: Node, name: str, extent: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Read:
+def _windows(
+    maps: Maps, node: Node, name: str, extent: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Read:
     sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
     rows, cols = (Window(*size) for size in sizes)
     return Read(name, rows, cols)
@@ -102,7 +104,11 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     read = _windows(maps, node, name, extent, stride, padding)
 
     def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        if ceil_mode or max(work.rows[0].low, work.rows[0].high) > padding[0] or max(work.cols[0].low, work.cols[0].high) > padding[1]:
+        if (
+            ceil_mode
+            or max(work.rows[0].low, work.rows[0].high) > padding[0]
+            or max(work.cols[0].low, work.cols[0].high) > padding[1]
+        ):
             rows, cols = work.rows[0], work.cols[0]
             tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
             return F.max_pool2d(tile, kernel, stride, 0, dilation)
@@ -189,9 +195,11 @@ def pad(node: Node, maps: Maps) -> Placed:
     """Padding or cropping (negative amounts), of any dimension."""
     name = only_map(node, maps)
     axes, ndim = maps.axes[name], len(maps.shapes[name])
-    mode = {"aten.reflection_pad2d": "reflect", "aten.replication_pad2d": "replicate", "aten.constant_pad_nd": "constant"}.get(
-        node.op, argument(node, 2, "mode", "constant")
-    )
+    mode = {
+        "aten.reflection_pad2d": "reflect",
+        "aten.replication_pad2d": "replicate",
+        "aten.constant_pad_nd": "constant",
+    }.get(node.op, argument(node, 2, "mode", "constant"))
     value = argument(node, 2, "value", 0.0) if node.op == "aten.constant_pad_nd" else argument(node, 3, "value", 0.0)
     amounts = list(node.args[1])
     before, after = [0] * ndim, [0] * ndim

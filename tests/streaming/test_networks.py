@@ -1,0 +1,93 @@
+"""Whole networks against plain PyTorch on the whole image, in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.streaming.exactness import assert_exact, randomise
+from widefield.streaming import stream
+
+ODD = (97, 113)
+
+
+def resnet_trunk(model: nn.Module) -> nn.Module:
+    return nn.Sequential(*list(model.children())[:-2])
+
+
+class UNet(nn.Module):
+    """Two scales, transposed and bilinear upsampling, skip connections, a dict of maps as its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down0, self.down1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.down2 = nn.Conv2d(12, 16, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(12)
+        self.up1 = nn.ConvTranspose2d(16, 12, 2, 2)
+        self.up0 = nn.Conv2d(24, 8, 3, padding=1)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = F.relu(self.down0(x))
+        b = F.relu(self.norm(self.down1(a)))
+        c = F.gelu(self.down2(b))
+        d = F.relu(self.up0(torch.cat([self.up1(c), b], 1)))
+        e = torch.cat([F.interpolate(d, scale_factor=2, mode="bilinear"), a], 1)
+        return {"logits": self.out(e), "deep": c, "pair": (b, d)}
+
+
+class Dilated(nn.Module):
+    """Parallel dilated branches of one convolution that is used three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=d, dilation=d) for d in (1, 2, 5))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        x = self.shared(self.shared(x).relu()) + self.shared(x)
+        return [branch(x) for branch in self.branches]
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
+    "resnet18": (lambda: resnet_trunk(tv.resnet18()), ODD, 2),
+    "resnet50": (lambda: resnet_trunk(tv.resnet50()), (65, 70), 1),
+    "convnext_tiny": (lambda: tv.convnext_tiny().features[:4], ODD, 1),
+    "mobilenet_v2": (lambda: tv.mobilenet_v2().features, ODD, 2),
+    "vgg11_bn": (lambda: tv.vgg11_bn().features, (49, 67), 1),
+    "densenet121": (lambda: tv.densenet121().features[:8], (65, 70), 1),
+    "regnet_x_400mf": (lambda: nn.Sequential(tv.regnet_x_400mf().stem, tv.regnet_x_400mf().trunk_output), (65, 70), 1),
+    "hrnet": (lambda: timm.create_model("hrnet_w18_small", features_only=True), (96, 64), 1),
+    "shufflenet": (lambda: nn.Sequential(*list(tv.shufflenet_v2_x0_5().children())[:-1]), ODD, 1),
+    "unet": (UNet, (52, 44), 2),
+    "dilated and reused": (Dilated, (41, 39), 2),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_exact(name: str) -> None:
+    build, size, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    module = randomise(build()).train()
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.eval()
+        if type(part).__name__ == "StochasticDepth":
+            part.p = 0.0
+    assert_exact(module, torch.randn(batch, 3, *size), [(32, None), (17, 29)] if name != "hrnet" else [(32, 40)])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11", "efficientnet_b0"])
+def test_stream_runs_a_whole_classifier(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(getattr(tv, name)(num_classes=5)).eval()
+    streamed = assert_exact(model, torch.randn(2, 3, 65, 71), [(24, None), (33, 40)], wrap=stream)
+    fraction = streamed.plan((3, 65, 71)).streamed_fraction
+    assert 0 < fraction < 1
+    assert fraction > 0.99 or name in ("vgg11", "efficientnet_b0")

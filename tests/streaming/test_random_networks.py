@@ -1,0 +1,92 @@
+"""Property test: networks, image sizes, tiles, batch sizes and dtypes drawn at random agree with the whole image."""
+
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.streaming.exactness import assert_exact, randomise
+
+layer = st.one_of(
+    st.tuples(st.just("conv"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2)),
+    st.tuples(st.just("depthwise"), st.integers(1, 7), st.integers(1, 2)),
+    st.tuples(st.just("norm")),
+    st.tuples(st.just("act"), st.sampled_from(["relu", "gelu", "hardswish"])),
+    st.tuples(st.just("max"), st.integers(1, 3), st.integers(1, 3), st.booleans()),
+    st.tuples(st.just("avg"), st.integers(2, 3), st.integers(1, 2), st.booleans()),
+    st.tuples(st.just("up"), st.sampled_from(["nearest", "bilinear"])),
+    st.tuples(st.just("transposed"), st.integers(1, 4), st.integers(1, 3)),
+    st.tuples(st.just("residual"), st.integers(1, 3)),
+    st.tuples(st.just("reflect"), st.integers(1, 2)),
+    st.tuples(st.just("layernorm")),
+    st.tuples(st.just("keep")),
+)
+
+
+class Drawn(nn.Module):
+    """Four channels throughout; "keep" adds the current map to the outputs; too small maps skip a layer."""
+
+    def __init__(self, layers: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.parts = nn.ModuleList(map(self._part, layers))
+
+    @staticmethod
+    def _part(spec: tuple[Any, ...]) -> nn.Module:
+        kind, *args = spec
+        if kind == "conv":
+            return nn.Conv2d(4, 4, args[0], args[1], args[2], args[3])
+        if kind == "depthwise":
+            return nn.Conv2d(4, 4, args[0], args[1], args[0] // 2, groups=4, bias=False)
+        if kind == "norm":
+            return nn.BatchNorm2d(4)
+        if kind == "max":
+            return nn.MaxPool2d(args[0], args[1], args[0] // 2, ceil_mode=args[2])
+        if kind == "avg":
+            return nn.AvgPool2d(args[0], args[1], args[0] // 2, count_include_pad=args[2])
+        if kind == "transposed":
+            return nn.ConvTranspose2d(4, 4, args[0], args[1])
+        if kind == "residual":
+            return nn.Conv2d(4, 4, 2 * args[0] + 1, padding=args[0])
+        if kind == "reflect":
+            return nn.Conv2d(4, 4, 2 * args[0] + 1, padding=args[0], padding_mode="reflect")
+        return nn.LayerNorm(4) if kind == "layernorm" else nn.Identity()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for (kind, *args), part in zip(self.layers, self.parts, strict=True):
+            if kind == "keep":
+                outputs.append(x)
+            elif min(x.shape[2:]) < 10 and kind in ("conv", "depthwise", "max", "avg", "reflect", "residual"):
+                continue
+            elif kind == "act":
+                x = getattr(F, args[0])(x)
+            elif kind == "up":
+                x = F.interpolate(x, scale_factor=2, mode=args[0]) if max(x.shape[2:]) < 60 else x
+            elif kind == "transposed":
+                x = part(x) if max(x.shape[2:]) < 60 else x
+            elif kind == "residual":
+                x = x + part(x).relu()
+            elif kind == "layernorm":
+                x = part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            else:
+                x = part(x)
+        return [*outputs, x * 1.0]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    layers=st.lists(layer, min_size=2, max_size=9),
+    size=st.tuples(st.integers(1, 45), st.integers(1, 45)),
+    tiles=st.lists(st.tuples(st.integers(1, 30), st.one_of(st.none(), st.integers(1, 30))), min_size=1, max_size=2),
+    batch=st.integers(1, 3),
+)
+def test_drawn_networks_are_exact(
+    layers: list[tuple[Any, ...]], size: tuple[int, int], tiles: list[Any], batch: int
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), randomise(Drawn(layers)))
+    assert_exact(module, torch.randn(batch, 2, *size), tiles)

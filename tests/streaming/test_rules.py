@@ -1,0 +1,224 @@
+"""Every rule against plain PyTorch on the whole image, in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.streaming.exactness import assert_exact, randomise
+from widefield.streaming import StreamingCNN, UnsupportedOpError
+
+TILES = [(7, None), (5, 6), (1, 3), (64, 64)]
+
+
+class Fn(nn.Module):
+    """A function as a module, with a convolution before and after, so that carries have something to carry."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], object],
+        channels: int = 8,
+        after: int | None = 8,
+        before: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.before = before or nn.Conv2d(3, channels, 3, padding=1)
+        self.function = function
+        self.after = nn.Conv2d(after, 4, 3, padding=1) if after else None
+
+    def forward(self, x: Tensor) -> object:
+        y = self.function(self.before(x))
+        return self.after(y) if self.after is not None else y
+
+
+def conv(**options: object) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, **options), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+
+
+CONVOLUTIONS = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "no padding": {"kernel_size": 5},
+    "stride 2": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "stride 3 kernel 2": {"kernel_size": 2, "stride": 3},
+    "stride larger than the kernel": {"kernel_size": 1, "stride": 2, "padding": 1},
+    "stride (2, 1)": {"kernel_size": 3, "stride": (2, 1), "padding": (0, 2)},
+    "dilation": {"kernel_size": 3, "dilation": 3, "padding": 3},
+    "dilation (1, 2)": {"kernel_size": 3, "dilation": (1, 2), "padding": (1, 4)},
+    "groups": {"kernel_size": 3, "groups": 3, "padding": 1},
+    "depthwise": {"kernel_size": 7, "groups": 3, "padding": 3},
+    "1x7": {"kernel_size": (1, 7), "padding": (0, 3)},
+    "7x1": {"kernel_size": (7, 1), "padding": (3, 0)},
+    "even kernel": {"kernel_size": 4, "padding": 1, "stride": 2},
+    "large padding": {"kernel_size": 3, "padding": 4},
+    "same": {"kernel_size": 4, "padding": "same"},
+    "same dilated": {"kernel_size": (3, 2), "padding": "same", "dilation": 2},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "reflect": {"kernel_size": 5, "padding": 2, "padding_mode": "reflect"},
+    "replicate": {"kernel_size": 5, "padding": 3, "padding_mode": "replicate", "stride": 2},
+    "reflect same": {"kernel_size": 4, "padding": "same", "padding_mode": "reflect"},
+    "no bias": {"kernel_size": 3, "bias": False, "stride": 2, "padding": 1},
+    "11x11 stride 4": {"kernel_size": 11, "stride": 4, "padding": 2},
+}
+
+POOLS = {
+    "max 2": nn.MaxPool2d(2),
+    "max 3 s2 p1": nn.MaxPool2d(3, 2, 1),
+    "max 3 s2 ceil": nn.MaxPool2d(3, 2, ceil_mode=True),
+    "max 3 s2 p1 ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    "max 5 s1 p2": nn.MaxPool2d(5, 1, 2),
+    "max dilated": nn.MaxPool2d(3, 2, 1, dilation=2),
+    "max dilated ceil": nn.MaxPool2d((2, 3), (3, 2), (1, 0), dilation=(1, 2), ceil_mode=True),
+    "avg 2": nn.AvgPool2d(2),
+    "avg 3 s1 p1": nn.AvgPool2d(3, 1, 1),
+    "avg 3 s2 p1 excluding": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "avg 3 s2 p1 ceil": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "avg 3 s2 p1 ceil excluding": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "avg 4 s3 ceil": nn.AvgPool2d(4, 3, ceil_mode=True),
+    "avg divisor": nn.AvgPool2d((2, 3), 2, (1, 0), divisor_override=5),
+}
+
+TRANSPOSED = {
+    "k2 s2": {"kernel_size": 2, "stride": 2},
+    "k3 s2 p1 op1": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    "k4 s2 p1": {"kernel_size": 4, "stride": 2, "padding": 1},
+    "k3 s1": {"kernel_size": 3},
+    "k3 s1 p2": {"kernel_size": 3, "padding": 2},
+    "k2 s3": {"kernel_size": 2, "stride": 3, "output_padding": 2},
+    "k1 s4": {"kernel_size": 1, "stride": 4},
+    "k5 s3 p2 d2": {"kernel_size": 3, "stride": 3, "padding": 2, "dilation": 2, "output_padding": (1, 2)},
+    "groups no bias": {"kernel_size": (3, 2), "stride": (1, 2), "groups": 2, "bias": False},
+}
+
+FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
+    "nearest 2": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+    "nearest (3, 1)": lambda x: F.interpolate(x, scale_factor=(3, 1), mode="nearest"),
+    "nearest by size": lambda x: F.interpolate(x, size=(x.shape[2] * 7, x.shape[3] * 7), mode="nearest"),
+    "nearest down": lambda x: F.interpolate(x[:, :, :22, :18], scale_factor=0.5, mode="nearest"),
+    "nearest-exact 3": lambda x: F.interpolate(x, scale_factor=3, mode="nearest-exact"),
+    "bilinear 2": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "bilinear 3": lambda x: F.interpolate(x, scale_factor=3, mode="bilinear"),
+    "bilinear corners": lambda x: F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=True),
+    "bilinear to odd size": lambda x: F.interpolate(x, size=(41, 13), mode="bilinear"),
+    "bicubic 2": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "bicubic corners": lambda x: F.interpolate(x, size=(31, 50), mode="bicubic", align_corners=True),
+    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1),
+    "pixel unshuffle": lambda x: F.pixel_unshuffle(x[:, :2, :22, :18], 2),
+    "space to depth by view": lambda x: x[:, :2, :22, :18].reshape(1, 2, 11, 2, 9, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 8, 11, 9),
+    "depth to space by view": lambda x: x.reshape(1, 2, 2, 2, x.shape[2], x.shape[3]).permute(0, 1, 4, 2, 5, 3).reshape(1, 2, x.shape[2] * 2, x.shape[3] * 2).repeat(1, 4, 1, 1),
+    "pad": lambda x: F.pad(x, (1, 2, 3, 0)),
+    "pad with a value": lambda x: F.pad(x, (0, 5, 0, 5), value=2.0),
+    "pad channels": lambda x: F.pad(x, (1, 0, 0, 1, 2, 1))[:, 1:9],
+    "crop": lambda x: F.pad(x, (-2, 1, 3, -4)),
+    "reflect": lambda x: F.pad(x, (4, 3, 5, 2), mode="reflect"),
+    "replicate": lambda x: F.pad(x, (4, 3, 5, 2), mode="replicate"),
+    "cat": lambda x: torch.cat([x[:, :4], x.relu()[:, 4:]], 1),
+    "cat shifted branches": lambda x: torch.cat([F.avg_pool2d(x, 5, 1, 2)[:, :2], x[:, 2:]], 1),
+    "stack and unbind": lambda x: sum(torch.stack([x, x * 2], 1).unbind(1)),
+    "stack in front": lambda x: torch.stack([x, x.tanh()], 0).sum(0),
+    "split": lambda x: torch.cat(torch.split(x, [1, 4, 3], 1)[::-1], 1),
+    "chunk": lambda x: torch.cat([c.sigmoid() * k for k, c in enumerate(x.chunk(3, 1))], 1),
+    "channel shuffle by view": lambda x: x.view(1, 4, 2, x.shape[2], x.shape[3]).transpose(1, 2).reshape(x.shape),
+    "channel shuffle": lambda x: F.channel_shuffle(x, 4),
+    "flip channels": lambda x: x.flip(1),
+    "roll channels": lambda x: x.roll(3, 1),
+    "strided slice": lambda x: x[:, :, 1::2, ::3],
+    "patch merging by slices": lambda x: torch.cat([x[:, :2, i : 22 : 2, j : 18 : 2] for i in (0, 1) for j in (0, 1)], 1),
+    "layer norm over channels": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
+    "softmax over channels": lambda x: x.softmax(1),
+    "log softmax, channels last": lambda x: x.permute(0, 2, 3, 1).log_softmax(-1).movedim(-1, 1),
+    "mean over channels": lambda x: x * x.mean(1, keepdim=True) + x.amax(1, keepdim=True),
+    "mean without keepdim": lambda x: x - x.mean(1)[:, None] + x.var(1).unsqueeze(1),
+    "norm over channels": lambda x: F.normalize(x, dim=1),
+    "max over channels": lambda x: x + x.max(1, keepdim=True).values - x.min(dim=1, keepdim=True)[0],
+    "glu": lambda x: F.glu(x, 1).repeat(1, 2, 1, 1),
+    "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
+    "comparison": lambda x: x * (x > x.mean(1, keepdim=True)) + torch.maximum(x, -x) + x.clamp(-0.5, 0.5),
+    "activations": lambda x: F.gelu(F.silu(x)) + F.hardswish(x) + F.elu(x) + F.mish(x) + F.leaky_relu(x) + F.softplus(x) + F.relu6(x) + F.hardsigmoid(x) + F.gelu(x, approximate="tanh") + F.softsign(x) + F.logsigmoid(x) + F.tanhshrink(x),
+    "in-place": lambda x: (x * 2).relu_() + x.mul(3).add_(x[:, :1]),
+    "in-place on a slice": lambda x: _fill_slice(x),
+    "masked fill": lambda x: x.masked_fill(x < 0, 0.3),
+    "residual": lambda x: x + F.avg_pool2d(x, 3, 1, 1),
+    "same map twice": lambda x: x * x,
+    "constants": lambda x: x * torch.linspace(0, 1, 8).view(1, 8, 1, 1).to(x) + torch.ones_like(x),
+    "einsum over channels": lambda x: torch.einsum("nchw,cd->ndhw", x, torch.eye(8, dtype=x.dtype) * 2),
+    "detach": lambda x: x * x.detach(),
+    "position grid": lambda x: x + torch.linspace(-1, 1, x.shape[2], dtype=x.dtype).view(1, 1, -1, 1) * torch.linspace(0, 1, x.shape[3], dtype=x.dtype),
+    "expand": lambda x: x[:, :1].expand(-1, 8, -1, -1) * x,
+}  # fmt: skip
+
+
+def _fill_slice(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :2] += 1
+    y[:, 3] = 0.0
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    assert_exact(conv(**CONVOLUTIONS[name]), torch.randn(2, 3, 23, 19), TILES)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pooling(name: str) -> None:
+    torch.manual_seed(0)
+    assert_exact(Fn(POOLS[name]), torch.randn(1, 3, 23, 19), TILES)
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    assert_exact(Fn(nn.ConvTranspose2d(4, 6, **TRANSPOSED[name]), 4, 6), torch.randn(1, 3, 11, 9), TILES)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    torch.manual_seed(0)
+    assert_exact(Fn(FUNCTIONS[name]), torch.randn(1, 3, 23, 19), TILES)
+
+
+def test_ties_in_max_pooling_go_as_on_the_whole_image() -> None:
+    image = torch.randint(0, 2, (1, 3, 21, 22)).double()
+    for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(2, 2, ceil_mode=True)):
+        assert_exact(nn.Sequential(nn.Identity(), nn.ReLU(), pool), image, [(4, 5)])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3)])
+def test_tiny_images(size: tuple[int, int]) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 7, padding=3))
+    assert_exact(randomise(module), torch.randn(2, 3, *size), [(1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("circular padding", lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")),
+        ("global pooling", lambda x: F.adaptive_avg_pool2d(x, 1)),
+        ("softmax over space", lambda x: x.softmax(-1)),
+        ("flatten", lambda x: x.flatten(2)),
+        ("mean over height", lambda x: x.mean(2, keepdim=True)),
+        ("flip", lambda x: x.flip(3)),
+        ("spatial matmul", lambda x: x @ x.transpose(2, 3)),
+        ("group norm", lambda x: F.group_norm(x, 2)),
+        ("fft", lambda x: torch.fft.fft2(x).real),
+        ("instance norm", lambda x: F.instance_norm(x)),
+        ("layer norm over space", lambda x: F.layer_norm(x, x.shape[2:])),
+        ("roll", lambda x: x.roll(1, 2)),
+        ("grid sample", lambda x: F.grid_sample(x, torch.zeros(1, 5, 5, 2, dtype=x.dtype), align_corners=False)),
+        ("cumsum over width", lambda x: x.cumsum(3)),
+        ("indices of max pooling", lambda x: F.max_pool2d(x, 2, return_indices=True)[1]),
+        ("mean over channels and height", lambda x: x.mean((1, 2))),
+        ("transposed sum", lambda x: x[:, :, :17, :17] + x[:, :, :17, :17].transpose(2, 3)),
+    ],
+)  # fmt: skip
+def test_what_is_not_local_is_refused_by_name(name: str, function: Callable[[Tensor], object]) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), Fn(function, after=None, before=nn.Identity()))
+    with pytest.raises(UnsupportedOpError) as caught:
+        StreamingCNN(module, 8)(torch.randn(1, 3, 23, 19))
+    assert caught.value.op
+    assert "What to do" in str(caught.value)
+    assert caught.value.module_path.startswith("1") or caught.value.module_path == ""
