@@ -1,0 +1,7 @@
+"""Lazily read images: one object, whatever the file, that reads a region without loading the rest."""
+
+from widefield.images.errors import ImageReadError
+from widefield.images.image import LazyImage, open_image
+from widefield.images.thumbnail import thumbnail
+
+__all__ = ["ImageReadError", "LazyImage", "open_image", "thumbnail"]

@@ -1,0 +1,120 @@
+"""`open_image` and the image it returns."""
+
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from widefield.images.errors import cannot_read
+from widefield.images.numpy_map import open_npy
+from widefield.images.photo import open_photo
+from widefield.images.source import OpenedLevel, PixelSource, Spacing
+from widefield.images.tiff import open_tiff
+
+ChannelAxis = Literal["first", "last"]
+
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PHOTO_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_NPY_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True, eq=False)
+class LazyImage:
+    """One level of an image file; only the regions that are asked for are read. Made by `open_image`.
+
+    It pickles as its path and level (a worker process opens the file anew), survives a fork, and any number of threads
+    may read at the same time.
+    """
+
+    path: Path
+    level: int
+    levels: tuple[tuple[int, int], ...]
+    """(height, width) of every level, the largest first."""
+    spacing: Spacing | None
+    """Micrometres per pixel of this level, (y, x); None if the file doesn't say."""
+    channels: ChannelAxis | None
+    """The axis of the channels that `open_image` was told; None if it decided."""
+    _source: PixelSource = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of this level."""
+        return self._source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels, in native byte order."""
+        return self._source.dtype
+
+    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        """Read a region, given in pixels of this level.
+
+        Returns:
+            A writable array of shape (channels, height, width) and of type `dtype`, contiguous or not, that shares no
+            memory with the file.
+
+        Raises:
+            ValueError: The region is empty or not wholly inside the image.
+            ImageReadError: The file is truncated or corrupt where the region lies.
+        """
+        y, x, height, width = (operator.index(number) for number in (y, x, height, width))
+        _, full_height, full_width = self.shape
+        if height < 1 or width < 1 or y < 0 or x < 0 or y + height > full_height or x + width > full_width:
+            raise ValueError(
+                f"region (y={y}, x={x}, height={height}, width={width}) is empty or reaches outside of level "
+                f"{self.level} of {self.path}, which has height {full_height} and width {full_width}; "
+                "clip the region to the image"
+            )
+        return self._source.read(y, x, height, width)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_image, (self.path, self.level, self.channels)
+
+
+def open_image(path: str | Path, level: int = 0, channels: ChannelAxis | None = None) -> LazyImage:
+    """Open a PNG, JPEG, TIFF, BigTIFF or `.npy` file for reading region by region; no pixels are read yet.
+
+    The format is told by the file's content, not by its name. Pixels keep the type they are stored in (8 or 16 bits,
+    float, ...) and are not rotated by EXIF orientation. An alpha channel is dropped, colours as stored; a palette
+    becomes RGB; CMYK becomes sRGB. Every other number of channels stays.
+
+    Tiled TIFF files, uncompressed ones and `.npy` are read in place. What can only be decoded from top to bottom (PNG,
+    JPEG, compressed TIFF in strips) is decoded once, at the first read, to memory or above 64 MiB to a temporary file.
+
+    Args:
+        path: The file.
+        level: Level of a pyramid, 0 the largest; levels may be stored as pages or as SubIFDs.
+        channels: For `.npy` of three axes, which axis the channels are: "first" (C, H, W) or "last" (H, W, C). Needed
+            only where the shape leaves it open: by default it is the smaller of the first and the last axis, if that
+            has at most 32 entries.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImageReadError: The file is of an unsupported format, truncated or corrupt.
+        ValueError: The level does not exist, or the axis of the channels is ambiguous or given for another format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"cannot read {path}: there is no such file")
+    if path.is_dir():
+        raise cannot_read(path, "it is a folder; give the path of an image file")
+    opened = _open(path, level, channels)
+    return LazyImage(path, level, opened.levels, opened.spacing, channels, opened.source)
+
+
+def _open(path: Path, level: int, channels: ChannelAxis | None) -> OpenedLevel:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(_NPY_MAGIC):
+        return open_npy(path, level, channels)
+    if channels is not None:
+        raise ValueError(f"channels={channels!r} was given for {path}, but only .npy files leave it open; omit it")
+    if start.startswith(_TIFF_MAGIC):
+        return open_tiff(path, level)
+    if start.startswith(_PHOTO_MAGIC):
+        return open_photo(path, level)
+    if not start:
+        raise cannot_read(path, "the file is empty")
+    raise cannot_read(path, "its content is none of PNG, JPEG, TIFF, BigTIFF and .npy; convert it to one of these")

@@ -1,0 +1,80 @@
+"""Decoding through libvips, always in the calling thread.
+
+`Region.fetch` is used and never `write_to_memory`, `numpy` or `thumbnail`: those start libvips' thread pool, after
+which a forked process (a DataLoader worker on Linux) hangs for good at its own first use of the pool. Reading by region
+also keeps the operation cache, which belongs to the whole process, free of one entry per region.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyvips
+
+from widefield.images.errors import cannot_read
+
+_DTYPES: dict[str, np.dtype] = {
+    "uchar": np.dtype("u1"),
+    "char": np.dtype("i1"),
+    "ushort": np.dtype("u2"),
+    "short": np.dtype("i2"),
+    "uint": np.dtype("u4"),
+    "int": np.dtype("i4"),
+    "float": np.dtype("f4"),
+    "double": np.dtype("f8"),
+}
+OpenPlanes = Callable[[], tuple[pyvips.Image, ...]]
+"""Opens images of one size anew; their bands, one image after the other, are the channels."""
+
+_NOT_RGB = ("lab", "labs", "labq", "xyz", "yxy", "lch", "cmc")
+
+
+def load(path: Path, access: str, fail_on: str, **options: Any) -> pyvips.Image:
+    """A libvips image of `path`, in grey, RGB or as many bands as there are; alpha included.
+
+    Args:
+        path: The file.
+        access: "random", for what libvips reads in any order, or "sequential".
+        fail_on: The least fault that is an error; below it libvips gives grey or black for what it cannot decode.
+        options: Of the loader: page, subifd.
+
+    Raises:
+        ImageReadError: libvips has no loader for it, or the pixels have a type or colour space that we don't read.
+    """
+    try:
+        # revalidate: else a file written again under its name gives its earlier pixels, from the operation cache
+        image = pyvips.Image.new_from_file(str(path), access=access, fail_on=fail_on, revalidate=True, **options)
+        if image.interpretation == "cmyk":
+            image = image.colourspace("srgb")
+    except pyvips.Error as error:
+        raise cannot_read(path, describe(error)) from error
+    if image.format not in _DTYPES:
+        raise cannot_read(path, f"its pixels are of type {image.format}; expected integers or floats")
+    if image.interpretation in _NOT_RGB:
+        raise cannot_read(path, f"its colour space is {image.interpretation}; convert it to RGB first")
+    return image
+
+
+def dtype_of(image: pyvips.Image) -> np.dtype:
+    """The numpy type of the pixels of an image from `load`."""
+    return _DTYPES[image.format]
+
+
+def fetch(path: Path, region: pyvips.Region, dtype: np.dtype, y: int, x: int, height: int, width: int) -> np.ndarray:
+    """Pixels of type `dtype` as an array (height, width, bands); an ImageReadError naming `path` if they are damaged.
+
+    A `pyvips.Region` belongs to the thread that made it.
+    """
+    try:
+        data = region.fetch(x, y, width, height)
+    except pyvips.Error as error:
+        where = f"y={y}, x={x}, height={height}, width={width}"
+        raise cannot_read(path, f"truncated or corrupt data in the region {where} ({describe(error)})") from error
+    return np.frombuffer(data, dtype).reshape(height, width, -1)
+
+
+def describe(error: pyvips.Error) -> str:
+    """What libvips says in its last words, in one line."""
+    lines = dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip())
+    return "; ".join(lines) or error.message

@@ -1,0 +1,111 @@
+"""Images go to threads, to worker processes, and stay small in memory."""
+
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import pyvips
+
+from widefield.images import open_image
+
+WRITERS = {
+    "a.tif": {"tile": True, "tile_width": 64, "tile_height": 64, "pyramid": True},
+    "a.png": {},
+    "strips.tif": {"compression": "lzw"},
+}
+
+
+@pytest.fixture(params=[*WRITERS, "a.npy"])
+def path(request, tmp_path, rgb):
+    path = tmp_path / request.param
+    if path.suffix == ".npy":
+        np.save(path, rgb)
+    else:
+        # in a process of its own: saving starts the thread pool of libvips, which does not survive the fork below
+        np.save(tmp_path / "pixels.npy", rgb)
+        code = "import sys, numpy, pyvips; a, b, o = sys.argv[1:]; "
+        code += "pyvips.Image.new_from_array(numpy.load(a)).write_to_file(b, **eval(o))"
+        arguments = [tmp_path / "pixels.npy", path, repr(WRITERS[path.name])]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    return path
+
+
+def test_an_image_pickles_before_and_after_it_was_read(path, chw):
+    image = open_image(path)
+    for _ in range(2):
+        copy = pickle.loads(pickle.dumps(image))
+        assert (copy.path, copy.level, copy.levels, copy.shape) == (path, 0, image.levels, image.shape)
+        np.testing.assert_array_equal(copy.read(10, 20, 150, 200), chw[:, 10:160, 20:220])
+        image.read(0, 0, 201, 333)
+
+
+def test_a_pickled_level_stays_that_level(tmp_path, rgb):
+    pyvips.Image.new_from_array(rgb).tiffsave(str(tmp_path / "a.tif"), **WRITERS["a.tif"])
+    assert pickle.loads(pickle.dumps(open_image(tmp_path / "a.tif", 2))).shape == (3, 50, 83)
+
+
+def test_threads_read_the_same_image_at_the_same_time(path, chw):
+    image = open_image(path)
+    rng = np.random.default_rng(0)
+    regions = [(*rng.integers(0, (150, 250)).tolist(), *rng.integers(1, (51, 83)).tolist()) for _ in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        for (y, x, h, w), pixels in zip(regions, pool.map(lambda region: image.read(*region), regions), strict=True):
+            np.testing.assert_array_equal(pixels, chw[:, y : y + h, x : x + w])
+
+
+FORK = """
+import os, signal, sys
+from widefield.images import open_image, thumbnail
+path = sys.argv[1]
+used, unused = open_image(path), open_image(path)
+before = used.read(0, 0, 150, 200).sum()
+thumbnail(used, 50)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    images = used, unused, open_image(path)
+    os._exit(0 if all(image.read(0, 0, 150, 200).sum() == before for image in images) else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_reads_on(path):
+    subprocess.run([sys.executable, "-c", FORK, path], check=True, timeout=60)
+
+
+STRIPS = """
+import sys
+from widefield.images import open_image
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+image = open_image(sys.argv[1])
+image.read(0, 0, 8, 8)
+before = peak()
+_, height, width = image.shape
+for y in [*range(0, height, 100), *reversed(range(0, height, 100))]:
+    image.read(y, 0, min(100, height - y), width)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", ["tiles.tif", "strips.tif", "a.npy", "lzw.tif"])
+def test_strips_of_a_large_file_take_a_fraction_of_it(tmp_path, name):
+    height, width = 8192, 8192
+    path = tmp_path / name
+    if name == "a.npy":
+        np.lib.format.open_memmap(path, "w+", np.uint8, (height, width, 3))[:] = 7
+    else:
+        options = {"tiles.tif": {"tile": True, "tile_width": 256, "tile_height": 256}, "strips.tif": {}}
+        image = (pyvips.Image.black(width, height, bands=3) + 7).cast("uchar")
+        image.tiffsave(str(path), **options.get(name, {"compression": "lzw"}))
+    result = subprocess.run([sys.executable, "-c", STRIPS, path], check=True, capture_output=True, text=True)
+    assert int(result.stdout) < height * width * 3 / 5
