@@ -2,8 +2,10 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
 from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
@@ -73,18 +75,29 @@ class LabelledImages(pl.LightningDataModule):
             )
         return next(iter(channels))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["class_names"] != self.class_names:
+            raise LabelError(
+                f"the checkpoint was trained on the classes {', '.join(state_dict['class_names'])}, "
+                f"the label table has {', '.join(self.class_names)}; resume with the labels of the run"
+            )
+
     def train_dataloader(self) -> DataLoader[Batch]:
-        sampler = EpochShuffle(len(self.train_set), self.seed)
-        return DataLoader(self.train_set, self.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+        return self._loader(self.train_set, EpochShuffle(len(self.train_set), self.seed))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._in_order(self.val_set)
+        return self._loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._in_order(self.test_set)
+        return self._loader(self.test_set)
 
-    def _in_order(self, dataset: ImageDataset) -> DataLoader[Batch]:
-        return DataLoader(dataset, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    def _loader(self, dataset: ImageDataset, sampler: EpochShuffle | None = None) -> DataLoader[Batch]:
+        # A generator of its own: otherwise each pass over the data would draw from torch's default one.
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
 def _split(images: tuple[LabelledImage, ...], val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:

@@ -2,7 +2,6 @@
 
 from urllib.error import URLError
 
-import timm
 import torchvision.models
 from torch import nn
 from torchvision.models import ResNet
@@ -38,6 +37,8 @@ def make_resnet(name: str, num_classes: int, weights: str | None) -> ResNet | Na
 
 def make_timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
     """The timm model `name`, with or without the prefix `timm/`, with `num_classes` outputs."""
+    import timm  # seconds to import, and most runs don't need it
+
     short = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(short):
         raise unknown_model(name, [TIMM_PREFIX + choice for choice in timm.list_models()])
@@ -59,6 +60,8 @@ def make_model(name: str, num_classes: int, weights: str | None) -> nn.Module:
     if name.startswith(TIMM_PREFIX):
         return make_timm(name, num_classes, weights)
     if name not in RESNETS:
+        import timm
+
         near_timm = [TIMM_PREFIX + choice for choice in timm.list_models(f"{name}*")[:20]]
         raise unknown_model(name, [*RESNETS, *near_timm])
     return make_resnet(name, num_classes, weights)

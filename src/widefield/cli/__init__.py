@@ -1,0 +1,56 @@
+"""The command `widefield`. Nothing heavy is imported before a verb runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "fit": "train a classifier on whole images with one label each",
+    "predict": "classify images with a checkpoint, and show where the evidence lies",
+    "demo": "make a small set of large images, train on them, predict, and write a report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default that of the process); returns the exit code.
+
+    0 is success; 2 an error of the user's, shown in a line; 130 an interruption.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in VERBS:
+        _parser().parse_args(argv)
+        _parser().print_help()
+        return 0
+    verb, *rest = argv
+    module = importlib.import_module(f"widefield.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"widefield {verb}",
+        description=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
+        epilog=module.EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--verbose", action="store_true", help="show debug messages, and the traceback of an error")
+    module.add_arguments(parser)
+    arguments, others = parser.parse_known_args(rest)
+    if others and not module.TAKES_OTHERS:
+        parser.error(f"unknown arguments: {' '.join(others)}")
+    from widefield.cli.run import run_verb
+
+    return run_verb(verb, module, arguments, others)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from widefield import __version__
+
+    verbs = "\n".join(f"  {verb:<10}{summary}" for verb, summary in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="widefield",
+        description="Train and run vision models on images of any size, exactly, in the memory you have.",
+        epilog=f"verbs:\n{verbs}\n\n`widefield VERB --help` shows the arguments of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"widefield {__version__}")
+    parser.add_argument("verb", choices=VERBS, nargs="?", metavar="VERB", help="what to do, see below")
+    return parser

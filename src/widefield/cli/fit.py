@@ -1,0 +1,72 @@
+"""`widefield fit`: arguments, and how they become a Lightning configuration."""
+
+import argparse
+from pathlib import Path
+
+TAKES_OTHERS = True
+EPILOG = """\
+The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
+the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
+`--trainer.accumulate_grad_batches 4`, `--model.pooling max`, `--data.val_fraction 0.3`) or in a file with --config; what
+is given on the command line wins. `widefield fit --print_config` prints all of them with their defaults.
+"""
+
+_SHORTCUTS = {
+    "images": "data.images",
+    "labels": "data.labels",
+    "level": "data.level",
+    "batch_size": "data.batch_size",
+    "model": "model.model_name",
+    "weights": "model.weights",
+    "tile_size": "model.tile_size",
+    "memory_budget": "model.memory_budget",
+    "lr": "model.lr",
+    "epochs": "trainer.max_epochs",
+    "out": "trainer.default_root_dir",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of image files")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns image, label and maybe split")
+    parser.add_argument("--model", metavar="NAME", help="resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoints, the configuration and the report")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--level", type=int, metavar="N", help="level of the image pyramids, 0 the largest (default: 0)")
+    parser.add_argument("--weights", metavar="FILE", help="weights to start from, or DEFAULT to download (default: random)")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 2GiB (default: chosen from the free memory)")
+    parser.add_argument("--tile-size", metavar="N", help="pixels per step: N or [HEIGHT, WIDTH] (default: chosen)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (default: 20)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images per optimizer step (default: 1)")
+    parser.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW (default: 0.001)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of weights, split, order and crops (default: 0)")
+    parser.add_argument("--config", type=Path, action="append", default=[], metavar="YAML", help="configuration to start from")
+
+
+def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    from widefield.cli.training import train
+
+    train(configuration(arguments, others), resume=arguments.resume)
+
+
+def configuration(arguments: argparse.Namespace, others: list[str]) -> list[str]:
+    """The command line of LightningCLI: files first, so that whatever is given beside them wins."""
+    files = list(arguments.config)
+    if arguments.resume:
+        if arguments.out is None:
+            raise ValueError("--resume continues the run in a folder; name it with --out DIR")
+        saved = arguments.out / "config.yaml"
+        if not saved.is_file():
+            raise FileNotFoundError(f"there is no run to resume in {arguments.out}: {saved} does not exist")
+        files.insert(0, saved)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"the configuration {file} does not exist; check --config")
+    line = [part for file in files for part in ("--config", str(file))]
+    for name, entry in _SHORTCUTS.items():
+        value = getattr(arguments, name)
+        if value is not None:
+            line.append(f"--{entry}={value.absolute() if isinstance(value, Path) else value}")
+    if arguments.seed is not None:
+        line += [f"--seed_everything={arguments.seed}", f"--data.seed={arguments.seed}"]
+    return line + others

@@ -1,0 +1,44 @@
+"""The numbers of every epoch, in a file that is whole at any time."""
+
+import csv
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+_log = logging.getLogger(__name__)
+
+
+class History(Callback):
+    """Collects the logged numbers of each epoch and writes them to a CSV file; a resumed run goes on with its rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        numbers = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        self.rows.append({"epoch": trainer.current_epoch + 1, **numbers})
+        write_csv(self._path, self.rows)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        _log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write `rows`, which share their keys, with a header; whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,78 @@
+"""Progress bars with images and tiles."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from widefield.cli.run import console
+from widefield.modules import BaseModule
+
+
+def make_progress() -> Progress:
+    """A rich progress display with a description, a bar, "done/total" and the time."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+    )
+
+
+class TileTask:
+    """A bar for the tiles of the image that is being streamed; its `update` is a `StreamingCNN.progress`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("tiles", total=None)
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        """Show `done` of `total` tiles of the phase "forward" or "backward"."""
+        self._progress.update(self._task, description=f"  tiles, {phase}", completed=done, total=total)
+
+
+class StreamingProgress(ProgressBar):
+    """Two bars: the images of the epoch, and the tiles of the image at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress: Progress | None = None
+        self._images: TaskID | None = None
+
+    def disable(self) -> None:
+        self._stop()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._progress is None and trainer.is_global_zero:
+            self._progress = make_progress()
+            self._images = self._progress.add_task("", total=None)
+            self._progress.start()
+            if isinstance(pl_module, BaseModule):
+                pl_module.stream_network.progress = TileTask(self._progress).update
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(pl_module, BaseModule):
+            pl_module.stream_network.progress = None
+        self._stop()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", 0, self.total_train_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = f", loss {float(outputs['loss']):.3f}" if isinstance(outputs, dict) and "loss" in outputs else ""
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{loss}", batch_idx + 1, self.total_train_batches)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._show("validation", batch_idx + 1, sum(trainer.num_val_batches))
+
+    def _show(self, description: str, done: int, total: float) -> None:
+        if self._progress is not None and self._images is not None:
+            self._progress.update(self._images, description=description, completed=done, total=total)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,70 @@
+"""Run a verb: logging, and errors as a line each."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from widefield.cli.missing import MissingExtraError
+
+console = Console(stderr=True, highlight=False)
+"""Where log lines, progress bars and errors of the command line go."""
+
+_log = logging.getLogger(__name__)
+
+
+def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
+    """Run `module.run(arguments, others)`; the exit code."""
+    with _logging(logging.DEBUG if arguments.verbose else logging.INFO):
+        try:
+            module.run(arguments, others)
+        except KeyboardInterrupt:
+            _fail(verb, "interrupted")
+            return 130
+        except Exception as error:
+            if not isinstance(error, _users_errors()):
+                raise
+            _log.debug("the error came from here", exc_info=True)
+            _fail(verb, str(error))
+            return 2
+    return 0
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Our log lines on the console; of Lightning's only warnings, its other lines being about its own products."""
+    import lightning.fabric
+    import lightning.pytorch  # sets the levels of its loggers, so it has to come first
+
+    ours = logging.getLogger("widefield")
+    theirs = [logging.getLogger(package.__name__) for package in (lightning.fabric, lightning.pytorch)]
+    before = ours.handlers, ours.level, ours.propagate
+    levels = [logger.level for logger in theirs]
+    ours.handlers = [RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")]
+    ours.propagate = False
+    ours.setLevel(level)
+    for logger in theirs:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ours.handlers, ours.level, ours.propagate = before
+        for logger, former in zip(theirs, levels, strict=True):
+            logger.setLevel(former)
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message tells the user what to do, so that no traceback is needed."""
+    from jsonargparse import ArgumentError
+
+    from widefield.streaming import UnsupportedOpError
+
+    return (OSError, ValueError, ArgumentError, MissingExtraError, UnsupportedOpError)
+
+
+def _fail(verb: str, message: str) -> None:
+    console.print(f"widefield {verb}: error: {message}", style="red", soft_wrap=True, markup=False)

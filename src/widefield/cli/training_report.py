@@ -1,0 +1,58 @@
+"""The page that a training run leaves."""
+
+import io
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from widefield.data import LabelledImages
+from widefield.models import Classifier
+from widefield.reports import Page, plain_step_bytes
+
+_MIB = 2**20
+
+
+def write_training_report(
+    out: Path, model: Classifier, data: LabelledImages, rows: list[dict[str, float]], peak: int | None
+) -> None:
+    """Write `out/report.html`: what was trained on what, how it is streamed, and the numbers of every epoch.
+
+    Args:
+        peak: Measured peak memory above that before training, in bytes, if known.
+    """
+    page = Page(f"Training of {model.hparams['model_name']}")
+    sizes = (f"{len(data.train_set)} images for training", f"{len(data.val_set)} for validation")
+    page.paragraph(f"{', '.join(sizes)}; classes {', '.join(model.class_names)}; level {data.level}.")
+    page.heading("Numbers of every epoch")
+    if rows:
+        page.picture(_curves(rows), "Loss and metrics by epoch")
+        page.table(list(rows[0]), [list(row.values()) for row in rows])
+    page.heading("Memory")
+    image = max((image for image, _ in data.train_set), key=lambda image: image.shape[1] * image.shape[2])
+    page.code(str(model.stream_network.plan(image.shape)))
+    page.table(["one training step on the largest image", "MiB"], memory_rows(model, image.shape, peak))
+    page.write(out / "report.html")
+
+
+def memory_rows(model: Classifier, shape: tuple[int, int, int], peak: int | None) -> list[tuple[str, object]]:
+    """Rows for a table: the measured peak, and what a plain step would have kept."""
+    plain = plain_step_bytes(model.stream_network.module, shape)
+    return [
+        ("streamed, measured peak above the start of training", None if peak is None else round(peak / _MIB)),
+        ("plain, computed from the activations that autograd keeps", round(plain / _MIB)),
+    ]
+
+
+def _curves(rows: list[dict[str, float]]) -> bytes:
+    figure = Figure(figsize=(8, 3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, kind in zip(figure.subplots(1, 2), ("loss", ""), strict=True):
+        for name in rows[0]:
+            if name != "epoch" and name.endswith("loss") == bool(kind):
+                axes.plot([row["epoch"] for row in rows], [row.get(name) for row in rows], marker=".", label=name)
+        axes.set_xlabel("epoch")
+        axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
