@@ -109,3 +109,30 @@ def test_strips_of_a_large_file_take_a_fraction_of_it(tmp_path, name):
         image.tiffsave(str(path), **options.get(name, {"compression": "lzw"}))
     result = subprocess.run([sys.executable, "-c", STRIPS, path], check=True, capture_output=True, text=True)
     assert int(result.stdout) < height * width * 3 / 5
+
+
+MANY = """
+import sys
+from widefield.images import open_image
+
+for index, path in enumerate(sys.argv[1:]):
+    image = open_image(path)
+    image.read(0, 0, 256, image.shape[2])
+    del image
+    with open("/proc/self/status") as file:
+        resident = next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) * 1024
+    if index == 0:
+        first = resident
+print(resident - first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_an_image_that_is_gone_leaves_nothing_in_memory(tmp_path):
+    paths = [tmp_path / f"{index}.tif" for index in range(20)]
+    pixels = (pyvips.Image.black(8192, 512, bands=3) + 7).cast("uchar")
+    pixels.tiffsave(str(paths[0]), tile=True, tile_width=256, tile_height=256)
+    for path in paths[1:]:
+        path.hardlink_to(paths[0])
+    result = subprocess.run([sys.executable, "-c", MANY, *paths], check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 3 * 256 * 8192 * 3

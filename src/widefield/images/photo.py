@@ -7,7 +7,7 @@ import pyvips
 
 from widefield.images.decoded import DecodedPixels
 from widefield.images.source import OpenedLevel, check_level
-from widefield.images.vips import dtype_of, load
+from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
 
 def open_photo(path: Path, level: int) -> OpenedLevel:
@@ -21,5 +21,6 @@ def open_photo(path: Path, level: int) -> OpenedLevel:
 
 def _open_planes(path: Path) -> tuple[pyvips.Image]:
     # not at warnings: libpng and libjpeg warn of harmless colour profiles and stray bytes, which cameras do write
-    image = load(path, "sequential", fail_on="error")
-    return (image.extract_band(0, n=image.bands - 1) if image.hasalpha() else image,)
+    with kept_out_of_cache():
+        image = load(path, "sequential", fail_on="error")
+        return (image.extract_band(0, n=image.bands - 1) if image.hasalpha() else image,)

@@ -14,7 +14,7 @@ from widefield.images.numpy_map import MappedPixels
 from widefield.images.source import OpenedLevel, PixelSource, Spacing, check_level
 from widefield.images.spacing import tiff_spacing
 from widefield.images.tiled import TiledPixels
-from widefield.images.vips import dtype_of, load
+from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
 _ONE_IMAGE = ("YX", "YXS", "SYX", "CYX")
 """Axes of a series that is one image: Y rows, X columns, S samples of a pixel, C channels with a page each."""
@@ -138,8 +138,9 @@ def _open_planes(
     path: Path, directories: tuple[tuple[int, int], ...], has_alpha: bool, access: str
 ) -> tuple[pyvips.Image, ...]:
     planes = []
-    for page, subifd in directories:
-        # at warnings: libvips counts a tile that fails to decompress, or has no bytes, among them
-        image = load(path, access, "warning", page=page, subifd=subifd)
-        planes.append(image.extract_band(0, n=image.bands - 1) if has_alpha else image)
+    with kept_out_of_cache():
+        for page, subifd in directories:
+            # at warnings: libvips counts a tile that fails to decompress, or has no bytes, among them
+            image = load(path, access, "warning", page=page, subifd=subifd)
+            planes.append(image.extract_band(0, n=image.bands - 1) if has_alpha else image)
     return tuple(planes)

@@ -1,12 +1,13 @@
 """Decoding through libvips, always in the calling thread.
 
 `Region.fetch` is used and never `write_to_memory`, `numpy` or `thumbnail`: those start libvips' thread pool, after
-which a forked process (a DataLoader worker on Linux) hangs for good at its own first use of the pool. Reading by region
-also keeps the operation cache, which belongs to the whole process, free of one entry per region.
+which a forked process (a DataLoader worker on Linux) hangs for good at its own first use of the pool.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,25 @@ OpenPlanes = Callable[[], tuple[pyvips.Image, ...]]
 _NOT_RGB = ("lab", "labs", "labq", "xyz", "yxy", "lch", "cmc")
 
 
+_OPENING = Lock()
+
+
+@contextmanager
+def kept_out_of_cache() -> Iterator[None]:
+    """Keep what is opened in this block out of libvips' operation cache, which empties it.
+
+    The cache belongs to the process. It would keep an image alive after its last user, with three rows of decoded tiles
+    (0.2 GB after a dozen slides), and give the earlier pixels of a file that was written again under its name.
+    """
+    with _OPENING:
+        size = pyvips.cache_get_max()
+        pyvips.cache_set_max(0)
+        try:
+            yield
+        finally:
+            pyvips.cache_set_max(size)
+
+
 def load(path: Path, access: str, fail_on: str, **options: Any) -> pyvips.Image:
     """A libvips image of `path`, in grey, RGB or as many bands as there are; alpha included.
 
@@ -43,8 +63,7 @@ def load(path: Path, access: str, fail_on: str, **options: Any) -> pyvips.Image:
         ImageReadError: libvips has no loader for it, or the pixels have a type or colour space that we don't read.
     """
     try:
-        # revalidate: else a file written again under its name gives its earlier pixels, from the operation cache
-        image = pyvips.Image.new_from_file(str(path), access=access, fail_on=fail_on, revalidate=True, **options)
+        image = pyvips.Image.new_from_file(str(path), access=access, fail_on=fail_on, **options)
         if image.interpretation == "cmyk":
             image = image.colourspace("srgb")
     except pyvips.Error as error:
