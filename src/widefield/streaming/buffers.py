@@ -39,18 +39,32 @@ class Cut(NamedTuple):
 Pieces = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
-    """The windows `cuts` of the buffer made of `pieces` (left, above, new); differentiable."""
+def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut], rectify: bool = False) -> tuple[Tensor, ...]:
+    """The windows `cuts` of the buffer made of `pieces` (left, above, new); differentiable.
+
+    `rectify`: the new piece goes through a ReLU on its way into the buffer, and may be overwritten.
+    """
     present = [piece for piece in pieces if piece is not None]
     if len(present) == 1 and all(_is_whole(cut, present[0], axes) for cut in cuts):
+        if rectify and pieces[2] is not None:
+            present[0] = present[0].relu_()
         return tuple(present * len(cuts))
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in present):
-        return _CutOut.apply(axes, cuts, *pieces)
-    return _windows(_assemble(pieces, axes), axes, cuts)
+        return _CutOut.apply(axes, cuts, rectify, *pieces)
+    return _windows(_assemble(pieces, axes, rectify), axes, cuts)
 
 
-def _assemble(pieces: Pieces, axes: Axes) -> Tensor:
+def _assemble(pieces: Pieces, axes: Axes, rectify: bool) -> Tensor:
     left, above, new = pieces
+    if rectify and new is not None and above is not None and left is None:  # the common case in a single pass
+        shape = list(new.shape)
+        shape[axes.rows] += above.shape[axes.rows]
+        buffer = _like(new, shape)
+        buffer.narrow(axes.rows, 0, above.shape[axes.rows]).copy_(above)
+        torch.clamp_min(new, 0, out=buffer.narrow(axes.rows, above.shape[axes.rows], new.shape[axes.rows]))
+        return buffer
+    if rectify and new is not None:
+        new = new.relu()
     column = [piece for piece in (above, new) if piece is not None]
     centre = torch.cat(column, axes.rows) if len(column) == 2 else column[0] if column else None
     if left is None:
@@ -75,15 +89,21 @@ def _is_whole(cut: Cut, buffer: Tensor, axes: Axes) -> bool:
 class _CutOut(torch.autograd.Function):
     """All reads of a buffer as one operation, so that their gradients are added in place into one tensor.
 
-    With plain narrow() each read would make a zero-filled gradient of the whole buffer.
+    With plain narrow() each read would make a zero-filled gradient of the whole buffer. A ReLU on the way in needs no memory of
+    its own: its mask is in the buffer.
     """
 
     @staticmethod
-    def forward(ctx: Any, axes: Axes, cuts: Sequence[Cut], *pieces: Tensor | None) -> tuple[Tensor, ...]:
-        buffer = _assemble(pieces, axes)  # type: ignore[arg-type]
+    def forward(
+        ctx: Any, axes: Axes, cuts: Sequence[Cut], rectify: bool, *pieces: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        buffer = _assemble(pieces, axes, rectify)  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
         ctx.axes, ctx.cuts, ctx.shape = axes, cuts, buffer.shape
         ctx.sizes = [None if piece is None else (piece.shape[axes.rows], piece.shape[axes.cols]) for piece in pieces]
+        ctx.rectify = rectify and pieces[2] is not None
+        if ctx.rectify:
+            ctx.save_for_backward(buffer)
         # A piece that is the whole buffer is not returned itself: autograd would take the output for the input.
         return tuple(w.view_as(w) if any(w is p for p in pieces) else w for w in _windows(buffer, axes, cuts))
 
@@ -99,26 +119,29 @@ class _CutOut(torch.autograd.Function):
             if grad is None or k == first:
                 continue
             if total is None:
-                total = _zeros(ctx.shape, grad)
+                total = _like(grad, ctx.shape).zero_()
             _window(total, axes, cut).add_(grad)
         if total is None:
-            return (None,) * 5
+            return (None,) * 6
         left, above, new = ctx.sizes
         kept_cols = left[1] if left else 0
         kept_rows = above[0] if above else 0
         results: list[Tensor | None] = [None, None, None]
-        if left and ctx.needs_input_grad[2]:
+        if left and ctx.needs_input_grad[3]:
             results[0] = total.narrow(axes.cols, 0, kept_cols)
-        if above and ctx.needs_input_grad[3]:
+        if above and ctx.needs_input_grad[4]:
             results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1])
-        if new and ctx.needs_input_grad[4]:
-            results[2] = total.narrow(axes.rows, kept_rows, new[0]).narrow(axes.cols, kept_cols, new[1])
-        return None, None, *results
+        if new and ctx.needs_input_grad[5]:
+            inner = Cut(kept_rows, kept_rows + new[0], kept_cols, kept_cols + new[1])
+            results[2] = _window(total, axes, inner)
+            if ctx.rectify:
+                result = _window(ctx.saved_tensors[0], axes, inner)
+                results[2] = torch.ops.aten.threshold_backward(results[2], result, 0)
+        return None, None, None, *results
 
 
-def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    channels_last = (
-        like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    )
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(tuple(shape), dtype=like.dtype, device=like.device).contiguous(memory_format=memory_format)
+def _like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor of `shape` in the memory format of `tensor`."""
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)

@@ -33,7 +33,8 @@ _FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all).
+    """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all;
+    `rectified`: with a ReLU behind the op).
 
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
     `weights` names the weights that it uses.
@@ -49,6 +50,7 @@ class Value:
     module_path: str = ""
     op: str = ""
     view: bool = False
+    rectified: bool = False
 
     @property
     def pixel_bytes(self) -> int:
@@ -158,32 +160,52 @@ def _stage(
             if read.source not in needed:
                 needed.add(read.source)
                 stack.append(read.source)
+    placed = {name: rule for name, rule in placed.items() if name in needed}
+    rectified = _merge_rectifiers(placed, by_name, set(outputs))
     inputs = [captured.image, *(name for name in maps.spread if name in needed)]
-    order = [*inputs, *(name for name in placed if name in needed)]
+    order = [*inputs, *placed]
     index = {name: v for v, name in enumerate(order)}
     values = []
-    for name in order:
-        node, rule = by_name.get(name), placed.get(name)
-        dtype = (
-            node.dtype if node else captured.shapes.get(maps.spread.get(name, (name, ()))[0], ((), torch.float32))[1]
-        )
+    for name in inputs:
+        key = maps.spread[name][0] if name in maps.spread else name
+        dtype = captured.shapes[key][1] if key in captured.shapes else by_name[key].dtype
+        values.append(Value(name, maps.shapes[name], dtype, maps.axes[name]))
+    for name, rule in placed.items():
+        node = by_name[rectified.get(name, name)]
+        sources = tuple(index[read.source] for read in rule.reads)
         values.append(
             Value(
-                name,
-                maps.shapes[name],
-                dtype,
-                maps.axes[name],
-                rule,
-                tuple(index[read.source] for read in rule.reads) if rule else (),
-                _weights(node, rule, maps) if node and rule else (),
-                node.module_path if node else "",
-                node.op if node else "",
-                node is not None and _is_view(node),
+                *(name, node.shape, node.dtype, maps.axes[name], rule, sources, _weights(node, rule, maps)),
+                *(node.module_path, node.op, _is_view(node), name in rectified),
             )
         )
     weights = tuple(dict.fromkeys(weight for value in values for weight in value.weights))
     random = any("dropout" in value.op or "bernoulli" in value.op for value in values)
     return Stage(tuple(values), tuple(range(len(inputs))), tuple(index[name] for name in outputs), weights, random)
+
+
+# Operators whose result is a tensor of its own that their derivative does not need.
+_RECTIFIABLE = {"aten.conv2d", "aten.conv_transpose2d", "aten.add", "aten.batch_norm", "aten._native_batch_norm_legit_no_training"}
+
+
+def _merge_rectifiers(placed: dict[str, Placed], by_name: dict[str, Node], outputs: set[str]) -> dict[str, str]:
+    """Merge each ReLU into the op before it, if nobody else reads that op's result. Returns the merged op of each such ReLU.
+
+    The sum before the ReLU then never has to be kept: the ReLU is applied as the result is written to its buffer.
+    """
+    readers: dict[str, int] = {}
+    for rule in placed.values():
+        for read in rule.reads:
+            readers[read.source] = readers.get(read.source, 0) + 1
+    merged: dict[str, str] = {}
+    for name in list(placed):
+        if by_name[name].op != "aten.relu":
+            continue
+        source = placed[name].reads[0].source
+        if source in placed and source not in outputs and readers[source] == 1 and by_name[source].op in _RECTIFIABLE:
+            placed[name] = placed.pop(source)
+            merged[name] = source
+    return merged
 
 
 def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:

@@ -1,0 +1,72 @@
+"""That the engine streams: no operation, forward or backward, ever makes a map larger than a tile with its carries."""
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from widefield.streaming import StreamingCNN
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest storage that any operation makes, other than those of the allowed shapes."""
+
+    def __init__(self, allowed: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.allowed, self.largest, self.operations = allowed, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tuple(tensor.shape) not in self.allowed:
+                if tensor.untyped_storage().data_ptr() not in inputs:  # not a view or an update of what was there
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
+    """Bytes of the largest tile with its carries, by the schedule."""
+    program = streamed._program(tuple(image.shape), torch.float32, False)
+    grid = streamed._grid(program, torch.device("cpu"))[1]
+    return max(
+        value.pixel_bytes * (row[v].ready - row[v].kept) * (col[v].ready - col[v].kept)
+        for v, value in enumerate(grid.stage.values)
+        for row in grid.rows
+        for col in grid.cols
+    )
+
+
+@pytest.mark.parametrize("tile", [(32, None), (64, 64)], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_no_spatial_tensor_exceeds_a_tile_and_its_carries(name: str, tile: tuple[int, int | None]) -> None:
+    model = getattr(tv, name)()
+    if name == "resnet18":
+        trunk = nn.Sequential(*list(model.children())[:6])  # small weights, so that maps are what is large
+    else:
+        trunk = model.features[:3].eval()
+    streamed = StreamingCNN(trunk, tile)
+    image = torch.randn(1, 3, 640, 512)
+    bound = _largest_buffer(streamed, image)
+    whole = streamed.plan((3, 640, 512))
+    output = streamed(image).shape
+    allowed = {tuple(output), *(tuple(p.shape) for p in trunk.parameters())}
+    with LargestTensor(allowed) as record:
+        out = streamed(image)
+        out.backward(torch.ones_like(out))
+    assert record.operations > whole.steps * 10
+    assert record.largest <= 1.5 * bound, (record.largest, bound)  # explicit padding at the border makes a tile larger
+    plain = 640 * 512 * 4 * (64 // 4 if name == "resnet18" else 384 // 16)  # the largest map of the whole image
+    assert record.largest < plain / 4
+
+
+def test_the_plain_module_would_fail_this_test() -> None:
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    with LargestTensor(set()) as record:
+        trunk(torch.randn(1, 3, 64, 64))
+    assert record.largest == 64 * 64 * 8 * 4
