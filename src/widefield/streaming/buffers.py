@@ -127,10 +127,11 @@ class _CutOut(torch.autograd.Function):
         kept_cols = left[1] if left else 0
         kept_rows = above[0] if above else 0
         results: list[Tensor | None] = [None, None, None]
+        # Gradients of carries outlive this step: as views they would keep the whole buffer's gradient alive.
         if left and ctx.needs_input_grad[3]:
-            results[0] = total.narrow(axes.cols, 0, kept_cols)
+            results[0] = total.narrow(axes.cols, 0, kept_cols).clone()
         if above and ctx.needs_input_grad[4]:
-            results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1])
+            results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1]).clone()
         if new and ctx.needs_input_grad[5]:
             inner = Cut(kept_rows, kept_rows + new[0], kept_cols, kept_cols + new[1])
             results[2] = _window(total, axes, inner)

@@ -7,6 +7,7 @@ neither the time nor the memory of a normalisation is spent on the maps.
 """
 
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -36,13 +37,18 @@ def fold_batch_norms(captured: Captured) -> tuple[Node, ...]:
         if conv is None or not _foldable(node, conv, readers, dependent):
             result.append(node)
             continue
+        weight_shape = _weight_shape(captured, by_name, conv)
+        if prod(weight_shape) > prod(node.shape):  # a folded copy of the weight would cost more than the map
+            result.append(node)
+            continue
         gamma, beta, mean, var = node.args[1:5]
         eps = node.args[7] if node.target is aten.batch_norm.default else node.args[6]
         bias = conv.args[2] if len(conv.args) > 2 else conv.kwargs.get("bias")
         channels = (node.shape[1],)
         scale = Node(f"{node.name}_scale", folded_scale, (gamma, var, eps), {}, channels, node.dtype)
-        weight = Node(f"{node.name}_weight", folded_weight, (conv.args[1], Ref(scale.name)), {}, (), node.dtype)
-        weight = replace(weight, shape=_weight_shape(captured, by_name, conv))
+        weight = Node(
+            f"{node.name}_weight", folded_weight, (conv.args[1], Ref(scale.name)), {}, weight_shape, node.dtype
+        )
         shift = Node(f"{node.name}_shift", folded_bias, (bias, mean, beta, Ref(scale.name)), {}, channels, node.dtype)
         kwargs = {key: value for key, value in conv.kwargs.items() if key != "bias"}
         args = (conv.args[0], Ref(weight.name), Ref(shift.name), *conv.args[3:])

@@ -97,8 +97,7 @@ def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry
             if saved is not None:
                 saved.append((above[j], left))
             tiles = [source.prepare(raw) for source, raw in zip(job.sources, _read(job, i, j), strict=True)]
-            made, below, right = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
-            above[j], left = _own(below), _own(right)
+            made, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
             for v, tile in made.items():
                 if v not in outputs:
                     outputs[v] = torch.empty(grid.stage.values[v].shape, dtype=tile.dtype, device=tile.device)
@@ -198,9 +197,9 @@ def step(
         parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts, value.rectified and v not in made))
         del new
         if keep_right:
-            right[v] = parts.pop()
+            right[v] = _own(parts.pop())
         if keep_below:
-            below[v] = parts.pop()
+            below[v] = _own(parts.pop())
         reads.update(zip(readers, parts, strict=True))
         del parts
     return made, below, right
@@ -236,9 +235,11 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
     return moving
 
 
-def _own(carry: Carry) -> Carry:
-    """`carry` without views: a view would keep the whole buffer that it was cut from alive."""
-    return {v: x if x.untyped_storage().nbytes() <= 1.25 * x.nbytes else x.clone() for v, x in carry.items()}
+def _own(piece: Tensor) -> Tensor:
+    """A carry of the forward pass without the buffer that it was cut from, which a view would keep alive."""
+    if torch.is_grad_enabled() or piece.untyped_storage().nbytes() <= 1.25 * piece.nbytes:
+        return piece
+    return piece.clone()
 
 
 def _tile_of(whole: Tensor, grid: Grid, v: int, i: int, j: int) -> Tensor:
