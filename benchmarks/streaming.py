@@ -54,7 +54,9 @@ def runner(kind: str, trunk: nn.Sequential, options: argparse.Namespace) -> Call
         return run
     tile = tuple(int(t) for t in options.tile.split("x")) if options.tile and "x" in options.tile else None
     return StreamingCNN(
-        trunk, tile or (None if options.tile is None else (int(options.tile), None)), memory_budget=options.memory_budget
+        trunk,
+        tile or (None if options.tile is None else (int(options.tile), None)),
+        memory_budget=options.memory_budget,
     )
 
 
@@ -163,10 +165,17 @@ def main() -> None:
     streamed = runner("streamed", trunk, options)
     assert isinstance(streamed, StreamingCNN)
     plan = streamed.plan(tuple(image.shape))
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}"
+    device = (
+        torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}"
+    )
     print(f"`python benchmarks/streaming.py {' '.join(sys.argv[1:])}`")
-    print(f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk, ", end="")
-    print(f"1x3x{options.size}x{options.size}, {'bfloat16 autocast' if options.bf16 else 'float32'}, tile {plan.tile_size}\n")
+    print(
+        f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk, ",
+        end="",
+    )
+    print(
+        f"1x3x{options.size}x{options.size}, {'bfloat16 autocast' if options.bf16 else 'float32'}, tile {plan.tile_size}\n"
+    )
     print("| | forward (s) | / plain | peak (MiB) | / plain | step (s) | / plain | peak (MiB) | / plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:

@@ -1,14 +1,13 @@
 """What all tests share."""
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: threads cost more than they bring, above all with several test processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu:
-        return
-    import torch  # here, so that the tests that need no torch start at once
-
     if not torch.cuda.is_available():
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

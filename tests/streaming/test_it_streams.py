@@ -24,9 +24,10 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.operations += 1
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tuple(tensor.shape) not in self.allowed:
-                if tensor.untyped_storage().data_ptr() not in inputs:  # not a view or an update of what was there
-                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) in self.allowed:
+                continue
+            if tensor.untyped_storage().data_ptr() not in inputs:  # not a view or an update of what was there
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
 
 

@@ -226,7 +226,7 @@ class Stored:
         return self.array.dtype
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        assert 0 <= y and y + height <= self.shape[1] and 0 <= x and x + width <= self.shape[2]
+        assert y >= 0 and y + height <= self.shape[1] and x >= 0 and x + width <= self.shape[2]
         self.largest = max(self.largest, height * width)
         return self.array[:, y : y + height, x : x + width]
 

@@ -94,9 +94,7 @@ class _CutOut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, axes: Axes, cuts: Sequence[Cut], rectify: bool, *pieces: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, axes: Axes, cuts: Sequence[Cut], rectify: bool, *pieces: Tensor | None) -> tuple[Tensor, ...]:
         buffer = _assemble(pieces, axes, rectify)  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
         ctx.axes, ctx.cuts, ctx.shape = axes, cuts, buffer.shape

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield.streaming.image import Normalisation
+from widefield.streaming.module import StreamingCNN
 
 
 def calibrate_batch_norm(
@@ -79,14 +80,13 @@ def calibrate_batch_norm(
 
 def _unwrap(model: nn.Module, given: Normalisation) -> tuple[nn.Module, Normalisation]:
     """The module to run and the normalisation of its input."""
-    own = getattr(model, "normalisation", None)
-    if not isinstance(own, Normalisation):
+    if not isinstance(model, StreamingCNN):
         return model, given
     if given != Normalisation.parse(None, None, None):
         raise ValueError(
             "calibrate_batch_norm got mean, std or value_range along with a StreamingCNN, which has its own; omit them"
         )
-    return model.module, own
+    return model.module, model.normalisation
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 # Out-of-place forms of in-place updates that have no derivative of their own.
-_DIFFERENTIABLE = {torch.ops.aten.copy.default: overwrite}
+_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: overwrite}
 
 
 def _named(node: Node, fx: torch.fx.Node) -> Node:

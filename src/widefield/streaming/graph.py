@@ -185,7 +185,13 @@ def _stage(
 
 
 # Operators whose result is a tensor of its own that their derivative does not need.
-_RECTIFIABLE = {"aten.conv2d", "aten.conv_transpose2d", "aten.add", "aten.batch_norm", "aten._native_batch_norm_legit_no_training"}
+_RECTIFIABLE = {
+    "aten.conv2d",
+    "aten.conv_transpose2d",
+    "aten.add",
+    "aten.batch_norm",
+    "aten._native_batch_norm_legit_no_training",
+}
 
 
 def _merge_rectifiers(placed: dict[str, Placed], by_name: dict[str, Node], outputs: set[str]) -> dict[str, str]:

@@ -90,22 +90,15 @@ class StreamingCNN(nn.Module):
         for node in program.prologue:
             values[node.name] = _run(node, values, device, seed)
         memory_format = _memory_format(device, dtype)
-        image_tensor = image if isinstance(image, Tensor) else None
-        sources = [
-            Source(
-                image.detach() if isinstance(image, Tensor) else image,
-                device,
-                dtype,
-                self.normalisation,
-                memory_format=memory_format,
-            )
-        ]
-        inputs = [image_tensor]
+        assert isinstance(image, (Tensor, LazyImage))
+        pixels = image.detach() if isinstance(image, Tensor) else image
+        sources = [Source(pixels, device, dtype, self.normalisation, memory_format=memory_format)]
+        inputs = [image if isinstance(image, Tensor) else None]
         for v in program.stage.inputs[1:]:
             value = program.stage.values[v]
             weight = values[program.spread[value.name][0]]
             weight = weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
-            sources.append(Source(weight.detach(), device, dtype, dims=tuple(value.axes)))
+            sources.append(Source(weight.detach(), device, dtype, dims=value.axes))
             inputs.append(weight)
         weights = [_in_format(values[name], memory_format) for name in program.stage.weights]
         dtype_of_autocast = torch.get_autocast_dtype(device.type)
@@ -154,7 +147,7 @@ class StreamingCNN(nn.Module):
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""
-        tensors = dict(self.module.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         tensors.update(self.module.named_buffers(remove_duplicate=False))
         values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
         values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
@@ -188,7 +181,8 @@ class StreamingCNN(nn.Module):
                 raise ValueError(f"expected a lazy image of shape (C, H, W), got {tuple(image.shape)}")
         else:
             raise ValueError(
-                f"expected a tensor (N, C, H, W), an image with shape, dtype and read(y, x, height, width), or a list of them; got {type(image).__name__}"
+                "expected a tensor (N, C, H, W), an image with shape, dtype and read(y, x, height, width), or a list of "
+                f"them; got {type(image).__name__}"
             )
         if 0 in shape:
             raise ValueError(f"the image is empty: its shape is {shape}")
@@ -257,10 +251,11 @@ def _fingerprint(module: nn.Module) -> int:
         settings = tuple(
             (key, value)
             for key, value in part.__dict__.items()
-            if isinstance(value, (bool, int, float, str, type(None)))
-            and (key != "training" or not isinstance(part, _NormBase))
-            or isinstance(value, tuple)
-            and all(isinstance(v, (bool, int, float, str)) for v in value)
+            if (
+                isinstance(value, (bool, int, float, str, type(None)))
+                and (key != "training" or not isinstance(part, _NormBase))
+            )
+            or (isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value))
         )
         tensors = tuple(
             (key, None if t is None else (tuple(t.shape), t.dtype))

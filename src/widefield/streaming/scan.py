@@ -119,11 +119,17 @@ def _backward(
     weights: list[Tensor] = [x for x in tensors[n:] if x is not None]
     # The leaves sum the tiles' gradients, in float32 or better: 256 tiles summed in bfloat16 are 3% off.
     leaves = [
-        weight.detach().to(torch.promote_types(weight.dtype, torch.float32) if need else weight.dtype).requires_grad_(need)
+        weight.detach()
+        .to(torch.promote_types(weight.dtype, torch.float32) if need else weight.dtype)
+        .requires_grad_(need)
         for weight, need in zip(weights, needed[n:], strict=True)
     ]
-    moving = _moving(stage, {name for name, leaf in zip(job.weight_names, leaves, strict=True) if leaf.requires_grad}, needed[:n])
-    input_grads = [torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors[:n], needed, strict=False)]
+    moving = _moving(
+        stage, {name for name, leaf in zip(job.weight_names, leaves, strict=True) if leaf.requires_grad}, needed[:n]
+    )
+    input_grads = [
+        torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors[:n], needed, strict=False)
+    ]
     grad_below: list[Carry] = [{} for _ in grid.cols]
     for i in reversed(range(len(grid.rows))):
         grad_right: Carry = {}
@@ -133,10 +139,13 @@ def _backward(
             with torch.enable_grad():
                 tiles = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
                 by_name = {
-                    name: leaf.to(weight.dtype) for name, leaf, weight in zip(job.weight_names, leaves, weights, strict=True)
+                    name: leaf.to(weight.dtype)
+                    for name, leaf, weight in zip(job.weight_names, leaves, weights, strict=True)
                 }
                 made, below, right = step(grid, i, j, above, left, tiles, by_name, job.seed)
-            arriving = [(below[v], g) for v, g in grad_below[j].items()] + [(right[v], g) for v, g in grad_right.items()]
+            arriving = [(below[v], g) for v, g in grad_below[j].items()] + [
+                (right[v], g) for v, g in grad_right.items()
+            ]
             arriving += [
                 (made[v], _tile_of(g, grid, v, i, j))
                 for v, g in zip(stage.outputs, grads, strict=True)
@@ -211,8 +220,8 @@ def _check(value: Value, new: Tensor, height: int, width: int) -> None:
     planned[value.axes.rows], planned[value.axes.cols] = height, width
     if list(new.shape) != planned:
         raise RuntimeError(
-            f"{value.op} in layer '{value.module_path}' made a tile of shape {tuple(new.shape)} where {tuple(planned)} was planned. "
-            "This is a fault of Widefield: please report it with the model."
+            f"{value.op} in layer '{value.module_path}' made a tile of shape {tuple(new.shape)} where {tuple(planned)} was "
+            "planned. This is a fault of Widefield: please report it with the model."
         )
 
 

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 @rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims)
 def permute(node: Node, maps: Maps) -> Placed:
+    """Dimensions in another order."""
     name = only_map(node, maps)
     ndim = len(maps.shapes[name])
     # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
@@ -227,6 +228,7 @@ def _different(node: Node, maps: Maps) -> UnsupportedOpError:
 
 @rule(aten.pixel_shuffle)
 def pixel_shuffle(node: Node, maps: Maps) -> Placed:
+    """Depth to space: each position becomes a square of them."""
     name = only_map(node, maps)
     factor = node.args[1]
     height, width = maps.extent(name)
@@ -242,6 +244,7 @@ def pixel_shuffle(node: Node, maps: Maps) -> Placed:
 
 @rule(aten.pixel_unshuffle)
 def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
+    """Space to depth: a square of positions becomes one."""
     name = only_map(node, maps)
     factor = node.args[1]
     height, width = maps.extent(name)
@@ -251,6 +254,7 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
 
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(node: Node, maps: Maps) -> Placed:
+    """Channels dealt out to groups."""
     name = only_map(node, maps)
     return Placed(
         (maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1])

@@ -29,7 +29,8 @@ def _pair(value: Any, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
 def _require_nchw(node: Node, maps: Maps, name: str) -> None:
     if maps.axes[name] != NCHW or len(maps.shapes[name]) != 4:
         raise node.refuse(
-            f"needs a map (N, C, H, W) and gets one of shape {maps.shapes[name]} with height and width in dimensions {tuple(maps.axes[name])}",
+            f"needs a map (N, C, H, W) and gets one of shape {maps.shapes[name]} "
+            f"with height and width in dimensions {tuple(maps.axes[name])}",
             "permute the map so that height and width come last",
         )
 
