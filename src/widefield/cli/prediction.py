@@ -27,8 +27,8 @@ class Prediction:
     image: LazyImage
     probabilities: tuple[float, ...]
     label: str
-    evidence: np.ndarray
-    """Map (h, w) of the evidence for the predicted class, over the whole image; see `class_activation`."""
+    peak: tuple[int, int]
+    """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; see `class_activation`."""
     overlay: Path
 
 
@@ -80,9 +80,16 @@ def _predict(model: Classifier, image: LazyImage, overlay: Path) -> Prediction:
     probabilities, evidence = class_activation(model, image)
     index = int(probabilities.argmax())
     label = model.class_names[index]
+    size = image.shape[1:]
     title = f"{image.path.name}: {label} ({float(probabilities[index]):.0%})"
-    save_overlay(overlay, thumbnail(image, _THUMBNAIL), evidence.numpy(), image.shape[1:], image.spacing, title)
-    return Prediction(image, tuple(probabilities.tolist()), label, evidence.numpy(), overlay)
+    save_overlay(overlay, thumbnail(image, _THUMBNAIL), evidence.numpy(), size, image.spacing, title)
+    return Prediction(image, tuple(probabilities.tolist()), label, _peak(evidence.numpy(), size), overlay)
+
+
+def _peak(evidence: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """The centre of the greatest entry of a map that covers an image of `size` (height, width)."""
+    row, column = np.unravel_index(int(evidence.argmax()), evidence.shape)
+    return int((row + 0.5) * size[0] / evidence.shape[0]), int((column + 0.5) * size[1] / evidence.shape[1])
 
 
 def _row(prediction: Prediction, class_names: Sequence[str]) -> dict[str, object]:
@@ -91,6 +98,8 @@ def _row(prediction: Prediction, class_names: Sequence[str]) -> dict[str, object
         "image": str(prediction.image.path),
         **{f"probability_{name}": f"{probability:.6g}" for name, probability in named},
         "predicted": prediction.label,
+        "peak_y": prediction.peak[0],
+        "peak_x": prediction.peak[1],
         "overlay": prediction.overlay.name,
     }
 

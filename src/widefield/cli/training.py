@@ -76,7 +76,7 @@ def train(arguments: list[str], resume: bool) -> Path:
     """Train as the LightningCLI command line `arguments` says; the folder of the results.
 
     Everything that can be wrong with the input is checked before the folder is made. It gets `config.yaml`, `best.ckpt`
-    (least validation loss), `last.ckpt`, `history.csv` and `report.html`.
+    (least validation loss), `last.ckpt`, `history.csv`, `memory.json` and `report.html`.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
@@ -102,8 +102,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
     memory = PeakMemory(cli.trainer.strategy.root_device)
     cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
-    peak = memory.bytes_above_start()
-    write_training_report(out, model, data, cli.history.rows, peak)
+    write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
     _log.info("checkpoint: %s", out / BEST)
     _log.info("report: %s", out / "report.html")
     return out

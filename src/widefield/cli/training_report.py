@@ -1,6 +1,7 @@
 """The page that a training run leaves."""
 
 import io
+import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,9 +10,6 @@ from matplotlib.figure import Figure
 from widefield.data import LabelledImages
 from widefield.models import Classifier
 from widefield.reports import Page, plain_step_bytes
-
-_MIB = 2**20
-
 
 def write_training_report(
     out: Path, model: Classifier, data: LabelledImages, rows: list[dict[str, float]], peak: int | None
@@ -30,18 +28,24 @@ def write_training_report(
         page.table(list(rows[0]), [list(row.values()) for row in rows])
     page.heading("Memory")
     image = max((image for image, _ in data.train_set), key=lambda image: image.shape[1] * image.shape[2])
+    plain = plain_step_bytes(model.stream_network.module, image.shape)
     page.code(str(model.stream_network.plan(image.shape)))
-    page.table(["one training step on the largest image", "MiB"], memory_rows(model, image.shape, peak))
+    page.table(["one training step on the largest image", "bytes"], memory_rows(peak, plain))
     page.write(out / "report.html")
+    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain}
+    (out / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
 
 
-def memory_rows(model: Classifier, shape: tuple[int, int, int], peak: int | None) -> list[tuple[str, object]]:
+def memory_rows(peak: int | None, plain: int) -> list[tuple[str, str]]:
     """Rows for a table: the measured peak, and what a plain step would have kept."""
-    plain = plain_step_bytes(model.stream_network.module, shape)
     return [
-        ("streamed, measured peak above the start of training", None if peak is None else round(peak / _MIB)),
-        ("plain, computed from the activations that autograd keeps", round(plain / _MIB)),
+        ("streamed: measured peak, above the memory in use before training", "unknown" if peak is None else mebibytes(peak)),
+        ("plain: computed, the activations that autograd keeps for the backward pass", mebibytes(plain)),
     ]
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def _curves(rows: list[dict[str, float]]) -> bytes:

@@ -1,0 +1,104 @@
+"""Large images composed from a small photograph, with marks whose fine structure alone tells their class.
+
+Every image carries clusters of round cells. In the class "smooth" all cells are plain; in the class "speckled" half of
+the clusters are of cells with a fine red-green checkerboard of the same mean colour. The squares of the checkerboard are
+3 pixels wide, so its period divides the factor of the thumbnails: a thumbnail averages it away, and both classes look
+the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from widefield.cli.missing import MissingExtraError
+
+SIDE = 3072
+"""Height and width of an image, in pixels."""
+CLASSES = ("smooth", "speckled")
+CLUSTERS = 6
+CLUSTER_RADIUS = 56
+"""Farthest that the centre of a cell lies from that of its cluster, in pixels."""
+
+_PATCH, _STEP = 448, 320
+_CELLS, _CELL_RADIUS = 14, 7
+_SQUARE, _CONTRAST = 3, 80.0
+
+
+@dataclass(frozen=True)
+class Composition:
+    """An image (height, width, 3) uint8, and the centres (y, x) of its speckled clusters."""
+
+    pixels: np.ndarray
+    speckled: tuple[tuple[int, int], ...]
+
+
+def load_photograph() -> np.ndarray:
+    """The photograph of stained tissue that scikit-image ships: float32 (512, 512, 3) with values 0..255.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError:
+        raise MissingExtraError("`widefield demo`", "scikit-image", "demo") from None
+    return np.asarray(data.immunohistochemistry(), np.float32)
+
+
+def compose(photograph: np.ndarray, speckled: bool, generator: np.random.Generator) -> Composition:
+    """An image of `SIDE` x `SIDE` pixels of the class "speckled" or "smooth"."""
+    canvas = _background(photograph, generator)
+    centres = _cluster_centres(generator)
+    with_speckles = centres[: CLUSTERS // 2] if speckled else []
+    for centre in centres:
+        _draw_cluster(canvas, centre, centre in with_speckles, generator)
+    return Composition(np.clip(canvas, 0, 255).astype(np.uint8), tuple(with_speckles))
+
+
+def _background(photograph: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Random crops of the photograph, turned and mirrored, their colours shifted, blended over one another."""
+    ramp = np.minimum(np.arange(1, _PATCH + 1), np.arange(_PATCH, 0, -1)).astype(np.float32)
+    ramp = np.minimum(ramp / (_PATCH - _STEP), 1)
+    mask = (ramp[:, None] * ramp[None, :])[..., None]
+    margin = _PATCH
+    canvas = np.zeros((SIDE + 2 * margin, SIDE + 2 * margin, 3), np.float32)
+    total = np.full((SIDE + 2 * margin, SIDE + 2 * margin, 1), 1e-6, np.float32)
+    for top in range(margin - (_PATCH - _STEP), margin + SIDE, _STEP):
+        for left in range(margin - (_PATCH - _STEP), margin + SIDE, _STEP):
+            where = slice(top, top + _PATCH), slice(left, left + _PATCH)
+            canvas[where] += mask * _patch(photograph, generator)
+            total[where] += mask
+    inside = slice(margin, margin + SIDE), slice(margin, margin + SIDE)
+    return canvas[inside] / total[inside]
+
+
+def _patch(photograph: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    top, left = (generator.integers(extent - _PATCH + 1) for extent in photograph.shape[:2])
+    patch = photograph[top : top + _PATCH, left : left + _PATCH]
+    patch = np.rot90(patch, generator.integers(4))
+    if generator.random() < 0.5:
+        patch = patch[:, ::-1]
+    return patch * generator.uniform(0.9, 1.1, 3).astype(np.float32)
+
+
+def _cluster_centres(generator: np.random.Generator) -> list[tuple[int, int]]:
+    """Centres that lie apart from one another and from the border."""
+    centres: list[tuple[int, int]] = []
+    while len(centres) < CLUSTERS:
+        y, x = (int(value) for value in generator.integers(2 * CLUSTER_RADIUS, SIDE - 2 * CLUSTER_RADIUS, 2))
+        if all(np.hypot(y - other_y, x - other_x) > 4 * CLUSTER_RADIUS for other_y, other_x in centres):
+            centres.append((y, x))
+    return centres
+
+
+def _draw_cluster(canvas: np.ndarray, centre: tuple[int, int], speckled: bool, generator: np.random.Generator) -> None:
+    rows, columns = np.mgrid[-_CELL_RADIUS : _CELL_RADIUS + 1, -_CELL_RADIUS : _CELL_RADIUS + 1]
+    disc = (rows**2 + columns**2 <= _CELL_RADIUS**2)[..., None].astype(np.float32)
+    for _ in range(_CELLS):
+        distance, angle = CLUSTER_RADIUS * np.sqrt(generator.random()), 2 * np.pi * generator.random()
+        y, x = round(centre[0] + distance * np.sin(angle)), round(centre[1] + distance * np.cos(angle))
+        where = slice(y - _CELL_RADIUS, y + _CELL_RADIUS + 1), slice(x - _CELL_RADIUS, x + _CELL_RADIUS + 1)
+        colour = np.array([130, 110, 140], np.float32) + generator.uniform(-15, 15, 3).astype(np.float32)
+        signs = (-1.0) ** ((rows + y) // _SQUARE + (columns + x) // _SQUARE)
+        texture = signs[..., None] * np.array([_CONTRAST, -_CONTRAST, 0]) if speckled else 0.0
+        canvas[where] += disc * (colour + texture - canvas[where])
