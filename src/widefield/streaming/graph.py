@@ -9,6 +9,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ _FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Value:
     """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all;
     `rectified`: with a ReLU behind the op).
@@ -52,7 +53,7 @@ class Value:
     view: bool = False
     rectified: bool = False
 
-    @property
+    @cached_property
     def pixel_bytes(self) -> int:
         """Bytes of one position of the map, over all other dimensions."""
         height, width = self.shape[self.axes.rows], self.shape[self.axes.cols]

@@ -9,6 +9,7 @@ from widefield.streaming.graph import Stage
 from widefield.streaming.schedule import Schedule, schedule
 
 Range = tuple[int, int]
+GATE = 8  # rows that a strided op waits for: enough for a convolution to run at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Grid:
         return who, cuts, below, right
 
 
-def make_grid(stage: Stage, tile: tuple[int, int], gate: int = 8) -> Grid:
+def make_grid(stage: Stage, tile: tuple[int, int], gate: int = GATE) -> Grid:
     """Schedule `stage` with tiles of `tile` = (height, width) pixels; `gate` as in `schedule`."""
     readers: list[list[tuple[int, int]]] = [[] for _ in stage.values]
     for v, value in enumerate(stage.values):
@@ -107,6 +108,3 @@ def make_grid(stage: Stage, tile: tuple[int, int], gate: int = 8) -> Grid:
             readers[source].append((v, k))
     rows, cols = (schedule([value.flow(axis) for value in stage.values], tile[axis], gate) for axis in (0, 1))
     return Grid(stage, tile, rows, cols, tuple(map(tuple, readers)))
-
-
-__all__ = ["AxisStep", "Grid", "make_grid"]

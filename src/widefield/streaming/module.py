@@ -249,13 +249,9 @@ def _fingerprint(module: nn.Module) -> int:
     parts: list[Any] = []
     for name, part in module.named_modules(remove_duplicate=False):
         settings = tuple(
-            (key, value)
+            (key, tuple(value) if isinstance(value, list) else value)
             for key, value in part.__dict__.items()
-            if (
-                isinstance(value, (bool, int, float, str, type(None)))
-                and (key != "training" or not isinstance(part, _NormBase))
-            )
-            or (isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value))
+            if _is_plain(value) and not (key == "training" and isinstance(part, _NormBase))
         )
         tensors = tuple(
             (key, None if t is None else (tuple(t.shape), t.dtype))
@@ -263,3 +259,10 @@ def _fingerprint(module: nn.Module) -> int:
         )
         parts.append((name, type(part), settings, tensors, len(part._forward_hooks), len(part._forward_pre_hooks)))
     return hash(tuple(parts))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a module's attribute is a number, text, or a flat sequence of these."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, (bool, int, float, str)) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -3,14 +3,15 @@
 import os
 import re
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log2
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from widefield.streaming.graph import Program
-from widefield.streaming.grid import Grid, make_grid
+from widefield.streaming.graph import Program, Stage
+from widefield.streaming.grid import GATE, Grid, make_grid
+from widefield.streaming.schedule import Schedule, schedule
 
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
@@ -79,74 +80,72 @@ def make_plan(
     """
     height, width = program.captured.image_shape[2:]
     if tile is not None:
-        tile = min(tile[0], height), min(tile[1] or width, width)
-        grid = make_grid(program.stage, tile)
-        return _plan(program, grid), grid
+        grid = make_grid(program.stage, (min(tile[0], height), min(tile[1] or width, width)))
+        return _plan(program, grid.row_schedule, grid.col_schedule, grid.tile), grid
     limit = budget if budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(device))
-    best: tuple[Plan, Grid] | None = None
-    for candidate in _candidates(height, width, PREFERRED_PIXELS.get(device.type, 1 << 20)):
-        grid = make_grid(program.stage, candidate)
-        plan = _plan(program, grid)
-        if plan.total_bytes <= limit:
-            return plan, grid
-        if best is None or plan.total_bytes < best[0].total_bytes:
-            best = plan, grid
-    assert best is not None
-    if budget is None:  # nothing fits the share of the free memory: try with what needs least
-        return best
-    raise ValueError(
-        f"memory_budget of {format_bytes(budget)} is too small for an image of shape {program.captured.image_shape}: "
-        f"the smallest that works is about {format_bytes(best[0].total_bytes)} (with tile_size={best[0].tile_size})"
+    plans = _candidates(program, PREFERRED_PIXELS.get(device.type, 1 << 20))
+    fitting = [plan for plan in plans if plan.total_bytes <= limit]
+    smallest = min(plans, key=lambda plan: plan.total_bytes)
+    if not fitting and budget is not None:
+        raise ValueError(
+            f"memory_budget of {format_bytes(budget)} is too small for an image of shape {program.captured.image_shape}: "
+            f"the smallest that works is about {format_bytes(smallest.total_bytes)} (with tile_size={smallest.tile_size})"
+        )
+    plan = fitting[0] if fitting else smallest  # nothing fits the share of the free memory: try with what needs least
+    return plan, make_grid(program.stage, plan.tile_size)
+
+
+def _candidates(program: Program, pixels: int) -> list[Plan]:
+    """Plans to choose from, those with about `pixels` a tile first, the wider before the taller."""
+    height, width = program.captured.image_shape[2:]
+    preferred = max(32, pixels // width // 32 * 32)
+    heights = sorted(
+        {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}
     )
-
-
-def _candidates(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
-    """Tiles to try, the preferred one first: full-width strips of falling height, then tiles of falling width."""
-    tallest = max(32, -(-pixels // width) // 32 * 32)
-    heights = [tallest, *(h for h in (512, 384, 256, 192, 128, 96, 64, 32) if h < tallest)]
-    widths = [w for w in (4096, 2048, 1024, 512, 256) if w < width]
-    tiles = (
-        [(h, width) for h in heights] + [(max(64, pixels // w // 32 * 32), w) for w in widths] + [(128, 128), (64, 64)]
+    widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
+    flows = [[value.flow(axis) for value in program.stage.values] for axis in (0, 1)]
+    rows = {h: schedule(flows[0], h, GATE) for h in heights}
+    cols = {w: schedule(flows[1], w, GATE) for w in widths}
+    tiles = sorted(
+        ((h, w) for h in heights for w in widths), key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, -t[1])
     )
-    return list(dict.fromkeys((min(h, height), min(w, width)) for h, w in tiles))
+    return [_plan(program, rows[h], cols[w], (h, w)) for h, w in tiles]
 
 
-def _plan(program: Program, grid: Grid) -> Plan:
+def _plan(program: Program, rows: Schedule, cols: Schedule, tile: tuple[int, int]) -> Plan:
     stage = program.stage
-    carries = sum(value.pixel_bytes * _carried(grid, v) for v, value in enumerate(stage.values))
-    rows = _largest(grid, 0)
-    cols = _largest(grid, 1)
-    step = 0
+    i, j = _largest(stage, rows), _largest(stage, cols)
+    carries = step = outputs = 0
     for v, value in enumerate(stage.values):
-        row, col = grid.rows[rows][v], grid.cols[cols][v]
-        if not value.view:
-            step += value.pixel_bytes * row.new * col.new
-        if row.kept < row.done or col.kept < col.done:
-            step += value.pixel_bytes * (row.ready - row.kept) * (col.ready - col.kept)
-    outputs = sum(stage.values[v].pixel_bytes * _area(grid, v) for v in stage.outputs)
+        carries += value.pixel_bytes * _carried(rows, cols, v)
+        new = _new(rows, v, i) * _new(cols, v, j)
+        held = (rows.ready[v][i] - rows.kept[v][i - 1]) * (cols.ready[v][j] - cols.kept[v][j - 1])
+        step += value.pixel_bytes * ((0 if value.view else new) + (held if held > new else 0))
+        outputs += value.pixel_bytes * rows.ready[v][-1] * cols.ready[v][-1] if v in stage.outputs else 0
     sizes = MappingProxyType({"carries": carries, "step": step, "outputs": outputs})
     shape = program.captured.image_shape
-    return Plan(shape, grid.tile, grid.steps, sizes, program.streamed_fraction)  # type: ignore[arg-type]
+    return Plan(shape, tile, rows.steps * cols.steps, sizes, program.streamed_fraction)  # type: ignore[arg-type]
 
 
-def _carried(grid: Grid, v: int) -> int:
+def _carried(rows: Schedule, cols: Schedule, v: int) -> int:
     """Positions of map v in all carries of a pass: pieces above cover the width, pieces to the left the rows held."""
-    ready, kept = grid.row_schedule.ready[v], grid.row_schedule.kept[v]
-    above = sum(r - k for r, k in zip(ready, kept, strict=True)) * grid.col_schedule.ready[v][-1]
-    held = sum(r - k for r, k in zip(ready[1:], kept, strict=False))
-    beside = sum(r - k for r, k in zip(grid.col_schedule.ready[v], grid.col_schedule.kept[v], strict=True))
+    above = sum(r - k for r, k in zip(rows.ready[v], rows.kept[v], strict=True)) * cols.ready[v][-1]
+    held = sum(r - k for r, k in zip(rows.ready[v][1:], rows.kept[v], strict=False))
+    beside = sum(r - k for r, k in zip(cols.ready[v], cols.kept[v], strict=True))
     return above + held * beside
 
 
-def _largest(grid: Grid, axis: int) -> int:
+def _new(plan: Schedule, v: int, t: int) -> int:
+    """Positions of map v that step t computes."""
+    return plan.ready[v][t] - plan.ready[v][t - 1]
+
+
+def _largest(stage: Stage, plan: Schedule) -> int:
     """The step along an axis that computes most."""
-    steps = (grid.rows, grid.cols)[axis]
-    weight = [value.pixel_bytes for value in grid.stage.values]
-    return max(range(len(steps)), key=lambda t: sum(w * s.new for w, s in zip(weight, steps[t], strict=True)))
-
-
-def _area(grid: Grid, v: int) -> int:
-    return grid.row_schedule.ready[v][-1] * grid.col_schedule.ready[v][-1]
+    return max(
+        range(1, plan.steps + 1),
+        key=lambda t: sum(value.pixel_bytes * _new(plan, v, t) for v, value in enumerate(stage.values)),
+    )
 
 
 def parse_bytes(value: Any) -> int | None:
