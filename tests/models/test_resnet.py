@@ -1,0 +1,32 @@
+"""ResNets by name: split, narrow ones, and their streaming Lightning module."""
+
+import pytest
+import torch
+import torchvision.models as tv
+from torch import nn
+
+from widefield.models import resnet
+from widefield.models.resnet import StreamingResNet, split_resnet
+
+
+@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048), ("wide_resnet50_2", 2048)])
+def test_split_resnet_makes_a_head_of_the_right_width(name: str, features: int) -> None:
+    net = getattr(tv, name)()
+    trunk, head = split_resnet(net, num_classes=3)
+    assert head[-1].in_features == features and head[-1].out_features == 3
+    net.eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(head(trunk(image)), net(image), atol=1e-6)
+
+
+def test_streaming_resnet_is_importable_from_both_places() -> None:
+    assert resnet.resnet.StreamingResNet is StreamingResNet
+    module = StreamingResNet("resnet18_w16", 32, nn.CrossEntropyLoss(), num_classes=2, weights=None)
+    assert module(torch.rand(1, 3, 70, 66)).shape == (1, 2)
+    assert next(iter(module.state_dict())) == "stream_network.module.0.weight"
+
+
+def test_an_unknown_model_name_gives_near_names() -> None:
+    with pytest.raises(ValueError, match="resnet18"):
+        StreamingResNet("resnet81", 32, nn.CrossEntropyLoss(), weights=None)
