@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.small_images import write_folder, write_image
 
+from tests.small_images import write_folder, write_image
 from widefield.data import EpochShuffle, LabelError, LabelledImages
 
 

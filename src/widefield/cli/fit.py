@@ -27,23 +27,37 @@ _SHORTCUTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of image files")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns image, label and maybe split")
-    parser.add_argument("--model", metavar="NAME", help="resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoints, the configuration and the report")
+    parser.add_argument(
+        "--labels", type=Path, metavar="CSV", help="table with the columns image, label and maybe split"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the checkpoints, the configuration and the report"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--level", type=int, metavar="N", help="level of the image pyramids, 0 the largest (default: 0)")
-    parser.add_argument("--weights", metavar="FILE", help="weights to start from, or DEFAULT to download (default: random)")
+    parser.add_argument(
+        "--level", type=int, metavar="N", help="level of the image pyramids, 0 the largest (default: 0)"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="weights to start from, or DEFAULT to download (default: random)"
+    )
     parser.add_argument("--memory-budget", metavar="SIZE", help="such as 2GiB (default: chosen from the free memory)")
     parser.add_argument("--tile-size", metavar="N", help="pixels per step: N or [HEIGHT, WIDTH] (default: chosen)")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (default: 20)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per optimizer step (default: 1)")
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW (default: 0.001)")
     parser.add_argument("--seed", type=int, metavar="N", help="of weights, split, order and crops (default: 0)")
-    parser.add_argument("--config", type=Path, action="append", default=[], metavar="YAML", help="configuration to start from")
+    parser.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="YAML", help="configuration to start from"
+    )
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Train as the arguments say; `others` are entries of the configuration."""
     from widefield.cli.training import train
 
     train(configuration(arguments, others), resume=arguments.resume)

@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,4 +40,4 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from widefield.cli.history import write_csv
 from widefield.cli.progress import TileTask, make_progress
 from widefield.images import LazyImage, open_image, thumbnail
 from widefield.models import Classifier
-from widefield.reports import class_activation, save_overlay
+from widefield.reports import class_activation, peak, save_overlay
 
 _log = logging.getLogger(__name__)
 _THUMBNAIL = 1024
@@ -83,13 +82,7 @@ def _predict(model: Classifier, image: LazyImage, overlay: Path) -> Prediction:
     size = image.shape[1:]
     title = f"{image.path.name}: {label} ({float(probabilities[index]):.0%})"
     save_overlay(overlay, thumbnail(image, _THUMBNAIL), evidence.numpy(), size, image.spacing, title)
-    return Prediction(image, tuple(probabilities.tolist()), label, _peak(evidence.numpy(), size), overlay)
-
-
-def _peak(evidence: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """The centre of the greatest entry of a map that covers an image of `size` (height, width)."""
-    row, column = np.unravel_index(int(evidence.argmax()), evidence.shape)
-    return int((row + 0.5) * size[0] / evidence.shape[0]), int((column + 0.5) * size[1] / evidence.shape[1])
+    return Prediction(image, tuple(probabilities.tolist()), label, peak(evidence.numpy(), size), overlay)
 
 
 def _row(prediction: Prediction, class_names: Sequence[str]) -> dict[str, object]:

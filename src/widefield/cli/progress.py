@@ -13,7 +13,12 @@ from widefield.modules import BaseModule
 def make_progress() -> Progress:
     """A rich progress display with a description, a bar, "done/total" and the time."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     )
 
 
@@ -61,10 +66,18 @@ class StreamingProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = f", loss {float(outputs['loss']):.3f}" if isinstance(outputs, dict) and "loss" in outputs else ""
-        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{loss}", batch_idx + 1, self.total_train_batches)
+        self._show(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{loss}", batch_idx + 1, self.total_train_batches
+        )
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._show("validation", batch_idx + 1, sum(trainer.num_val_batches))
 

@@ -112,7 +112,9 @@ def _check_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
     if not resume and (out / LAST).exists():
-        raise FileExistsError(f"{out} already holds a run; continue it with --resume, or name another folder with --out DIR")
+        raise FileExistsError(
+            f"{out} already holds a run; continue it with --resume, or name another folder with --out DIR"
+        )
 
 
 def _check(model: LightningModule, data: LabelledImages) -> None:
@@ -130,7 +132,9 @@ def _calibrate(model: Classifier, data: LabelledImages, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     layers = calibrate_batch_norm(model.stream_network, images, generator=generator)
     if layers:
-        _log.info("random weights: set the statistics of %d batch norm layers from crops of the training images", layers)
+        _log.info(
+            "random weights: set the statistics of %d batch norm layers from crops of the training images", layers
+        )
 
 
 def _ignore_irrelevant_warnings() -> None:

@@ -11,6 +11,7 @@ from widefield.data import LabelledImages
 from widefield.models import Classifier
 from widefield.reports import Page, plain_step_bytes
 
+
 def write_training_report(
     out: Path, model: Classifier, data: LabelledImages, rows: list[dict[str, float]], peak: int | None
 ) -> None:
@@ -39,12 +40,16 @@ def write_training_report(
 def memory_rows(peak: int | None, plain: int) -> list[tuple[str, str]]:
     """Rows for a table: the measured peak, and what a plain step would have kept."""
     return [
-        ("streamed: measured peak, above the memory in use before training", "unknown" if peak is None else mebibytes(peak)),
+        (
+            "streamed: measured peak, above the memory in use before training",
+            "unknown" if peak is None else mebibytes(peak),
+        ),
         ("plain: computed, the activations that autograd keeps for the backward pass", mebibytes(plain)),
     ]
 
 
 def mebibytes(size: int) -> str:
+    """`size` bytes as text, in MiB."""
     return f"{size / 2**20:.0f} MiB"
 
 

@@ -32,6 +32,9 @@ class ImageDataset(Dataset[tuple[LazyImage, int]]):
         image = self.images[index]
         return open_image(image.path, self.level), image.label
 
+    def __iter__(self) -> Iterator[tuple[LazyImage, int]]:
+        return (self[index] for index in range(len(self)))
+
 
 def collate(pairs: Sequence[tuple[LazyImage, int]]) -> Batch:
     """A batch of the pairs that an `ImageDataset` gives; no pixels are read."""

@@ -142,7 +142,9 @@ def _only_match(labels: Path, row: _Row, files: _FileIndex) -> Path:
     matches = files.matches(row.image)
     if len(matches) > 1:
         names = ", ".join(path.name for path in matches)
-        raise LabelError(f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension")
+        raise LabelError(
+            f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension"
+        )
     return matches[0]
 
 

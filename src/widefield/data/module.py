@@ -55,7 +55,9 @@ class LabelledImages(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         splits = _split(table.images, val_fraction, seed)
-        self.train_set, self.val_set, self.test_set = (ImageDataset(splits[name], level) for name in ("train", "val", "test"))
+        self.train_set, self.val_set, self.test_set = (
+            ImageDataset(splits[name], level) for name in ("train", "val", "test")
+        )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
         self.channels = self._check_images()

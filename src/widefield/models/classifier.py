@@ -109,7 +109,9 @@ class Classifier(ImageNetClassifier):
             classifier.load_state_dict(checkpoint["state_dict"])
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a checkpoint that `widefield fit` wrote ({reason}); give its .ckpt file") from error
+            raise ValueError(
+                f"{path} is not a checkpoint that `widefield fit` wrote ({reason}); give its .ckpt file"
+            ) from error
         return classifier, checkpoint
 
 
@@ -129,7 +131,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a .ckpt file that `widefield fit` wrote")
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a .ckpt file that `widefield fit` wrote"
+        )
     return checkpoint
 
 

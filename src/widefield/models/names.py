@@ -7,7 +7,9 @@ import torchvision.models
 
 from widefield.models.narrow_resnet import NARROW_RESNETS
 
-TORCHVISION_RESNETS = tuple(torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]))
+TORCHVISION_RESNETS = tuple(
+    torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+)
 RESNETS = (*TORCHVISION_RESNETS, *NARROW_RESNETS)
 TIMM_PREFIX = "timm/"
 

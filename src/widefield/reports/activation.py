@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,3 +37,9 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
     weights = gradient.sum(dim=(2, 3), keepdim=True)
     evidence = (weights * features.detach()).sum(dim=1)[0]
     return probabilities.float().cpu(), evidence.float().cpu()
+
+
+def peak(evidence: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """Where a map (h, w) that covers an image of `size` (height, width) is greatest: (y, x) in pixels of the image."""
+    row, column = np.unravel_index(int(evidence.argmax()), evidence.shape)
+    return int((row + 0.5) * size[0] / evidence.shape[0]), int((column + 0.5) * size[1] / evidence.shape[1])

@@ -1,6 +1,9 @@
 """Peak memory of this process, and what a plain training step would keep."""
 
+import contextlib
 import copy
+import ctypes
+import gc
 import logging
 from pathlib import Path
 
@@ -38,6 +41,9 @@ class PeakMemory:
 
 def _reset_peak() -> int | None:
     """Make the kernel forget the peak so far (man 5 proc: writing 5 to clear_refs); the memory in use now."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would count as in use
     try:
         _CLEAR_REFS.write_text("5")
         return _status_bytes("VmRSS")

@@ -6,8 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
+from matplotlib.patheffects import withStroke
 
+from widefield.reports.activation import peak
 from widefield.reports.scale_bar import scale_bar
 
 _DPI = 150
@@ -24,7 +26,8 @@ def save_overlay(
 ) -> None:
     """Write a PNG: the thumbnail, the positive evidence over it, a scale bar and a colour bar.
 
-    Where the evidence is at or below zero the thumbnail shows through; the colour bar starts there.
+    Where the evidence is at or below zero the thumbnail shows through; the colour bar starts there. A circle shows where
+    the evidence is greatest, which is a point in the thumbnail of a large image.
 
     Args:
         path: Of the PNG file; its folder must exist.
@@ -35,28 +38,41 @@ def save_overlay(
         title: Above the picture.
     """
     height, width = size
-    figure = Figure(figsize=(max(4.0, _HEIGHT_INCHES * width / height) + 1.2, _HEIGHT_INCHES), dpi=_DPI, layout="constrained")
+    figure = Figure(
+        figsize=(max(4.0, _HEIGHT_INCHES * width / height) + 1.2, _HEIGHT_INCHES), dpi=_DPI, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
     extent = (0, width, height, 0)
     axes.imshow(thumbnail, extent=extent, interpolation="bilinear")
-    top = max(float(evidence.max()), np.finfo(np.float32).tiny)
+    top = max(float(evidence.max()), float(np.finfo(np.float32).tiny))
     share = np.clip(evidence / top, 0.0, 1.0)
     heat = axes.imshow(
         evidence, extent=extent, cmap="inferno", vmin=0.0, vmax=top, alpha=0.75 * share, interpolation="nearest"
     )
     colours = figure.colorbar(heat, ax=axes, shrink=0.8, label="evidence for the class (logit)")
-    colours.solids.set_alpha(1.0)
+    if colours.solids is not None:
+        colours.solids.set_alpha(1.0)
+    _circle_peak(axes, evidence, size)
     _draw_scale_bar(axes, height, width, spacing)
     figure.savefig(path)
+
+
+def _circle_peak(axes: Axes, evidence: np.ndarray, size: tuple[int, int]) -> None:
+    y, x = peak(evidence, size)
+    circle = Circle((x, y), 0.03 * max(size), fill=False, edgecolor="white", linewidth=1.5)
+    circle.set_path_effects([withStroke(linewidth=3, foreground="black")])
+    axes.add_patch(circle)
 
 
 def _draw_scale_bar(axes: Axes, height: int, width: int, spacing: tuple[float, float] | None) -> None:
     bar = scale_bar(width, None if spacing is None else spacing[1])
     left, bottom, thick = 0.03 * width, 0.96 * height, 0.012 * height
-    axes.add_patch(Rectangle((left, bottom - thick), bar.pixels, thick, facecolor="white", edgecolor="black", linewidth=0.8))
+    axes.add_patch(
+        Rectangle((left, bottom - thick), bar.pixels, thick, facecolor="white", edgecolor="black", linewidth=0.8)
+    )
     axes.annotate(
         bar.text,
         (left + bar.pixels / 2, bottom - 1.5 * thick),

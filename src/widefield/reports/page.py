@@ -2,14 +2,14 @@
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
 figure { display: inline-block; margin: .5rem; max-width: 28rem; vertical-align: top; } img { max-width: 100%; }
 figcaption { font-size: .85rem; color: #555; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; }
 """
@@ -35,7 +35,9 @@ class Page:
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table; floats are shown with four significant digits."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>" for row in rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>" for row in rows
+        )
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def picture(self, png: bytes, caption: str) -> None:
@@ -56,7 +58,7 @@ class Page:
         )
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def _cell(value: object) -> str:

@@ -12,11 +12,15 @@ five minutes on two cores, needs no GPU and downloads nothing.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("widefield-demo"), metavar="DIR", help="(default: ./widefield-demo)")
+    """Declare the arguments of the verb."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("widefield-demo"), metavar="DIR", help="(default: ./widefield-demo)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and the training (default: 0)")
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Make the images, train, predict and write the report."""
     from widefield.cli.demo.experiment import run_experiment
 
     run_experiment(arguments.out, arguments.seed)

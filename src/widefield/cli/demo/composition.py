@@ -75,7 +75,7 @@ def _background(photograph: np.ndarray, generator: np.random.Generator) -> np.nd
 def _patch(photograph: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     top, left = (generator.integers(extent - _PATCH + 1) for extent in photograph.shape[:2])
     patch = photograph[top : top + _PATCH, left : left + _PATCH]
-    patch = np.rot90(patch, generator.integers(4))
+    patch = np.rot90(patch, int(generator.integers(4)))
     if generator.random() < 0.5:
         patch = patch[:, ::-1]
     return patch * generator.uniform(0.9, 1.1, 3).astype(np.float32)

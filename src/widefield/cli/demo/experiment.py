@@ -24,9 +24,20 @@ _log = logging.getLogger(__name__)
 MODEL = "resnet10_w16"
 STRIDE = 32
 """Pixels of the image per entry of the network's last map."""
-_TRAINING_IMAGES, _HELD_OUT_IMAGES = 32, 24
-_EPOCHS = 2
-_SETTINGS = ("--model", MODEL, "--model.pooling", "max", "--lr", "0.001", "--trainer.accumulate_grad_batches", "2", "--epochs", str(_EPOCHS))
+_TRAINING_IMAGES, _HELD_OUT_IMAGES = 32, 40
+_EPOCHS = 3
+_SETTINGS = (
+    "--model",
+    MODEL,
+    "--model.pooling",
+    "max",
+    "--lr",
+    "0.001",
+    "--trainer.accumulate_grad_batches",
+    "2",
+    "--epochs",
+    str(_EPOCHS),
+)
 _SHOWN = 6
 """Overlays in the report."""
 
@@ -60,9 +71,13 @@ def run_experiment(out: Path, seed: int) -> None:
     seconds = time.monotonic() - start
     _write_report(out, held_out, full, small, memory_rows(peak, plain), seconds)
     hits, positives = _hits(held_out, full)
-    console.print(f"held-out AUC at full resolution {full.auc:.3f}, on thumbnails of {THUMBNAIL} pixels {small.auc:.3f}")
+    console.print(
+        f"held-out AUC at full resolution {full.auc:.3f}, on thumbnails of {THUMBNAIL} pixels {small.auc:.3f}"
+    )
     console.print(f"the heatmap's maximum lies on a mark in {hits} of {positives} speckled images")
-    console.print(f"peak memory of training, above that before it (measured): {'unknown' if peak is None else mebibytes(peak)}")
+    console.print(
+        f"peak memory of training, above that before it (measured): {'unknown' if peak is None else mebibytes(peak)}"
+    )
     console.print(f"a plain step would keep, in activations alone (computed): {mebibytes(plain)}")
     console.print(f"report: {out / 'report.html'} (after {seconds:.0f} s)", soft_wrap=True)
 
@@ -72,7 +87,9 @@ def _make_data(out: Path, seed: int) -> list[Made]:
     with make_progress() as progress:
         task = progress.add_task("images made", total=_TRAINING_IMAGES + _HELD_OUT_IMAGES)
         make_images(out / "data" / "training", _TRAINING_IMAGES, 2 * seed, lambda: progress.advance(task))
-        held_out = make_images(out / "data" / "held-out", _HELD_OUT_IMAGES, 2 * seed + 1, lambda: progress.advance(task))
+        held_out = make_images(
+            out / "data" / "held-out", _HELD_OUT_IMAGES, 2 * seed + 1, lambda: progress.advance(task)
+        )
     _log.info("made %d images of %d x %d pixels", _TRAINING_IMAGES + _HELD_OUT_IMAGES, SIDE, SIDE)
     return held_out
 
