@@ -211,6 +211,14 @@ def test_parameters_in_bfloat16_sum_their_gradients_in_float32() -> None:
     assert module.weight.grad.item() == 4096.0
 
 
+def test_a_classifier_in_bfloat16_keeps_its_dtype() -> None:
+    model = nn.Sequential(small(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).bfloat16()
+    out = stream(model, 8)(image(dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
 class Stored:
     """A lazily read image that remembers the largest region it was asked for."""
 

@@ -91,3 +91,23 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
     fraction = streamed.plan((3, 65, 71)).streamed_fraction
     assert 0 < fraction < 1
     assert fraction > 0.99 or name in ("vgg11", "efficientnet_b0")
+
+
+def test_global_average_pooling_is_summed_tile_by_tile() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3, 2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.conv(x).relu()
+            return (
+                self.fc(y.mean((-2, -1))),
+                F.adaptive_avg_pool2d(y, 1),
+                y.permute(0, 2, 3, 1).mean((1, 2), keepdim=True),
+            )
+
+    image = torch.randn(2, 3, 41, 35)
+    streamed = assert_exact(Net(), image, [(9, None), (7, 11), (1, 1)], wrap=stream)
+    program = streamed._program(tuple(image.shape), torch.float64, False)
+    assert not program.stage.outputs and len(program.stage.sums) == 2, "the map itself is never made"

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,15 +67,17 @@ class Value:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one scan executes: maps in, maps out.
+    """What one scan executes: maps and weights in, maps and their sums over space out.
 
-    `values` are in topological order, stage inputs first; `inputs` and `outputs` are indices into them. The first input is the
-    image, others are weights as large as the image. `weights` names the other tensors used; `random` says whether masks are drawn.
+    `values` are in topological order, stage inputs first; `inputs`, `outputs` and `sums` are indices into them. The first
+    input is the image, others are weights as large as the image. `weights` names the other tensors used; `random` says
+    whether masks are drawn.
     """
 
     values: tuple[Value, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    sums: tuple[int, ...]
     weights: tuple[str, ...]
     random: bool
 
@@ -93,8 +95,9 @@ class Program:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the maps that leave the stage."""
-        return tuple(self.stage.values[v].name for v in self.stage.outputs)
+        """Names of what leaves the stage: maps, then sums."""
+        names = [value.name for value in self.stage.values]
+        return (*(names[v] for v in self.stage.outputs), *(names[v] + SUM for v in self.stage.sums))
 
 
 def build(captured: Captured, *, allow_tail: bool) -> Program:
@@ -125,11 +128,12 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
                 if not allow_tail:
                     raise
                 late.add(node.name)
-                tail.append(node)
+                tail.append(global_mean(node, maps) or node)
     outputs = [leaf.name for leaf in captured.outputs if isinstance(leaf, Ref)]
-    needed = dict.fromkeys(name for node in tail for name in node.refs if name in maps)
-    needed.update(dict.fromkeys(name for name in outputs if name in maps))
-    if not needed or (len(needed) == 1 and captured.image in needed):
+    read = [name for node in tail for name in node.refs]
+    needed = dict.fromkeys(name for name in (*read, *outputs) if name in maps)
+    summed = dict.fromkeys(name.removesuffix(SUM) for name in read if name.endswith(SUM))
+    if not (needed.keys() | summed.keys()) - {captured.image}:
         first = tail[0] if tail else None
         raise UnsupportedOpError(
             first.module_path if first else "",
@@ -137,7 +141,7 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
             "is the first operation on the image, so that nothing is left to stream",
             "run this model as it is, without streaming",
         )
-    stage = _stage(captured, maps, placed, by_name, list(needed))
+    stage = _stage(captured, maps, placed, by_name, list(needed), list(summed))
     streamed = sum(_bytes(node) for node in nodes if node.name in placed)
     whole = sum(_bytes(node) for node in tail)
     tail_used = _used(tail, set(outputs))
@@ -152,17 +156,22 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
 
 
 def _stage(
-    captured: Captured, maps: Maps, placed: dict[str, Placed], by_name: dict[str, Node], outputs: Sequence[str]
+    captured: Captured,
+    maps: Maps,
+    placed: dict[str, Placed],
+    by_name: dict[str, Node],
+    outputs: Sequence[str],
+    summed: Sequence[str],
 ) -> Stage:
-    """The stage that computes `outputs`, without what nobody needs."""
-    needed, stack = set(outputs), list(outputs)
+    """The stage that computes `outputs` and the sums of `summed`, without what nobody needs."""
+    needed, stack = {*outputs, *summed}, [*outputs, *summed]
     while stack:
         for read in placed[name].reads if (name := stack.pop()) in placed else ():
             if read.source not in needed:
                 needed.add(read.source)
                 stack.append(read.source)
     placed = {name: rule for name, rule in placed.items() if name in needed}
-    rectified = _merge_rectifiers(placed, by_name, set(outputs))
+    rectified = _merge_rectifiers(placed, by_name, {*outputs, *summed})
     inputs = [captured.image, *(name for name in maps.spread if name in needed)]
     order = [*inputs, *placed]
     index = {name: v for v, name in enumerate(order)}
@@ -182,7 +191,8 @@ def _stage(
         )
     weights = tuple(dict.fromkeys(weight for value in values for weight in value.weights))
     random = any("dropout" in value.op or "bernoulli" in value.op for value in values)
-    return Stage(tuple(values), tuple(range(len(inputs))), tuple(index[name] for name in outputs), weights, random)
+    maps_out, sums_out = (tuple(index[name] for name in names) for names in (outputs, summed))
+    return Stage(tuple(values), tuple(range(len(inputs))), maps_out, sums_out, weights, random)
 
 
 # Operators whose result is a tensor of its own that their derivative does not need.
@@ -229,6 +239,30 @@ def _used(nodes: Sequence[Node], roots: set[str]) -> tuple[Node, ...]:
             needed.update(node.refs)
             kept.append(node)
     return tuple(reversed(kept))
+
+
+SUM = "@sum"  # the name of a map with this behind it is that of its sum over height and width
+
+
+def global_mean(node: Node, maps: Maps) -> Node | None:
+    """A global average pooling as a function of its map's sum, which the scan adds up tile by tile; None for other nodes."""
+    name = next(node.refs)
+    if name not in maps or maps.axes[name].rows > maps.axes[name].cols:
+        return None
+    axes, ndim = maps.axes[name], len(maps.shapes[name])
+    if node.op == "aten.mean":
+        over = node.args[1] if len(node.args) > 1 else None
+        fits = over is not None and {d % ndim for d in over} == set(axes) and "dtype" not in node.kwargs
+    else:
+        fits = node.op == "aten.adaptive_avg_pool2d" and list(node.args[1]) == [1, 1] and axes == (2, 3)
+    height, width = maps.extent(name)
+    args = (Ref(name + SUM), height * width, node.shape, node.dtype)
+    return replace(node, target=divide, args=args, kwargs={}) if fits else None
+
+
+def divide(total: torch.Tensor, count: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`total / count` in another shape of as many elements."""
+    return (total / count).reshape(tuple(shape)).to(dtype)
 
 
 def _independent(node: Node) -> Node:

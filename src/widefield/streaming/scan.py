@@ -23,7 +23,7 @@ from widefield.streaming.buffers import cut_out
 from widefield.streaming.graph import Stage, Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.image import Source
-from widefield.streaming.rules import Work
+from widefield.streaming.rules import Axes, Work
 
 Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
 Progress = Callable[[str, int, int], None]
@@ -45,7 +45,7 @@ class Job:
 
 
 def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run `job`; returns the stage's output maps. An ordinary differentiable call.
+    """Run `job`; returns the stage's output maps, then the sums. An ordinary differentiable call.
 
     `inputs` are the tensors behind the job's sources, for autograd (None for an image that is read lazily).
     """
@@ -90,6 +90,7 @@ def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry
     grid = job.grid
     by_name = dict(zip(job.weight_names, weights, strict=True))
     outputs: dict[int, Tensor] = {}
+    sums: dict[int, Tensor] = {}
     above: list[Carry] = [{} for _ in grid.cols]
     for i in range(len(grid.rows)):
         left: Carry = {}
@@ -99,12 +100,18 @@ def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry
             tiles = [source.prepare(raw) for source, raw in zip(job.sources, _read(job, i, j), strict=True)]
             made, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
             for v, tile in made.items():
+                if v in grid.stage.sums:
+                    total = tile.sum(grid.stage.values[v].axes, dtype=torch.promote_types(tile.dtype, torch.float32))
+                    sums[v] = sums[v] + total if v in sums else total
+                if v not in grid.stage.outputs:
+                    continue
                 if v not in outputs:
                     outputs[v] = torch.empty(grid.stage.values[v].shape, dtype=tile.dtype, device=tile.device)
                 _tile_of(outputs[v], grid, v, i, j).copy_(tile)
+            del made, tiles
             if job.progress:
                 job.progress("forward", i * len(grid.cols) + j + 1, grid.steps)
-    return [outputs[v] for v in grid.stage.outputs]
+    return [*(outputs[v] for v in grid.stage.outputs), *(sums[v] for v in grid.stage.sums)]
 
 
 def _backward(
@@ -148,7 +155,12 @@ def _backward(
             ]
             arriving += [
                 (made[v], _tile_of(g, grid, v, i, j))
-                for v, g in zip(stage.outputs, grads, strict=True)
+                for v, g in zip(stage.outputs, grads, strict=False)
+                if g is not None and v in made
+            ]
+            arriving += [
+                (made[v], _spread(g, made[v], stage.values[v].axes))
+                for v, g in zip(stage.sums, grads[len(stage.outputs) :], strict=True)
                 if g is not None and v in made
             ]
             arriving = [(x, g) for x, g in arriving if x.requires_grad]
@@ -182,7 +194,8 @@ def step(
 ) -> tuple[Carry, Carry, Carry]:
     """One step of the scan: a pure function of what was kept above and to the left, and of the new tiles of the stage inputs.
 
-    Returns the new tiles of the stage's outputs, and what is kept for the tile below and for the tile to the right.
+    Returns the new tiles of the maps that leave the stage (whole or summed), and what is kept for the tile below and for
+    the tile to the right.
     """
     stage = grid.stage
     made, below, right = {}, {}, {}
@@ -198,7 +211,7 @@ def step(
                 del windows
             assert new is not None
             _check(value, new, row.new, col.new)
-            if v in stage.outputs:
+            if v in stage.outputs or v in stage.sums:
                 made[v] = new = new.relu_() if value.rectified else new
         readers, cuts, keep_below, keep_right = grid.cuts(v, row, col)
         if not cuts:
@@ -242,6 +255,11 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
         moving.append((own or any(moving[source] for source in value.sources)) and value.dtype.is_floating_point)
     return moving
+
+
+def _spread(grad: Tensor, tile: Tensor, axes: Axes) -> Tensor:
+    """The gradient of a sum over height and width, at every position of a tile."""
+    return grad.unsqueeze(axes.rows).unsqueeze(axes.cols).expand_as(tile).to(tile.dtype)
 
 
 def _own(piece: Tensor) -> Tensor:
