@@ -101,7 +101,11 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
     memory = PeakMemory(cli.trainer.strategy.root_device)
-    cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
+    try:
+        cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        _log.info("`widefield fit --resume --out %s` continues from the last whole epoch", out)
+        raise KeyboardInterrupt from None
     write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
     _log.info("checkpoint: %s", out / BEST)
     _log.info("report: %s", out / "report.html")
@@ -138,7 +142,8 @@ def _calibrate(model: Classifier, data: LabelledImages, seed: int) -> None:
 
 
 def _ignore_irrelevant_warnings() -> None:
-    """Lightning's advice that is wrong for lazily read images, or about what the user didn't choose."""
+    """What libraries deprecate in each other, and Lightning's advice that is wrong for lazily read images."""
+    warnings.simplefilter("ignore", DeprecationWarning)
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -147,6 +152,5 @@ def _ignore_irrelevant_warnings() -> None:
         ".*No (positive|negative) samples in targets.*",
         ".*available but not used.*",
         ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

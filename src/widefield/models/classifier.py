@@ -1,11 +1,9 @@
 """The classifier that `widefield fit` trains: any network by its name."""
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
@@ -13,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 from widefield.models.names import TIMM_PREFIX
 from widefield.models.plain import make_model
 from widefield.models.resnet.resnet import IMAGENET_MEAN, IMAGENET_STD, split_resnet
+from widefield.models.torch_file import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.streaming import split
 
@@ -123,13 +122,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: It cannot be read as a checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    checkpoint = read_torch_file(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a .ckpt file that `widefield fit` wrote"

@@ -1,12 +1,13 @@
 """Weights from a file into a plain network."""
 
 import logging
-import pickle
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from widefield.models.torch_file import read_torch_file
 
 _log = logging.getLogger(__name__)
 
@@ -45,15 +46,14 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights file {path} does not exist")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}; save a plain state dict of tensors") from error
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}); it is another file, or truncated"
+            ) from error
+    content = read_torch_file(path)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

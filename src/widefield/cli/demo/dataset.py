@@ -71,8 +71,7 @@ def _write_tiff(path: Path, pixels: np.ndarray) -> None:
         tile_height=512,
         pyramid=True,
         compression="jpeg",
-        Q=85,
-        subsample_mode="off",
+        Q=90,  # below 90 colours are stored at half the resolution, which would blur the marks
         xres=1000 / SPACING,
         yres=1000 / SPACING,
         resunit="cm",

@@ -1,0 +1,35 @@
+"""The command itself: help, and what it imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from widefield.cli import VERBS, main
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "from widefield.cli import main\n"
+        "for arguments in (['--help'], ['fit', '--help'], ['predict', '--help'], ['demo', '--help'], ['--version']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main(arguments)\n"
+        "print({'torch', 'lightning', 'numpy', 'rich', 'matplotlib', 'pyvips'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("arguments", [["tarin"], ["predict"], ["demo", "--no-such-flag"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err

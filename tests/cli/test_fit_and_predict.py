@@ -1,0 +1,210 @@
+"""`widefield fit` and `widefield predict` on small images."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.small_images import write_folder, write_image
+from widefield.cli import main
+from widefield.cli.history import History
+
+EPOCHS = 3
+
+
+def fit(folder: Path, out: Path, *more: str, epochs: int = EPOCHS) -> int:
+    return main(
+        [
+            "fit",
+            *("--images", str(folder / "images"), "--labels", str(folder / "labels.csv"), "--out", str(out)),
+            *("--model", "resnet10_w16", "--epochs", str(epochs), "--tile-size", "48", "--seed", "7"),
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert fit(folder, out) == 0
+    return out
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_configuration_history_report_and_checkpoints(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "history.csv", "report.html", "memory.json"}
+    rows = read_csv(run / "history.csv")
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert {"train_loss", "train_accuracy", "train_auc", "val_loss", "val_accuracy", "val_auc"} < set(rows[0])
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_a_checkpoint_is_tensors_and_plain_data_and_carries_what_predict_needs(run: Path) -> None:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["model_name"] == "resnet10_w16"
+    assert checkpoint["hyper_parameters"]["class_names"] == ["bright", "dark"]
+    assert checkpoint["LabelledImages"]["level"] == 0
+    assert "stream_network.module.0.weight" in checkpoint["state_dict"]
+    assert "head.2.weight" in checkpoint["state_dict"]
+
+
+def test_shortcuts_fill_the_configuration(run: Path, folder: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["model_name"] == "resnet10_w16"
+    assert config["model"]["tile_size"] == 48
+    assert config["data"]["images"] == str(folder / "images")
+    assert config["data"]["seed"] == config["seed_everything"] == 7
+    assert config["trainer"]["max_epochs"] == EPOCHS
+
+
+def test_the_saved_configuration_repeats_the_run_and_the_command_line_wins(run: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--epochs", "1", "--out", str(tmp_path / "again"), "--config", str(run / "config.yaml")]
+    assert main(arguments) == 0
+    assert read_csv(tmp_path / "again" / "history.csv") == read_csv(run / "history.csv")[:1]
+
+
+def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "broken"
+    whole_epoch = History.on_train_epoch_end
+
+    def break_off(self: History, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("power cut")
+        whole_epoch(self, trainer, pl_module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "on_train_epoch_end", break_off)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(folder, out)
+    assert main(["fit", "--resume", "--out", str(out)]) == 0
+    assert read_csv(out / "history.csv") == read_csv(run / "history.csv")
+    resumed, unbroken = (torch.load(path / "last.ckpt", weights_only=True)["state_dict"] for path in (out, run))
+    assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
+
+
+def test_predictions_are_a_table_and_an_overlay_per_image(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "predictions"
+    images = [str(folder / "images" / name) for name in ("im0.tif", "im1.tif")]
+    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), *images, "--out", str(out)]) == 0
+    rows = read_csv(out / "predictions.csv")
+    assert [Path(row["image"]).name for row in rows] == ["im0.tif", "im1.tif"]
+    for row in rows:
+        probabilities = {name: float(row[f"probability_{name}"]) for name in ("bright", "dark")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
+        assert row["predicted"] == max(probabilities, key=lambda name: probabilities[name])
+        assert (out / row["overlay"]).read_bytes().startswith(b"\x89PNG")
+        assert 0 <= int(row["peak_y"]) < 96
+
+
+def test_images_of_the_same_name_get_overlays_of_their_own(run: Path, folder: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "im0.tif", np.zeros((40, 50, 3), np.uint8))
+    images = [str(folder / "images" / "im0.tif"), str(tmp_path / "im0.tif")]
+    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), *images, "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"im0.tif.1.png", "im0.tif.2.png"}
+
+
+def no_images(folder: Path) -> None:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
+def unreadable_image(folder: Path) -> None:
+    (folder / "images" / "im3.tif").write_bytes(b"not an image")
+
+
+def missing_image(folder: Path) -> None:
+    (folder / "images" / "im3.tif").unlink()
+
+
+def grey_images(folder: Path) -> None:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+        write_image(path.with_suffix(".png"), np.zeros((40, 40), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (no_images, [], "is empty"),
+        (unreadable_image, [], "im3.tif"),
+        (missing_image, [], "im3 (line 5)"),
+        (grey_images, [], "1 channel"),
+        (None, ["--images", "nowhere"], "nowhere does not exist"),
+        (None, ["--labels", "none.csv"], "none.csv does not exist"),
+        (None, ["--model", "resnet81"], "did you mean resnet18"),
+        (None, ["--weights", "gone.pth"], "gone.pth does not exist"),
+        (None, ["--level", "7"], "level"),
+        (None, ["--config", "gone.yaml"], "gone.yaml does not exist"),
+        (None, ["--lr", "-1", "--model.no_such_thing", "1"], "no_such_thing"),
+        (None, ["--tile-size", "many"], "tile_size"),
+        (None, ["--memory-budget", "1kB", "--config", "TILE"], "memory_budget"),
+        (None, ["--resume"], "no run to resume"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_no_output(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None] | None,
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_folder(tmp_path / "data")
+    if damage is not None:
+        damage(tmp_path / "data")
+    tile = tmp_path / "tile.yaml"
+    tile.write_text("model:\n  tile_size: null\n")
+    arguments = [str(tile) if argument == "TILE" else argument for argument in arguments]
+    base = ["fit", "--images", str(tmp_path / "data" / "images"), "--labels", str(tmp_path / "data" / "labels.csv")]
+    code = main([*base, "--model", "resnet10_w16", "--out", str(tmp_path / "out"), *arguments])
+    error = capfd.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fit(folder, run) == 2
+    assert "--resume" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "image", "message"),
+    [
+        ("gone.ckpt", "im0.tif", "gone.ckpt does not exist"),
+        ("labels.csv", "im0.tif", "cannot be read as tensors"),
+        ("RUN", "gone.tif", "gone.tif"),
+        ("RUN", "bad.tif", "bad.tif"),
+    ],
+)
+def test_bad_input_to_predict_is_one_clear_error_and_leaves_no_output(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, image: str, message: str
+) -> None:
+    images, _ = write_folder(tmp_path, count=2)
+    (images / "bad.tif").write_bytes(b"II*\0")
+    path = run / "best.ckpt" if checkpoint == "RUN" else tmp_path / checkpoint
+    code = main(["predict", "--checkpoint", str(path), str(images / image), "--out", str(tmp_path / "out")])
+    error = capfd.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
