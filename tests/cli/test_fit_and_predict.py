@@ -155,7 +155,7 @@ def grey_images(folder: Path) -> None:
         (None, ["--level", "7"], "level"),
         (None, ["--config", "gone.yaml"], "gone.yaml does not exist"),
         (None, ["--lr", "-1", "--model.no_such_thing", "1"], "no_such_thing"),
-        (None, ["--tile-size", "many"], "tile_size"),
+        (None, ["--tile-size", "many"], "--tile-size"),
         (None, ["--memory-budget", "1kB", "--config", "TILE"], "memory_budget"),
         (None, ["--resume"], "no run to resume"),
     ],

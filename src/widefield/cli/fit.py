@@ -58,9 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Train as the arguments say; `others` are entries of the configuration."""
+    from jsonargparse import ArgumentError
+
     from widefield.cli.training import train
 
-    train(configuration(arguments, others), resume=arguments.resume)
+    try:
+        train(configuration(arguments, others), resume=arguments.resume)
+    except ArgumentError as error:
+        raise ValueError(_in_shortcuts(str(error))) from error
+
+
+def _in_shortcuts(message: str) -> str:
+    """The message with the names of the flags where it names the entries that they fill."""
+    for name, entry in _SHORTCUTS.items():
+        message = message.replace(entry, f"--{name.replace('_', '-')}")
+    return message
 
 
 def configuration(arguments: argparse.Namespace, others: list[str]) -> list[str]:

@@ -59,11 +59,9 @@ def _logging(level: int) -> Iterator[None]:
 
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors whose message tells the user what to do, so that no traceback is needed."""
-    from jsonargparse import ArgumentError
-
     from widefield.streaming import UnsupportedOpError
 
-    return (OSError, ValueError, ArgumentError, MissingExtraError, UnsupportedOpError)
+    return (OSError, ValueError, MissingExtraError, UnsupportedOpError)
 
 
 def _fail(verb: str, message: str) -> None:
