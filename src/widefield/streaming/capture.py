@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.errors import UnsupportedOpError
@@ -99,7 +100,7 @@ def capture(
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
     try:
-        with torch.enable_grad(), _UNHOOKED, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+        with torch.enable_grad(), _UNHOOKED, _Outsiders(), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
             program = torch.export.export(skeleton, (image,), strict=False)
             _refuse_regions(program.graph, autocast)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
@@ -142,12 +143,30 @@ def capture(
         elif fx.target is operator.getitem and fx.args[0].name in tuples:
             nodes.append(_named(replace(tuples[fx.args[0].name], pick=fx.args[1]), fx))
         elif isinstance(fx.meta.get("val"), torch.Tensor):
-            nodes.append(_named(_node(fx), fx))
+            node = _named(_node(fx), fx)
+            if node.target in _LIKE_ANOTHER:  # of the other tensor only the dtype matters
+                node = replace(node, target=torch.ops.aten.to.dtype, args=(node.args[0], node.dtype), kwargs={})
+            nodes.append(node)
         elif isinstance(fx.meta.get("val"), (tuple, list)):
             tuples[fx.name] = _node(fx)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec)
+
+
+class _Outsiders(TorchFunctionMode):
+    """Refuses weights that the model uses without owning them: a capture would freeze them and drop their gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:
+                raise UnsupportedOpError(
+                    "",
+                    getattr(func, "__name__", str(func)),
+                    f"uses a tensor of shape {tuple(leaf.shape)} that requires grad but is no parameter of the model",
+                    "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def _skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
@@ -157,6 +176,11 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
         with fake:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for part in module.modules():
+        for value in part.__dict__.values():  # weights that hooks recompute before each forward pass
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                with fake:
+                    memo[id(value)] = torch.empty_like(value.detach(), device=CAPTURE_DEVICE)
     skeleton = copy.deepcopy(module, memo)
     for part in skeleton.modules():
         if isinstance(part, _NormBase) and part.track_running_stats:
@@ -202,6 +226,9 @@ def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 # Out-of-place forms of in-place updates that have no derivative of their own.
 _DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: overwrite}
+
+
+_LIKE_ANOTHER = (torch.ops.aten.type_as.default, torch.ops.aten.to.other)
 
 
 def _named(node: Node, fx: torch.fx.Node) -> Node:

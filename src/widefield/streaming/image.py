@@ -1,7 +1,7 @@
 """Where a scan reads its tiles: a tensor, or an image on disk that is never held whole; and how a tile is normalised."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -100,13 +100,15 @@ class Normalisation:
 class Source:
     """A stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
 
+    Only the image has a `normalisation`; weights as large as the image are taken as they are.
+
     `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one.
     """
 
     data: Tensor | LazyImage
     device: torch.device
     dtype: torch.dtype
-    normalisation: Normalisation = field(default_factory=Normalisation)
+    normalisation: Normalisation | None = None
     dims: tuple[int, int] = (2, 3)
     memory_format: torch.memory_format = torch.contiguous_format
 
@@ -127,5 +129,5 @@ class Source:
     def prepare(self, raw: Tensor | None) -> Tensor | None:
         if raw is None:
             return None
-        tile = self.normalisation.apply(raw, self.dtype)
+        tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
         return tile.contiguous(memory_format=self.memory_format) if tile.ndim == 4 else tile

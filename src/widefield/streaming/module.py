@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
@@ -98,7 +99,7 @@ class StreamingCNN(nn.Module):
             value = program.stage.values[v]
             weight = values[program.spread[value.name][0]]
             weight = weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
-            sources.append(Source(weight.detach(), device, dtype, dims=value.axes))
+            sources.append(Source(weight.detach(), device, value.dtype, dims=value.axes))
             inputs.append(weight)
         weights = [_in_format(values[name], memory_format) for name in program.stage.weights]
         dtype_of_autocast = torch.get_autocast_dtype(device.type)
@@ -156,9 +157,14 @@ class StreamingCNN(nn.Module):
     def _device_and_dtype(self, image: Any) -> tuple[torch.device, torch.dtype]:
         """Where the module computes and in what, or the image's own device and dtype for a module without parameters."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        floating = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
-        if floating is not None:
-            return floating.device, floating.dtype
+        if lazy := [name for name, p in self.module.named_parameters() if isinstance(p, UninitializedParameter)]:
+            raise ValueError(
+                f"the parameter '{lazy[0]}' has no shape yet: call the plain module once on a small image first"
+            )
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if floating:
+            largest = max(floating, key=Tensor.numel)
+            return largest.device, largest.dtype
         if isinstance(image, Tensor):
             return image.device, image.dtype if image.is_floating_point() else torch.get_default_dtype()
         return torch.device("cpu"), torch.get_default_dtype()
@@ -244,25 +250,33 @@ def _in_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
     return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 else weight
 
 
-def _fingerprint(module: nn.Module) -> int:
+def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Changes when the module would be captured differently: other layers, settings, modes, or shapes of parameters."""
     parts: list[Any] = []
     for name, part in module.named_modules(remove_duplicate=False):
         settings = tuple(
-            (key, tuple(value) if isinstance(value, list) else value)
+            (key, _frozen(value))
             for key, value in part.__dict__.items()
-            if _is_plain(value) and not (key == "training" and isinstance(part, _NormBase))
+            if key not in _MODULE_STATE and not (key == "training" and isinstance(part, _NormBase))
         )
         tensors = tuple(
             (key, None if t is None else (tuple(t.shape), t.dtype))
             for key, t in (*part._parameters.items(), *part._buffers.items())
         )
         parts.append((name, type(part), settings, tensors, len(part._forward_hooks), len(part._forward_pre_hooks)))
-    return hash(tuple(parts))
+    return tuple(parts)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a module's attribute is a number, text, or a flat sequence of these."""
+# What nn.Module keeps for itself: the parts of it that matter are looked at one by one.
+_MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _frozen(value: Any) -> Any:
+    """An attribute as something hashable that changes when it does; objects that can't be looked into count by identity."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value), value
     if isinstance(value, (tuple, list)):
-        return all(isinstance(item, (bool, int, float, str)) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else id(value)

@@ -66,7 +66,11 @@ class _Scan(torch.autograd.Function):
         ctx.layout = [(tuple(above), tuple(left)) for above, left in saved]
         ctx.save_for_backward(*tensors, *(piece for carries in saved for carry in carries for piece in carry.values()))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[output for output in outputs if not output.is_floating_point()])
+        needed, n = ctx.needs_input_grad[1:], len(job.sources)
+        weights_needed = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
+        moving = _moving(job.grid.stage, weights_needed, needed[:n])
+        leaving = (*job.grid.stage.outputs, *job.grid.stage.sums)
+        ctx.mark_non_differentiable(*[x for x, v in zip(outputs, leaving, strict=True) if not moving[v]])
         return tuple(outputs)
 
     @staticmethod
@@ -253,7 +257,8 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
     moving: list[bool] = []
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
-        moving.append((own or any(moving[source] for source in value.sources)) and value.dtype.is_floating_point)
+        reached = own or any(moving[source] for source in value.sources)
+        moving.append(reached and value.dtype.is_floating_point and value.op != "aten.detach")
     return moving
 
 

@@ -14,7 +14,7 @@ def split(model: nn.Module, image_shape: tuple[int, int, int, int] = _EXAMPLE) -
     """`(trunk, head)` with `head(trunk(image)) == model(image)`, made of the model's own submodules under their own names.
 
     The trunk is the longest beginning of the model that `StreamingCNN` can stream; the union of both state_dicts is the
-    model's. `image_shape` (N, C, H, W) is a size that the model accepts.
+    model's, but for what its forward does not use. `image_shape` (N, C, H, W) is a size that the model accepts.
 
     Raises `UnsupportedOpError` when the model begins with something that cannot be streamed, or when its forward cannot be cut
     (torch.fx must be able to trace it down to the layer where the trunk ends); `stream(model)` needs no such cut.
@@ -77,7 +77,8 @@ def _cut(model: nn.Module, graph: fx.Graph, inside: list[fx.Node]) -> tuple[nn.M
     image = next(node for node in graph.nodes if node.op == "placeholder")
     members = set(inside)
     handed = [node for node in inside if any(user not in members for user in node.users)]
-    if len(handed) != 1 or any(user not in members for user in image.users):
+    optional = [node for node in graph.nodes if node.op == "placeholder" and node is not image]
+    if len(handed) != 1 or any(user not in members for user in image.users) or any(node.users for node in optional):
         return None, None
     trunk, head = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {image: trunk.placeholder("image")}

@@ -81,7 +81,7 @@ class Maps:
 
     def spread_weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> str:
         """The name of the map that weight `name` becomes when broadcast to `shape`."""
-        spread = f"{name}@{'x'.join(map(str, shape))}"
+        spread = f"{name}@{'x'.join(map(str, shape))}@{axes.rows},{axes.cols}"
         self.spread[spread] = (name, shape)
         self.axes[spread], self.shapes[spread] = axes, shape
         return spread
@@ -117,7 +117,14 @@ def place(node: Node, maps: Maps) -> Placed:
             "stream(model) runs such a layer on the whole map after streaming what comes before it; "
             "or end the streamed module before this layer, or replace the layer",
         )
-    return found(node, maps)
+    placed = found(node, maps)
+    planned = node.shape[placed.axes.rows], node.shape[placed.axes.cols]
+    if any((read.rows.n_out, read.cols.n_out) != planned for read in placed.reads):
+        raise node.refuse(
+            f"makes a map of height and width {planned} of one of {[maps.extent(read.source) for read in placed.reads]}",
+            "bring all operands to the same height and width first",
+        )
+    return placed
 
 
 def sources(node: Node, maps: Maps) -> list[str]:

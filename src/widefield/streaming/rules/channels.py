@@ -19,6 +19,10 @@ from widefield.streaming.rules.base import (
 aten = torch.ops.aten
 
 
+# Their default overloads take no dimension: they reduce over all of them.
+WITHOUT_DIM = {"mean", "sum", "var", "std", "var_mean", "std_mean", "max", "min", "prod", "any", "all"}
+
+
 def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
     call = caller(node, maps)
     return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
@@ -55,6 +59,8 @@ def reduction(node: Node, maps: Maps) -> Placed:
     name = sources(node, maps)[0]
     position = 2 if node.op in ("aten.linalg_vector_norm", "aten.norm") else 1
     value = argument(node, position, "dim")
+    if getattr(node.target, "_overloadname", "") == "default" and node.op.split(".")[1] in WITHOUT_DIM:
+        value = None
     if isinstance(value, Ref):  # aten.max.other compares two maps
         raise node.refuse("has no streaming rule", "use torch.maximum")
     over = dims(node, value, len(maps.shapes[name]))

@@ -40,6 +40,10 @@ def pointwise(node: Node, maps: Maps) -> Placed:
 def channelwise(node: Node, maps: Maps) -> Placed:
     """Per-channel weights on dimension 1: stored statistics, affine parameters, slopes."""
     name = only_map(node, maps)
+    if 1 in maps.axes[name]:
+        raise node.refuse(
+            "takes dimension 1 for the channels, which here is the height or width", "permute the map first"
+        )
     if node.op in ("aten.batch_norm", "aten.instance_norm") and node.args[5]:
         raise node.refuse(
             "normalises by statistics of the whole image",

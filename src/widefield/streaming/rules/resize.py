@@ -35,7 +35,8 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             scale = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
         else:
             scale = 1.0 / factors[axis] if factors else n_in / n_out
-        if mode.startswith("nearest") and max(n_in, n_out) % min(n_in, n_out):
+        inexact = bool(factors) and factors[axis] * n_in != n_out  # PyTorch then scales by the factor, not by the sizes
+        if mode.startswith("nearest") and (inexact or max(n_in, n_out) % min(n_in, n_out)):
             raise node.refuse(
                 f"resizes {n_in} positions to {n_out} by nearest neighbour, where the choice of neighbour depends on rounding",
                 "resize by a whole factor, or bilinearly",

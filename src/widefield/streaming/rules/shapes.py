@@ -47,6 +47,8 @@ def reshape(node: Node, maps: Maps) -> Placed:
 
     Height (width) may be split into `(height / f, f)`: space-to-depth, or merged with the dimension after it: depth-to-space.
     """
+    if node.target is aten.view.dtype:
+        raise node.refuse("reads the bits of a map as another dtype", "convert with .to(dtype)")
     name = sources(node, maps)[0]
     shape_in, shape_out = maps.shapes[name], node.shape
     found: list[tuple[int, AxisMap, int]] = []
@@ -226,10 +228,19 @@ def _different(node: Node, maps: Maps) -> UnsupportedOpError:
     )
 
 
+def _channels_first(node: Node, maps: Maps) -> str:
+    """The one map that a node reads, with its channels before height and width."""
+    name = only_map(node, maps)
+    ndim = len(maps.shapes[name])
+    if maps.axes[name] != (ndim - 2, ndim - 1):
+        raise node.refuse("needs a map (N, C, H, W)", "permute the map so that height and width come last")
+    return name
+
+
 @rule(aten.pixel_shuffle)
 def pixel_shuffle(node: Node, maps: Maps) -> Placed:
     """Depth to space: each position becomes a square of them."""
-    name = only_map(node, maps)
+    name = _channels_first(node, maps)
     factor = node.args[1]
     height, width = maps.extent(name)
 
@@ -245,7 +256,7 @@ def pixel_shuffle(node: Node, maps: Maps) -> Placed:
 @rule(aten.pixel_unshuffle)
 def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
     """Space to depth: a square of positions becomes one."""
-    name = only_map(node, maps)
+    name = _channels_first(node, maps)
     factor = node.args[1]
     height, width = maps.extent(name)
     read = Read(name, Window(height, height // factor, factor, factor), Window(width, width // factor, factor, factor))
@@ -255,7 +266,7 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(node: Node, maps: Maps) -> Placed:
     """Channels dealt out to groups."""
-    name = only_map(node, maps)
+    name = _channels_first(node, maps)
     return Placed(
         (maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1])
     )
