@@ -1,7 +1,6 @@
 """`open_image` and the image it returns."""
 
 import operator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,23 +19,34 @@ _PHOTO_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _NPY_MAGIC = b"\x93NUMPY"
 
 
-@dataclass(frozen=True, eq=False)
 class LazyImage:
     """One level of an image file; only the regions that are asked for are read. Made by `open_image`.
 
     It pickles as its path and level (a worker process opens the file anew), survives a fork, and any number of threads
-    may read at the same time.
+    may read at the same time. No dataclass: Lightning takes those apart when it converts a batch.
+
+    Attributes:
+        path: The file.
+        level: Level of the pyramid, 0 the largest.
+        levels: (height, width) of every level, the largest first.
+        spacing: Micrometres per pixel of this level, (y, x); None if the file doesn't say.
+        channels: The axis of the channels that `open_image` was told; None if it decided.
     """
 
-    path: Path
-    level: int
-    levels: tuple[tuple[int, int], ...]
-    """(height, width) of every level, the largest first."""
-    spacing: Spacing | None
-    """Micrometres per pixel of this level, (y, x); None if the file doesn't say."""
-    channels: ChannelAxis | None
-    """The axis of the channels that `open_image` was told; None if it decided."""
-    _source: PixelSource = field(repr=False)
+    def __init__(
+        self,
+        path: Path,
+        level: int,
+        levels: tuple[tuple[int, int], ...],
+        spacing: Spacing | None,
+        channels: ChannelAxis | None,
+        source: PixelSource,
+    ) -> None:
+        self.path, self.level, self.levels = path, level, levels
+        self.spacing, self.channels, self._source = spacing, channels, source
+
+    def __repr__(self) -> str:
+        return f"LazyImage(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
