@@ -118,3 +118,12 @@ def test_a_strided_1x1_convolution_does_not_crash_in_float32(channels: int) -> N
     for _ in range(5):
         StreamingCNN(net, (16, None))(image).mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_float_inside_of_forward_holds_under_autocast() -> None:
+    net = Net(lambda net, x: (x.float() * 3.14159, x * 2)).float()
+    image = IMAGE.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = net(image), StreamingCNN(net, (3, None))(image)
+    assert [x.dtype for x in found] == [x.dtype for x in expected] == [torch.float32, torch.bfloat16]
+    assert relative_error(found[0].detach(), expected[0].detach()) < 1e-6

@@ -100,7 +100,7 @@ def capture(
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
     try:
-        with torch.enable_grad(), _UNHOOKED, _Outsiders(), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+        with torch.enable_grad(), _UNHOOKED, _Watch(autocast), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
             program = torch.export.export(skeleton, (image,), strict=False)
             _refuse_regions(program.graph, autocast)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
@@ -154,8 +154,16 @@ def capture(
     return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec)
 
 
-class _Outsiders(TorchFunctionMode):
-    """Refuses weights that the model uses without owning them: a capture would freeze them and drop their gradients."""
+class _Watch(TorchFunctionMode):
+    """Sees what a capture would lose.
+
+    Weights that the model uses without owning them are refused: they would be frozen, and their gradients dropped. For a run
+    under autocast, `x.float()` is kept as an operation even though it changes nothing in the capture, which is in float32.
+    """
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -166,6 +174,8 @@ class _Outsiders(TorchFunctionMode):
                     f"uses a tensor of shape {tuple(leaf.shape)} that requires grad but is no parameter of the model",
                     "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
                 )
+        if self.autocast and func is torch.Tensor.float and args[0].dtype == torch.float32:
+            return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
         return func(*args, **(kwargs or {}))
 
 
