@@ -83,6 +83,15 @@ def test_networks_are_exact(name: str) -> None:
     assert_exact(module, torch.randn(batch, 3, *size), [(32, None), (17, 29)] if name != "hrnet" else [(32, 40)])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convnext_tiny", "densenet121", "vgg16_bn", "resnet101"])
+def test_whole_trunks_are_exact(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(getattr(tv, name)()).eval()
+    trunk = model.features if hasattr(model, "features") else resnet_trunk(model)
+    assert_exact(trunk, torch.randn(1, 3, *ODD), [(32, None), (17, 29)])
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11", "efficientnet_b0"])
 def test_stream_runs_a_whole_classifier(name: str) -> None:
     torch.manual_seed(0)
