@@ -92,6 +92,7 @@ class Program:
     spread: dict[str, tuple[str, tuple[int, ...]]]
     tail: tuple[Node, ...]
     streamed_fraction: float
+    refused: tuple[UnsupportedOpError, ...]
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -108,6 +109,7 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
     prologue: list[Node] = []
     tail: list[Node] = []
     late: set[str] = set()
+    refused: list[UnsupportedOpError] = []
     placed: dict[str, Placed] = {}
     by_name = {node.name: node for node in nodes}
     for node in nodes:
@@ -124,11 +126,14 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
             try:
                 placed[node.name] = found = place(node, maps)
                 maps.axes[node.name] = found.axes
-            except UnsupportedOpError:
+            except UnsupportedOpError as error:
                 if not allow_tail:
                     raise
                 late.add(node.name)
-                tail.append(global_mean(node, maps) or node)
+                pooled = global_mean(node, maps)
+                tail.append(pooled or node)
+                if pooled is None:
+                    refused.append(error)
     outputs = [leaf.name for leaf in captured.outputs if isinstance(leaf, Ref)]
     read = [name for node in tail for name in node.refs]
     needed = dict.fromkeys(name for name in (*read, *outputs) if name in maps)
@@ -152,7 +157,8 @@ def build(captured: Captured, *, allow_tail: bool) -> Program:
         *(weight for weight, _ in spread.values()),
         *(ref for node in tail_used for ref in node.refs),
     }
-    return Program(captured, _used(prologue, roots), stage, spread, tail_used, streamed / max(1, streamed + whole))
+    fraction = streamed / max(1, streamed + whole)
+    return Program(captured, _used(prologue, roots), stage, spread, tail_used, fraction, tuple(refused))
 
 
 def _stage(

@@ -1,5 +1,6 @@
 """How a network will be streamed over an image of a given size: tile, steps and memory, known before any pixel is computed."""
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.schedule import Schedule, schedule
@@ -37,7 +39,8 @@ class Plan:
     `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
     `predicted_bytes` of a training step, above the weights, their gradients and the image: `carries` saved between tiles,
     `step` for the activations of one tile, `outputs` for the maps that leave the streamed part. `streamed_fraction` is the
-    share of the plain model's activation bytes that is streamed; the rest is computed whole.
+    share of the plain model's activation bytes that is streamed; the rest is computed whole, because of the operations `refused`.
+    `stages` is the number of scans.
     """
 
     image_shape: tuple[int, int, int, int]
@@ -45,6 +48,8 @@ class Plan:
     steps: int
     predicted_bytes: MappingProxyType[str, int]
     streamed_fraction: float
+    stages: int = 1
+    refused: tuple[UnsupportedOpError, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -63,12 +68,12 @@ class Plan:
         return "\n".join(f"{name:<18}{text}" for name, text in rows)
 
     def __reduce__(self) -> Any:
-        fields = (self.image_shape, self.tile_size, self.steps, dict(self.predicted_bytes), self.streamed_fraction)
-        return _restore, fields
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return _restore, tuple(dict(value) if isinstance(value, MappingProxyType) else value for value in fields)
 
 
-def _restore(image_shape: Any, tile_size: Any, steps: int, predicted_bytes: dict[str, int], fraction: float) -> Plan:
-    return Plan(image_shape, tile_size, steps, MappingProxyType(predicted_bytes), fraction)
+def _restore(*fields: Any) -> Plan:
+    return Plan(*[MappingProxyType(value) if isinstance(value, dict) else value for value in fields])
 
 
 def make_plan(
@@ -124,7 +129,7 @@ def _plan(program: Program, rows: Schedule, cols: Schedule, tile: tuple[int, int
         outputs += value.pixel_bytes * rows.ready[v][-1] * cols.ready[v][-1] if v in stage.outputs else 0
     sizes = MappingProxyType({"carries": carries, "step": step, "outputs": outputs})
     shape = program.captured.image_shape
-    return Plan(shape, tile, rows.steps * cols.steps, sizes, program.streamed_fraction)  # type: ignore[arg-type]
+    return Plan(shape, tile, rows.steps * cols.steps, sizes, program.streamed_fraction, 1, program.refused)  # type: ignore[arg-type]
 
 
 def _carried(rows: Schedule, cols: Schedule, v: int) -> int:
