@@ -59,7 +59,7 @@ def _assemble(pieces: Pieces, axes: Axes, rectify: bool) -> Tensor:
     if rectify and new is not None and above is not None and left is None:  # the common case in a single pass
         shape = list(new.shape)
         shape[axes.rows] += above.shape[axes.rows]
-        buffer = _like(new, shape)
+        buffer = empty_like(new, shape)
         buffer.narrow(axes.rows, 0, above.shape[axes.rows]).copy_(above)
         torch.clamp_min(new, 0, out=buffer.narrow(axes.rows, above.shape[axes.rows], new.shape[axes.rows]))
         return buffer
@@ -117,7 +117,7 @@ class _CutOut(torch.autograd.Function):
             if grad is None or k == first:
                 continue
             if total is None:
-                total = _like(grad, ctx.shape).zero_()
+                total = empty_like(grad, ctx.shape).zero_()
             _window(total, axes, cut).add_(grad)
         if total is None:
             return (None,) * 6
@@ -139,8 +139,12 @@ class _CutOut(torch.autograd.Function):
         return None, None, None, *results
 
 
-def _like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def empty_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor of `shape` in the memory format of `tensor`."""
-    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last and not tensor.is_contiguous() else torch.contiguous_format
+    memory_format = torch.channels_last if in_channels_last(tensor) else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
+
+
+def in_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor (N, C, H, W) has its channels side by side, and is not as well in the usual order."""
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.streaming.store import Store
+
 
 @runtime_checkable
 class LazyImage(Protocol):
@@ -102,7 +104,8 @@ class Source:
 
     Only the image has a `normalisation`; weights as large as the image are taken as they are.
 
-    `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one.
+    `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one. `store` is
+    where the tensor lives and its gradient will, None for tensors that the user or a layer made.
     """
 
     data: Tensor | LazyImage
@@ -110,7 +113,12 @@ class Source:
     dtype: torch.dtype
     normalisation: Normalisation | None = None
     dims: tuple[int, int] = (2, 3)
-    memory_format: torch.memory_format = torch.contiguous_format
+    memory_format: torch.memory_format | None = None
+    store: Store | None = None
+
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """Zeros for the gradient of the whole input `tensor`."""
+        return torch.zeros_like(tensor) if self.store is None else self.store.zeros(tuple(tensor.shape), tensor)
 
     def read(self, y: int, x: int, height: int, width: int) -> Tensor:
         if isinstance(self.data, Tensor):
@@ -130,4 +138,4 @@ class Source:
         if raw is None:
             return None
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
-        return tile.contiguous(memory_format=self.memory_format) if tile.ndim == 4 else tile
+        return tile if self.memory_format is None else tile.contiguous(memory_format=self.memory_format)

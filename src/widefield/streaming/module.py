@@ -1,6 +1,8 @@
 """The module that users hold: a network that streams the images it is called on."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,13 +11,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.build import build
 from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
-from widefield.streaming.graph import Program, build, fill
+from widefield.streaming.graph import Program, Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.image import LazyImage, Normalisation, Source
 from widefield.streaming.plan import Plan, make_plan, parse_bytes, parse_tile_size
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import Job, Progress, scan
+from widefield.streaming.store import PLACES, Place, Store
 
 _CACHED_SIZES = 16  # image sizes whose captured program is kept
 
@@ -37,6 +41,9 @@ class StreamingCNN(nn.Module):
         memory_budget: bytes, or text such as "2GiB", for everything above the weights, their gradients and the image.
         mean, std: per channel, for values from 0 to 1. Integer images are divided by their dtype's maximum first.
         value_range: (low, high), which values of the image become 0 and 1; needed for float images that are not in 0..1.
+        maps: where maps between stages live (a model with operations over the whole image has several stages): "device", "host",
+            or "file", a file that goes with the run. None: on the device, unless the memory is too small for them.
+        scratch_dir: folder for such files. None: the system's folder for temporary files, which may be in memory.
         unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
             all that depends on it, on whole maps.
 
@@ -54,6 +61,8 @@ class StreamingCNN(nn.Module):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         value_range: tuple[float, float] | None = None,
+        maps: Place | None = None,
+        scratch_dir: str | os.PathLike[str] | None = None,
         unsupported: Literal["raise", "run_whole"] = "raise",
     ) -> None:
         super().__init__()
@@ -65,13 +74,19 @@ class StreamingCNN(nn.Module):
         self.tile_size = parse_tile_size(tile_size)
         self.memory_budget = parse_bytes(memory_budget)
         self.normalisation = Normalisation.parse(mean, std, value_range)
+        if maps not in (None, *PLACES):
+            raise ValueError(f"maps={maps!r} must be one of {', '.join(map(repr, PLACES))}, or None")
+        if scratch_dir is not None and not Path(scratch_dir).is_dir():
+            raise ValueError(f"scratch_dir={str(scratch_dir)!r} is not a folder: make it first, or give another")
+        self.maps = maps
+        self.scratch_dir = None if scratch_dir is None else os.fspath(scratch_dir)
         self.unsupported = unsupported
         self.progress: Progress | None = None
         self._programs: dict[Any, Program] = {}
-        self._grids: dict[Any, tuple[Plan, Grid]] = {}
+        self._plans: dict[Any, tuple[Plan, tuple[Grid, ...]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": {}, "_grids": {}, "progress": None}
+        return {**self.__dict__, "_programs": {}, "_plans": {}, "progress": None}
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
@@ -84,41 +99,41 @@ class StreamingCNN(nn.Module):
         shape = self._check(image, device, dtype)
         autocast = torch.is_autocast_enabled(device.type)
         program = self._program(shape, dtype, autocast)
-        grid = self._grid(program, device)[1]
-        seed = int(torch.randint(2**63 - 1, ()).item()) if _draws(program) else 0
-
-        values = self._bind(program, device)
-        for node in program.prologue:
-            values[node.name] = _run(node, values, device, seed)
-        memory_format = _memory_format(device, dtype)
-        assert isinstance(image, (Tensor, LazyImage))
+        plan, grids = self._grids(program, device)
+        seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
+        memory_format, autocast_dtype = _memory_format(device, dtype), torch.get_autocast_dtype(device.type)
+        store = Store(plan.map_place, self.scratch_dir)
         pixels = image.detach() if isinstance(image, Tensor) else image
-        sources = [Source(pixels, device, dtype, self.normalisation, memory_format=memory_format)]
-        inputs = [image if isinstance(image, Tensor) else None]
-        for v in program.stage.inputs[1:]:
-            value = program.stage.values[v]
-            weight = values[program.spread[value.name][0]]
-            weight = weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
-            sources.append(Source(weight.detach(), device, value.dtype, dims=value.axes))
-            inputs.append(weight)
-        weights = [_in_format(values[name], memory_format) for name in program.stage.weights]
-        dtype_of_autocast = torch.get_autocast_dtype(device.type)
-        job = Job(
-            grid,
-            sources,
-            program.stage.weights,
-            seed,
-            lambda: torch.autocast(device.type, dtype=dtype_of_autocast, enabled=autocast),
-            self.progress,
-        )
-        values.update(zip(program.output_names, scan(job, inputs, weights), strict=True))
-        last_use = {name: k for k, node in enumerate(program.tail) for name in node.refs}
-        kept = {leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref)}
-        for k, node in enumerate(program.tail):
-            values[node.name] = _run(node, values, device, seed)
-            for name in node.refs:
-                if last_use[name] == k and name not in kept:
-                    values.pop(name, None)
+        assert isinstance(pixels, (Tensor, LazyImage))
+
+        values, remaining = self._bind(program, device), iter(grids)
+        for item, last_reads in zip(program.items, program.last_reads, strict=True):
+            if isinstance(item, Node):
+                values[item.name] = _run(item, values, device, seed)
+            else:
+                sources, inputs = [], []
+                for value in (item.values[v] for v in item.inputs):
+                    if value.name == program.captured.image:
+                        inputs.append(image if isinstance(image, Tensor) else None)
+                        sources.append(Source(pixels, device, dtype, self.normalisation, memory_format=memory_format))
+                    else:
+                        inputs.append(tensor := _spread(program, value, values))
+                        home = store if value.name in values else None
+                        sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
+                weights = [_in_format(values[name], memory_format) for name in item.weights]
+                job = Job(
+                    next(remaining),
+                    sources,
+                    item.weights,
+                    seed,
+                    store,
+                    lambda: torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast),
+                    self.progress,
+                )
+                values.update(zip(item.made, scan(job, inputs, weights), strict=True))
+                del job, inputs, sources
+            for name in last_reads:
+                values.pop(name, None)
         return pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
@@ -127,7 +142,7 @@ class StreamingCNN(nn.Module):
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        return self._grid(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
+        return self._grids(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
 
     def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed."""
@@ -135,16 +150,16 @@ class StreamingCNN(nn.Module):
         if key not in self._programs:
             while len(self._programs) >= _CACHED_SIZES:
                 self._programs.pop(next(iter(self._programs)))
-            self._grids.clear()
+            self._plans.clear()
             captured = capture(self.module, shape, dtype, autocast)  # type: ignore[arg-type]
-            self._programs[key] = build(captured, allow_tail=self.unsupported == "run_whole")
+            self._programs[key] = build(captured, allow_whole=self.unsupported == "run_whole")
         return self._programs[key]
 
-    def _grid(self, program: Program, device: torch.device) -> tuple[Plan, Grid]:
-        key = (id(program), self.tile_size, self.memory_budget, device)
-        if key not in self._grids:
-            self._grids[key] = make_plan(program, self.tile_size, self.memory_budget, device)
-        return self._grids[key]
+    def _grids(self, program: Program, device: torch.device) -> tuple[Plan, tuple[Grid, ...]]:
+        key = (id(program), self.tile_size, self.memory_budget, self.maps, device)
+        if key not in self._plans:
+            self._plans[key] = make_plan(program, self.tile_size, self.memory_budget, device, self.maps)
+        return self._plans[key]
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""
@@ -204,6 +219,8 @@ def stream(
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     value_range: tuple[float, float] | None = None,
+    maps: Place | None = None,
+    scratch_dir: str | os.PathLike[str] | None = None,
 ) -> StreamingCNN:
     """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
 
@@ -216,6 +233,8 @@ def stream(
         mean=mean,
         std=std,
         value_range=value_range,
+        maps=maps,
+        scratch_dir=scratch_dir,
         unsupported="run_whole",
     )
 
@@ -235,9 +254,17 @@ def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) ->
     return result if node.pick is None else result[node.pick]
 
 
-def _draws(program: Program) -> bool:
-    nodes: Callable[[Node], bool] = lambda node: node.target is torch.ops.aten.bernoulli.p  # noqa: E731
-    return program.stage.random or any(map(nodes, (*program.prologue, *program.tail)))
+def _spread(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
+    """A stage input: a map that an earlier stage has left, or a weight as large as the image, broadcast to it."""
+    if value.name not in program.spread:
+        return values[value.name]
+    weight = values[program.spread[value.name][0]]
+    return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
+
+
+def fill(structure: Any, values: dict[str, Any]) -> Any:
+    """`structure` with every `Ref` replaced by its value."""
+    return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)
 
 
 def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:

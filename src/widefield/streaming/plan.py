@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, log2
+from math import isfinite, log2, sqrt
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.schedule import Schedule, schedule
+from widefield.streaming.store import PLACES, Place
 
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
@@ -38,9 +40,10 @@ class Plan:
 
     `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
     `predicted_bytes` of a training step, above the weights, their gradients and the image: `carries` saved between tiles,
-    `step` for the activations of one tile, `outputs` for the maps that leave the streamed part. `streamed_fraction` is the
-    share of the plain model's activation bytes that is streamed; the rest is computed whole, because of the operations `refused`.
-    `stages` is the number of scans.
+    `step` for the activations of one tile, `outputs` for the maps that leave the streamed part, `maps` for those between stages.
+    `streamed_fraction` is the share of the plain model's activation bytes that is streamed; the rest is computed whole, because
+    of the operations `refused`. `stages` is the number of scans; `map_bytes` is what the maps between them need, gradients
+    included, and `map_place` where they live: only on the device do they count as memory.
     """
 
     image_shape: tuple[int, int, int, int]
@@ -49,6 +52,8 @@ class Plan:
     predicted_bytes: MappingProxyType[str, int]
     streamed_fraction: float
     stages: int = 1
+    map_bytes: int = 0
+    map_place: Place = "device"
     refused: tuple[UnsupportedOpError, ...] = ()
 
     @property
@@ -63,6 +68,8 @@ class Plan:
             ("steps", str(self.steps)),
             *((f"memory: {kind}", format_bytes(size)) for kind, size in self.predicted_bytes.items()),
             ("memory: total", format_bytes(self.total_bytes)),
+            ("stages", str(self.stages)),
+            *([("maps", f"{format_bytes(self.map_bytes)} between stages: {self.map_place}")] if self.map_bytes else []),
             ("streamed", f"{self.streamed_fraction:.1%} of the activation bytes"),
         ]
         return "\n".join(f"{name:<18}{text}" for name, text in rows)
@@ -73,63 +80,140 @@ class Plan:
 
 
 def _restore(*fields: Any) -> Plan:
-    return Plan(*[MappingProxyType(value) if isinstance(value, dict) else value for value in fields])
+    values: list[Any] = [MappingProxyType(value) if isinstance(value, dict) else value for value in fields]
+    return Plan(*values)
 
 
 def make_plan(
-    program: Program, tile: tuple[int, int | None] | None, budget: int | None, device: torch.device
-) -> tuple[Plan, Grid]:
+    program: Program, tile: tuple[int, int | None] | None, budget: int | None, device: torch.device, maps: Place | None
+) -> tuple[Plan, tuple[Grid, ...]]:
     """Plan with the given `tile` (None as its width: the whole width), or derive one from `budget` bytes or the free memory.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
     """
     height, width = program.captured.image_shape[2:]
     if tile is not None:
-        grid = make_grid(program.stage, (min(tile[0], height), min(tile[1] or width, width)))
-        return _plan(program, grid.row_schedule, grid.col_schedule, grid.tile), grid
+        wish = (min(tile[0], height), min(tile[1] or width, width))
+        choice = [_cost(stage, [_scaled(wish, stage, (height, width))])[0] for stage in program.stages]
+        return _plan(program, wish, choice, maps or "device"), _grids(program, choice)
     limit = budget if budget is not None else int(SHARE_OF_FREE_MEMORY * free_memory(device))
-    plans = _candidates(program, PREFERRED_PIXELS.get(device.type, 1 << 20))
-    fitting = [plan for plan in plans if plan.total_bytes <= limit]
-    smallest = min(plans, key=lambda plan: plan.total_bytes)
-    if not fitting and budget is not None:
-        raise ValueError(
-            f"memory_budget of {format_bytes(budget)} is too small for an image of shape {program.captured.image_shape}: "
-            f"the smallest that works is about {format_bytes(smallest.total_bytes)} (with tile_size={smallest.tile_size})"
-        )
-    plan = fitting[0] if fitting else smallest  # nothing fits the share of the free memory: try with what needs least
-    return plan, make_grid(program.stage, plan.tile_size)
+    costs = [
+        _candidates(stage, (height, width), PREFERRED_PIXELS.get(device.type, 1 << 20)) for stage in program.stages
+    ]
+    smallest: Plan | None = None
+    for place in PLACES if maps is None else (maps,):
+        if place == "host" and device.type == "cpu":
+            continue
+        choice, plan = _within(program, costs, place, limit)
+        if plan.total_bytes <= limit:
+            break
+        if smallest is None or plan.total_bytes < smallest.total_bytes:
+            smallest = plan
+    else:
+        assert smallest is not None
+        if budget is not None:
+            raise ValueError(
+                f"memory_budget of {format_bytes(budget)} is too small for an image of shape {program.captured.image_shape}: "
+                f"the smallest that works is about {format_bytes(smallest.total_bytes)} (with tile_size={smallest.tile_size})"
+            )
+        # Nothing fits the share of the free memory: try with what needs least.
+    return plan, _grids(program, choice)
 
 
-def _candidates(program: Program, pixels: int) -> list[Plan]:
-    """Plans to choose from, those with about `pixels` a tile first, the wider before the taller."""
-    height, width = program.captured.image_shape[2:]
+@dataclass(frozen=True)
+class _Cost:
+    """A tile of a stage and what it costs: bytes of all carries, and of one step."""
+
+    tile: tuple[int, int]
+    carries: int
+    step: int
+    steps: int
+
+
+def _within(program: Program, costs: Sequence[Sequence[_Cost]], place: Place, limit: int) -> tuple[list[_Cost], Plan]:
+    """The first candidates of all stages; while they exceed `limit`, the largest one gives way to a smaller one."""
+    at = [0] * len(costs)
+    while True:
+        choice = [candidates[k] for candidates, k in zip(costs, at, strict=True)]
+        plan = _plan(program, choice[0].tile, choice, place)
+        if plan.total_bytes <= limit:
+            return choice, plan
+        for s in sorted(range(len(costs)), key=lambda s: -(choice[s].carries + choice[s].step)):
+            size = choice[s].carries + choice[s].step
+            smaller = (k for k in range(at[s] + 1, len(costs[s])) if costs[s][k].carries + costs[s][k].step < size)
+            if (k := next(smaller, None)) is not None:
+                at[s] = k
+                break
+        else:
+            return choice, plan
+
+
+def _scaled(tile: tuple[int, int], stage: Stage, image: tuple[int, int]) -> tuple[int, int]:
+    """A tile of the image, in positions of a stage's largest input."""
+    rows, cols = (max(1, -(-t * n // whole)) for t, n, whole in zip(tile, stage.extent, image, strict=True))
+    return rows, cols
+
+
+def _grids(program: Program, choice: Sequence[_Cost]) -> tuple[Grid, ...]:
+    return tuple(make_grid(stage, cost.tile) for stage, cost in zip(program.stages, choice, strict=True))
+
+
+def _candidates(stage: Stage, image: tuple[int, int], pixels: int) -> list[_Cost]:
+    """Tiles to choose from, those with about as much work as `pixels` of the image first, the wider before the taller."""
+    height, width = stage.extent
+    pixels = int(pixels * sqrt(height * width / (image[0] * image[1])))  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
     heights = sorted(
         {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}
     )
     widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
-    flows = [[value.flow(axis) for value in program.stage.values] for axis in (0, 1)]
-    rows = {h: schedule(flows[0], h, GATE) for h in heights}
-    cols = {w: schedule(flows[1], w, GATE) for w in widths}
-    tiles = sorted(
-        ((h, w) for h in heights for w in widths), key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, -t[1])
-    )
-    return [_plan(program, rows[h], cols[w], (h, w)) for h, w in tiles]
+    tiles = ((h, w) for h in heights for w in widths)
+    return _cost(stage, sorted(tiles, key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, -t[1])))
 
 
-def _plan(program: Program, rows: Schedule, cols: Schedule, tile: tuple[int, int]) -> Plan:
-    stage = program.stage
+def _cost(stage: Stage, tiles: Sequence[tuple[int, int]]) -> list[_Cost]:
+    flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
+    rows = {h: schedule(flows[0], h, GATE) for h in {h for h, _ in tiles}}
+    cols = {w: schedule(flows[1], w, GATE) for w in {w for _, w in tiles}}
+    return [_Cost((h, w), *_bytes_of(stage, rows[h], cols[w]), rows[h].steps * cols[w].steps) for h, w in tiles]
+
+
+def _bytes_of(stage: Stage, rows: Schedule, cols: Schedule) -> tuple[int, int]:
+    """Bytes of all carries of a pass, and of the activations of its largest step."""
     i, j = _largest(stage, rows), _largest(stage, cols)
-    carries = step = outputs = 0
+    carries = step = 0
     for v, value in enumerate(stage.values):
         carries += value.pixel_bytes * _carried(rows, cols, v)
         new = _new(rows, v, i) * _new(cols, v, j)
         held = (rows.ready[v][i] - rows.kept[v][i - 1]) * (cols.ready[v][j] - cols.kept[v][j - 1])
         step += value.pixel_bytes * ((0 if value.view else new) + (held if held > new else 0))
-        outputs += value.pixel_bytes * rows.ready[v][-1] * cols.ready[v][-1] if v in stage.outputs else 0
-    sizes = MappingProxyType({"carries": carries, "step": step, "outputs": outputs})
-    shape = program.captured.image_shape
-    return Plan(shape, tile, rows.steps * cols.steps, sizes, program.streamed_fraction, 1, program.refused)  # type: ignore[arg-type]
+    return carries, step
+
+
+def _plan(program: Program, tile: tuple[int, int], choice: Sequence[_Cost], place: Place) -> Plan:
+    kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
+    read = [sum(stage.values[v].bytes for v in stage.inputs) for stage in program.stages]
+    read[0] -= sum(v.bytes for v in program.stages[0].values if v.name == program.captured.image)
+    outputs = [sum(stage.values[v].bytes for v in stage.outputs if v not in stage.stored) for stage in program.stages]
+    gradients = max(kept[k] + read[k] for k in range(len(kept))) if len(kept) > 1 else 0
+    map_bytes = sum(kept) + gradients
+    sizes = {
+        "carries": sum(cost.carries for cost in choice),
+        "step": max(cost.step for cost in choice),
+        "outputs": sum(outputs),
+        "maps": map_bytes if place == "device" else 0,
+    }
+    return Plan(
+        program.captured.image_shape,  # type: ignore[arg-type]
+        tile,
+        sum(cost.steps for cost in choice),
+        MappingProxyType(sizes),
+        program.streamed_fraction,
+        len(program.stages),
+        map_bytes,
+        place,
+        program.refused,
+    )
 
 
 def _carried(rows: Schedule, cols: Schedule, v: int) -> int:

@@ -11,7 +11,7 @@ later tiles have left. This is back-propagation through time with a checkpoint b
 recomputed, and no gradient formula appears here: what autograd can differentiate is exact.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.streaming.buffers import cut_out
+from widefield.streaming.buffers import cut_out, empty_like
 from widefield.streaming.graph import Stage, Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.image import Source
-from widefield.streaming.rules import Axes, Work
+from widefield.streaming.rules import Work
+from widefield.streaming.store import Store
 
 Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
+Windows = dict[int, tuple[list[Tensor], Work]]  # what a reduction reads, by the reduction's index
 Progress = Callable[[str, int, int], None]
 
 
@@ -33,19 +35,32 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """One scan: its `grid`, where its inputs are read, the names of its weights, the seed of its random masks.
 
-    `autocast` gives a context with the autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
+    `store` is where the stage's `stored` maps are kept. `autocast` gives a context with the autocast state of the forward pass;
+    `progress(phase, done, steps)` is told of each step.
     """
 
     grid: Grid
     sources: Sequence[Source]
     weight_names: Sequence[str]
     seed: int
+    store: Store
     autocast: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
 
+    def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
+        """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
+        if v in self.grid.stage.stored:
+            return self.store.zeros(shape, tile)
+        return empty_like(tile, shape)
+
+    def released(self, maps: Iterable[Tensor]) -> None:
+        """The step is done: pages of maps in files need not stay in memory."""
+        for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
+            self.store.release(x)
+
 
 def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run `job`; returns the stage's output maps, then the sums. An ordinary differentiable call.
+    """Run `job`; returns the stage's output maps, then the parts of its reductions. An ordinary differentiable call.
 
     `inputs` are the tensors behind the job's sources, for autograd (None for an image that is read lazily).
     """
@@ -60,17 +75,23 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         saved: list[tuple[Carry, Carry]] = []
+        stage = job.grid.stage
         weights = [tensor.detach() for tensor in tensors[len(job.sources) :] if tensor is not None]
         outputs = _forward(job, weights, saved)
         ctx.job = job
         ctx.layout = [(tuple(above), tuple(left)) for above, left in saved]
-        ctx.save_for_backward(*tensors, *(piece for carries in saved for carry in carries for piece in carry.values()))
+        parts = outputs[len(stage.outputs) :]
+        ctx.parts = len(parts)
+        ctx.save_for_backward(
+            *tensors, *parts, *(piece for carries in saved for carry in carries for piece in carry.values())
+        )
         ctx.set_materialize_grads(False)
         needed, n = ctx.needs_input_grad[1:], len(job.sources)
         weights_needed = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
-        moving = _moving(job.grid.stage, weights_needed, needed[:n])
-        leaving = (*job.grid.stage.outputs, *job.grid.stage.sums)
-        ctx.mark_non_differentiable(*[x for x, v in zip(outputs, leaving, strict=True) if not moving[v]])
+        moving = _moving(stage, weights_needed, needed[:n])
+        from_values = (*stage.outputs, *(v for v in stage.reductions for _ in stage.values[v].parts))
+        still = [x for x, v in zip(outputs, from_values, strict=True) if not (moving[v] and x.is_floating_point())]
+        ctx.mark_non_differentiable(*still)
         return tuple(outputs)
 
     @staticmethod
@@ -82,19 +103,20 @@ class _Scan(torch.autograd.Function):
             )
         needed = ctx.needs_input_grad[1:]
         everything = ctx.saved_tensors
-        tensors, pieces = everything[: len(needed)], iter(everything[len(needed) :])
+        tensors, parts = everything[: len(needed)], everything[len(needed) : len(needed) + ctx.parts]
+        pieces = iter(everything[len(needed) + ctx.parts :])
         del everything
         saved = [({v: next(pieces) for v in above}, {v: next(pieces) for v in left}) for above, left in ctx.layout]
         with ctx.job.autocast():
-            return None, *_backward(ctx.job, tensors, needed, saved, grads)
+            return None, *_backward(ctx.job, tensors, needed, parts, saved, grads)
 
 
 def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry]] | None) -> list[Tensor]:
     """Scan the tiles in raster order; the carries that each tile received are appended to `saved`, if it is a list."""
-    grid = job.grid
+    grid, stage = job.grid, job.grid.stage
     by_name = dict(zip(job.weight_names, weights, strict=True))
     outputs: dict[int, Tensor] = {}
-    sums: dict[int, Tensor] = {}
+    gathered: dict[int, Any] = {}
     above: list[Carry] = [{} for _ in grid.cols]
     for i in range(len(grid.rows)):
         left: Carry = {}
@@ -102,26 +124,28 @@ def _forward(job: Job, weights: Sequence[Tensor], saved: list[tuple[Carry, Carry
             if saved is not None:
                 saved.append((above[j], left))
             tiles = [source.prepare(raw) for source, raw in zip(job.sources, _read(job, i, j), strict=True)]
-            made, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
+            made, reduced, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed)
+            for v, (windows, work) in reduced.items():
+                reduction = stage.values[v].reduction
+                assert reduction is not None
+                gathered[v] = reduction.fold(gathered.get(v), windows, work)
             for v, tile in made.items():
-                if v in grid.stage.sums:
-                    total = tile.sum(grid.stage.values[v].axes, dtype=torch.promote_types(tile.dtype, torch.float32))
-                    sums[v] = sums[v] + total if v in sums else total
-                if v not in grid.stage.outputs:
-                    continue
                 if v not in outputs:
-                    outputs[v] = torch.empty(grid.stage.values[v].shape, dtype=tile.dtype, device=tile.device)
+                    outputs[v] = job.new(v, stage.values[v].shape, tile)
                 _tile_of(outputs[v], grid, v, i, j).copy_(tile)
-            del made, tiles
+            del made, reduced, tiles
+            job.released(outputs.values())
             if job.progress:
                 job.progress("forward", i * len(grid.cols) + j + 1, grid.steps)
-    return [*(outputs[v] for v in grid.stage.outputs), *(sums[v] for v in grid.stage.sums)]
+    parts = [part for v in stage.reductions for part in stage.values[v].reduction.finish(gathered[v])]  # type: ignore[union-attr]
+    return [*(outputs[v] for v in stage.outputs), *parts]
 
 
 def _backward(
     job: Job,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
+    parts: Sequence[Tensor],
     saved: list[tuple[Carry, Carry]],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
@@ -139,8 +163,14 @@ def _backward(
         stage, {name for name, leaf in zip(job.weight_names, leaves, strict=True) if leaf.requires_grad}, needed[:n]
     )
     input_grads = [
-        torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors[:n], needed, strict=False)
+        source.zeros_like(x) if need and x is not None else None
+        for source, x, need in zip(job.sources, tensors, needed, strict=False)
     ]
+    results, part_grads, k = {}, {}, len(stage.outputs)
+    for v in stage.reductions:
+        count = len(stage.values[v].parts)
+        results[v], part_grads[v] = parts[k - len(stage.outputs) :][:count], grads[k : k + count]
+        k += count
     grad_below: list[Carry] = [{} for _ in grid.cols]
     for i in reversed(range(len(grid.rows))):
         grad_right: Carry = {}
@@ -153,23 +183,21 @@ def _backward(
                     name: leaf.to(weight.dtype)
                     for name, leaf, weight in zip(job.weight_names, leaves, weights, strict=True)
                 }
-                made, below, right = step(grid, i, j, above, left, tiles, by_name, job.seed)
+                made, reduced, below, right = step(grid, i, j, above, left, tiles, by_name, job.seed)
             arriving = [(below[v], g) for v, g in grad_below[j].items()] + [
                 (right[v], g) for v, g in grad_right.items()
             ]
             arriving += [
-                (made[v], _tile_of(g, grid, v, i, j))
+                (made[v], _tile_of(g, grid, v, i, j).to(made[v].device))
                 for v, g in zip(stage.outputs, grads, strict=False)
                 if g is not None and v in made
             ]
-            arriving += [
-                (made[v], _spread(g, made[v], stage.values[v].axes))
-                for v, g in zip(stage.sums, grads[len(stage.outputs) :], strict=True)
-                if g is not None and v in made
-            ]
+            for v, (windows, work) in reduced.items():
+                if any(g is not None for g in part_grads[v]):
+                    arriving += _of_reduction(stage.values[v], results[v], windows, work, part_grads[v])
             arriving = [(x, g) for x, g in arriving if x.requires_grad]
             wanted = [x for x in (*above.values(), *left.values(), *raws, *leaves) if x is not None and x.requires_grad]
-            del made, below, right, tiles, by_name
+            del made, reduced, below, right, tiles, by_name
             if arriving:
                 torch.autograd.backward([x for x, _ in arriving], [g for _, g in arriving], inputs=wanted)
             del arriving
@@ -178,6 +206,7 @@ def _backward(
             for raw, whole, v in zip(raws, input_grads, stage.inputs, strict=True):
                 if raw is not None and whole is not None and raw.grad is not None:
                     _tile_of(whole, grid, v, i, j).copy_(raw.grad)
+            job.released(grad for grad in input_grads if grad is not None)
             if job.progress:
                 job.progress("backward", grid.steps - (i * len(grid.cols) + j), grid.steps)
     weight_grads = [
@@ -195,14 +224,14 @@ def step(
     tiles: Sequence[Tensor | None],
     weights: Mapping[str, Tensor],
     seed: int,
-) -> tuple[Carry, Carry, Carry]:
+) -> tuple[Carry, Windows, Carry, Carry]:
     """One step of the scan: a pure function of what was kept above and to the left, and of the new tiles of the stage inputs.
 
-    Returns the new tiles of the maps that leave the stage (whole or summed), and what is kept for the tile below and for
-    the tile to the right.
+    Returns the new tiles of the maps that leave the stage, the new windows that its reductions read, and what is kept for the
+    tile below and for the tile to the right.
     """
     stage = grid.stage
-    made, below, right = {}, {}, {}
+    made, reduced, below, right = {}, {}, {}, {}
     reads: dict[tuple[int, int], Tensor] = {}
     for v, (value, row, col) in enumerate(zip(stage.values, grid.rows[i], grid.cols[j], strict=True)):
         new = None
@@ -210,12 +239,18 @@ def step(
             if value.placed is None:
                 new = tiles[v]
             else:
-                windows = [reads.pop((v, k)) for k in range(len(value.sources))]
-                new = value.placed.run(windows, Work(row.spans, col.spans, weights, seed))
+                windows, work = (
+                    [reads.pop((v, k)) for k in range(len(value.sources))],
+                    Work(row.spans, col.spans, weights, seed),
+                )
+                if value.reduction is not None:
+                    reduced[v] = windows, work
+                    continue
+                new = value.placed.run(windows, work)
                 del windows
             assert new is not None
             _check(value, new, row.new, col.new)
-            if v in stage.outputs or v in stage.sums:
+            if v in stage.outputs:
                 made[v] = new = new.relu_() if value.rectified else new
         readers, cuts, keep_below, keep_right = grid.cuts(v, row, col)
         if not cuts:
@@ -228,7 +263,7 @@ def step(
             below[v] = _own(parts.pop())
         reads.update(zip(readers, parts, strict=True))
         del parts
-    return made, below, right
+    return made, reduced, below, right
 
 
 def _check(value: Value, new: Tensor, height: int, width: int) -> None:
@@ -258,13 +293,19 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
         reached = own or any(moving[source] for source in value.sources)
-        moving.append(reached and value.dtype.is_floating_point and value.op != "aten.detach")
+        still = value.reduction is None and (not value.dtype.is_floating_point or value.op == "aten.detach")
+        moving.append(reached and not still)
     return moving
 
 
-def _spread(grad: Tensor, tile: Tensor, axes: Axes) -> Tensor:
-    """The gradient of a sum over height and width, at every position of a tile."""
-    return grad.unsqueeze(axes.rows).unsqueeze(axes.cols).expand_as(tile).to(tile.dtype)
+def _of_reduction(
+    value: Value, result: Sequence[Tensor], windows: Sequence[Tensor], work: Work, grads: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """Where the gradient of a reduction enters a tile."""
+    assert value.reduction is not None
+    with torch.enable_grad():
+        local = value.reduction.local(tuple(result), windows, work)
+    return [(x, g.to(x.dtype)) for x, g in zip(local, grads, strict=True) if x is not None and g is not None]
 
 
 def _own(piece: Tensor) -> Tensor:

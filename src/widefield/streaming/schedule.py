@@ -43,7 +43,7 @@ class Schedule:
 
 
 def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
-    """Scan `flows` (in topological order) with `tile` new input positions a step.
+    """Scan `flows` (in topological order) with `tile` new positions of the longest input a step, of the others in proportion.
 
     `gate`: a strided op waits until it can compute that many positions, so that no deep layer runs on a sliver. After the
     last input, no map advances by much more than in a steady step: extra steps without new input drain the network, so that
@@ -58,7 +58,7 @@ def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
         for v, flow in enumerate(flows):
             before = ready[v][-1]
             if not flow.sources:
-                now = min(t * tile, flow.size)
+                now = min(-(-t * tile * flow.size // length), flow.size)
             else:
                 now = min(m.ready(ready[s][t]) for s, m in zip(flow.sources, flow.maps, strict=True))
                 if flow.strided and now < flow.size and now - before < gate:

@@ -3,9 +3,10 @@
 import torch
 from torch import fx, nn
 
-from widefield.streaming.capture import capture
+from widefield.streaming.build import build
+from widefield.streaming.capture import Node, capture
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.graph import build
+from widefield.streaming.graph import Stage
 
 _EXAMPLE = (1, 3, 224, 224)
 
@@ -21,16 +22,19 @@ def split(model: nn.Module, image_shape: tuple[int, int, int, int] = _EXAMPLE) -
     """
     parameter = next(model.parameters(), None)
     dtype = parameter.dtype if parameter is not None else torch.float32
-    program = build(capture(model, image_shape, dtype), allow_tail=True)
-    if not program.tail:
+    program = build(capture(model, image_shape, dtype), allow_whole=True)
+    last = max(k for k, item in enumerate(program.items) if isinstance(item, Stage))
+    tail = [item for item in program.items[last + 1 :] if isinstance(item, Node)]
+    if not tail:
         return model, nn.Identity()
-    whole = {node.module_path for node in program.tail}
+    whole = {node.module_path for node in tail}
     graph = _trace(model, whole)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     first_whole = next(
         (k for k, node in enumerate(nodes) if node.op == "call_module" and _touches(node.target, whole)), len(nodes)
     )
-    local = {value.module_path for value in program.stage.values}
+    values = [value for stage in program.stages for value in stage.values]
+    local = {value.module_path for value in values if value.reduction is None or value.module_path not in whole}
     before = nodes[:first_whole]
     last_local = max(
         (k for k, node in enumerate(before) if node.op == "call_module" and _touches(node.target, local)), default=-1
@@ -98,7 +102,7 @@ def _module(model: nn.Module, graph: fx.Graph, name: str) -> nn.Module:
 
 def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype) -> bool:
     try:
-        build(capture(trunk, shape, dtype), allow_tail=False)
+        program = build(capture(trunk, shape, dtype), allow_whole=False)
     except UnsupportedOpError:
         return False
-    return True
+    return isinstance(program.items[-1], Stage) and not program.items[-1].reductions

@@ -1,7 +1,26 @@
-"""One rule per operation: how its extents follow, and how it runs on a tile. `place` looks a rule up and applies it."""
+"""One rule per operation: how its extents follow, and how it runs on a tile. `place` looks a rule up and applies it.
+
+Operations over the whole image have a rewriting instead (`REWRITES`): reductions, and local operations on their results.
+"""
 
 from widefield.streaming.rules import channels, pointwise, random, resize, shapes, windows
-from widefield.streaming.rules.base import RULES, Axes, Maps, Placed, Read, Run, Work, place
+from widefield.streaming.rules.base import RULES, Axes, Maps, Placed, Read, Run, Work, place, swap_refs
+from widefield.streaming.rules.flat import unflatten
+from widefield.streaming.rules.reductions import Reduction
+from widefield.streaming.rules.whole import REWRITES
 
-__all__ = ["RULES", "Axes", "Maps", "Placed", "Read", "Run", "Work", "place"]
+__all__ = [
+    "REWRITES",
+    "RULES",
+    "Axes",
+    "Maps",
+    "Placed",
+    "Read",
+    "Reduction",
+    "Run",
+    "Work",
+    "place",
+    "swap_refs",
+    "unflatten",
+]
 _ = (channels, pointwise, random, resize, shapes, windows)  # importing them fills RULES

@@ -6,11 +6,12 @@ and how it runs on a tile. A rule that cannot do so exactly raises `node.refuse(
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
@@ -59,12 +60,14 @@ class Placed:
 class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
 
-    `spread` collects weights that are as large as the image (position grids): they enter the scan as maps of their own.
+    `spread` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
+    names maps that the model sees with height and width in one dimension (see `rules.flat`).
     """
 
     axes: dict[str, Axes] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     spread: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    flat: set[str] = field(default_factory=set)
 
     def __contains__(self, name: object) -> bool:
         return name in self.axes
@@ -142,6 +145,18 @@ def only_map(node: Node, maps: Maps) -> str:
             "compute them from parameters, or keep this layer out of the trunk",
         )
     return names[0]
+
+
+def swap_refs(node: Node, names: Mapping[str, str]) -> Node:
+    """`node` with references to other values, by old and new name."""
+    if not any(name in names for name in node.refs):
+        return node
+
+    def swap(value: Any) -> Any:
+        return Ref(names.get(value.name, value.name)) if isinstance(value, Ref) else value
+
+    args, kwargs = pytree.tree_map(swap, (node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Ref))
+    return replace(node, args=args, kwargs=kwargs)
 
 
 def refuse_whole(node: Node, what: str) -> UnsupportedOpError:

@@ -1,11 +1,9 @@
 """Operations that compute every position from the same position of their inputs."""
 
-from dataclasses import replace
-
 import torch
 
-from widefield.streaming.capture import Node, Ref, overwrite
-from widefield.streaming.rules.base import Axes, Maps, Placed, caller, only_map, rule, sources
+from widefield.streaming.capture import Node, overwrite
+from widefield.streaming.rules.base import Axes, Maps, Placed, caller, only_map, rule, sources, swap_refs
 
 aten = torch.ops.aten
 
@@ -32,7 +30,7 @@ def pointwise(node: Node, maps: Maps) -> Placed:
         if shape[axes.rows] > 1 or shape[axes.cols] > 1:
             spread = list(shape)
             spread[axes.rows], spread[axes.cols] = height, width
-            node = _rename(node, name, maps.spread_weight(name, axes, tuple(spread)))
+            node = swap_refs(node, {name: maps.spread_weight(name, axes, tuple(spread))})
     return _call(node, maps, axes)
 
 
@@ -60,14 +58,3 @@ def _call(node: Node, maps: Maps, axes: Axes) -> Placed:
 
 def _align(axes: Axes, ndim_in: int, ndim_out: int) -> Axes:
     return Axes(axes.rows + ndim_out - ndim_in, axes.cols + ndim_out - ndim_in)
-
-
-def _rename(node: Node, old: str, new: str) -> Node:
-    """`node` with references to `old` turned into references to `new`."""
-
-    def swap(value: object) -> object:
-        if isinstance(value, (list, tuple)):
-            return [swap(item) for item in value]
-        return Ref(new) if value == Ref(old) else value
-
-    return replace(node, args=tuple(swap(a) for a in node.args), kwargs={k: swap(v) for k, v in node.kwargs.items()})

@@ -40,7 +40,15 @@ def permute(node: Node, maps: Maps) -> Placed:
 
 
 @rule(
-    aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.unflatten, aten.flatten, aten.view_as
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.unflatten,
+    aten.flatten,
+    aten.view_as,
+    aten.reshape_as,
 )
 def reshape(node: Node, maps: Maps) -> Placed:
     """A new shape, as long as height and width stay apart from each other.
@@ -53,7 +61,7 @@ def reshape(node: Node, maps: Maps) -> Placed:
     shape_in, shape_out = maps.shapes[name], node.shape
     found: list[tuple[int, AxisMap, int]] = []
     for axis in maps.axes[name]:
-        group_in, group_out = next(g for g in _groups(shape_in, shape_out) if axis in g[0])
+        group_in, group_out = next(g for g in groups(shape_in, shape_out) if axis in g[0])
         size = shape_in[axis]
         wide_in = [d for d in group_in if shape_in[d] > 1]
         wide_out = [d for d in group_out if shape_out[d] > 1]
@@ -88,7 +96,7 @@ def reshape(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), Axes(rows, cols), run)
 
 
-def _groups(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[tuple[range, range]]:
+def groups(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[tuple[range, range]]:
     """The finest cut of both shapes into runs of dimensions with equal products."""
     groups, i, j = [], 0, 0
     while i < len(shape_in) or j < len(shape_out):

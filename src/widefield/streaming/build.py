@@ -1,0 +1,215 @@
+"""A captured module, taken apart into stages and plain operations.
+
+Every value gets a level. What is computed from the image by local operations has level 0; what is computed from a reduction
+over maps of level n is of level n + 1, and so are the maps that depend on it. Stage n computes the maps of level n.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from widefield.streaming.capture import Captured, Node, Ref
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.extents import identity
+from widefield.streaming.fold import fold_batch_norms
+from widefield.streaming.graph import Program, Stage
+from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
+from widefield.streaming.rules.pointwise import pointwise
+from widefield.streaming.rules.resize import MODES
+from widefield.streaming.rules.whole import parts_of
+from widefield.streaming.stages import cut, size_of
+
+aten = torch.ops.aten
+
+# Factories that take only dtype and device from their first argument.
+_FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+}
+# Operators that take only the shape from their second argument.
+_SHAPED_LIKE: dict[str, Any] = {
+    "aten.view_as": aten.reshape.default,
+    "aten.reshape_as": aten.reshape.default,
+    "aten.expand_as": aten.expand.default,
+}
+
+
+def build(captured: Captured, *, allow_whole: bool) -> Program:
+    """Take `captured` apart. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
+    sorter = _Sorter(captured, allow_whole)
+    for node in fold_batch_norms(captured):
+        sorter.add(node)
+    return sorter.program()
+
+
+@dataclass
+class _Sorter:
+    """The nodes so far: those in `placed` are maps and reductions, the others are plain. `levels` of nodes and reductions' parts.
+
+    `broadcast` names what was expanded to give a value.
+    """
+
+    captured: Captured
+    allow_whole: bool
+    maps: Maps = field(default_factory=Maps)
+    levels: dict[str, int] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    placed: dict[str, Placed] = field(default_factory=dict)
+    broadcast: dict[str, str] = field(default_factory=dict)
+    refused: list[UnsupportedOpError] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
+        self.maps.axes[self.captured.image] = Axes(2, 3)
+
+    def add(self, node: Node) -> None:
+        """Sort a captured node."""
+        node = self._normal_form(node)
+        if not any(name in self.maps for name in node.refs):
+            self._add(node)
+            return
+        try:
+            steps, flat = unflatten(node, self.maps)
+            rewrite = REWRITES.get(steps[-1].target)
+            last = (rewrite and rewrite(steps[-1], self.maps)) or [steps[-1]]
+            for step in (*steps[:-1], *last):
+                self._add(step)
+        except UnsupportedOpError as error:
+            if not self.allow_whole:
+                raise
+            self.refused.append(error)
+            self._add_plain(self._on_whole_maps(node))
+        else:
+            if flat:
+                self.maps.flat.add(node.name)
+
+    def _normal_form(self, node: Node) -> Node:
+        """Operators that only look at another tensor's shape or dtype, and broadcasting written out, in a form without it."""
+        if node.target in _FACTORIES:
+            given = {key: value for key, value in node.kwargs.items() if value is not None}
+            kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **given}
+            return replace(node, target=_FACTORIES[node.target], args=node.args[1:], kwargs=kwargs)
+        if node.op in _SHAPED_LIKE:
+            node = replace(node, target=_SHAPED_LIKE[node.op], args=(node.args[0], list(node.shape)), kwargs={})
+        source = next(node.refs, "")
+        small = source not in self.maps and self.maps.shapes.get(source, ())[-2:] == (1, 1)
+        if node.op in MODES and small:  # one pixel, resized
+            node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
+        if node.op == "aten.expand" and source not in self.maps:
+            self.broadcast[node.name] = source
+        if _rule(node) is pointwise:
+            shapes = {name: self._seen(name) for name in node.refs}
+            for name in [name for name in shapes if name in self.broadcast]:
+                shapes[name] = self._seen(self.broadcast[name])
+                if torch.broadcast_shapes(*shapes.values()) == node.shape:
+                    node = swap_refs(node, {name: self.broadcast[name]})
+                else:
+                    shapes[name] = self._seen(name)
+        return node
+
+    def _seen(self, name: str) -> tuple[int, ...]:
+        """The shape of a value as the model sees it."""
+        shape = self.maps.shapes[name]
+        if name not in self.maps.flat:
+            return shape
+        p = self.maps.axes[name].rows
+        return (*shape[:p], shape[p] * shape[p + 1], *shape[p + 2 :])
+
+    def _add(self, node: Node) -> None:
+        if isinstance(node.target, Reduction):
+            self._add_reduction(node)
+        elif any(name in self.maps for name in node.refs):
+            self.placed[node.name] = found = place(node, self.maps)
+            self.maps.axes[node.name] = found.axes
+            self._record(node, max(self._level(name) for name in node.refs))
+        else:
+            self._add_plain(node)
+
+    def _add_plain(self, node: Node) -> None:
+        whole = (self._level(name) + (name in self.maps) for name in node.refs)
+        self._record(node, max(whole, default=0))
+
+    def _add_reduction(self, node: Node) -> None:
+        if node.name in self.nodes:
+            return
+        height, width = self.maps.extent(next(node.refs))
+        reads = tuple(Read(name, identity(height), identity(width)) for name in node.refs)
+        self.placed[node.name] = Placed(reads, Axes(0, 1), lambda tiles, work: tiles[0])
+        level = max(self._level(name) for name in node.refs)
+        self._record(replace(node, shape=(height, width)), level)
+        for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
+            self.levels[part] = level + 1
+            self.maps.shapes[part] = shape
+
+    def _on_whole_maps(self, node: Node) -> Node:
+        """`node` with flattened maps as the model sees them."""
+        for name in self.maps.flat.intersection(node.refs):
+            whole = f"{name}@whole"
+            if whole not in self.nodes:
+                shape = self._seen(name)
+                made = replace(self.nodes[name], name=whole, target=aten.reshape.default, args=(Ref(name), list(shape)))
+                self._add_plain(replace(made, kwargs={}, pick=None, shape=shape))
+            node = swap_refs(node, {name: whole})
+        return node
+
+    def _record(self, node: Node, level: int) -> None:
+        self.nodes[node.name] = node
+        self.levels[node.name] = level
+        self.maps.shapes[node.name] = node.shape
+
+    def _level(self, name: str) -> int:
+        return self.levels.get(name, 0)
+
+    def program(self) -> Program:
+        """All that the outputs need, as a list of stages and plain operations."""
+        outputs = self._on_whole_maps(Node("", tuple, self.captured.outputs, {}, (), torch.float32))
+        live = self._live(set(outputs.refs))
+        plain = [node for node in live if node.name not in self.placed]
+        maps = [node for node in live if node.name in self.placed]
+        if not maps:
+            first = self.refused[0] if self.refused else None
+            raise UnsupportedOpError(
+                first.module_path if first else "",
+                first.op if first else "forward",
+                "is the first operation on the image, so that nothing is left to stream",
+                "run this model as it is, without streaming",
+            )
+        wanted = {name for node in (*plain, outputs) for name in node.refs if name in self.maps}
+        dtypes = {name: dtype for name, (_, dtype) in self.captured.shapes.items()}
+        dtypes |= {name: node.dtype for name, node in self.nodes.items()}
+        stages = cut(self.captured, self.maps, self.levels, self.placed, maps, wanted, dtypes)
+        items: list[Node | Stage] = []
+        for level in range(max(self.levels.values()) + 1):
+            items += [node for node in plain if self.levels[node.name] == level]
+            items += [stages[level]] if level in stages else []
+        streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
+        whole = sum(size_of(node) for node in plain if self.levels[node.name] > 0)
+        return Program(
+            replace(self.captured, outputs=outputs.args),
+            tuple(items),
+            dict(self.maps.spread),
+            (),
+            streamed / max(1, streamed + whole),
+            tuple(self.refused),
+            any("dropout" in node.op or "bernoulli" in node.op for node in live),
+        )
+
+    def _live(self, needed: set[str]) -> list[Node]:
+        """The nodes that `needed` depend on, in order."""
+        live = []
+        for node in reversed(self.nodes.values()):
+            parts = parts_of(node) if isinstance(node.target, Reduction) else (node.name,)
+            if not needed.isdisjoint(parts):
+                needed.update(node.refs)
+                live.append(node)
+        return live[::-1]
+
+
+def _rule(node: Node) -> Any:
+    """The rule of a node's operator; that of pointwise operations for operators which PyTorch tags so."""
+    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return RULES.get(node.target) or (pointwise if tagged else None)

@@ -1,0 +1,268 @@
+"""Flattened maps: tensors in which height and width are one dimension, as in `x.flatten(2)` or tokens (N, H * W, C).
+
+Tiles keep the two apart. An operation on a flattened map is turned into the same operation on a map that is not, so that no
+other rule has to know. A map's shape in `Maps` is the one with height and width apart; `Maps.flat` names those that the model
+sees flattened, and the two dimensions then stand side by side.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from string import ascii_letters
+from typing import Any
+
+import torch
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.rules.base import RULES, Maps, argument, dims, refuse_whole, sources, swap_refs
+from widefield.streaming.rules.pointwise import pointwise
+from widefield.streaming.rules.shapes import groups, permute, reshape
+
+aten = torch.ops.aten
+
+
+def unflatten(node: Node, maps: Maps) -> tuple[list[Node], bool]:
+    """Nodes on maps with height and width apart that do what `node` does, and whether the last one's result is flattened."""
+    names = sources(node, maps)
+    rule = RULES.get(node.target)
+    if not maps.flat.intersection(names):
+        shape = _flattening(node, maps, names[0]) if rule is reshape else None
+        return ([node], False) if shape is None else ([_reshaped(node, names[0], shape)], True)
+    if not maps.flat.issuperset(names):
+        raise node.refuse(
+            f"combines a flattened map with one that is not: {', '.join(str(maps.shapes[name]) for name in names)}",
+            "flatten both or neither",
+        )
+    if rule is reshape:
+        shape, flat = _reshaping(node, maps, names[0])
+        return [_reshaped(node, names[0], shape)], flat
+    if (rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ())) or rule is pointwise:
+        return _elementwise(node, maps, names), True
+    if node.op in ("aten.matmul", "aten.bmm"):
+        node = _as_einsum(node, maps)
+    if node.op == "aten.einsum":
+        return _einsum(node, maps, names)
+    if rule is permute:
+        shape = _logical(maps, names[0])
+        numbers = torch.empty(tuple(range(len(shape))), device="meta")
+        order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
+        node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
+    translated = _TRANSLATIONS.get(node.op)
+    if translated is None:
+        raise refuse_whole(node, "works on the flattened image: along")
+    return translated(node, maps, names)
+
+
+def _position(maps: Maps, name: str) -> int:
+    """The dimension that holds height and width of a flattened map."""
+    return maps.axes[name].rows
+
+
+def _logical(maps: Maps, name: str) -> tuple[int, ...]:
+    """The shape that the model sees."""
+    shape, p = maps.shapes[name], _position(maps, name)
+    return (*shape[:p], shape[p] * shape[p + 1], *shape[p + 2 :])
+
+
+def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
+    return replace(
+        node, target=aten.reshape.default, args=(Ref(name), list(shape)), kwargs={}, pick=None, shape=tuple(shape)
+    )
+
+
+def _flattening(node: Node, maps: Maps, name: str) -> tuple[int, ...] | None:
+    """If `node` merges height and width of map `name`, and nothing else with them: its shape with both apart."""
+    axes, shape = maps.axes[name], maps.shapes[name]
+    if axes.cols != axes.rows + 1:
+        return None
+    group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
+    if axes.cols not in group_in or prod(shape[d] for d in group_in) != prod(maps.extent(name)):
+        return None
+    wide = [d for d in group_out if node.shape[d] > 1]
+    if len(wide) != 1:
+        return None
+    return (*node.shape[: wide[0]], *maps.extent(name), *node.shape[wide[0] + 1 :])
+
+
+def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], bool]:
+    """The result's shape with height and width apart, and whether it is still flattened, for a reshape of a flattened map."""
+    p, extent, shape = _position(maps, name), maps.extent(name), _logical(maps, name)
+    group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
+    if prod(shape[d] for d in group_in) != shape[p]:
+        raise refuse_whole(node, "flattens")
+    for d in group_out[:-1]:
+        if (node.shape[d], node.shape[d + 1]) == extent:
+            return node.shape, False
+    wide = [d for d in group_out if node.shape[d] > 1] or list(group_out[:1])
+    if len(wide) != 1:
+        raise refuse_whole(node, "cuts")
+    return (*node.shape[: wide[0]], *extent, *node.shape[wide[0] + 1 :]), True
+
+
+def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
+    """Weights that are as large as the image are cut in two dimensions as well."""
+    from_the_end = len(_logical(maps, names[0])) - _position(maps, names[0])
+    nodes: list[Node] = []
+    for name in dict.fromkeys(name for name in node.refs if name not in maps):
+        shape = maps.shapes[name]
+        d = len(shape) - from_the_end
+        if d < 0:
+            continue
+        apart = maps.extent(names[0]) if shape[d] > 1 else (1, 1)
+        new = (*shape[:d], *apart, *shape[d + 1 :])
+        nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
+        node = swap_refs(node, {name: nodes[-1].name})
+    shapes = [maps.shapes[name] for name in sources(node, maps)] + [n.shape for n in nodes]
+    return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))]
+
+
+def _as_einsum(node: Node, maps: Maps) -> Node:
+    """A matrix product as an einsum, as the model sees the operands."""
+    shapes = [_logical(maps, ref.name) if ref.name in maps.flat else maps.shapes[ref.name] for ref in node.args[:2]]
+    if min(map(len, shapes)) < 2:
+        raise node.refuse("multiplies by a vector", "give it a second dimension of size 1")
+    batch = ascii_letters[3 : 3 + max(map(len, shapes)) - 2]
+    left, right = (batch[len(batch) - (len(shape) - 2) :] for shape in shapes)
+    equation = f"{left}ab,{right}bc->{batch}ac"
+    return replace(node, target=aten.einsum.default, args=(equation, list(node.args[:2])), kwargs={})
+
+
+def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    """The letter of the flattened dimension becomes two."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if "->" not in equation or "." in equation:
+        raise node.refuse("has implicit dimensions", "write the whole equation, with ->")
+    terms = equation.split("->")[0].split(",")
+    letters = {term[_position(maps, o.name)] for term, o in zip(terms, operands, strict=True) if o.name in maps}
+    if len(letters) != 1 or any(
+        letters & set(term) for term, o in zip(terms, operands, strict=True) if o.name not in maps
+    ):
+        raise refuse_whole(node, "multiplies along")
+    spare = next(c for c in ascii_letters if c not in equation)
+    letter = letters.pop()
+    node = replace(node, args=(equation.replace(letter, letter + spare), operands))
+    flat = letter in equation.split("->")[1]
+    return [_with_shape(node, maps) if flat else node], flat
+
+
+def _with_shape(node: Node, maps: Maps) -> Node:
+    """`node` with the shape that its operator gives on maps with height and width apart."""
+
+    def empty(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return torch.empty(maps.shapes[value.name], device="meta")
+        return [empty(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    kwargs = {key: empty(value) for key, value in node.kwargs.items() if key not in ("device", "dtype")}
+    result = node.target(*[empty(arg) for arg in node.args], **kwargs)
+    return replace(node, shape=tuple((result if node.pick is None else result[node.pick]).shape))
+
+
+def _along(position: int, name: str = "dim", default: Any = None, whole: bool = False) -> Callable[..., Any]:
+    """A translation of operators with dimensions at argument `position`; `whole`: they may include the flattened one."""
+
+    def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+        p, ndim = _position(maps, names[0]), len(_logical(maps, names[0]))
+        value = argument(node, position, name, default)
+        many = isinstance(value, (list, tuple)) or value is None
+        if node.op == "aten.stack":
+            ndim += 1
+            p += value % ndim <= p
+        given = dims(node, value, ndim)
+        if p in given and not whole:
+            raise refuse_whole(node, "cuts, joins or reorders")
+        apart = [d + (d > p) for d in given]
+        apart += [p + 1] if p in given else []
+        kwargs = {key: v for key, v in node.kwargs.items() if key != name}
+        args = list(node.args) + [None] * (position + 1 - len(node.args))
+        if value is not None:
+            args[position] = apart if many or len(apart) > 1 else apart[0]
+        elif len(node.args) <= position:
+            args = list(node.args)
+        node = replace(node, args=tuple(args), kwargs=kwargs)
+        stays = p not in given or node.op in _KEEPS_SHAPE
+        if p in given:
+            shape = maps.shapes[names[0]] if stays else node.shape
+            return [replace(node, shape=shape)], stays
+        return [_with_shape(node, maps)], True
+
+    return translate
+
+
+_KEEPS_SHAPE = {"aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax"}
+
+
+def _permute(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    p = _position(maps, names[0])
+    order = [e for d in node.args[1] for e in ((p, p + 1) if d == p else (d + (d > p),))]
+    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], True
+
+
+def _sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    """`expand` and `repeat`."""
+    sizes, kept = list(node.args[1]), -1 if node.op == "aten.expand" else 1
+    p = _position(maps, names[0]) + len(sizes) - len(_logical(maps, names[0]))
+    if sizes[p] not in (kept, _logical(maps, names[0])[p] if kept == -1 else 1):
+        raise refuse_whole(node, "repeats")
+    return [_with_shape(replace(node, args=(node.args[0], [*sizes[:p], kept, kept, *sizes[p + 1 :]])), maps)], True
+
+
+def _layer_norm(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    p, ndim = _position(maps, names[0]), len(_logical(maps, names[0]))
+    if p >= ndim - len(node.args[1]):
+        raise refuse_whole(node, "normalises over")
+    return [_with_shape(node, maps)], True
+
+
+def _linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    if _position(maps, names[0]) == len(_logical(maps, names[0])) - 1 or names != [node.args[0].name]:
+        raise refuse_whole(node, "multiplies along")
+    return [_with_shape(node, maps)], True
+
+
+def _channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    """Operators that know dimensions 0 and 1 only."""
+    if _position(maps, names[0]) < 2:
+        raise refuse_whole(node, "takes for channels")
+    return [replace(node, shape=maps.shapes[names[0]])], True
+
+
+def _unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    return [replace(node, shape=maps.shapes[names[0]])], True
+
+
+def _pool(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    p = _position(maps, names[0])
+    if list(node.args[1]) != [1] or p != len(_logical(maps, names[0])) - 1:
+        raise refuse_whole(node, "pools along")
+    return [replace(node, target=aten.mean.dim, args=(node.args[0], [p, p + 1], True), kwargs={})], False
+
+
+_TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], bool]]] = {
+    **{
+        f"aten.{op}": _along(1, whole=True)
+        for op in ("softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp")
+    },
+    **{f"aten.{op}": _along(1, whole=True) for op in ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")},
+    **{f"aten.{op}": _along(1, whole=True) for op in ("var", "std", "var_mean", "std_mean")},
+    **{f"aten.{op}": _along(2, whole=True) for op in ("linalg_vector_norm", "norm")},
+    **{
+        f"aten.{op}": _along(1, default=0)
+        for op in ("select", "slice", "index_select", "narrow", "unbind", "cat", "stack")
+    },
+    **{f"aten.{op}": _along(2, default=0) for op in ("split", "split_with_sizes", "chunk", "tensor_split")},
+    **{f"aten.{op}": _along(1) for op in ("cumsum", "cumprod")},
+    "aten.flip": _along(1, name="dims"),
+    "aten.glu": _along(1, default=-1),
+    "aten.permute": _permute,
+    "aten.expand": _sizes,
+    "aten.repeat": _sizes,
+    "aten.layer_norm": _layer_norm,
+    "aten.linear": _linear,
+    **{
+        f"aten.{op}": _channels_second for op in ("batch_norm", "instance_norm", "group_norm", "prelu", "_prelu_kernel")
+    },
+    "aten._native_batch_norm_legit_no_training": _channels_second,
+    **{f"aten.{op}": _unchanged for op in ("dropout", "native_dropout", "bernoulli")},
+    "aten.adaptive_avg_pool1d": _pool,
+}

@@ -1,0 +1,183 @@
+"""Sorted nodes, cut into stages: what each scan computes, what it leaves for later ones, what is computed twice instead."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from widefield.streaming.capture import Captured, Node
+from widefield.streaming.extents import identity
+from widefield.streaming.graph import Stage, Value
+from widefield.streaming.rules import RULES, Maps, Placed, Reduction
+from widefield.streaming.rules.pointwise import channelwise, pointwise
+from widefield.streaming.rules.shapes import permute
+from widefield.streaming.rules.whole import affine, parts_of
+
+# Rules of operations that are cheaper to repeat than their result is to store; operators without a rule are pointwise.
+_CHEAP = (None, pointwise, channelwise, permute, affine)
+
+
+def cut(
+    captured: Captured,
+    maps: Maps,
+    levels: Mapping[str, int],
+    placed: Mapping[str, Placed],
+    nodes: Sequence[Node],
+    wanted: set[str],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[int, Stage]:
+    """The stages by level. `nodes` are the maps and reductions that are needed, `wanted` the maps that are needed whole."""
+    by_name = {node.name: node for node in nodes}
+    stored = _stored(maps, levels, placed, nodes)
+    stages = {}
+    for level in sorted({levels.get(name, 0) for name in (*by_name, *wanted)}):
+        leaving = [
+            name
+            for name in (captured.image, *by_name)
+            if levels.get(name, 0) == level and (name in wanted or (name in stored and name != captured.image))
+        ]
+        reductions = [n.name for n in nodes if levels[n.name] == level and isinstance(n.target, Reduction)]
+        if not leaving and not reductions:
+            continue
+        needed, stack = {*leaving, *reductions}, [*leaving, *reductions]
+        inputs: dict[str, None] = {}
+        while stack:
+            name = stack.pop()
+            if name not in placed or (levels[name] < level and name in stored):
+                inputs[name] = None
+                continue
+            for read in placed[name].reads:
+                if read.source not in needed:
+                    needed.add(read.source)
+                    stack.append(read.source)
+        order = [name for name in (captured.image, *maps.spread, *by_name) if name in inputs]
+        own = {name: placed[name] for name in by_name if name in needed and name not in inputs}
+        stages[level] = _stage(maps, by_name, dtypes, order, own, leaving, frozenset(stored - wanted))
+    return stages
+
+
+def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed], nodes: Sequence[Node]) -> set[str]:
+    """The maps that are kept for later stages.
+
+    A map that follows by cheap operations from a single map which is kept is computed again where it is needed.
+    """
+    crossing = {
+        read.source
+        for node in nodes
+        for read in placed[node.name].reads
+        if levels.get(read.source, 0) < levels[node.name]
+    }
+    stored: set[str] = set()
+    for node in nodes:
+        if node.name in crossing and not _follows(node.name, maps, placed, {n.name: n for n in nodes}, stored):
+            stored.add(node.name)
+    return stored
+
+
+def _follows(
+    name: str, maps: Maps, placed: Mapping[str, Placed], by_name: Mapping[str, Node], stored: set[str]
+) -> bool:
+    while name in placed and len({read.source for read in placed[name].reads}) == 1:
+        read = placed[name].reads[0]
+        height, width = maps.extent(read.source)
+        if (read.rows, read.cols) != (identity(height), identity(width)) or _rule_of(by_name[name]) not in _CHEAP:
+            return False
+        name = read.source
+        if name in stored:
+            return True
+    return False
+
+
+def _rule_of(node: Node) -> object:
+    return RULES.get(node.target)
+
+
+def _stage(
+    maps: Maps,
+    by_name: Mapping[str, Node],
+    dtypes: Mapping[str, torch.dtype],
+    inputs: Sequence[str],
+    placed: dict[str, Placed],
+    leaving: Sequence[str],
+    stored: frozenset[str],
+) -> Stage:
+    rectified = _merge_rectifiers(placed, by_name, set(leaving))
+    order = [*inputs, *placed]
+    index = {name: v for v, name in enumerate(order)}
+    values = []
+    for name in inputs:
+        key = maps.spread[name][0] if name in maps.spread else name
+        values.append(Value(name, maps.shapes[name], dtypes[key], maps.axes[name]))
+    for name, rule in placed.items():
+        node = by_name[rectified.get(name, name)]
+        whole = isinstance(node.target, Reduction)
+        values.append(
+            Value(
+                name,
+                node.shape,
+                node.dtype,
+                rule.axes,
+                rule,
+                tuple(index[read.source] for read in rule.reads),
+                _weights(node, rule, maps),
+                node.module_path,
+                node.op,
+                is_view(node),
+                name in rectified,
+                node.target if isinstance(node.target, Reduction) else None,
+                parts_of(node) if whole else (),
+            )
+        )
+    return Stage(
+        tuple(values),
+        tuple(range(len(inputs))),
+        tuple(index[name] for name in leaving),
+        tuple(v for v, value in enumerate(values) if value.reduction is not None),
+        tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
+        frozenset(index[name] for name in leaving if name in stored),
+    )
+
+
+# Operators whose result is a tensor of its own that their derivative does not need.
+_RECTIFIABLE = {
+    "aten.conv2d",
+    "aten.conv_transpose2d",
+    "aten.add",
+    "aten.batch_norm",
+    "aten._native_batch_norm_legit_no_training",
+}
+
+
+def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], leaving: set[str]) -> dict[str, str]:
+    """Merge each ReLU into the op before it, if nobody else reads that op's result. Returns the merged op of each such ReLU.
+
+    The sum before the ReLU then never has to be kept: the ReLU is applied as the result is written to its buffer.
+    """
+    readers: dict[str, int] = {}
+    for rule in placed.values():
+        for read in rule.reads:
+            readers[read.source] = readers.get(read.source, 0) + 1
+    merged: dict[str, str] = {}
+    for name in list(placed):
+        if by_name[name].op != "aten.relu":
+            continue
+        source = placed[name].reads[0].source
+        if source in placed and source not in leaving and readers[source] == 1 and by_name[source].op in _RECTIFIABLE:
+            placed[name] = placed.pop(source)
+            merged[name] = source
+    return merged
+
+
+def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
+    """What a node reads that is neither a map nor, spread out to the image's size, read as one."""
+    spread = {maps.spread[read.source][0] for read in rule.reads if read.source in maps.spread}
+    return tuple(ref for ref in node.refs if ref not in maps and ref not in spread)
+
+
+def size_of(node: Node) -> int:
+    """Bytes of a node's result, none for views."""
+    return 0 if is_view(node) else torch.Size(node.shape).numel() * node.dtype.itemsize
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node's result shares the memory of what it reads."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
