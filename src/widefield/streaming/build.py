@@ -18,7 +18,7 @@ from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
-from widefield.streaming.rules.whole import parts_of
+from widefield.streaming.rules.whole import parts_of, statistics_of_batch
 from widefield.streaming.stages import cut, size_of
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ class _Sorter:
     def __post_init__(self) -> None:
         self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
         self.maps.axes[self.captured.image] = Axes(2, 3)
+        self.maps.synchronised = self.captured.synchronised
 
     def add(self, node: Node) -> None:
         """Sort a captured node."""
@@ -192,7 +193,7 @@ class _Sorter:
             replace(self.captured, outputs=outputs.args),
             tuple(items),
             dict(self.maps.spread),
-            (),
+            tuple((node.module_path, node.name) for node in live if node.target is statistics_of_batch),
             streamed / max(1, streamed + whole),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),

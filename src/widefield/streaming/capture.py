@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -74,6 +74,7 @@ class Captured:
 
     `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
     to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
+    `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
     """
 
     image: str
@@ -84,19 +85,26 @@ class Captured:
     nodes: tuple[Node, ...]
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
+    synchronised: frozenset[str] = frozenset()
 
 
 @torch.inference_mode(False)
 def capture(
-    module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, autocast: bool = False
+    module: nn.Module,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    autocast: bool = False,
+    batch_statistics: bool = False,
 ) -> Captured:
     """Capture `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
+
+    `batch_statistics`: batch norm layers in training mode normalise by the batch, and not by their running statistics.
 
     Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
     updated in forward, calls that leave PyTorch.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(module, fake)
+    skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
     try:
@@ -151,7 +159,8 @@ def capture(
             tuples[fx.name] = _node(fx)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec)
+    synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
+    return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec, synchronised)
 
 
 class _Watch(TorchFunctionMode):
@@ -179,8 +188,11 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A copy of the module's structure with tensors that have no storage, norm layers with running statistics in eval mode."""
+def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -> nn.Module:
+    """A copy of the module's structure with tensors that have no storage, norm layers with running statistics in eval mode.
+
+    With `batch_statistics`, batch norm layers in training mode are copied without running statistics.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         with fake:
@@ -193,8 +205,15 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode) -> nn.Module:
                     memo[id(value)] = torch.empty_like(value.detach(), device=CAPTURE_DEVICE)
     skeleton = copy.deepcopy(module, memo)
     for part in skeleton.modules():
-        if isinstance(part, _NormBase) and part.track_running_stats:
+        if not isinstance(part, _NormBase) or not part.track_running_stats:
+            continue
+        if batch_statistics and part.training and isinstance(part, _BatchNorm):
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+            part.track_running_stats = False
+        else:
             part.training = False
+        if isinstance(part, nn.SyncBatchNorm):  # it computes the same, and synchronises what is not computed here
+            part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     return skeleton
 
 

@@ -96,15 +96,14 @@ class Program:
     """A captured module as `items` to execute in order; see the module's page.
 
     `spread` maps the name of a stage input that is a weight as large as the image to the weight's name and its whole shape.
-    `statistics` lists the norm layers whose running statistics the batch updates: module path, names of mean and sum of squared
-    deviations, count. `refused` are the operations that run whole, `streamed_fraction` is the share of the activation bytes that
-    does not. `random`: masks are drawn.
+    `statistics` lists the batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the
+    operations that run whole; `streamed_fraction` is the share of the activation bytes that does not. `random`: masks are drawn.
     """
 
     captured: Captured
     items: tuple[Node | Stage, ...]
     spread: dict[str, tuple[str, tuple[int, ...]]]
-    statistics: tuple[tuple[str, str, str, int], ...]
+    statistics: tuple[tuple[str, str], ...]
     streamed_fraction: float
     refused: tuple[UnsupportedOpError, ...]
     random: bool
@@ -117,6 +116,7 @@ class Program:
     def last_reads(self) -> tuple[tuple[str, ...], ...]:
         """For every item, the names of the tensors that no later item and no output reads."""
         seen = {leaf.name for leaf in self.captured.outputs if isinstance(leaf, Ref)}
+        seen.update(name for _, name in self.statistics)
         result = []
         for item in reversed(self.items):
             reads = self.reads(item)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.build import build
 from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
 from widefield.streaming.graph import Program, Value
@@ -41,6 +42,10 @@ class StreamingCNN(nn.Module):
         memory_budget: bytes, or text such as "2GiB", for everything above the weights, their gradients and the image.
         mean, std: per channel, for values from 0 to 1. Integer images are divided by their dtype's maximum first.
         value_range: (low, high), which values of the image become 0 and 1; needed for float images that are not in 0..1.
+        batch_statistics: what batch norm layers in training mode normalise by: "frozen", their running statistics, or "exact", the
+            statistics of the whole batch of whole images, as the plain module does, which updates the running statistics. Then
+            there is a stage per norm layer, and the maps between stages come near what the plain module stores. A list of
+            images is one batch.
         maps: where maps between stages live (a model with operations over the whole image has several stages): "device", "host",
             or "file", a file that goes with the run. None: on the device, unless the memory is too small for them.
         scratch_dir: folder for such files. None: the system's folder for temporary files, which may be in memory.
@@ -61,6 +66,7 @@ class StreamingCNN(nn.Module):
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
         value_range: tuple[float, float] | None = None,
+        batch_statistics: Literal["frozen", "exact"] = "frozen",
         maps: Place | None = None,
         scratch_dir: str | os.PathLike[str] | None = None,
         unsupported: Literal["raise", "run_whole"] = "raise",
@@ -74,10 +80,13 @@ class StreamingCNN(nn.Module):
         self.tile_size = parse_tile_size(tile_size)
         self.memory_budget = parse_bytes(memory_budget)
         self.normalisation = Normalisation.parse(mean, std, value_range)
+        if batch_statistics not in ("frozen", "exact"):
+            raise ValueError(f"batch_statistics={batch_statistics!r} must be 'frozen' or 'exact'")
         if maps not in (None, *PLACES):
             raise ValueError(f"maps={maps!r} must be one of {', '.join(map(repr, PLACES))}, or None")
         if scratch_dir is not None and not Path(scratch_dir).is_dir():
             raise ValueError(f"scratch_dir={str(scratch_dir)!r} is not a folder: make it first, or give another")
+        self.batch_statistics = batch_statistics
         self.maps = maps
         self.scratch_dir = None if scratch_dir is None else os.fspath(scratch_dir)
         self.unsupported = unsupported
@@ -94,7 +103,7 @@ class StreamingCNN(nn.Module):
     def forward(self, image: Tensor | LazyImage | Sequence[Any]) -> Any:
         """Stream `image`; see the class."""
         if isinstance(image, (list, tuple)):
-            return [self(one) for one in image]
+            return self._as_batch(image) if self.batch_statistics == "exact" else [self(one) for one in image]
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         autocast = torch.is_autocast_enabled(device.type)
@@ -134,7 +143,27 @@ class StreamingCNN(nn.Module):
                 del job, inputs, sources
             for name in last_reads:
                 values.pop(name, None)
+        for path, name in program.statistics:
+            update_running_statistics(self.module.get_submodule(path), values[name])
         return pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+
+    def _as_batch(self, images: Sequence[Any]) -> list[Any]:
+        """The results of `images`, normalised by the statistics of all of them."""
+        shapes = {tuple(image.shape[-3:]) for image in images}
+        if len(shapes) > 1 or not all(isinstance(image, Tensor) for image in images):
+            raise ValueError(
+                'batch_statistics="exact" takes the statistics of a batch, which are defined for images of one size: got '
+                f"{', '.join(map(str, sorted(shapes)))}. Pass tensors of one size, or one image at a time"
+            )
+        counts, result = [image.shape[0] for image in images], self(torch.cat(list(images)))
+        leaves, spec = pytree.tree_flatten(result)
+        split = [
+            leaf.split(counts)
+            if isinstance(leaf, Tensor) and leaf.shape[:1] == (sum(counts),)
+            else [leaf] * len(counts)
+            for leaf in leaves
+        ]
+        return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
         """How an image of `shape` (channels, height, width) or (N, channels, height, width) would be streamed."""
@@ -146,12 +175,14 @@ class StreamingCNN(nn.Module):
 
     def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed."""
-        key = (shape, dtype, autocast, _fingerprint(self.module))
+        exact = self.batch_statistics == "exact"
+        modes = tuple(part.training for part in self.module.modules() if isinstance(part, _NormBase)) if exact else ()
+        key = (shape, dtype, autocast, modes, _fingerprint(self.module))
         if key not in self._programs:
             while len(self._programs) >= _CACHED_SIZES:
                 self._programs.pop(next(iter(self._programs)))
             self._plans.clear()
-            captured = capture(self.module, shape, dtype, autocast)  # type: ignore[arg-type]
+            captured = capture(self.module, shape, dtype, autocast, exact)  # type: ignore[arg-type]
             self._programs[key] = build(captured, allow_whole=self.unsupported == "run_whole")
         return self._programs[key]
 
@@ -219,6 +250,7 @@ def stream(
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     value_range: tuple[float, float] | None = None,
+    batch_statistics: Literal["frozen", "exact"] = "frozen",
     maps: Place | None = None,
     scratch_dir: str | os.PathLike[str] | None = None,
 ) -> StreamingCNN:
@@ -233,6 +265,7 @@ def stream(
         mean=mean,
         std=std,
         value_range=value_range,
+        batch_statistics=batch_statistics,
         maps=maps,
         scratch_dir=scratch_dir,
         unsupported="run_whole",

@@ -9,7 +9,8 @@ from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_reduce
 
 from widefield.streaming.capture import Node, Ref
 from widefield.streaming.rules.base import Maps, Placed, argument, caller, dims, only_map, rule, sources
@@ -271,15 +272,13 @@ def minus(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
 rule(power_of_norm, exp_minus, minus)(pointwise)
 
 
-@rewrite(aten.batch_norm, aten.instance_norm, aten.group_norm, aten.native_group_norm)
-def normalisation(node: Node, maps: Maps) -> list[Node] | None:
-    """Batch, instance and group normalisation by the image's own statistics."""
+@rewrite(aten.instance_norm, aten.group_norm, aten.native_group_norm)
+def group_norm(node: Node, maps: Maps) -> list[Node] | None:
+    """Instance and group normalisation by the image's own statistics."""
     name = only_map(node, maps)
-    axes, shape = maps.axes[name], maps.shapes[name]
-    by_itself = node.op in ("aten.group_norm", "aten.native_group_norm") or bool(node.args[5])
-    if not by_itself or min(axes) < 2 or node.pick not in (None, 0):
+    shape = maps.shapes[name]
+    if (node.op == "aten.instance_norm" and not node.args[5]) or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
         return None
-    space = tuple(range(2, len(shape)))
     if node.op == "aten.native_group_norm":
         weight, bias, groups, eps = node.args[1], node.args[2], node.args[6], node.args[7]
     elif node.op == "aten.group_norm":
@@ -287,12 +286,46 @@ def normalisation(node: Node, maps: Maps) -> list[Node] | None:
         eps = argument(node, 4, "eps", 1e-5)
     else:
         weight, bias, eps, groups = node.args[1], node.args[2], node.args[7], shape[1]
-    over = (0, *space) if node.op == "aten.batch_norm" else space
+    space = tuple(range(2, len(shape)))
+    new, (mean, squares, count) = _moments(node, maps, name, space)
+    args = (mean, squares, count, groups, weight, bias, eps)
+    return new.result(apply_affine, Ref(name), new.add("affine", scale_and_shift, args, (2, *_kept(shape, space))))
+
+
+@rewrite(aten.batch_norm, aten._native_batch_norm_legit)
+def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
+    """Batch normalisation by the statistics of the batch, or of the batches of all processes."""
+    name = only_map(node, maps)
+    shape = maps.shapes[name]
+    by_batch = node.args[5] if node.op == "aten.batch_norm" else getattr(node.target, "_overloadname", "") == "no_stats"
+    if not by_batch or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
+        return None
+    weight, bias, eps = node.args[1], node.args[2], node.args[7 if node.op == "aten.batch_norm" else 5]
+    over = (0, *range(2, len(shape)))
     new, (mean, squares, count) = _moments(node, maps, name, over)
-    affine = new.add(
-        "affine", scale_and_shift, (mean, squares, count, groups, weight, bias, eps), (2, *_kept(shape, over))
-    )
+    kept, everywhere = _kept(shape, over), node.module_path in maps.synchronised
+    batch = new.add("batch", statistics_of_batch, (mean, squares, count, everywhere), (3, *kept))
+    affine = new.add("affine", scale_and_shift_of_batch, (batch, weight, bias, eps), (2, *kept))
     return new.result(apply_affine, Ref(name), affine)
+
+
+def statistics_of_batch(mean: Tensor, squares: Tensor, count: int, everywhere: bool) -> Tensor:
+    """Mean, sum of squared deviations and count, stacked; merged over all processes if `everywhere`."""
+    if not (everywhere and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return torch.stack([mean, squares, torch.full_like(mean, count)])
+    sizes, sums = all_reduce(torch.stack([torch.full_like(mean, count), mean * count]))
+    centre = sums / sizes
+    return torch.stack([centre, all_reduce(squares + count * (mean - centre) ** 2), sizes])
+
+
+def scale_and_shift_of_batch(batch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As `scale_and_shift`, from `statistics_of_batch`."""
+    mean, squares, count = batch
+    scale = torch.rsqrt(squares / count + eps)
+    if weight is not None:
+        scale = scale * weight.reshape(mean.shape)
+    shift = -mean * scale
+    return torch.stack([scale, shift if bias is None else shift + bias.reshape(mean.shape)])
 
 
 def scale_and_shift(
