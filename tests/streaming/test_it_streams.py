@@ -8,8 +8,9 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import SqueezeExcitation
 
-from widefield.streaming import StreamingCNN
+from widefield.streaming import StreamingCNN, stream
 
 
 class LargestTensor(TorchDispatchMode):
@@ -34,7 +35,7 @@ class LargestTensor(TorchDispatchMode):
 def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     """Bytes of the largest tile with its carries, by the schedule."""
     program = streamed._program(tuple(image.shape), torch.float32, False)
-    grid = streamed._grid(program, torch.device("cpu"))[1]
+    (grid,) = streamed._grids(program, torch.device("cpu"))[1]
     return max(
         value.pixel_bytes * (row[v].ready - row[v].kept) * (col[v].ready - col[v].kept)
         for v, value in enumerate(grid.stage.values)
@@ -64,6 +65,21 @@ def test_no_spatial_tensor_exceeds_a_tile_and_its_carries(name: str, tile: tuple
     assert record.largest <= 1.5 * bound, (record.largest, bound)  # explicit padding at the border makes a tile larger
     plain = 640 * 512 * 4 * (64 // 4 if name == "resnet18" else 384 // 16)  # the largest map of the whole image
     assert record.largest < plain / 4
+
+
+def test_a_streamed_classifier_never_makes_a_whole_map_of_its_deepest_layers() -> None:
+    """Squeeze-and-Excite keeps the maps that it multiplies; all others, and the map before the global pooling, never exist."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), SqueezeExcitation(8, 2), nn.Conv2d(8, 32, 3, padding=1), nn.GELU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2),
+    )  # fmt: skip
+    streamed = stream(model, (32, None))
+    image = torch.randn(1, 3, 512, 384)
+    streamed.plan((3, 512, 384))
+    with LargestTensor({(1, 8, 256, 192)}) as record:
+        streamed(image).sum().backward()
+    assert record.operations > 100
+    assert record.largest < 256 * 192 * 32 * 4 / 4
 
 
 def test_the_plain_module_would_fail_this_test() -> None:

@@ -51,7 +51,8 @@ REFUSED: dict[str, Callable[[Net, Tensor], Any]] = {
     "batch norm over height": lambda net, x: F.batch_norm(
         x.permute(0, 2, 3, 1), torch.zeros(8).double(), torch.ones(8).double()
     ),
-    "variance of everything": lambda net, x: x - x.var(unbiased=False),
+    "median of everything": lambda net, x: x - x.median(),
+    "attention of all positions to all": lambda net, x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1),
 }
 
 
