@@ -101,7 +101,9 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
     assert 0.95 < fraction < 1
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "regnety_002", "convnextv2_atto", "test_resnet", "edgenext_xx_small"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "regnety_002", "convnextv2_atto", "test_resnet", "edgenext_xx_small"]
+)
 def test_networks_with_stages(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, num_classes=3)).eval()

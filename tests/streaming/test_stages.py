@@ -113,6 +113,20 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention pooling": lambda x: torch.bmm(x[:, :2].flatten(2).softmax(-1), x.flatten(2).transpose(1, 2)),
     "einsum over space": lambda x: torch.einsum("nchw,ndhw->ncd", x, x.tanh()),
     "gram matrix": lambda x: x.flatten(2) @ x.flatten(2).mT,
+    "tokens of the whole batch": lambda x: (
+        F.layer_norm(x.permute(0, 2, 3, 1).reshape(-1, 8), (8,)) @ torch.ones(8, 8, dtype=x.dtype).tril()
+        + torch.arange(x.shape[0] * x.shape[2] * x.shape[3]).view(-1, 1)
+    ).view(x.shape[0], *x.shape[2:], 8).permute(0, 3, 1, 2),
+    "mean over tokens of the whole batch": lambda x: x * x.movedim(1, -1).flatten(0, 2).mean(0).view(8, 1, 1),
+    "batch and heads in one": lambda x: x.reshape(-1, 2, x.shape[2] * x.shape[3]).softmax(-1).mean(1),
+    "batch of tokens, unflattened again": lambda x: x.movedim(1, 3).reshape(-1, 8).tanh().unflatten(0, (len(x), -1)).sum(1),
+    "batched dot products": lambda x: (
+        x.movedim(1, -1).reshape(-1, 2, 4) @ x.movedim(1, -1).reshape(-1, 2, 4).mT
+    ).view(len(x), *x.shape[2:], 4).movedim(-1, 1),
+    "windows of positions": lambda x: x[:, :, :12, :12].unfold(2, 4, 2).unfold(3, 3, 3).mean((-1, -2)),
+    "channels by index": lambda x: x[:, torch.tensor([3, 1, 1, 7, 0, 2, 4, 6])] * x.mean((2, 3), keepdim=True),
+    "expanded, reshaped": lambda x: x
+    * x.view(len(x), 2, 4, *x.shape[2:]).std((2, 3, 4), keepdim=True).expand(-1, -1, 4, *x.shape[2:]).reshape(x.shape),
     "flatten": lambda x: x.flatten(2),
     "two in a row": lambda x: F.group_norm(F.group_norm(x, 2) * x.mean((2, 3), keepdim=True), 4).relu() + x,
     "branches": lambda x: x * x.mean((2, 3), keepdim=True) + x * F.instance_norm(x.roll(1, 1)),

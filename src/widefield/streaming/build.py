@@ -16,8 +16,10 @@ from widefield.streaming.extents import identity
 from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
+from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
+from widefield.streaming.rules.shapes import groups, reshape
 from widefield.streaming.rules.whole import parts_of, statistics_of_batch
 from widefield.streaming.stages import cut, size_of
 
@@ -74,7 +76,7 @@ class _Sorter:
             self._add(node)
             return
         try:
-            steps, flat = unflatten(node, self.maps)
+            steps, flattened = unflatten(node, self.maps)
             rewrite = REWRITES.get(steps[-1].target)
             last = (rewrite and rewrite(steps[-1], self.maps)) or [steps[-1]]
             for step in (*steps[:-1], *last):
@@ -85,8 +87,8 @@ class _Sorter:
             self.refused.append(error)
             self._add_plain(self._on_whole_maps(node))
         else:
-            if flat:
-                self.maps.flat.add(node.name)
+            if flattened:
+                self.maps.flat[node.name] = flattened
 
     def _normal_form(self, node: Node) -> Node:
         """Operators that only look at another tensor's shape or dtype, and broadcasting written out, in a form without it."""
@@ -102,23 +104,34 @@ class _Sorter:
             node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
         if node.op == "aten.expand" and source not in self.maps:
             self.broadcast[node.name] = source
+        if node.op in ("aten.clone", "aten.contiguous") and source in self.broadcast:
+            self.broadcast[node.name] = self.broadcast[source]
+        if _rule(node) is reshape and source in self.broadcast:
+            self._reshape_broadcast(node, source)
         if _rule(node) is pointwise:
-            shapes = {name: self._seen(name) for name in node.refs}
+            shapes = {name: seen_shape(self.maps, name) for name in node.refs}
             for name in [name for name in shapes if name in self.broadcast]:
-                shapes[name] = self._seen(self.broadcast[name])
+                shapes[name] = seen_shape(self.maps, self.broadcast[name])
                 if torch.broadcast_shapes(*shapes.values()) == node.shape:
                     node = swap_refs(node, {name: self.broadcast[name]})
                 else:
-                    shapes[name] = self._seen(name)
+                    shapes[name] = seen_shape(self.maps, name)
         return node
 
-    def _seen(self, name: str) -> tuple[int, ...]:
-        """The shape of a value as the model sees it."""
-        shape = self.maps.shapes[name]
-        if name not in self.maps.flat:
-            return shape
-        p = self.maps.axes[name].rows
-        return (*shape[:p], shape[p] * shape[p + 1], *shape[p + 2 :])
+    def _reshape_broadcast(self, node: Node, source: str) -> None:
+        """Reshape what was expanded before it is expanded: dimensions that stay as they are need not be written out."""
+        base = self.maps.shapes[self.broadcast[source]]
+        full = self.maps.shapes[source]
+        base = (1,) * (len(full) - len(base)) + tuple(base)
+        before, after = list(full), list(node.shape)
+        for group_in, group_out in groups(full, node.shape):
+            if len(group_in) == len(group_out) == 1 and base[group_in[0]] == 1:
+                before[group_in[0]] = after[group_out[0]] = 1
+        partly = replace(node, name=f"{node.name}@part", target=aten.expand.default, kwargs={}, pick=None)
+        self._add_plain(replace(partly, args=(Ref(self.broadcast[source]), before), shape=tuple(before)))
+        small = replace(partly, name=f"{node.name}@small", target=aten.reshape.default, shape=tuple(after))
+        self._add_plain(replace(small, args=(Ref(partly.name), after)))
+        self.broadcast[node.name] = small.name
 
     def _add(self, node: Node) -> None:
         if isinstance(node.target, Reduction):
@@ -148,10 +161,10 @@ class _Sorter:
 
     def _on_whole_maps(self, node: Node) -> Node:
         """`node` with flattened maps as the model sees them."""
-        for name in self.maps.flat.intersection(node.refs):
+        for name in self.maps.flat.keys() & set(node.refs):
             whole = f"{name}@whole"
             if whole not in self.nodes:
-                shape = self._seen(name)
+                shape = seen_shape(self.maps, name)
                 made = replace(self.nodes[name], name=whole, target=aten.reshape.default, args=(Ref(name), list(shape)))
                 self._add_plain(replace(made, kwargs={}, pick=None, shape=shape))
             node = swap_refs(node, {name: whole})

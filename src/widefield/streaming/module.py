@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.build import build
 from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
-from widefield.streaming.graph import Program, Value
+from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.image import LazyImage, Normalisation, Source
 from widefield.streaming.plan import Plan, make_plan, parse_bytes, parse_tile_size
@@ -112,35 +113,30 @@ class StreamingCNN(nn.Module):
         seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
         memory_format, autocast_dtype = _memory_format(device, dtype), torch.get_autocast_dtype(device.type)
         store = Store(plan.map_place, self.scratch_dir)
-        pixels = image.detach() if isinstance(image, Tensor) else image
-        assert isinstance(pixels, (Tensor, LazyImage))
+        assert isinstance(image, (Tensor, LazyImage))
+
+        def run_stage(stage: Stage, grid: Grid) -> tuple[Tensor, ...]:
+            sources, inputs = [], []
+            for value in (stage.values[v] for v in stage.inputs):
+                if value.name == program.captured.image:
+                    pixels = image.detach() if isinstance(image, Tensor) else image
+                    sources.append(Source(pixels, device, dtype, self.normalisation, memory_format=memory_format))
+                    inputs.append(image if isinstance(image, Tensor) else None)
+                else:
+                    tensor, home = _spread(program, value, values), None if value.name in program.spread else store
+                    sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
+                    inputs.append(tensor)
+            weights = [_in_format(values[name], memory_format) for name in stage.weights]
+            context = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast)
+            job = Job(grid, sources, stage.weights, seed, store, context, self.progress)
+            return scan(job, inputs, weights)
 
         values, remaining = self._bind(program, device), iter(grids)
         for item, last_reads in zip(program.items, program.last_reads, strict=True):
             if isinstance(item, Node):
                 values[item.name] = _run(item, values, device, seed)
             else:
-                sources, inputs = [], []
-                for value in (item.values[v] for v in item.inputs):
-                    if value.name == program.captured.image:
-                        inputs.append(image if isinstance(image, Tensor) else None)
-                        sources.append(Source(pixels, device, dtype, self.normalisation, memory_format=memory_format))
-                    else:
-                        inputs.append(tensor := _spread(program, value, values))
-                        home = store if value.name in values else None
-                        sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
-                weights = [_in_format(values[name], memory_format) for name in item.weights]
-                job = Job(
-                    next(remaining),
-                    sources,
-                    item.weights,
-                    seed,
-                    store,
-                    lambda: torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast),
-                    self.progress,
-                )
-                values.update(zip(item.made, scan(job, inputs, weights), strict=True))
-                del job, inputs, sources
+                values.update(zip(item.made, run_stage(item, next(remaining)), strict=True))
             for name in last_reads:
                 values.pop(name, None)
         for path, name in program.statistics:

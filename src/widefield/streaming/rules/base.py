@@ -61,14 +61,14 @@ class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
 
     `spread` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
-    names maps that the model sees with height and width in one dimension (see `rules.flat`), `synchronised` the paths of batch norm
+    names maps of which the model sees height and width in one dimension (see `rules.flat`), `synchronised` the paths of batch norm
     layers whose statistics are those of all processes.
     """
 
     axes: dict[str, Axes] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     spread: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    flat: set[str] = field(default_factory=set)
+    flat: dict[str, int] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
     def __contains__(self, name: object) -> bool:

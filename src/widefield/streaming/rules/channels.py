@@ -1,5 +1,9 @@
 """Operations along the channels (or any dimension that is neither height nor width): every position by itself."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from string import ascii_letters
+
 import torch
 
 from widefield.streaming.capture import Node, Ref
@@ -82,32 +86,44 @@ def layer_norm(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(aten.linear, aten.matmul)
+@rule(aten.linear)
 def linear(node: Node, maps: Maps) -> Placed:
     """Map (..., C) times a weight: the last dimension is contracted."""
     name = only_map(node, maps)
-    if len(maps.shapes[node.args[1].name]) > 2:
-        raise node.refuse("multiplies by a batch of matrices", "use a linear layer or a 1x1 convolution")
     if len(maps.shapes[name]) - 1 in maps.axes[name]:
         raise refuse_whole(node, "multiplies along")
     return _placed(node, maps, maps.axes[name])
 
 
+@rule(aten.matmul, aten.bmm)
+def matmul(node: Node, maps: Maps) -> Placed:
+    """A product of matrices that are not the height and the width."""
+    return einsum(as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]]), maps)
+
+
+def as_einsum(node: Node, shapes: Sequence[Sequence[int]]) -> Node:
+    """A product of (batches of) matrices of these shapes as an einsum."""
+    if min(map(len, shapes)) < 2:
+        raise node.refuse("multiplies by a vector", "give it a second dimension of size 1")
+    batch = ascii_letters[3 : 3 + max(map(len, shapes)) - 2]
+    left, right = (batch[len(batch) - (len(shape) - 2) :] for shape in shapes)
+    equation = f"{left}ab,{right}bc->{batch}ac"
+    return replace(node, target=aten.einsum.default, args=(equation, list(node.args[:2])), kwargs={})
+
+
 @rule(aten.einsum)
 def einsum(node: Node, maps: Maps) -> Placed:
-    """One map and weights: neither height nor width is summed over or shared with a weight."""
-    equation, operands = node.args[0], node.args[1]
-    names = sources(node, maps)
-    if len(names) != 1 or "->" not in equation or "." in equation:
-        raise node.refuse(
-            "combines several maps or has implicit dimensions", "write it with broadcasting and sums over channels"
-        )
-    left, right = equation.replace(" ", "").split("->")
-    terms = left.split(",")
-    own = next(term for term, operand in zip(terms, operands, strict=True) if operand.name == names[0])
-    letters = [own[axis] for axis in maps.axes[names[0]]]
-    if any(terms.count(own) > 1 or own.count(letter) > 1 or letter not in right for letter in letters) or any(
-        letter in term for term in terms if term is not own for letter in letters
-    ):
+    """Maps and weights: neither height nor width is summed over or shared with a weight."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if "->" not in equation or "." in equation:
+        raise node.refuse("has implicit dimensions", "write the whole equation, with ->")
+    left, right = equation.split("->")
+    terms = dict(zip(range(len(operands)), left.split(","), strict=True))
+    letters = {tuple(terms[k][d] for d in maps.axes[o.name]) for k, o in enumerate(operands) if o.name in maps}
+    weights = "".join(terms[k] for k, o in enumerate(operands) if o.name not in maps)
+    if len(letters) != 1 or any(letter not in right or letter in weights for letter in next(iter(letters))):
         raise refuse_whole(node, "sums over")
-    return _placed(node, maps, Axes(right.index(letters[0]), right.index(letters[1])))
+    rows, cols = letters.pop()
+    if any(term.count(letter) > 1 for term in terms.values() for letter in (rows, cols)):
+        raise refuse_whole(node, "takes the diagonal of")
+    return _placed(node, maps, Axes(right.index(rows), right.index(cols)))

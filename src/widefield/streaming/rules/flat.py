@@ -1,8 +1,8 @@
 """Flattened maps: tensors in which height and width are one dimension, as in `x.flatten(2)` or tokens (N, H * W, C).
 
 Tiles keep the two apart. An operation on a flattened map is turned into the same operation on a map that is not, so that no
-other rule has to know. A map's shape in `Maps` is the one with height and width apart; `Maps.flat` names those that the model
-sees flattened, and the two dimensions then stand side by side.
+other rule has to know. A map's shape in `Maps` is the one with all dimensions apart; `Maps.flat` says how many of them the
+model sees as one: height, width, and any that stand before them (3 for tokens of the whole batch, (N * H * W, C)).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,53 +15,72 @@ import torch
 
 from widefield.streaming.capture import Node, Ref
 from widefield.streaming.rules.base import RULES, Maps, argument, dims, refuse_whole, sources, swap_refs
+from widefield.streaming.rules.channels import as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.shapes import groups, permute, reshape
 
 aten = torch.ops.aten
 
 
-def unflatten(node: Node, maps: Maps) -> tuple[list[Node], bool]:
-    """Nodes on maps with height and width apart that do what `node` does, and whether the last one's result is flattened."""
+def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
+    """Nodes on maps with all dimensions apart that do what `node` does, and how many dimensions of the result are one in `node`."""
     names = sources(node, maps)
     rule = RULES.get(node.target)
-    if not maps.flat.intersection(names):
-        shape = _flattening(node, maps, names[0]) if rule is reshape else None
-        return ([node], False) if shape is None else ([_reshaped(node, names[0], shape)], True)
-    if not maps.flat.issuperset(names):
+    if not maps.flat.keys() & set(names):
+        found = _flattening(node, maps, names[0]) if rule is reshape else None
+        return ([node], 0) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
+    if (
+        len({(maps.flat.get(name), maps.shapes[name][_position(maps, name) :][: _width(maps, name)]) for name in names})
+        > 1
+    ):
         raise node.refuse(
-            f"combines a flattened map with one that is not: {', '.join(str(maps.shapes[name]) for name in names)}",
-            "flatten both or neither",
+            f"combines maps that are flattened in different ways: {', '.join(str(maps.shapes[name]) for name in names)}",
+            "flatten the same dimensions of all of them",
         )
+    width = _width(maps, names[0])
     if rule is reshape:
-        shape, flat = _reshaping(node, maps, names[0])
-        return [_reshaped(node, names[0], shape)], flat
+        shape, width = _reshaping(node, maps, names[0])
+        return [_reshaped(node, names[0], shape)], width
     if (rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ())) or rule is pointwise:
-        return _elementwise(node, maps, names), True
+        return _elementwise(node, maps, names), width
     if node.op in ("aten.matmul", "aten.bmm"):
-        node = _as_einsum(node, maps)
+        node = as_einsum(node, [seen_shape(maps, ref.name) for ref in node.args[:2]])
     if node.op == "aten.einsum":
-        return _einsum(node, maps, names)
+        nodes, stays = _einsum(node, maps, names)
+        return nodes, width if stays else 0
     if rule is permute:
-        shape = _logical(maps, names[0])
-        numbers = torch.empty(tuple(range(len(shape))), device="meta")
+        numbers = torch.empty(tuple(range(len(seen_shape(maps, names[0])))), device="meta")
         order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
         node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
     translated = _TRANSLATIONS.get(node.op)
     if translated is None:
         raise refuse_whole(node, "works on the flattened image: along")
-    return translated(node, maps, names)
+    nodes, stays = translated(node, maps, names)
+    return nodes, width if stays else 0
+
+
+def seen_shape(maps: Maps, name: str) -> tuple[int, ...]:
+    """The shape of a value as the model sees it."""
+    shape = maps.shapes[name]
+    if name not in maps.flat:
+        return shape
+    p, width = _position(maps, name), maps.flat[name]
+    return (*shape[:p], prod(shape[p : p + width]), *shape[p + width :])
+
+
+def _width(maps: Maps, name: str) -> int:
+    """How many dimensions of a map the model sees as one."""
+    return maps.flat.get(name, 1)
 
 
 def _position(maps: Maps, name: str) -> int:
     """The dimension that holds height and width of a flattened map."""
-    return maps.axes[name].rows
+    return maps.axes[name].rows - maps.flat.get(name, 2) + 2
 
 
-def _logical(maps: Maps, name: str) -> tuple[int, ...]:
-    """The shape that the model sees."""
-    shape, p = maps.shapes[name], _position(maps, name)
-    return (*shape[:p], shape[p] * shape[p + 1], *shape[p + 2 :])
+def _apart(d: int, p: int, width: int) -> int:
+    """Where dimension `d` of what the model sees stands, with dimension `p` cut in `width` of them."""
+    return d if d <= p else d + width - 1
 
 
 def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
@@ -70,61 +89,60 @@ def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
     )
 
 
-def _flattening(node: Node, maps: Maps, name: str) -> tuple[int, ...] | None:
-    """If `node` merges height and width of map `name`, and nothing else with them: its shape with both apart."""
+def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int] | None:
+    """If `node` merges height and width of map `name`, and maybe what stands before them: its shape with all apart, how many."""
     axes, shape = maps.axes[name], maps.shapes[name]
     if axes.cols != axes.rows + 1:
         return None
     group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
-    if axes.cols not in group_in or prod(shape[d] for d in group_in) != prod(maps.extent(name)):
-        return None
     wide = [d for d in group_out if node.shape[d] > 1]
-    if len(wide) != 1:
+    if axes.cols not in group_in or len(wide) != 1 or any(shape[d] > 1 for d in group_in if d > axes.cols):
         return None
-    return (*node.shape[: wide[0]], *maps.extent(name), *node.shape[wide[0] + 1 :])
+    merged = [*(shape[d] for d in group_in if d < axes.rows and shape[d] > 1), *maps.extent(name)]
+    return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), len(merged)
 
 
-def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], bool]:
-    """The result's shape with height and width apart, and whether it is still flattened, for a reshape of a flattened map."""
-    p, extent, shape = _position(maps, name), maps.extent(name), _logical(maps, name)
+def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]:
+    """For a reshape of a flattened map: the result's shape with all dimensions apart, and how many are one (0: none)."""
+    p, width, shape = _position(maps, name), _width(maps, name), seen_shape(maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
     if prod(shape[d] for d in group_in) != shape[p]:
         raise refuse_whole(node, "flattens")
-    for d in group_out[:-1]:
-        if (node.shape[d], node.shape[d + 1]) == extent:
-            return node.shape, False
-    wide = [d for d in group_out if node.shape[d] > 1] or list(group_out[:1])
-    if len(wide) != 1:
+    inner = maps.shapes[name][p : p + width]
+    at, result, merged = 0, list(node.shape[: group_out[0]]), 0
+    for size in (node.shape[d] for d in group_out):
+        end = at
+        while prod(inner[at:end]) < size or (size == 1 and end < len(inner) and inner[end] == 1 and end == at):
+            end += 1
+        if prod(inner[at:end]) != size or (end == width - 1 and at < width - 2):
+            raise refuse_whole(node, "cuts")
+        if end == width and end - at > 1:
+            merged = end - at
+            result += inner[at:end]
+        else:
+            result.append(size)
+        at = end
+    if at < width:
         raise refuse_whole(node, "cuts")
-    return (*node.shape[: wide[0]], *extent, *node.shape[wide[0] + 1 :]), True
+    return (*result, *node.shape[group_out[-1] + 1 :]), merged
 
 
 def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
-    """Weights that are as large as the image are cut in two dimensions as well."""
-    from_the_end = len(_logical(maps, names[0])) - _position(maps, names[0])
+    """Weights that are as large as the image are cut in as many dimensions as well."""
+    p, width = _position(maps, names[0]), _width(maps, names[0])
+    from_the_end = len(seen_shape(maps, names[0])) - p
     nodes: list[Node] = []
     for name in dict.fromkeys(name for name in node.refs if name not in maps):
         shape = maps.shapes[name]
         d = len(shape) - from_the_end
         if d < 0:
             continue
-        apart = maps.extent(names[0]) if shape[d] > 1 else (1, 1)
+        apart = maps.shapes[names[0]][p : p + width] if shape[d] > 1 else (1,) * width
         new = (*shape[:d], *apart, *shape[d + 1 :])
         nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
         node = swap_refs(node, {name: nodes[-1].name})
     shapes = [maps.shapes[name] for name in sources(node, maps)] + [n.shape for n in nodes]
     return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))]
-
-
-def _as_einsum(node: Node, maps: Maps) -> Node:
-    """A matrix product as an einsum, as the model sees the operands."""
-    shapes = [_logical(maps, ref.name) if ref.name in maps.flat else maps.shapes[ref.name] for ref in node.args[:2]]
-    if min(map(len, shapes)) < 2:
-        raise node.refuse("multiplies by a vector", "give it a second dimension of size 1")
-    batch = ascii_letters[3 : 3 + max(map(len, shapes)) - 2]
-    left, right = (batch[len(batch) - (len(shape) - 2) :] for shape in shapes)
-    equation = f"{left}ab,{right}bc->{batch}ac"
-    return replace(node, target=aten.einsum.default, args=(equation, list(node.args[:2])), kwargs={})
 
 
 def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
@@ -138,9 +156,9 @@ def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]
         letters & set(term) for term, o in zip(terms, operands, strict=True) if o.name not in maps
     ):
         raise refuse_whole(node, "multiplies along")
-    spare = next(c for c in ascii_letters if c not in equation)
+    spare = [c for c in ascii_letters if c not in equation][: _width(maps, names[0]) - 1]
     letter = letters.pop()
-    node = replace(node, args=(equation.replace(letter, letter + spare), operands))
+    node = replace(node, args=(equation.replace(letter, "".join((letter, *spare))), operands))
     flat = letter in equation.split("->")[1]
     return [_with_shape(node, maps) if flat else node], flat
 
@@ -150,7 +168,8 @@ def _with_shape(node: Node, maps: Maps) -> Node:
 
     def empty(value: Any) -> Any:
         if isinstance(value, Ref):
-            return torch.empty(maps.shapes[value.name], device="meta")
+            index = node.op in ("aten.index", "aten.index_select") and value.name not in maps
+            return torch.empty(maps.shapes[value.name], device="meta", dtype=torch.int64 if index else None)
         return [empty(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     kwargs = {key: empty(value) for key, value in node.kwargs.items() if key not in ("device", "dtype")}
@@ -162,7 +181,7 @@ def _along(position: int, name: str = "dim", default: Any = None, whole: bool = 
     """A translation of operators with dimensions at argument `position`; `whole`: they may include the flattened one."""
 
     def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
-        p, ndim = _position(maps, names[0]), len(_logical(maps, names[0]))
+        p, width, ndim = _position(maps, names[0]), _width(maps, names[0]), len(seen_shape(maps, names[0]))
         value = argument(node, position, name, default)
         many = isinstance(value, (list, tuple)) or value is None
         if node.op == "aten.stack":
@@ -171,8 +190,8 @@ def _along(position: int, name: str = "dim", default: Any = None, whole: bool = 
         given = dims(node, value, ndim)
         if p in given and not whole:
             raise refuse_whole(node, "cuts, joins or reorders")
-        apart = [d + (d > p) for d in given]
-        apart += [p + 1] if p in given else []
+        apart = [_apart(d, p, width) for d in given]
+        apart += range(p + 1, p + width) if p in given else []
         kwargs = {key: v for key, v in node.kwargs.items() if key != name}
         args = list(node.args) + [None] * (position + 1 - len(node.args))
         if value is not None:
@@ -193,29 +212,42 @@ _KEEPS_SHAPE = {"aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_
 
 
 def _permute(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
-    p = _position(maps, names[0])
-    order = [e for d in node.args[1] for e in ((p, p + 1) if d == p else (d + (d > p),))]
+    p, width = _position(maps, names[0]), _width(maps, names[0])
+    order = [e for d in node.args[1] for e in (range(p, p + width) if d == p else (_apart(d, p, width),))]
     return [_with_shape(replace(node, args=(node.args[0], order)), maps)], True
 
 
 def _sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     """`expand` and `repeat`."""
     sizes, kept = list(node.args[1]), -1 if node.op == "aten.expand" else 1
-    p = _position(maps, names[0]) + len(sizes) - len(_logical(maps, names[0]))
-    if sizes[p] not in (kept, _logical(maps, names[0])[p] if kept == -1 else 1):
+    p = _position(maps, names[0]) + len(sizes) - len(seen_shape(maps, names[0]))
+    if sizes[p] not in (kept, seen_shape(maps, names[0])[p] if kept == -1 else 1):
         raise refuse_whole(node, "repeats")
-    return [_with_shape(replace(node, args=(node.args[0], [*sizes[:p], kept, kept, *sizes[p + 1 :]])), maps)], True
+    return [
+        _with_shape(
+            replace(node, args=(node.args[0], [*sizes[:p], *[kept] * _width(maps, names[0]), *sizes[p + 1 :]])), maps
+        )
+    ], True
+
+
+def _index(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    p, width = _position(maps, names[0]), _width(maps, names[0])
+    indices = list(node.args[1])
+    if indices[p : p + 1] not in ([], [None]):
+        raise refuse_whole(node, "picks positions of")
+    indices[p:p] = [None] * (width - 1)
+    return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], True
 
 
 def _layer_norm(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
-    p, ndim = _position(maps, names[0]), len(_logical(maps, names[0]))
+    p, ndim = _position(maps, names[0]), len(seen_shape(maps, names[0]))
     if p >= ndim - len(node.args[1]):
         raise refuse_whole(node, "normalises over")
     return [_with_shape(node, maps)], True
 
 
 def _linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
-    if _position(maps, names[0]) == len(_logical(maps, names[0])) - 1 or names != [node.args[0].name]:
+    if _position(maps, names[0]) == len(seen_shape(maps, names[0])) - 1 or names != [node.args[0].name]:
         raise refuse_whole(node, "multiplies along")
     return [_with_shape(node, maps)], True
 
@@ -233,9 +265,13 @@ def _unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bo
 
 def _pool(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     p = _position(maps, names[0])
-    if list(node.args[1]) != [1] or p != len(_logical(maps, names[0])) - 1:
+    if list(node.args[1]) != [1] or p != len(seen_shape(maps, names[0])) - 1:
         raise refuse_whole(node, "pools along")
-    return [replace(node, target=aten.mean.dim, args=(node.args[0], [p, p + 1], True), kwargs={})], False
+    return [
+        replace(
+            node, target=aten.mean.dim, args=(node.args[0], list(range(p, p + _width(maps, names[0]))), True), kwargs={}
+        )
+    ], False
 
 
 _TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], bool]]] = {
@@ -252,11 +288,13 @@ _TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], boo
     },
     **{f"aten.{op}": _along(2, default=0) for op in ("split", "split_with_sizes", "chunk", "tensor_split")},
     **{f"aten.{op}": _along(1) for op in ("cumsum", "cumprod")},
+    "aten.unfold": _along(1, name="dimension"),
     "aten.flip": _along(1, name="dims"),
     "aten.glu": _along(1, default=-1),
     "aten.permute": _permute,
     "aten.expand": _sizes,
     "aten.repeat": _sizes,
+    "aten.index": _index,
     "aten.layer_norm": _layer_norm,
     "aten.linear": _linear,
     **{

@@ -189,6 +189,32 @@ def along_another_dimension(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
 
 
+@rule(aten.unfold)
+def windows(node: Node, maps: Maps) -> Placed:
+    """Overlapping windows of a dimension, as a dimension of their own at the end."""
+    name = only_map(node, maps)
+    axes = maps.axes[name]
+    dim, size, step = dims(node, node.args[1], len(maps.shapes[name]))[0], node.args[2], node.args[3]
+    sides = [
+        Window(n, node.shape[axis], size, step) if axis == dim else identity(n)
+        for axis, n in zip(axes, maps.extent(name), strict=True)
+    ]
+    return Placed((Read(name, *sides),), axes, lambda tiles, work: tiles[0].unfold(dim, size, step))
+
+
+@rule(aten.index)
+def pick(node: Node, maps: Maps) -> Placed:
+    """A list of indices, the same for every image, along one dimension that is neither height nor width."""
+    name = only_map(node, maps)
+    places = [(d, index) for d, index in enumerate(node.args[1]) if index is not None]
+    if len(places) != 1 or places[0][0] in maps.axes[name] or len(maps.shapes[places[0][1].name]) != 1:
+        raise node.refuse("picks positions by index", "use slices, or index one other dimension by a list")
+    dim, index = places[0][0], places[0][1].name
+    return Placed(
+        (maps.read(name),), maps.axes[name], lambda tiles, work: tiles[0].index_select(dim, work.weights[index].long())
+    )
+
+
 @rule(aten.cat, aten.stack, aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""

@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from widefield.streaming.capture import Node, Ref
 from widefield.streaming.rules.base import Maps, Placed, argument, caller, dims, only_map, rule, sources
-from widefield.streaming.rules.channels import WITHOUT_DIM
+from widefield.streaming.rules.channels import WITHOUT_DIM, as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import (
     ExpSum,
@@ -389,9 +389,13 @@ def scale_and_shift_of_layer(mean: Tensor, squares: Tensor, count: int, eps: flo
     return torch.stack([scale, -mean * scale])
 
 
-@rewrite(aten.einsum)
+@rewrite(aten.einsum, aten.matmul, aten.bmm)
 def contraction(node: Node, maps: Maps) -> list[Node] | None:
     """A product of maps, summed over height and width."""
+    if node.op != "aten.einsum":
+        if min(len(maps.shapes[ref.name]) for ref in node.args[:2]) < 2:
+            return None
+        node = as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]])
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
     if "->" not in equation or "." in equation or not all(isinstance(o, Ref) and o.name in maps for o in operands):
         return None
