@@ -52,7 +52,7 @@ def build(captured: Captured, *, allow_whole: bool) -> Program:
 class _Sorter:
     """The nodes so far: those in `placed` are maps and reductions, the others are plain. `levels` of nodes and reductions' parts.
 
-    `broadcast` names what was expanded to give a value.
+    `broadcast` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
     """
 
     captured: Captured
@@ -63,6 +63,7 @@ class _Sorter:
     placed: dict[str, Placed] = field(default_factory=dict)
     broadcast: dict[str, str] = field(default_factory=dict)
     refused: list[UnsupportedOpError] = field(default_factory=list)
+    whole: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
@@ -144,8 +145,9 @@ class _Sorter:
             self._add_plain(node)
 
     def _add_plain(self, node: Node) -> None:
-        whole = (self._level(name) + (name in self.maps) for name in node.refs)
-        self._record(node, max(whole, default=0))
+        if any(name in self.maps or name in self.whole for name in node.refs):
+            self.whole.add(node.name)
+        self._record(node, max((self._level(name) + (name in self.maps) for name in node.refs), default=0))
 
     def _add_reduction(self, node: Node) -> None:
         if node.name in self.nodes:
@@ -201,7 +203,7 @@ class _Sorter:
             items += [node for node in plain if self.levels[node.name] == level]
             items += [stages[level]] if level in stages else []
         streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
-        whole = sum(size_of(node) for node in plain if self.levels[node.name] > 0)
+        whole = sum(size_of(node) for node in plain if self._is_whole(node))
         return Program(
             replace(self.captured, outputs=outputs.args),
             tuple(items),
@@ -211,6 +213,11 @@ class _Sorter:
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),
         )
+
+    def _is_whole(self, node: Node) -> bool:
+        """Whether a plain node makes something of the size of a map, and not of a reduction's result."""
+        extents = {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}
+        return node.name in self.whole or (self.levels[node.name] > 0 and node.shape[-2:] in extents)
 
     def _live(self, needed: set[str]) -> list[Node]:
         """The nodes that `needed` depend on, in order."""

@@ -104,11 +104,12 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
 
 def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]:
     """For a reshape of a flattened map: the result's shape with all dimensions apart, and how many are one (0: none)."""
-    p, width, shape = _position(maps, name), _width(maps, name), seen_shape(maps, name)
+    p, shape = _position(maps, name), seen_shape(maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
-    if prod(shape[d] for d in group_in) != shape[p]:
+    if any(shape[d] > 1 for d in group_in if d > p):
         raise refuse_whole(node, "flattens")
-    inner = maps.shapes[name][p : p + width]
+    inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + _width(maps, name)])
+    width = len(inner)
     at, result, merged = 0, list(node.shape[: group_out[0]]), 0
     for size in (node.shape[d] for d in group_out):
         end = at
@@ -239,6 +240,31 @@ def _index(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], True
 
 
+def _pad(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    """Of the dimensions behind the flattened one."""
+    if len(node.args[1]) // 2 >= len(seen_shape(maps, names[0])) - _position(maps, names[0]):
+        raise refuse_whole(node, "pads")
+    return [_with_shape(node, maps)], True
+
+
+def _pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    weight = node.args[1].name
+    shape, groups_of = maps.shapes[weight], argument(node, 6, "groups", 1)
+    strides = (*dims(node, argument(node, 3, "stride", 1), 99), *dims(node, argument(node, 4, "padding", 0), 99))
+    if (
+        weight in maps
+        or shape[-1] != 1
+        or strides != (1, 0)
+        or (_position(maps, names[0]), _width(maps, names[0])) != (2, 2)
+    ):
+        raise refuse_whole(node, "convolves along")
+    apart = replace(_reshaped(node, weight, (*shape, 1)), name=f"{weight}@{'x'.join(map(str, (*shape, 1)))}")
+    args = (node.args[0], Ref(apart.name), argument(node, 2, "bias"), [1, 1], [0, 0], [1, 1], groups_of)
+    height, width = maps.extent(names[0])
+    made = replace(node, target=aten.conv2d.default, args=args, kwargs={}, shape=(*node.shape[:2], height, width))
+    return [apart, made], True
+
+
 def _layer_norm(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     p, ndim = _position(maps, names[0]), len(seen_shape(maps, names[0]))
     if p >= ndim - len(node.args[1]):
@@ -295,6 +321,9 @@ _TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], boo
     "aten.expand": _sizes,
     "aten.repeat": _sizes,
     "aten.index": _index,
+    "aten.pad": _pad,
+    "aten.constant_pad_nd": _pad,
+    "aten.conv1d": _pointwise_conv1d,
     "aten.layer_norm": _layer_norm,
     "aten.linear": _linear,
     **{
