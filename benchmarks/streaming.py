@@ -16,11 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import timm
 import torch
 import torchvision
+from timm.models.convnext import ConvNeXtStage
+from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,15 +33,31 @@ KINDS = ("plain", "checkpoint", "streamed")
 
 
 def trunk_of(name: str) -> nn.Sequential:
-    """The convolutional trunk of a torchvision model, as a sequence of its blocks."""
-    model = getattr(torchvision.models, name)(weights=None)
-    if hasattr(model, "features"):
-        return nn.Sequential(*model.features)
-    parts = list(model.children())[:-2]
-    blocks = [nn.Sequential(*parts[:4])]
-    for part in parts[4:]:
-        blocks.extend(part)
+    """The convolutional trunk of a torchvision model, or of a timm model ("timm/NAME"), as a sequence of its blocks."""
+    if name.startswith("timm/"):
+        model = timm.create_model(name.removeprefix("timm/"))
+        parts = [part for key, part in model.named_children() if key not in ("global_pool", "classifier", "head", "fc")]
+    else:
+        model = getattr(torchvision.models, name)(weights=None)
+        parts = list(model.features) if hasattr(model, "features") else list(model.children())[:-2]
+    blocks: list[nn.Module] = []
+    for block in _blocks(nn.Sequential(*parts)):
+        if any(True for _ in block.children()):
+            blocks.append(block)
+        elif blocks and isinstance(blocks[-1], nn.Sequential):  # single layers form a block
+            blocks[-1].append(block)
+        else:
+            blocks.append(nn.Sequential(block))
     return nn.Sequential(*blocks)
+
+
+def _blocks(part: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of stages that run their children one after the other."""
+    if isinstance(part, (nn.Sequential, RegStage, ConvNeXtStage)):
+        for child in part.children():
+            yield from _blocks(child)
+    else:
+        yield part
 
 
 def runner(kind: str, trunk: nn.Sequential, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
@@ -144,7 +163,7 @@ def peak_in_new_process(kind: str, what: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="a torchvision model")
+    parser.add_argument("--model", default="resnet18", help="a torchvision model, or timm/NAME")
     parser.add_argument("--size", type=int, default=2048, help="height and width of the image")
     parser.add_argument("--tile", help="height of full-width strips, or HEIGHTxWIDTH; default: chosen by the planner")
     parser.add_argument("--memory-budget")
@@ -168,14 +187,10 @@ def main() -> None:
     device = (
         torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}"
     )
+    precision = "bfloat16 autocast" if options.bf16 else "float32"
     print(f"`python benchmarks/streaming.py {' '.join(sys.argv[1:])}`")
-    print(
-        f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk, ",
-        end="",
-    )
-    print(
-        f"1x3x{options.size}x{options.size}, {'bfloat16 autocast' if options.bf16 else 'float32'}, tile {plan.tile_size}\n"
-    )
+    print(f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk,")
+    print(f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages\n")
     print("| | forward (s) | / plain | peak (MiB) | / plain | step (s) | / plain | peak (MiB) | / plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
