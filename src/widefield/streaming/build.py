@@ -17,10 +17,11 @@ from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
 from widefield.streaming.rules.flat import seen_shape
+from widefield.streaming.rules.norms import statistics_of_batch
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
+from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.shapes import groups, reshape
-from widefield.streaming.rules.whole import parts_of, statistics_of_batch
 from widefield.streaming.stages import cut, size_of
 
 aten = torch.ops.aten

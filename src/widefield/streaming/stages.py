@@ -8,9 +8,10 @@ from widefield.streaming.capture import Captured, Node
 from widefield.streaming.extents import identity
 from widefield.streaming.graph import Stage, Value
 from widefield.streaming.rules import RULES, Maps, Placed, Reduction
+from widefield.streaming.rules.norms import affine
 from widefield.streaming.rules.pointwise import channelwise, pointwise
+from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.shapes import permute
-from widefield.streaming.rules.whole import affine, parts_of
 
 # Rules of operations that are cheaper to repeat than their result is to store; operators without a rule are pointwise.
 _CHEAP = (None, pointwise, channelwise, permute, affine)

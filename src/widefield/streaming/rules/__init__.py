@@ -3,11 +3,11 @@
 Operations over the whole image have a rewriting instead (`REWRITES`): reductions, and local operations on their results.
 """
 
-from widefield.streaming.rules import channels, pointwise, random, resize, shapes, windows
+from widefield.streaming.rules import channels, norms, pointwise, random, resize, shapes, whole, windows
 from widefield.streaming.rules.base import RULES, Axes, Maps, Placed, Read, Run, Work, place, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
-from widefield.streaming.rules.whole import REWRITES
+from widefield.streaming.rules.rewriting import REWRITES
 
 __all__ = [
     "REWRITES",
@@ -23,4 +23,4 @@ __all__ = [
     "swap_refs",
     "unflatten",
 ]
-_ = (channels, pointwise, random, resize, shapes, windows)  # importing them fills RULES
+_ = (channels, norms, pointwise, random, resize, shapes, whole, windows)  # importing them fills RULES and REWRITES

@@ -1,0 +1,128 @@
+"""Normalisations by statistics of the whole image, or of the whole batch: the map times a scale plus a shift."""
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_reduce
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.rules.base import Maps, Placed, argument, caller, only_map, rule
+from widefield.streaming.rules.rewriting import kept, moments, rewrite
+
+aten = torch.ops.aten
+
+
+@rewrite(aten.instance_norm, aten.group_norm, aten.native_group_norm)
+def group_norm(node: Node, maps: Maps) -> list[Node] | None:
+    """Instance and group normalisation by the image's own statistics."""
+    name = only_map(node, maps)
+    shape = maps.shapes[name]
+    if (node.op == "aten.instance_norm" and not node.args[5]) or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
+        return None
+    if node.op == "aten.native_group_norm":
+        weight, bias, groups, eps = node.args[1], node.args[2], node.args[6], node.args[7]
+    elif node.op == "aten.group_norm":
+        groups, weight, bias = node.args[1], argument(node, 2, "weight"), argument(node, 3, "bias")
+        eps = argument(node, 4, "eps", 1e-5)
+    else:
+        weight, bias, eps, groups = node.args[1], node.args[2], node.args[7], shape[1]
+    space = tuple(range(2, len(shape)))
+    new, (mean, squares, count) = moments(node, maps, name, space)
+    args = (mean, squares, count, groups, weight, bias, eps)
+    return new.result(apply_affine, Ref(name), new.add("affine", scale_and_shift, args, (2, *kept(shape, space))))
+
+
+@rewrite(aten.batch_norm, aten._native_batch_norm_legit)
+def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
+    """Batch normalisation by the statistics of the batch, or of the batches of all processes."""
+    name = only_map(node, maps)
+    shape = maps.shapes[name]
+    by_batch = node.args[5] if node.op == "aten.batch_norm" else getattr(node.target, "_overloadname", "") == "no_stats"
+    if not by_batch or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
+        return None
+    weight, bias, eps = node.args[1], node.args[2], node.args[7 if node.op == "aten.batch_norm" else 5]
+    over = (0, *range(2, len(shape)))
+    new, (mean, squares, count) = moments(node, maps, name, over)
+    small, everywhere = kept(shape, over), node.module_path in maps.synchronised
+    batch = new.add("batch", statistics_of_batch, (mean, squares, count, everywhere), (3, *small))
+    affine = new.add("affine", scale_and_shift_of_batch, (batch, weight, bias, eps), (2, *small))
+    return new.result(apply_affine, Ref(name), affine)
+
+
+def statistics_of_batch(mean: Tensor, squares: Tensor, count: int, everywhere: bool) -> Tensor:
+    """Mean, sum of squared deviations and count, stacked; merged over all processes if `everywhere`."""
+    if not (everywhere and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return torch.stack([mean, squares, torch.full_like(mean, count)])
+    sizes, sums = all_reduce(torch.stack([torch.full_like(mean, count), mean * count]))
+    centre = sums / sizes
+    return torch.stack([centre, all_reduce(squares + count * (mean - centre) ** 2), sizes])
+
+
+def scale_and_shift_of_batch(batch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As `scale_and_shift`, from `statistics_of_batch`."""
+    mean, squares, count = batch
+    scale = torch.rsqrt(squares / count + eps)
+    if weight is not None:
+        scale = scale * weight.reshape(mean.shape)
+    shift = -mean * scale
+    return torch.stack([scale, shift if bias is None else shift + bias.reshape(mean.shape)])
+
+
+def scale_and_shift(
+    mean: Tensor, squares: Tensor, count: int, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """A normalisation as `x * scale + shift`: both of them in one tensor (2, N or 1, C, 1, ...).
+
+    `mean` and `squares` (sum of squared deviations from it) are those of `count` elements of each channel; the channels of a
+    group are merged.
+    """
+    shape = mean.shape
+    mean, squares = (x.reshape(shape[0], groups, -1) for x in (mean, squares))
+    centre = mean.mean(-1, keepdim=True)
+    total = (squares + count * (mean - centre) ** 2).sum(-1, keepdim=True)
+    scale = torch.rsqrt(total / (count * mean.shape[-1]) + eps).expand_as(mean)
+    if weight is not None:
+        scale = scale * weight.reshape(groups, -1)
+    shift = -centre * scale
+    if bias is not None:
+        shift = shift + bias.reshape(groups, -1)
+    return torch.stack([scale.reshape(shape), shift.reshape(shape)])
+
+
+def apply_affine(x: Tensor, affine: Tensor) -> Tensor:
+    """`x * scale + shift`, in the dtype of `x`."""
+    if x.dtype == affine.dtype:
+        return torch.addcmul(affine[1], x, affine[0])
+    return (x * affine[0] + affine[1]).to(x.dtype)
+
+
+@rule(apply_affine)
+def affine(node: Node, maps: Maps) -> Placed:
+    """Position by position."""
+    name, call = only_map(node, maps), caller(node, maps)
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
+
+
+@rewrite(aten.layer_norm, aten.native_layer_norm)
+def layer_norm(node: Node, maps: Maps) -> list[Node] | None:
+    """Layer normalisation over dimensions that include height and width."""
+    name = only_map(node, maps)
+    axes, shape = maps.axes[name], maps.shapes[name]
+    over = tuple(range(len(shape) - len(node.args[1]), len(shape)))
+    if not set(axes) <= set(over) or node.pick not in (None, 0):
+        return None
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    new, (mean, squares, count) = moments(node, maps, name, over)
+    eps, small = argument(node, 4, "eps", 1e-5), kept(shape, over)
+    stacked = new.add("affine", scale_and_shift_of_layer, (mean, squares, count, eps), (2, *small))
+    if weight is None and bias is None:
+        return new.result(apply_affine, Ref(name), stacked)
+    last = new.add("standard", apply_affine, (Ref(name), stacked), shape)
+    if weight is not None and bias is not None:
+        last = new.add("scaled", aten.mul.Tensor, (last, weight), shape)
+    return new.result(aten.mul.Tensor if bias is None else aten.add.Tensor, last, weight if bias is None else bias)
+
+
+def scale_and_shift_of_layer(mean: Tensor, squares: Tensor, count: int, eps: float) -> Tensor:
+    """As `scale_and_shift`, for statistics over `count` elements each."""
+    scale = torch.rsqrt(squares / count + eps)
+    return torch.stack([scale, -mean * scale])

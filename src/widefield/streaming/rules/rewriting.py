@@ -1,0 +1,74 @@
+"""What a rewriting is: how an operation over the whole image becomes reductions and local operations on their results.
+
+A rewriting returns the nodes to put in the place of one, the last of which has its name; or None where the operation is local.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, cast
+
+from widefield.streaming.capture import Node, Ref
+from widefield.streaming.rules.base import Maps
+from widefield.streaming.rules.reductions import Moments, Reduction, Sum
+
+Rewrite = Callable[[Node, Maps], list[Node] | None]
+REWRITES: dict[Any, Rewrite] = {}
+
+
+def rewrite(*packets: Any) -> Callable[[Rewrite], Rewrite]:
+    """Register a rewriting of ATen operators, all overloads."""
+
+    def register(function: Rewrite) -> Rewrite:
+        for packet in packets:
+            REWRITES.update({getattr(packet, overload): function for overload in packet.overloads()})
+        return function
+
+    return register
+
+
+class Rewriting:
+    """The nodes that take the place of `node`, as they are added."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.nodes: list[Node] = []
+
+    def add(self, suffix: str, target: Callable[..., Any], args: Sequence[Any], shape: Sequence[int]) -> Ref:
+        name = f"{self.node.name}@{suffix}"
+        node = self.node
+        self.nodes.append(
+            replace(node, name=name, target=target, args=tuple(args), kwargs={}, shape=tuple(shape), pick=None)
+        )
+        return Ref(name)
+
+    def reduce(self, names: Sequence[str], reduction: Reduction, *shapes: Sequence[int]) -> list[Ref]:
+        """The parts of a reduction of maps `names`, of these shapes. The same reduction of the same map is done once."""
+        name = f"{self.node.name}@sum" if isinstance(reduction, Sum) else f"{'+'.join(names)}@{reduction}"
+        args, kwargs = tuple(map(Ref, names)), {"shapes": tuple(map(tuple, shapes))}
+        self.nodes.append(
+            replace(self.node, name=name, target=cast("Any", reduction), args=args, kwargs=kwargs, pick=None)
+        )
+        return [Ref(part) for part in parts_of(self.nodes[-1])]
+
+    def result(self, target: Callable[..., Any], *args: Any) -> list[Node]:
+        self.nodes.append(replace(self.node, target=target, args=args, kwargs={}, pick=None))
+        return self.nodes
+
+
+def parts_of(reduction: Node) -> tuple[str, ...]:
+    """The names of the tensors that a reduction gives."""
+    return tuple(f"{reduction.name}.{k}" for k in range(len(reduction.kwargs["shapes"])))
+
+
+def kept(shape: Sequence[int], over: Sequence[int]) -> tuple[int, ...]:
+    """`shape` with dimensions `over` of size 1."""
+    return tuple(1 if d in over else size for d, size in enumerate(shape))
+
+
+def moments(node: Node, maps: Maps, name: str, over: Sequence[int]) -> tuple[Rewriting, tuple[Ref, Ref, int]]:
+    """A rewriting that begins with a map's mean and sum of squared deviations over some dimensions, of so many elements."""
+    new, shape = Rewriting(node), maps.shapes[name]
+    count = prod(shape[d] for d in over)
+    mean, squares = new.reduce([name], Moments(tuple(sorted(over)), count), *[kept(shape, over)] * 2)
+    return new, (mean, squares, count)
