@@ -9,6 +9,7 @@ from collections.abc import Sequence
 VERBS = {
     "fit": "train a classifier on whole images with one label each",
     "predict": "classify images with a checkpoint, and show where the evidence lies",
+    "check": "see whether a model streams exactly, and what a large image would need",
     "demo": "make a small set of large images, train on them, predict, and write a report",
 }
 
@@ -16,7 +17,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default that of the process); returns the exit code.
 
-    0 is success; 2 an error of the user's, shown in a line; 130 an interruption.
+    0 is success; 1 that of a check that failed; 2 an error of the user's, shown in a line; 130 an interruption.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in VERBS:

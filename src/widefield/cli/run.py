@@ -18,10 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
-    """Run `module.run(arguments, others)`; the exit code."""
+    """Run `module.run(arguments, others)`; the exit code, which is what it returns, or 0."""
     with _logging(logging.DEBUG if arguments.verbose else logging.INFO):
         try:
-            module.run(arguments, others)
+            return int(module.run(arguments, others) or 0)
         except KeyboardInterrupt:
             _fail(verb, "interrupted")
             return 130
@@ -31,7 +31,6 @@ def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, other
             _log.debug("the error came from here", exc_info=True)
             _fail(verb, str(error))
             return 2
-    return 0
 
 
 @contextmanager

@@ -1,0 +1,126 @@
+"""From what is written on the command line to a model: `file.py:name`, `package.module:name`, `timm/NAME`, `torchvision/NAME`."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from widefield.models.names import TIMM_PREFIX, unknown_model
+
+TORCHVISION_PREFIX = "torchvision/"
+
+
+def find_model(text: str) -> nn.Module:
+    """The model that `text` names; those of timm and torchvision with random weights.
+
+    Raises:
+        ValueError: `text` names nothing, or something that is no model.
+        FileNotFoundError: its file is not there.
+    """
+    if text.startswith(TIMM_PREFIX):
+        from widefield.models.plain import make_timm
+
+        return make_timm(text, 1000, None)
+    if text.startswith(TORCHVISION_PREFIX):
+        return _torchvision(text)
+    place, colon, name = text.rpartition(":")
+    if not colon or not place or not name:
+        raise ValueError(
+            f"MODEL is {text!r}; give my_file.py:model, package.module:attribute, timm/NAME or torchvision/NAME"
+        )
+    found: Any = _load(place)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{place} has no {name!r}; {_near(part, _models_in(found))}")
+        found = getattr(found, part)
+    return _make(found, text)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels that the first 2-D convolution takes; 3 for a model without one."""
+    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv2d))
+    first = next(convolutions, None)
+    return first.in_channels if first else 3
+
+
+def _torchvision(text: str) -> nn.Module:
+    import torchvision
+
+    name = text.removeprefix(TORCHVISION_PREFIX)
+    names = torchvision.models.list_models()
+    if name not in names:
+        raise unknown_model(text, [TORCHVISION_PREFIX + choice for choice in names])
+    options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, name) else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return model
+
+
+def _load(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name and place.startswith(error.name):
+                raise ValueError(f"there is no module {place!r}; for a file, give its path with .py") from error
+            raise ValueError(f"{place} cannot be imported: {error}") from error
+    path = Path(place)
+    if not path.is_file():
+        near = _near(path.name, [other.name for other in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise FileNotFoundError(f"there is no file {place}" + (f"; {near}" if near else ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{place} cannot be run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _make(found: Any, text: str) -> nn.Module:
+    """`found` itself, or what it makes when it is called."""
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(f"{text} is a {type(found).__name__}, not a torch.nn.Module or something that makes one")
+    needed = [
+        name
+        for name, parameter in inspect.signature(found).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(
+            f"{text} needs arguments ({', '.join(needed)}); write a function without any that makes the model, and give that"
+        )
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{text}() makes a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _models_in(holder: Any) -> list[str]:
+    """Names in a module (or other object) that may be meant: those that are models or could make one."""
+    return [
+        name
+        for name, value in vars(holder).items()
+        if not name.startswith("_") and (isinstance(value, nn.Module) or callable(value))
+    ]
+
+
+def _near(name: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=5, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(choices)[:12]) or 'none'}"

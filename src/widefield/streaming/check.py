@@ -1,0 +1,343 @@
+"""Is a model streamed exactly? Compare it with plain PyTorch on a small image, and look at its plan for a large one.
+
+The reference is the model in evaluation mode: norm layers with running statistics use them, random layers are off. Compared are
+all outputs, the image's gradient and every parameter's gradient, for a random weighting of all outputs that require grad.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.module import StreamingCNN, stream
+from widefield.streaming.plan import Plan
+
+TOLERANCE = 1e-10  # relative, in float64: what the same numbers summed in another order stay far below
+# In a model that amplifies rounding (deep, with random weights) they do not. Then this times what plain PyTorch's own results
+# change by, when its image and weights change by one unit in the last place, is tolerated: every layer rounds, not only these.
+_OF_ROUNDING = 100
+ENOUGH = 0.95  # share of the activation bytes that has to be streamed
+# A gradient that is 0 but for rounding (of a bias before a norm layer) is compared with this share of the largest gradient.
+_FLOOR = 1e-4
+
+Verdict = Literal["exact", "exact with stages", "exact trunk, rest whole", "partly", "refused", "WRONG"]
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+EXACT: tuple[Verdict, ...] = ("exact", "exact with stages", "exact trunk, rest whole")
+
+_MEANING: dict[Verdict, str] = {
+    "exact": "outputs and all gradients are those of the whole image",
+    "exact with stages": "outputs and all gradients are those of the whole image",
+    "exact trunk, rest whole": "all that comes before the first operation on tokens is streamed exactly, the rest runs whole",
+    "partly": "results are exact, but a part of the model runs on whole maps",
+    "refused": "it cannot be streamed",
+    "WRONG": "streamed results differ from those of the whole image; please report this as a bug",
+}
+
+# Operations that tokens are made by or go through: where attention begins. Windows are cut out by views, too; of all other
+# operations on a flattened image, the reason says so.
+_TOKEN_OPS = frozenset(
+    (
+        *("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "einsum", "scaled_dot_product_attention", "softmax"),
+        *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "unfold", "im2col"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found out about a model.
+
+    `errors` holds the largest relative error of the "outputs", of the "image gradient" and of the "parameter gradients", which
+    is that of `worst_parameter`; it is empty when nothing could be streamed. `image_shape` (N, C, H, W) and `tile_size` are those
+    of the comparison, as are `stages` (the number of scans) and `streamed_fraction` (of the activation bytes). `refused` are the
+    operations that run whole. `rounding`, looked at where errors are above `TOLERANCE`, holds by how much the plain results
+    change when image and weights change by a unit in the last place. `plan` is that of a large image, or None; then `no_plan`
+    says why.
+    """
+
+    verdict: Verdict
+    image_shape: tuple[int, ...]
+    tile_size: tuple[int, int]
+    errors: Mapping[str, float]
+    worst_parameter: str = ""
+    stages: int = 0
+    streamed_fraction: float = 0.0
+    refused: tuple[UnsupportedOpError, ...] = ()
+    plan: Plan | None = None
+    no_plan: str = ""
+    rounding: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the verdict is one of `EXACT`."""
+        return self.verdict in EXACT
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest of `errors`."""
+        return max(self.errors.values(), default=None)
+
+    @property
+    def summary(self) -> str:
+        """One line: the verdict, stages, streamed share and error."""
+        line = f"{self.verdict}: {_MEANING[self.verdict]}"
+        if self.worst_error is None:
+            return line
+        stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
+        share = f"{self.streamed_fraction:.1%} of the activation bytes streamed"
+        return f"{line} ({stages}, {share}, largest relative error {self.worst_error:.1e})"
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.image_shape))
+        lines = [self.summary, "", f"compared on a random image of {size} in float64, tiles of {self.tile_size}:"]
+        lines += [f"  {what:<22}{error:.1e}" for what, error in self.errors.items()] or ["  nothing, see below"]
+        if self.rounding:
+            lines.append(
+                "the plain result itself changes, when image and weights change by a unit in the last place, by:"
+            )
+            lines += [f"  {what:<22}{error:.1e}" for what, error in self.rounding.items()]
+        if self.worst_parameter and self.verdict == "WRONG":
+            lines.append(f"  worst parameter       {self.worst_parameter}")
+        if self.plan:
+            lines += ["", "plan for a large image, in the model's own dtype:"]
+            lines += [f"  {line}" for line in str(self.plan).splitlines()]
+        elif self.no_plan:
+            lines += ["", f"no plan for a large image: {self.no_plan}"]
+        if self.refused:
+            lines += ["", "what stands in the way:"]
+            lines += [f"  {line}" for text in dict.fromkeys(map(str, self.refused)) for line in text.splitlines()]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        plan = self.plan
+        return {
+            "verdict": self.verdict,
+            "exact": self.exact,
+            "image_shape": list(self.image_shape),
+            "tile_size": list(self.tile_size),
+            "errors": dict(self.errors),
+            "worst_parameter": self.worst_parameter,
+            "rounding": dict(self.rounding),
+            "stages": self.stages,
+            "streamed_fraction": self.streamed_fraction,
+            "refused": [
+                {key: getattr(error, key) for key in ("module_path", "op", "reason", "remedy", "source")}
+                for error in self.refused
+            ],
+            "plan": plan
+            and {
+                "image_shape": list(plan.image_shape),
+                "tile_size": list(plan.tile_size),
+                "steps": plan.steps,
+                "stages": plan.stages,
+                "predicted_bytes": dict(plan.predicted_bytes),
+                "streamed_fraction": plan.streamed_fraction,
+            },
+            "no_plan": self.no_plan,
+        }
+
+
+def check(
+    model: nn.Module,
+    shape: Sequence[int] = (3, 97, 113),
+    tile_size: int | tuple[int, int | None] | None = None,
+    *,
+    plan_shape: Sequence[int] | None = (3, 8192, 8192),
+    plan_tile_size: int | tuple[int, int | None] | None = None,
+    memory_budget: int | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Check:
+    """Compare `stream(model)` with `model` on a random image of `shape`; the model itself is left as it is.
+
+    Args:
+        model: any module that maps images (N, C, H, W) to tensors, or to lists, tuples and dicts of them.
+        shape: (channels, height, width) of the image compared, or (N, channels, height, width).
+        tile_size: pixels per step in the comparison; by default a third of the height and of the width.
+        plan_shape: an image size to plan for, without computing a pixel; None: no plan.
+        plan_tile_size: pixels per step of that plan; by default what `memory_budget` allows.
+        memory_budget: bytes, or text such as "2GiB", for that plan.
+        dtype: what the comparison is computed in. Casts to float32 inside of the model are raised to it.
+        seed: of the image and of the weighting of the outputs.
+
+    Raises:
+        ValueError: the plain model cannot run on an image of this shape, or gives infinities.
+    """
+    if len(shape) not in (3, 4) or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"shape={tuple(shape)} must be (channels, height, width) of positive ints")
+    full = (1,) * (4 - len(shape)) + tuple(shape)
+    tile_size = tile_size if tile_size is not None else (-(-full[2] // 3), -(-full[3] // 3))
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(full, generator=generator, dtype=torch.float64).to(dtype)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    image = image.to(device)
+
+    plain = _copy(model).to(dtype).eval()
+    casts = _Casts(dtype)
+    try:
+        with casts:
+            expected = _run(plain, image, seed)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        reason = str(error).strip() or "an assertion about its input"
+        raise ValueError(f"the model cannot run on an image of shape {full}: {reason}") from error
+    if not all(t.isfinite().all() for t in (*expected.tensors, *expected.gradients.values()) if t.is_floating_point()):
+        raise ValueError(
+            f"the plain model gives infinities or NaN for a random image of shape {full}; check its weights"
+        )
+
+    plan, no_plan = _plan(model, plan_shape, plan_tile_size, memory_budget)
+    streamed = stream(_copy(model).to(dtype).eval(), tile_size)
+    try:
+        with casts if casts.seen else torch.enable_grad():
+            small = streamed.plan(full)
+            found = _run(streamed, image, seed)
+    except UnsupportedOpError as error:
+        tile = _tile(tile_size, full)
+        return Check("refused", full, tile, {}, refused=(error,), plan=plan, no_plan=no_plan)
+    errors, worst = _compare(found, expected)
+    rounding: dict[str, float] = {}
+    if TOLERANCE < max(errors.values()) < torch.inf:
+        with casts:
+            rounding = _compare(_run(*_shaken(plain, image, generator), seed), expected)[0]
+    return Check(
+        *(_verdict(errors, rounding, small), full, small.tile_size, errors, worst, small.stages),
+        *(small.streamed_fraction, small.refused, plan, no_plan, rounding),
+    )
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Outputs of a model: their tensors and structure; gradients of the image (key "") and of the parameters by name."""
+
+    tensors: tuple[Tensor, ...]
+    others: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    gradients: dict[str, Tensor]
+
+
+def _run(model: nn.Module, image: Tensor, seed: int) -> _Result:
+    """One forward and backward pass."""
+    image = image.detach().clone().requires_grad_()
+    module = model.module if isinstance(model, StreamingCNN) else model
+    with torch.enable_grad():
+        leaves, spec = pytree.tree_flatten(model(image))
+    generator = torch.Generator().manual_seed(seed + 1)
+    terms = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
+            weighting = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+            terms.append((leaf * weighting.to(leaf.device, leaf.dtype)).sum())
+    if terms:
+        torch.stack(terms).sum().backward()
+    named = {"": image, **dict(module.named_parameters())}
+    gradients = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+    tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+    return _Result(tensors, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)), spec, gradients)
+
+
+def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
+    """The largest relative error of each kind, and the parameter with the largest."""
+    same = found.spec == expected.spec and found.others == expected.others
+    pairs = zip(found.tensors, expected.tensors, strict=False)
+    outputs = max((_error(f, e, _size(e)) for f, e in pairs), default=0.0) if same else torch.inf
+    largest = max((_size(gradient) for name, gradient in expected.gradients.items() if name), default=0.0)
+    gradients: dict[str, float] = {}
+    for name in {**expected.gradients, **found.gradients}:
+        f, e = found.gradients.get(name), expected.gradients.get(name)
+        f = torch.zeros_like(e) if f is None and e is not None else f  # no gradient and a zero gradient mean the same
+        e = torch.zeros_like(f) if e is None and f is not None else e
+        assert f is not None and e is not None
+        gradients[name] = _error(f, e, max(_size(e), _FLOOR * largest) if name else _size(e))
+    image = gradients.pop("", 0.0)
+    worst = max(gradients, key=lambda name: gradients[name], default="")
+    errors = {"outputs": outputs, "image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}
+    return errors, worst
+
+
+def _size(tensor: Tensor) -> float:
+    return tensor.double().abs().max().item() if tensor.numel() else 0.0
+
+
+def _error(found: Tensor, expected: Tensor, size: float) -> float:
+    """The largest difference relative to `size`; infinite for another shape or dtype, and for what is not finite."""
+    if found.shape != expected.shape or found.dtype != expected.dtype or not found.double().isfinite().all():
+        return torch.inf
+    difference = _size(found.double() - expected.double())
+    return difference / max(size, 1e-300) if difference else 0.0
+
+
+def _shaken(model: nn.Module, image: Tensor, generator: torch.Generator) -> tuple[nn.Module, Tensor]:
+    """The model and the image with each number moved up or down by a unit in the last place."""
+    shaken = _copy(model)
+    image = image.clone()
+    with torch.no_grad():
+        for tensor in (image, *shaken.parameters()):
+            sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+            tensor.mul_(1 + sign * torch.finfo(tensor.dtype).eps)
+    shaken.zero_grad()
+    return shaken, image
+
+
+def _verdict(errors: dict[str, float], rounding: dict[str, float], plan: Plan) -> Verdict:
+    if any(error > max(TOLERANCE, _OF_ROUNDING * rounding.get(what, 0.0)) for what, error in errors.items()):
+        return "WRONG"
+    if plan.streamed_fraction >= ENOUGH:
+        return "exact" if plan.stages == 1 else "exact with stages"
+    # An operation is refused when all that comes before it is streamed.
+    return "exact trunk, rest whole" if plan.refused and all(map(_on_tokens, plan.refused)) else "partly"
+
+
+def _on_tokens(error: UnsupportedOpError) -> bool:
+    return error.op.rpartition(".")[2] in _TOKEN_OPS or "flattened image" in error.reason
+
+
+def _plan(model: nn.Module, shape: Sequence[int] | None, tile_size: Any, budget: Any) -> tuple[Plan | None, str]:
+    """The plan for an image of `shape`, or why there is none."""
+    if shape is None:
+        return None, ""
+    try:
+        copied = _copy(model).eval()
+        return stream(copied, tile_size, memory_budget=budget).plan(tuple(shape)), ""
+    except (UnsupportedOpError, ValueError) as error:
+        return None, str(error).splitlines()[0]
+
+
+def _tile(tile_size: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    height, width = tile_size if isinstance(tile_size, tuple) else (tile_size, tile_size)
+    return min(height, shape[2]), min(width or shape[3], shape[3])
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; weights that hooks recompute before each forward pass, which deepcopy refuses, are detached."""
+    values = (value for part in model.modules() for value in part.__dict__.values())
+    computed = (value for value in values if isinstance(value, Tensor) and value.grad_fn is not None)
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
+class _Casts(TorchFunctionMode):
+    """Turns casts to float32 inside of a model into casts to `dtype`, so that their rounding does not hide an error of ours."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dtype != torch.float64:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.float:
+            self.seen = True
+            return args[0].to(self.dtype)
+        if any(arg is torch.float32 for arg in args) or kwargs.get("dtype") is torch.float32:
+            self.seen = True
+            args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
+            kwargs = {key: self.dtype if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
