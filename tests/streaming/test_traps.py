@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.streaming.exactness import assert_exact, relative_error
+from tests.streaming.exactness import assert_exact, randomise, relative_error
 from widefield.streaming import StreamingCNN, UnsupportedOpError
 
 
@@ -128,3 +128,17 @@ def test_float_inside_of_forward_holds_under_autocast() -> None:
         expected, found = net(image), StreamingCNN(net, (3, None))(image)
     assert [x.dtype for x in found] == [x.dtype for x in expected] == [torch.float32, torch.bfloat16]
     assert relative_error(found[0].detach(), expected[0].detach()) < 1e-6
+
+
+def test_gradients_of_batch_norm_before_a_permutation_of_one_image() -> None:
+    """Its gradient arrives with a first stride that PyTorch's batch norm mistakes for another memory format."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x)[:, 4:]).reshape(len(x), 4, -1).mT
+
+    assert_exact(randomise(Tokens()).eval(), torch.randn(1, 3, 6, 8), [(4, None), (3, 5)])

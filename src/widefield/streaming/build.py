@@ -146,6 +146,8 @@ class _Sorter:
             self._add_plain(node)
 
     def _add_plain(self, node: Node) -> None:
+        if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
+            node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
         if any(name in self.maps or name in self.whole for name in node.refs):
             self.whole.add(node.name)
         self._record(node, max((self._level(name) + (name in self.maps) for name in node.refs), default=0))

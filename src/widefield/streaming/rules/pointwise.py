@@ -1,9 +1,12 @@
 """Operations that compute every position from the same position of their inputs."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from widefield.streaming.capture import Node, overwrite
-from widefield.streaming.rules.base import Axes, Maps, Placed, caller, only_map, rule, sources, swap_refs
+from widefield.streaming.rules.base import Axes, Maps, Placed, Work, caller, only_map, rule, sources, swap_refs
 
 aten = torch.ops.aten
 
@@ -42,12 +45,26 @@ def channelwise(node: Node, maps: Maps) -> Placed:
         raise node.refuse(
             "takes dimension 1 for the channels, which here is the height or width", "permute the map first"
         )
-    if node.op in ("aten.batch_norm", "aten.instance_norm") and node.args[5]:
-        raise node.refuse(
-            "normalises by statistics of the whole image",
-            "give the layer running statistics (track_running_stats=True), or keep it out of the streamed part",
-        )
-    return _call(node, maps, maps.axes[name])
+    if "prelu" in node.op:
+        return _call(node, maps, maps.axes[name])
+    call = caller(node, maps)
+
+    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+        normed = call(tiles, work.weights)
+        if normed.requires_grad and normed.shape[0] == 1:
+            normed.register_hook(_with_plain_stride)
+        return normed
+
+    return Placed((maps.read(name),), maps.axes[name], run)
+
+
+def _with_plain_stride(grad: Tensor) -> Tensor:
+    """The gradient of a batch of 1 with the first stride that a batch would have.
+
+    PyTorch's batch norm on the CPU mistakes the memory format of a gradient when its first stride, which nothing uses, is
+    smaller than the others, as views may leave it; its own gradients are then wrong (torch 2.15).
+    """
+    return grad.as_strided(grad.shape, (grad.numel(), *grad.stride()[1:]))
 
 
 def _call(node: Node, maps: Maps, axes: Axes) -> Placed:
