@@ -98,7 +98,7 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
     model = randomise(getattr(tv, name)(num_classes=5)).eval()
     streamed = assert_exact(model, torch.randn(2, 3, 65, 71), [(24, None), (33, 40)], wrap=stream)
     fraction = streamed.plan((3, 65, 71)).streamed_fraction
-    assert 0.95 < fraction < 1
+    assert fraction > 0.99
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
 from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.shapes import groups, reshape
-from widefield.streaming.stages import cut, size_of
+from widefield.streaming.stages import cut, is_view, size_of
 
 aten = torch.ops.aten
 
@@ -189,7 +189,7 @@ class _Sorter:
         live = self._live(set(outputs.refs))
         plain = [node for node in live if node.name not in self.placed]
         maps = [node for node in live if node.name in self.placed]
-        if not maps:
+        if all(is_view(node) for node in maps):
             first = self.refused[0] if self.refused else None
             raise UnsupportedOpError(
                 first.module_path if first else "",

@@ -45,7 +45,7 @@ class Schedule:
 def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
     """Scan `flows` (in topological order) with `tile` new positions of the longest input a step, of the others in proportion.
 
-    `gate`: a strided op waits until it can compute that many positions, so that no deep layer runs on a sliver. After the
+    No map is begun before its sources are. `gate`: a strided op waits until it can compute that many positions, so that no deep layer runs on a sliver. After the
     last input, no map advances by much more than in a steady step: extra steps without new input drain the network, so that
     the last step is no larger than the others.
     """
@@ -61,6 +61,7 @@ def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
                 now = min(-(-t * tile * flow.size // length), flow.size)
             else:
                 now = min(m.ready(ready[s][t]) for s, m in zip(flow.sources, flow.maps, strict=True))
+                now = now if all(ready[s][t] for s in flow.sources) else 0
                 if flow.strided and now < flow.size and now - before < gate:
                     now = before
                 now = min(now, before + rate[v])
@@ -68,5 +69,9 @@ def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
     kept = [list(r) for r in ready]
     for v, flow in enumerate(flows):
         for s, m in zip(flow.sources, flow.maps, strict=True):
-            kept[s] = [min(b, m.first(r)) for b, r in zip(kept[s], ready[v], strict=True)]
+            last = flows[s].size - 1  # kept while there is padding to compute that reads nothing
+            kept[s] = [
+                min(b, m.first(r) if r >= flow.size else min(m.first(r), last))
+                for b, r in zip(kept[s], ready[v], strict=True)
+            ]
     return Schedule(tuple(flows), tuple(map(tuple, ready)), tuple(map(tuple, kept)))

@@ -181,4 +181,4 @@ def size_of(node: Node) -> int:
 
 def is_view(node: Node) -> bool:
     """Whether a node's result shares the memory of what it reads."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")
