@@ -190,7 +190,7 @@ class Resample:
     """Interpolation: output `o` is a weighted sum of the inputs around `source(o)`.
 
     `mode` is "linear" or "cubic", with `scale` input positions per output position and the source position of PyTorch's
-    `area_pixel_compute_source_index`; or "nearest" or "nearest-exact", in whole numbers.
+    `area_pixel_compute_source_index`; or "nearest" or "nearest-exact", without rounding errors.
     """
 
     n_in: int
@@ -206,10 +206,11 @@ class Resample:
     def taps(self, o: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The inputs that output `o` reads (clamped to the axis) and their weights."""
         last = self.n_in - 1
-        if self.mode == "nearest":
-            return (o * self.n_in // self.n_out,), (1.0,)
-        if self.mode == "nearest-exact":
-            return ((2 * o + 1) * self.n_in // (2 * self.n_out),), (1.0,)
+        if self.mode.startswith("nearest"):
+            half = int(self.mode == "nearest-exact")
+            by_sizes = self.scale == self.n_in / self.n_out
+            at = (2 * o + half) * self.n_in // (2 * self.n_out) if by_sizes else int((o + half / 2) * self.scale)
+            return (min(at, last),), (1.0,)
         source = o * self.scale if self.align_corners else (o + 0.5) * self.scale - 0.5
         if self.mode == "linear":
             source = max(source, 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,19 +36,34 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             scale = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
         else:
             scale = 1.0 / factors[axis] if factors else n_in / n_out
-        inexact = bool(factors) and factors[axis] * n_in != n_out  # PyTorch then scales by the factor, not by the sizes
-        if mode.startswith("nearest") and (inexact or max(n_in, n_out) % min(n_in, n_out)):
+        axes.append(Resample(n_in, n_out, scale, mode, align_corners))
+        if mode.startswith("nearest") and not _rounds_alike(axes[-1]):
             raise node.refuse(
                 f"resizes {n_in} positions to {n_out} by nearest neighbour, where the choice of neighbour depends on rounding",
                 "resize by a whole factor, or bilinearly",
             )
-        axes.append(Resample(n_in, n_out, scale, mode, align_corners))
     rows, cols = axes
 
     def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
         return _resample(_resample(tiles[0], 2, rows, work.rows[0]), 3, cols, work.cols[0])
 
     return Placed((Read(name, rows, cols),), Axes(2, 3), run)
+
+
+def _rounds_alike(axis: Resample) -> bool:
+    """Whether PyTorch's nearest neighbours are the same in all its kernels, which compute in float32 or float64."""
+    if axis.n_out in (axis.n_in, 2 * axis.n_in):
+        return True
+    half = 0.5 if axis.mode == "nearest-exact" else 0.0
+    outputs = np.arange(axis.n_out) + half
+    exact = np.array([axis.taps(o)[0][0] for o in range(axis.n_out)])
+    kernels = (
+        np.float32(axis.scale) * outputs.astype(np.float32),
+        (np.float64(np.float32(axis.scale)) * outputs).astype(np.float32),
+        (np.float64(axis.scale) * outputs).astype(np.float32),
+        np.float32(axis.scale) * outputs.astype(np.float32) - np.float32(half) + np.float32(half),
+    )
+    return all((np.minimum(np.floor(k).astype(np.int64), axis.n_in - 1) == exact).all() for k in kernels)
 
 
 def _resample(tile: Tensor, dim: int, axis: Resample, span: Span) -> Tensor:
