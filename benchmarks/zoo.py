@@ -51,7 +51,9 @@ def check_row(row: Row, seed: int) -> dict[str, Any]:
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             reason = reason or f"{size[0]}x{size[1]}: {str(error).splitlines()[0] if str(error) else 'an assertion'}"
             continue
-        found = check(model, (3, *size), plan_shape=None, seed=seed)
+        fresh = row.build()  # without what a forward pass may have cached in the model
+        fresh.load_state_dict(model.state_dict())
+        found = check(fresh, (3, *size), plan_shape=None, seed=seed)
         result.update(found.as_dict(), worst_error=found.worst_error, other_size=reason)
         return {**result, "seconds": round(time.perf_counter() - begin, 1)}
     return {**result, "verdict": "cannot run", "reason": reason}

@@ -25,6 +25,11 @@ class Fn(nn.Module):
         return self.function(self.conv(x))
 
 
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 def attention(x: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     for _ in range(4):
@@ -123,6 +128,18 @@ def test_amplified_rounding_is_told_from_errors() -> None:
     assert result.worst_error > 1e-10
     assert set(result.rounding) == set(result.errors)
     assert "unit in the last place" in str(result)
+
+
+def test_a_transposed_gradient_of_batch_norm_is_compared_with_the_right_one() -> None:
+    norm = nn.BatchNorm2d(8).eval()
+    result = checked(nn.Sequential(Fn(lambda x: x), norm, nn.Flatten(2), Transpose()))
+    assert result.verdict == "exact"
+
+
+def test_a_cache_of_computed_weights_does_not_stand_in_the_way() -> None:
+    model = net()
+    model.cache = {"bias": model[0].weight * 2}
+    assert checked(model).verdict == "exact"
 
 
 def test_outputs_may_be_a_tree_and_need_no_gradient() -> None:
