@@ -23,6 +23,11 @@ layer = st.one_of(
     st.tuples(st.just("reflect"), st.integers(1, 2)),
     st.tuples(st.just("layernorm")),
     st.tuples(st.just("keep")),
+    st.tuples(st.just("excite")),
+    st.tuples(st.just("group norm"), st.sampled_from([1, 2])),
+    st.tuples(st.just("attend")),
+    st.tuples(st.just("cross-covariance")),
+    st.tuples(st.just("spread")),
 )
 
 
@@ -53,6 +58,10 @@ class Drawn(nn.Module):
             return nn.Conv2d(4, 4, 2 * args[0] + 1, padding=args[0])
         if kind == "reflect":
             return nn.Conv2d(4, 4, 2 * args[0] + 1, padding=args[0], padding_mode="reflect")
+        if kind == "excite":
+            return nn.Conv2d(4, 4, 1)
+        if kind == "group norm":
+            return nn.GroupNorm(args[0], 4)
         return nn.LayerNorm(4) if kind == "layernorm" else nn.Identity()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -70,6 +79,15 @@ class Drawn(nn.Module):
                 x = part(x) if max(x.shape[2:]) < 60 else x
             elif kind == "residual":
                 x = x + part(x).relu()
+            elif kind == "excite":
+                x = x * part(x.mean((2, 3), keepdim=True)).sigmoid()
+            elif kind == "attend":  # a sum of all positions, weighted by a softmax over them
+                x = x + (x.flatten(2) @ x[:, :1].flatten(2).softmax(-1).mT)[..., None]
+            elif kind == "cross-covariance":
+                q, k = F.normalize(x.flatten(2), dim=-1), F.normalize(x.flatten(2).tanh(), dim=-1)
+                x = x + ((q @ k.mT).softmax(-1) @ x.flatten(2)).view_as(x)
+            elif kind == "spread":
+                x = x / (1 + x.amax((2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
             elif kind == "layernorm":
                 x = part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             else:

@@ -137,8 +137,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_operations_over_the_whole_image_are_exact(name: str, batch: int) -> None:
     torch.manual_seed(0)
-    size = (37, 29) if batch == 1 else (20, 27)
-    assert_exact(Fn(FUNCTIONS[name]), torch.randn(batch, 3, *size), TILES if batch == 1 else TILES[1:2])
+    if batch == 1:
+        assert_exact(Fn(FUNCTIONS[name]), torch.randn(1, 3, 37, 29), TILES)
+    else:
+        for place in ("host", "file"):
+            assert_exact(
+                Fn(FUNCTIONS[name]), torch.randn(3, 3, 20, 27), TILES[1:2], wrap=partial(StreamingCNN, maps=place)
+            )
 
 
 def trained_like_plain(module: nn.Module, images: list[Tensor], streamed: StreamingCNN) -> None:
@@ -213,6 +218,23 @@ def test_maps_between_stages_live_where_they_are_told_to(place: str, tmp_path: P
     streamed = assert_exact(module, torch.randn(2, 3, 37, 29), [(8, None), (9, 11)], wrap=wrap)
     assert streamed.plan((2, 3, 37, 29)).map_place == place
     assert not list(tmp_path.iterdir())
+
+
+def test_a_short_budget_moves_the_maps_to_a_file(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(2, 16), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    shape = (1, 3, 400, 300)
+    rich = StreamingCNN(module, memory_budget="1GiB", scratch_dir=tmp_path).plan(shape)
+    assert rich.map_place == "device"
+    assert rich.predicted_bytes["maps"] == rich.map_bytes >= 16 * 398 * 298 * 4
+    short = StreamingCNN(module, memory_budget="12MiB", scratch_dir=tmp_path)
+    plan = short.plan(shape)
+    assert plan.map_place == "file"
+    assert plan.total_bytes <= 12 * 2**20 < plan.map_bytes
+    assert "file" in str(plan)
+    image = torch.randn(shape)
+    assert relative_error(short(image).detach(), module(image).detach()) < 1e-5
+    with pytest.raises(ValueError, match="too small"):
+        StreamingCNN(module, memory_budget="12MiB", maps="device").plan(shape)
 
 
 def test_a_file_without_a_name_goes_with_the_process(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     from widefield.streaming.check import check
 
     model = find_model(arguments.model)
-    channels = input_channels(model) if arguments.channels is None else arguments.channels
+    named = arguments.model.startswith(("timm/", "torchvision/"))
+    channels = arguments.channels or (3 if named else input_channels(model))
     result = check(
         model,
         (channels, *arguments.size),

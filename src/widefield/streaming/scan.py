@@ -49,9 +49,7 @@ class Job:
 
     def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
         """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
-        if v in self.grid.stage.stored:
-            return self.store.zeros(shape, tile)
-        return empty_like(tile, shape)
+        return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
 
     def released(self, maps: Iterable[Tensor]) -> None:
         """The step is done: pages of maps in files need not stay in memory."""
@@ -193,8 +191,9 @@ def _backward(
                 if g is not None and v in made
             ]
             for v, (windows, work) in reduced.items():
-                if any(g is not None for g in part_grads[v]):
-                    arriving += _of_reduction(stage.values[v], results[v], windows, work, part_grads[v])
+                reduction = stage.values[v].reduction
+                if reduction is not None and any(g is not None for g in part_grads[v]):
+                    arriving += reduction.pull(tuple(results[v]), windows, work, part_grads[v])
             arriving = [(x, g) for x, g in arriving if x.requires_grad]
             wanted = [x for x in (*above.values(), *left.values(), *raws, *leaves) if x is not None and x.requires_grad]
             del made, reduced, below, right, tiles, by_name
@@ -296,16 +295,6 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
         still = value.reduction is None and (not value.dtype.is_floating_point or value.op == "aten.detach")
         moving.append(reached and not still)
     return moving
-
-
-def _of_reduction(
-    value: Value, result: Sequence[Tensor], windows: Sequence[Tensor], work: Work, grads: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor]]:
-    """Where the gradient of a reduction enters a tile."""
-    assert value.reduction is not None
-    with torch.enable_grad():
-        local = value.reduction.local(tuple(result), windows, work)
-    return [(x, g.to(x.dtype)) for x, g in zip(local, grads, strict=True) if x is not None and g is not None]
 
 
 def _own(piece: Tensor) -> Tensor:

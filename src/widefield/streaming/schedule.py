@@ -45,9 +45,9 @@ class Schedule:
 def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
     """Scan `flows` (in topological order) with `tile` new positions of the longest input a step, of the others in proportion.
 
-    No map is begun before its sources are. `gate`: a strided op waits until it can compute that many positions, so that no deep layer runs on a sliver. After the
-    last input, no map advances by much more than in a steady step: extra steps without new input drain the network, so that
-    the last step is no larger than the others.
+    No map is begun before its sources are. `gate`: a strided op waits until it can compute that many positions, so that no deep
+    layer runs on a sliver. After the last input, no map advances by much more than in a steady step: extra steps without new
+    input drain the network, so that the last step is no larger than the others.
     """
     length = max(flow.size for flow in flows if not flow.sources)
     rate = [max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate) for flow in flows]

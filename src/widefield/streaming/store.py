@@ -29,19 +29,24 @@ class Store:
     place: Place = "device"
     folder: str | None = None
 
-    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Zeros of `shape`, in the dtype and memory format of `like`, whose device it is if `place` is "device"."""
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor of `shape` in the dtype and memory format of `like`, on whose device it is if `place` is "device"."""
         if self.place == "device":
-            return empty_like(like, shape).zero_()
+            return empty_like(like, shape)
         if self.place == "host":
             pinned = like.device.type == "cuda"
-            return torch.zeros(shape, dtype=like.dtype, pin_memory=pinned).contiguous(memory_format=_format(like))
+            return torch.empty(shape, dtype=like.dtype, pin_memory=pinned, memory_format=_format(like))
         size = torch.Size(shape).numel()
         flat = torch.frombuffer(_mapping(size * like.dtype.itemsize, self.folder), dtype=like.dtype, count=size)
         if _format(like) == torch.channels_last:
             n, c, h, w = shape
             return flat.view(n, h, w, c).permute(0, 3, 1, 2)
         return flat.view(shape)
+
+    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """`empty`, filled with zeros. A new file holds nothing else."""
+        tensor = self.empty(shape, like)
+        return tensor if self.place == "file" else tensor.zero_()
 
     def release(self, tensor: Tensor) -> None:
         """Give the memory back that the pages of a file hold; what was written stays in the file."""

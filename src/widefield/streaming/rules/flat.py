@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from widefield.streaming.capture import Node, Ref
-from widefield.streaming.rules.base import RULES, Maps, argument, dims, refuse_whole, sources, swap_refs
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.rules.base import RULES, Maps, argument, dims, sources, swap_refs
 from widefield.streaming.rules.channels import as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.shapes import groups, permute, reshape
@@ -34,7 +35,8 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
         > 1
     ):
         raise node.refuse(
-            f"combines maps that are flattened in different ways: {', '.join(str(maps.shapes[name]) for name in names)}",
+            "combines maps of a flattened image that are flattened in different ways: "
+            + ", ".join(str(maps.shapes[name]) for name in names),
             "flatten the same dimensions of all of them",
         )
     width = _width(maps, names[0])
@@ -54,9 +56,16 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
         node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
     translated = _TRANSLATIONS.get(node.op)
     if translated is None:
-        raise refuse_whole(node, "works on the flattened image: along")
+        raise _refuse(node, "works along")
     nodes, stays = translated(node, maps, names)
     return nodes, width if stays else 0
+
+
+def _refuse(node: Node, what: str) -> UnsupportedOpError:
+    return node.refuse(
+        f"{what} the positions of a flattened image, of which no tile holds all",
+        "stream(model) runs such a layer on the whole map after streaming what comes before it; or end the streamed module here",
+    )
 
 
 def seen_shape(maps: Maps, name: str) -> tuple[int, ...]:
@@ -107,7 +116,7 @@ def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]
     p, shape = _position(maps, name), seen_shape(maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
     if any(shape[d] > 1 for d in group_in if d > p):
-        raise refuse_whole(node, "flattens")
+        raise _refuse(node, "merges with other dimensions")
     inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + _width(maps, name)])
     width = len(inner)
     at, result, merged = 0, list(node.shape[: group_out[0]]), 0
@@ -116,7 +125,7 @@ def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]
         while prod(inner[at:end]) < size or (size == 1 and end < len(inner) and inner[end] == 1 and end == at):
             end += 1
         if prod(inner[at:end]) != size or (end == width - 1 and at < width - 2):
-            raise refuse_whole(node, "cuts")
+            raise _refuse(node, "cuts")
         if end == width and end - at > 1:
             merged = end - at
             result += inner[at:end]
@@ -124,7 +133,7 @@ def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]
             result.append(size)
         at = end
     if at < width:
-        raise refuse_whole(node, "cuts")
+        raise _refuse(node, "cuts")
     return (*result, *node.shape[group_out[-1] + 1 :]), merged
 
 
@@ -156,7 +165,7 @@ def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]
     if len(letters) != 1 or any(
         letters & set(term) for term, o in zip(terms, operands, strict=True) if o.name not in maps
     ):
-        raise refuse_whole(node, "multiplies along")
+        raise _refuse(node, "multiplies along")
     spare = [c for c in ascii_letters if c not in equation][: _width(maps, names[0]) - 1]
     letter = letters.pop()
     node = replace(node, args=(equation.replace(letter, "".join((letter, *spare))), operands))
@@ -190,7 +199,7 @@ def _along(position: int, name: str = "dim", default: Any = None, whole: bool = 
             p += value % ndim <= p
         given = dims(node, value, ndim)
         if p in given and not whole:
-            raise refuse_whole(node, "cuts, joins or reorders")
+            raise _refuse(node, "cuts, joins or reorders")
         apart = [_apart(d, p, width) for d in given]
         apart += range(p + 1, p + width) if p in given else []
         kwargs = {key: v for key, v in node.kwargs.items() if key != name}
@@ -223,7 +232,7 @@ def _sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     sizes, kept = list(node.args[1]), -1 if node.op == "aten.expand" else 1
     p = _position(maps, names[0]) + len(sizes) - len(seen_shape(maps, names[0]))
     if sizes[p] not in (kept, seen_shape(maps, names[0])[p] if kept == -1 else 1):
-        raise refuse_whole(node, "repeats")
+        raise _refuse(node, "repeats")
     return [
         _with_shape(
             replace(node, args=(node.args[0], [*sizes[:p], *[kept] * _width(maps, names[0]), *sizes[p + 1 :]])), maps
@@ -235,7 +244,7 @@ def _index(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     p, width = _position(maps, names[0]), _width(maps, names[0])
     indices = list(node.args[1])
     if indices[p : p + 1] not in ([], [None]):
-        raise refuse_whole(node, "picks positions of")
+        raise _refuse(node, "picks by index among")
     indices[p:p] = [None] * (width - 1)
     return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], True
 
@@ -243,7 +252,7 @@ def _index(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
 def _pad(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     """Of the dimensions behind the flattened one."""
     if len(node.args[1]) // 2 >= len(seen_shape(maps, names[0])) - _position(maps, names[0]):
-        raise refuse_whole(node, "pads")
+        raise _refuse(node, "pads")
     return [_with_shape(node, maps)], True
 
 
@@ -257,7 +266,7 @@ def _pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[No
         or strides != (1, 0)
         or (_position(maps, names[0]), _width(maps, names[0])) != (2, 2)
     ):
-        raise refuse_whole(node, "convolves along")
+        raise _refuse(node, "convolves along")
     apart = replace(_reshaped(node, weight, (*shape, 1)), name=f"{weight}@{'x'.join(map(str, (*shape, 1)))}")
     args = (node.args[0], Ref(apart.name), argument(node, 2, "bias"), [1, 1], [0, 0], [1, 1], groups_of)
     height, width = maps.extent(names[0])
@@ -268,20 +277,20 @@ def _pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[No
 def _layer_norm(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     p, ndim = _position(maps, names[0]), len(seen_shape(maps, names[0]))
     if p >= ndim - len(node.args[1]):
-        raise refuse_whole(node, "normalises over")
+        raise _refuse(node, "normalises over")
     return [_with_shape(node, maps)], True
 
 
 def _linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     if _position(maps, names[0]) == len(seen_shape(maps, names[0])) - 1 or names != [node.args[0].name]:
-        raise refuse_whole(node, "multiplies along")
+        raise _refuse(node, "multiplies along")
     return [_with_shape(node, maps)], True
 
 
 def _channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     """Operators that know dimensions 0 and 1 only."""
     if _position(maps, names[0]) < 2:
-        raise refuse_whole(node, "takes for channels")
+        raise _refuse(node, "takes for channels")
     return [replace(node, shape=maps.shapes[names[0]])], True
 
 
@@ -292,7 +301,7 @@ def _unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bo
 def _pool(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     p = _position(maps, names[0])
     if list(node.args[1]) != [1] or p != len(seen_shape(maps, names[0])) - 1:
-        raise refuse_whole(node, "pools along")
+        raise _refuse(node, "pools along")
     return [
         replace(
             node, target=aten.mean.dim, args=(node.args[0], list(range(p, p + _width(maps, names[0]))), True), kwargs={}
