@@ -297,3 +297,13 @@ def test_dropout_and_stages_agree_in_the_recomputation() -> None:
         (out := streamed(image)).square().sum().backward()
         results.append((out.detach(), module[0].weight.grad))
     assert all(relative_error(a, b) < TOLERANCE for r in results[1:] for a, b in zip(r, results[0], strict=True))
+
+
+def test_variances_do_not_cancel_in_float32() -> None:
+    """A bright image with little contrast: the difference of mean square and squared mean has no correct digit."""
+    image = 1000 + torch.rand(1, 3, 61, 47) * torch.linspace(0.1, 1, 61)[:, None]
+    norm = nn.InstanceNorm2d(3)
+    expected = norm(image.double())
+    assert (
+        relative_error(StreamingCNN(norm, (7, 9))(image), expected) < 5e-4
+    )  # 1000 itself has a rounding error of 3e-5
