@@ -128,6 +128,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded, reshaped": lambda x: x
     * x.view(len(x), 2, 4, *x.shape[2:]).std((2, 3, 4), keepdim=True).expand(-1, -1, 4, *x.shape[2:]).reshape(x.shape),
     "flatten": lambda x: x.flatten(2),
+    "deviation of dead channels": lambda x: (x * torch.arange(8).view(8, 1, 1)).std((2, 3)),
+    "norm of dead channels": lambda x: (x * torch.arange(8).view(8, 1, 1)).norm(dim=(2, 3)),
+    "maximum of two maps": lambda x: torch.max(x, x.mean((2, 3), keepdim=True)) + torch.min(x, torch.ones(()).to(x)),
+    "masked mean": lambda x: (x * (x > 0.2)).sum((2, 3)) / (x > 0.2).sum((2, 3)).clamp_min(1),
     "two in a row": lambda x: F.group_norm(F.group_norm(x, 2) * x.mean((2, 3), keepdim=True), 4).relu() + x,
     "branches": lambda x: x * x.mean((2, 3), keepdim=True) + x * F.instance_norm(x.roll(1, 1)),
 }  # fmt: skip
@@ -282,6 +286,18 @@ def test_indices_of_a_global_maximum() -> None:
                 *x.flatten(2).min(2),
             )
 
+    class Unsigned(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            levels = (x * 10).abs().to(torch.uint8)
+            return (
+                levels.amin((2, 3)),
+                levels.amax((2, 3)),
+                *levels.flatten(2).min(-1),
+                (x > 0).flatten(2).max(-1)[0],
+                levels.sum(),
+            )
+
+    assert_exact(Unsigned(), torch.randint(-2, 3, (2, 3, 12, 13)) + 0.1, [(5, 4), (3, None)])
     assert_exact(Indices(), torch.randint(-2, 3, (2, 3, 12, 13)), [(5, 4), (3, None)])
 
 

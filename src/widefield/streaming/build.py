@@ -33,6 +33,8 @@ _FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
     aten.new_ones.default: aten.ones.default,
     aten.new_full.default: aten.full.default,
 }
+# Operators that are others under the name of a reduction.
+_NAMESAKES: dict[Any, Any] = {aten.max.other: aten.maximum.default, aten.min.other: aten.minimum.default}
 # Operators that take only the shape from their second argument.
 _SHAPED_LIKE: dict[str, Any] = {
     "aten.view_as": aten.reshape.default,
@@ -98,6 +100,8 @@ class _Sorter:
             given = {key: value for key, value in node.kwargs.items() if value is not None}
             kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **given}
             return replace(node, target=_FACTORIES[node.target], args=node.args[1:], kwargs=kwargs)
+        if node.target in _NAMESAKES:
+            node = replace(node, target=_NAMESAKES[node.target])
         if node.op in _SHAPED_LIKE:
             node = replace(node, target=_SHAPED_LIKE[node.op], args=(node.args[0], list(node.shape)), kwargs={})
         source = next(node.refs, "")

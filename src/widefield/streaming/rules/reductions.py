@@ -172,16 +172,16 @@ class Maximum(_Local):
     sign: int = 1
 
     def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
-        tile = tiles[0] * self.sign
-        best = tile.amax(self.dims, keepdim=True)
+        tile = tiles[0]
+        best = (tile.amax if self.sign > 0 else tile.amin)(self.dims, keepdim=True)
         count = (tile == best).sum(self.dims, keepdim=True)
         if state is None:
             return best, count
-        highest = torch.maximum(state[0], best)
+        highest = (torch.maximum if self.sign > 0 else torch.minimum)(state[0], best)
         return highest, torch.where(state[0] == highest, state[1], 0) + torch.where(best == highest, count, 0)
 
     def finish(self, state: Any) -> Parts:
-        return state[0] * self.sign, state[1]
+        return tuple(state)
 
     def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
         equal = tiles[0] == result[0]
@@ -202,10 +202,10 @@ class FirstMaximum(_Local):
     sign: int = 1
 
     def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
-        tile, row, col = (tiles[0] * self.sign).movedim(self.axes, (-2, -1)), work.rows[0], work.cols[0]
+        tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), work.rows[0], work.cols[0]
         if state is None:
             shape = (*tile.shape[:-2], *self.cells)
-            state = (tile.new_full(shape, -torch.inf), torch.full(shape, -1, dtype=torch.int64, device=tile.device))
+            state = (tile.new_zeros(shape), torch.full(shape, -1, dtype=torch.int64, device=tile.device))
         value, index = state
         for i in range(*cells_of(row, self.extent[0], self.cells[0])):
             for j in range(*cells_of(col, self.extent[1], self.cells[1])):
@@ -213,17 +213,17 @@ class FirstMaximum(_Local):
                 left, right = cell(j, self.extent[1], self.cells[1])
                 top, start = max(low, row.start), max(left, col.start)
                 part = tile[..., top - row.start : high - row.start, start - col.start : right - col.start]
-                best, at = part.flatten(-2).max(-1)
+                best, at = (torch.max if self.sign > 0 else torch.min)(part.flatten(-2), -1)
                 place = (top + at // part.shape[-1]) * self.extent[1] + start + at % part.shape[-1]
                 old, old_place = value[..., i, j], index[..., i, j]
-                better = (best > old) | (best.isnan() & ~old.isnan()) | (old_place < 0)
+                better = (best > old if self.sign > 0 else best < old) | (best.isnan() & ~old.isnan()) | (old_place < 0)
                 better |= (best == old) & (place < old_place)
                 value[..., i, j] = torch.where(better, best, old)
                 index[..., i, j] = torch.where(better, place, old_place)
         return value, index
 
     def finish(self, state: Any) -> Parts:
-        return state[0] * self.sign, state[1]
+        return tuple(state)
 
     def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
         tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), work.rows[0], work.cols[0]

@@ -117,8 +117,10 @@ def pool_of_everything(node: Node, maps: Maps) -> list[Node] | None:
 
 @rewrite(aten.linalg_vector_norm, aten.norm)
 def vector_norm(node: Node, maps: Maps) -> list[Node] | None:
-    """(sum |x|^p)^(1/p)."""
+    """(sum |x|^p)^(1/p), for p = 0, p >= 1 and the maximum norms."""
     p = argument(node, 1, "ord" if node.op == "aten.linalg_vector_norm" else "p", 2)
+    if isinstance(p, (int, float)) and p < 1 and p not in (0, -torch.inf):
+        return None
     if (found := reduced(node, maps, position=2)) is None:
         return None
     name, over = found
@@ -169,7 +171,7 @@ def variance(node: Node, maps: Maps) -> list[Node] | None:
 def spread(squares: Tensor, count: float, root: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Variance or standard deviation from a sum of squared deviations."""
     value = squares / max(count, 0.0)
-    return (value.sqrt() if root else value).reshape(tuple(shape)).to(dtype)
+    return root_of_norm(value, 2.0, shape, dtype) if root else value.reshape(tuple(shape)).to(dtype)
 
 
 @rewrite(aten.logsumexp, aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax)
