@@ -205,6 +205,41 @@ def test_batch_statistics_of_a_resnet() -> None:
     trained_like_plain(module, [torch.randn(2, 3, 70, 65).double()], stream(module, (32, 40), batch_statistics="exact"))
 
 
+class Heads(nn.Module):
+    """Batch norm of a map, of a vector, of what runs whole, and of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3, 2, 1), nn.Linear(6, 4)
+        self.of_map, self.of_whole = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.of_vector, self.of_tokens = nn.BatchNorm1d(4), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.of_map(self.conv(x)).relu()
+        tokens = self.of_tokens(y.flatten(2)).tanh()
+        return self.of_vector(self.fc(tokens.mean(2) + self.of_whole(y.flip(3)).amax((2, 3))))
+
+
+def test_running_statistics_of_vectors_tokens_and_whole_maps_are_updated_too() -> None:
+    torch.manual_seed(0)
+    module = randomise(Heads()).double().train()
+    streamed = stream(module, (7, 9), batch_statistics="exact")
+    images = [torch.randn(3, 3, 21, 19).double() + k for k in range(2)]
+    reference = copy.deepcopy(module)
+    for image in images:
+        weight = torch.randn(3, 4).double()
+        found, expected = streamed(image), reference(image)
+        assert relative_error(found.detach(), expected.detach()) < TOLERANCE
+        (found * weight).sum().backward()
+        (expected * weight).sum().backward()
+    for (name, b), c in zip(module.named_buffers(), reference.named_buffers(), strict=True):
+        assert relative_error(b, c[1]) < TOLERANCE, name
+    scale = max(p.grad.abs().max().item() for p in reference.parameters() if p.grad is not None)
+    for (name, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:
+            assert (p.grad - q.grad).abs().max().item() < TOLERANCE * scale, name
+
+
 def test_a_list_is_one_batch_for_batch_statistics() -> None:
     module = normed()
     images = [torch.randn(1, 3, 20, 21).double() for _ in range(3)]

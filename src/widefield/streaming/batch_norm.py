@@ -16,9 +16,11 @@ def update_running_statistics(layer: nn.Module, batch: Tensor) -> None:
     if not isinstance(layer, _BatchNorm) or not layer.track_running_stats or layer.running_mean is None:
         return
     assert layer.running_var is not None
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+    momentum = layer.momentum or 0.0
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            momentum = 1.0 / float(layer.num_batches_tracked)
     mean, squares, count = (x.flatten().to(layer.running_mean.dtype) for x in batch)
     layer.running_mean.lerp_(mean, momentum)
     layer.running_var.lerp_(squares / (count - 1), momentum)

@@ -17,7 +17,7 @@ from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
 from widefield.streaming.rules.flat import seen_shape
-from widefield.streaming.rules.norms import statistics_of_batch
+from widefield.streaming.rules.norms import batch_norm_of_tensor, statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
 from widefield.streaming.rules.rewriting import parts_of
@@ -152,6 +152,10 @@ class _Sorter:
     def _add_plain(self, node: Node) -> None:
         if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
             node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
+        if node.target is aten._native_batch_norm_legit.no_stats and node.pick in (None, 0):
+            for step in batch_norm_of_tensor(node, node.module_path in self.captured.synchronised):
+                self._add_plain(step)
+            return
         if any(name in self.maps or name in self.whole for name in node.refs):
             self.whole.add(node.name)
         self._record(node, max((self._level(name) + (name in self.maps) for name in node.refs), default=0))
@@ -190,7 +194,10 @@ class _Sorter:
     def program(self) -> Program:
         """All that the outputs need, as a list of stages and plain operations."""
         outputs = self._on_whole_maps(Node("", tuple, self.captured.outputs, {}, (), torch.float32))
-        live = self._live(set(outputs.refs))
+        updating = {
+            name for name, node in self.nodes.items() if node.target in (statistics_of_batch, statistics_of_tensor)
+        }
+        live = self._live(set(outputs.refs) | (updating if self.captured.batch_statistics else set()))
         plain = [node for node in live if node.name not in self.placed]
         maps = [node for node in live if node.name in self.placed]
         if all(is_view(node) for node in maps):
@@ -215,7 +222,7 @@ class _Sorter:
             replace(self.captured, outputs=outputs.args),
             tuple(items),
             dict(self.maps.spread),
-            tuple((node.module_path, node.name) for node in live if node.target is statistics_of_batch),
+            tuple((node.module_path, node.name) for node in live if node.name in updating),
             streamed / max(1, streamed + whole),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),

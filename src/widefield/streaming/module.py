@@ -104,7 +104,7 @@ class StreamingCNN(nn.Module):
     def forward(self, image: Tensor | LazyImage | Sequence[Any]) -> Any:
         """Stream `image`; see the class."""
         if isinstance(image, (list, tuple)):
-            return self._as_batch(image) if self.batch_statistics == "exact" else [self(one) for one in image]
+            return self._as_batch(image) if self.batch_statistics == "exact" and image else [self(one) for one in image]
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         autocast = torch.is_autocast_enabled(device.type)

@@ -339,6 +339,7 @@ _TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], boo
         f"aten.{op}": _channels_second for op in ("batch_norm", "instance_norm", "group_norm", "prelu", "_prelu_kernel")
     },
     "aten._native_batch_norm_legit_no_training": _channels_second,
+    "aten._native_batch_norm_legit": _channels_second,
     **{f"aten.{op}": _unchanged for op in ("dropout", "native_dropout", "bernoulli")},
     "aten.adaptive_avg_pool1d": _pool,
 }

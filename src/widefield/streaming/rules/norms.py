@@ -1,11 +1,14 @@
 """Normalisations by statistics of the whole image, or of the whole batch: the map times a scale plus a shift."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_reduce
 
 from widefield.streaming.capture import Node, Ref
 from widefield.streaming.rules.base import Maps, Placed, argument, caller, only_map, rule
+from widefield.streaming.rules.reductions import precise
 from widefield.streaming.rules.rewriting import kept, moments, rewrite
 
 aten = torch.ops.aten
@@ -46,6 +49,26 @@ def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
     batch = new.add("batch", statistics_of_batch, (mean, squares, count, everywhere), (3, *small))
     affine = new.add("affine", scale_and_shift_of_batch, (batch, weight, bias, eps), (2, *small))
     return new.result(apply_affine, Ref(name), affine)
+
+
+def batch_norm_of_tensor(node: Node, everywhere: bool) -> list[Node]:
+    """The same for a tensor that is no map: what is computed from reductions, or runs whole."""
+    weight, bias, eps = node.args[1], node.args[2], node.args[5]
+    batch = replace(
+        node, name=f"{node.name}@batch", target=statistics_of_tensor, args=(node.args[0], everywhere), pick=None
+    )
+    affine = replace(batch, name=f"{node.name}@affine", target=scale_and_shift_of_batch)
+    affine = replace(affine, args=(Ref(batch.name), weight, bias, eps))
+    last = replace(node, target=apply_affine, args=(node.args[0], Ref(affine.name)), pick=None)
+    return [batch, affine, last]
+
+
+def statistics_of_tensor(x: Tensor, everywhere: bool) -> Tensor:
+    """`statistics_of_batch` of a tensor (N, C, ...)."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    x = x.to(precise(x.dtype))
+    mean = x.mean(dims, keepdim=True)
+    return statistics_of_batch(mean, (x - mean).square().sum(dims, keepdim=True), x.numel() // x.shape[1], everywhere)
 
 
 def statistics_of_batch(mean: Tensor, squares: Tensor, count: int, everywhere: bool) -> Tensor:
