@@ -128,6 +128,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded, reshaped": lambda x: x
     * x.view(len(x), 2, 4, *x.shape[2:]).std((2, 3, 4), keepdim=True).expand(-1, -1, 4, *x.shape[2:]).reshape(x.shape),
     "flatten": lambda x: x.flatten(2),
+    "scores by a vector": lambda x: ((x.flatten(2).mT @ x.new_ones(8)).softmax(1)[:, None] @ x.flatten(2).mT).squeeze(1),
+    "einsum with dots": lambda x: torch.einsum("n...c,n...d->ncd", x.movedim(1, -1), x.movedim(1, -1).tanh()),
+    "einsum without an arrow": lambda x: torch.einsum("bchw,ck", x, x.new_ones(8, 3)) * x.mean(),
+    "positions joined to tokens": lambda x: torch.cat(
+        [x.flatten(2), torch.arange(x[0, 0].numel()).to(x).view(1, 1, -1).expand(len(x), 1, -1)], 1
+    ) * x.mean(),
     "deviation of dead channels": lambda x: (x * torch.arange(8).view(8, 1, 1)).std((2, 3)),
     "norm of dead channels": lambda x: (x * torch.arange(8).view(8, 1, 1)).norm(dim=(2, 3)),
     "maximum of two maps": lambda x: torch.max(x, x.mean((2, 3), keepdim=True)) + torch.min(x, torch.ones(()).to(x)),

@@ -16,6 +16,7 @@ from widefield.streaming.extents import identity
 from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
+from widefield.streaming.rules.channels import explicit
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.pointwise import pointwise
@@ -35,6 +36,7 @@ _FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
 }
 # Operators that are others under the name of a reduction.
 _NAMESAKES: dict[Any, Any] = {aten.max.other: aten.maximum.default, aten.min.other: aten.minimum.default}
+_OF_BATCH = (statistics_of_batch, statistics_of_tensor)
 # Operators that take only the shape from their second argument.
 _SHAPED_LIKE: dict[str, Any] = {
     "aten.view_as": aten.reshape.default,
@@ -100,6 +102,9 @@ class _Sorter:
             given = {key: value for key, value in node.kwargs.items() if value is not None}
             kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **given}
             return replace(node, target=_FACTORIES[node.target], args=node.args[1:], kwargs=kwargs)
+        if node.op == "aten.einsum":
+            equation = explicit(node.args[0], [len(seen_shape(self.maps, operand.name)) for operand in node.args[1]])
+            node = replace(node, args=(equation, *node.args[1:]))
         if node.target in _NAMESAKES:
             node = replace(node, target=_NAMESAKES[node.target])
         if node.op in _SHAPED_LIKE:
@@ -194,10 +199,7 @@ class _Sorter:
     def program(self) -> Program:
         """All that the outputs need, as a list of stages and plain operations."""
         outputs = self._on_whole_maps(Node("", tuple, self.captured.outputs, {}, (), torch.float32))
-        updating = {
-            name for name, node in self.nodes.items() if node.target in (statistics_of_batch, statistics_of_tensor)
-        }
-        live = self._live(set(outputs.refs) | (updating if self.captured.batch_statistics else set()))
+        live = self._live(set(outputs.refs))
         plain = [node for node in live if node.name not in self.placed]
         maps = [node for node in live if node.name in self.placed]
         if all(is_view(node) for node in maps):
@@ -222,7 +224,7 @@ class _Sorter:
             replace(self.captured, outputs=outputs.args),
             tuple(items),
             dict(self.maps.spread),
-            tuple((node.module_path, node.name) for node in live if node.name in updating),
+            tuple((node.module_path, node.name) for node in live if node.target in _OF_BATCH),
             streamed / max(1, streamed + whole),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),

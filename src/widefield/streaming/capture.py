@@ -160,9 +160,7 @@ def capture(
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    return Captured(
-        image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec, synchronised, batch_statistics
-    )
+    return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec, synchronised)
 
 
 class _Watch(TorchFunctionMode):

@@ -102,21 +102,32 @@ def matmul(node: Node, maps: Maps) -> Placed:
 
 
 def as_einsum(node: Node, shapes: Sequence[Sequence[int]]) -> Node:
-    """A product of (batches of) matrices of these shapes as an einsum."""
-    if min(map(len, shapes)) < 2:
-        raise node.refuse("multiplies by a vector", "give it a second dimension of size 1")
-    batch = ascii_letters[3 : 3 + max(map(len, shapes)) - 2]
-    left, right = (batch[len(batch) - (len(shape) - 2) :] for shape in shapes)
-    equation = f"{left}ab,{right}bc->{batch}ac"
+    """A product of (batches of) matrices or vectors of these shapes as an einsum."""
+    batch = ascii_letters[3 : 3 + max(*map(len, shapes), 2) - 2]
+    left, right = (batch[len(batch) - max(len(shape) - 2, 0) :] for shape in shapes)
+    row, column = "a" if len(shapes[0]) > 1 else "", "c" if len(shapes[1]) > 1 else ""
+    equation = f"{left}{row}b,{right}b{column}->{batch}{row}{column}"
     return replace(node, target=aten.einsum.default, args=(equation, list(node.args[:2])), kwargs={})
+
+
+def explicit(equation: str, ndims: Sequence[int]) -> str:
+    """An einsum equation for operands of `ndims` dimensions with a letter for each of them, and the result written out."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    spare = [letter for letter in ascii_letters if letter not in equation]
+    widths = [ndim - len(term.replace("...", "")) for term, ndim in zip(terms, ndims, strict=True)]
+    dots = "".join(spare[: max(widths)])
+    if not arrow:
+        letters = sorted({c for c in left if c.isalpha() and left.count(c) == 1})
+        right = "..." * ("..." in left) + "".join(letters)
+    terms = [term.replace("...", dots[len(dots) - width :]) for term, width in zip(terms, widths, strict=True)]
+    return f"{','.join(terms)}->{right.replace('...', dots)}"
 
 
 @rule(aten.einsum)
 def einsum(node: Node, maps: Maps) -> Placed:
     """Maps and weights: neither height nor width is summed over or shared with a weight."""
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if "->" not in equation or "." in equation:
-        raise node.refuse("has implicit dimensions", "write the whole equation, with ->")
     left, right = equation.split("->")
     terms = dict(zip(range(len(operands)), left.split(","), strict=True))
     letters = {tuple(terms[k][d] for d in maps.axes[o.name]) for k, o in enumerate(operands) if o.name in maps}

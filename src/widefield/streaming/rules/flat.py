@@ -158,8 +158,6 @@ def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
 def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     """The letter of the flattened dimension becomes two."""
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if "->" not in equation or "." in equation:
-        raise node.refuse("has implicit dimensions", "write the whole equation, with ->")
     terms = equation.split("->")[0].split(",")
     letters = {term[_position(maps, o.name)] for term, o in zip(terms, operands, strict=True) if o.name in maps}
     if len(letters) != 1 or any(
@@ -173,13 +171,24 @@ def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]
     return [_with_shape(node, maps) if flat else node], flat
 
 
-def _with_shape(node: Node, maps: Maps) -> Node:
-    """`node` with the shape that its operator gives on maps with height and width apart."""
+def _cut_weights(node: Node, maps: Maps, like: str) -> tuple[Node, list[Node]]:
+    """`node` with the weights that it joins to map `like` reshaped as that is."""
+    p, width, nodes = _position(maps, like), _width(maps, like), []
+    for name in dict.fromkeys(name for name in node.refs if name not in maps):
+        shape = maps.shapes[name]
+        new = (*shape[:p], *maps.shapes[like][p : p + width], *shape[p + 1 :])
+        nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
+    return swap_refs(node, {n.args[0].name: n.name for n in nodes}), nodes
+
+
+def _with_shape(node: Node, maps: Maps, more: Sequence[Node] = ()) -> Node:
+    """`node` with the shape that its operator gives on maps with height and width apart. `more` are nodes that it reads."""
+    shapes = {**maps.shapes, **{other.name: other.shape for other in more}}
 
     def empty(value: Any) -> Any:
         if isinstance(value, Ref):
             index = node.op in ("aten.index", "aten.index_select") and value.name not in maps
-            return torch.empty(maps.shapes[value.name], device="meta", dtype=torch.int64 if index else None)
+            return torch.empty(shapes[value.name], device="meta", dtype=torch.int64 if index else None)
         return [empty(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     kwargs = {key: empty(value) for key, value in node.kwargs.items() if key not in ("device", "dtype")}
@@ -213,7 +222,10 @@ def _along(position: int, name: str = "dim", default: Any = None, whole: bool = 
         if p in given:
             shape = maps.shapes[names[0]] if stays else node.shape
             return [replace(node, shape=shape)], stays
-        return [_with_shape(node, maps)], True
+        apart_weights: list[Node] = []
+        if node.op == "aten.cat":
+            node, apart_weights = _cut_weights(node, maps, names[0])
+        return [*apart_weights, _with_shape(node, maps, apart_weights)], True
 
     return translate
 

@@ -215,11 +215,9 @@ rule(power_of_norm, exp_minus, minus)(pointwise)
 def contraction(node: Node, maps: Maps) -> list[Node] | None:
     """A product of maps, summed over height and width."""
     if node.op != "aten.einsum":
-        if min(len(maps.shapes[ref.name]) for ref in node.args[:2]) < 2:
-            return None
         node = as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]])
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if "->" not in equation or "." in equation or not all(isinstance(o, Ref) and o.name in maps for o in operands):
+    if not all(isinstance(o, Ref) and o.name in maps for o in operands):
         return None
     left, right = equation.split("->")
     letters = {
