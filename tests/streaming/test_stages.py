@@ -100,6 +100,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer norm over everything": lambda x: F.layer_norm(x, x.shape[1:]),
     "adaptive average pooling": lambda x: F.adaptive_avg_pool2d(x, 1),
     "adaptive average pooling to a grid": lambda x: F.adaptive_avg_pool2d(x, (3, 5)),
+    "adaptive pooling by a whole factor": lambda x: F.adaptive_avg_pool2d(x[:, :, :8, :12], (4, 6))
+    + F.adaptive_max_pool2d(x[:, :, :8, :12], (4, 6)),
+    "adaptive pooling to the same size": lambda x: F.adaptive_avg_pool2d(x, x.shape[2:]),
     "adaptive average pooling of one axis": lambda x: F.adaptive_avg_pool2d(x, (None, 1)) * x,
     "adaptive max pooling": lambda x: F.adaptive_max_pool2d(x, 1),
     "adaptive max pooling to a grid": lambda x: F.adaptive_max_pool2d(x, (4, 3)),

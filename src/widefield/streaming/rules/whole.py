@@ -4,6 +4,7 @@ See `rewriting` for what they return, `norms` for normalisations.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -87,6 +88,9 @@ def _first_maximum(
     return new.result(divide, parts[pick or 0], 1, node.shape, node.dtype)
 
 
+_SMALL = 16  # cells of so many rows and columns are pooled as windows: the result is a map
+
+
 @rewrite(aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)
 def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
     """Pooling to a grid of cells, which may overlap."""
@@ -95,6 +99,19 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
     if axes != (len(shape) - 2, len(shape) - 1):
         return None
     cells = (node.shape[-2], node.shape[-1])
+    kernel = [n // k for n, k in zip(extent, cells, strict=True)]
+    if (
+        min(cells) > 1
+        and max(kernel) <= _SMALL
+        and all(k * c == n for k, c, n in zip(kernel, cells, extent, strict=True))
+    ):
+        if "avg" in node.op:
+            return [replace(node, target=aten.avg_pool2d.default, args=(Ref(name), kernel), kwargs={})]
+        if node.pick in (None, 0):
+            pooled = replace(
+                node, target=aten.max_pool2d_with_indices.default, args=(Ref(name), kernel, kernel), pick=0
+            )
+            return [replace(pooled, kwargs={})]
     if "max" in node.op:
         return _first_maximum(node, maps, name, node.pick, cells)
     new = Rewriting(node)
