@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from widefield.streaming import StreamingCNN
+from widefield.streaming.store import PLACES
 
 KINDS = ("plain", "checkpoint", "streamed")
 
@@ -76,6 +77,8 @@ def runner(kind: str, trunk: nn.Sequential, options: argparse.Namespace) -> Call
         trunk,
         tile or (None if options.tile is None else (int(options.tile), None)),
         memory_budget=options.memory_budget,
+        maps=options.maps,
+        scratch_dir=options.scratch_dir,
     )
 
 
@@ -167,6 +170,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048, help="height and width of the image")
     parser.add_argument("--tile", help="height of full-width strips, or HEIGHTxWIDTH; default: chosen by the planner")
     parser.add_argument("--memory-budget")
+    parser.add_argument("--maps", choices=PLACES, help="where maps between stages live")
+    parser.add_argument("--scratch-dir", help="folder for them, if in a file")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -190,7 +195,7 @@ def main() -> None:
     precision = "bfloat16 autocast" if options.bf16 else "float32"
     print(f"`python benchmarks/streaming.py {' '.join(sys.argv[1:])}`")
     print(f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk,")
-    print(f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages\n")
+    print(f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages, maps: {plan.map_place}\n")
     print("| | forward (s) | / plain | peak (MiB) | / plain | step (s) | / plain | peak (MiB) | / plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:

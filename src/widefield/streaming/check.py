@@ -139,6 +139,8 @@ class Check:
                 "steps": plan.steps,
                 "stages": plan.stages,
                 "predicted_bytes": dict(plan.predicted_bytes),
+                "map_bytes": plan.map_bytes,
+                "map_place": plan.map_place,
                 "streamed_fraction": plan.streamed_fraction,
             },
             "no_plan": self.no_plan,
