@@ -194,8 +194,12 @@ def main() -> None:
     )
     precision = "bfloat16 autocast" if options.bf16 else "float32"
     print(f"`python benchmarks/streaming.py {' '.join(sys.argv[1:])}`")
-    print(f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk,")
-    print(f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages, maps: {plan.map_place}\n")
+    print(
+        f"{datetime.date.today()}, {device}, {options.threads} threads, torch {torch.__version__}, {options.model} trunk,"
+    )
+    print(
+        f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages, maps: {plan.map_place}\n"
+    )
     print("| | forward (s) | / plain | peak (MiB) | / plain | step (s) | / plain | peak (MiB) | / plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in options.kinds:
