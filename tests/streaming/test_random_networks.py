@@ -95,11 +95,11 @@ class Drawn(nn.Module):
         return [*outputs, x * 1.0]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     layers=st.lists(layer, min_size=2, max_size=9),
     size=st.tuples(st.integers(1, 45), st.integers(1, 45)),
-    tiles=st.lists(st.tuples(st.integers(1, 30), st.one_of(st.none(), st.integers(1, 30))), min_size=1, max_size=2),
+    tiles=st.lists(st.tuples(st.integers(3, 30), st.one_of(st.none(), st.integers(5, 30))), min_size=1, max_size=2),
     batch=st.integers(1, 3),
 )
 def test_drawn_networks_are_exact(
