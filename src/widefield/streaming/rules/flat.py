@@ -103,12 +103,24 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
     axes, shape = maps.axes[name], maps.shapes[name]
     if axes.cols != axes.rows + 1:
         return None
+    if maps.extent(name) == (1, 1):
+        return _flattening_one_position(node, maps)
     group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
     wide = [d for d in group_out if node.shape[d] > 1]
     if axes.cols not in group_in or len(wide) != 1 or any(shape[d] > 1 for d in group_in if d > axes.cols):
         return None
     merged = [*(shape[d] for d in group_in if d < axes.rows and shape[d] > 1), *maps.extent(name)]
     return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), len(merged)
+
+
+def _flattening_one_position(node: Node, maps: Maps) -> tuple[tuple[int, ...], int] | None:
+    """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
+    try:
+        reshape(node, maps)
+    except UnsupportedOpError:
+        ones = [d for d, size in enumerate(node.shape) if size == 1]
+        return ((*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2) if ones else None
+    return None
 
 
 def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]:
