@@ -1,9 +1,9 @@
 """Two processes: batch statistics of all of them, as `torch.nn.SyncBatchNorm` has them."""
 
 import copy
-import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
@@ -69,6 +69,7 @@ def run(rank: int, port_file: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_batch_statistics_of_all_processes(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def test_batch_statistics_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the processes import this module
     spawn(run, (str(tmp_path / "rendezvous"),), nprocs=2)
