@@ -71,5 +71,5 @@ def run(rank: int, port_file: str) -> None:
 
 def test_batch_statistics_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the processes import this module
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module
     spawn(run, (str(tmp_path / "rendezvous"),), nprocs=2)
