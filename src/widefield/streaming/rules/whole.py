@@ -155,6 +155,7 @@ def vector_norm(node: Node, maps: Maps) -> list[Node] | None:
 
 def power_of_norm(x: Tensor, p: float) -> Tensor:
     """What a p-norm adds up: |x|^p; |x| for the maximum norm; x != 0 for p = 0."""
+    x = x.to(precise(x.dtype))  # squares of float16 overflow from 256 on
     if p == 2.0:
         return x * x
     if p == 0.0:
@@ -201,13 +202,7 @@ def softmax(node: Node, maps: Maps) -> list[Node] | None:
     top, total = new.reduce([name], ExpSum(over), small, small)
     if node.op == "aten.logsumexp":
         return new.result(log_of_sum, top, total, node.shape, node.dtype)
-    log = new.add("log", log_of_sum, (top, total, small, precise(node.dtype)), small)
-    return new.result(
-        exp_minus if node.op.endswith("aten.softmax") or node.op == "aten._softmax" else minus,
-        Ref(name),
-        log,
-        node.dtype,
-    )
+    return new.result(log_softmax_of if "log" in node.op else softmax_of, Ref(name), top, total, node.dtype)
 
 
 def log_of_sum(top: Tensor, total: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -215,17 +210,17 @@ def log_of_sum(top: Tensor, total: Tensor, shape: Sequence[int], dtype: torch.dt
     return (top + total.log()).reshape(tuple(shape)).to(dtype)
 
 
-def exp_minus(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(x - log)."""
-    return (x - log).exp().to(dtype)
+def softmax_of(x: Tensor, top: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(x - top) / total, where total is the sum of exp(x - top)."""
+    return ((x - top).exp() / total).to(dtype)
 
 
-def minus(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
-    """x - log."""
-    return (x - log).to(dtype)
+def log_softmax_of(x: Tensor, top: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm of `softmax_of`."""
+    return (x - top - total.log()).to(dtype)
 
 
-rule(power_of_norm, exp_minus, minus)(pointwise)
+rule(power_of_norm, softmax_of, log_softmax_of)(pointwise)
 
 
 @rewrite(aten.einsum, aten.matmul, aten.bmm)
