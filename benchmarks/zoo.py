@@ -144,7 +144,7 @@ def page(results: list[dict[str, Any]], where: list[dict[str, str]], command: st
         "on the whole image in float64. *Exact* means that outputs, the image's gradient and every parameter's gradient",
         f"differ by at most {TOLERANCE:.0e}, relative to the largest value of each. Where a random model amplifies rounding, they",
         "may differ by 100 times as much as plain PyTorch's own results do when image and weights change by one unit in the last",
-        "place. Written by",
+        "place, but never by more than 1e-06. Written by",
         "",
         f"    {command}",
         "",
@@ -161,6 +161,8 @@ def page(results: list[dict[str, Any]], where: list[dict[str, str]], command: st
         "|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(cells(result))} |" for result in results]
+    if not_run := [row.name for row in zoo_rows.rows() if row.name not in {result["model"] for result in results}]:
+        lines += ["", f"Not run yet ({len(not_run)}): {', '.join(not_run)}."]
     lines += ["", "## Left out", "", "Modules of timm without convolutional models:", ""]
     lines += [f"- `{module}`: {reason}" for module, reason in zoo_rows.TIMM_LEFT_OUT.items()]
     lines += ["", "Families of torchvision:", ""]

@@ -178,3 +178,15 @@ def test_an_image_that_the_model_cannot_take_is_the_users_error() -> None:
         checked(Fn(lambda x: x / 0))
     with pytest.raises(ValueError, match="channels, height, width"):
         check(net(), (3, 0, 33))
+
+
+def test_a_model_that_differs_from_itself_is_not_exact() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * torch.rand(1)
+
+    assert not check(Noise(), (3, 17, 19), plan_shape=None).exact

@@ -367,3 +367,24 @@ def test_variances_do_not_cancel_in_float32() -> None:
     assert (
         relative_error(StreamingCNN(norm, (7, 9))(image), expected) < 5e-4
     )  # 1000 itself has a rounding error of 3e-5
+
+
+@pytest.mark.parametrize("name", ["softmax over space", "log softmax over space", "variance"])
+def test_an_offset_costs_no_precision_in_float32(name: str) -> None:
+    image = torch.rand(1, 3, 41, 37) + 1000
+
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return FUNCTIONS[name](x)
+
+    expected = Shifted()(image.double())
+    assert relative_error(StreamingCNN(Shifted(), (7, 9))(image), expected) < 2e-6
+
+
+def test_norms_of_float16_do_not_overflow() -> None:
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.norm(dim=(2, 3))
+
+    image = (torch.randn(1, 3, 19, 17) * 300).half()
+    assert relative_error(StreamingCNN(Norm(), 7)(image), image.double().norm(dim=(2, 3))) < 1e-3
