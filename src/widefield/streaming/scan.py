@@ -9,6 +9,9 @@ pass scans in reverse: it recomputes one tile from its saved carries with gradie
 (output tile, carries handed on) to (carries received, image tile, weights), with the gradients of the carries handed on that the
 later tiles have left. This is back-propagation through time with a checkpoint between any two tiles. No overlap is ever
 recomputed, and no gradient formula appears here: what autograd can differentiate is exact.
+
+What is needed of the whole image (the mean of a map, say) is a reduction, gathered while the tiles pass. It is a result of the scan
+like the output maps, and a later scan uses it; in the backward pass its gradient enters every tile.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,6 +56,8 @@ class Job:
 
     def released(self, maps: Iterable[Tensor]) -> None:
         """The step is done: pages of maps in files need not stay in memory."""
+        if self.store.place != "file":
+            return
         for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
             self.store.release(x)
 
@@ -238,10 +243,8 @@ def step(
             if value.placed is None:
                 new = tiles[v]
             else:
-                windows, work = (
-                    [reads.pop((v, k)) for k in range(len(value.sources))],
-                    Work(row.spans, col.spans, weights, seed),
-                )
+                windows = [reads.pop((v, k)) for k in range(len(value.sources))]
+                work = Work(row.spans, col.spans, weights, seed)
                 if value.reduction is not None:
                     reduced[v] = windows, work
                     continue

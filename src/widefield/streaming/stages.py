@@ -67,9 +67,10 @@ def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed],
         for read in placed[node.name].reads
         if levels.get(read.source, 0) < levels[node.name]
     }
+    by_name = {node.name: node for node in nodes}
     stored: set[str] = set()
     for node in nodes:
-        if node.name in crossing and not _follows(node.name, maps, placed, {n.name: n for n in nodes}, stored):
+        if node.name in crossing and not _follows(node.name, maps, placed, by_name, stored):
             stored.add(node.name)
     return stored
 
@@ -77,19 +78,18 @@ def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed],
 def _follows(
     name: str, maps: Maps, placed: Mapping[str, Placed], by_name: Mapping[str, Node], stored: set[str]
 ) -> bool:
+    """Whether cheap operations lead from a map in `stored` to map `name`."""
     while name in placed and len({read.source for read in placed[name].reads}) == 1:
         read = placed[name].reads[0]
         height, width = maps.extent(read.source)
-        if (read.rows, read.cols) != (identity(height), identity(width)) or _rule_of(by_name[name]) not in _CHEAP:
+        if (read.rows, read.cols) != (identity(height), identity(width)) or RULES.get(
+            by_name[name].target
+        ) not in _CHEAP:
             return False
         name = read.source
         if name in stored:
             return True
     return False
-
-
-def _rule_of(node: Node) -> object:
-    return RULES.get(node.target)
 
 
 def _stage(
@@ -110,7 +110,7 @@ def _stage(
         values.append(Value(name, maps.shapes[name], dtypes[key], maps.axes[name]))
     for name, rule in placed.items():
         node = by_name[rectified.get(name, name)]
-        whole = isinstance(node.target, Reduction)
+        reduction = node.target if isinstance(node.target, Reduction) else None
         values.append(
             Value(
                 name,
@@ -124,8 +124,8 @@ def _stage(
                 node.op,
                 is_view(node),
                 name in rectified,
-                node.target if isinstance(node.target, Reduction) else None,
-                parts_of(node) if whole else (),
+                reduction,
+                parts_of(node) if reduction else (),
             )
         )
     return Stage(

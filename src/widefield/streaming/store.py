@@ -50,8 +50,9 @@ class Store:
 
     def release(self, tensor: Tensor) -> None:
         """Give the memory back that the pages of a file hold; what was written stays in the file."""
-        if self.place == "file" and (mapping := _MAPPINGS.get(tensor.untyped_storage().data_ptr())) is not None:
-            mapping.madvise(mmap.MADV_DONTNEED)
+        advice = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
+        if advice is not None and (mapping := _MAPPINGS.get(tensor.untyped_storage().data_ptr())) is not None:
+            mapping.madvise(advice)
 
 
 def _format(like: Tensor) -> torch.memory_format:

@@ -127,7 +127,7 @@ def explicit(equation: str, ndims: Sequence[int]) -> str:
 @rule(aten.einsum)
 def einsum(node: Node, maps: Maps) -> Placed:
     """Maps and weights: neither height nor width is summed over or shared with a weight."""
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    equation, operands = node.args[:2]
     left, right = equation.split("->")
     terms = dict(zip(range(len(operands)), left.split(","), strict=True))
     letters = {tuple(terms[k][d] for d in maps.axes[o.name]) for k, o in enumerate(operands) if o.name in maps}

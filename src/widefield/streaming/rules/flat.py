@@ -169,7 +169,7 @@ def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
 
 def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
     """The letter of the flattened dimension becomes two."""
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    equation, operands = node.args[:2]
     terms = equation.split("->")[0].split(",")
     letters = {term[_position(maps, o.name)] for term, o in zip(terms, operands, strict=True) if o.name in maps}
     if len(letters) != 1 or any(

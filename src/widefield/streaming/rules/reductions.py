@@ -6,6 +6,7 @@ of a tensor and its gradient. Most reductions say `local` instead: a differentia
 tile's share of the gradient of the result, with None for parts that have no gradient.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -32,11 +33,12 @@ class Reduction(Protocol):
     def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs: ...
 
 
-class _Local:
+class _Local(ABC):
     """`pull` by autograd through `local`."""
 
+    @abstractmethod
     def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError
+        """See the module's page."""
 
     def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs:
         with torch.enable_grad():

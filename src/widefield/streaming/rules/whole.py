@@ -228,7 +228,7 @@ def contraction(node: Node, maps: Maps) -> list[Node] | None:
     """A product of maps, summed over height and width."""
     if node.op != "aten.einsum":
         node = as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]])
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    equation, operands = node.args[:2]
     if not all(isinstance(o, Ref) and o.name in maps for o in operands):
         return None
     left, right = equation.split("->")
