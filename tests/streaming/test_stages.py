@@ -70,6 +70,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean keepdim, broadcast": lambda x: x - x.mean((2, 3), keepdim=True),
     "mean of everything": lambda x: x * x.mean(),
     "mean over channels and space": lambda x: x / (1 + x.mean((1, 2, 3), keepdim=True)),
+    "mean in another precision": lambda x: x * x.float().mean((2, 3), keepdim=True, dtype=torch.float64),
     "mean over height": lambda x: x * x.mean(2, keepdim=True),
     "mean over width": lambda x: x.mean(3),
     "sum over rows, then columns": lambda x: x.sum(2).sum(2),
@@ -266,6 +267,26 @@ def test_maps_between_stages_live_where_they_are_told_to(place: str, tmp_path: P
     streamed = assert_exact(module, torch.randn(2, 3, 37, 29), [(8, None), (9, 11)], wrap=wrap)
     assert streamed.plan((2, 3, 37, 29)).map_place == place
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_weights_along_one_axis(place: str, tmp_path: Path) -> None:
+    """Gates per row and per column have gradients of their own shape."""
+
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.rand(8, 37, 1))
+            self.cols = nn.Parameter(torch.rand(1, 1, 1, 29))
+            self.grid = nn.Parameter(torch.rand(1, 37, 29))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = (x * self.rows + self.grid).tanh()
+            return x * self.cols * x.mean((2, 3), keepdim=True) + self.rows
+
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Gates(), nn.Conv2d(8, 4, 3))
+    wrap = partial(StreamingCNN, maps=place, scratch_dir=tmp_path)
+    assert_exact(module, torch.randn(2, 3, 37, 29), [(8, None), (9, 11), (40, 40)], wrap=wrap)
 
 
 def test_a_short_budget_moves_the_maps_to_a_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Every value gets a level. What is computed from the image by local operations ha
 over maps of level n is of level n + 1, and so are the maps that depend on it. Stage n computes the maps of level n.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -219,21 +220,27 @@ class _Sorter:
             items += [node for node in plain if self.levels[node.name] == level]
             items += [stages[level]] if level in stages else []
         streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
-        whole = sum(size_of(node) for node in plain if self._is_whole(node))
+        of_image = [node for node in plain if self.levels[node.name] > 0]
+        whole = sum(size_of(node) for node in of_image if self._is_whole(node))
         return Program(
             replace(self.captured, outputs=outputs.args),
             tuple(items),
             dict(self.maps.spread),
             tuple((node.module_path, node.name) for node in live if node.target in _OF_BATCH),
             streamed / max(1, streamed + whole),
+            sum(map(size_of, of_image)),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),
         )
 
     def _is_whole(self, node: Node) -> bool:
-        """Whether a plain node makes something of the size of a map, and not of a reduction's result."""
-        extents = {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}
-        return node.name in self.whole or (self.levels[node.name] > 0 and node.shape[-2:] in extents)
+        """Whether a plain node depends on a whole map, or makes something as large as one of what scans have reduced."""
+        if node.name in self.whole:
+            return True
+        for height, width in {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}:
+            if height * width in node.shape or (height, width) in itertools.pairwise(node.shape):
+                return True
+        return False
 
     def _live(self, needed: set[str]) -> list[Node]:
         """The nodes that `needed` depend on, in order."""

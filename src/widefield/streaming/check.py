@@ -266,14 +266,14 @@ def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
 
 
 def _size(tensor: Tensor) -> float:
-    return tensor.double().abs().max().item() if tensor.numel() else 0.0
+    return (tensor if tensor.is_complex() else tensor.double()).abs().max().item() if tensor.numel() else 0.0
 
 
 def _error(found: Tensor, expected: Tensor, size: float) -> float:
     """The largest difference relative to `size`; infinite for another shape or dtype, and for what is not finite."""
-    if found.shape != expected.shape or found.dtype != expected.dtype or not found.double().isfinite().all():
+    if found.shape != expected.shape or found.dtype != expected.dtype or not found.isfinite().all():
         return torch.inf
-    difference = _size(found.double() - expected.double())
+    difference = _size(found - expected if found.is_complex() else found.double() - expected.double())
     return difference / max(size, 1e-300) if difference else 0.0
 
 

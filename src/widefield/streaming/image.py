@@ -120,10 +120,15 @@ class Source:
         """Zeros for the gradient of the whole input `tensor`."""
         return torch.zeros_like(tensor) if self.store is None else self.store.zeros(tuple(tensor.shape), tensor)
 
+    def region(self, whole: Tensor, y: int, x: int, height: int, width: int) -> Tensor:
+        """A region of `data`, or of its gradient, as a view. What has height or width 1 is meant for all rows or columns."""
+        for dim, start, size in zip(self.dims, (y, x), (height, width), strict=True):
+            whole = whole if whole.shape[dim] == 1 else whole.narrow(dim, start, size)
+        return whole
+
     def read(self, y: int, x: int, height: int, width: int) -> Tensor:
         if isinstance(self.data, Tensor):
-            tile = self.data.narrow(self.dims[0], y, height).narrow(self.dims[1], x, width)
-            return tile.to(self.device, non_blocking=True)
+            return self.region(self.data, y, x, height, width).to(self.device, non_blocking=True)
         pixels = self.data.read(y, x, height, width)
         tile = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.require(pixels, requirements=("W",)))
         planned = (self.data.shape[0], height, width)

@@ -145,8 +145,14 @@ class StreamingCNN(nn.Module):
 
     def _as_batch(self, images: Sequence[Any]) -> list[Any]:
         """The results of `images`, normalised by the statistics of all of them."""
+        for image in images:
+            if not isinstance(image, Tensor):
+                raise ValueError(
+                    f'batch_statistics="exact" takes a list of images as one batch, which must be tensors: got {type(image).__name__}. '
+                    "Pass one image at a time, or read them into one tensor"
+                )
         shapes = {tuple(image.shape[-3:]) for image in images}
-        if len(shapes) > 1 or not all(isinstance(image, Tensor) for image in images):
+        if len(shapes) > 1:
             raise ValueError(
                 'batch_statistics="exact" takes the statistics of a batch, which are defined for images of one size: got '
                 f"{', '.join(map(str, sorted(shapes)))}. Pass tensors of one size, or one image at a time"
@@ -284,11 +290,11 @@ def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) ->
 
 
 def _spread(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
-    """A stage input: a map that an earlier stage has left, or a weight as large as the image, broadcast to it."""
+    """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
     if value.name not in program.spread:
         return values[value.name]
     weight = values[program.spread[value.name][0]]
-    return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape)).expand(value.shape)
+    return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
 
 
 def fill(structure: Any, values: dict[str, Any]) -> Any:

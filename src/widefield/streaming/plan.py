@@ -40,7 +40,8 @@ class Plan:
 
     `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
     `predicted_bytes` of a training step, above the weights, their gradients and the image: `carries` saved between tiles,
-    `step` for the activations of one tile, `outputs` for the maps that leave the streamed part, `maps` for those between stages.
+    `step` for the activations of one tile, `outputs` for the maps that leave the streamed part, `maps` for those between stages,
+    `plain` for what operations outside of the scans make.
     `streamed_fraction` is the share of the plain model's activation bytes that is streamed; the rest is computed whole, because
     of the operations `refused`. `stages` is the number of scans; `map_bytes` is what the maps between them need, gradients
     included, and `map_place` where they live: only on the device do they count as memory.
@@ -192,8 +193,11 @@ def _bytes_of(stage: Stage, rows: Schedule, cols: Schedule) -> tuple[int, int]:
 
 def _plan(program: Program, tile: tuple[int, int], choice: Sequence[_Cost], place: Place) -> Plan:
     kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
-    read = [sum(stage.values[v].bytes for v in stage.inputs) for stage in program.stages]
-    read[0] -= sum(v.bytes for v in program.stages[0].values if v.name == program.captured.image)
+    given = {program.captured.image, *program.spread}  # the image and weights: they and their gradients do not count
+    read = [
+        sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
+        for stage in program.stages
+    ]
     outputs = [sum(stage.values[v].bytes for v in stage.outputs if v not in stage.stored) for stage in program.stages]
     gradients = max(kept[k] + read[k] for k in range(len(kept))) if len(kept) > 1 else 0
     map_bytes = sum(kept) + gradients
@@ -202,6 +206,7 @@ def _plan(program: Program, tile: tuple[int, int], choice: Sequence[_Cost], plac
         "step": max(cost.step for cost in choice),
         "outputs": sum(outputs),
         "maps": map_bytes if place == "device" else 0,
+        "plain": program.plain_bytes,
     }
     return Plan(
         program.captured.image_shape,  # type: ignore[arg-type]

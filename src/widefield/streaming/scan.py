@@ -207,9 +207,9 @@ def _backward(
             del arriving
             grad_below[j] = {v: x.grad for v, x in above.items() if x.grad is not None}
             grad_right = {v: x.grad for v, x in left.items() if x.grad is not None}
-            for raw, whole, v in zip(raws, input_grads, stage.inputs, strict=True):
+            for source, raw, whole, v in zip(job.sources, raws, input_grads, stage.inputs, strict=True):
                 if raw is not None and whole is not None and raw.grad is not None:
-                    _tile_of(whole, grid, v, i, j).copy_(raw.grad)
+                    source.region(whole, *_region(grid, v, i, j)).add_(raw.grad)
             job.released(grad for grad in input_grads if grad is not None)
             if job.progress:
                 job.progress("backward", grid.steps - (i * len(grid.cols) + j), grid.steps)
@@ -241,7 +241,7 @@ def step(
         new = None
         if row.new and col.new:
             if value.placed is None:
-                new = tiles[v]
+                new = _broadcast(value, tiles[v], row.new, col.new)
             else:
                 windows = [reads.pop((v, k)) for k in range(len(value.sources))]
                 work = Work(row.spans, col.spans, weights, seed)
@@ -270,21 +270,31 @@ def step(
 
 def _check(value: Value, new: Tensor, height: int, width: int) -> None:
     """A rule that makes another shape than planned would give wrong numbers downstream: stop instead."""
-    planned = list(value.shape)
-    planned[value.axes.rows], planned[value.axes.cols] = height, width
-    if list(new.shape) != planned:
+    planned = _tile_shape(value, height, width)
+    if tuple(new.shape) != planned:
         raise RuntimeError(
-            f"{value.op} in layer '{value.module_path}' made a tile of shape {tuple(new.shape)} where {tuple(planned)} was "
+            f"{value.op} in layer '{value.module_path}' made a tile of shape {tuple(new.shape)} where {planned} was "
             "planned. This is a fault of Widefield: please report it with the model."
         )
+
+
+def _broadcast(value: Value, tile: Tensor | None, height: int, width: int) -> Tensor | None:
+    """A weight that is as large as the image along one axis only, along both."""
+    return None if tile is None else tile.expand(_tile_shape(value, height, width))
+
+
+def _tile_shape(value: Value, height: int, width: int) -> tuple[int, ...]:
+    shape = list(value.shape)
+    shape[value.axes.rows], shape[value.axes.cols] = height, width
+    return tuple(shape)
 
 
 def _read(job: Job, i: int, j: int, needed: Sequence[bool] = ()) -> list[Tensor | None]:
     """The new tile of each stage input as its source gives it; a leaf of autograd where its gradient is `needed`."""
     raws: list[Tensor | None] = []
     for k, (v, source) in enumerate(zip(job.grid.stage.inputs, job.sources, strict=True)):
-        row, col = job.grid.rows[i][v], job.grid.cols[j][v]
-        raw = source.read(row.done, col.done, row.new, col.new) if row.new and col.new else None
+        y, x, height, width = _region(job.grid, v, i, j)
+        raw = source.read(y, x, height, width) if height and width else None
         raws.append(raw.detach().requires_grad_() if raw is not None and needed and needed[k] else raw)
     return raws
 
@@ -309,5 +319,11 @@ def _own(piece: Tensor) -> Tensor:
 
 def _tile_of(whole: Tensor, grid: Grid, v: int, i: int, j: int) -> Tensor:
     """The part of map v that step (i, j) computes, in a tensor of the whole map's size."""
-    axes, row, col = grid.stage.values[v].axes, grid.rows[i][v], grid.cols[j][v]
-    return whole.narrow(axes.rows, row.done, row.new).narrow(axes.cols, col.done, col.new)
+    axes, (y, x, height, width) = grid.stage.values[v].axes, _region(grid, v, i, j)
+    return whole.narrow(axes.rows, y, height).narrow(axes.cols, x, width)
+
+
+def _region(grid: Grid, v: int, i: int, j: int) -> tuple[int, int, int, int]:
+    """Where map v's new tile of step (i, j) lies: y, x, height, width."""
+    row, col = grid.rows[i][v], grid.cols[j][v]
+    return row.done, col.done, row.new, col.new

@@ -53,8 +53,10 @@ def average(node: Node, maps: Maps) -> list[Node] | None:
     if (found := reduced(node, maps)) is None:
         return None
     name, over = found
-    new, shape = Rewriting(node), maps.shapes[name]
-    (total,) = new.reduce([name], sum_over(over, maps.axes[name], maps.extent(name)), kept(shape, over))
+    new, shape, axes, extent = Rewriting(node), maps.shapes[name], maps.axes[name], maps.extent(name)
+    if node.kwargs.get("dtype") is not None:
+        name = new.add("cast", aten.to.dtype, (Ref(name), node.dtype), shape).name
+    (total,) = new.reduce([name], sum_over(over, axes, extent), kept(shape, over))
     count = prod(shape[d] for d in over) if node.op == "aten.mean" else 1
     return new.result(divide, total, count, node.shape, node.dtype)
 
