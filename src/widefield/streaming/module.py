@@ -148,7 +148,7 @@ class StreamingCNN(nn.Module):
         for image in images:
             if not isinstance(image, Tensor):
                 raise ValueError(
-                    f'batch_statistics="exact" takes a list of images as one batch, which must be tensors: got {type(image).__name__}. '
+                    f'batch_statistics="exact" takes a list as one batch of tensors: got {type(image).__name__}. '
                     "Pass one image at a time, or read them into one tensor"
                 )
         shapes = {tuple(image.shape[-3:]) for image in images}
