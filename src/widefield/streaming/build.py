@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from widefield.streaming.capture import Captured, Node, Ref
+from widefield.streaming.captured import Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import identity
 from widefield.streaming.fold import fold_batch_norms

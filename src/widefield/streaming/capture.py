@@ -2,90 +2,37 @@
 
 The capture runs on a structural copy of the module whose tensors have shapes but no storage, so it costs no memory and
 leaves the user's module alone. Layers that keep running statistics are captured in evaluation mode, whatever their flag.
+The image's height and width are symbols if the module allows it: then the trace holds for other sizes too, see `trace`.
 """
 
 import copy
+import logging
 import operator
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.export import Dim
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.trace import Formula, Trace, formula
 
-CAPTURE_DEVICE = torch.device("cpu")  # the device that a capture pretends to run on, whatever the real one
+_LOG = logging.getLogger(__name__)
+
+_SYMBOLIC_LIMIT = 10.0  # seconds after which a trace with symbols is given up for one without
 
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """An argument that is the value of another node."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One operation. `target` is an ATen operator or a plain function; of a tuple result, `pick` says which item is meant.
-
-    `shape` and `dtype` are those of the result for the image size that was captured.
-    """
-
-    name: str
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pick: int | None = None
-    module_path: str = ""
-    source: str = ""
-
-    @property
-    def op(self) -> str:
-        """The operation's name as PyTorch prints it, such as "aten.conv2d"."""
-        if isinstance(self.target, torch._ops.OpOverload):
-            return f"{self.target.namespace}.{self.target._opname}"
-        return getattr(self.target, "__name__", str(self.target))
-
-    @property
-    def refs(self) -> Iterator[str]:
-        """Names of the nodes that this one reads, in the order of its arguments."""
-        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Ref):
-                yield leaf.name
-
-    def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
-        return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A module's forward pass at one image size.
-
-    `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
-    to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
-    `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
-    """
-
-    image: str
-    image_shape: tuple[int, ...]
-    bound: dict[str, str]
-    constants: dict[str, torch.Tensor]
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    nodes: tuple[Node, ...]
-    outputs: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    synchronised: frozenset[str] = frozenset()
 
 
 @torch.inference_mode(False)
@@ -95,21 +42,43 @@ def capture(
     dtype: torch.dtype,
     autocast: bool = False,
     batch_statistics: bool = False,
-) -> Captured:
-    """Capture `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
+    symbolic: bool = True,
+) -> Trace:
+    """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
 
     `batch_statistics`: batch norm layers in training mode normalise by the batch, and not by their running statistics.
+    `symbolic`: with symbols for height and width, if the module can be traced so.
 
     Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
     updated in forward, calls that leave PyTorch.
     """
+    if symbolic:
+        try:
+            trace = _capture(module, shape, dtype, autocast, batch_statistics, symbolic=True)
+            if trace.at(*shape[2:]) is not None:
+                return trace
+        except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
+            _LOG.debug("no trace with symbols: %s", error)
+    return _capture(module, shape, dtype, autocast, batch_statistics, symbolic=False)
+
+
+def _capture(
+    module: nn.Module,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    autocast: bool,
+    batch_statistics: bool,
+    symbolic: bool,
+) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
+    watch = _Watch(autocast, time.monotonic() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
+    dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
     try:
-        with torch.enable_grad(), _UNHOOKED, _Watch(autocast), torch.autocast(CAPTURE_DEVICE.type, enabled=False):
-            program = torch.export.export(skeleton, (image,), strict=False)
+        with torch.enable_grad(), _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+            program = torch.export.export(skeleton, (image,), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
     except UnsupportedOpError:
@@ -125,6 +94,12 @@ def capture(
             "remove control flow that depends on pixel values (.item(), if x.max() > 0) from forward, "
             "or stream only the part of the model before it",
         ) from error
+    synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
+    return _with_guards(program, replace(_captured(program), image_shape=shape, synchronised=synchronised))
+
+
+def _captured(program: torch.export.ExportedProgram) -> Captured:
+    """The program's operations, by names. Numbers that depend on the image's size are `Formula`s."""
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         keys = sorted(set(signature.buffers_to_mutate.values()))
@@ -143,7 +118,7 @@ def capture(
         if fx.op == "placeholder":
             value = fx.meta["val"]
             if isinstance(value, torch.Tensor):
-                shapes[fx.name] = (tuple(value.shape), value.dtype)
+                shapes[fx.name] = (tuple(map(formula, value.shape)), value.dtype)
             if fx.name in signature.user_inputs:
                 image_name = fx.name
         elif fx.op == "output":
@@ -159,22 +134,42 @@ def capture(
             tuples[fx.name] = _node(fx)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    return Captured(image_name, shape, bound, constants, shapes, tuple(nodes), outputs, out_spec, synchronised)
+    return Captured(image_name, (), bound, constants, shapes, tuple(nodes), outputs, out_spec)
+
+
+def _with_guards(program: torch.export.ExportedProgram, captured: Captured) -> Trace:
+    """The trace with the conditions under which it holds."""
+    size = captured.shapes[captured.image][0][2:]
+    height, width = (n.expression if isinstance(n, Formula) else sympy.Integer(n) for n in size)
+    if not (height.free_symbols or width.free_symbols):
+        return Trace(captured, (height, width))
+    image = next(fx for fx in program.graph.nodes if fx.name == captured.image).meta["val"]
+    environment = image.fake_mode.shape_env
+    guards = {environment.replace(guard.expr) for guard in environment.guards} - {sympy.true}
+    ranges = {
+        symbol: (limits.lower, limits.upper)
+        for symbol, limits in environment.var_to_range.items()
+        if symbol in height.free_symbols | width.free_symbols
+    }
+    return Trace(captured, (height, width), tuple(guards), ranges)
 
 
 class _Watch(TorchFunctionMode):
     """Sees what a capture would lose.
 
     Weights that the model uses without owning them are refused: they would be frozen, and their gradients dropped. For a run
-    under autocast, `x.float()` is kept as an operation even though it changes nothing in the capture, which is in float32.
+    under autocast, `x.float()` is kept as an operation even though it changes nothing in the capture, which is in float32. A
+    capture that is not done at time `limit` is given up.
     """
 
-    def __init__(self, autocast: bool) -> None:
+    def __init__(self, autocast: bool, limit: float) -> None:
         super().__init__()
         self.autocast = autocast
+        self.limit = limit
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.limit:
+            raise TimeoutError
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:
                 raise UnsupportedOpError(
@@ -262,11 +257,14 @@ _LIKE_ANOTHER = (torch.ops.aten.type_as.default, torch.ops.aten.to.other)
 
 def _named(node: Node, fx: torch.fx.Node) -> Node:
     value = fx.meta["val"]
-    return replace(node, name=fx.name, shape=tuple(value.shape), dtype=value.dtype)
+    return replace(node, name=fx.name, shape=tuple(map(formula, value.shape)), dtype=value.dtype)
 
 
 def _refs(value: Any) -> Any:
-    return Ref(value.name) if isinstance(value, torch.fx.Node) else value
+    if not isinstance(value, torch.fx.Node):
+        return value
+    number = value.meta.get("val")
+    return formula(number) if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) else Ref(value.name)
 
 
 def _module_path(fx: torch.fx.Node) -> str:

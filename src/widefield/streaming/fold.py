@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Captured, Node, Ref
+from widefield.streaming.captured import Captured, Node, Ref
 
 aten = torch.ops.aten
 _NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)

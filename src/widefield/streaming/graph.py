@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from widefield.streaming.capture import Captured, Node, Ref
+from widefield.streaming.captured import Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.rules import Axes, Placed, Reduction
 from widefield.streaming.schedule import Flow
@@ -91,7 +91,7 @@ class Stage:
         return (*(self.values[v].name for v in self.outputs), *parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A captured module as `items` to execute in order; see the module's page.
 

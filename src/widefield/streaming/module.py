@@ -5,25 +5,23 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.batch_norm import update_running_statistics
-from widefield.streaming.build import build
-from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref, capture
+from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.image import LazyImage, Normalisation, Source
 from widefield.streaming.plan import Plan, make_plan, parse_bytes, parse_tile_size
+from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import Job, Progress, scan
 from widefield.streaming.store import PLACES, Place, Store
-
-_CACHED_SIZES = 16  # image sizes whose captured program is kept
 
 
 class StreamingCNN(nn.Module):
@@ -92,11 +90,11 @@ class StreamingCNN(nn.Module):
         self.scratch_dir = None if scratch_dir is None else os.fspath(scratch_dir)
         self.unsupported = unsupported
         self.progress: Progress | None = None
-        self._programs: dict[Any, Program] = {}
-        self._plans: dict[Any, tuple[Plan, tuple[Grid, ...]]] = {}
+        self._programs = Programs()
+        self._plans: WeakKeyDictionary[Program, dict[Any, tuple[Plan, tuple[Grid, ...]]]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": {}, "_plans": {}, "progress": None}
+        return {**self.__dict__, "_programs": Programs(), "_plans": WeakKeyDictionary(), "progress": None}
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
@@ -177,22 +175,15 @@ class StreamingCNN(nn.Module):
 
     def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed."""
-        exact = self.batch_statistics == "exact"
-        modes = tuple(part.training for part in self.module.modules() if isinstance(part, _NormBase)) if exact else ()
-        key = (shape, dtype, autocast, modes, _fingerprint(self.module))
-        if key not in self._programs:
-            while len(self._programs) >= _CACHED_SIZES:
-                self._programs.pop(next(iter(self._programs)))
-            self._plans.clear()
-            captured = capture(self.module, shape, dtype, autocast, exact)  # type: ignore[arg-type]
-            self._programs[key] = build(captured, allow_whole=self.unsupported == "run_whole")
-        return self._programs[key]
+        exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
+        return self._programs.get(self.module, shape, dtype, autocast, exact, whole)
 
     def _grids(self, program: Program, device: torch.device) -> tuple[Plan, tuple[Grid, ...]]:
-        key = (id(program), self.tile_size, self.memory_budget, self.maps, device)
-        if key not in self._plans:
-            self._plans[key] = make_plan(program, self.tile_size, self.memory_budget, device, self.maps)
-        return self._plans[key]
+        plans = self._plans.setdefault(program, {})
+        key = (self.tile_size, self.memory_budget, self.maps, device)
+        if key not in plans:
+            plans[key] = make_plan(program, self.tile_size, self.memory_budget, device, self.maps)
+        return plans[key]
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""
@@ -310,35 +301,3 @@ def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_for
 
 def _in_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
     return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 else weight
-
-
-def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Changes when the module would be captured differently: other layers, settings, modes, or shapes of parameters."""
-    parts: list[Any] = []
-    for name, part in module.named_modules(remove_duplicate=False):
-        settings = tuple(
-            (key, _frozen(value))
-            for key, value in part.__dict__.items()
-            if key not in _MODULE_STATE and not (key == "training" and isinstance(part, _NormBase))
-        )
-        tensors = tuple(
-            (key, None if t is None else (tuple(t.shape), t.dtype))
-            for key, t in (*part._parameters.items(), *part._buffers.items())
-        )
-        parts.append((name, type(part), settings, tensors, len(part._forward_hooks), len(part._forward_pre_hooks)))
-    return tuple(parts)
-
-
-# What nn.Module keeps for itself: the parts of it that matter are looked at one by one.
-_MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}
-
-
-def _frozen(value: Any) -> Any:
-    """An attribute as something hashable that changes when it does; objects that can't be looked into count by identity."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return type(value), value
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    return (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else id(value)

@@ -3,10 +3,10 @@
 import torch
 from torch import fx, nn
 
-from widefield.streaming.build import build
-from widefield.streaming.capture import Node, capture
+from widefield.streaming.captured import Node
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.graph import Stage
+from widefield.streaming.graph import Program, Stage
+from widefield.streaming.programs import Programs
 
 _EXAMPLE = (1, 3, 224, 224)
 
@@ -22,7 +22,7 @@ def split(model: nn.Module, image_shape: tuple[int, int, int, int] = _EXAMPLE) -
     """
     parameter = next(model.parameters(), None)
     dtype = parameter.dtype if parameter is not None else torch.float32
-    program = build(capture(model, image_shape, dtype), allow_whole=True)
+    program = _program(model, image_shape, dtype, allow_whole=True)
     last = max(k for k, item in enumerate(program.items) if isinstance(item, Stage))
     tail = [item for item in program.items[last + 1 :] if isinstance(item, Node)]
     if not tail:
@@ -102,7 +102,11 @@ def _module(model: nn.Module, graph: fx.Graph, name: str) -> nn.Module:
 
 def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype) -> bool:
     try:
-        program = build(capture(trunk, shape, dtype), allow_whole=False)
+        program = _program(trunk, shape, dtype, allow_whole=False)
     except UnsupportedOpError:
         return False
     return isinstance(program.items[-1], Stage) and not program.items[-1].reductions
+
+
+def _program(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, allow_whole: bool) -> Program:
+    return Programs().get(module, shape, dtype, autocast=False, batch_statistics=False, allow_whole=allow_whole)

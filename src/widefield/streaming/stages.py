@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from widefield.streaming.capture import Captured, Node
+from widefield.streaming.captured import Captured, Node
 from widefield.streaming.extents import identity
 from widefield.streaming.graph import Stage, Value
 from widefield.streaming.rules import RULES, Maps, Placed, Reduction

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from widefield.streaming.capture import CAPTURE_DEVICE, Node, Ref
+from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Span, identity
 

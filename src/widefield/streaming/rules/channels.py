@@ -6,7 +6,7 @@ from string import ascii_letters
 
 import torch
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules.base import (
     Axes,
     Maps,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.rules.base import RULES, Maps, argument, dims, sources, swap_refs
 from widefield.streaming.rules.channels import as_einsum

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_reduce
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules.base import Maps, Placed, argument, caller, only_map, rule
 from widefield.streaming.rules.reductions import precise
 from widefield.streaming.rules.rewriting import kept, moments, rewrite

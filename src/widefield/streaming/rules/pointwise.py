@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Node, overwrite
+from widefield.streaming.capture import overwrite
+from widefield.streaming.captured import Node
 from widefield.streaming.rules.base import Axes, Maps, Placed, Work, caller, only_map, rule, sources, swap_refs
 
 aten = torch.ops.aten

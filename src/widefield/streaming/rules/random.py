@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Node
+from widefield.streaming.captured import Node
 from widefield.streaming.rules.base import Maps, Placed, Work, argument, only_map, rule
 
 aten = torch.ops.aten

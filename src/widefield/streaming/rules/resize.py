@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Node
+from widefield.streaming.captured import Node
 from widefield.streaming.extents import Resample, Span
 from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, rule
 

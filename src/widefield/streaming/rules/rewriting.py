@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules.base import Maps
 from widefield.streaming.rules.reductions import Moments, Reduction, Sum
 

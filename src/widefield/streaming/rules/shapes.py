@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Window, identity, repeat
 from widefield.streaming.rules.base import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules.base import Maps, argument, dims, only_map, rule, sources
 from widefield.streaming.rules.channels import WITHOUT_DIM, as_einsum
 from widefield.streaming.rules.pointwise import pointwise

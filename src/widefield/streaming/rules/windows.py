@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from widefield.streaming.capture import Node, Ref
+from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window
 from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, refuse_whole, rule
 

@@ -1,0 +1,74 @@
+"""A module's forward pass as data: operations on named values."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.errors import UnsupportedOpError
+
+CAPTURE_DEVICE = torch.device("cpu")  # the device that a capture pretends to run on, whatever the real one
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An argument that is the value of another node."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation. `target` is an ATen operator or a plain function; of a tuple result, `pick` says which item is meant.
+
+    `shape` and `dtype` are those of the result for the image size that was captured.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pick: int | None = None
+    module_path: str = ""
+    source: str = ""
+
+    @property
+    def op(self) -> str:
+        """The operation's name as PyTorch prints it, such as "aten.conv2d"."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            return f"{self.target.namespace}.{self.target._opname}"
+        return getattr(self.target, "__name__", str(self.target))
+
+    @property
+    def refs(self) -> Iterator[str]:
+        """Names of the nodes that this one reads, in the order of its arguments."""
+        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Ref):
+                yield leaf.name
+
+    def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
+        return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A module's forward pass at one image size.
+
+    `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
+    to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
+    `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
+    """
+
+    image: str
+    image_shape: tuple[int, ...]
+    bound: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    synchronised: frozenset[str] = frozenset()

@@ -1,0 +1,199 @@
+"""The geometry of every layer of a network: receptive field, stride, rows carried, and what tiles with halos would lose.
+
+Plain arithmetic on what each op reads: it takes milliseconds for any network and any image size.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import sub
+
+import numpy as np
+
+from widefield.streaming.extents import clamp
+from widefield.streaming.graph import Program, Value
+from widefield.streaming.grid import Grid
+from widefield.streaming.reach import IDENTITY, Reach, reach_of
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Rows and columns at the borders of a layer's output that depend on what lies beyond the borders of its image.
+
+    A position is lost if its window touches padding, or a lost position of what it reads. Computed with halos, a tile of that
+    size has to overlap with its neighbours by as much; the scan itself loses nothing. At most the height or width of the output.
+    """
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An op that reads windows of what comes before it: a convolution, pooling, resampling, padding or strided slice.
+
+    `module_path` is where the op was called and `op` its name, `shape` that of its whole output. `receptive_field` is (height,
+    width) in pixels of the image: what the output in the middle reads, from the first pixel to the last, were the image without
+    borders; what operations over the whole image add to it does not count. `stride` is the distance of two outputs, (down,
+    across) in pixels of the image, a fraction where the output is larger than the image. `rows_carried` is how many rows of the
+    output, or of what follows from it position by position, are kept from one tile row to the next: the most of all tile rows
+    from when all layers have begun until the image ends.
+
+    `lost` is for a tile as large as the image. For another it is the same, as long as positions remain that are not lost, if the
+    sizes differ by a multiple of the stride; otherwise the top and left are, and the bottom and right may differ by a few.
+    """
+
+    module_path: str
+    op: str
+    shape: tuple[int, ...]
+    receptive_field: tuple[int, int]
+    stride: tuple[float, float]
+    rows_carried: int
+    lost: Lost
+
+
+def layers_of(program: Program, grids: Sequence[Grid]) -> tuple[Layer, ...]:
+    """The layers of `program` in the order in which they are computed, streamed with one of `grids` per stage."""
+    maps, number = _maps(program)
+    image = number[program.captured.image]
+    layers = [v for v, node in enumerate(maps) if node.is_layer]
+    fields = _receptive_fields(maps, image, layers)
+    (down, rows), (across, cols) = (_strides_and_lost(maps, image, axis) for axis in (0, 1))
+    carried = _carried(maps, number, grids)
+    return tuple(
+        Layer(
+            maps[v].value.module_path,
+            maps[v].value.op.removeprefix("aten."),
+            maps[v].value.shape,
+            field,
+            (down[v], across[v]),
+            carried[v],
+            Lost(rows[v][0], cols[v][0], rows[v][1], cols[v][1]),
+        )
+        for v, field in zip(layers, fields, strict=True)
+    )
+
+
+def layer_table(layers: Sequence[Layer]) -> str:
+    """`layers` as aligned text: a header, and a line each."""
+    header = (
+        "layer",
+        "op",
+        "output",
+        "receptive field",
+        "stride",
+        "rows carried",
+        "lost: top",
+        "left",
+        "bottom",
+        "right",
+    )
+    lines = [header]
+    for layer in layers:
+        lost = layer.lost
+        sizes = (layer.shape, layer.receptive_field, layer.stride)
+        counts = (layer.rows_carried, lost.top, lost.left, lost.bottom, lost.right)
+        name = layer.module_path or "-"
+        lines.append((name, layer.op, *("x".join(f"{n:.10g}" for n in size) for size in sizes), *map(str, counts)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(w) if k < 2 else text.rjust(w) for k, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """A map of any stage, and the maps that it reads: their numbers, and how along rows and columns."""
+
+    value: Value
+    reads: tuple[tuple[int, tuple[Reach, Reach]], ...]
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is read through windows. Convolutions are layers even if theirs are of one position."""
+        return self.value.op.startswith("aten.conv") or any(reach != _POINTWISE for _, reach in self.reads)
+
+
+_POINTWISE = (IDENTITY, IDENTITY)
+
+
+def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
+    """All maps in topological order, each of them once, and their numbers by name."""
+    maps: list[_Map] = []
+    number: dict[str, int] = {}
+    for stage in program.stages:
+        for value in stage.values:
+            if value.name in number or value.reduction is not None:
+                continue  # left by an earlier stage, or computed there too; or no map
+            reaches = (tuple(map(reach_of, value.flow(axis).maps)) for axis in (0, 1))
+            sources = (number[stage.values[s].name] for s in value.sources)
+            number[value.name] = len(maps)
+            maps.append(_Map(value, tuple(zip(sources, zip(*reaches, strict=True), strict=True))))
+    return maps, number
+
+
+def _strides_and_lost(maps: Sequence[_Map], image: int, axis: int) -> tuple[list[float], list[tuple[int, int]]]:
+    """Of every map along an axis: the stride in pixels, and the positions lost at the beginning and at the end."""
+    strides = [float(v == image) for v in range(len(maps))]  # weights that are read as maps have none
+    lost: list[tuple[int, int]] = []
+    for v, node in enumerate(maps):
+        start, end, size = 0, 0, _size(node.value, axis)
+        for s, reaches in node.reads:
+            reach, (before, after) = reaches[axis], lost[s]
+            strides[v] = max(strides[v], strides[s] * reach.num / reach.den)
+            start = max(start, reach.start_after(before))
+            end = max(end, size - reach.stop_before(_size(maps[s].value, axis) - after))
+        lost.append((clamp(start, 0, size), clamp(end, 0, size)))
+    return strides, lost
+
+
+def _receptive_fields(maps: Sequence[_Map], image: int, layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(height, width) of what the middle of each layer's output depends on, in pixels; 0 for those of weights alone."""
+    # For every map, both axes and every layer: the first position and minus the last that the layer's middle depends on.
+    ends = np.full((len(maps), 2, 2, len(layers)), np.inf)
+    for j, v in enumerate(layers):
+        for axis in (0, 1):
+            middle = _size(maps[v].value, axis) // 2
+            ends[v, axis, :, j] = middle, -middle
+    for v in reversed(range(len(maps))):
+        for s, reaches in maps[v].reads:
+            read = ends[v]
+            if reaches != _POINTWISE:
+                num, den = (np.array([reach[k] for reach in reaches])[:, None, None] for k in (0, 1))
+                read = np.ceil((read * num + [[[reach.low], [-reach.high]] for reach in reaches]) / den)
+            np.minimum(ends[s], read, out=ends[s])
+    sizes = np.maximum(0, 1 - ends[image].sum(1)).astype(int)
+    return [(int(height), int(width)) for height, width in sizes.T]
+
+
+def _carried(maps: Sequence[_Map], number: dict[str, int], grids: Sequence[Grid]) -> list[int]:
+    """The most rows kept of every map, or of one that follows from it without another layer in between."""
+    carried = [0] * len(maps)
+    for grid in grids:
+        ready, kept, steps = grid.row_schedule.ready, grid.row_schedule.kept, _steady(grid)
+        for v, value in enumerate(grid.stage.values):
+            if value.reduction is None:
+                n = number[value.name]
+                carried[n] = max(carried[n], *map(sub, ready[v][steps], kept[v][steps]))
+    for v, node in reversed(list(enumerate(maps))):
+        if not node.is_layer:
+            for s, _ in node.reads:
+                carried[s] = max(carried[s], carried[v])
+    return carried
+
+
+def _steady(grid: Grid) -> slice:
+    """The steps down the image after which all maps have begun and rows are still to come; all steps if there are none."""
+    ready = grid.row_schedule.ready
+    begun = max(bisect_right(r, 0) for r in ready)
+    ended = max(bisect_left(ready[v], ready[v][-1]) for v in grid.stage.inputs)
+    return slice(begun, ended) if begun < ended else slice(None)
+
+
+def _size(value: Value, axis: int) -> int:
+    return value.shape[value.axes[axis]]

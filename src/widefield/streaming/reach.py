@@ -1,0 +1,57 @@
+"""What an op would read if the image went on beyond its borders: one axis, plain integers.
+
+An `AxisMap` stops at the border of the whole image. For a tile cut out of a larger image, or for a receptive field, what counts
+is where the windows would lie without borders, and that is a straight line for every op.
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
+
+
+class Reach(NamedTuple):
+    """Output `o` reads the inputs from `(num * o + low) / den`, rounded up, to `(num * o + high) / den`, rounded down."""
+
+    num: int
+    den: int
+    low: int
+    high: int
+
+    def start_after(self, i: int) -> int:
+        """The first output that reads no input before `i`."""
+        return (self.den * (i - 1) - self.low) // self.num + 1
+
+    def stop_before(self, i: int) -> int:
+        """One past the last output that reads no input from `i` on."""
+        return -((self.high - self.den * i) // self.num)
+
+
+IDENTITY = Reach(1, 1, 0, 0)
+
+
+def reach_of(axis: AxisMap) -> Reach:
+    """The reach of an op along an axis. Padding by reflection or repetition reads what lies beyond the border instead."""
+    match axis:
+        case Window():
+            return Reach(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)
+        case Transposed():
+            return Reach(1, axis.up, axis.padding - axis.extent + 1, axis.padding)
+        case BorderPad():
+            return Reach(1, 1, -axis.before, -axis.before)
+        case Resample():
+            return _resampling(axis)
+    raise TypeError(f"no reach is known of {type(axis).__name__}")
+
+
+def _resampling(axis: Resample) -> Reach:
+    """Inputs less than 1 (linear) or 2 (cubic) away from the source position; the nearest one otherwise."""
+    scale = Fraction(axis.scale).limit_denominator(1 << 20) or Fraction(axis.n_in)  # 0: corners aligned, and one output
+    num, den = 2 * scale.numerator, 2 * scale.denominator
+    half = scale.numerator  # source positions are num * o / den + half / den - 1 / 2, but for aligned corners
+    if axis.mode.startswith("nearest"):
+        shift = half if axis.mode == "nearest-exact" else 0
+        return Reach(num, den, shift - den + 1, shift)
+    shift = 0 if axis.align_corners else half - scale.denominator
+    distance = den * (1 if axis.mode == "linear" else 2)
+    return Reach(num, den, shift - distance + 1, shift + distance - 1)

@@ -1,0 +1,106 @@
+"""One trace of a module for images of many sizes.
+
+torch.export runs the module once, at a real height and width that stand for symbols. What depends on them comes out as a formula
+(`(s0 - 1) // 2 + 1`), and every decision that Python or PyTorch took because of them (`if height % 32:`) as a guard: a
+condition on the symbols. For another size the same trace holds if all guards do; its numbers are then those of the formulas.
+If a guard fails the module must be traced again at that size, so a size that a model writes into its operations is never reused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.captured import Captured
+
+_Sizes = Mapping[sympy.Symbol, sympy.Integer]
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A number of a trace that depends on the image's height and width."""
+
+    expression: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A captured forward pass whose numbers may be `Formula`s. `captured` is valid at its `image_shape` once they are filled in.
+
+    `dims` are the image's height and width: symbols, their multiples, or numbers. `guards` are the conditions under which the trace
+    holds, `ranges` the limits of the symbols.
+    """
+
+    captured: Captured
+    dims: tuple[sympy.Expr, sympy.Expr]
+    guards: tuple[sympy.Basic, ...] = ()
+    ranges: Mapping[sympy.Symbol, tuple[sympy.Expr, sympy.Expr]] | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it holds for one size only."""
+        return not any(dim.free_symbols for dim in self.dims)
+
+    def at(self, height: int, width: int) -> Captured | None:
+        """The forward pass for images of another size; None where the trace does not hold."""
+        sizes = self._sizes((height, width))
+        if sizes is None or not self._holds(sizes):
+            return None
+        known: dict[sympy.Basic, Any] = {}
+
+        def number(leaf: Any) -> Any:
+            if not isinstance(leaf, Formula):
+                return leaf
+            if leaf.expression not in known:
+                known[leaf.expression] = _number(leaf.expression.xreplace(sizes))
+            return known[leaf.expression]
+
+        captured = self.captured
+        nodes = []
+        for node in captured.nodes:
+            args, kwargs = pytree.tree_map(number, (node.args, node.kwargs))
+            nodes.append(replace(node, args=args, kwargs=kwargs, shape=tuple(map(number, node.shape))))
+        return replace(
+            captured,
+            image_shape=(*captured.image_shape[:2], height, width),
+            shapes={name: (tuple(map(number, shape)), dtype) for name, (shape, dtype) in captured.shapes.items()},
+            nodes=tuple(nodes),
+            outputs=tuple(map(number, captured.outputs)),
+        )
+
+    def _sizes(self, size: tuple[int, int]) -> _Sizes | None:
+        """The symbols' values for this height and width, None if there are none."""
+        sizes: dict[sympy.Symbol, sympy.Integer] = {}
+        for expression, length in zip(self.dims, size, strict=True):
+            factor, rest = expression.as_coeff_Mul()
+            if isinstance(rest, sympy.Symbol) and rest not in sizes:
+                if length % int(factor):
+                    return None
+                sizes[rest] = sympy.Integer(length // int(factor))
+            elif expression.xreplace(sizes) != length:
+                return None
+        return sizes
+
+    def _holds(self, sizes: _Sizes) -> bool:
+        for symbol, (low, high) in (self.ranges or {}).items():
+            if symbol in sizes and not low <= sizes[symbol] <= high:
+                return False
+        return all(guard.xreplace(sizes) == sympy.true for guard in self.guards)
+
+
+def _number(value: sympy.Basic) -> int | float | bool:
+    """A formula's value as Python has it. Raises ValueError where it still depends on something."""
+    if value.is_Boolean:
+        return bool(value)
+    return int(value) if value.is_Integer else float(value)  # type: ignore[arg-type]
+
+
+def formula(value: Any) -> Any:
+    """A symbolic number of a trace as a `Formula`, anything else as it is."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    expression = value.node.expr
+    return Formula(expression) if expression.free_symbols else _number(expression)
