@@ -20,8 +20,8 @@ from widefield.streaming.reach import IDENTITY, Reach, reach_of
 class Lost:
     """Rows and columns at the borders of a layer's output that depend on what lies beyond the borders of its image.
 
-    A position is lost if its window touches padding, or a lost position of what it reads. Computed with halos, a tile of that
-    size has to overlap with its neighbours by as much; the scan itself loses nothing. At most the height or width of the output.
+    A position is lost if its window touches padding, or a lost position of what it reads: a tiling with halos, which computes a
+    tile as if it were the image, has to throw it away. The scan loses nothing. At most the height or width of the output.
     """
 
     top: int
@@ -78,19 +78,8 @@ def layers_of(program: Program, grids: Sequence[Grid]) -> tuple[Layer, ...]:
 
 def layer_table(layers: Sequence[Layer]) -> str:
     """`layers` as aligned text: a header, and a line each."""
-    header = (
-        "layer",
-        "op",
-        "output",
-        "receptive field",
-        "stride",
-        "rows carried",
-        "lost: top",
-        "left",
-        "bottom",
-        "right",
-    )
-    lines = [header]
+    header = "layer, op, output, receptive field, stride, rows carried, lost: top, left, bottom, right"
+    lines = [tuple(header.split(", "))]
     for layer in layers:
         lost = layer.lost
         sizes = (layer.shape, layer.receptive_field, layer.stride)
@@ -179,7 +168,7 @@ def _carried(maps: Sequence[_Map], number: dict[str, int], grids: Sequence[Grid]
         for v, value in enumerate(grid.stage.values):
             if value.reduction is None:
                 n = number[value.name]
-                carried[n] = max(carried[n], *map(sub, ready[v][steps], kept[v][steps]))
+                carried[n] = max(carried[n], max(map(sub, ready[v][steps], kept[v][steps])))
     for v, node in reversed(list(enumerate(maps))):
         if not node.is_layer:
             for s, _ in node.reads:

@@ -36,7 +36,8 @@ def reach_of(axis: AxisMap) -> Reach:
         case Window():
             return Reach(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)
         case Transposed():
-            return Reach(1, axis.up, axis.padding - axis.extent + 1, axis.padding)
+            extent = max(axis.extent, axis.up)  # a gap after a window counts as part of it: all outputs read something
+            return Reach(1, axis.up, axis.padding - extent + 1, axis.padding)
         case BorderPad():
             return Reach(1, 1, -axis.before, -axis.before)
         case Resample():
