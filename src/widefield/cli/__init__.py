@@ -10,6 +10,7 @@ VERBS = {
     "fit": "train a classifier on whole images with one label each",
     "predict": "classify images with a checkpoint, and show where the evidence lies",
     "check": "see whether a model streams exactly, and what a large image would need",
+    "plan": "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
     "demo": "make a small set of large images, train on them, predict, and write a report",
 }
 

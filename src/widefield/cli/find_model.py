@@ -43,8 +43,13 @@ def find_model(text: str) -> nn.Module:
     return _make(found, text)
 
 
-def input_channels(model: nn.Module) -> int:
-    """Channels that the first 2-D convolution takes; 3 for a model without one."""
+def image_channels(text: str, model: nn.Module) -> int:
+    """Channels of the images of `model`, which `text` names: 3 for timm's and torchvision's and for those without convolutions.
+
+    For all others what the first 2-D convolution takes.
+    """
+    if text.startswith((TIMM_PREFIX, TORCHVISION_PREFIX)):
+        return 3
     convolutions = (part for part in model.modules() if isinstance(part, nn.Conv2d))
     first = next(convolutions, None)
     return first.in_channels if first else 3
