@@ -7,21 +7,19 @@ weights and the image (CPU: VmHWM after a small warm-up; CUDA: max_memory_alloca
 """
 
 import argparse
-import ctypes
 import datetime
 import gc
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import timm
 import torch
 import torchvision
+from measuring import peak_in_new_process, peak_of
 from timm.models.convnext import ConvNeXtStage
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
@@ -140,28 +138,14 @@ def measure_peak(options: argparse.Namespace) -> int:
     if what == "step":  # gradients of the weights do not count
         for p in trunk.parameters():
             p.grad = torch.zeros_like(p)
-    gc.collect()
     if options.device == "cuda":
+        gc.collect()
         synchronise(options)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function(run, image, options)
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    before = status("VmRSS")
-    function(run, image, options)
-    return status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(field))) * 1024
-
-
-def peak_in_new_process(kind: str, what: str) -> int:
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak", f"{kind}:{what}"]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    return peak_of(lambda: function(run, image, options))
 
 
 def main() -> None:
@@ -184,7 +168,9 @@ def main() -> None:
         print(json.dumps(measure_peak(options)))
         return
     times = measure_times(options)
-    peaks = {kind: {what: peak_in_new_process(kind, what) for what in ("forward", "step")} for kind in options.kinds}
+    peaks = {
+        kind: {what: peak_in_new_process(f"{kind}:{what}") for what in ("forward", "step")} for kind in options.kinds
+    }
     trunk, image = setup(options, options.size)
     streamed = runner("streamed", trunk, options)
     assert isinstance(streamed, StreamingCNN)
