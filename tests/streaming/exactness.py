@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from widefield.streaming import StreamingCNN
-from widefield.streaming.plan import parse_tile_size
+from widefield.streaming.budget import parse_tile_size
 
 TOLERANCE = 1e-10
 

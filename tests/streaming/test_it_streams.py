@@ -27,6 +27,8 @@ class LargestTensor(TorchDispatchMode):
         for tensor in pytree.tree_leaves(result):
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) in self.allowed:
                 continue
+            if tensor.ndim == 1:  # the block of all carries, not a map
+                continue
             if tensor.untyped_storage().data_ptr() not in inputs:  # not a view or an update of what was there
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
@@ -35,7 +37,7 @@ class LargestTensor(TorchDispatchMode):
 def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     """Bytes of the largest tile with its carries, by the schedule."""
     program = streamed._program(tuple(image.shape), torch.float32, False)
-    (grid,) = streamed._grids(program, torch.device("cpu"))[1]
+    grid = streamed._planned(program, torch.device("cpu"))[1][0].grid
     return max(
         value.pixel_bytes * (row[v].ready - row[v].kept) * (col[v].ready - col[v].kept)
         for v, value in enumerate(grid.stage.values)
@@ -62,7 +64,7 @@ def test_no_spatial_tensor_exceeds_a_tile_and_its_carries(name: str, tile: tuple
         out = streamed(image)
         out.backward(torch.ones_like(out))
     assert record.operations > whole.steps * 10
-    assert record.largest <= 1.5 * bound, (record.largest, bound)  # explicit padding at the border makes a tile larger
+    assert record.largest <= 1.5 * bound, (record.largest, bound)  # padding at the border makes a tile larger
     plain = 640 * 512 * 4 * (64 // 4 if name == "resnet18" else 384 // 16)  # the largest map of the whole image
     assert record.largest < plain / 4
 

@@ -11,15 +11,13 @@ from torch.nn import functional as F
 
 from widefield.streaming import StreamingCNN, stream
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
-from widefield.streaming.layers import Layer, Lost, layer_table, layers_of
+from widefield.streaming.layers import Layer, Lost, layer_table
 from widefield.streaming.reach import reach_of
 
 
 def layers(module: StreamingCNN | nn.Module, height: int, width: int | None = None, tile: int = 64) -> list[Layer]:
     streamed = module if isinstance(module, StreamingCNN) else StreamingCNN(module, tile)
-    parameter = next(module.parameters(), torch.empty(0))
-    program = streamed._program((1, 3, height, width or height), parameter.dtype, False)
-    return list(layers_of(program, streamed._grids(program, parameter.device)[1]))
+    return list(streamed.plan((1, 3, height, width or height)).layers)
 
 
 # Rows lost at the top; one fewer at the bottom. Columns are lost like rows. What the last convolution loses, the trunk does.

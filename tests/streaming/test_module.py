@@ -400,7 +400,10 @@ def test_the_plan_says_what_will_happen() -> None:
     streamed = StreamingCNN(small(), memory_budget="2MiB")
     plan = streamed.plan((3, 512, 400))
     assert plan.total_bytes <= 2 * 2**20
-    assert set(plan.predicted_bytes) == {"carries", "step", "outputs", "maps", "plain"}
+    kinds = {"weights", "carries", "step", "recorded", "outputs", "maps", "plain", "allocator"}
+    assert set(plan.predicted_bytes) == kinds
+    assert 1 <= plan.predicted_overhead <= 4 / 3
+    assert len(plan.layers) > 2
     assert plan.steps >= 512 * 400 / (plan.tile_size[0] * plan.tile_size[1])
     assert plan.streamed_fraction == 1.0
     assert "tile" in str(plan)

@@ -1,12 +1,12 @@
 """`widefield plan`: arguments."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from widefield.cli.model_arguments import MODELS, add_model, add_plan, size
 
 if TYPE_CHECKING:
-    from widefield.streaming import Plan
+    pass
 
 TAKES_OTHERS = False
 EPILOG = f"""\
@@ -34,7 +34,6 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
 
     from widefield.cli.find_model import find_model, image_channels
     from widefield.streaming import stream
-    from widefield.streaming.layers import layer_table
 
     model = find_model(arguments.model)
     channels = arguments.channels or image_channels(arguments.model, model)
@@ -42,26 +41,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     with torch.set_grad_enabled(not arguments.inference):
         plan = streamed.plan((arguments.batch, channels, *arguments.size))
     if arguments.json:
-        print(json.dumps({"model": arguments.model, **_as_dict(plan)}, indent=2))
+        print(json.dumps({"model": arguments.model, **plan.as_dict()}, indent=2))
     else:
-        print(plan, *plan.refused, layer_table(plan.layers), sep="\n\n")
+        print(plan, *plan.refused, sep="\n\n")
     return 0
-
-
-def _as_dict(plan: "Plan") -> dict[str, Any]:
-    """`plan` as plain data, for JSON."""
-    from dataclasses import asdict
-
-    return {
-        "image_shape": plan.image_shape,
-        "tile_size": plan.tile_size,
-        "steps": plan.steps,
-        "stages": plan.stages,
-        "predicted_bytes": dict(plan.predicted_bytes),
-        "total_bytes": plan.total_bytes,
-        "map_bytes": plan.map_bytes,
-        "map_place": plan.map_place,
-        "streamed_fraction": plan.streamed_fraction,
-        "refused": [vars(error) for error in plan.refused],
-        "layers": [asdict(layer) for layer in plan.layers],
-    }

@@ -47,7 +47,7 @@ def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut], rectify: bool = Fal
     present = [piece for piece in pieces if piece is not None]
     if len(present) == 1 and all(_is_whole(cut, present[0], axes) for cut in cuts):
         if rectify and pieces[2] is not None:
-            present[0] = present[0].relu_()
+            present[0] = present[0].relu() if present[0]._is_view() else present[0].relu_()
         return tuple(present * len(cuts))
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in present):
         return _CutOut.apply(axes, cuts, rectify, *pieces)

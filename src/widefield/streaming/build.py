@@ -219,6 +219,7 @@ class _Sorter:
         for level in range(max(self.levels.values()) + 1):
             items += [node for node in plain if self.levels[node.name] == level]
             items += [stages[level]] if level in stages else []
+        used = {name for stage in stages.values() for name in stage.weights}
         streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
         of_image = [node for node in plain if self.levels[node.name] > 0]
         whole = sum(size_of(node) for node in of_image if self._is_whole(node))
@@ -229,6 +230,8 @@ class _Sorter:
             tuple((node.module_path, node.name) for node in live if node.target in _OF_BATCH),
             streamed / max(1, streamed + whole),
             sum(map(size_of, of_image)),
+            sum(size_of(node) for node in plain if self.levels[node.name] == 0),
+            sum(torch.Size(self.maps.shapes[name]).numel() * dtypes.get(name, torch.float32).itemsize for name in used),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),
         )

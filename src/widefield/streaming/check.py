@@ -108,7 +108,7 @@ class Check:
             lines.append(f"  worst parameter       {self.worst_parameter}")
         if self.plan:
             lines += ["", "plan for a large image, in the model's own dtype:"]
-            lines += [f"  {line}" for line in str(self.plan).splitlines()]
+            lines += [f"  {line}" for line in self.plan.summary.splitlines()]
         elif self.no_plan:
             lines += ["", f"no plan for a large image: {self.no_plan}"]
         if self.refused:
@@ -133,17 +133,7 @@ class Check:
                 {key: getattr(error, key) for key in ("module_path", "op", "reason", "remedy", "source")}
                 for error in self.refused
             ],
-            "plan": plan
-            and {
-                "image_shape": list(plan.image_shape),
-                "tile_size": list(plan.tile_size),
-                "steps": plan.steps,
-                "stages": plan.stages,
-                "predicted_bytes": dict(plan.predicted_bytes),
-                "map_bytes": plan.map_bytes,
-                "map_place": plan.map_place,
-                "streamed_fraction": plan.streamed_fraction,
-            },
+            "plan": plan and plan.as_dict(),
             "no_plan": self.no_plan,
         }
 

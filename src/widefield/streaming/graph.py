@@ -98,7 +98,8 @@ class Program:
     `spread` maps the name of a stage input that is a weight as large as the image to the weight's name and its whole shape.
     `statistics` lists the batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the
     operations that run whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all
-    plain operations make of the image, small tails included. `random`: masks are drawn.
+    plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
+    those of all weights that stages use. `random`: masks are drawn.
     """
 
     captured: Captured
@@ -107,6 +108,8 @@ class Program:
     statistics: tuple[tuple[str, str], ...]
     streamed_fraction: float
     plain_bytes: int
+    combined_bytes: int
+    weight_bytes: int
     refused: tuple[UnsupportedOpError, ...]
     random: bool
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from widefield.streaming.buffers import Cut
 from widefield.streaming.extents import Span
 from widefield.streaming.graph import Stage
-from widefield.streaming.schedule import Schedule, schedule
+from widefield.streaming.schedule import Schedule
 
 Range = tuple[int, int]
 GATE = 8  # rows that a strided op waits for: enough for a convolution to run at full speed
@@ -100,11 +100,10 @@ class Grid:
         return who, cuts, below, right
 
 
-def make_grid(stage: Stage, tile: tuple[int, int], gate: int = GATE) -> Grid:
-    """Schedule `stage` with tiles of `tile` = (height, width) pixels; `gate` as in `schedule`."""
+def make_grid(stage: Stage, tile: tuple[int, int], rows: Schedule, cols: Schedule) -> Grid:
+    """The steps of these two schedules of `stage`, which are for tiles of `tile` = (height, width)."""
     readers: list[list[tuple[int, int]]] = [[] for _ in stage.values]
     for v, value in enumerate(stage.values):
         for k, source in enumerate(value.sources):
             readers[source].append((v, k))
-    rows, cols = (schedule([value.flow(axis) for value in stage.values], tile[axis], gate) for axis in (0, 1))
     return Grid(stage, tile, rows, cols, tuple(map(tuple, readers)))

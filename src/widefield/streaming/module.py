@@ -13,14 +13,16 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.batch_norm import update_running_statistics
+from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.graph import Program, Stage, Value
-from widefield.streaming.grid import Grid
 from widefield.streaming.image import LazyImage, Normalisation, Source
-from widefield.streaming.plan import Plan, make_plan, parse_bytes, parse_tile_size
+from widefield.streaming.job import Job, Progress
+from widefield.streaming.plan import Plan
+from widefield.streaming.planner import Scan, Wish, make_plan
 from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
-from widefield.streaming.scan import Job, Progress, scan
+from widefield.streaming.scan import scan
 from widefield.streaming.store import PLACES, Place, Store
 
 
@@ -91,10 +93,14 @@ class StreamingCNN(nn.Module):
         self.unsupported = unsupported
         self.progress: Progress | None = None
         self._programs = Programs()
-        self._plans: WeakKeyDictionary[Program, dict[Any, tuple[Plan, tuple[Grid, ...]]]] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[Program, dict[Wish, tuple[Plan, tuple[Scan, ...]]]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": Programs(), "_plans": WeakKeyDictionary(), "progress": None}
+        return {**self.__dict__, "_programs": None, "_plans": None, "progress": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._programs, self._plans = Programs(), WeakKeyDictionary()
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
@@ -107,13 +113,14 @@ class StreamingCNN(nn.Module):
         shape = self._check(image, device, dtype)
         autocast = torch.is_autocast_enabled(device.type)
         program = self._program(shape, dtype, autocast)
-        plan, grids = self._grids(program, device)
+        trains = isinstance(image, Tensor) and image.requires_grad
+        plan, scans = self._planned(program, device, trains)
         seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
         memory_format, autocast_dtype = _memory_format(device, dtype), torch.get_autocast_dtype(device.type)
         store = Store(plan.map_place, self.scratch_dir)
         assert isinstance(image, (Tensor, LazyImage))
 
-        def run_stage(stage: Stage, grid: Grid) -> tuple[Tensor, ...]:
+        def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
             sources, inputs = [], []
             for value in (stage.values[v] for v in stage.inputs):
                 if value.name == program.captured.image:
@@ -126,10 +133,12 @@ class StreamingCNN(nn.Module):
                     inputs.append(tensor)
             weights = [_in_format(values[name], memory_format) for name in stage.weights]
             context = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast)
-            job = Job(grid, sources, stage.weights, seed, store, context, self.progress)
+            carries = Store(plan.carry_place, self.scratch_dir)
+            settings = (found.carry_sizes if not autocast else {}, found.recorded)  # autocast gives pieces other dtypes
+            job = Job(found.grid, sources, stage.weights, seed, store, carries, *settings, context, self.progress)
             return scan(job, inputs, weights)
 
-        values, remaining = self._bind(program, device), iter(grids)
+        values, remaining = self._bind(program, device), iter(scans)
         for item, last_reads in zip(program.items, program.last_reads, strict=True):
             if isinstance(item, Node):
                 values[item.name] = _run(item, values, device, seed)
@@ -166,24 +175,31 @@ class StreamingCNN(nn.Module):
         return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
-        """How an image of `shape` (channels, height, width) or (N, channels, height, width) would be streamed."""
+        """How an image of `shape` (channels, height, width) or (N, channels, height, width) would be streamed.
+
+        A training step if gradients are enabled and a parameter requires them, else a forward pass.
+        """
         device, dtype = self._device_and_dtype(None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        return self._grids(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
+        return self._planned(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
 
     def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed."""
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
         return self._programs.get(self.module, shape, dtype, autocast, exact, whole)
 
-    def _grids(self, program: Program, device: torch.device) -> tuple[Plan, tuple[Grid, ...]]:
-        plans = self._plans.setdefault(program, {})
-        key = (self.tile_size, self.memory_budget, self.maps, device)
-        if key not in plans:
-            plans[key] = make_plan(program, self.tile_size, self.memory_budget, device, self.maps)
-        return plans[key]
+    def _planned(self, program: Program, device: torch.device, trains: bool = False) -> tuple[Plan, tuple[Scan, ...]]:
+        """The plan for the current grad mode; `trains`: even if no parameter requires grad."""
+        plans, parameters = self._plans.setdefault(program, {}), list(self.module.parameters())
+        training = torch.is_grad_enabled() and (trains or any(p.requires_grad for p in parameters))
+        kernel = next((p for p in parameters if p.ndim == 4), None)
+        copied = kernel is not None and _in_format(kernel, _memory_format(device, kernel.dtype)) is not kernel
+        wish = Wish(self.tile_size, self.memory_budget, device, self.maps, training, copied)
+        if wish not in plans:
+            plans[wish] = make_plan(program, wish)
+        return plans[wish]
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from widefield.streaming.extents import AxisMap, Span
+from widefield.streaming.extents import AxisMap, Span, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +42,53 @@ class Schedule:
         return self.flows[v].maps[k].span(self.ready[v][t - 1], self.ready[v][t])
 
 
-def schedule(flows: Sequence[Flow], tile: int, gate: int = 1) -> Schedule:
+def schedule(flows: Sequence[Flow], tile: int, gate: int = 1, limit: int | None = None) -> Schedule:
     """Scan `flows` (in topological order) with `tile` new positions of the longest input a step, of the others in proportion.
 
     No map is begun before its sources are. `gate`: a strided op waits until it can compute that many positions, so that no deep
     layer runs on a sliver. After the last input, no map advances by much more than in a steady step: extra steps without new
-    input drain the network, so that the last step is no larger than the others.
+    input drain the network, so that the last step is no larger than the others. `limit`: only so many steps, for an estimate.
     """
     length = max(flow.size for flow in flows if not flow.sources)
     rate = [max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate) for flow in flows]
+    # A map that follows another one position by position is computed with it.
+    alias = list(range(len(flows)))
+    for v, flow in enumerate(flows):
+        if len({alias[s] for s in flow.sources}) == 1 and all(m == identity(flow.size) for m in flow.maps):
+            alias[v] = alias[flow.sources[0]]
+    own = [v for v in range(len(flows)) if alias[v] == v]
     ready = [[0] for _ in flows]
     t = 0
-    while any(r[-1] < flow.size for r, flow in zip(ready, flows, strict=True)):
+    while t != limit and any(ready[v][-1] < flows[v].size for v in own):
         t += 1
-        for v, flow in enumerate(flows):
-            before = ready[v][-1]
+        for v in own:
+            flow, before = flows[v], ready[v][-1]
             if not flow.sources:
                 now = min(-(-t * tile * flow.size // length), flow.size)
             else:
-                now = min(m.ready(ready[s][t]) for s, m in zip(flow.sources, flow.maps, strict=True))
-                now = now if all(ready[s][t] for s in flow.sources) else 0
+                now = flow.size
+                for s, m in zip(flow.sources, flow.maps, strict=True):
+                    there = ready[alias[s]][t]
+                    now = min(now, m.ready(there) if there else 0)
                 if flow.strided and now < flow.size and now - before < gate:
                     now = before
                 now = min(now, before + rate[v])
             ready[v].append(now)
-    kept = [list(r) for r in ready]
+    kept = [list(r) if alias[v] == v else r for v, r in enumerate(ready)]
     for v, flow in enumerate(flows):
         for s, m in zip(flow.sources, flow.maps, strict=True):
+            if alias[v] == alias[s]:
+                continue
             last = flows[s].size - 1  # kept while there is padding to compute that reads nothing
+            if kept[s] is ready[s]:
+                kept[s] = list(ready[alias[s]])
             kept[s] = [
                 min(b, m.first(r) if r >= flow.size else min(m.first(r), last))
-                for b, r in zip(kept[s], ready[v], strict=True)
+                for b, r in zip(kept[s], ready[alias[v]], strict=True)
             ]
-    return Schedule(tuple(flows), tuple(map(tuple, ready)), tuple(map(tuple, kept)))
+    whole = [tuple(r) for r in ready]
+    return Schedule(
+        tuple(flows),
+        tuple(whole[a] for a in alias),
+        tuple(whole[alias[v]] if kept[v] is ready[v] else tuple(kept[v]) for v in range(len(flows))),
+    )

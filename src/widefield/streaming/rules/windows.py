@@ -3,8 +3,8 @@
 Padding is added only where a window crosses the border of the whole image (`Span.low`, `Span.high`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,24 +43,38 @@ def _windows(
     return Read(name, rows, cols)
 
 
-def _native(span: Span, read: Window) -> int | None:
-    """The symmetric padding that an operator can add along this axis by itself, or None where it has to be explicit."""
-    if span.low == span.high:
-        return span.low
-    whole = span.first == 0 and span.last == read.n_in and span.size == read.n_out
-    return read.padding if whole and span.low == read.padding and span.high < read.padding else None
+class _Padding(NamedTuple):
+    """Padding along one axis: `native` is added by the operator at both ends, `low` and `high` before it runs. Of what the
+    operator then makes, the first `skip` positions are dropped, and those that are too many at the end.
+    """
+
+    native: int
+    low: int = 0
+    high: int = 0
+    skip: int = 0
 
 
-def _padded(tile: Tensor, work: Work, read: Read, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """The tile with the padding that its operator cannot add by itself, and the padding left to the operator."""
-    rows, cols = work.rows[0], work.cols[0]
+def _padding(span: Span, read: Window) -> _Padding:
+    """Operators pad both ends alike, without a copy of the tile. What a window at the far end adds too much is dropped."""
+    wanted = max(span.low, span.high)
+    if (wanted - span.low) % read.stride:
+        return _Padding(0, span.low, span.high)
+    return _Padding(wanted, skip=(wanted - span.low) // read.stride)
+
+
+def _run_padded(
+    tile: Tensor, work: Work, read: Read, value: float, run: Callable[[Tensor, tuple[int, int]], Tensor]
+) -> Tensor:
+    """`run(tile, padding)` for the outputs of `work`; padding that operators cannot add is `value`."""
     assert isinstance(read.rows, Window) and isinstance(read.cols, Window)
-    native_rows, native_cols = _native(rows, read.rows), _native(cols, read.cols)
-    low, high = (rows.low, rows.high) if native_rows is None else (0, 0)
-    left, right = (cols.low, cols.high) if native_cols is None else (0, 0)
-    if low or high or left or right:
-        tile = F.pad(tile, (left, right, low, high), value=value)
-    return tile, (native_rows or 0, native_cols or 0)
+    rows, cols = _padding(work.rows[0], read.rows), _padding(work.cols[0], read.cols)
+    if rows.low or rows.high or cols.low or cols.high:
+        tile = F.pad(tile, (cols.low, cols.high, rows.low, rows.high), value=value)
+    made = run(tile, (rows.native, cols.native))
+    for dim, skip, size in ((2, rows.skip, work.rows[0].size), (3, cols.skip, work.cols[0].size)):
+        if made.shape[dim] != size:
+            made = made.narrow(dim, skip, size)
+    return made
 
 
 @rule(aten.conv2d)
@@ -85,11 +99,12 @@ def convolution(node: Node, maps: Maps) -> Placed:
     subsampling = extent == [1, 1] and max(stride) > 1 and tuple(before) == (0, 0)
 
     def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        tile, native = _padded(tiles[0], work, read, 0.0)
-        b = work.weights[bias.name] if isinstance(bias, Ref) else None
+        w, b = work.weights[weight], work.weights[bias.name] if isinstance(bias, Ref) else None
         if subsampling:
-            return F.conv2d(tile[:, :, :: stride[0], :: stride[1]], work.weights[weight], b, groups=groups)
-        return F.conv2d(tile, work.weights[weight], b, stride, native, dilation, groups)
+            return F.conv2d(tiles[0][:, :, :: stride[0], :: stride[1]], w, b, groups=groups)
+        return _run_padded(
+            tiles[0], work, read, 0.0, lambda tile, native: F.conv2d(tile, w, b, stride, native, dilation, groups)
+        )
 
     return Placed((read,), NCHW, run, fresh=True)
 
@@ -118,8 +133,9 @@ def max_pool(node: Node, maps: Maps) -> Placed:
             rows, cols = work.rows[0], work.cols[0]
             tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
             return F.max_pool2d(tile, kernel, stride, 0, dilation)
-        tile, native = _padded(tiles[0], work, read, -torch.inf)
-        return F.max_pool2d(tile, kernel, stride, native, dilation)
+        return _run_padded(
+            tiles[0], work, read, -torch.inf, lambda tile, native: F.max_pool2d(tile, kernel, stride, native, dilation)
+        )
 
     return Placed((read,), NCHW, run, fresh=True)
 

@@ -1,0 +1,270 @@
+"""From a memory budget to tiles: which sizes, what is recorded instead of recomputed, and where things are kept."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import log2, sqrt
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from widefield.streaming.budget import format_bytes, free_memory
+from widefield.streaming.graph import Program, Stage
+from widefield.streaming.grid import GATE, Grid, make_grid
+from widefield.streaming.layers import layers_of
+from widefield.streaming.memory import Footprint
+from widefield.streaming.plan import Plan
+from widefield.streaming.schedule import Schedule, schedule
+from widefield.streaming.store import PLACES, Place
+
+# A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
+PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
+SHARE_OF_FREE_MEMORY = 0.5
+# What the C library's heap holds beyond what is in use, relative to the largest step: aligned blocks leave holes that blocks of
+# the same size do not fit (glibc before 2.38). Measured, see docs/benchmarks.md; PyTorch's allocator on CUDA reuses blocks.
+_HEAP_EXCESS = {"cpu": 1.5}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan has to heed. `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are
+    wanted. `maps`: where maps between stages must live. `copied_weights`: the weights are copied into another memory format.
+    """
+
+    tile: tuple[int, int | None] | None
+    budget: int | None
+    device: torch.device
+    maps: Place | None
+    training: bool
+    copied_weights: bool
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How one stage is scanned: its `grid`, the bytes of carries that it saves, how many of its last steps are recorded."""
+
+    grid: Grid
+    carry_sizes: Mapping[torch.dtype, int]
+    recorded: int
+
+
+def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
+    """The plan of a pass, and how each stage is scanned.
+
+    Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
+    """
+    height, width = program.captured.image_shape[2:]
+    limit = wish.budget
+    if wish.tile is not None:
+        tile = (min(wish.tile[0], height), min(wish.tile[1] or width, width))
+        options = [_Options(stage, [_scaled(tile, stage, (height, width))]) for stage in program.stages]
+    else:
+        options = [_Options(stage, _tiles(stage, (height, width), wish.device)) for stage in program.stages]
+        if limit is None:
+            limit = int(SHARE_OF_FREE_MEMORY * free_memory(wish.device) / _processes(wish.device))
+    smallest: _Draft | None = None
+    for places in _places(wish):
+        draft = _within(program, wish, options, places, limit)
+        if limit is None or draft.total <= limit:
+            break
+        if smallest is None or draft.total < smallest.total:
+            smallest = draft
+    else:
+        assert smallest is not None and limit is not None
+        if wish.budget is not None:
+            raise ValueError(
+                f"memory_budget of {format_bytes(limit)} is too small for an image of shape {program.captured.image_shape}: "
+                f"the smallest that works is {format_bytes(smallest.total + 2**20)} ({smallest.total + 2**20} bytes, with "
+                f"tile_size={smallest.choice[0].tile})"
+            )
+        draft = smallest  # nothing fits the share of the free memory: try with what needs least
+    spare = 0 if limit is None or not wish.training else max(0, limit - draft.total)
+    return _finished(program, wish, draft, spare, tile if wish.tile is not None else draft.choice[0].tile)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A tile of a stage, and what it costs."""
+
+    tile: tuple[int, int]
+    footprint: Footprint
+
+
+class _Options:
+    """The tiles that a stage can be scanned with, the best first; costs are computed when they are asked for."""
+
+    def __init__(self, stage: Stage, tiles: Sequence[tuple[int, int]]) -> None:
+        self.tiles = tiles
+        flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
+
+        @cache
+        def axis(which: int, tile: int) -> Schedule:
+            return schedule(flows[which], tile, GATE)
+
+        @cache
+        def cost(k: int) -> _Choice:
+            height, width = tiles[k]
+            return _Choice(tiles[k], Footprint(stage, axis(0, height), axis(1, width)))
+
+        self.cost = cost
+
+    def smaller(self, k: int, wish: Wish, carries: Place) -> int | None:
+        """The first option after `k` that needs less memory."""
+        size = _bytes(self.cost(k), wish, carries)
+        return next((n for n in range(k + 1, len(self.tiles)) if _bytes(self.cost(n), wish, carries) < size), None)
+
+
+def _bytes(choice: _Choice, wish: Wish, carries: Place) -> int:
+    """Memory that a stage needs beyond what depends on no tile."""
+    footprint = choice.footprint
+    if not wish.training:
+        return footprint.row_of_carries + footprint.forward
+    saved = footprint.carry_bytes if carries == "device" else footprint.row_of_carries
+    return saved + int(footprint.backward * (1 + _HEAP_EXCESS.get(wish.device.type, 0.0)))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A tile for each stage, where maps and carries live, and the bytes of everything."""
+
+    choice: tuple[_Choice, ...]
+    maps: Place
+    carries: Place
+    sizes: dict[str, int]
+    map_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+
+def _within(
+    program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
+) -> _Draft:
+    """The first options of all stages; while they exceed `limit`, the largest one gives way to a smaller one."""
+    at = [0] * len(options)
+    while True:
+        choice = tuple(option.cost(k) for option, k in zip(options, at, strict=True))
+        draft = _draft(program, wish, choice, *places)
+        if limit is None or draft.total <= limit:
+            return draft
+        for s in sorted(range(len(options)), key=lambda s: -_bytes(choice[s], wish, places[1])):
+            if (k := options[s].smaller(at[s], wish, places[1])) is not None:
+                at[s] = k
+                break
+        else:
+            return draft
+
+
+def _draft(program: Program, wish: Wish, choice: tuple[_Choice, ...], maps: Place, carries: Place) -> _Draft:
+    kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
+    given = {program.captured.image, *program.spread}  # the image and weights: they and their gradients do not count
+    read = [
+        sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
+        for stage in program.stages
+    ]
+    outputs = sum(stage.values[v].bytes for stage in program.stages for v in stage.outputs if v not in stage.stored)
+    footprints = [option.footprint for option in choice]
+    row = max(footprint.row_of_carries for footprint in footprints)
+    weights = program.combined_bytes + program.weight_bytes * wish.copied_weights
+    if wish.training:
+        gradients = max(k + r for k, r in zip(kept, read, strict=True)) if len(kept) > 1 else 0
+        saved = sum(footprint.carry_bytes for footprint in footprints) if carries == "device" else row
+        step = max(footprint.backward for footprint in footprints)
+        weights += program.weight_bytes
+    else:
+        gradients, saved, step = 0, 0, max(footprint.forward for footprint in footprints)
+    map_bytes = sum(kept) + gradients
+    sizes = {
+        "weights": weights,
+        "carries": saved + row,
+        "step": step,
+        "recorded": 0,
+        "outputs": outputs,
+        "maps": map_bytes if maps == "device" else 0,
+        "plain": program.plain_bytes,
+        "allocator": int(step * _HEAP_EXCESS.get(wish.device.type, 0.0)) if wish.training else 0,
+    }
+    return _Draft(choice, maps, carries, sizes, map_bytes)
+
+
+def _finished(
+    program: Program, wish: Wish, draft: _Draft, spare: int, tile: tuple[int, int]
+) -> tuple[Plan, tuple[Scan, ...]]:
+    """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
+
+    What the first of them needs is there anyhow: it is the first in the backward pass, and without recording it would be
+    recomputed in the same place.
+    """
+    footprints = [choice.footprint for choice in draft.choice]
+    room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
+    if wish.training:
+        total = sum(float(footprint.recorded.sum()) for footprint in footprints)
+        last = footprints[-1]
+        there = max(0.0, draft.sizes["step"] - last.backward + float(last.recorded.max()))
+        room += there if spare else 0.0
+        for s in reversed(range(len(footprints))):
+            sums = np.cumsum(footprints[s].recorded.ravel()[::-1])
+            recorded[s] = int(np.searchsorted(sums, room, side="right"))
+            taken = float(sums[recorded[s] - 1]) if recorded[s] else 0.0
+            room, used = room - taken, used + taken
+            if recorded[s] < len(sums):
+                break
+        draft.sizes["recorded"] = int(max(0.0, used - there)) if used else 0
+    grids = [
+        make_grid(choice.footprint.stage, choice.tile, choice.footprint.rows, choice.footprint.cols)
+        for choice in draft.choice
+    ]
+    scans = [
+        Scan(grid, footprint.carries if wish.training else {}, count)
+        for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
+    ]
+    plan = Plan(
+        program.captured.image_shape,  # type: ignore[arg-type]
+        tile,
+        sum(grid.steps for grid in grids),
+        MappingProxyType(draft.sizes),
+        1 + (1 - used / total) / 3 if total else 1.0,
+        layers_of(program, grids),
+        program.streamed_fraction,
+        len(program.stages),
+        draft.map_bytes,
+        draft.maps,
+        draft.carries,
+        program.refused,
+    )
+    return plan, tuple(scans)
+
+
+def _places(wish: Wish) -> Iterator[tuple[Place, Place]]:
+    """Where maps and carries could live, the fastest first."""
+    usable = [place for place in PLACES if not (place == "host" and wish.device.type == "cpu")]
+    for place in usable:
+        yield wish.maps or place, place if wish.training else "device"
+
+
+def _scaled(tile: tuple[int, int], stage: Stage, image: tuple[int, int]) -> tuple[int, int]:
+    """A tile of the image, in positions of a stage's largest input."""
+    rows, cols = (max(1, -(-t * n // whole)) for t, n, whole in zip(tile, stage.extent, image, strict=True))
+    return rows, cols
+
+
+def _tiles(stage: Stage, image: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
+    """Tiles to choose from, those with about as much work as is preferred first, the wider before the taller."""
+    height, width = stage.extent
+    pixels = PREFERRED_PIXELS.get(device.type, 1 << 20)
+    pixels = int(pixels * sqrt(height * width / (image[0] * image[1])))  # deeper maps are smaller, their weights larger
+    preferred = max(32, pixels // width // 32 * 32)
+    heights = sorted(
+        {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}
+    )
+    widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
+    tiles = [(h, w) for h in heights for w in widths]
+    return sorted(tiles, key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, -t[1]))
+
+
+def _processes(device: torch.device) -> int:
+    """How many processes of a distributed run share the memory of this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if device.type == "cpu" else 1

@@ -1,0 +1,113 @@
+"""What a forward pass leaves for its backward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from widefield.streaming.carries import Slab
+from widefield.streaming.graph import Stage
+from widefield.streaming.job import Job
+from widefield.streaming.rules import Work
+
+Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
+Windows = dict[int, tuple[list[Tensor], Work]]  # what a reduction reads, by the reduction's index
+
+
+@dataclass
+class Step:
+    """A recorded step: leaves of autograd (the carries received, the new tiles of the inputs) and where gradients enter."""
+
+    above: Carry
+    left: Carry
+    raws: list[Tensor | None]
+    made: dict[int, GradientEdge]
+    below: dict[int, GradientEdge]
+    right: dict[int, GradientEdge]
+    reduced: Windows
+
+
+class Tape:
+    """What the forward pass leaves for the backward pass, apart from tensors that autograd keeps.
+
+    `needed` says of each input and weight whether its gradient is. `moving` are the maps that depend on one of those. `leaves` sum
+    the tiles' gradients of the weights, in float32 or better: 256 tiles summed in bfloat16 are 3% off.
+    """
+
+    def __init__(self, job: Job, weights: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        n = len(job.sources)
+        self.needed = tuple(needed)
+        names = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
+        self.moving = _moving(job.grid.stage, names, needed[:n])
+        self.slab = Slab(job.carry_store, job.carry_sizes)
+        self.layout: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.pieces: list[Tensor] = []
+        self.steps: dict[int, Step] = {}
+        self.leaves = self._new_leaves(weights) if job.recorded else []
+
+    def _new_leaves(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        needed = self.needed[len(self.needed) - len(weights) :]
+        return [
+            weight.detach()
+            .to(torch.promote_types(weight.dtype, torch.float32) if need else weight.dtype)
+            .requires_grad_(need)
+            for weight, need in zip(weights, needed, strict=True)
+        ]
+
+    def own(self, piece: Tensor) -> Tensor:
+        """A carry for the next step, not a view of the buffer that it was cut from; in the slab, if that is on the device."""
+        return self.slab.put(piece) if self.slab.store.place == "device" and not self.slab.holds(piece) else own(piece)
+
+    def save(self, above: Carry, left: Carry) -> None:
+        """Keep what a step has received."""
+        self.layout.append((tuple(above), tuple(left)))
+        pieces = (*above.values(), *left.values())
+        self.pieces += [x if self.slab.holds(x) else self.slab.put(x) for x in pieces]
+
+    def take_pieces(self) -> list[Tensor]:
+        """All that was saved, which autograd keeps from now on."""
+        pieces, self.pieces = self.pieces, []
+        self.slab = Slab(self.slab.store, {})
+        return pieces
+
+    def carries(self, pieces: Sequence[Tensor]) -> list[tuple[Carry, Carry]]:
+        """What each step has received, of all that was saved."""
+        rest = iter(pieces)
+        return [({v: next(rest) for v in above}, {v: next(rest) for v in left}) for above, left in self.layout]
+
+    def start(self, weights: Sequence[Tensor]) -> None:
+        """Begin a backward pass: leaves without gradients."""
+        self.leaves = self.leaves or self._new_leaves(weights)
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def weights(self, job: Job, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The leaves as a step uses them."""
+        zipped = zip(job.weight_names, self.leaves, weights, strict=True)
+        return {name: leaf.to(weight.dtype) for name, leaf, weight in zipped}
+
+    def take_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of the weights. A second backward pass begins with new leaves."""
+        leaves, self.leaves = self.leaves, []
+        zipped = zip(leaves, weights, strict=True)
+        return [None if leaf.grad is None else leaf.grad.to(weight.dtype) for leaf, weight in zipped]
+
+
+def own(piece: Tensor) -> Tensor:
+    """A carry of the forward pass without the buffer that it was cut from, which a view would keep alive."""
+    if torch.is_grad_enabled() or piece.untyped_storage().nbytes() <= 1.25 * piece.nbytes:
+        return piece
+    return piece.clone()
+
+
+def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[bool]:
+    """Which maps depend on something that requires grad."""
+    moving: list[bool] = []
+    for v, value in enumerate(stage.values):
+        own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
+        reached = own or any(moving[source] for source in value.sources)
+        still = value.reduction is None and (not value.dtype.is_floating_point or value.op == "aten.detach")
+        moving.append(reached and not still)
+    return moving
