@@ -56,21 +56,28 @@ def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut], rectify: bool = Fal
 
 def _assemble(pieces: Pieces, axes: Axes, rectify: bool) -> Tensor:
     left, above, new = pieces
-    if rectify and new is not None and above is not None and left is None:  # the common case in a single pass
-        shape = list(new.shape)
-        shape[axes.rows] += above.shape[axes.rows]
-        buffer = empty_like(new, shape)
-        buffer.narrow(axes.rows, 0, above.shape[axes.rows]).copy_(above)
-        torch.clamp_min(new, 0, out=buffer.narrow(axes.rows, above.shape[axes.rows], new.shape[axes.rows]))
-        return buffer
-    if rectify and new is not None:
-        new = new.relu()
-    column = [piece for piece in (above, new) if piece is not None]
-    centre = torch.cat(column, axes.rows) if len(column) == 2 else column[0] if column else None
-    if left is None:
-        assert centre is not None
-        return centre
-    return left if centre is None else torch.cat((left, centre), axes.cols)
+    present = [piece for piece in pieces if piece is not None]
+    if len(present) == 1:
+        return new.relu() if rectify and new is not None else present[0]
+    beside = present[-1]  # above or new: both are as wide as what is not kept
+    kept_rows = 0 if above is None else above.shape[axes.rows]
+    kept_cols = 0 if left is None else left.shape[axes.cols]
+    shape = list(beside.shape)
+    shape[axes.rows] = kept_rows + (0 if new is None else new.shape[axes.rows])
+    shape[axes.cols] = kept_cols + beside.shape[axes.cols]
+    buffer = empty_like(beside, shape)
+    if left is not None:
+        buffer.narrow(axes.cols, 0, kept_cols).copy_(left)
+    fresh = buffer.narrow(axes.cols, kept_cols, beside.shape[axes.cols])
+    if above is not None:
+        fresh.narrow(axes.rows, 0, kept_rows).copy_(above)
+    if new is not None:
+        place = fresh.narrow(axes.rows, kept_rows, new.shape[axes.rows])
+        if rectify:
+            torch.clamp_min(new, 0, out=place)
+        else:
+            place.copy_(new)
+    return buffer
 
 
 def _windows(buffer: Tensor, axes: Axes, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
@@ -146,5 +153,5 @@ def empty_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def in_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor (N, C, H, W) has its channels side by side, and is not as well in the usual order."""
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """Whether a tensor (N, C, H, W), or what it is a window of, has its channels side by side."""
+    return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()
