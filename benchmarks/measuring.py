@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -24,7 +25,7 @@ def status(field: str) -> int:
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith(field))) * 1024
 
 
-def peak_in_new_process(peak: str) -> int:
-    """The number that this script prints last when it is run with its own arguments and `--peak PEAK`."""
+def peak_in_new_process(peak: str) -> Any:
+    """What this script prints last, as JSON, when it is run with its own arguments and `--peak PEAK`."""
     command = [sys.executable, *sys.argv, "--peak", peak]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

@@ -22,9 +22,10 @@ from widefield.streaming.store import PLACES, Place
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
-# What the C library's heap holds beyond what is in use, relative to the largest step: aligned blocks leave holes that blocks of
-# the same size do not fit (glibc before 2.38). Measured, see docs/benchmarks.md; PyTorch's allocator on CUDA reuses blocks.
-_HEAP_EXCESS = {"cpu": 1.5}
+# What the C library's heap holds beyond what is in use, relative to the largest step and to what is recorded. Small remainders of
+# aligned blocks keep glibc (before 2.38) from joining free memory. The numbers are for the worst of the networks measured, see
+# docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
+_HEAP_EXCESS = {"cpu": (1.8, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Wish:
     maps: Place | None
     training: bool
     copied_weights: bool
+
+    @property
+    def heap_excess(self) -> tuple[float, float]:
+        return _HEAP_EXCESS.get(self.device.type, (0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _bytes(choice: _Choice, wish: Wish, carries: Place) -> int:
     if not wish.training:
         return footprint.row_of_carries + footprint.forward
     saved = footprint.carry_bytes if carries == "device" else footprint.row_of_carries
-    return saved + int(footprint.backward * (1 + _HEAP_EXCESS.get(wish.device.type, 0.0)))
+    return saved + int(footprint.backward * (1 + wish.heap_excess[0]))
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _draft(program: Program, wish: Wish, choice: tuple[_Choice, ...], maps: Plac
         "outputs": outputs,
         "maps": map_bytes if maps == "device" else 0,
         "plain": program.plain_bytes,
-        "allocator": int(step * _HEAP_EXCESS.get(wish.device.type, 0.0)) if wish.training else 0,
+        "allocator": int(step * wish.heap_excess[0]) if wish.training else 0,
     }
     return _Draft(choice, maps, carries, sizes, map_bytes)
 
@@ -204,7 +209,7 @@ def _finished(
         total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
         there = max(0.0, draft.sizes["step"] - last.backward + float(last.recorded.max()))
-        room += there if spare else 0.0
+        room = room / (1 + wish.heap_excess[1]) + (there if spare else 0.0)
         for s in reversed(range(len(footprints))):
             sums = np.cumsum(footprints[s].recorded.ravel()[::-1])
             recorded[s] = int(np.searchsorted(sums, room, side="right"))
@@ -212,7 +217,8 @@ def _finished(
             room, used = room - taken, used + taken
             if recorded[s] < len(sums):
                 break
-        draft.sizes["recorded"] = int(max(0.0, used - there)) if used else 0
+        draft.sizes["recorded"] = int(max(0.0, used - there))
+        draft.sizes["allocator"] += int(draft.sizes["recorded"] * wish.heap_excess[1])
     grids = [
         make_grid(choice.footprint.stage, choice.tile, choice.footprint.rows, choice.footprint.cols)
         for choice in draft.choice
