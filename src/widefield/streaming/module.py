@@ -205,6 +205,9 @@ class StreamingCNN(nn.Module):
         """Today's parameters and buffers, by the names that the captured program uses."""
         tensors: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         tensors.update(self.module.named_buffers(remove_duplicate=False))
+        if torch.is_grad_enabled():
+            training = [key for key in set(program.captured.bound.values()) if tensors[key].requires_grad]
+            tensors.update(zip(training, _Together.apply(*(tensors[key] for key in training)), strict=True))
         values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
         values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
         return values
@@ -279,6 +282,19 @@ def stream(
         scratch_dir=scratch_dir,
         unsupported="run_whole",
     )
+
+
+class _Together(torch.autograd.Function):
+    """The same tensors, whose gradients arrive all at once: a backward pass that fails has changed none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
 
 
 def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:
