@@ -29,7 +29,7 @@ from widefield.streaming.trace import Formula, Trace, formula
 
 _LOG = logging.getLogger(__name__)
 
-_SYMBOLIC_LIMIT = 10.0  # seconds after which a trace with symbols is given up for one without
+_SYMBOLIC_LIMIT = 10.0  # seconds of computing after which a trace with symbols is given up for one without
 
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -74,7 +74,7 @@ def _capture(
     skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
-    watch = _Watch(autocast, time.monotonic() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
+    watch = _Watch(autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
     try:
         with torch.enable_grad(), _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
@@ -168,7 +168,7 @@ class _Watch(TorchFunctionMode):
         self.limit = limit
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self.limit:
+        if time.thread_time() > self.limit:
             raise TimeoutError
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:

@@ -42,11 +42,15 @@ _INDEX_BYTES = 8  # per position of a maximum
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes of a stage that is scanned with these schedules; all are of the largest step where they are of one."""
+    """The bytes of a stage that is scanned with these schedules; all are of the largest step where they are of one.
+
+    `parts`: for an estimate, how many times as many tile rows and columns there are as the schedules have steps.
+    """
 
     stage: Stage
     rows: Schedule
     cols: Schedule
+    parts: tuple[float, float] = (1.0, 1.0)
 
     @cached_property
     def recorded(self) -> _Array:
@@ -57,15 +61,20 @@ class Footprint:
     @cached_property
     def carries(self) -> dict[torch.dtype, int]:
         """All pieces that a pass saves, by dtype."""
-        above, beside = (np.array(s.ready).T - np.array(s.kept).T for s in (self.rows, self.cols))
+        above, beside = ((s.ready_array - s.kept_array).sum(1) for s in (self.rows, self.cols))
+        held, (down, across) = self._held[0].sum(0), self.parts
+        # pieces above cover the width, pieces to the left the rows that are held
+        positions = down * (above * self._widths + held * beside * across)
         sizes: dict[torch.dtype, int] = {}
-        for v, value in enumerate(self.stage.values):
-            # pieces above cover the width, pieces to the left the rows that are held
-            positions = int(above[:, v].sum()) * self.cols.ready[v][-1]
-            positions += int(self._held[0][:, v].sum()) * int(beside[:, v].sum())
-            if positions:
-                sizes[value.dtype] = sizes.get(value.dtype, 0) + positions * value.pixel_bytes
+        for value, count in zip(self.stage.values, positions.tolist(), strict=True):
+            if count:
+                sizes[value.dtype] = sizes.get(value.dtype, 0) + int(count * value.pixel_bytes)
         return sizes
+
+    @cached_property
+    def total_recorded(self) -> float:
+        """What autograd would keep of all steps."""
+        return float(self.recorded.sum()) * self.parts[0] * self.parts[1]
 
     @cached_property
     def carry_bytes(self) -> int:
@@ -75,9 +84,8 @@ class Footprint:
     @cached_property
     def row_of_carries(self) -> int:
         """The largest row of carries: what one tile row hands to the next."""
-        above = np.array(self.rows.ready).T - np.array(self.rows.kept).T
-        widths = np.array([ready[-1] for ready in self.cols.ready])
-        return int((above @ (widths * self._sizes)).max(initial=0))
+        above = self.rows.ready_array - self.rows.kept_array
+        return int(((self._widths * self._sizes) @ above).max(initial=0))
 
     @cached_property
     def backward(self) -> int:
@@ -129,17 +137,18 @@ class Footprint:
     @cached_property
     def _new(self) -> tuple[_Array, _Array]:
         """Rows that each tile row computes of each map, and columns likewise: (steps, maps)."""
-        rows, cols = (np.diff(np.array(s.ready, dtype=np.float64)).T for s in (self.rows, self.cols))
+        rows, cols = (np.diff(s.ready_array).T for s in (self.rows, self.cols))
         return rows, cols
 
     @cached_property
     def _held(self) -> tuple[_Array, _Array]:
         """Rows and columns that the buffers hold."""
-        rows, cols = (
-            np.array(s.ready, dtype=np.float64).T[1:] - np.array(s.kept, dtype=np.float64).T[:-1]
-            for s in (self.rows, self.cols)
-        )
+        rows, cols = ((s.ready_array[:, 1:] - s.kept_array[:, :-1]).T for s in (self.rows, self.cols))
         return rows, cols
+
+    @cached_property
+    def _widths(self) -> _Array:
+        return np.array([flow.size for flow in self.cols.flows], dtype=np.float64)
 
     @cached_property
     def _of_largest(self) -> tuple[_Array, _Array]:

@@ -20,6 +20,7 @@ from widefield.streaming.schedule import Schedule, schedule
 from widefield.streaming.store import PLACES, Place
 
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
+_STEPS_OF_ESTIMATE = 64  # enough for the deepest layers to have begun
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
 # What the C library's heap holds beyond what is in use, relative to the largest step and to what is recorded. Small remainders of
@@ -71,7 +72,7 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
             limit = int(SHARE_OF_FREE_MEMORY * free_memory(wish.device) / _processes(wish.device))
     smallest: _Draft | None = None
     for places in _places(wish):
-        draft = _within(program, wish, options, places, limit)
+        draft = _fitting(program, wish, options, places, limit)
         if limit is None or draft.total <= limit:
             break
         if smallest is None or draft.total < smallest.total:
@@ -91,27 +92,33 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A tile of a stage, and what it costs."""
+    """A tile of a stage, and what it costs; `k` is its number among the options."""
 
+    k: int
     tile: tuple[int, int]
     footprint: Footprint
 
 
 class _Options:
-    """The tiles that a stage can be scanned with, the best first; costs are computed when they are asked for."""
+    """The tiles that a stage can be scanned with, the best first; costs are computed when they are asked for.
+
+    With many steps along an axis they are estimates from the first ones.
+    """
 
     def __init__(self, stage: Stage, tiles: Sequence[tuple[int, int]]) -> None:
         self.tiles = tiles
         flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
 
         @cache
-        def axis(which: int, tile: int) -> Schedule:
-            return schedule(flows[which], tile, GATE)
+        def axis(which: int, tile: int, exact: bool) -> tuple[Schedule, float]:
+            steps = stage.extent[which] / tile
+            limit = None if exact or steps < 2 * _STEPS_OF_ESTIMATE else _STEPS_OF_ESTIMATE
+            return schedule(flows[which], tile, GATE, limit), steps / limit if limit else 1.0
 
         @cache
-        def cost(k: int) -> _Choice:
-            height, width = tiles[k]
-            return _Choice(tiles[k], Footprint(stage, axis(0, height), axis(1, width)))
+        def cost(k: int, exact: bool = False) -> _Choice:
+            (rows, down), (cols, across) = (axis(which, tile, exact) for which, tile in enumerate(tiles[k]))
+            return _Choice(k, tiles[k], Footprint(stage, rows, cols, (down, across)))
 
         self.cost = cost
 
@@ -163,6 +170,21 @@ def _within(
             return draft
 
 
+def _fitting(
+    program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
+) -> _Draft:
+    """`_within`, with exact costs; where the estimates were too low, again with less."""
+    aim = limit
+    for _ in range(3):
+        estimate = _within(program, wish, options, places, aim)
+        choice = tuple(option.cost(chosen.k, True) for option, chosen in zip(options, estimate.choice, strict=True))
+        draft = _draft(program, wish, choice, *places)
+        if limit is None or aim is None or draft.total <= limit or estimate.total > aim:
+            break
+        aim = int(aim * limit / draft.total * 0.98)
+    return draft
+
+
 def _draft(program: Program, wish: Wish, choice: tuple[_Choice, ...], maps: Place, carries: Place) -> _Draft:
     kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
     given = {program.captured.image, *program.spread}  # the image and weights: they and their gradients do not count
@@ -206,7 +228,7 @@ def _finished(
     footprints = [choice.footprint for choice in draft.choice]
     room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
     if wish.training:
-        total = sum(float(footprint.recorded.sum()) for footprint in footprints)
+        total = sum(footprint.total_recorded for footprint in footprints)
         last = footprints[-1]
         there = max(0.0, draft.sizes["step"] - last.backward + float(last.recorded.max()))
         room = room / (1 + wish.heap_excess[1]) + (there if spare else 0.0)

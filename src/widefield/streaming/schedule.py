@@ -7,7 +7,11 @@ are numbered from 1; index 0 is the state before the first. A 2-D scan is one su
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
+
+import numpy as np
+import numpy.typing as npt
 
 from widefield.streaming.extents import AxisMap, Span, identity
 
@@ -36,6 +40,16 @@ class Schedule:
     @property
     def steps(self) -> int:
         return len(self.ready[0]) - 1
+
+    @cached_property
+    def ready_array(self) -> npt.NDArray[np.float64]:
+        """`ready` as an array (maps, steps + 1)."""
+        return np.array(self.ready, dtype=np.float64)
+
+    @cached_property
+    def kept_array(self) -> npt.NDArray[np.float64]:
+        """`kept` as an array (maps, steps + 1)."""
+        return np.array(self.kept, dtype=np.float64)
 
     def span(self, v: int, k: int, t: int) -> Span:
         """What map `v` reads from its `k`-th source in step `t`."""
