@@ -114,6 +114,8 @@ class _Sorter:
         small = source not in self.maps and self.maps.shapes.get(source, ())[-2:] == (1, 1)
         if node.op in MODES and small:  # one pixel, resized
             node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
+        if node.op == "aten.slice_scatter" and self.maps.shapes[node.args[1].name] == node.shape:  # all of it
+            node = replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
         if node.op == "aten.expand" and source not in self.maps:
             self.broadcast[node.name] = source
         if node.op in ("aten.clone", "aten.contiguous") and source in self.broadcast:
