@@ -41,8 +41,8 @@ class Job:
         return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
 
     def released(self, maps: Iterable[Tensor]) -> None:
-        """The step is done: pages of maps in files need not stay in memory."""
-        if self.store.place != "file":
+        """The step is done: pages of tensors in files need not stay in memory."""
+        if "file" not in (self.store.place, self.carry_store.place):
             return
         for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
             self.store.release(x)

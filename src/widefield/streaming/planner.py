@@ -23,16 +23,17 @@ from widefield.streaming.store import PLACES, Place
 _STEPS_OF_ESTIMATE = 64  # enough for the deepest layers to have begun
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
-# What the C library's heap holds beyond what is in use, relative to the largest step and to what is recorded. Small remainders of
-# aligned blocks keep glibc (before 2.38) from joining free memory. The numbers are for the worst of the networks measured, see
-# docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = {"cpu": (1.8, 0.2)}
+# What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
+# and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the worst of
+# the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
+_HEAP_EXCESS = {"cpu": (1.8, 2.8, 0.2)}
 
 
 @dataclass(frozen=True)
 class Wish:
     """What a plan has to heed. `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are
     wanted. `maps`: where maps between stages must live. `copied_weights`: the weights are copied into another memory format.
+    `stages`: how many the program has.
     """
 
     tile: tuple[int, int | None] | None
@@ -41,10 +42,13 @@ class Wish:
     maps: Place | None
     training: bool
     copied_weights: bool
+    stages: int
 
     @property
     def heap_excess(self) -> tuple[float, float]:
-        return _HEAP_EXCESS.get(self.device.type, (0.0, 0.0))
+        """Relative to the largest step, and to what is recorded."""
+        one, several, recorded = _HEAP_EXCESS.get(self.device.type, (0.0, 0.0, 0.0))
+        return one if self.stages == 1 else several, recorded
 
 
 @dataclass(frozen=True)

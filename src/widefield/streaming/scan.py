@@ -110,7 +110,7 @@ def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Ten
                     outputs[v] = job.new(v, stage.values[v].shape, tile)
                 job.tile_of(outputs[v], v, i, j).copy_(tile)
             del made, reduced
-            job.released(outputs.values())
+            job.released((*outputs.values(), *(tape.slab.blocks.values() if tape else ())))
             if job.progress:
                 job.progress("forward", k + 1, grid.steps)
     parts = [part for v in stage.reductions for part in stage.values[v].reduction.finish(gathered[v])]  # type: ignore[union-attr]
@@ -146,6 +146,7 @@ def _backward(
             recorded = tape.steps.pop(i * len(grid.cols) + j, None)
             if recorded is None:
                 recorded = _record(job, tape, i, j, above, left, weights)[0]
+            carries = [*above.values(), *left.values()][:1]
             del above, left
             arriving: list[tuple[Tensor | GradientEdge, Tensor]] = [
                 (edges[v], g)
@@ -175,7 +176,7 @@ def _backward(
                 if raw is not None and whole is not None and raw.grad is not None:
                     source.region(whole, *job.region(v, i, j)).add_(raw.grad)
             del recorded
-            job.released(grad for grad in input_grads if grad is not None)
+            job.released((*(grad for grad in input_grads if grad is not None), *carries))
             if job.progress:
                 job.progress("backward", grid.steps - (i * len(grid.cols) + j), grid.steps)
     return [*input_grads, *tape.take_gradients(weights)]
