@@ -1,6 +1,7 @@
 """Steps that are recorded in the forward pass instead of recomputed, and carries that live elsewhere: the same numbers."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ def net() -> nn.Sequential:
 
 def change_plans(monkeypatch: pytest.MonkeyPatch, share: float | None, carries: str = "device") -> None:
     """All plans record this share of each scan's steps, and keep carries there."""
-    from dataclasses import replace
 
     def changed(*args: Any) -> Any:
         plan, scans = make_plan(*args)

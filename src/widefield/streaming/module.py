@@ -195,7 +195,7 @@ class StreamingCNN(nn.Module):
         plans, parameters = self._plans.setdefault(program, {}), list(self.module.parameters())
         training = torch.is_grad_enabled() and (trains or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)
-        copied = kernel is not None and _in_format(kernel, _memory_format(device, kernel.dtype)) is not kernel
+        copied = kernel is not None and not kernel.is_contiguous(memory_format=_memory_format(device, kernel.dtype))
         wish = Wish(self.tile_size, self.memory_budget, device, self.maps, training, copied, len(program.stages))
         if wish not in plans:
             plans[wish] = make_plan(program, wish)

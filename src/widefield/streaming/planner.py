@@ -20,9 +20,9 @@ from widefield.streaming.schedule import Schedule, schedule
 from widefield.streaming.store import PLACES, Place
 
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
-_STEPS_OF_ESTIMATE = 64  # enough for the deepest layers to have begun
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
+_STEPS_OF_ESTIMATE = 64  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the
 # worst of the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.

@@ -90,7 +90,8 @@ def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Ten
             if tape is not None:
                 tape.save(above[j], left)
             if tape is not None and k >= grid.steps - job.recorded:
-                # Hooks of the caller on saved tensors, those of torch.utils.checkpoint say, are not meant for this graph.
+                # Hooks of the caller on saved tensors, those of torch.utils.checkpoint say, are not meant for this graph. Nor is
+                # the check for updates in place: later carries are written beside those that it has saved, in the same block.
                 with saved_tensors_hooks(_unchanged, _unchanged):
                     tape.steps[k], made, below, right = _record(job, tape, i, j, above[j], left, weights)
                 reduced = tape.steps[k].reduced
