@@ -93,7 +93,7 @@ def measure_peak(kind: str, size: int) -> int:
     trunk, step = trunk_and_step(kind)
     step(make_image(256))
     for p in trunk.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        p.grad = torch.empty_like(p).zero_() if p.requires_grad else None  # zeros_like has no pages yet
     image = make_image(size)
     return peak_of(lambda: step(image))
 

@@ -47,7 +47,7 @@ def measure(model: str, size: int, budget: str, device: str) -> dict[str, float]
     run = StreamingCNN(trunk, memory_budget=budget)
     plan = run.plan(tuple(image.shape))
     for p in trunk.parameters():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.empty_like(p).zero_()  # zeros_like has no pages yet
     if device == "cuda":
         gc.collect()
         torch.cuda.synchronize()

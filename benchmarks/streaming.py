@@ -137,7 +137,7 @@ def measure_peak(options: argparse.Namespace) -> int:
         run.plan(tuple(image.shape))
     if what == "step":  # gradients of the weights do not count
         for p in trunk.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.empty_like(p).zero_()  # zeros_like has no pages yet
     if options.device == "cuda":
         gc.collect()
         synchronise(options)

@@ -25,7 +25,7 @@ class Value:
     `rectified`: with a ReLU behind the op).
 
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
-    `weights` names the weights that it uses. A value with a `reduction` is no map: it is gathered over all tiles of its sources,
+    `weights` names the weights that it uses, of `weight_bytes` in all. A value with a `reduction` is no map: it is gathered over all tiles of its sources,
     and `parts` names the tensors that come out; its shape is the extent of the sources.
     """
 
@@ -42,6 +42,7 @@ class Value:
     rectified: bool = False
     reduction: Reduction | None = None
     parts: tuple[str, ...] = ()
+    weight_bytes: int = 0
 
     @cached_property
     def pixel_bytes(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from widefield.streaming.buffers import empty_like
 from widefield.streaming.grid import Grid
+from widefield.streaming.heap import Heap
 from widefield.streaming.image import Source
 from widefield.streaming.store import Store
 
@@ -21,7 +22,8 @@ class Job:
     """One scan: its `grid`, where its inputs are read, the names of its weights, the seed of its random masks.
 
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
-    expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `autocast` gives a context with the
+    expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
+    `autocast` gives a context with the
     autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
     """
 
@@ -33,6 +35,7 @@ class Job:
     carry_store: Store
     carry_sizes: Mapping[torch.dtype, int]
     recorded: int
+    heap: Heap | None
     autocast: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
 
@@ -41,7 +44,9 @@ class Job:
         return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
 
     def released(self, maps: Iterable[Tensor]) -> None:
-        """The step is done: pages of tensors in files need not stay in memory."""
+        """The step is done: pages of tensors in files need not stay in memory, nor does what the heap has too much."""
+        if self.heap is not None:
+            self.heap.trim()
         if "file" not in (self.store.place, self.carry_store.place):
             return
         for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):

@@ -38,6 +38,7 @@ _NEED_RESULT = frozenset(
     f"aten.{name}" for name in ("relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "_softmax", "log_softmax")
 )
 _INDEX_BYTES = 8  # per position of a maximum
+_GRADIENTS_OF_WEIGHTS = 3  # copies of one that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Footprint:
             value = values[v]
             arriving = gradient.pop(v, 0.0)  # of the buffer; that of the new positions is cut out of it
             own = new[v] if value.rectified else 0.0
+            weights = _GRADIENTS_OF_WEIGHTS * value.weight_bytes
             others = sum(gradient.values())
             peak = max(peak, remaining + others + arriving + own)
             if arriving and value.sources:
@@ -108,7 +110,7 @@ class Footprint:
                 for source, size in zip(value.sources, sent, strict=True):
                     gradient[source] = max(gradient.get(source, 0.0), size)
                 added = 0.0 if value.view or value.op == "aten.add" else sum(sent)
-                peak = max(peak, remaining + others + max(arriving, own) + added)
+                peak = max(peak, remaining + others + max(arriving, own) + added + weights)
             remaining -= kept[v]
         return int(peak)
 

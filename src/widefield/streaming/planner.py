@@ -26,7 +26,7 @@ _STEPS_OF_ESTIMATE = 64  # along an axis: enough for the deepest layers to have 
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the
 # worst of the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = {"cpu": (1.8, 2.8, 0.2)}
+_HEAP_EXCESS = {"cpu": (1.0, 1.25, 0.1)}
 
 
 @dataclass(frozen=True)

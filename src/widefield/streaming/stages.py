@@ -111,6 +111,7 @@ def _stage(
     for name, rule in placed.items():
         node = by_name[rectified.get(name, name)]
         reduction = node.target if isinstance(node.target, Reduction) else None
+        weights = _weights(node, rule, maps)
         values.append(
             Value(
                 name,
@@ -119,13 +120,14 @@ def _stage(
                 rule.axes,
                 rule,
                 tuple(index[read.source] for read in rule.reads),
-                _weights(node, rule, maps),
+                weights,
                 node.module_path,
                 node.op,
                 is_view(node),
                 name in rectified,
                 reduction,
                 parts_of(node) if reduction else (),
+                sum(torch.Size(maps.shapes[name]).numel() * dtypes[name].itemsize for name in weights),
             )
         )
     return Stage(
