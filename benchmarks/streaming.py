@@ -91,6 +91,9 @@ def step(run: Callable[[Tensor], Tensor], image: Tensor, options: argparse.Names
     out.float().mean().backward()
 
 
+PASSES = {"forward": forward, "step": step}
+
+
 def autocast(options: argparse.Namespace) -> torch.autocast:
     return torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.bf16)
 
@@ -110,15 +113,15 @@ def synchronise(options: argparse.Namespace) -> None:
 
 def measure_times(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     trunk, image = setup(options, options.size)
-    times: dict[str, dict[str, list[float]]] = {kind: {"forward": [], "step": []} for kind in options.kinds}
+    times: dict[str, dict[str, list[float]]] = {kind: {what: [] for what in options.passes} for kind in options.kinds}
     runs = {kind: runner(kind, trunk, options) for kind in options.kinds}
     for repeat in range(options.repeats + 1):  # the first round warms up
         for kind, run in runs.items():
-            for what, function in (("forward", forward), ("step", step)):
+            for what in options.passes:
                 trunk.zero_grad(set_to_none=True)
                 synchronise(options)
                 begin = time.perf_counter()
-                function(run, image, options)
+                PASSES[what](run, image, options)
                 synchronise(options)
                 if repeat:
                     times[kind][what].append(time.perf_counter() - begin)
@@ -128,13 +131,14 @@ def measure_times(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def measure_peak(options: argparse.Namespace) -> int:
     """Bytes above weights and image at the peak of one pass; runs in a process of its own."""
     kind, what = options.peak.split(":")
-    function = {"forward": forward, "step": step}[what]
+    function = PASSES[what]
     trunk, small = setup(options, 256)
     run = runner(kind, trunk, options)
     function(run, small, options)
     image = setup(options, options.size)[1]
     if isinstance(run, StreamingCNN):
-        run.plan(tuple(image.shape))
+        with torch.set_grad_enabled(what == "step"):
+            run.plan(tuple(image.shape))
     if what == "step":  # gradients of the weights do not count
         for p in trunk.parameters():
             p.grad = torch.empty_like(p).zero_()  # zeros_like has no pages yet
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -168,13 +173,12 @@ def main() -> None:
         print(json.dumps(measure_peak(options)))
         return
     times = measure_times(options)
-    peaks = {
-        kind: {what: peak_in_new_process(f"{kind}:{what}") for what in ("forward", "step")} for kind in options.kinds
-    }
+    peaks = {kind: {what: peak_in_new_process(f"{kind}:{what}") for what in options.passes} for kind in options.kinds}
     trunk, image = setup(options, options.size)
     streamed = runner("streamed", trunk, options)
     assert isinstance(streamed, StreamingCNN)
-    plan = streamed.plan(tuple(image.shape))
+    with torch.set_grad_enabled("step" in options.passes):
+        plan = streamed.plan(tuple(image.shape))
     device = (
         torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}"
     )
@@ -186,11 +190,11 @@ def main() -> None:
     print(
         f"1x3x{options.size}x{options.size}, {precision}, tile {plan.tile_size}, {plan.stages} stages, maps: {plan.map_place}\n"
     )
-    print("| | forward (s) | / plain | peak (MiB) | / plain | step (s) | / plain | peak (MiB) | / plain |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| |" + "".join(f" {what} (s) | / plain | peak (MiB) | / plain |" for what in options.passes))
+    print("|---|" + "---|---|---|---|" * len(options.passes))
     for kind in options.kinds:
         cells = []
-        for what in ("forward", "step"):
+        for what in options.passes:
             seconds, peak = times[kind][what], peaks[kind][what]
             cells += [f"{seconds:.3f}", f"{seconds / times['plain'][what]:.2f}"]
             cells += [f"{peak / 2**20:.0f}", f"{peak / peaks['plain'][what]:.2f}"]

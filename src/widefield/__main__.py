@@ -2,7 +2,7 @@
 
 import sys
 
-from widefield.cli import main
+from widefield.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

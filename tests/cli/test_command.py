@@ -1,5 +1,6 @@
 """The command itself: help, and what it imports."""
 
+import os
 import subprocess
 import sys
 
@@ -33,3 +34,28 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
         main(arguments)
     assert caught.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tunables", ["", "glibc.malloc.mxfast=0", "glibc.malloc.tcache_count=3"])
+def test_the_process_begins_again_only_where_the_c_library_needs_it(tunables: str) -> None:
+    code = (
+        "import os, sys\n"
+        "from widefield.cli import environment\n"
+        "if sys.argv[1]: environment._glibc = lambda: (2, int(sys.argv[1]))\n"
+        "environment.set_up()\n"
+        "print(os.environ['GLIBC_TUNABLES'], os.environ['OMP_WAIT_POLICY'])"
+    )
+    found = {}
+    for version in ("36", "38"):
+        result = subprocess.run(
+            [sys.executable, "-c", code, version],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"GLIBC_TUNABLES": tunables},
+        )
+        found[version] = result.stdout.split()
+    set_by_user = "tcache" in tunables
+    assert found["38"] == [*([tunables] if tunables else []), "PASSIVE"]
+    joined = tunables if set_by_user else ":".join(filter(None, (tunables, "glibc.malloc.tcache_count=0")))
+    assert found["36"] == [joined, "PASSIVE"]

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -39,12 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, others = parser.parse_known_args(rest)
     if others and not module.TAKES_OTHERS:
         parser.error(f"unknown arguments: {' '.join(others)}")
-    # OpenMP's threads spin while they wait, which slows torch down thirtyfold when another process wants one of the cores.
-    # The variable is read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from widefield.cli.run import run_verb
 
     return run_verb(verb, module, arguments, others)
+
+
+def script() -> int:
+    """The installed command: `main` in an environment that suits it."""
+    from widefield.cli.environment import set_up
+
+    set_up()
+    return main()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,43 +1,22 @@
 """Keeps the C library's heap within a memory budget.
 
-glibc leaves what a program frees resident for the next request. Small remainders of aligned blocks keep free neighbours apart, so
-large blocks find less and less room between them and the heap grows, by several times what a step needs. Giving free pages back
-costs time (they come back zeroed, one by one), so it is done only when the budget requires it.
-
-With GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0 in the environment, which only the start of a process can set,
-the heap hardly grows at all.
+glibc leaves what a program frees resident for the next request. Before version 2.38 it also caches the remainders of aligned
+blocks, which keeps their free neighbours apart: large blocks find no room between them, and the heap grows, by several times what
+a step needs. The environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which only the start of a process can set, ends
+that; the command line sets it. Without it, free pages are given back, which costs time because they come back one by one, and so
+is done only when the budget requires it.
 """
 
 import ctypes
+import logging
 import os
 import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
-
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
-
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    """The C library, if it is a glibc (2.33 or later) whose heap can be asked and trimmed."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    if not (hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim")):
-        return None
-    library.mallinfo2.restype = _Mallinfo2
-    return library
-
-
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+_STATM = Path("/proc/self/statm")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,10 +29,12 @@ class Heap:
     def trim(self) -> None:
         """Give free memory back if the process is above the limit; to be called between steps."""
         library = _glibc()
-        if library is not None and _resident() > self.limit:
-            library.malloc_trim(0)
-            # Where more is in use than was foreseen, elsewhere in the process: leave room for a step, or each would trim.
-            self.limit = max(self.limit, _resident() + self.margin)
+        if library is None or _resident() <= self.limit:
+            return
+        library.malloc_trim(0)
+        # Where more is in use than was foreseen, elsewhere in the process: leave room for a step, or each would trim.
+        self.limit = max(self.limit, _resident() + self.margin)
+        _tell_once()
 
 
 def watch(budget: int, margin: int) -> Heap | None:
@@ -62,6 +43,36 @@ def watch(budget: int, margin: int) -> Heap | None:
     None where the system or its C library gives no hold of the heap.
     """
     library = _glibc()
-    if library is None or not os.path.exists("/proc/self/statm"):
+    if library is None or not _STATM.exists():
         return None
     return Heap(_resident() - library.mallinfo2().fordblks + budget - margin, margin)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefgh", "fordblks", "keepcost")]  # fordblks: free bytes
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is a glibc whose heap can be asked and trimmed."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallinfo2") and hasattr(library, "malloc_trim")):
+        return None
+    library.mallinfo2.restype = _Mallinfo2
+    return library
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _tell_once() -> None:
+    if "tcache_count" not in os.environ.get("GLIBC_TUNABLES", ""):
+        _logger.warning(
+            "To stay within memory_budget, free memory is given back to the system, which takes time. With a glibc before 2.38 it "
+            "need not be: start Python with the environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0"
+        )

@@ -119,8 +119,9 @@ class StreamingCNN(nn.Module):
         seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
         memory_format, autocast_dtype = _memory_format(device, dtype), torch.get_autocast_dtype(device.type)
         store = Store(plan.map_place, self.scratch_dir)
-        on_budget = self.memory_budget is not None and device.type == "cpu"
-        heap = watch(self.memory_budget, plan.predicted_bytes["allocator"] * 3 // 4) if on_budget else None
+        heap = None
+        if self.memory_budget is not None and device.type == "cpu":
+            heap = watch(self.memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
         assert isinstance(image, (Tensor, LazyImage))
 
         def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
@@ -137,7 +138,11 @@ class StreamingCNN(nn.Module):
             weights = [_in_format(values[name], memory_format) for name in stage.weights]
             context = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast)
             carries = Store(plan.carry_place, self.scratch_dir)
-            settings = (found.carry_sizes if not autocast else {}, found.recorded, heap)  # autocast gives pieces other dtypes
+            settings = (
+                found.carry_sizes if not autocast else {},
+                found.recorded,
+                heap,
+            )  # autocast gives pieces other dtypes
             job = Job(found.grid, sources, stage.weights, seed, store, carries, *settings, context, self.progress)
             return scan(job, inputs, weights)
 

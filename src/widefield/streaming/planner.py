@@ -136,7 +136,7 @@ def _bytes(choice: _Choice, wish: Wish, carries: Place) -> int:
     """Memory that a stage needs beyond what depends on no tile."""
     footprint = choice.footprint
     if not wish.training:
-        return footprint.row_of_carries + footprint.forward
+        return footprint.row_of_carries + int(footprint.forward * (1 + wish.heap_excess[0]))
     saved = footprint.carry_bytes if carries == "device" else footprint.row_of_carries
     return saved + int(footprint.backward * (1 + wish.heap_excess[0]))
 
@@ -216,7 +216,7 @@ def _draft(program: Program, wish: Wish, choice: tuple[_Choice, ...], maps: Plac
         "outputs": outputs,
         "maps": map_bytes if maps == "device" else 0,
         "plain": program.plain_bytes,
-        "allocator": int(step * wish.heap_excess[0]) if wish.training else 0,
+        "allocator": int(step * wish.heap_excess[0]),
     }
     return _Draft(choice, maps, carries, sizes, map_bytes)
 
