@@ -15,6 +15,7 @@ from torch import Tensor
 from widefield.streaming.captured import Captured, Node, Ref
 
 aten = torch.ops.aten
+_LEAST_MAP = 16  # times the size of a weight: for a smaller map a folded copy costs memory and saves little time
 _NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
 
 
@@ -38,7 +39,7 @@ def fold_batch_norms(captured: Captured) -> tuple[Node, ...]:
             result.append(node)
             continue
         weight_shape = _weight_shape(captured, by_name, conv)
-        if prod(weight_shape) > prod(node.shape):  # a folded copy of the weight would cost more than the map
+        if _LEAST_MAP * prod(weight_shape) > prod(node.shape):
             result.append(node)
             continue
         gamma, beta, mean, var = node.args[1:5]
