@@ -182,7 +182,7 @@ class Footprint:
             result = value.op in _NEED_RESULT and not value.rectified
             held[v] = value.pixel_bytes * (needed[v] or (result and not buffered[v])) * (not value.view or buffered[v])
             new[v] = value.pixel_bytes * (result and bool(buffered[v]))
-            if value.op == "aten.max_pool2d_with_indices":
+            if value.op.startswith("aten.max_pool2d"):
                 new[v] += value.pixel_bytes / value.dtype.itemsize * _INDEX_BYTES
             elif "dropout" in value.op:  # the mask
                 new[v] += value.pixel_bytes
