@@ -19,7 +19,10 @@ _HOME = {
     "BaseModule": "modules",
     "StreamingModule": "modules",
     "ImageNetClassifier": "modules",
+    "StreamingConstructor": "modules",
     "StreamingResNet": "models.resnet",
+    "StreamingConvNeXt": "models.convnext",
+    "StreamingTimm": "models.streaming_timm",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -10,9 +10,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from widefield.models.names import TIMM_PREFIX
 from widefield.models.plain import make_model
-from widefield.models.resnet.resnet import IMAGENET_MEAN, IMAGENET_STD, split_resnet
+from widefield.models.resnet.resnet import split_resnet
 from widefield.models.torch_file import read_torch_file
 from widefield.modules import ImageNetClassifier
+from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 from widefield.streaming import split
 
 Pooling = Literal["average", "max"]

@@ -1,5 +1,6 @@
 """Plain networks by name, before they are split and streamed."""
 
+from typing import Any
 from urllib.error import URLError
 
 import torchvision.models
@@ -19,23 +20,39 @@ def make_resnet(name: str, num_classes: int, weights: str | None) -> ResNet | Na
         num_classes: Outputs of a network without pretrained weights.
         weights: "DEFAULT", None or a file, as for `StreamingResNet`.
     """
-    if name in NARROW_RESNETS:
-        if weights == "DEFAULT":
-            raise ValueError(f"{name} has no pretrained weights; give weights=None for random ones, or a file")
-        net: ResNet | NarrowResNet = NarrowResNet(*NARROW_RESNETS[name], num_classes)
-    elif weights == "DEFAULT":
-        try:
-            return torchvision.models.get_model(name, weights="DEFAULT")
-        except (URLError, OSError) as error:
-            raise _no_download(name, error) from error
-    else:
-        net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if name not in NARROW_RESNETS:
+        return make_torchvision(name, num_classes, weights)  # type: ignore[return-value]
+    if weights == "DEFAULT":
+        raise ValueError(f"{name} has no pretrained weights; give weights=None for random ones, or a file")
+    net = NarrowResNet(*NARROW_RESNETS[name], num_classes)
     if weights is not None:
         load_weights(net, weights)
     return net
 
 
-def make_timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
+def make_torchvision(name: str, num_classes: int, weights: str | None, **options: Any) -> nn.Module:
+    """The torchvision model `name`: with the last layer of its "DEFAULT" weights, else with `num_classes` outputs."""
+    if weights == "DEFAULT":
+        try:
+            net: nn.Module = torchvision.models.get_model(name, weights="DEFAULT", **options)
+        except (URLError, OSError) as error:
+            raise _no_download(name, error) from error
+        return net
+    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if weights is not None:
+        load_weights(net, weights)
+    return net
+
+
+def new_linear(channels: int, num_classes: int) -> nn.Linear:
+    """A last layer with Xavier-normal weights and no bias at first."""
+    layer = nn.Linear(channels, num_classes)
+    nn.init.xavier_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def make_timm(name: str, num_classes: int, weights: str | None, **options: Any) -> nn.Module:
     """The timm model `name`, with or without the prefix `timm/`, with `num_classes` outputs."""
     import timm  # seconds to import, and most runs don't need it
 
@@ -43,7 +60,7 @@ def make_timm(name: str, num_classes: int, weights: str | None) -> nn.Module:
     if not timm.is_model(short):
         raise unknown_model(name, [TIMM_PREFIX + choice for choice in timm.list_models()])
     try:
-        net: nn.Module = timm.create_model(short, pretrained=weights == "DEFAULT", num_classes=num_classes)
+        net: nn.Module = timm.create_model(short, pretrained=weights == "DEFAULT", num_classes=num_classes, **options)
     except OSError as error:
         raise _no_download(name, error) from error
     if weights not in (None, "DEFAULT"):

@@ -1,14 +1,20 @@
 """The Lightning module under all others: a streamed trunk, a head, a loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from widefield.streaming import LazyImage, StreamingCNN
+from widefield.modules.constructor import StreamingConstructor, without_effect
+from widefield.streaming import LazyImage
+from widefield.streaming.budget import parse_tile_size
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -36,6 +42,8 @@ class BaseModule(pl.LightningModule):
         memory_budget, mean, std, value_range: See `StreamingCNN`.
         lr: Learning rate of the AdamW that `configure_optimizers` returns.
         weight_decay: Its weight decay.
+        tile_cache_dir, tile_cache_fname: Without effect: there is nothing to cache.
+        options: Those of `StreamingConstructor`.
     """
 
     train_metrics: MetricCollection | None
@@ -57,18 +65,24 @@ class BaseModule(pl.LightningModule):
         value_range: tuple[float, float] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        tile_cache_dir: Any = None,
+        tile_cache_fname: str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.stream_network = StreamingCNN(
-            stream_network, tile_size, memory_budget=memory_budget, mean=mean, std=std, value_range=value_range
-        )
+        options = {"mean": mean, "std": std, "memory_budget": memory_budget, "value_range": value_range, **options}
+        self.stream_network = StreamingConstructor(stream_network, tile_size, **options).prepare_streaming_model()
         self.head = head
         self.loss_fn = loss_fn
         self.train_streaming_layers = train_streaming_layers
         if not train_streaming_layers:
             self.stream_network.requires_grad_(False)
+        if tile_cache_dir is not None or tile_cache_fname is not None:
+            without_effect("tile_cache_dir, tile_cache_fname")
         self.lr = lr
         self.weight_decay = weight_decay
+        self._extra_params: list[nn.Parameter] = []
+        self._pending: list[ref[_Recorded]] = []
         for phase in ("train", "val", "test"):
             setattr(self, f"{phase}_metrics", _for_phase(metrics, phase))
 
@@ -80,6 +94,130 @@ class BaseModule(pl.LightningModule):
         if isinstance(maps, list):
             return torch.cat([self.forward_head(one) for one in maps])
         return self.forward_head(maps)
+
+    def forward_streaming(self, x: Any) -> Any:
+        """The trunk's map of `x`, cut off from the trunk: a leaf of autograd that requires grad if the trunk trains.
+
+        `backward_streaming` brings the leaf's gradient to the trunk, and so does `backward`. Of a list, a list. While streaming is
+        disabled it is the plain trunk's map, and autograd goes on to the trunk by itself.
+        """
+        if isinstance(x, (list, tuple)):
+            return [self.forward_streaming(one) for one in x]
+        if not self.use_streaming:
+            return self.stream_network(x)
+        trains = torch.is_grad_enabled() and self.train_streaming_layers
+        with torch.set_grad_enabled(trains):
+            fmap = self.stream_network(x)
+        leaf: Tensor = fmap.detach()
+        if trains and fmap.requires_grad:
+            leaf.requires_grad_()
+            recorded = _Recorded(x, fmap)
+            leaf.register_post_accumulate_grad_hook(recorded.take_gradient)  # the leaf keeps it alive, and nobody else
+            self._pending = [*(waiting for waiting in self._pending if waiting() is not None), ref(recorded)]
+        return leaf
+
+    def backward_streaming(self, image: Any, gradient: Tensor | None) -> None:
+        """The trunk's backward pass for `image`, of whose map `gradient` is the gradient; nothing if the trunk does not train.
+
+        What `forward_streaming` recorded of the same image is used; without it, the image is streamed once more.
+        """
+        if not self.train_streaming_layers:
+            return
+        if gradient is None:
+            raise ValueError(
+                "backward_streaming got no gradient (None): call loss.backward() first, on a loss that depends on the map that "
+                "forward_streaming returned while requires_grad was set"
+            )
+        for k, waiting in reversed(list(enumerate(self._pending))):
+            recorded = waiting()
+            if recorded is not None and recorded.image is image:
+                del self._pending[k]
+                recorded.fmap.backward(gradient)
+                return
+        self.stream_network.backward(image, gradient)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's backward pass, then the trunk's for every map of `forward_streaming` that waits for it."""
+        super().backward(loss, *args, **kwargs)
+        pending, self._pending = self._pending, []
+        for recorded in filter(None, (waiting() for waiting in pending)):
+            if recorded.gradient is not None:
+                recorded.fmap.backward(recorded.gradient)
+
+    @property
+    def use_streaming(self) -> bool:
+        """Whether the trunk streams; else it runs on whole images."""
+        return self.stream_network.enabled
+
+    @use_streaming.setter
+    def use_streaming(self, value: bool) -> None:
+        self.stream_network.enabled = bool(value)
+
+    def disable_streaming_hooks(self) -> None:
+        """Run the trunk on whole images."""
+        self.stream_network.disable()
+
+    def enable_streaming_hooks(self) -> None:
+        """Stream again."""
+        self.stream_network.enable()
+
+    @property
+    def tile_size(self) -> tuple[int, int | None] | None:
+        """Height and width of a tile in pixels; see `StreamingCNN`."""
+        return self.stream_network.tile_size
+
+    @tile_size.setter
+    def tile_size(self, value: int | tuple[int, int | None] | None) -> None:
+        self.stream_network.tile_size = parse_tile_size(value)
+
+    def configure_tile_stride(self) -> npt.NDArray[np.int64]:
+        """Distance between tiles in pixels, (height, width): the tile itself, because tiles do not overlap.
+
+        Raises:
+            ValueError: There is no tile size of two numbers, because the engine chooses the tile, or it is a strip.
+        """
+        if self.tile_size is None or self.tile_size[1] is None:
+            raise ValueError(
+                f"tile_size={self.tile_size} has no height and width; ask stream_network.plan(shape).tile_size"
+            )
+        return np.array(self.tile_size, dtype=np.int64)
+
+    def freeze_streaming_normalization_layers(self) -> None:
+        """Put the trunk's norm layers with running statistics in evaluation mode, as they are computed when the trunk streams.
+
+        Not with `batch_statistics="exact"`, which depends on their mode.
+        """
+        if self.stream_network.batch_statistics == "exact":
+            return
+        for part in self.stream_network.modules():
+            if getattr(part, "track_running_stats", False):
+                part.eval()
+
+    def on_train_epoch_start(self) -> None:
+        self.freeze_streaming_normalization_layers()
+
+    def on_train_start(self) -> None:
+        self.on_training_start()
+
+    def on_training_start(self) -> None:
+        """Another name of `on_train_start`, for those who override it."""
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        """All parameters that require a gradient, and those of `extend_trainable_params`."""
+        parameters = (*self.parameters(), *self._extra_params)
+        return list({id(parameter): parameter for parameter in parameters if parameter.requires_grad}.values())
+
+    def extend_trainable_params(self, params: Iterable[nn.Parameter]) -> None:
+        """Train these too, which are parameters of no part of this module."""
+        self._extra_params += params
+
+    def save_tile_cache_if_needed(self, overwrite: bool = False) -> None:
+        """Nothing: there is no cache, so none can change a result."""
+        without_effect("save_tile_cache_if_needed")
+
+    def load_tile_cache_if_needed(self, use_tile_cache: bool = True) -> None:
+        """Nothing: there is no cache, so none can change a result."""
+        without_effect("load_tile_cache_if_needed")
 
     def forward_head(self, x: Tensor) -> Any:
         """The head of the trunk's map `x`, or `x` itself if there is no head."""
@@ -103,12 +241,12 @@ class BaseModule(pl.LightningModule):
         return self.predictions(self(batch[0] if _has_targets(batch) else batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the parameters that require a gradient.
+        """AdamW over `get_trainable_params()`.
 
         Raises:
             ValueError: There are none.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        parameters = self.get_trainable_params()
         if not parameters:
             raise ValueError(
                 "no parameter of this module requires a gradient, so there is nothing to train; "
@@ -117,8 +255,8 @@ class BaseModule(pl.LightningModule):
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move tensors; leave lazy images alone, which the trunk reads tile by tile."""
-        if _is_lazy(batch):
+        """Move tensors; leave images alone, which the trunk reads tile by tile (tensors with `copy_to_gpu=True` are moved)."""
+        if _is_lazy(batch) or (_is_image(batch) and self.use_streaming and not self.stream_network.copy_to_gpu):
             return batch
         if type(batch) in (list, tuple):
             return type(batch)(self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch)
@@ -141,6 +279,18 @@ class BaseModule(pl.LightningModule):
         return loss
 
 
+@dataclass(eq=False)
+class _Recorded:
+    """What `forward_streaming` has recorded of an image: its map, to which `gradient`, that of the leaf, has to be brought."""
+
+    image: Any
+    fmap: Tensor
+    gradient: Tensor | None = None
+
+    def take_gradient(self, leaf: Tensor) -> None:
+        self.gradient = leaf.grad
+
+
 def _for_phase(metrics: Metric | MetricCollection | None, phase: str) -> MetricCollection | None:
     if metrics is None:
         return None
@@ -150,6 +300,10 @@ def _for_phase(metrics: Metric | MetricCollection | None, phase: str) -> MetricC
 
 def _is_lazy(part: Any) -> bool:
     return not isinstance(part, Tensor) and isinstance(part, LazyImage)
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim == 4
 
 
 def _has_targets(batch: Any) -> bool:

@@ -20,7 +20,7 @@ class ImageNetClassifier(StreamingModule):
         stream_net: nn.Module,
         head: nn.Module,
         tile_size: int | tuple[int, int | None] | None,
-        loss_fn: Loss,
+        loss_fn: Loss | None,
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         **options: Any,

@@ -23,7 +23,7 @@ class StreamingModule(BaseModule):
         stream_network: nn.Module,
         head: nn.Module,
         tile_size: int | tuple[int, int | None] | None,
-        loss_fn: Loss,
+        loss_fn: Loss | None,
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         **options: Any,

@@ -37,10 +37,14 @@ def parse_bytes(value: Any) -> int | None:
 
 
 def parse_tile_size(value: Any) -> tuple[int, int | None] | None:
-    """`tile_size` as (height, width): from None, an int, a pair, or (height, None) for full-width strips. Raises ValueError."""
+    """`tile_size` as (height, width): from None, an int, a pair, (height, None) for full-width strips, or the shape of a tile
+    (1, channels, height, width). Raises ValueError.
+    """
     if value is None:
         return None
     pair = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(pair, (tuple, list)) and len(pair) == 4 and pair[0] == 1:
+        pair = pair[2:]
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         height, width = pair
         if _positive(height) and (width is None or _positive(width)):

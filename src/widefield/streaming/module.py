@@ -1,11 +1,12 @@
 """The module that users hold: a network that streams the images it is called on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class StreamingCNN(nn.Module):
         maps: where maps between stages live (a model with operations over the whole image has several stages): "device", "host",
             or "file", a file that goes with the run. None: on the device, unless the memory is too small for them.
         scratch_dir: folder for such files. None: the system's folder for temporary files, which may be in memory.
+        saliency: keep the gradient of the last image tensor, a tensor like it in host memory, as `.saliency_map`.
+        deterministic: run forward and backward passes with deterministic algorithms only (`torch.use_deterministic_algorithms`).
+        copy_to_gpu: move an image tensor to the device of the module as a whole, not tile by tile.
         unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
             all that depends on it, on whole maps.
 
@@ -71,6 +75,9 @@ class StreamingCNN(nn.Module):
         batch_statistics: Literal["frozen", "exact"] = "frozen",
         maps: Place | None = None,
         scratch_dir: str | os.PathLike[str] | None = None,
+        saliency: bool = False,
+        deterministic: bool = False,
+        copy_to_gpu: bool = False,
         unsupported: Literal["raise", "run_whole"] = "raise",
     ) -> None:
         super().__init__()
@@ -91,13 +98,16 @@ class StreamingCNN(nn.Module):
         self.batch_statistics = batch_statistics
         self.maps = maps
         self.scratch_dir = None if scratch_dir is None else os.fspath(scratch_dir)
+        self.saliency, self.deterministic, self.copy_to_gpu = saliency, deterministic, copy_to_gpu
+        self.saliency_map: Tensor | None = None
         self.unsupported = unsupported
+        self.enabled = True
         self.progress: Progress | None = None
         self._programs = Programs()
         self._plans: WeakKeyDictionary[Program, dict[Wish, tuple[Plan, tuple[Scan, ...]]]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": None, "_plans": None, "progress": None}
+        return {**self.__dict__, "_programs": None, "_plans": None, "progress": None, "saliency_map": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -112,17 +122,22 @@ class StreamingCNN(nn.Module):
             return self._as_batch(image) if self.batch_statistics == "exact" and image else [self(one) for one in image]
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
+        if isinstance(image, Tensor):
+            image = self._watched(image.to(device) if self.copy_to_gpu else image)
+        assert isinstance(image, (Tensor, LazyImage))
+        if not self.enabled:
+            return self._whole(Source(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
         autocast = torch.is_autocast_enabled(device.type)
         program = self._program(shape, dtype, autocast)
         trains = isinstance(image, Tensor) and image.requires_grad
         plan, scans = self._planned(program, device, trains)
         seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
-        memory_format, autocast_dtype = _memory_format(device, dtype), torch.get_autocast_dtype(device.type)
+        memory_format = _memory_format(device, dtype)
+        context = partial(_as_now, device.type, torch.get_autocast_dtype(device.type), autocast, self.deterministic)
         store = Store(plan.map_place, self.scratch_dir)
         heap = None
         if self.memory_budget is not None and device.type == "cpu":
             heap = watch(self.memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
-        assert isinstance(image, (Tensor, LazyImage))
 
         def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
             sources, inputs = [], []
@@ -136,7 +151,6 @@ class StreamingCNN(nn.Module):
                     sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
                     inputs.append(tensor)
             weights = [_in_format(values[name], memory_format) for name in stage.weights]
-            context = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast)
             carries = Store(plan.carry_place, self.scratch_dir)
             settings = (
                 found.carry_sizes if not autocast else {},
@@ -144,7 +158,8 @@ class StreamingCNN(nn.Module):
                 heap,
             )  # autocast gives pieces other dtypes
             job = Job(found.grid, sources, stage.weights, seed, store, carries, *settings, context, self.progress)
-            return scan(job, inputs, weights)
+            with context():
+                return scan(job, inputs, weights)
 
         values, remaining = self._bind(program, device), iter(scans)
         for item, last_reads in zip(program.items, program.last_reads, strict=True):
@@ -157,6 +172,44 @@ class StreamingCNN(nn.Module):
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
         return pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+
+    def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
+        """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
+
+        The result is computed once more for it. `self(image).backward(grad)` adds the same, and computes it once.
+        """
+        with torch.enable_grad():
+            self(image).backward(grad)
+
+    def disable(self) -> None:
+        """Run the plain module on whole images from now on; layers that keep running statistics are evaluated with them still."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Stream again."""
+        self.enabled = True
+
+    def _whole(self, pixels: Tensor, dtype: torch.dtype) -> Any:
+        """The plain module on a whole image, its norm layers as they are when it is streamed."""
+        training = [
+            part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)
+        ]
+        frozen = training if self.batch_statistics == "frozen" else []
+        try:
+            for part in frozen:
+                part.training = False
+            return self.module(self.normalisation.apply(pixels, dtype))
+        finally:
+            for part in frozen:
+                part.training = True
+
+    def _watched(self, image: Tensor) -> Tensor:
+        """`image`, whose gradient becomes `saliency_map` if that is wanted."""
+        if not (self.saliency and torch.is_grad_enabled() and image.is_floating_point()):
+            return image
+        image = image.view_as(image) if image.requires_grad else image.detach().requires_grad_()
+        image.register_hook(partial(_keep_saliency, ref(self)))
+        return image
 
     def _as_batch(self, images: Sequence[Any]) -> list[Any]:
         """The results of `images`, normalised by the statistics of all of them."""
@@ -303,6 +356,25 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return grads
+
+
+@contextmanager
+def _as_now(device_type: str, autocast_dtype: torch.dtype, autocast: bool, deterministic: bool) -> Iterator[None]:
+    """The settings of the forward pass, for a part of it or of its backward pass."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast):
+            yield
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(was, warn_only=warned)
+
+
+def _keep_saliency(network: "ref[StreamingCNN]", gradient: Tensor) -> None:
+    if (found := network()) is not None:
+        found.saliency_map = gradient.cpu()
 
 
 def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:

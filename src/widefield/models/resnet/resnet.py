@@ -1,18 +1,18 @@
 """ResNets that stream."""
 
+import copy
 from typing import Any
 
+import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchvision.models import ResNet
 
 from widefield.models.names import RESNETS, unknown_model
-from widefield.models.plain import make_resnet
+from widefield.models.plain import make_resnet, new_linear
 from widefield.modules import ImageNetClassifier
 from widefield.modules.base import Loss
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 
 
 def split_resnet(net: ResNet, num_classes: int | None = None) -> tuple[nn.Sequential, nn.Sequential]:
@@ -27,9 +27,7 @@ def split_resnet(net: ResNet, num_classes: int | None = None) -> tuple[nn.Sequen
         The trunk, from an image (N, 3, H, W) to a map (N, C, H/32, W/32), and the head, from the map to (N, num_classes).
     """
     if num_classes is not None and num_classes != net.fc.out_features:
-        net.fc = nn.Linear(net.fc.in_features, num_classes)
-        nn.init.xavier_normal_(net.fc.weight)
-        nn.init.zeros_(net.fc.bias)
+        net.fc = new_linear(net.fc.in_features, num_classes)
     trunk = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
     return trunk, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)
 
@@ -38,7 +36,7 @@ class StreamingResNet(ImageNetClassifier):
     """Any torchvision ResNet, or a narrow one, whose trunk streams.
 
     Args:
-        model_name: One of `StreamingResNet.model_choices`.
+        model_name: One of `StreamingResNet.model_choices`; `encoder` is another name of this argument.
         tile_size: See `StreamingCNN`; None lets the engine choose.
         loss_fn: Called as `loss_fn(logits, targets)`.
         train_streaming_layers: False freezes the trunk.
@@ -46,6 +44,8 @@ class StreamingResNet(ImageNetClassifier):
         num_classes: Outputs. Other than the weights' own number makes a new last layer.
         weights: "DEFAULT" for torchvision's best ImageNet weights, None for random ones, or a file that
             `widefield.models.load_weights` reads.
+        additional_modules: Streamed behind the last layer of the trunk.
+        remove_last_block: Leave `layer4` out.
         options: Those of `BaseModule`; `mean` and `std` are ImageNet's by default.
 
     Raises:
@@ -57,17 +57,39 @@ class StreamingResNet(ImageNetClassifier):
 
     def __init__(
         self,
-        model_name: str,
-        tile_size: int | tuple[int, int | None] | None,
-        loss_fn: Loss,
+        model_name: str | None = None,
+        tile_size: int | tuple[int, int | None] | None = None,
+        loss_fn: Loss | None = None,
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         num_classes: int = 1000,
         weights: str | None = "DEFAULT",
+        *,
+        encoder: str | None = None,
+        additional_modules: nn.Module | None = None,
+        remove_last_block: bool = False,
         **options: Any,
     ) -> None:
-        if model_name not in self.model_choices:
-            raise unknown_model(model_name, self.model_choices)
-        trunk, head = split_resnet(make_resnet(model_name, num_classes, weights), num_classes)
+        if (model_name is None) == (encoder is None):
+            raise ValueError(
+                f"give model_name or encoder, one of them: got model_name={model_name!r}, encoder={encoder!r}"
+            )
+        name = model_name or encoder or ""
+        if name not in self.model_choices:
+            raise unknown_model(name, self.model_choices)
+        trunk, head = split_resnet(make_resnet(name, num_classes, weights), num_classes)
+        if remove_last_block:
+            trunk = trunk[:-1]
+        if additional_modules is not None:
+            trunk.append(additional_modules)
+        channels = _channels(trunk)
+        if channels != head[-1].in_features:
+            head[-1] = new_linear(channels, num_classes)
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+
+
+def _channels(trunk: nn.Module) -> int:
+    """Channels of the trunk's map."""
+    with torch.no_grad():
+        return int(copy.deepcopy(trunk).eval()(torch.zeros(1, 3, 64, 64)).shape[1])
