@@ -24,7 +24,7 @@ from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
 from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.shapes import groups, reshape
-from widefield.streaming.stages import cut, is_view, size_of
+from widefield.streaming.stages import cut, is_view, size_of, weight_size
 
 aten = torch.ops.aten
 
@@ -233,7 +233,7 @@ class _Sorter:
             streamed / max(1, streamed + whole),
             sum(map(size_of, of_image)),
             sum(size_of(node) for node in plain if self.levels[node.name] == 0),
-            sum(torch.Size(self.maps.shapes[name]).numel() * dtypes.get(name, torch.float32).itemsize for name in used),
+            sum(weight_size(name, self.maps, dtypes) for name in used),
             tuple(self.refused),
             any("dropout" in node.op or "bernoulli" in node.op for node in live),
         )

@@ -127,7 +127,7 @@ def _stage(
                 name in rectified,
                 reduction,
                 parts_of(node) if reduction else (),
-                sum(torch.Size(maps.shapes[name]).numel() * dtypes[name].itemsize for name in weights),
+                sum(weight_size(name, maps, dtypes) for name in weights),
             )
         )
     return Stage(
@@ -179,6 +179,11 @@ def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
 def size_of(node: Node) -> int:
     """Bytes of a node's result, none for views."""
     return 0 if is_view(node) else torch.Size(node.shape).numel() * node.dtype.itemsize
+
+
+def weight_size(name: str, maps: Maps, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes of what a stage uses as a weight; parts of reductions, whose dtype is not known here, are taken for float32."""
+    return torch.Size(maps.shapes[name]).numel() * dtypes.get(name, torch.float32).itemsize
 
 
 def is_view(node: Node) -> bool:
