@@ -1,6 +1,7 @@
 """What users of lightstream write, trained by Lightning, equals the plain model trained by plain PyTorch."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,7 +37,14 @@ def make_batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.rand(3, h, w, generator=generator).double(), torch.tensor(k % 2)) for k, (h, w) in enumerate(sizes)]
 
 
-class Plain(StreamingModule):
+class Inherits(StreamingModule):
+    """The step of `BaseModule`, on every process's share of the batches: of two, the first has images 0 and 2."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(make_batches()[self.trainer.global_rank :: self.trainer.world_size])  # type: ignore[arg-type]
+
+
+class Plain(Inherits):
     """As the page has it: a forward of its own, and a backward that calls `backward_streaming`."""
 
     def forward(self, x: Any) -> Any:
@@ -58,7 +66,7 @@ class Plain(StreamingModule):
         del self.str_output
 
 
-class NoBackward(StreamingModule):
+class NoBackward(Inherits):
     """Cut in two, and nothing is overridden that brings the gradient to the trunk. A hook does not call super."""
 
     def on_train_epoch_start(self) -> None:
@@ -69,7 +77,7 @@ class NoBackward(StreamingModule):
         return self.loss_fn(self.forward_head(self.forward_streaming(image)), target)
 
 
-class OneGraph(StreamingModule):
+class OneGraph(Inherits):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         image, target = batch
         return self.loss_fn(self.head(self.stream_network(image)), target)
@@ -83,30 +91,48 @@ def train(module: pl.LightningModule, **options: Any) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        use_distributed_sampler=False,
         **options,
     )
-    trainer.fit(module, DataLoader(make_batches()))  # type: ignore[arg-type]
+    trainer.fit(module)
 
 
-def train_plainly(trains: bool) -> tuple[nn.Module, nn.Module]:
+def train_plainly(trains: bool, together: int = 1) -> tuple[nn.Module, nn.Module]:
+    """The plain model after two epochs; `together` images per step, whose losses are averaged."""
     trunk, head = make_trunk().eval(), make_head()
     trunk.requires_grad_(trains)
     parameters = [p for p in (*trunk.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     for _ in range(2):
-        for image, target in make_batches():
+        batches = make_batches()
+        for k in range(0, len(batches), together):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(head(trunk(image[None])), target[None]).backward()
+            for image, target in batches[k : k + together]:
+                (nn.functional.cross_entropy(head(trunk(image[None])), target[None]) / together).backward()
             optimizer.step()
     return trunk, head
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize("kind", [Plain, NoBackward, OneGraph, StreamingModule])
+@pytest.mark.parametrize("kind", [Plain, NoBackward, OneGraph, Inherits])
 def test_trains_as_plain_pytorch(kind: type[StreamingModule], trains: bool) -> None:
     module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, train_streaming_layers=trains, lr=1e-2)
     train(module)
-    trunk, head = train_plainly(trains)
+    assert_trained(module, *train_plainly(trains))
+
+
+@pytest.mark.parametrize("kind", [Plain, NoBackward, OneGraph])
+def test_two_processes_train_as_one_on_both_images(
+    kind: type[StreamingModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module
+    module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, lr=1e-2)
+    train(module, strategy="ddp_spawn", devices=2, default_root_dir=tmp_path)
+    assert_trained(module, *train_plainly(True, together=2))
+
+
+def assert_trained(module: StreamingModule, trunk: nn.Module, head: nn.Module) -> None:
     for (name, right), value in zip(
         trunk.state_dict().items(), module.stream_network.module.state_dict().values(), strict=True
     ):
