@@ -37,6 +37,8 @@ _SETTINGS = (
     "2",
     "--epochs",
     str(_EPOCHS),
+    "--memory-budget",  # without it, all the memory that is free would be used to save time
+    "256MiB",
 )
 _SHOWN = 6
 """Overlays in the report."""
