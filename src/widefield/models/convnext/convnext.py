@@ -15,7 +15,7 @@ from widefield.streaming import split
 _TORCHVISION = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 _TIMM = tuple(
     f"convnext_{size}"
-    for size in (*("atto", "atto_ols", "femto", "femto_ols", "pico", "pico_ols", "nano", "nano_ols", "tiny_hnf"),)
+    for size in "atto atto_ols femto femto_ols pico pico_ols nano nano_ols tiny_hnf".split()  # noqa: SIM905
 )
 _DROPPED = 0.1  # share of the deepest block's residuals, as torchvision has it for ConvNeXt-T
 
