@@ -257,6 +257,8 @@ def test_images_stay_where_they_are_unless_wanted() -> None:
         module = BaseModule(make_trunk(), tile_size=32, copy_to_gpu=copied)
         moved = module.transfer_batch_to_device(batch, meta, 0)
         assert [part.device.type for part in moved] == ["meta" if copied else "cpu", "meta"]
+        moved = module.transfer_batch_to_device((image[None], image[None]), meta, 0)
+        assert moved[1].device.type == "meta", "a target as large as an image is no image"
 
 
 def test_names_that_lightstream_users_know() -> None:

@@ -258,6 +258,10 @@ class BaseModule(pl.LightningModule):
         """Move tensors; leave images alone, which the trunk reads tile by tile (tensors with `copy_to_gpu=True` are moved)."""
         if _is_lazy(batch) or (_is_image(batch) and self.use_streaming and not self.stream_network.copy_to_gpu):
             return batch
+        if type(batch) in (list, tuple) and len(batch) == 2 and _is_image(batch[1]):  # a target as large as an image
+            image, target = batch
+            moved = super().transfer_batch_to_device(target, device, dataloader_idx)
+            return type(batch)((self.transfer_batch_to_device(image, device, dataloader_idx), moved))
         if type(batch) in (list, tuple):
             return type(batch)(self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
