@@ -20,6 +20,8 @@ _HOME = {
     "StreamingModule": "modules",
     "ImageNetClassifier": "modules",
     "StreamingConstructor": "modules",
+    "AtomicCheckpointIO": "modules",
+    "RandomState": "modules",
     "StreamingResNet": "models.resnet",
     "StreamingConvNeXt": "models.convnext",
     "StreamingTimm": "models.streaming_timm",

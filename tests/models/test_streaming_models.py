@@ -1,12 +1,17 @@
 """Networks by name, as lightstream has them, and any of timm's."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 import widefield
+from widefield.models import Classifier
 from widefield.models.convnext import StreamingConvNeXt, StreamingConvnext
 from widefield.models.resnet import StreamingResNet
 from widefield.models.streaming_timm import StreamingTimm
@@ -71,3 +76,36 @@ def test_timm() -> None:
     equals_plain(module)
     with pytest.raises(ValueError, match="resnet10t"):
         StreamingTimm("resnet10tt", weights=None)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "plain"),
+    [
+        (
+            lambda: StreamingResNet("resnet50", num_classes=3, weights=None),
+            lambda: torchvision.models.resnet50(num_classes=3),
+        ),
+        (
+            lambda: StreamingConvNeXt("convnext_tiny", num_classes=3, weights=None),
+            lambda: torchvision.models.convnext_tiny(num_classes=3),
+        ),
+        (
+            lambda: Classifier("resnet18", "abc"),
+            lambda: torchvision.models.resnet18(num_classes=3),
+        ),
+        (
+            lambda: Classifier("timm/resnet18", "abc"),
+            lambda: timm.create_model("resnet18", num_classes=3),
+        ),
+        (
+            lambda: StreamingTimm("efficientnet_lite0", num_classes=3, weights=None),
+            lambda: timm.create_model("efficientnet_lite0", num_classes=3),
+        ),
+    ],
+    ids=["resnet50", "convnext_tiny", "classifier", "timm classifier", "timm"],
+)
+def test_weights_load_strictly_into_the_plain_model(
+    streaming: Callable[[], ImageNetClassifier], plain: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    torch.save(streaming().plain_state_dict(), tmp_path / "weights.pt")
+    plain().load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)

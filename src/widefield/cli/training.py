@@ -12,11 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from widefield.cli.history import History
 from widefield.cli.progress import StreamingProgress
-from widefield.cli.random_state import RandomState
 from widefield.cli.training_report import write_training_report
 from widefield.data import LabelledImages
 from widefield.models import Classifier
-from widefield.modules import AtomicCheckpointIO
+from widefield.modules import AtomicCheckpointIO, RandomState
 from widefield.reports import PeakMemory
 from widefield.streaming import calibrate_batch_norm
 

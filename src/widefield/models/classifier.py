@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from widefield.models.names import TIMM_PREFIX
 from widefield.models.plain import make_model
-from widefield.models.resnet.resnet import split_resnet
+from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
 from widefield.models.torch_file import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
@@ -76,6 +76,7 @@ class Classifier(ImageNetClassifier):
             weight_decay=weight_decay,
         )
         self.class_names = list(class_names)
+        self.model_name = model_name
         self.save_hyperparameters(
             {
                 "model_name": model_name,
@@ -90,6 +91,12 @@ class Classifier(ImageNetClassifier):
             },
             logger=False,
         )
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights under torchvision's or timm's names, on the CPU."""
+        if self.model_name.startswith(TIMM_PREFIX):
+            return super().plain_state_dict()
+        return resnet_state_dict(self.stream_network.module, self.head)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> "tuple[Classifier, dict[str, Any]]":

@@ -1,5 +1,6 @@
 """The Lightning module under all others: a streamed trunk, a head, a loss."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,12 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from widefield.modules.constructor import StreamingConstructor, without_effect
+from widefield.modules.plain_model import PlainModel
 from widefield.streaming import LazyImage
 from widefield.streaming.budget import parse_tile_size
 
@@ -193,6 +196,14 @@ class BaseModule(pl.LightningModule):
             if getattr(part, "track_running_stats", False):
                 part.eval()
 
+    def setup(self, stage: str) -> None:
+        """Raises ValueError for a strategy that splits parameters among devices."""
+        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} splits parameters among devices, but a streamed trunk needs whole ones at "
+                'every tile; use strategy="ddp". What fills the memory here are maps, and memory_budget bounds those'
+            )
+
     def on_train_epoch_start(self) -> None:
         self.freeze_streaming_normalization_layers()
 
@@ -201,6 +212,24 @@ class BaseModule(pl.LightningModule):
 
     def on_training_start(self) -> None:
         """Another name of `on_train_start`, for those who override it."""
+
+    def plain_model(self) -> PlainModel:
+        """A copy of the model without streaming, in evaluation mode: for `torch.export`, ONNX or other code."""
+        return copy.deepcopy(PlainModel(self.stream_network, self.head)).eval()
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names that they had in the model which was split into trunk and head, on the CPU.
+
+        Raises:
+            ValueError: Trunk and head both have a weight of the same name, so they were not made by splitting one model.
+        """
+        trunk, head = self.stream_network.module.state_dict(), {} if self.head is None else self.head.state_dict()
+        if both := sorted(trunk.keys() & head.keys()):
+            raise ValueError(
+                f"trunk and head both have {both[0]!r}, so there is no one model whose weights these are; "
+                "save stream_network.module.state_dict() and head.state_dict() apart"
+            )
+        return {name: tensor.detach().cpu() for name, tensor in (trunk | head).items()}
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         """All parameters that require a gradient, and those of `extend_trainable_params`."""

@@ -73,21 +73,20 @@ class Normalisation:
         Raises ValueError for a float tile with values above 2 that is to be normalised, unless `value_range` was given: it was
         most likely not scaled to 0..1.
         """
-        integer = not tile.is_floating_point()
-        if integer:
-            top = 1.0 if tile.dtype == torch.bool else float(torch.iinfo(tile.dtype).max)
-            low, high = self.value_range or (0.0, top)
+        unscaled = tile.is_floating_point() and self.mean is not None and self.value_range is None
+        if unscaled and tile.numel() and float(tile.detach().amax()) > 2.0:
+            raise ValueError(
+                f"a float image with values up to {float(tile.detach().amax()):g} is to be normalised with mean={self.mean}, "
+                "std=..., which are meant for values from 0 to 1. Say what its values mean with value_range=(0, 255) or the "
+                "like, or scale the image to 0..1."
+            )
+        return self.unchecked(tile, dtype)
+
+    def unchecked(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        """`apply` as arithmetic alone, which can be traced."""
+        low, high = self.value_range or (0.0, _top(tile.dtype))
+        if not tile.is_floating_point():
             tile = tile.to(dtype)
-        elif self.value_range:
-            low, high = self.value_range
-        else:
-            low, high = 0.0, 1.0
-            if self.mean is not None and tile.numel() and float(tile.detach().amax()) > 2.0:
-                raise ValueError(
-                    f"a float image with values up to {float(tile.detach().amax()):g} is to be normalised with mean={self.mean}, "
-                    "std=..., which are meant for values from 0 to 1. Say what its values mean with value_range=(0, 255) or the "
-                    "like, or scale the image to 0..1."
-                )
         if (low, high) != (0.0, 1.0):
             tile = (tile - low) / (high - low) if low else tile / high
         if self.mean is not None and self.std is not None:
@@ -96,6 +95,11 @@ class Normalisation:
             )
             tile = (tile - mean) / std
         return tile
+
+
+def _top(dtype: torch.dtype) -> float:
+    """The value that stands for 1: the maximum of an integer dtype."""
+    return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
 
 
 @dataclass(frozen=True)

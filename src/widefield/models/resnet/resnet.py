@@ -1,10 +1,11 @@
 """ResNets that stream."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchvision.models import ResNet
 
@@ -13,6 +14,8 @@ from widefield.models.plain import make_resnet, new_linear
 from widefield.modules import ImageNetClassifier
 from widefield.modules.base import Loss
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+
+_TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
 def split_resnet(net: ResNet, num_classes: int | None = None) -> tuple[nn.Sequential, nn.Sequential]:
@@ -28,8 +31,17 @@ def split_resnet(net: ResNet, num_classes: int | None = None) -> tuple[nn.Sequen
     """
     if num_classes is not None and num_classes != net.fc.out_features:
         net.fc = new_linear(net.fc.in_features, num_classes)
-    trunk = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
+    trunk = nn.Sequential(*(net.get_submodule(name) for name in _TRUNK))
     return trunk, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)
+
+
+def resnet_state_dict(trunk: nn.Module, head: nn.Module, names: Sequence[str] = _TRUNK) -> dict[str, Tensor]:
+    """The weights of what `split_resnet` returned, on the CPU, under the names that they have in the ResNet.
+
+    `names` are those of the trunk's layers.
+    """
+    layers = nn.ModuleDict(dict(zip((*names, "fc"), (*trunk.children(), [*head.children()][-1]), strict=True)))
+    return {name: tensor.detach().cpu() for name, tensor in layers.state_dict().items()}
 
 
 class StreamingResNet(ImageNetClassifier):
@@ -78,15 +90,23 @@ class StreamingResNet(ImageNetClassifier):
         if name not in self.model_choices:
             raise unknown_model(name, self.model_choices)
         trunk, head = split_resnet(make_resnet(name, num_classes, weights), num_classes)
+        names = list(_TRUNK)
         if remove_last_block:
             trunk = trunk[:-1]
+            names.pop()
         if additional_modules is not None:
             trunk.append(additional_modules)
+            names.append("additional_modules")
         channels = _channels(trunk)
         if channels != head[-1].in_features:
             head[-1] = new_linear(channels, num_classes)
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+        self._trunk_names = names
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights under torchvision's names, on the CPU; those of `additional_modules` under that name."""
+        return resnet_state_dict(self.stream_network.module, self.head, self._trunk_names)
 
 
 def _channels(trunk: nn.Module) -> int:

@@ -9,8 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from widefield.cli.random_state import RandomState
-from widefield.modules import AtomicCheckpointIO, StreamingModule
+from widefield.modules import AtomicCheckpointIO, RandomState, StreamingModule
 
 
 def train(epochs: int, folder: Path, resume_from: Path | None = None) -> StreamingModule:
