@@ -1,0 +1,32 @@
+"""Configurations in YAML and Python: read, merged, changed from the command line, checked, and built.
+
+Text in, plain data out: `load` reads a file with its bases, `override` lays `path=value` over it, `check_config` compares every
+value with the constructor it is meant for, `build` makes the model, `write_yaml` writes it all down again.
+"""
+
+from widefield.config.build import build
+from widefield.config.check import check_arguments, check_description, check_value
+from widefield.config.config import Config, ConfigError, Origin
+from widefield.config.load import load
+from widefield.config.merge import merge
+from widefield.config.overrides import override
+from widefield.config.sections import Section, Sections, check_config
+from widefield.config.yaml_text import read_yaml, write_yaml
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Origin",
+    "Section",
+    "Sections",
+    "build",
+    "check_arguments",
+    "check_config",
+    "check_description",
+    "check_value",
+    "load",
+    "merge",
+    "override",
+    "read_yaml",
+    "write_yaml",
+]

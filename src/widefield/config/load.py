@@ -1,0 +1,76 @@
+"""Read configuration files, with the files they are based on."""
+
+from pathlib import Path as FilePath
+from typing import Any
+
+from widefield.config.class_paths import with_types
+from widefield.config.config import Config, ConfigError, Path
+from widefield.config.merge import IMPORTS, clashes, merge, settles
+from widefield.config.python_file import read_python
+from widefield.config.yaml_text import read_yaml
+from widefield.registry import suggestion
+
+BASE = "_base_"
+_READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}
+
+
+def load(*files: FilePath | str) -> Config:
+    """The configuration in a YAML or Python file, laid over those that its `_base_` names; of several files, each over the last.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ConfigError: A file cannot be read, the files are based on each other in a circle, or bases say different things.
+    """
+    config = Config({})
+    for file in files:
+        config = merge(config, _load(FilePath(file), ()))
+    return config
+
+
+def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
+    file = file.resolve()
+    if file in below:
+        circle = " -> ".join(_short(one) for one in (*below[below.index(file) :], file))
+        raise ConfigError(f"{BASE}: the files are based on each other in a circle: {circle}")
+    child = with_types(_read(file, below))
+    names = child.data.pop(BASE, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise child.error([((BASE,), f"got {names!r}, expected a file or a list of files")])
+    child.data.update(_absolute_imports(child, file))
+    bases = [_load(file.parent / name, (*below, file)) for name in names]
+    base = Config({})
+    problems: dict[Path, str] = {}
+    for name, other in zip(names, bases, strict=True):
+        for path in clashes(base.data, other.data):
+            if not settles(child.data, path):
+                problems[path] = f"the bases disagree: {base.origin(path)} and {name}; write the value into {file.name}"
+        base = merge(base, other)
+    if problems:
+        raise child.error(problems.items())
+    return merge(base, child)
+
+
+def _read(file: FilePath, below: tuple[FilePath, ...]) -> Config:
+    if not file.is_file():
+        near = suggestion(file.name, (other.name for other in file.parent.glob("*") if other.suffix in _READERS))
+        named = f", which {_short(below[-1])} names as {BASE}," if below else ""
+        raise FileNotFoundError(f"the configuration {file}{named} does not exist; {near}")
+    if file.suffix not in _READERS:
+        raise ConfigError(f"{file} is no configuration; its name must end in {', '.join(_READERS)}")
+    return _READERS[file.suffix](file.read_text(encoding="utf-8"), _short(file))
+
+
+def _short(file: FilePath) -> str:
+    """The path from the working directory, if the file is below it."""
+    return str(file.relative_to(FilePath.cwd())) if file.is_relative_to(FilePath.cwd()) else str(file)
+
+
+def _absolute_imports(config: Config, file: FilePath) -> dict[str, Any]:
+    imports = config.data.get(IMPORTS)
+    if imports is None:
+        return {}
+    imports = [imports] if isinstance(imports, str) else imports
+    if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
+        raise config.error([((IMPORTS,), f"got {imports!r}, expected Python files or modules")])
+    return {IMPORTS: [str(file.parent / name) if name.endswith(".py") else name for name in imports]}

@@ -1,0 +1,86 @@
+"""What becomes of a configuration when another one is laid over it."""
+
+from typing import Any
+
+from widefield.config.config import Config, Path
+
+DELETE = "_delete_"
+IMPORTS = "imports"
+_ABSENT = object()
+
+
+def merge(base: Config, child: Config) -> Config:
+    """`child` over `base`.
+
+    Dictionaries merge key by key; everything else replaces. A dictionary takes nothing from the base where it says
+    `_delete_: true`, or where it names another `type`: the arguments of the old type mean nothing to the new one. Over a list, a
+    dictionary whose keys are indices changes these items alone. The files under `imports` add up.
+
+    Raises:
+        ConfigError: A dictionary over something else, or an index that the list does not have.
+    """
+    merged = _merge(base.data, child.data, (), child)
+    imports = [*base.data.get(IMPORTS, []), *child.data.get(IMPORTS, [])]
+    if imports:
+        merged[IMPORTS] = list(dict.fromkeys(imports))
+    return Config(merged, {**base.origins, **child.origins})
+
+
+def clashes(first: Any, second: Any, path: Path = ()) -> list[Path]:
+    """Paths at which two configurations, neither above the other, say different things."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        shared = [key for key in first if key in second and not (path == () and key == IMPORTS)]
+        return [clash for key in shared for clash in clashes(first[key], second[key], (*path, str(key)))]
+    return [] if first == second and type(first) is type(second) else [path]
+
+
+def settles(data: Any, path: Path) -> bool:
+    """Whether `data`, laid over a configuration, decides the value at `path`."""
+    for key in path:
+        if not isinstance(data, dict) or data.get(DELETE):
+            return True
+        if key not in data:
+            return False
+        data = data[key]
+    return True
+
+
+def _merge(base: Any, child: Any, path: Path, whole: Config) -> Any:
+    if not isinstance(child, dict):
+        return child
+    if child.get(DELETE) or base is _ABSENT or base is None or (isinstance(base, dict) and _changes_type(base, child)):
+        base = {}
+    if isinstance(base, list):
+        return _merge_items(base, child, path, whole)
+    if not isinstance(base, dict):
+        raise whole.error(
+            [
+                (
+                    path,
+                    f"a dictionary over {base!r}; write {DELETE}: true into the dictionary if it shall replace this value",
+                )
+            ]
+        )
+    merged = dict(base)
+    for key, value in child.items():
+        if key != DELETE:
+            merged[key] = _merge(base.get(key, _ABSENT), value, (*path, str(key)), whole)
+    return merged
+
+
+def _changes_type(base: dict[str, Any], child: dict[str, Any]) -> bool:
+    return "type" in base and child.get("type", base["type"]) != base["type"]
+
+
+def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Config) -> list[Any]:
+    merged = list(base)
+    for key, value in child.items():
+        here = (*path, str(key))
+        if not str(key).isdecimal():
+            raise whole.error(
+                [(here, f"the value is a list of {len(base)}; give indices as keys, a list, or {DELETE}: true")]
+            )
+        if int(key) >= len(base):
+            raise whole.error([(here, f"there is no item {key} in a list of {len(base)}; the first item is 0")])
+        merged[int(key)] = _merge(base[int(key)], value, here, whole)
+    return merged

@@ -1,0 +1,89 @@
+"""The top-level keys of a configuration, and what each of them describes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
+from widefield.config.config import Config, Path
+from widefield.registry import ComponentOf, import_object, suggestion
+
+
+@dataclass(frozen=True)
+class Section:
+    """A top-level key whose value is a description.
+
+    Args:
+        component: What a `type` names, if it is a name of the registry.
+        base: Import path of the class of everything else that a `type` may name.
+        default: Import path of the class whose arguments stand here where there is no `type`.
+        given: Arguments that are added when the class is called.
+    """
+
+    component: ComponentOf | None = None
+    base: str | None = None
+    default: str | None = None
+    given: tuple[str, ...] = ()
+
+    def resolve(self, value: Mapping[str, Any]) -> Callable[..., Any] | None:
+        """The class that `value` describes, or None where it names no type and there is no default.
+
+        Raises:
+            ValueError: There is no such class.
+        """
+        name = value.get("type")
+        if name is None:
+            return None if self.default is None else import_object(self.default)
+        if self._is_component(name):
+            assert self.component is not None
+            return self.component.registry.get(name, self.component.kind)
+        assert self.base is not None
+        return find_class(name, import_object(self.base))
+
+    def check(self, value: Any, path: Path) -> list[Problem]:
+        """What is wrong with `value`."""
+        if not isinstance(value, dict):
+            return [(path, f"got {value!r}, expected a dictionary")]
+        if self._is_component(value.get("type")):
+            assert self.component is not None
+            return check_description(value, self.component, path)
+        if "type" in value:
+            assert self.base is not None
+            return check_value(value, import_object(self.base), path)
+        function = self.resolve(value)
+        if function is None:
+            return [(path, "names no type; write which component it is, as in type: ImageClassifier")]
+        return check_arguments(function, value, path, self.given)
+
+    def _is_component(self, name: Any) -> bool:
+        if self.component is None or name is None:
+            return False
+        return self.base is None or name in self.component.registry or "." not in str(name)
+
+
+Sections = Mapping[str, Section | type]
+"""By key: a section, or the annotation of a plain value."""
+
+
+def check_config(config: Config, sections: Sections) -> None:
+    """Compare all of `config` with the constructors that it will be given to.
+
+    Raises:
+        ConfigError: One line for each problem: path, value, what was expected, where it was written.
+    """
+    problems: list[Problem] = []
+    for key, value in config.data.items():
+        section = sections.get(key)
+        if section is None:
+            problems.append(((key,), unknown_section(key, sections)))
+        elif isinstance(section, Section):
+            problems += section.check(value, (key,))
+        else:
+            problems += check_value(value, section, (key,))
+    if problems:
+        raise config.error(problems)
+
+
+def unknown_section(key: str, sections: Sections) -> str:
+    """The message about a top-level key that does not exist."""
+    return f"no such key; {suggestion(key, sections)} (begin the name of a helper variable with an underscore)"

@@ -1,0 +1,262 @@
+"""A registry: components by name, imported when they are asked for."""
+
+import fnmatch
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from widefield.registry.arguments import arguments_of
+from widefield.registry.description import split_description
+from widefield.registry.imports import import_object
+from widefield.registry.near import suggestion
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+class UnknownNameError(KeyError, ValueError):
+    """A registry has no component of that name."""
+
+    __str__ = Exception.__str__  # that of KeyError shows the message in quotes
+
+
+class DuplicateNameError(KeyError, ValueError):
+    """A name is taken."""
+
+    __str__ = Exception.__str__
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a component without importing it."""
+
+    name: str
+    target: str
+    """`package.module:Name`"""
+    kind: str = ""
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class _Registered:
+    component: Callable[..., Any]
+    entry: Entry
+    place: str
+    """File and line of the registration."""
+
+
+class Registry:
+    """Components (classes, or functions that make something) by name.
+
+    A name is looked up among what was registered, then in the index, then among the entry points of installed packages; one
+    with a dot is imported: `torch.nn.Linear`. Only what is asked for is imported.
+
+    Args:
+        name: What it holds, in the singular, for messages.
+        index: Components that are imported on first use.
+        group: The group of entry points in which installed packages name components of theirs.
+        sequence: What makes one component of several, as an import path; a list of descriptions is built with it.
+    """
+
+    def __init__(
+        self, name: str, index: Iterable[Entry] = (), group: str | None = None, sequence: str | None = None
+    ) -> None:
+        self.name = name
+        self._index = {entry.name: entry for entry in index}
+        self._group = group
+        self._sequence = sequence
+        self._registered: dict[str, _Registered] = {}
+
+    def __repr__(self) -> str:
+        return f"Registry({self.name!r}, {len(self.names())} names)"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registered or name in self._index or name in self._plugins
+
+    def register_module(
+        self,
+        name: str | Iterable[str] | None = None,
+        force: bool = False,
+        module: C | None = None,
+        *,
+        aliases: str | Iterable[str] = (),
+        kind: str | None = None,
+    ) -> Any:
+        """Register a class or function: as a decorator, `@MODELS.register_module()`, or by a call with `module=`.
+
+        Args:
+            name: By default that of the class; of several the first is the name and the others are aliases.
+            force: Replace whatever has the name.
+            module: What to register; None returns a decorator.
+            aliases: More names for it.
+            kind: What kind of component it is; by default its class attribute `component_kind`, if it has one.
+
+        Raises:
+            DuplicateNameError: The name is taken by something else, and `force` is False.
+            TypeError: The name is no text, or what is registered cannot be called.
+        """
+        frame = sys._getframe(1)
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if callable(name):
+            raise TypeError("the decorator needs its parentheses: write @MODELS.register_module()")
+        names = [*_as_names(name, "name"), *_as_names(aliases, "aliases")]
+
+        def register(component: C) -> C:
+            if not callable(component):
+                raise TypeError(f"{component!r} is no class or function, so nothing can be built with it")
+            all_names = names if name is not None else [component.__name__, *names]
+            entries = self._entries_of(component, all_names, kind)
+            if not force:
+                entries = [entry for entry in entries if not self._is_replaced(entry)]
+                for entry in entries:
+                    self._refuse_duplicate(entry, place, component)
+            self._registered |= {entry.name: _Registered(component, entry, place) for entry in entries}
+            return component
+
+        return register if module is None else register(module)
+
+    def get(self, name: str, kind: str | None = None) -> Callable[..., Any]:
+        """The component called `name`.
+
+        Args:
+            name: As it was registered, or an import path.
+            kind: The kind of component that is looked for: a message about a name that does not exist suggests these.
+
+        Raises:
+            UnknownNameError: There is none; the message has the near names.
+        """
+        if name in self._registered:
+            return self._registered[name].component
+        target = self._index[name].target if name in self._index else self._plugin_target(name)
+        if target is None and ("." in name or ":" in name):
+            target = name
+        if target is None:
+            choices = self.names(kind) or self.names()
+            raise UnknownNameError(f"no {kind or self.name} named {name!r}; {suggestion(name, choices)}")
+        try:
+            component = import_object(target)
+        except ValueError as error:
+            raise UnknownNameError(f"no {self.name} named {name!r}: {error}") from error
+        if not callable(component):
+            raise UnknownNameError(f"{name} is a {type(component).__name__}, not a class or function")
+        return component
+
+    def build(self, description: Any, **defaults: Any) -> Any:
+        """Make the component that `description` describes; what is no description is taken as made already.
+
+        Args:
+            description: `{type: NAME, argument: value, ...}`, or a list of them, which make a sequence.
+            defaults: Arguments where the description has none.
+
+        Raises:
+            UnknownNameError: There is no component of that name.
+            TypeError: The description has no type, an argument that the component does not take, or lacks one that it needs.
+        """
+        if isinstance(description, (list, tuple)) and self._sequence:
+            return import_object(self._sequence)(*(self.build(one, **defaults) for one in description))
+        if description is None or isinstance(description, (str, int, float, list, tuple)):
+            raise TypeError(
+                f"a {self.name} is described by a dictionary such as {{type: NAME, ...}}, not by {description!r}"
+            )
+        if not isinstance(description, Mapping):
+            return description
+        name, arguments = split_description({**defaults, **description})
+        component = self.get(name) if isinstance(name, str) else name
+        known = arguments_of(component)
+        title = getattr(component, "__name__", str(name))
+        for argument in arguments:
+            if argument not in known.named and not known.open:
+                raise TypeError(f"{title} has no argument {argument!r}; {suggestion(argument, known.named)}")
+        missing = [
+            argument.name for argument in known.named.values() if argument.required and argument.name not in arguments
+        ]
+        if missing:
+            raise TypeError(f"{title} needs {', '.join(missing)}")
+        return component(**arguments)
+
+    def names(self, kind: str | None = None) -> list[str]:
+        """All names, sorted; of one kind, those of no known kind left out."""
+        return [entry.name for entry in self.entries(kind=kind)]
+
+    def entries(self, pattern: str = "*", kind: str | None = None) -> list[Entry]:
+        """What is known of the components whose name matches `pattern`, by name; nothing is imported.
+
+        Args:
+            pattern: With `*`, `?` and `[...]`, or a part of the name; case counts for nothing.
+            kind: Only those of this kind.
+        """
+        if not any(wildcard in pattern for wildcard in "*?["):
+            pattern = f"*{pattern}*"
+        plugins = {name: found[0] for name, found in self._plugins.items()}
+        all_entries = plugins | self._index | {name: held.entry for name, held in self._registered.items()}
+        return [
+            entry
+            for name, entry in sorted(all_entries.items(), key=lambda item: item[0].lower())
+            if fnmatch.fnmatchcase(name.lower(), pattern.lower()) and kind in (None, entry.kind)
+        ]
+
+    def kind(self, name: str) -> str:
+        """The kind of the component called `name`, an empty text where it is not known."""
+        if name in self._registered or name in self._index:
+            return (self._registered[name].entry if name in self._registered else self._index[name]).kind
+        return str(getattr(self.get(name), "component_kind", ""))
+
+    def _entries_of(self, component: Callable[..., Any], names: list[str], kind: str | None) -> list[Entry]:
+        target = f"{component.__module__}:{component.__qualname__}"
+        kind = getattr(component, "component_kind", "") if kind is None else kind
+        summary = (component.__doc__ or "").strip().partition("\n")[0]
+        first, *aliases = names
+        return [
+            Entry(first, target, kind, summary),
+            *(Entry(alias, target, kind, f"another name of {first}") for alias in aliases),
+        ]
+
+    def _refuse_duplicate(self, entry: Entry, place: str, component: Callable[..., Any]) -> None:
+        name = entry.name
+        if name in self._registered:
+            held = self._registered[name]
+            if held.component is component or (held.entry.target == entry.target and held.place == place):
+                return  # the same definition, run again
+            holder, where = held.entry.target, held.place
+        else:
+            known = self._index.get(name) or next(iter(self._plugins.get(name, [])), None)
+            if known is None or known.target == entry.target:
+                return
+            holder, where = known.target, "part of Widefield" if name in self._index else known.summary
+        raise DuplicateNameError(
+            f"the {self.name} {name!r} exists already: {holder} ({where}); choose another name, "
+            f"or replace it with register_module(force=True)"
+        )
+
+    def _is_replaced(self, entry: Entry) -> bool:
+        """Whether a component of the index is imported only now that something else was put in its place."""
+        indexed, held = self._index.get(entry.name), self._registered.get(entry.name)
+        if indexed is None or held is None:
+            return False
+        return indexed.target == entry.target != held.entry.target
+
+    @cached_property
+    def _plugins(self) -> dict[str, list[Entry]]:
+        """Components of installed packages by name; more than one where packages are at odds."""
+        plugins: dict[str, list[Entry]] = {}
+        for point in importlib.metadata.entry_points(group=self._group) if self._group else ():
+            package = point.dist.name if point.dist else "an installed package"
+            plugins.setdefault(point.name, []).append(Entry(point.name, point.value, "", f"from {package}"))
+        return plugins
+
+    def _plugin_target(self, name: str) -> str | None:
+        found = self._plugins.get(name, [])
+        if len({entry.target for entry in found}) > 1:
+            holders = ", ".join(f"{entry.target} ({entry.summary})" for entry in found)
+            raise DuplicateNameError(f"several packages have a {self.name} {name!r}: {holders}; give the import path")
+        return found[0].target if found else None
+
+
+def _as_names(names: Any, argument: str) -> list[str]:
+    names = [] if names is None else [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a text or a list of texts, got {name!r}")
+    return names
