@@ -1,0 +1,22 @@
+"""The page that leads from slides to heatmaps runs from top to bottom, on small slides and for two epochs."""
+
+import csv
+import re
+from pathlib import Path
+
+from tests.slides import run_page, write_slides
+
+PAGE = Path(__file__).parents[2] / "docs" / "slides.md"
+
+
+def test_from_slides_to_heatmaps(tmp_path: Path) -> None:
+    write_slides(tmp_path, 4, 1024)
+    (tmp_path / "images").rename(tmp_path / "slides")
+    with (tmp_path / "evaluation" / "reference.csv").open() as file:
+        rows = [(row["image"], row["class"]) for row in csv.DictReader(file)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *map(",".join, rows)]), encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S))
+    assert "max_epochs=20" in code
+    printed = run_page(code.replace("max_epochs=20", "max_epochs=2"), tmp_path)
+    assert "(3, 1024, 1024)" in printed and "tile" in printed
+    assert len(list((tmp_path / "runs/first/heatmaps").glob("*.png"))) == len(rows)
