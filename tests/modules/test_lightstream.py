@@ -157,6 +157,16 @@ def test_without_streaming_the_same_is_trained() -> None:
         torch.testing.assert_close(value, right)
 
 
+class LeavesTheTrunkOut(NoBackward):
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
+        loss.backward()
+
+
+def test_a_gradient_that_goes_no_further_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"nothing brought it to the trunk.*in LeavesTheTrunkOut\.backward call"):
+        train(LeavesTheTrunkOut(make_trunk(), make_head(), 32, nn.functional.cross_entropy))
+
+
 class NoLeaf:
     def __init__(self, module: StreamingModule) -> None:
         self.module = module

@@ -1,8 +1,10 @@
 """The Lightning module under all others: a streamed trunk, a head, a loss."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -86,6 +88,7 @@ class BaseModule(pl.LightningModule):
         self.weight_decay = weight_decay
         self._extra_params: list[nn.Parameter] = []
         self._pending: list[ref[_Recorded]] = []
+        self._unclaimed = False
         for phase in ("train", "val", "test"):
             setattr(self, f"{phase}_metrics", _for_phase(metrics, phase))
 
@@ -113,9 +116,12 @@ class BaseModule(pl.LightningModule):
             fmap = self.stream_network(x)
         leaf: Tensor = fmap.detach()
         if trains and fmap.requires_grad:
+            self._warn_of_lost_gradient()
             leaf.requires_grad_()
             recorded = _Recorded(x, fmap)
-            leaf.register_post_accumulate_grad_hook(recorded.take_gradient)  # the leaf keeps it alive, and nobody else
+            leaf.register_post_accumulate_grad_hook(
+                partial(self._arrive, recorded)
+            )  # the leaf keeps it alive, nobody else
             self._pending = [*(waiting for waiting in self._pending if waiting() is not None), ref(recorded)]
         return leaf
 
@@ -124,6 +130,7 @@ class BaseModule(pl.LightningModule):
 
         What `forward_streaming` recorded of the same image is used; without it, the image is streamed once more.
         """
+        self._unclaimed = False
         if not self.train_streaming_layers:
             return
         if gradient is None:
@@ -142,10 +149,25 @@ class BaseModule(pl.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's backward pass, then the trunk's for every map of `forward_streaming` that waits for it."""
         super().backward(loss, *args, **kwargs)
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._unclaimed = self._pending, [], False
         for recorded in filter(None, (waiting() for waiting in pending)):
             if recorded.gradient is not None:
                 recorded.fmap.backward(recorded.gradient)
+
+    def _arrive(self, recorded: "_Recorded", leaf: Tensor) -> None:
+        recorded.gradient = leaf.grad
+        self._unclaimed = True
+
+    def _warn_of_lost_gradient(self) -> None:
+        """Say that the gradient of an earlier map went no further, as when `backward` was overridden and leaves the trunk out."""
+        if self._unclaimed:
+            warnings.warn(
+                f"the last loss gave a gradient to the map of forward_streaming, and nothing brought it to the trunk, which does "
+                f"not train so: in {type(self).__name__}.backward call self.backward_streaming(image, map.grad), or "
+                "super().backward(loss); or freeze the trunk with train_streaming_layers=False",
+                stacklevel=3,
+            )
+            self._unclaimed = False
 
     @property
     def use_streaming(self) -> bool:
@@ -319,9 +341,6 @@ class _Recorded:
     image: Any
     fmap: Tensor
     gradient: Tensor | None = None
-
-    def take_gradient(self, leaf: Tensor) -> None:
-        self.gradient = leaf.grad
 
 
 def _for_phase(metrics: Metric | MetricCollection | None, phase: str) -> MetricCollection | None:
