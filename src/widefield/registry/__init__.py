@@ -13,6 +13,7 @@ from widefield.registry.registry import DuplicateNameError, Entry, Registry, Unk
 MODELS = Registry("component", COMPONENTS, group="widefield.components", sequence="torch.nn:Sequential")
 
 __all__ = [
+    "COMPONENTS",
     "MODELS",
     "REQUIRED",
     "Argument",
