@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.streaming.exactness import relative_error
@@ -48,7 +50,7 @@ def trainer(folder: Path | None = None, **options: Any) -> pl.Trainer:
 
 def optimizers(module: pl.LightningModule) -> Any:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+    return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, 0.5)}
 
 
 class Plain(pl.LightningModule):
@@ -197,6 +199,20 @@ def test_a_checkpoint_is_never_half_written(tmp_path: Path) -> None:
     assert bool((torch.load(path, weights_only=True)["weights"] == 1).all())
 
 
+@pytest.mark.parametrize("schedule", [StepLR, ReduceLROnPlateau])
+def test_optimizer_and_schedule_are_arguments(schedule: Any) -> None:
+    options = (
+        {"step_size": 1, "gamma": 0.5} if schedule is StepLR else {"patience": 0, "factor": 0.5, "threshold": 100.0}
+    )
+    module = StreamingModule(
+        trunk(), head(), 16, nn.functional.cross_entropy,
+        optimizer=partial(torch.optim.SGD, lr=0.1), lr_scheduler=partial(schedule, **options),
+    )  # fmt: skip
+    run = trainer(max_epochs=2)
+    run.fit(module, DataLoader(images()), DataLoader(images()))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.025
+
+
 def test_strategies_that_split_parameters_are_refused() -> None:
     module = StreamingModule(trunk(), head(), 16, nn.functional.cross_entropy)
     run = trainer()
@@ -229,11 +245,14 @@ def test_lightning_cli_makes_the_module_from_yaml(tmp_path: Path) -> None:
         "  loss_fn: torch.nn.functional.cross_entropy\n"
         "  metrics: {class_path: torchmetrics.classification.MulticlassAccuracy, init_args: {num_classes: 2}}\n"
         "  memory_budget: 1GiB\n"
-        "  lr: 0.1\n"
+        "  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}\n"
+        "  lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 1, gamma: 0.5}}\n"
     )
     arguments = ["fit", "--config", str(config), f"--trainer.default_root_dir={tmp_path}"]
     cli = LightningCLI(StreamingResNet, Images, args=arguments, auto_configure_optimizers=False)
-    assert cli.model.tile_size == (64, None) and cli.model.lr == 0.1
+    assert cli.model.tile_size == (64, None)
+    (optimizer,) = cli.trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["lr"] == 0.05
     assert {"train_loss", "val_loss", "val_MulticlassAccuracy"} <= set(cli.trainer.callback_metrics)
 
 

@@ -13,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from widefield.modules.constructor import StreamingConstructor, without_effect
@@ -22,6 +25,8 @@ from widefield.streaming import LazyImage
 from widefield.streaming.budget import parse_tile_size
 
 Loss = Callable[[Any, Tensor], Tensor]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeSchedule = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 class BaseModule(pl.LightningModule):
@@ -47,6 +52,8 @@ class BaseModule(pl.LightningModule):
         memory_budget, mean, std, value_range: See `StreamingCNN`.
         lr: Learning rate of the AdamW that `configure_optimizers` returns.
         weight_decay: Its weight decay.
+        optimizer: Makes another optimizer of the parameters to train, `functools.partial(torch.optim.SGD, lr=0.1)` say.
+        lr_scheduler: Makes a schedule of the optimizer, stepped once an epoch; `ReduceLROnPlateau` watches `val_loss`.
         tile_cache_dir, tile_cache_fname: Without effect: there is nothing to cache.
         options: Those of `StreamingConstructor`.
     """
@@ -70,6 +77,8 @@ class BaseModule(pl.LightningModule):
         value_range: tuple[float, float] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        optimizer: MakeOptimizer | None = None,
+        lr_scheduler: MakeSchedule | None = None,
         tile_cache_dir: Any = None,
         tile_cache_fname: str | None = None,
         **options: Any,
@@ -86,6 +95,8 @@ class BaseModule(pl.LightningModule):
             without_effect("tile_cache_dir, tile_cache_fname")
         self.lr = lr
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self._extra_params: list[nn.Parameter] = []
         self._pending: list[ref[_Recorded]] = []
         self._unclaimed = False
@@ -291,11 +302,11 @@ class BaseModule(pl.LightningModule):
         """Predictions for a batch with or without targets."""
         return self.predictions(self(batch[0] if _has_targets(batch) else batch))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over `get_trainable_params()`.
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of `get_trainable_params()` and its schedule, as the arguments say.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no such parameters.
         """
         parameters = self.get_trainable_params()
         if not parameters:
@@ -303,7 +314,14 @@ class BaseModule(pl.LightningModule):
                 "no parameter of this module requires a gradient, so there is nothing to train; "
                 "give a head with parameters or train_streaming_layers=True"
             )
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        make = self.optimizer or partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = make(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "monitor": "val_loss"},
+        }
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move tensors; leave images alone, which the trunk reads tile by tile (tensors with `copy_to_gpu=True` are moved)."""
