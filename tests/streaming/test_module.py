@@ -275,6 +275,8 @@ def test_float_images_on_another_scale_need_a_value_range() -> None:
     module = small().double()
     with pytest.raises(ValueError, match="value_range"):
         StreamingCNN(module, 8, **options)(x * 255)
+    with pytest.raises(ValueError, match="if it is normalised already"):
+        StreamingCNN(module, 8, **options)((x - 0.5) / 0.5)
     expected = StreamingCNN(module, 8, **options)(x)
     assert (
         relative_error(StreamingCNN(module, 8, **options, value_range=(0, 255))(x * 255).detach(), expected.detach())

@@ -70,16 +70,17 @@ class Normalisation:
     def apply(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
         """A normalised tile (N, C, height, width) of `dtype` (float tiles keep theirs); `tile` itself is not changed.
 
-        Raises ValueError for a float tile with values above 2 that is to be normalised, unless `value_range` was given: it was
-        most likely not scaled to 0..1.
+        Raises ValueError for a float tile with values above 2 or below -0.5 that is to be normalised, unless `value_range` was
+        given: most likely it was not scaled to 0..1, or it is normalised already.
         """
-        unscaled = tile.is_floating_point() and self.mean is not None and self.value_range is None
-        if unscaled and tile.numel() and float(tile.detach().amax()) > 2.0:
-            raise ValueError(
-                f"a float image with values up to {float(tile.detach().amax()):g} is to be normalised with mean={self.mean}, "
-                "std=..., which are meant for values from 0 to 1. Say what its values mean with value_range=(0, 255) or the "
-                "like, or scale the image to 0..1."
-            )
+        if tile.is_floating_point() and self.mean is not None and self.value_range is None and tile.numel():
+            low, high = (float(x) for x in torch.aminmax(tile.detach()))
+            if low < -0.5 or high > 2.0:
+                raise ValueError(
+                    f"a float image with values from {low:g} to {high:g} is to be normalised with mean={self.mean}, std=..., which "
+                    "are meant for values from 0 to 1. Scale the image to 0..1, or say what its values mean with "
+                    "value_range=(0, 255) or the like; if it is normalised already, give no mean and std (normalize_on_gpu=False)."
+                )
         return self.unchecked(tile, dtype)
 
     def unchecked(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
