@@ -112,6 +112,21 @@ def test_a_replaced_component_of_the_index_stays_replaced_when_its_module_is_imp
     assert parts.get("Part") is Strict
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_component_that_tutorials_have_users_write_gives_way_to_theirs(
+    imported: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Registry("part", [Entry("Part", f"{Part.__module__}:Part", replaceable=True)])
+    if imported:
+        parts.register_module(module=Part)
+    parts.register_module(name="Part", module=Strict)
+    parts.register_module(module=Part)
+    assert parts.get("Part") is Strict
+    assert f"takes the place of {Part.__module__}:Part" in caplog.text
+    with pytest.raises(DuplicateNameError, match="Strict"):
+        parts.register_module(name="Part", module=Above)
+
+
 @pytest.mark.parametrize(
     ("register", "message"),
     [

@@ -10,8 +10,14 @@ VERBS = {
     "predict": "classify images with a checkpoint, and show where the evidence lies",
     "check": "see whether a model streams exactly, and what a large image would need",
     "plan": "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
+    "list": "list models, components or ready configurations by name",
+    "help": "show the arguments of a component, with their types, defaults and docs",
+    "config": "show a configuration with all that it is based on, or check it",
     "demo": "make a small set of large images, train on them, predict, and write a report",
 }
+
+_FILES = {"list": "listing", "help": "component_help"}
+"""Modules of verbs whose own names are those of builtins, which an imported module would hide here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return 0
     verb, *rest = argv
-    module = importlib.import_module(f"widefield.cli.{verb}")
+    module = importlib.import_module(f"widefield.cli.{_FILES.get(verb, verb)}")
     parser = argparse.ArgumentParser(
         prog=f"widefield {verb}",
         description=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
@@ -38,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, others = parser.parse_known_args(rest)
     if others and not module.TAKES_OTHERS:
         parser.error(f"unknown arguments: {' '.join(others)}")
+    if getattr(module, "LIGHT", False):
+        from widefield.cli.light import run_light
+
+        return run_light(verb, module, arguments, others)
     from widefield.cli.run import run_verb
 
     return run_verb(verb, module, arguments, others)

@@ -10,6 +10,7 @@ from widefield.config.config import Config, ConfigError, Origin
 from widefield.config.load import load
 from widefield.config.merge import merge
 from widefield.config.overrides import override
+from widefield.config.ready import ready_configs
 from widefield.config.sections import Section, Sections, check_config
 from widefield.config.yaml_text import read_yaml, write_yaml
 
@@ -28,5 +29,6 @@ __all__ = [
     "merge",
     "override",
     "read_yaml",
+    "ready_configs",
     "write_yaml",
 ]

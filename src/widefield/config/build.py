@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from widefield.config.config import Config, Path
-from widefield.registry import MODELS, Registry
+from widefield.registry import MODELS, Registry, UnknownNameError
 
 
 def build(config: Config, path: Path, registry: Registry = MODELS) -> Any:
@@ -33,8 +33,13 @@ def _innermost(description: Any, path: Path, registry: Registry) -> tuple[Path, 
             try:
                 registry.build(part)
             except Exception as error:
-                return where, error
+                return (_unknown(part, where, error.name) if isinstance(error, UnknownNameError) else where), error
     return None
+
+
+def _unknown(value: Any, path: Path, name: str) -> Path:
+    """Where inside of `value` the type `name` stands."""
+    return next((where for where, part in _inside_out(value, path) if part.get("type") == name), path)
 
 
 def _inside_out(value: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -34,7 +34,7 @@ def describe(annotation: Any) -> str:
     """`annotation` in words, such as "int or one of 'linear', 'cubic'"."""
     component = component_of(annotation)
     if component is not None:
-        words = f"{{type: a {component.kind or component.registry.name}, ...}}"
+        words = f"{{type: {_one(component.kind or component.registry.name)}, ...}}"
         return f"{words} or null" if NoneType in typing.get_args(annotation.__origin__) else words
     if annotation is None:
         annotation = NoneType
@@ -58,7 +58,7 @@ def describe(annotation: Any) -> str:
     if origin is collections.abc.Callable or annotation is collections.abc.Callable:
         return "a function by its import path"
     if isinstance(annotation, type):
-        return f"a {annotation.__name__}"
+        return _one(annotation.__name__)
     return str(annotation)
 
 
@@ -66,3 +66,7 @@ def _describe_tuple(arguments: tuple[Any, ...]) -> str:
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return f"a list of {describe(arguments[0])}"
     return f"a list of {len(arguments)} ({', '.join(map(describe, arguments))})" if arguments else "a list"
+
+
+def _one(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -7,6 +7,7 @@ from widefield.config.class_paths import with_types
 from widefield.config.config import Config, ConfigError, Path
 from widefield.config.merge import IMPORTS, clashes, merge, settles
 from widefield.config.python_file import read_python
+from widefield.config.ready import FOLDER, ready_configs
 from widefield.config.yaml_text import read_yaml
 from widefield.registry import suggestion
 
@@ -23,8 +24,13 @@ def load(*files: FilePath | str) -> Config:
     """
     config = Config({})
     for file in files:
-        config = merge(config, _load(FilePath(file), ()))
+        config = merge(config, _load(_found(FilePath(file)), ()))
     return config
+
+
+def _found(file: FilePath) -> FilePath:
+    """`file`, or the ready configuration of that name."""
+    return FOLDER / f"{file.name}.yaml" if not file.suffix and file.name in ready_configs() else file
 
 
 def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
@@ -38,7 +44,7 @@ def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise child.error([((BASE,), f"got {names!r}, expected a file or a list of files")])
     child.data.update(_absolute_imports(child, file))
-    bases = [_load(file.parent / name, (*below, file)) for name in names]
+    bases = [_load(_found(file.parent / name), (*below, file)) for name in names]
     base = Config({})
     problems: dict[Path, str] = {}
     for name, other in zip(names, bases, strict=True):

@@ -15,7 +15,7 @@ from widefield.config.expected import MAPPINGS, component_of
 from widefield.config.merge import DELETE, merge
 from widefield.config.sections import Section, Sections, unknown_section
 from widefield.config.yaml_text import parse_value
-from widefield.registry import MODELS, REQUIRED, Arguments, arguments_of, suggestion
+from widefield.registry import MODELS, REQUIRED, Argument, Arguments, ComponentOf, arguments_of, suggestion
 
 _UNKNOWN = Arguments({}, False)
 
@@ -103,7 +103,7 @@ def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Pa
     elif last and typing.get_origin(annotation) in MAPPINGS:
         found = Any
     else:
-        choices = {*map(str, node), *arguments.named}
+        choices = {*map(str, node), *arguments.named} - {"type"}
         raise whole.error([(here, f"there is no {key!r}; {suggestion(key, choices)}")])
     if key not in node and not last:
         default = REQUIRED if argument is None else argument.default
@@ -126,10 +126,19 @@ def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
         component = component_of(annotation)
         registry = MODELS if component is None else component.registry
         if component is not None or name in registry:
-            return arguments_of(registry.get(name))
+            return _open_to_users(arguments_of(registry.get(name)), component)
         return arguments_of(find_class(name, _class_in(annotation)))
     except (ValueError, ImportError):
         return _UNKNOWN  # the check that follows says what is wrong with the type
+
+
+def _open_to_users(arguments: Arguments, component: ComponentOf | None) -> Arguments:
+    """Without those that whoever builds the component adds, with those that it takes out."""
+    if component is None:
+        return arguments
+    named = {name: argument for name, argument in arguments.named.items() if name not in component.given}
+    also = {name: Argument(name, annotation, None, object) for name, annotation in component.also.items()}
+    return Arguments({**named, **also}, arguments.open)
 
 
 def _class_in(annotation: Any) -> type:

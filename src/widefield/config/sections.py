@@ -1,6 +1,6 @@
 """The top-level keys of a configuration, and what each of them describes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Section:
     default: str | None = None
     given: tuple[str, ...] = ()
 
-    def resolve(self, value: Mapping[str, Any]) -> Callable[..., Any] | None:
+    def resolve(self, value: Mapping[str, Any]) -> Any:
         """The class that `value` describes, or None where it names no type and there is no default.
 
         Raises:
@@ -47,13 +47,16 @@ class Section:
         if self._is_component(value.get("type")):
             assert self.component is not None
             return check_description(value, self.component, path)
-        if "type" in value:
-            assert self.base is not None
-            return check_value(value, import_object(self.base), path)
-        function = self.resolve(value)
+        try:
+            function = self.resolve(value)
+        except (ValueError, ImportError) as error:
+            return [(path, str(error))]
         if function is None:
             return [(path, "names no type; write which component it is, as in type: ImageClassifier")]
-        return check_arguments(function, value, path, self.given)
+        if self.base is not None and not issubclass(function, base := import_object(self.base)):
+            return [(path, f"{value['type']} is no {base.__name__}, which is expected here")]
+        arguments = {name: item for name, item in value.items() if name != "type"}
+        return check_arguments(function, arguments, path, self.given)
 
     def _is_component(self, name: Any) -> bool:
         if self.component is None or name is None:
@@ -61,7 +64,7 @@ class Section:
         return self.base is None or name in self.component.registry or "." not in str(name)
 
 
-Sections = Mapping[str, Section | type]
+Sections = Mapping[str, Any]
 """By key: a section, or the annotation of a plain value."""
 
 

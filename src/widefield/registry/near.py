@@ -11,7 +11,14 @@ def near_names(name: str, choices: Iterable[str]) -> list[str]:
     spellings: dict[str, str] = {}
     for choice in choices:
         spellings.setdefault(choice.lower(), choice)
-    return [spellings[near] for near in difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=0.65)]
+    given = name.lower()
+    near = difflib.get_close_matches(given, spellings, n=3, cutoff=0.65)
+    begun = [
+        one
+        for one in spellings
+        if one and (given.startswith(one) or one.startswith(given)) and min(len(given), len(one)) > 2
+    ]
+    return [spellings[one] for one in dict.fromkeys([*near, *begun])][:3]
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from widefield.registry.description import split_description
 from widefield.registry.imports import import_object
 from widefield.registry.near import suggestion
 
+_log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callable[..., Any])
 
 
 class UnknownNameError(KeyError, ValueError):
-    """A registry has no component of that name."""
+    """A registry has no component called `name`."""
 
     __str__ = Exception.__str__  # that of KeyError shows the message in quotes
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class DuplicateNameError(KeyError, ValueError):
@@ -37,6 +43,8 @@ class Entry:
     """`package.module:Name`"""
     kind: str = ""
     summary: str = ""
+    replaceable: bool = False
+    """Whether a user's component of that name takes its place without being forced to."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +142,13 @@ class Registry:
             target = name
         if target is None:
             choices = self.names(kind) or self.names()
-            raise UnknownNameError(f"no {kind or self.name} named {name!r}; {suggestion(name, choices)}")
+            raise UnknownNameError(f"no {kind or self.name} named {name!r}; {suggestion(name, choices)}", name)
         try:
             component = import_object(target)
         except ValueError as error:
-            raise UnknownNameError(f"no {self.name} named {name!r}: {error}") from error
+            raise UnknownNameError(f"no {self.name} named {name!r}: {error}", name) from error
         if not callable(component):
-            raise UnknownNameError(f"{name} is a {type(component).__name__}, not a class or function")
+            raise UnknownNameError(f"{name} is a {type(component).__name__}, not a class or function", name)
         return component
 
     def build(self, description: Any, **defaults: Any) -> Any:
@@ -215,16 +223,20 @@ class Registry:
 
     def _refuse_duplicate(self, entry: Entry, place: str, component: Callable[..., Any]) -> None:
         name = entry.name
+        indexed = self._index.get(name)
         if name in self._registered:
             held = self._registered[name]
             if held.component is component or (held.entry.target == entry.target and held.place == place):
                 return  # the same definition, run again
             holder, where = held.entry.target, held.place
         else:
-            known = self._index.get(name) or next(iter(self._plugins.get(name, [])), None)
+            known = indexed or next(iter(self._plugins.get(name, [])), None)
             if known is None or known.target == entry.target:
                 return
-            holder, where = known.target, "part of Widefield" if name in self._index else known.summary
+            holder, where = known.target, "part of Widefield" if indexed else known.summary
+        if indexed is not None and indexed.replaceable and holder == indexed.target:
+            _log.warning("the %s %r of %s takes the place of %s", self.name, name, place, holder)
+            return
         raise DuplicateNameError(
             f"the {self.name} {name!r} exists already: {holder} ({where}); choose another name, "
             f"or replace it with register_module(force=True)"

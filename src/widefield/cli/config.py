@@ -1,0 +1,60 @@
+"""`widefield config`: arguments."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from widefield.cli.user_code import add_imports, import_user_code
+
+if TYPE_CHECKING:
+    from widefield.config import Config
+
+LIGHT = True
+TAKES_OTHERS = True
+EPILOG = """\
+path=value, such as model.backbone.depth=34 or trainer.max_epochs=3, goes over the files; a value is YAML.
+
+print shows the whole configuration, with what it is based on. check compares every value with the constructor that gets it, and
+builds the model if the configuration describes one of components; no data is read.
+Exit code: 0 fine, 1 something is wrong with the configuration, 2 another error such as a file that is not there.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.usage = f"{parser.prog} {{print,check}} FILE [FILE ...] [--imports FILE] [path=value ...]"
+    parser.add_argument("what", choices=("print", "check"), help="show it, or see whether it can be used")
+    parser.add_argument("file", metavar="FILE", help="YAML or Python file; of several, each goes over the last")
+    add_imports(parser)
+
+
+def run(arguments: argparse.Namespace, others: list[str]) -> int:
+    """Print or check the configuration."""
+    from widefield.cli.sections import SECTIONS
+    from widefield.config import ConfigError, check_config, load, override, write_yaml
+
+    files = [Path(arguments.file), *(Path(text) for text in others if "=" not in text)]
+    try:
+        config = load(*files)
+        import_user_code([*config.data.get("imports", []), *arguments.imports])
+        config = override(config, (text for text in others if "=" in text), SECTIONS)
+        if arguments.what == "print":
+            print(write_yaml(config.data), end="")
+            return 0
+        check_config(config, SECTIONS)
+        _build(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{files[-1]}: nothing wrong")
+    return 0
+
+
+def _build(config: "Config") -> None:
+    """Build a model of components, whose constructors may refuse what their types allow."""
+    from widefield.config import build
+    from widefield.registry import MODELS
+
+    if config.data.get("model", {}).get("type") in MODELS:
+        build(config, ("model",))

@@ -1,0 +1,32 @@
+"""Names of the models that there are, read from the files of the libraries that have them: importing these takes seconds."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+NARROW_RESNETS = ("resnet10_w16", "resnet18_w8", "resnet18_w16", "resnet18_w32")
+"""Those of `widefield.models.narrow_resnet`, which needs torch."""
+
+_TIMM = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+_TORCHVISION = re.compile(
+    r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n|    .*\n|\)\n)*?def (\w+)\(", re.MULTILINE
+)
+
+
+def model_names() -> list[str]:
+    """What MODEL may be on the command line, beside models in files: `timm/NAME`, `torchvision/NAME`, names of narrow ResNets."""
+    timm = (found[1] for text in _files("timm") for found in _TIMM.finditer(text))
+    torchvision = (found[1] or found[2] for text in _files("torchvision") for found in _TORCHVISION.finditer(text))
+    return [
+        *NARROW_RESNETS,
+        *(f"torchvision/{name}" for name in sorted(torchvision)),
+        *(f"timm/{name}" for name in sorted(timm)),
+    ]
+
+
+def _files(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    files = (Path(spec.origin).parent / "models").rglob("*.py")
+    return [file.read_text(encoding="utf-8") for file in files]

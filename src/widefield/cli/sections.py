@@ -1,0 +1,19 @@
+"""The top-level keys of a configuration of `widefield fit`, and the classes that they are given to."""
+
+from widefield.config import Section, Sections
+from widefield.registry import MODELS, ComponentOf
+
+SECTIONS: Sections = {
+    "model": Section(
+        component=ComponentOf(MODELS, "model"),
+        base="lightning.pytorch:LightningModule",
+        default="widefield.models:Classifier",
+        given=("class_names",),
+    ),
+    "data": Section(base="lightning.pytorch:LightningDataModule", default="widefield.data:LabelledImages"),
+    "trainer": Section(base="lightning.pytorch:Trainer", default="lightning.pytorch:Trainer"),
+    "optimizer": Section(base="torch.optim:Optimizer", given=("params",)),
+    "lr_scheduler": Section(base="torch.optim.lr_scheduler:LRScheduler", given=("optimizer",)),
+    "seed_everything": bool | int,
+    "imports": list[str],
+}
