@@ -34,4 +34,35 @@ COMPONENTS = (
         "loss",
         "Cross-entropy of class indices, of soft labels, or of independent labels.",
     ),
+    Entry(
+        "LabelSmoothLoss",
+        f"{_HOME}.losses.label_smooth_loss:LabelSmoothLoss",
+        "loss",
+        "Cross-entropy of smoothed labels.",
+    ),
+    Entry("L1Loss", f"{_HOME}.losses.l1_loss:L1Loss", "loss", "Absolute difference of predictions and targets."),
+    Entry(
+        "PixelReconstructionLoss",
+        f"{_HOME}.losses.pixel_reconstruction_loss:PixelReconstructionLoss",
+        "loss",
+        "Difference of predicted and true values of masked patches.",
+    ),
+    Entry(
+        "CosineSimilarityLoss",
+        f"{_HOME}.losses.cosine_similarity_loss:CosineSimilarityLoss",
+        "loss",
+        "shift - scale * cosine of the angle between prediction and target.",
+    ),
+    Entry(
+        "FocalLoss",
+        f"{_HOME}.losses.focal_loss:FocalLoss",
+        "loss",
+        "Binary cross-entropy of each class, in which what is right already counts little.",
+    ),
+    Entry(
+        "AsymmetricLoss",
+        f"{_HOME}.losses.asymmetric_loss:AsymmetricLoss",
+        "loss",
+        "Focal loss with one exponent for positive labels and another for negative ones.",
+    ),
 )

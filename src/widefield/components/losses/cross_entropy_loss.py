@@ -64,15 +64,13 @@ class CrossEntropyLoss(nn.Module):
         Args:
             cls_score: Logits.
             label: Class indices (N,), or scores (N, C).
-            weight: A factor per image, (N,).
+            weight: A factor per image, (N,); with `use_sigmoid` it may be one per label, (N, C).
             avg_factor: What the mean divides by instead of the number of images (with `use_sigmoid`: of labels).
             reduction_override: Instead of the loss's own reduction.
             kwargs: Ignored, so that a head may pass what another loss needs.
         """
         class_weight = None if self.class_weight is None else cls_score.new_tensor(self.class_weight)
         loss = self._elements(cls_score, label, class_weight)
-        if weight is not None and loss.ndim > 1:
-            weight = weight.reshape(-1, 1)
         reduction = reduction_override or self.reduction
         return self.loss_weight * weight_reduce_loss(loss, weight, reduction, avg_factor)
 
