@@ -11,7 +11,6 @@ from torch import nn
 import widefield.components
 from widefield.registry import COMPONENTS, MODELS, arguments_of
 
-
 REGISTERED = """
 import importlib, json, pkgutil
 import widefield.components

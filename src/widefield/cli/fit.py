@@ -3,27 +3,17 @@
 import argparse
 from pathlib import Path
 
+from widefield.cli.user_code import add_imports
+
 TAKES_OTHERS = True
 EPILOG = """\
 The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
 the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
-`--trainer.accumulate_grad_batches 4`, `--model.pooling max`, `--data.val_fraction 0.3`) or in a file with --config; what
-is given on the command line wins. `widefield fit --print_config` prints all of them with their defaults.
+`--trainer.accumulate_grad_batches 4`, `model.pooling=max`, `data.val_fraction=0.3`, with or without the dashes) or in a file
+with --config, YAML or Python; what is given on the command line wins. A file may describe components by their `type`, and be
+based on others with `_base_`; `widefield config check FILE` says what is wrong with it.
+`widefield fit --print_config` prints all entries with their defaults.
 """
-
-_SHORTCUTS = {
-    "images": "data.images",
-    "labels": "data.labels",
-    "level": "data.level",
-    "batch_size": "data.batch_size",
-    "model": "model.model_name",
-    "weights": "model.weights",
-    "tile_size": "model.tile_size",
-    "memory_budget": "model.memory_budget",
-    "lr": "model.lr",
-    "epochs": "trainer.max_epochs",
-    "out": "trainer.default_root_dir",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,31 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW (default: 0.001)")
     parser.add_argument("--seed", type=int, metavar="N", help="of weights, split, order and crops (default: 0)")
     parser.add_argument(
-        "--config", type=Path, action="append", default=[], metavar="YAML", help="configuration to start from"
+        "--config", type=Path, action="append", default=[], metavar="FILE", help="configuration to start from"
     )
+    add_imports(parser)
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Train as the arguments say; `others` are entries of the configuration."""
     from jsonargparse import ArgumentError
 
+    from widefield.cli.configuration import read_configuration
     from widefield.cli.training import train
+    from widefield.config import ConfigError
 
     try:
-        train(configuration(arguments, others), resume=arguments.resume)
-    except ArgumentError as error:
+        config, left = read_configuration(arguments, _files(arguments), others)
+        train(config, left, resume=arguments.resume)
+    except (ArgumentError, ConfigError) as error:
         raise ValueError(_in_shortcuts(str(error))) from error
 
 
 def _in_shortcuts(message: str) -> str:
     """The message with the names of the flags where it names the entries that they fill."""
-    for name, entry in _SHORTCUTS.items():
+    from widefield.cli.configuration import SHORTCUTS
+
+    for name, entry in SHORTCUTS.items():
         message = message.replace(entry, f"--{name.replace('_', '-')}")
     return message
 
 
-def configuration(arguments: argparse.Namespace, others: list[str]) -> list[str]:
-    """The command line of LightningCLI: files first, so that whatever is given beside them wins."""
+def _files(arguments: argparse.Namespace) -> list[Path]:
     files = list(arguments.config)
     if arguments.resume:
         if arguments.out is None:
@@ -85,14 +80,4 @@ def configuration(arguments: argparse.Namespace, others: list[str]) -> list[str]
         if not saved.is_file():
             raise FileNotFoundError(f"there is no run to resume in {arguments.out}: {saved} does not exist")
         files.insert(0, saved)
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"the configuration {file} does not exist; check --config")
-    line = [part for file in files for part in ("--config", str(file))]
-    for name, entry in _SHORTCUTS.items():
-        value = getattr(arguments, name)
-        if value is not None:
-            line.append(f"--{entry}={value.absolute() if isinstance(value, Path) else value}")
-    if arguments.seed is not None:
-        line += [f"--seed_everything={arguments.seed}", f"--data.seed={arguments.seed}"]
-    return line + others
+    return files

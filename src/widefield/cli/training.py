@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from widefield.cli.history import History
+from widefield.cli.lightning_form import lightning_form
 from widefield.cli.progress import StreamingProgress
 from widefield.cli.training_report import write_training_report
+from widefield.components.base_module import BaseModule as Component
+from widefield.config import Config, write_yaml
 from widefield.data import LabelledImages
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO, RandomState
@@ -25,12 +28,23 @@ _IMAGE_CHANNELS = 3
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI for a `Classifier` on `LabelledImages`; the classes come from the data."""
+    """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
 
-    def __init__(self, arguments: list[str]) -> None:
+    Of these the classes come from the data.
+
+    Args:
+        config: A checked configuration.
+        others: Flags of LightningCLI such as `--print_config`.
+    """
+
+    def __init__(self, config: Config, others: list[str]) -> None:
+        types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
+        self._links_classes = types == {"model": None, "data": None}
         super().__init__(
-            Classifier,
-            LabelledImages,
+            LightningModule if types["model"] else Classifier,
+            LightningDataModule if types["data"] else LabelledImages,
+            subclass_mode_model=types["model"] is not None,
+            subclass_mode_data=types["data"] is not None,
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={
@@ -40,14 +54,16 @@ class FitCLI(LightningCLI):
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
             },
-            auto_configure_optimizers=False,
+            auto_configure_optimizers="optimizer" in config.data,
             parser_kwargs={"exit_on_error": False, "prog": "widefield fit"},
-            args=arguments,
+            args=[f"--config={write_yaml(lightning_form(config))}", *others],
             run=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.add_argument("--imports", type=list[str], default=[], help="Python files with components")
+        if self._links_classes:
+            parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the callbacks of every run; those of the configuration come before them."""
@@ -64,38 +80,41 @@ class FitCLI(LightningCLI):
         return ModelCheckpoint(
             dirpath=self.out,
             filename=Path(BEST).stem,
-            monitor="val_loss" if len(self.datamodule.val_set) else None,
+            monitor="val_loss" if len(getattr(self.datamodule, "val_set", ())) else None,
             save_last=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
 
 
-def train(arguments: list[str], resume: bool) -> Path:
-    """Train as the LightningCLI command line `arguments` says; the folder of the results.
+def train(config: Config, others: list[str], resume: bool) -> Path:
+    """Train as `config` and flags of LightningCLI say; the folder of the results.
 
     Everything that can be wrong with the input is checked before the folder is made. It gets `config.yaml`, `best.ckpt`
-    (least validation loss), `last.ckpt`, `history.csv`, `memory.json` and `report.html`.
+    (least validation loss), `last.ckpt`, `history.csv`, and of a streamed classifier `memory.json` and `report.html`.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
     """
     with warnings.catch_warnings():
         _ignore_irrelevant_warnings()
-        cli = FitCLI(arguments)
+        cli = FitCLI(config, others)
         _check_folder(cli.out, resume)
         return _train(cli, resume)
 
 
 def _train(cli: FitCLI, resume: bool) -> Path:
     out = cli.out
-    model: Classifier = cli.model
-    data: LabelledImages = cli.datamodule
-    _check(model, data)
+    model, data = cli.model, cli.datamodule
     last = out / LAST if resume and (out / LAST).is_file() else None
+    classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
+    if classifies:
+        _check(model, data)
     if last:
         _log.info("continuing from %s", last)
-    elif cli.config.model.weights is None:
+    elif isinstance(model, Component):
+        model.init_weights()
+    elif classifies and cli.config.model.weights is None:
         _calibrate(model, data, cli.config.data.seed)
     out.mkdir(parents=True, exist_ok=True)
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
@@ -105,9 +124,10 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     except SystemExit:  # what Lightning makes of Ctrl-C
         _log.info("`widefield fit --resume --out %s` continues from the last whole epoch", out)
         raise KeyboardInterrupt from None
-    write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
+    if classifies:
+        write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
+        _log.info("report: %s", out / "report.html")
     _log.info("checkpoint: %s", out / BEST)
-    _log.info("report: %s", out / "report.html")
     return out
 
 

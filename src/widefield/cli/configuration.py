@@ -1,0 +1,94 @@
+"""From a command line to one configuration: files, flags that are shortcuts for entries, and `path=value`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from widefield.cli.sections import SECTIONS
+from widefield.cli.user_code import import_user_code
+from widefield.config import Config, build, check_config, load, override
+from widefield.config.merge import IMPORTS
+from widefield.registry import MODELS
+
+SHORTCUTS = {
+    "images": "data.images",
+    "labels": "data.labels",
+    "level": "data.level",
+    "batch_size": "data.batch_size",
+    "model": "model.model_name",
+    "weights": "model.weights",
+    "tile_size": "model.tile_size",
+    "memory_budget": "model.memory_budget",
+    "lr": "model.lr",
+    "epochs": "trainer.max_epochs",
+    "out": "trainer.default_root_dir",
+}
+_TEXTS = ("model", "weights")
+"""Shortcuts whose value is a text even where it looks like a number."""
+
+
+def read_configuration(
+    arguments: argparse.Namespace, files: Sequence[Path], others: Sequence[str]
+) -> tuple[Config, list[str]]:
+    """The configuration, and what is left of the command line.
+
+    Files come first, each over the last; whatever is given beside them wins.
+
+    Args:
+        arguments: The flags: those of `SHORTCUTS`, `imports` and `seed`.
+        files: YAML or Python files.
+        others: `path=value`, `--path=value` or `--path value`.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        ConfigError: The configuration cannot be used.
+    """
+    config = load(*files)
+    imports = [*config.data.get(IMPORTS, []), *(_absolute(place) for place in arguments.imports)]
+    if imports:
+        config.data[IMPORTS] = list(dict.fromkeys(imports))
+    import_user_code(imports)
+    overrides, left = _split(others)
+    config = override(config, [*_from_flags(arguments), *overrides], SECTIONS)
+    check_config(config, SECTIONS)
+    if config.data.get("model", {}).get("type") in MODELS:
+        build(config, ("model",))  # constructors refuse more than their types say, and do it before any data is read
+    return config, left
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).absolute()) if place.endswith(".py") else place
+
+
+def _from_flags(arguments: argparse.Namespace) -> list[str]:
+    overrides = []
+    for name, entry in SHORTCUTS.items():
+        value = getattr(arguments, name)
+        if isinstance(value, Path) or (value is not None and name in _TEXTS):
+            value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
+        if value is not None:
+            overrides.append(f"{entry}={value}")
+    if arguments.seed is not None:
+        overrides += [f"seed_everything={arguments.seed}", f"data.seed={arguments.seed}"]
+    return overrides
+
+
+def _split(others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and flags such as `--print_config` that are none."""
+    overrides, left = [], []
+    rest = list(others)
+    while rest:
+        text = rest.pop(0)
+        name, equals, _ = text.removeprefix("--").partition("=")
+        if not text.startswith("--") and not equals:
+            raise ValueError(f"got {text!r}, expected a value for a path, as in model.lr=0.01")
+        if text.startswith("--") and name.split(".")[0] not in SECTIONS:
+            left.append(text)
+        elif equals:
+            overrides.append(text)
+        elif rest and not rest[0].startswith("--"):
+            overrides.append(f"{text}={rest.pop(0)}")
+        else:
+            raise ValueError(f"{text} has no value; give one, as in {text}=VALUE")
+    return overrides, left

@@ -1,0 +1,63 @@
+"""A configuration as LightningCLI reads it."""
+
+import collections.abc
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from widefield.cli.sections import SECTIONS
+from widefield.config import Config, Section
+from widefield.config.expected import MAPPINGS, component_of
+from widefield.registry import MODELS, arguments_of, import_object
+
+
+def lightning_form(config: Config) -> dict[str, Any]:
+    """The data of a checked `config` with `{class_path: X, init_args: {...}}` where Lightning makes an instance.
+
+    Where a constructor takes a dictionary, the description stays as it is: components make their own parts.
+    """
+    return {
+        key: _section(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
+        for key, value in config.data.items()
+    }
+
+
+def _section(value: dict[str, Any], section: Section) -> dict[str, Any]:
+    function = section.resolve(value)
+    return _instance(value, function) if "type" in value else _arguments(value, function)
+
+
+def _instance(value: Mapping[str, Any], function: Any) -> dict[str, Any]:
+    arguments = {name: item for name, item in value.items() if name != "type"}
+    return {"class_path": _import_path(value["type"]), "init_args": _arguments(arguments, function)}
+
+
+def _arguments(arguments: Mapping[str, Any], function: Any) -> dict[str, Any]:
+    known = {} if function is None else arguments_of(function).named
+    return {name: _value(item, known[name].annotation if name in known else Any) for name, item in arguments.items()}
+
+
+def _value(value: Any, annotation: Any) -> Any:
+    if _takes_dictionaries(annotation):
+        return value
+    if isinstance(value, list):
+        return [_value(item, annotation) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        path = _import_path(value["type"])
+        return _instance(value, import_object(path) if "." in path else None)
+    return value
+
+
+def _takes_dictionaries(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if annotation is Any or component_of(annotation) is not None or annotation in MAPPINGS or origin in MAPPINGS:
+        return True
+    inside = () if origin in (None, collections.abc.Callable) else typing.get_args(annotation)
+    return any(_takes_dictionaries(one) for one in inside)
+
+
+def _import_path(name: str) -> str:
+    if name not in MODELS:
+        return name
+    component = MODELS.get(name)
+    return f"{component.__module__}.{component.__qualname__}"
