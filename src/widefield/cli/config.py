@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     files = [Path(arguments.file), *(Path(text) for text in others if "=" not in text)]
     try:
         config = load(*files)
-        import_user_code([*config.data.get("imports", []), *arguments.imports])
+        import_user_code([*(config.data.get("imports") or []), *arguments.imports])
         config = override(config, (text for text in others if "=" in text), SECTIONS)
         if arguments.what == "print":
             print(write_yaml(config.data), end="")
@@ -56,5 +56,5 @@ def _build(config: "Config") -> None:
     from widefield.config import build
     from widefield.registry import MODELS
 
-    if config.data.get("model", {}).get("type") in MODELS:
+    if (config.data.get("model") or {}).get("type") in MODELS:
         build(config, ("model",))

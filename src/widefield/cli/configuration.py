@@ -45,14 +45,14 @@ def read_configuration(
         ConfigError: The configuration cannot be used.
     """
     config = load(*files)
-    imports = [*config.data.get(IMPORTS, []), *(_absolute(place) for place in arguments.imports)]
+    imports = [*(config.data.get(IMPORTS) or []), *(_absolute(place) for place in arguments.imports)]
     if imports:
         config.data[IMPORTS] = list(dict.fromkeys(imports))
     import_user_code(imports)
     overrides, left = _split(others)
     config = override(config, [*_from_flags(arguments), *overrides], SECTIONS)
     check_config(config, SECTIONS)
-    if config.data.get("model", {}).get("type") in MODELS:
+    if (config.data.get("model") or {}).get("type") in MODELS:
         build(config, ("model",))  # constructors refuse more than their types say, and do it before any data is read
     return config, left
 

@@ -19,6 +19,7 @@ def lightning_form(config: Config) -> dict[str, Any]:
     return {
         key: _section(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
         for key, value in config.data.items()
+        if value is not None
     }
 
 

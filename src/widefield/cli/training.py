@@ -167,6 +167,7 @@ def _ignore_irrelevant_warnings() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LightningCLI's args parameter is intended.*",
+        ".*configure_optimizers` will be overridden by.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*No (positive|negative) samples in targets.*",
         ".*available but not used.*",

@@ -20,7 +20,7 @@ def merge(base: Config, child: Config) -> Config:
         ConfigError: A dictionary over something else, or an index that the list does not have.
     """
     merged = _merge(base.data, child.data, (), child)
-    imports = [*base.data.get(IMPORTS, []), *child.data.get(IMPORTS, [])]
+    imports = [*(base.data.get(IMPORTS) or ()), *(child.data.get(IMPORTS) or ())]
     if imports:
         merged[IMPORTS] = list(dict.fromkeys(imports))
     return Config(merged, {**base.origins, **child.origins})

@@ -69,7 +69,7 @@ Sections = Mapping[str, Any]
 
 
 def check_config(config: Config, sections: Sections) -> None:
-    """Compare all of `config` with the constructors that it will be given to.
+    """Compare all of `config` with the constructors that it will be given to; a section that is None counts as left out.
 
     Raises:
         ConfigError: One line for each problem: path, value, what was expected, where it was written.
@@ -80,7 +80,7 @@ def check_config(config: Config, sections: Sections) -> None:
         if section is None:
             problems.append(((key,), unknown_section(key, sections)))
         elif isinstance(section, Section):
-            problems += section.check(value, (key,))
+            problems += [] if value is None else section.check(value, (key,))
         else:
             problems += check_value(value, section, (key,))
     if problems:

@@ -138,4 +138,10 @@ COMPONENTS = (
         "loss",
         "Focal loss with one exponent for positive labels and another for negative ones.",
     ),
+    Entry(
+        "ImageClassifier",
+        f"{_HOME}.models.image_classifier:ImageClassifier",
+        "model",
+        "Classification of images: a backbone, a neck, and a head that knows the loss.",
+    ),
 )

@@ -1,0 +1,1 @@
+"""Whole models: what a configuration trains."""

@@ -1,0 +1,179 @@
+"""One class in a file of the user's, named in a configuration, changed on the command line, trained and resumed."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.small_images import write_folder
+from widefield.cli import main
+from widefield.config import load
+from widefield.registry import MODELS
+
+MY_MODELS = """\
+from torch import nn
+
+from widefield.components import ResNet, build_conv_layer, build_norm_layer
+from widefield.registry import MODELS
+
+
+@MODELS.register_module()
+class ResNet_CIFAR(ResNet):
+    '''ResNet backbone for CIFAR.'''
+
+    def __init__(self, depth, deep_stem=False, **kwargs):
+        super(ResNet_CIFAR, self).__init__(depth, deep_stem=deep_stem, **kwargs)
+        assert not self.deep_stem, 'ResNet_CIFAR do not support deep_stem'
+
+    def _make_stem_layer(self, in_channels, base_channels):
+        self.conv1 = build_conv_layer(
+            self.conv_cfg, in_channels, base_channels, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, base_channels, postfix=1)
+        self.add_module(self.norm1_name, norm1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.relu(self.norm1(self.conv1(x)))
+        outs = []
+        for i, layer_name in enumerate(self.res_layers):
+            x = getattr(self, layer_name)(x)
+            if i in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+"""
+BASE = """\
+model:
+  type: ImageClassifier
+  lr: 1e-3
+  backbone:
+    type: ResNet_CIFAR
+    depth: 18
+    stem_channels: 4
+    base_channels: 4
+    num_stages: 2
+    out_indices: [1]
+  neck: {type: GlobalAveragePooling}
+  head:
+    type: LinearClsHead
+    num_classes: 2
+    in_channels: 8
+    cal_acc: true
+"""
+CONFIG = """\
+_base_: base.yaml
+data:
+  images: images
+  labels: labels.csv
+  batch_size: 3
+trainer:
+  max_epochs: 1
+  enable_progress_bar: false
+optimizer: {type: SGD, lr: 0.05, momentum: 0.9}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(MODELS, "_registered", dict(MODELS._registered))  # forgets the user's components
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path, side=24)
+    (tmp_path / "my_models.py").write_text(MY_MODELS)
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+FIT = ("fit", "--config", "my.yaml", "--imports", "my_models.py")
+
+
+def test_a_users_component_is_trained_and_resumed_from_a_configuration(folder: Path) -> None:
+    overrides = ("model.backbone.depth=34", "model.backbone.norm_cfg.eps=1e-4")
+    assert main([*FIT, *overrides, "trainer.max_epochs=2", "--out", "whole"]) == 0
+    run = folder / "whole"
+    assert {"train_loss", "val_loss", "train_accuracy_top-1", "val_accuracy_top-1"} < set(rows(run)[0])
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["backbone"]["depth"] == 34
+    assert "momentum_buffer" in checkpoint["optimizer_states"][0]["state"][0]
+    assert (
+        sum(key.startswith("backbone.layer2") and key.endswith("conv1.weight") for key in checkpoint["state_dict"]) == 4
+    )
+
+    assert main([*FIT, *overrides, "--out", "broken"]) == 0
+    assert main(["fit", "--resume", "--out", "broken", "trainer.max_epochs=2"]) == 0
+    assert rows(folder / "broken") == rows(run)
+    resumed = torch.load(folder / "broken" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, resumed[key]) for key, value in checkpoint["state_dict"].items())
+
+
+def test_the_configuration_of_a_run_loads_to_the_same_model(folder: Path) -> None:
+    from widefield.config import build
+
+    assert main([*FIT, "model.backbone.base_channels=2", "model.head.in_channels=4", "--out", "run"]) == 0
+    saved = load(folder / "run" / "config.yaml")
+    assert saved.data["imports"] == [str(folder / "my_models.py")]
+    assert saved.data["model"]["backbone"]["base_channels"] == 2
+    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["optimizer"]["init_args"]["momentum"] == 0.9
+    model = build(saved, ("model",))
+    model.load_state_dict(torch.load(folder / "run" / "last.ckpt", weights_only=True)["state_dict"])
+    assert type(model.backbone).__module__ == "my_models"
+    assert main(["config", "check", str(folder / "run" / "config.yaml")]) == 0
+
+
+def test_flags_files_and_lightning_yaml_are_one_parser(folder: Path) -> None:
+    lightning = {
+        "model": {
+            "class_path": "widefield.components.models.image_classifier.ImageClassifier",
+            "init_args": {
+                "backbone": {
+                    "class_path": "ResNet",
+                    "init_args": {"depth": 18, "base_channels": 2, "stem_channels": 4},
+                },
+                "neck": {"class_path": "widefield.components.GlobalAveragePooling"},
+                "head": {"class_path": "LinearClsHead", "init_args": {"num_classes": 2, "in_channels": 16}},
+            },
+        },
+        "trainer": {
+            "max_epochs": 1,
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}],
+        },
+    }
+    (folder / "lightning.yaml").write_text(yaml.safe_dump(lightning))
+    line = ["fit", "--config", "lightning.yaml", "--images", "images", "--labels", "labels.csv", "--out", "run"]
+    line += ["--batch-size", "3"]
+    assert main([*line, "--model.init_args.backbone.init_args.base_channels", "1", "model.head.in_channels=8"]) == 0
+    backbone = torch.load(folder / "run" / "last.ckpt", weights_only=True)["hyper_parameters"]["backbone"]
+    assert backbone["base_channels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.backbone.dept=34"], "model.backbone.dept: there is no 'dept'; did you mean depth?"),
+        (["model.head.num_classes=-5"], "model.head: num_classes=-5 must be a positive integer"),
+        (["model.head.type=LinearHead"], "model.head: no head named 'LinearHead'; did you mean LinearClsHead"),
+        (["--epochs", "2", "--batch-size", "3", "--trainer.max_step=3"], "trainer.max_step: there is no 'max_step'"),
+        (["trainer.accelerator"], "got 'trainer.accelerator', expected a value for a path"),
+        (["--trainer.accelerator"], "--trainer.accelerator has no value"),
+        (["--config", "gone.yaml"], "gone.yaml does not exist"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_data_is_read(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (folder / "labels.csv").unlink()
+    assert main([*FIT, *arguments, "--out", "run"]) == 2
+    error: Any = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (folder / "run").exists()
