@@ -1,6 +1,6 @@
 """A module's forward pass as data: operations on named values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,19 @@ class Node:
     @property
     def refs(self) -> Iterator[str]:
         """Names of the nodes that this one reads, in the order of its arguments."""
-        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Ref):
-                yield leaf.name
+        yield from _refs(self.args)
+        yield from _refs(self.kwargs.values())
 
     def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
         return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)
+
+
+def _refs(arguments: Iterable[Any]) -> Iterator[str]:
+    for argument in arguments:
+        if isinstance(argument, Ref):
+            yield argument.name
+        elif isinstance(argument, (list, tuple)):
+            yield from _refs(argument)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,16 @@ op carries one `AxisMap` for its rows and one for its columns. An `AxisMap` answ
 - `span(o0, o1)`: what to read, and how much padding to add, to compute exactly the outputs `[o0, o1)`.
 
 All are non-decreasing, which is what makes a scan possible. Positions are not checked: callers stay inside `[0, n]`.
+`ready_all` and `first_all` answer for many positions at once.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Positions = npt.NDArray[np.int64]
 
 
 def clamp(value: int, low: int, high: int) -> int:
@@ -56,6 +62,19 @@ class AxisMap(Protocol):
     def stop(self, o: int) -> int: ...
     def span(self, o0: int, o1: int) -> Span: ...
 
+    def ready_all(self, r: Positions) -> Positions: ...
+    def first_all(self, o: Positions) -> Positions: ...
+
+
+class _OneByOne:
+    """`ready_all` and `first_all` of maps that have no closed form for many positions."""
+
+    def ready_all(self: AxisMap, r: Positions) -> Positions:
+        return np.array([self.ready(n) for n in r.tolist()], dtype=np.int64)
+
+    def first_all(self: AxisMap, o: Positions) -> Positions:
+        return np.array([self.first(n) for n in o.tolist()], dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -78,6 +97,13 @@ class Window:
             return self.n_out
         return clamp((r + self.padding - self.extent) // self.stride + 1, 0, self.n_out)
 
+    def ready_all(self, r: Positions) -> Positions:
+        ready = np.clip((r + self.padding - self.extent) // self.stride + 1, 0, self.n_out)
+        return np.where(r <= 0, 0, np.where(r >= self.n_in, self.n_out, ready))
+
+    def first_all(self, o: Positions) -> Positions:
+        return np.where(o >= self.n_out, self.n_in, np.clip(o * self.stride - self.padding, 0, self.n_in))
+
     def first(self, o: int) -> int:
         return self.n_in if o >= self.n_out else clamp(o * self.stride - self.padding, 0, self.n_in)
 
@@ -98,8 +124,8 @@ def identity(n: int) -> Window:
     return Window(n, n)
 
 
-@dataclass(frozen=True, slots=True)
-class Transposed:
+@dataclass(frozen=True)
+class Transposed(_OneByOne):
     """Input `i` contributes to outputs `[i * stride - padding, i * stride - padding + extent)`.
 
     Transposed convolutions, and repetition by a whole factor (`extent == up`): nearest upsampling, depth-to-space.
@@ -137,8 +163,8 @@ def repeat(n: int, factor: int) -> Transposed:
     return Transposed(n, n * factor, factor, factor)
 
 
-@dataclass(frozen=True, slots=True)
-class BorderPad:
+@dataclass(frozen=True)
+class BorderPad(_OneByOne):
     """Padding with what stands near the border: `reflect` (without the border itself) or `replicate`.
 
     `before` and `after` are the positions added at either end (negative to crop). Output `o` reads input `source(o)`.
@@ -185,8 +211,8 @@ class BorderPad:
         return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
-@dataclass(frozen=True, slots=True)
-class Resample:
+@dataclass(frozen=True)
+class Resample(_OneByOne):
     """Interpolation: output `o` is a weighted sum of the inputs around `source(o)`.
 
     `mode` is "linear" or "cubic", with `scale` input positions per output position and the source position of PyTorch's

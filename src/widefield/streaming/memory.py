@@ -141,13 +141,15 @@ class Footprint:
     @cached_property
     def _new(self) -> tuple[_Array, _Array]:
         """Rows that each tile row computes of each map, and columns likewise: (steps, maps)."""
-        rows, cols = (np.diff(s.ready_array).T for s in (self.rows, self.cols))
+        rows, cols = (np.diff(s.ready_array).T.astype(np.float64) for s in (self.rows, self.cols))
         return rows, cols
 
     @cached_property
     def _held(self) -> tuple[_Array, _Array]:
         """Rows and columns that the buffers hold."""
-        rows, cols = ((s.ready_array[:, 1:] - s.kept_array[:, :-1]).T for s in (self.rows, self.cols))
+        rows, cols = (
+            (s.ready_array[:, 1:] - s.kept_array[:, :-1]).T.astype(np.float64) for s in (self.rows, self.cols)
+        )
         return rows, cols
 
     @cached_property

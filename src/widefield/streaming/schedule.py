@@ -11,9 +11,8 @@ from functools import cached_property
 from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 
-from widefield.streaming.extents import AxisMap, Span, identity
+from widefield.streaming.extents import AxisMap, Positions, Span, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +28,28 @@ class Flow:
         return any(m.stride > 1 for m in self.maps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's page) for `t` in `0 ... steps`."""
+    """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's page) for `t` in `0 ... steps`.
+
+    `ready_array` and `kept_array` are the same as arrays (maps, steps + 1).
+    """
 
     flows: tuple[Flow, ...]
-    ready: tuple[tuple[int, ...], ...]
-    kept: tuple[tuple[int, ...], ...]
+    ready_array: Positions
+    kept_array: Positions
 
     @property
     def steps(self) -> int:
-        return len(self.ready[0]) - 1
+        return self.ready_array.shape[1] - 1
 
     @cached_property
-    def ready_array(self) -> npt.NDArray[np.float64]:
-        """`ready` as an array (maps, steps + 1)."""
-        return np.array(self.ready, dtype=np.float64)
+    def ready(self) -> list[list[int]]:
+        return self.ready_array.tolist()
 
     @cached_property
-    def kept_array(self) -> npt.NDArray[np.float64]:
-        """`kept` as an array (maps, steps + 1)."""
-        return np.array(self.kept, dtype=np.float64)
+    def kept(self) -> list[list[int]]:
+        return self.kept_array.tolist()
 
     def span(self, v: int, k: int, t: int) -> Span:
         """What map `v` reads from its `k`-th source in step `t`."""
@@ -64,45 +64,63 @@ def schedule(flows: Sequence[Flow], tile: int, gate: int = 1, limit: int | None 
     input drain the network, so that the last step is no larger than the others. `limit`: only so many steps, for an estimate.
     """
     length = max(flow.size for flow in flows if not flow.sources)
-    rate = [max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate) for flow in flows]
-    # A map that follows another one position by position is computed with it.
+    alias = _aliases(flows)
+    sizes = np.array([flow.size for flow in flows])
+    steps = -(-length // tile) + 16  # a guess of how many it takes to drain the network
+    while True:
+        ready = _ready(flows, alias, tile, length, gate, steps if limit is None else min(steps, limit))
+        if (done := bool((ready[:, -1] == sizes).all())) or ready.shape[1] - 1 == limit:
+            break
+        steps += steps // 2
+    if done:
+        ready = ready[:, : int((ready < sizes[:, None]).sum(1).max()) + 1]
+    kept = ready.copy()
+    for v, flow in enumerate(flows):
+        for s, m in zip(flow.sources, flow.maps, strict=True):
+            if alias[v] != alias[s]:
+                first = m.first_all(ready[v])
+                padding = np.minimum(
+                    first, flows[s].size - 1
+                )  # kept while there is padding to compute that reads nothing
+                np.minimum(kept[s], np.where(ready[v] >= flow.size, first, padding), out=kept[s])
+    return Schedule(tuple(flows), ready, kept)
+
+
+def _aliases(flows: Sequence[Flow]) -> list[int]:
+    """For each map the first one that it follows position by position, with which it is computed; itself if there is none."""
     alias = list(range(len(flows)))
     for v, flow in enumerate(flows):
         if len({alias[s] for s in flow.sources}) == 1 and all(m == identity(flow.size) for m in flow.maps):
             alias[v] = alias[flow.sources[0]]
-    own = [v for v in range(len(flows)) if alias[v] == v]
-    ready = [[0] for _ in flows]
-    t = 0
-    while t != limit and any(ready[v][-1] < flows[v].size for v in own):
-        t += 1
-        for v in own:
-            flow, before = flows[v], ready[v][-1]
-            if not flow.sources:
-                now = min(-(-t * tile * flow.size // length), flow.size)
-            else:
-                now = flow.size
-                for s, m in zip(flow.sources, flow.maps, strict=True):
-                    there = ready[alias[s]][t]
-                    now = min(now, m.ready(there) if there else 0)
-                if flow.strided and now < flow.size and now - before < gate:
-                    now = before
-                now = min(now, before + rate[v])
-            ready[v].append(now)
-    kept = [list(r) if alias[v] == v else r for v, r in enumerate(ready)]
+    return alias
+
+
+def _ready(flows: Sequence[Flow], alias: Sequence[int], tile: int, length: int, gate: int, steps: int) -> Positions:
+    """`ready` of all maps for so many steps: (maps, steps + 1)."""
+    t = np.arange(steps + 1)
+    ready = np.empty((len(flows), steps + 1), dtype=np.int64)
     for v, flow in enumerate(flows):
-        for s, m in zip(flow.sources, flow.maps, strict=True):
-            if alias[v] == alias[s]:
-                continue
-            last = flows[s].size - 1  # kept while there is padding to compute that reads nothing
-            if kept[s] is ready[s]:
-                kept[s] = list(ready[alias[s]])
-            kept[s] = [
-                min(b, m.first(r) if r >= flow.size else min(m.first(r), last))
-                for b, r in zip(kept[s], ready[alias[v]], strict=True)
-            ]
-    whole = [tuple(r) for r in ready]
-    return Schedule(
-        tuple(flows),
-        tuple(whole[a] for a in alias),
-        tuple(whole[alias[v]] if kept[v] is ready[v] else tuple(kept[v]) for v in range(len(flows))),
-    )
+        if alias[v] != v:
+            ready[v] = ready[alias[v]]
+        elif not flow.sources:
+            ready[v] = np.minimum(-(-t * tile * flow.size // length), flow.size)
+        else:
+            possible = np.full(steps + 1, flow.size)
+            for s, m in zip(flow.sources, flow.maps, strict=True):
+                np.minimum(possible, np.where(ready[s] > 0, m.ready_all(ready[s]), 0), out=possible)
+            most = max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate)
+            if flow.strided:
+                ready[v] = _gated(possible.tolist(), most, gate, flow.size)
+            else:  # no step makes more than `most`
+                ready[v] = np.minimum.accumulate(possible - t * most) + t * most
+    return ready
+
+
+def _gated(possible: Sequence[int], most: int, gate: int, size: int) -> list[int]:
+    """Follow `possible`, at least `gate` positions a step or none, and at most `most`."""
+    ready, now = [], 0
+    for there in possible:
+        if there == size or there - now >= gate:
+            now = min(there, now + most)
+        ready.append(now)
+    return ready

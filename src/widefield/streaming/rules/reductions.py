@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,18 @@ Grads = Sequence[Tensor | None]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-@runtime_checkable
-class Reduction(Protocol):
+class Reduction(ABC):
     """See the module's page. `tiles` are windows of the maps that are reduced, all of the same positions."""
 
+    @abstractmethod
     def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any: ...
+    @abstractmethod
     def finish(self, state: Any) -> Parts: ...
+    @abstractmethod
     def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs: ...
 
 
-class _Local(ABC):
+class _Local(Reduction):
     """`pull` by autograd through `local`."""
 
     @abstractmethod
@@ -126,7 +128,7 @@ def _embed(x: Tensor, dim: int, start: int, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Reduction):
     """Mean and sum of squared deviations from it, over dimensions `dims` (kept with size 1); `count` elements in all.
 
     Tiles are merged by the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
