@@ -1,11 +1,13 @@
 """Wrong configurations: each is refused in a line with path, value and what was expected."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypedDict
 
 import pytest
 
 from tests.config.parts import MODEL, PARTS, SECTIONS
-from widefield.config import ConfigError, build, check_config, load, override
+from widefield.config import ConfigError, build, check_config, check_value, load, override
 
 
 @pytest.fixture
@@ -137,3 +139,35 @@ def test_a_constructor_that_refuses_its_arguments_is_located(file: Path) -> None
     check_config(config, SECTIONS)
     with pytest.raises(ConfigError, match=r"^model\.body: rate=-1 must not be negative \(my\.yaml, line 3\)$"):
         build(config, ("model",), PARTS)
+
+
+class _Reads(Protocol):
+    def read(self) -> str: ...
+
+
+class _Table(TypedDict):
+    width: int
+
+
+@pytest.mark.parametrize(
+    ("annotation", "right", "wrong", "words"),
+    [
+        (Annotated[int, {"not": "hashable"}], [1], ["x"], "int"),
+        (_Table, [{"width": 1}], [3], "a dictionary"),
+        (_Reads, ["anything", 3], [], ""),
+        (type[int], ["builtins.int"], [], ""),
+        (float | Literal["auto"], [1, 1.5, "auto"], ["x", True], "a number or 'auto'"),
+        (list[dict[str, int]], [[], [{"a": 1}]], [{"a": 1}], "a list of a dictionary"),
+        (tuple[int, ...] | None, [None, [], [1]], [[None]], ""),
+        (dict, [{}], [[]], "a dictionary"),
+        (Sequence, [[1, "x"]], ["text", 3], "a list"),
+        (bool, [True], [1, "yes"], "true or false"),
+        (Iterable[str], [["a"]], ["a"], "a list of a text"),
+    ],
+    ids=str,
+)
+def test_values_against_annotations(annotation: Any, right: list[Any], wrong: list[Any], words: str) -> None:
+    assert [value for value in right if check_value(value, annotation)] == []
+    assert [value for value in wrong if not check_value(value, annotation)] == []
+    if words:
+        assert check_value(wrong[0], annotation)[0][1].endswith(f"expected {words}")

@@ -45,6 +45,12 @@ class ResNet_CIFAR(ResNet):
                 outs.append(x)
         return tuple(outs)
 """
+PLAIN = """
+
+@MODELS.register_module(kind='model')
+class Plain(nn.Module):
+    pass
+"""
 BASE = """\
 model:
   type: ImageClassifier
@@ -82,7 +88,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delitem(sys.modules, "my_models", raising=False)
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path, side=24)
-    (tmp_path / "my_models.py").write_text(MY_MODELS)
+    (tmp_path / "my_models.py").write_text(MY_MODELS + PLAIN)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "my.yaml").write_text(CONFIG)
     return tmp_path
@@ -163,6 +169,7 @@ def test_flags_files_and_lightning_yaml_are_one_parser(folder: Path) -> None:
         (["model.head.num_classes=-5"], "model.head: num_classes=-5 must be a positive integer"),
         (["model.head.type=LinearHead"], "model.head: no head named 'LinearHead'; did you mean LinearClsHead"),
         (["--epochs", "2", "--batch-size", "3", "--trainer.max_step=3"], "trainer.max_step: there is no 'max_step'"),
+        (["model={type: Plain, _delete_: true}"], "model: Plain is no LightningModule, so it cannot be trained"),
         (["trainer.accelerator"], "got 'trainer.accelerator', expected a value for a path"),
         (["--trainer.accelerator"], "--trainer.accelerator has no value"),
         (["--config", "gone.yaml"], "gone.yaml does not exist"),
@@ -177,3 +184,24 @@ def test_a_wrong_configuration_is_refused_before_data_is_read(
     assert message in error
     assert "Traceback" not in error
     assert not (folder / "run").exists()
+
+
+def test_every_ready_configuration_is_checked_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "configs"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "resnet18_cifar" in names
+    for name in names:
+        assert main(["config", "check", name, "data.images=images", "data.labels=labels.csv"]) == 0
+
+
+def test_a_ready_configuration_trains_and_is_a_base(folder: Path) -> None:
+    (folder / "small.yaml").write_text(
+        "_base_: resnet18_cifar\n"
+        "model:\n"
+        "  backbone: {base_channels: 2, stem_channels: 4}\n"
+        "  head: {num_classes: 2, in_channels: 16, topk: [1]}\n"
+        "trainer: {max_epochs: 1, enable_progress_bar: false}"
+    )
+    data = ("--images", "images", "--labels", "labels.csv")
+    assert main(["fit", "--config", "small.yaml", *data, "--batch-size", "3", "--out", "run"]) == 0
+    assert len(rows(folder / "run")) == 1

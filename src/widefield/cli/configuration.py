@@ -52,9 +52,20 @@ def read_configuration(
     overrides, left = _split(others)
     config = override(config, [*_from_flags(arguments), *overrides], SECTIONS)
     check_config(config, SECTIONS)
+    _refuse_untrainable(config)
     if (config.data.get("model") or {}).get("type") in MODELS:
         build(config, ("model",))  # constructors refuse more than their types say, and do it before any data is read
     return config, left
+
+
+def _refuse_untrainable(config: Config) -> None:
+    from lightning.pytorch import LightningModule
+
+    model = SECTIONS["model"].resolve(config.data.get("model") or {})
+    if not (isinstance(model, type) and issubclass(model, LightningModule)):
+        advice = "inherit from widefield.components.models.base_model.BaseModel, and write loss()"
+        problem = f"{model.__name__} is no LightningModule, so it cannot be trained; {advice}"
+        raise config.error([(("model",), problem)])
 
 
 def _absolute(place: str) -> str:

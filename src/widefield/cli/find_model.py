@@ -1,18 +1,14 @@
 """From what is written on the command line to a model: `file.py:name`, `package.module:name`, `timm/NAME`, `torchvision/NAME`."""
 
 import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from widefield.models.names import TIMM_PREFIX, unknown_model
+from widefield.registry import import_module_or_file
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -35,7 +31,7 @@ def find_model(text: str) -> nn.Module:
         raise ValueError(
             f"MODEL is {text!r}; give my_file.py:model, package.module:attribute, timm/NAME or torchvision/NAME"
         )
-    found: Any = _load(place)
+    found: Any = import_module_or_file(place)
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{place} has no {name!r}; {_near(part, _models_in(found))}")
@@ -65,33 +61,6 @@ def _torchvision(text: str) -> nn.Module:
     options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, name) else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return model
-
-
-def _load(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name and place.startswith(error.name):
-                raise ValueError(f"there is no module {place!r}; for a file, give its path with .py") from error
-            raise ValueError(f"{place} cannot be imported: {error}") from error
-    path = Path(place)
-    if not path.is_file():
-        near = _near(path.name, [other.name for other in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        raise FileNotFoundError(f"there is no file {place}" + (f"; {near}" if near else ""))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{place} cannot be run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return module
 
 
 def _make(found: Any, text: str) -> nn.Module:

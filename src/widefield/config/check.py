@@ -33,6 +33,8 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
     """
     if isinstance(annotation, NewType):
         annotation = annotation.__supertype__
+    if typing.is_typeddict(annotation):
+        annotation = dict
     component = component_of(annotation)
     if component is not None:
         return _check_marked(value, annotation.__origin__, component, path)
@@ -56,9 +58,9 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
         return _check_mapping(value, annotation, path)
     if origin is collections.abc.Callable or annotation is collections.abc.Callable:
         return _check_callable(value, annotation, path)
-    if isinstance(annotation, type):
+    if isinstance(annotation, type) and not getattr(annotation, "_is_protocol", False):
         return _check_instance(value, annotation, path)
-    return []  # type[...], protocols with arguments and other rarities: their constructors decide
+    return []  # type[...], protocols and other rarities: their constructors decide
 
 
 def check_description(description: Any, component: ComponentOf, path: Path = ()) -> list[Problem]:

@@ -38,11 +38,11 @@ def describe(annotation: Any) -> str:
         return f"{words} or null" if NoneType in typing.get_args(annotation.__origin__) else words
     if annotation is None:
         annotation = NoneType
-    if isinstance(annotation, typing.Hashable) and annotation in _NAMES:
-        return _NAMES[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return describe(annotation.__origin__)
+    if origin is None and annotation in _NAMES:
+        return _NAMES[annotation]
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin in UNIONS:
@@ -51,7 +51,7 @@ def describe(annotation: Any) -> str:
         return _describe_tuple(arguments)
     if origin in SEQUENCES or annotation in SEQUENCES:
         return f"a list of {describe(arguments[0])}" if arguments else "a list"
-    if origin in MAPPINGS or annotation in MAPPINGS:
+    if origin in MAPPINGS or annotation in MAPPINGS or typing.is_typeddict(annotation):
         return "a dictionary"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(member.name for member in annotation)

@@ -1,6 +1,7 @@
 """Components by name. `MODELS` is the registry of all of them: backbones, necks, heads, losses, target generators, models.
 
-Imports nothing heavy; a component is imported when it is asked for.
+Imports nothing heavy; a component is imported when it is asked for. An installed package brings components of its own by entry
+points of the group `widefield.components`: a name, and `package.module:Class`.
 """
 
 from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of
