@@ -195,6 +195,24 @@ COMPONENTS = (
         "Focal loss with one exponent for positive labels and another for negative ones.",
     ),
     Entry(
+        "HOGGenerator",
+        f"{_HOME}.target_generators.hog_generator:HOGGenerator",
+        "target_generator",
+        "Histograms of oriented gradients of every patch, the targets of MaskFeat.",
+    ),
+    Entry(
+        "VQKD",
+        f"{_HOME}.target_generators.vqkd:VQKD",
+        "target_generator",
+        "Visual tokens by vector-quantised knowledge distillation, the targets of BEiT v2.",
+    ),
+    Entry(
+        "DALLEEncoder",
+        f"{_HOME}.target_generators.dalle_encoder:DALLEEncoder",
+        "target_generator",
+        "Scores of the visual tokens of DALL-E's discrete autoencoder, the targets of BEiT.",
+    ),
+    Entry(
         "ImageClassifier",
         f"{_HOME}.models.image_classifier:ImageClassifier",
         "model",
