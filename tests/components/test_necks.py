@@ -135,7 +135,7 @@ def test_the_decoder_puts_tokens_where_they_were_and_mask_tokens_elsewhere() -> 
     [
         ({"num_patches": 15}, "num_patches=15 must be a square number, such as 9"),
         ({"num_patches": 0}, "num_patches=0 must be a square number"),
-        ({"decoder_embed_dim": 6}, "decoder_embed_dim=6 must be a multiple of 4"),
+        ({"decoder_embed_dim": 6}, "embed_dims=6 must be a multiple of 4"),
     ],
 )
 def test_the_decoder_refuses(options: dict[str, int], message: str) -> None:
@@ -170,11 +170,11 @@ def test_patch_aggregation_is_initialised_as_the_layers_that_come_after_the_earl
     neck.init_weights()
     for k, block in enumerate(neck.patch_aggregation, 10):
         assert block.attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
-        assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * k), rel=0.1)
+        assert block.ffn.layers[1].weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * k), rel=0.1)
         assert block.attn.proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * k), rel=0.1)
-        assert block.drop_path1.drop_prob == pytest.approx(0.1 * (k - 1) / 10)
-        assert block.gamma_1.unique().tolist() == pytest.approx([0.2])
-    assert BEiTV2Neck(layer_scale_init_value=0.0, backbone_arch=TINY).patch_aggregation[0].gamma_1 is None
+        assert block.drop_path.p == pytest.approx(0.1 * (k - 1) / 10)
+        assert block.gamma1.unique().tolist() == pytest.approx([0.2])
+    assert BEiTV2Neck(layer_scale_init_value=0.0, backbone_arch=TINY).patch_aggregation[0].gamma1 is None
 
 
 @pytest.mark.parametrize("arch", ["tiny", {"embed_dims": 8}])

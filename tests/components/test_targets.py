@@ -134,6 +134,14 @@ def test_tokens_are_codes_of_what_the_encoder_sees(tmp_path: Path) -> None:
         assert vqkd(images).dtype == torch.int64
 
 
+def test_tokens_of_a_vision_transformer_have_the_known_size() -> None:
+    encoder = {"type": "BEiTViT", "arch": "base", "out_type": "featmap", "use_abs_pos_emb": True}
+    vqkd = VQKD({**encoder, "use_rel_pos_bias": False, "layer_scale_init_value": 0.0}, allow_random_weights=True)
+    tokens = vqkd(torch.rand(2, 3, 224, 224))
+    assert (tokens.shape, tokens.dtype) == ((2, 196), torch.int64)
+    assert 0 <= tokens.min() <= tokens.max() < 8192
+
+
 def test_the_encoder_of_dalle_has_the_known_size() -> None:
     encoder = DALLEEncoder(n_hid=8, vocab_size=50, allow_random_weights=True)
     assert encoder(torch.rand(1, 3, 112, 112)).shape == (1, 50, 14, 14)

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
-from timm.models.beit import Block
 from torch import Tensor, nn
 
 from widefield.components.annotations import InitConfig
 from widefield.components.base_module import BaseModule
 from widefield.components.errors import WrongArgumentError
+from widefield.components.layers.attention import TransformerEncoderLayer
 from widefield.registry import MODELS
 
 _ARCHITECTURES: dict[str, dict[str, int]] = {
@@ -57,22 +56,20 @@ class BEiTV2Neck(BaseModule):
                 f"nor a dictionary of {', '.join(_ARCHITECTURES['base'])}"
             )
         self.early_layers = early_layers
-        width, norm = arch["embed_dims"], partial(nn.LayerNorm, eps=1e-6)
         rates = torch.linspace(0, drop_path_rate, max(arch["num_layers"], early_layers + num_layers)).tolist()
         self.patch_aggregation = nn.ModuleList(
-            Block(
-                width,
+            TransformerEncoderLayer(
+                arch["embed_dims"],
                 arch["num_heads"],
-                qkv_bias=True,
-                mlp_ratio=arch["feedforward_channels"] / width,
-                proj_drop=drop_rate,
-                drop_path=rates[early_layers + k],
-                init_values=layer_scale_init_value,
-                norm_layer=norm,
+                arch["feedforward_channels"],
+                layer_scale_init_value=layer_scale_init_value,
+                drop_rate=drop_rate,
+                drop_path_rate=rates[early_layers + k],
+                qkv_bias="qv",
             )
             for k in range(num_layers)
         )
-        self.fc_norm = norm(width)
+        self.fc_norm = nn.LayerNorm(arch["embed_dims"], eps=1e-6)
 
     def init_weights(self) -> None:
         """Initialise the weights; what a block adds is divided by sqrt(2 * its number, counted from 1 through the backbone)."""
@@ -81,7 +78,7 @@ class BEiTV2Neck(BaseModule):
             return
         with torch.no_grad():
             for k, block in enumerate(self.patch_aggregation, self.early_layers + 1):
-                for last in (block.get_parameter("attn.proj.weight"), block.get_parameter("mlp.fc2.weight")):
+                for last in (block.get_parameter("attn.proj.weight"), block.get_parameter("ffn.layers.1.weight")):
                     last.div_(math.sqrt(2 * k))
 
     def forward(self, inputs: Sequence[Tensor], rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,5 +91,5 @@ class BEiTV2Neck(BaseModule):
         early, final = inputs
         aggregated = torch.cat([final[:, :1], early[:, 1:]], dim=1)
         for block in self.patch_aggregation:
-            aggregated = block(aggregated, shared_rel_pos_bias=rel_pos_bias)
+            aggregated = block(aggregated, rel_pos_bias)
         return self.fc_norm(final)[:, 1:], self.fc_norm(aggregated)[:, 1:]

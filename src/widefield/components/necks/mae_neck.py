@@ -1,16 +1,15 @@
 """The decoder of MAE."""
 
 import math
-from functools import partial
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from widefield.components.annotations import InitConfig
 from widefield.components.base_module import BaseModule
 from widefield.components.errors import WrongArgumentError
+from widefield.components.layers.attention import TransformerEncoderLayer
+from widefield.components.layers.position import sincos_position_embedding
 from widefield.registry import MODELS
 
 
@@ -52,22 +51,16 @@ class MAEPretrainDecoder(BaseModule):
         side = math.isqrt(max(num_patches, 0))
         if side < 1 or side**2 != num_patches:
             raise WrongArgumentError(f"num_patches={num_patches} must be a square number, such as {max(side, 1) ** 2}")
-        if decoder_embed_dim % 4:
-            raise WrongArgumentError(
-                f"decoder_embed_dim={decoder_embed_dim} must be a multiple of 4: sines and cosines of rows and columns"
-            )
         self.num_patches = num_patches
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        positions = build_sincos2d_pos_embed([side, side], decoder_embed_dim, interleave_sin_cos=True)
-        positions = torch.cat([torch.zeros(1, decoder_embed_dim), positions])  # that of the class token is 0
-        self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        positions = sincos_position_embedding((side, side), decoder_embed_dim, cls_token=True)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+            TransformerEncoderLayer(decoder_embed_dim, decoder_num_heads, int(mlp_ratio * decoder_embed_dim))
             for _ in range(decoder_depth)
         )
-        self.decoder_norm = norm(decoder_embed_dim)
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         features = patch_size**2 * in_chans if predict_feature_dim is None else predict_feature_dim
         self.decoder_pred = nn.Linear(decoder_embed_dim, features)
 
