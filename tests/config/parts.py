@@ -147,4 +147,6 @@ model:
       eps: 1e-1
 trainer:
   max_epochs: 2
+  callbacks:
+    - {type: Stopping, monitor: loss}
 """

@@ -75,6 +75,7 @@ WRONG = [
     ("trainer.callbacks=[{type: Stoping}]", "trainer.callbacks.0: no Callback named 'Stoping'; did you mean Stopping?"),
     ("trainer.callbacks=[{type: Stopping}]", "trainer.callbacks.0: Stopping needs monitor"),
     ("trainer.callbacks=[{type: fractions.Fraction}]", "trainer.callbacks.0: fractions.Fraction is no Callback"),
+    ("trainer.callbacks.0.patiense=3", "trainer.callbacks.0.patiense: there is no 'patiense'; did you mean patience?"),
     ("trainer.callbacks=[3]", "trainer.callbacks.0: got 3, expected a Callback"),
     ("seed=x", "seed: got 'x', expected int"),
 ]
@@ -91,6 +92,7 @@ def test_a_wrong_value_is_refused_in_one_line(file: Path, text: str, message: st
 
 
 RIGHT = [
+    "trainer.callbacks.0.patience=3",
     "model.body.depth=34",
     "model.body.rate=1",
     "model.body.rate=1e-3",

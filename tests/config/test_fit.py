@@ -162,6 +162,62 @@ def test_flags_files_and_lightning_yaml_are_one_parser(folder: Path) -> None:
     assert backbone["base_channels"] == 1
 
 
+MY_LIGHTNING = """\
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(self.count, 4)), batch_size=2)
+
+
+class Model(pl.LightningModule):
+    def __init__(self, net: nn.Module, loss: nn.Module, options: dict) -> None:
+        super().__init__()
+        self.net, self.loss, self.options = net, loss, options
+
+    def training_step(self, batch, batch_idx):
+        output = self.net(batch[0])
+        loss = self.loss(output, torch.zeros_like(output))
+        self.log("my_loss", loss, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+"""
+MY_LIGHTNING_CONFIG = """\
+imports: my_lightning.py
+model:
+  type: my_lightning.Model
+  net: {type: torch.nn.Linear, in_features: 4, out_features: 2}
+  loss: {class_path: torch.nn.MSELoss}
+  options: {type: anything, goes: here}
+data: {type: my_lightning.Data, count: 4}
+trainer: {max_epochs: 1, enable_progress_bar: false}
+"""
+
+
+def test_modules_of_lightning_are_trained_by_their_import_path(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "my_lightning.py").write_text(MY_LIGHTNING)
+    (folder / "mine.yaml").write_text(MY_LIGHTNING_CONFIG)
+    line = ["fit", "--config", "mine.yaml", "--out", "run"]
+    assert main([*line, "model.net.out_feature=3"]) == 2
+    assert "model.net.out_feature: there is no 'out_feature'; did you mean out_features" in capfd.readouterr().err
+    assert main([*line, "model.net.out_features=3"]) == 0
+    weights = torch.load(folder / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert weights["net.weight"].shape == (3, 4)
+    assert "my_loss" in rows(folder / "run")[0]
+    assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2"]) == 0
+    assert len(rows(folder / "run")) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

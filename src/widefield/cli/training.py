@@ -15,10 +15,12 @@ from widefield.cli.lightning_form import lightning_form
 from widefield.cli.progress import StreamingProgress
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
+from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, write_yaml
 from widefield.data import LabelledImages
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO, RandomState
+from widefield.modules import BaseModule as StreamedModule
 from widefield.reports import PeakMemory
 from widefield.streaming import calibrate_batch_norm
 
@@ -76,11 +78,12 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
 
     def _keep_best(self) -> ModelCheckpoint:
-        """Keep the last epoch, and that of the least validation loss (without validation images: the last one)."""
+        """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
+        logs_loss = isinstance(self.model, (StreamedModule, BaseModel))
         return ModelCheckpoint(
             dirpath=self.out,
             filename=Path(BEST).stem,
-            monitor="val_loss" if len(getattr(self.datamodule, "val_set", ())) else None,
+            monitor="val_loss" if logs_loss and len(getattr(self.datamodule, "val_set", ())) else None,
             save_last=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,

@@ -19,11 +19,17 @@ def merge(base: Config, child: Config) -> Config:
     Raises:
         ConfigError: A dictionary over something else, or an index that the list does not have.
     """
-    merged = _merge(base.data, child.data, (), child)
+    replaced: set[Path] = set()
+    merged = _merge(base.data, child.data, (), child, replaced)
     imports = [*(base.data.get(IMPORTS) or ()), *(child.data.get(IMPORTS) or ())]
     if imports:
         merged[IMPORTS] = list(dict.fromkeys(imports))
-    return Config(merged, {**base.origins, **child.origins})
+    kept = {
+        path: origin
+        for path, origin in base.origins.items()
+        if not any(path[:end] in replaced for end in range(1, len(path) + 1))
+    }
+    return Config(merged, {**kept, **child.origins})
 
 
 def clashes(first: Any, second: Any, path: Path = ()) -> list[Path]:
@@ -45,13 +51,16 @@ def settles(data: Any, path: Path) -> bool:
     return True
 
 
-def _merge(base: Any, child: Any, path: Path, whole: Config) -> Any:
+def _merge(base: Any, child: Any, path: Path, whole: Config, replaced: set[Path]) -> Any:
+    """`child` over `base`; paths at which nothing is left of the base are added to `replaced`."""
     if not isinstance(child, dict):
+        replaced.add(path)
         return child
     if child.get(DELETE) or base is _ABSENT or base is None or (isinstance(base, dict) and _changes_type(base, child)):
+        replaced.add(path)
         base = {}
     if isinstance(base, list):
-        return _merge_items(base, child, path, whole)
+        return _merge_items(base, child, path, whole, replaced)
     if not isinstance(base, dict):
         raise whole.error(
             [
@@ -64,7 +73,7 @@ def _merge(base: Any, child: Any, path: Path, whole: Config) -> Any:
     merged = dict(base)
     for key, value in child.items():
         if key != DELETE:
-            merged[key] = _merge(base.get(key, _ABSENT), value, (*path, str(key)), whole)
+            merged[key] = _merge(base.get(key, _ABSENT), value, (*path, str(key)), whole, replaced)
     return merged
 
 
@@ -72,7 +81,7 @@ def _changes_type(base: dict[str, Any], child: dict[str, Any]) -> bool:
     return "type" in base and child.get("type", base["type"]) != base["type"]
 
 
-def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Config) -> list[Any]:
+def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Config, replaced: set[Path]) -> list[Any]:
     merged = list(base)
     for key, value in child.items():
         here = (*path, str(key))
@@ -82,5 +91,5 @@ def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Conf
             )
         if int(key) >= len(base):
             raise whole.error([(here, f"there is no item {key} in a list of {len(base)}; the first item is 0")])
-        merged[int(key)] = _merge(base[int(key)], value, here, whole)
+        merged[int(key)] = _merge(base[int(key)], value, here, whole, replaced)
     return merged

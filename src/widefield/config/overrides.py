@@ -84,7 +84,6 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
         if isinstance(node, list):
             if not step.isdecimal() or int(step) >= len(node):
                 raise whole.error([(here, f"a list of {len(node)} has no item {step}; give an index from 0")])
-            annotation = Any
         elif isinstance(node, dict):
             annotation = _enter(node, annotation, step, last, here, whole)
         else:
@@ -142,7 +141,7 @@ def _open_to_users(arguments: Arguments, component: ComponentOf | None) -> Argum
 
 
 def _class_in(annotation: Any) -> type:
-    """The class that a dictionary given for `annotation` describes an instance of."""
+    """The class that a dictionary given for `annotation`, or in a list given for it, describes an instance of."""
     if isinstance(annotation, type):
         return annotation
     classes = (_class_in(one) for one in typing.get_args(annotation))
