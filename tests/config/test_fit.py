@@ -207,7 +207,7 @@ trainer: {max_epochs: 1, enable_progress_bar: false}
 def test_modules_of_lightning_are_trained_by_their_import_path(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "my_lightning.py").write_text(MY_LIGHTNING)
     (folder / "mine.yaml").write_text(MY_LIGHTNING_CONFIG)
-    line = ["fit", "--config", "mine.yaml", "--out", "run"]
+    line = ["fit", "--config", "mine.yaml", "--out", "run", "--seed", "3"]
     assert main([*line, "model.net.out_feature=3"]) == 2
     assert "model.net.out_feature: there is no 'out_feature'; did you mean out_features" in capfd.readouterr().err
     assert main([*line, "model.net.out_features=3"]) == 0

@@ -1,5 +1,6 @@
 """Components by name."""
 
+import functools
 import importlib.metadata
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def test_a_class_is_registered_by_its_name_by_aliases_and_by_a_call(parts: Regis
 )
 def test_entries_are_found_by_wildcards_or_a_part_of_the_name(parts: Registry, pattern: str, names: list[str]) -> None:
     assert [entry.name for entry in parts.entries(pattern)] == names
+
+
+def test_functions_and_partials_are_components_too(parts: Registry) -> None:
+    half = functools.partial(Part, size=5)
+    parts.register_module(name="Half", module=half)
+    assert parts.build({"type": "Half", "other": 1}).size == 5
+    with pytest.raises(TypeError, match="has no name of its own; give one with name="):
+        parts.register_module(module=half)
+
+    @parts.register_module()
+    def make(size: int) -> Part:
+        """Make one."""
+        return Part(size)
+
+    assert parts.build({"type": "make", "size": 6}).size == 6
+    assert make(7).size == 7
+    assert [entry.summary for entry in parts.entries("make")] == ["Make one."]
 
 
 def test_an_unknown_name_says_what_is_near_or_what_there_is(parts: Registry) -> None:

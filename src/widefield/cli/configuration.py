@@ -50,7 +50,7 @@ def read_configuration(
         config.data[IMPORTS] = list(dict.fromkeys(imports))
     import_user_code(imports)
     overrides, left = _split(others)
-    config = override(config, [*_from_flags(arguments), *overrides], SECTIONS)
+    config = override(config, [*_from_flags(arguments, config), *overrides], SECTIONS)
     check_config(config, SECTIONS)
     _refuse_untrainable(config)
     if (config.data.get("model") or {}).get("type") in MODELS:
@@ -72,7 +72,7 @@ def _absolute(place: str) -> str:
     return str(Path(place).absolute()) if place.endswith(".py") else place
 
 
-def _from_flags(arguments: argparse.Namespace) -> list[str]:
+def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
     overrides = []
     for name, entry in SHORTCUTS.items():
         value = getattr(arguments, name)
@@ -81,7 +81,9 @@ def _from_flags(arguments: argparse.Namespace) -> list[str]:
         if value is not None:
             overrides.append(f"{entry}={value}")
     if arguments.seed is not None:
-        overrides += [f"seed_everything={arguments.seed}", f"data.seed={arguments.seed}"]
+        overrides.append(f"seed_everything={arguments.seed}")
+        if "type" not in (config.data.get("data") or {}):
+            overrides.append(f"data.seed={arguments.seed}")
     return overrides
 
 

@@ -114,6 +114,8 @@ class Registry:
         def register(component: C) -> C:
             if not callable(component):
                 raise TypeError(f"{component!r} is no class or function, so nothing can be built with it")
+            if name is None and not hasattr(component, "__name__"):
+                raise TypeError(f"{component!r} has no name of its own; give one with name=")
             all_names = names if name is not None else [component.__name__, *names]
             entries = self._entries_of(component, all_names, kind)
             if not force:
@@ -212,7 +214,8 @@ class Registry:
         return str(getattr(self.get(name), "component_kind", ""))
 
     def _entries_of(self, component: Callable[..., Any], names: list[str], kind: str | None) -> list[Entry]:
-        target = f"{component.__module__}:{component.__qualname__}"
+        attribute = getattr(component, "__qualname__", type(component).__name__)  # a partial has none
+        target = f"{component.__module__}:{attribute}"
         kind = getattr(component, "component_kind", "") if kind is None else kind
         summary = (component.__doc__ or "").strip().partition("\n")[0]
         first, *aliases = names
