@@ -219,3 +219,41 @@ COMPONENTS = (
         "Classification of images: a backbone, a neck, and a head that knows the loss.",
     ),
 )
+
+METRIC_ENTRIES = (
+    Entry(
+        "Accuracy",
+        f"{_HOME}.metrics.accuracy:Accuracy",
+        summary="Percent of images whose class is among the k of highest score, `accuracy/topk`.",
+    ),
+    Entry(
+        "SingleLabelMetric",
+        f"{_HOME}.metrics.single_label:SingleLabelMetric",
+        summary="Precision, recall and F1 in percent, and support, of one class per image: `single-label/precision` etc.",
+    ),
+    Entry(
+        "ConfusionMatrix",
+        f"{_HOME}.metrics.confusion_matrix:ConfusionMatrix",
+        summary="How many images of each class are predicted as each class, `confusion_matrix/result`.",
+    ),
+    Entry(
+        "MultiLabelMetric",
+        f"{_HOME}.metrics.multi_label:MultiLabelMetric",
+        summary="Precision, recall and F1 in percent, and support, of several classes per image: `multi-label/precision` etc.",
+    ),
+    Entry(
+        "AveragePrecision",
+        f"{_HOME}.metrics.average_precision:AveragePrecision",
+        summary="Average precision of each class in percent, `multi-label/AP_classwise`, or their mean, `multi-label/mAP`.",
+    ),
+    Entry(
+        "RetrievalRecall",
+        f"{_HOME}.metrics.retrieval_recall:RetrievalRecall",
+        summary="Percent of queries with a relevant item among the first k, `retrieval/Recall@k`.",
+    ),
+    Entry(
+        "RetrievalAveragePrecision",
+        f"{_HOME}.metrics.retrieval_average_precision:RetrievalAveragePrecision",
+        summary="Mean over queries of the average precision of the first k items in percent, `retrieval/mAP@k`.",
+    ),
+)
