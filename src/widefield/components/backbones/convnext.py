@@ -80,12 +80,15 @@ class ConvNeXt(StreamableBackbone):
             num_classes=0,
             depths=depths,
             dims=channels,
-            patch_size=stem_patch_size,
             conv_mlp=not linear_pw_conv,
             use_grn=use_grn,
             ls_init_value=layer_scale_init_value or None,
             drop_path_rate=drop_path_rate,
         )
+        if stem_patch_size != net.stem[0].stride[0]:  # timm would give the first stage a stride as well
+            net.stem[0] = nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size)
+            nn.init.trunc_normal_(net.stem[0].weight, std=0.02)
+            nn.init.zeros_(net.stem[0].bias)
         self.stem = net.stem
         self.stages = net.stages
         for stage in self.out_indices:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import timm
+from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from widefield.components.annotations import InitConfig
@@ -20,7 +21,7 @@ class TimmBackbone(StreamableBackbone):
     Args:
         name: A name of `timm.list_models()`, with the tag of its weights if wanted: `resnet50.a1_in1k`.
         pretrained: Fetch timm's weights.
-        checkpoint_path: A file of weights of this network, as timm saves them.
+        checkpoint_path: A file of weights of this network, or of a classifier with it, as timm saves them.
         in_channels: Channels of the image.
         out_indices: Which of the maps (N, C, H, W) in `timm.create_model(name).feature_info` are returned, from 0; negative ones
             count from the end. None returns the final features, as `forward_features` gives them.
@@ -56,11 +57,13 @@ class TimmBackbone(StreamableBackbone):
         if global_pool and out_indices is not None:
             raise WrongArgumentError(f"global_pool pools the final features, out_indices={out_indices} asks for maps")
         try:
-            self.model: Any = timm.create_model(
-                name, pretrained, checkpoint_path=checkpoint_path, in_chans=in_channels, num_classes=0, **options or {}
-            )
+            self.model: Any = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0, **options or {})
         except TypeError as error:
             raise WrongArgumentError(f"{name} does not take options={options}: {error}") from error
+        if checkpoint_path:
+            missing = load_checkpoint(self.model, checkpoint_path, strict=False).missing_keys  # classifiers have more
+            if missing:
+                raise WrongArgumentError(f"{checkpoint_path} is not of {name}: it lacks {', '.join(missing[:3])}")
         maps: list[dict[str, Any]] = getattr(self.model, "feature_info", [])
         if out_indices is not None and not (maps and hasattr(self.model, "forward_intermediates")):
             raise WrongArgumentError(f"timm gives no maps of {name} between its layers; leave out_indices away")
