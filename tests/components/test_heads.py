@@ -1,6 +1,7 @@
 """Heads, against formulas and known values."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ from widefield.registry import MODELS
 S = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]])
 L2 = {"type": "PixelReconstructionLoss", "criterion": "L2"}
 CE = {"type": "CrossEntropyLoss"}
+
+
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """Forget what a test registers."""
+    yield
+    for name in [name for name, held in MODELS._registered.items() if held.component.__module__ == __name__]:
+        del MODELS._registered[name]
 
 
 def test_the_head_of_a_vision_transformer_begins_with_equal_scores() -> None:
@@ -65,6 +74,7 @@ def test_pretrained_weights_of_the_head_stay(tmp_path) -> None:
         assert torch.equal(loaded.state_dict()[name], value)
 
 
+@pytest.mark.usefixtures("registrations")
 def test_a_head_of_a_user_is_built_by_name() -> None:
     """The page's example, under another name."""
 
@@ -202,6 +212,7 @@ def test_mae_averages_the_error_of_removed_patches() -> None:
     torch.testing.assert_close(absolute, expected, msg="the page's two examples work together")
 
 
+@pytest.mark.usefixtures("registrations")
 def test_the_pretraining_head_of_a_user_works() -> None:
     """The page's example, under another name."""
 

@@ -1,6 +1,7 @@
 """Losses, against formulas and known values."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +33,14 @@ MULTI = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
 @pytest.fixture
 def double_scores() -> Tensor:
     return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """Forget what a test registers."""
+    yield
+    for name in [name for name, held in MODELS._registered.items() if held.component.__module__ == __name__]:
+        del MODELS._registered[name]
 
 
 def close(value: Tensor, expected: Any, atol: float = 2e-6) -> None:
@@ -160,6 +169,7 @@ def test_l1_of_class_indices_is_the_distance_from_certainty() -> None:
     assert loss.item() == pytest.approx(sum(distances) / 3, rel=1e-5)
 
 
+@pytest.mark.usefixtures("registrations")
 def test_a_loss_of_a_user_works_in_heads() -> None:
     """The page's example, under another name."""
 

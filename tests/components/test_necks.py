@@ -1,6 +1,7 @@
 """Necks, against formulas and known shapes."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from widefield.components.layers.activation import build_activation_layer
 from widefield.registry import MODELS, UnknownNameError
 
 TINY = {"embed_dims": 8, "num_layers": 4, "num_heads": 2, "feedforward_channels": 16}
+
+
+@pytest.fixture
+def registrations() -> Iterator[None]:
+    """Forget what a test registers."""
+    yield
+    for name in [name for name, held in MODELS._registered.items() if held.component.__module__ == __name__]:
+        del MODELS._registered[name]
 
 
 def test_activations_are_built_by_name() -> None:
@@ -183,6 +192,7 @@ def test_patch_aggregation_refuses_unknown_architectures(arch) -> None:
         BEiTV2Neck(backbone_arch=arch)
 
 
+@pytest.mark.usefixtures("registrations")
 def test_a_neck_of_a_user_is_built_by_name() -> None:
     """The page's example, under another name, with the call of the base class that it lacks."""
 

@@ -15,11 +15,8 @@ from widefield.components.target_generators.vqkd import CosineQuantizer
 from widefield.registry import MODELS
 
 
-@MODELS.register_module()
 class TinyEncoder(BaseModule):
     """A map of patches with a batch norm and dropout, which change in training mode."""
-
-    component_kind = "backbone"
 
     def __init__(self, embed_dims: int = 8, out_type: str = "featmap") -> None:
         super().__init__()
@@ -32,7 +29,7 @@ class TinyEncoder(BaseModule):
         return (x if self.out_type == "featmap" else x.flatten(2).mT,)
 
 
-TINY: dict[str, Any] = {"encoder_config": {"type": "TinyEncoder"}, "num_embed": 16, "embed_dims": 4}
+TINY: dict[str, Any] = {"encoder_config": {"type": TinyEncoder}, "num_embed": 16, "embed_dims": 4}
 
 
 def test_hog_has_the_known_sizes() -> None:
@@ -196,7 +193,7 @@ def test_a_trained_generator_needs_its_weights(tmp_path: Path) -> None:
         vqkd(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="has no embed_dims"):
         VQKD({"type": "torch.nn.Identity"}, allow_random_weights=True)
-    tokens = VQKD({"type": "TinyEncoder", "out_type": "raw"}, allow_random_weights=True)
+    tokens = VQKD({"type": TinyEncoder, "out_type": "raw"}, allow_random_weights=True)
     with pytest.raises(ValueError, match=r"shape \(1, 4, 8\), not maps \(B, D, h, w\); set out_type='featmap'"):
         tokens(torch.rand(1, 3, 8, 8))
 
