@@ -207,7 +207,7 @@ def test_residual_branches_are_dropped_only_in_training() -> None:
         assert len({backbone(image)[0].sum().item() for _ in range(2)}) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext"])
 def test_a_network_of_timm_gives_its_maps_and_its_pooled_features(name: str) -> None:
     torch.manual_seed(0)
     net = scrambled(timm.create_model(name, num_classes=0))

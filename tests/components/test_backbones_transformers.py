@@ -290,6 +290,7 @@ def test_the_position_embedding_of_mae_is_the_formula_and_stays() -> None:
             torch.testing.assert_close(model.pos_embed[0, 1 + 3 * row + column], expected)
     assert not model.pos_embed[0, 0].any()
     before = model.pos_embed.clone()
+    model.requires_grad_(True)
     model.train()
     model.init_weights()
     assert torch.equal(model.pos_embed, before)

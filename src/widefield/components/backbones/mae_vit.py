@@ -1,5 +1,6 @@
 """The encoder of masked autoencoders."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class MAEViT(VisionTransformer):
         self.num_patches = self.patch_resolution[0] * self.patch_resolution[1]
         _kept(self.num_patches, mask_ratio)  # refuses a wrong ratio now
         self.pos_embed = nn.Parameter(self._sincos(), requires_grad=False)
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        assert self.pos_embed is not None
+        yield from super().frozen_parts()
+        yield nn.ParameterList([self.pos_embed])
 
     def init_tokens(self) -> None:
         with torch.no_grad():
