@@ -25,6 +25,9 @@ _HOME = {
     "StreamingResNet": "models.resnet",
     "StreamingConvNeXt": "models.convnext",
     "StreamingTimm": "models.streaming_timm",
+    "METHODS": "pretraining",
+    "pretrain": "pretraining",
+    "train": "pretraining",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

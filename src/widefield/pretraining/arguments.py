@@ -1,0 +1,267 @@
+"""The arguments of `widefield.train`: checked all together, before anything is read or written."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from widefield.pretraining.callbacks import CallbackArgs
+from widefield.pretraining.dataset import OnBadImage
+from widefield.pretraining.embedding import StreamingArgs
+from widefield.pretraining.loggers import LoggerArgs
+from widefield.pretraining.methods import METHODS
+from widefield.pretraining.methods.base import Method
+from widefield.pretraining.optimizers import OptimArgs
+from widefield.pretraining.settings import Errors, fitted, updated
+from widefield.pretraining.slides import SlideArgs
+from widefield.pretraining.transform_args import TransformArgs
+from widefield.registry import UnknownNameError, arguments_of, suggestion
+
+_TRAINER_ARGUMENTS = {
+    "accelerator": "accelerator",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "callbacks": "callbacks",
+    "default_root_dir": "out",
+    "devices": "devices",
+    "enable_checkpointing": "callbacks={'model_checkpoint': None}",
+    "logger": "loggers",
+    "max_epochs": "epochs",
+    "num_nodes": "num_nodes",
+    "precision": "precision",
+    "strategy": "strategy",
+    "use_distributed_sampler": None,
+}
+"""Arguments of Lightning's trainer that others of ours stand for; None where none does."""
+
+_LOADER_ARGUMENTS = {
+    "dataset": "data",
+    "num_workers": "num_workers",
+    "generator": "seed",
+    **dict.fromkeys(("batch_sampler", "collate_fn", "drop_last", "sampler", "shuffle")),
+}
+
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user gave, of the right types; see `widefield.train`."""
+
+    out: Path
+    data: Any
+    model: Any
+    method: str
+    method_args: dict[str, Any] | None
+    embed_dim: int | None
+    epochs: int | Literal["auto"]
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_workers: int | Literal["auto"]
+    devices: int | str | list[int]
+    num_nodes: int
+    resume_interrupted: bool
+    checkpoint: Path | None
+    overwrite: bool
+    accelerator: Any
+    strategy: Any
+    precision: Any
+    float32_matmul_precision: Literal["auto", "highest", "high", "medium"]
+    seed: int
+    on_bad_image: OnBadImage
+    loggers: dict[str, Any] | None
+    callbacks: dict[str, Any] | None
+    optim: str
+    optim_args: dict[str, Any] | None
+    transform_args: dict[str, Any] | None
+    slides: dict[str, Any] | None
+    streaming: dict[str, Any] | None
+    loader_args: dict[str, Any] | None
+    trainer_args: dict[str, Any] | None
+    model_args: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arguments mean."""
+
+    given: Arguments
+    method: type[Method]
+    method_args: dict[str, Any]
+    epochs: int
+    num_workers: int
+    transforms: TransformArgs
+    optim: OptimArgs
+    loggers: LoggerArgs
+    callbacks: CallbackArgs
+    slides: SlideArgs | None
+    streaming: StreamingArgs | None
+
+    def as_yaml(self, longest: int | None = None) -> str:
+        """The settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
+        given = {name: getattr(self.given, name) for name in Arguments.__dataclass_fields__}
+        made = {
+            name: getattr(self, name) for name in type(self).__dataclass_fields__ if name not in ("given", "method")
+        }
+        plain = {name: _plain(value, longest) for name, value in (given | made).items()}
+        return yaml.safe_dump({**plain, "optim": self.optim.name, "optim_args": asdict(self.optim)}, sort_keys=False)
+
+
+def parse(given: Mapping[str, Any]) -> Settings:
+    """The settings of a call with the arguments `given` by name.
+
+    Raises:
+        ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.
+    """
+    errors = Errors()
+    kinds = inspect.get_annotations(Arguments, eval_str=True)
+    values = {name: fitted(given[name], kind, None, name, errors) for name, kind in kinds.items()}
+    errors.raise_if_any("widefield.train")
+    arguments = Arguments(**values)
+    method = _method(arguments.method, errors)
+    _check_numbers(arguments, errors)
+    _check_names(arguments.trainer_args, Trainer.__init__, _TRAINER_ARGUMENTS, "trainer_args", errors)
+    _check_names(arguments.loader_args, DataLoader.__init__, _LOADER_ARGUMENTS, "loader_args", errors)
+    loggers = updated(LoggerArgs(), arguments.loggers, "loggers", errors)
+    callbacks = updated(CallbackArgs(), arguments.callbacks, "callbacks", errors)
+    slides = None if arguments.slides is None else updated(SlideArgs(), arguments.slides, "slides", errors)
+    streaming = None
+    if arguments.streaming is not None:
+        streaming = updated(StreamingArgs(), arguments.streaming, "streaming", errors)
+    transforms = updated(method.transforms, arguments.transform_args, "transform_args", errors)
+    if transforms.num_views < method.transforms.num_views:
+        errors.append(
+            f"transform_args.num_views={transforms.num_views}; {arguments.method} needs {method.transforms.num_views}"
+        )
+    optim = _optim(method, arguments, errors)
+    method_args = _method_args(method, arguments, errors)
+    errors.raise_if_any("widefield.train")
+    assert optim is not None
+    epochs = 100 if arguments.epochs == "auto" else int(arguments.epochs)
+    workers = arguments.num_workers
+    return Settings(
+        arguments,
+        method,
+        method_args,
+        epochs,
+        auto_workers(os.cpu_count(), _devices(arguments.devices)) if workers == "auto" else int(workers),
+        transforms.for_channels(),
+        optim,
+        loggers,
+        callbacks,
+        slides,
+        streaming,
+    )
+
+
+def auto_workers(cpus: int | None, devices: int) -> int:
+    """Worker processes for one device: all cores but one, shared among the devices, at most `MAX_WORKERS`; SLURM may say more."""
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return max(0, int(os.environ["SLURM_CPUS_PER_TASK"]) - 1)
+    if cpus is None:
+        return MAX_WORKERS
+    return max(0, min(cpus // devices - 1, MAX_WORKERS))
+
+
+def _devices(devices: int | str | list[int]) -> int:
+    if isinstance(devices, str):
+        return int(devices) if devices.isdecimal() and int(devices) > 0 else 1
+    return max(1, devices if isinstance(devices, int) else len(devices))
+
+
+def _method(name: str, errors: Errors) -> type[Method]:
+    try:
+        found = METHODS.get(name)
+    except UnknownNameError as error:
+        errors.append(f"method: {error}")
+        return Method
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        errors.append(f"method: {name} is no subclass of widefield.pretraining.Method")
+        return Method
+    return found
+
+
+def _check_numbers(arguments: Arguments, errors: Errors) -> None:
+    least = {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_workers": 0,
+        "num_nodes": 1,
+        "embed_dim": 1,
+        "epochs": 0,
+        "seed": 0,
+    }
+    for name, low in least.items():
+        value = getattr(arguments, name)
+        if isinstance(value, int) and value < low:
+            errors.append(f"{name}={value} must be at least {low}")
+    if arguments.resume_interrupted and arguments.checkpoint is not None:
+        errors.append("checkpoint begins a new run and resume_interrupted goes on with one; give one of them")
+    if arguments.resume_interrupted and arguments.overwrite:
+        errors.append("overwrite removes the run that resume_interrupted goes on with; give one of them")
+    if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
+        errors.append(f"checkpoint: {arguments.checkpoint} does not exist")
+    for name in ("trainer_args", "loader_args"):
+        given = getattr(arguments, name) or {}
+        for key in ("max_steps", "batch_size"):
+            if key in given and (not isinstance(given[key], int) or given[key] < 1):
+                errors.append(f"{name}.{key}={given[key]!r} must be an integer of at least 1")
+
+
+def _check_names(
+    given: Mapping[str, Any] | None, function: Any, ours: Mapping[str, str | None], where: str, errors: Errors
+) -> None:
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    for name in given or ():
+        if name in ours:
+            instead = ours[name]
+            errors.append(
+                f"{where}.{name} is set by {f'the argument {instead}' if instead else 'Widefield'}; leave it out here"
+            )
+        elif name not in known:
+            errors.append(f"{where} has no key {name!r}; {suggestion(name, known)}")
+
+
+def _optim(method: type[Method], arguments: Arguments, errors: Errors) -> OptimArgs | None:
+    optim = method.optim.named(arguments.optim)
+    if optim is None:
+        names = [one.name for one in method.optim.choices]
+        errors.append(f"optim={arguments.optim!r}; {suggestion(arguments.optim, ['auto', *names])}")
+        return None
+    return updated(optim, arguments.optim_args, "optim_args", errors)
+
+
+def _method_args(method: type[Method], arguments: Arguments, errors: Errors) -> dict[str, Any]:
+    constructor: Any = method
+    known = {name: one for name, one in arguments_of(constructor).named.items() if name not in ("embedding", "run")}
+    values = {}
+    for name, value in (arguments.method_args or {}).items():
+        if name not in known:
+            errors.append(f"method_args has no key {name!r}; {suggestion(name, known)}")
+        else:
+            values[name] = fitted(value, known[name].annotation, None, f"method_args.{name}", errors)
+    for name, argument in known.items():
+        if argument.required and name not in values:
+            errors.append(f"method_args.{name} is missing, which {arguments.method} needs")
+    return values
+
+
+def _plain(value: Any, longest: int | None) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value), longest)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, longest) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        shown = value if longest is None else value[:longest]
+        more = [f"... and {len(value) - len(shown)} more"] if len(shown) < len(value) else []
+        return [_plain(part, longest) for part in shown] + more
+    return type(value).__name__

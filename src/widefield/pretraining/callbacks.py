@@ -1,0 +1,246 @@
+"""What happens around the steps of a run."""
+
+import csv
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+
+from widefield.pretraining.dataset import BadImage, Batch
+from widefield.pretraining.out import OutFolder, write_atomically
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LearningRateArgs:
+    """Logs the learning rates."""
+
+    logging_interval: Literal["step", "epoch"] = "step"
+
+
+@dataclass(frozen=True)
+class EarlyStoppingArgs:
+    """Ends the run when the loss is no number any more, or `patience` epochs did not improve it."""
+
+    monitor: str = "train_loss"
+    patience: int = 10**12
+    min_delta: float = 0.0
+    mode: Literal["min", "max"] = "min"
+    check_finite: bool = True
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Writes the weights of the model."""
+
+    every_n_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={self.every_n_epochs} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """Writes checkpoints: at the end of epochs or every so many steps, and the last one every so many minutes beside."""
+
+    every_n_epochs: int | None = None
+    every_n_train_steps: int | None = None
+    every_n_minutes: float | None = 10.0
+    save_last: bool = True
+    save_top_k: int = 1
+    monitor: str | None = None
+    mode: Literal["min", "max"] = "min"
+    filename: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_n_epochs is not None and self.every_n_train_steps is not None:
+            raise ValueError("every_n_epochs and every_n_train_steps were both given; give one of them")
+
+
+@dataclass(frozen=True)
+class DeviceStatsArgs:
+    """Logs what the device says of itself."""
+
+    cpu_stats: bool | None = None
+
+
+@dataclass(frozen=True)
+class CallbackArgs:
+    """Which callbacks there are; None turns one off."""
+
+    learning_rate_monitor: LearningRateArgs | None = field(default_factory=LearningRateArgs)
+    early_stopping: EarlyStoppingArgs | None = field(default_factory=EarlyStoppingArgs)
+    model_export: ExportArgs | None = field(default_factory=ExportArgs)
+    model_checkpoint: CheckpointArgs | None = field(default_factory=CheckpointArgs)
+    device_stats_monitor: DeviceStatsArgs | None = None
+
+
+def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool) -> list[Callback]:
+    """The callbacks of a run."""
+    callbacks: list[Callback] = [Speed(), BadImages(out.bad_images)]
+    if args.learning_rate_monitor is not None and has_logger:
+        callbacks.append(LearningRateMonitor(args.learning_rate_monitor.logging_interval))
+    if args.device_stats_monitor is not None and has_logger:
+        callbacks.append(DeviceStatsMonitor(args.device_stats_monitor.cpu_stats))
+    if args.early_stopping is not None:
+        stopping = args.early_stopping
+        callbacks.append(
+            EarlyStopping(
+                stopping.monitor,
+                stopping.min_delta,
+                stopping.patience,
+                mode=stopping.mode,
+                check_finite=stopping.check_finite,
+                check_on_train_epoch_end=True,
+            )
+        )
+    if args.model_export is not None:
+        callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
+    if args.model_checkpoint is not None:
+        saving = args.model_checkpoint
+        by_steps = saving.every_n_train_steps is not None
+        callbacks.append(
+            ModelCheckpoint(
+                out.checkpoints,
+                saving.filename,
+                saving.monitor,
+                save_last=saving.save_last,
+                save_top_k=saving.save_top_k,
+                mode=saving.mode,
+                every_n_train_steps=saving.every_n_train_steps,
+                every_n_epochs=None if by_steps else saving.every_n_epochs or 1,
+                save_on_train_epoch_end=not by_steps,
+                enable_version_counter=False,
+            )
+        )
+        if saving.save_last and saving.every_n_minutes is not None:
+            callbacks.append(SaveByTime(out.last, saving.every_n_minutes * 60))
+    return callbacks
+
+
+class StopAfter(Callback):
+    """Ends training after so many optimizer steps.
+
+    With `max_steps` Lightning 2.6 skips a whole epoch when it resumes at the end of one, so that is not used.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.global_step >= self._steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self._steps
+
+
+class Speed(Callback):
+    """Logs images per second, and how long a step takes and waits for its data."""
+
+    def __init__(self) -> None:
+        self._began = self._ended = time.perf_counter()
+        self._waited = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._began = time.perf_counter()
+        self._waited = self._began - self._ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        took, self._ended = now - self._began, now
+        count = len(batch.names)
+        numbers = {"profiling/batch_time": took, "profiling/data_time": self._waited}
+        pl_module.log_dict(numbers, batch_size=count)
+        total = took + self._waited
+        pl_module.log("images_per_second", count * trainer.world_size / total, prog_bar=True, batch_size=count)
+        pl_module.log("data_wait", self._waited / total, prog_bar=True, batch_size=count)
+
+
+class BadImages(Callback):
+    """Lists the images that had to be skipped, each once, in a CSV file with the columns image and reason."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: set[str] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._path.is_file():
+            with self._path.open(newline="", encoding="utf-8") as file:
+                self._known = {row[0] for row in csv.reader(file) if row} - {"image"}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        for bad in batch.bad:
+            if bad.name not in self._known:
+                self._known.add(bad.name)
+                self._list(bad)
+        pl_module.log("bad_images", float(len(self._known)), batch_size=len(batch.names))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._known:
+            _log.warning("%d images could not be read and were skipped: %s", len(self._known), self._path)
+
+    def _list(self, bad: BadImage) -> None:
+        _log.warning("skipped an image: %s", bad.reason)
+        begins = not self._path.exists()
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if begins:
+                writer.writerow(["image", "reason"])
+            writer.writerow(bad)
+
+
+class Export(Callback):
+    """Writes the state dict of the model that is trained, whole or not at all, every so many epochs and at the end."""
+
+    def __init__(self, path: Path, every_n_epochs: int) -> None:
+        self._path, self._every = path, every_n_epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self._every == 0:
+            self.export(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch % self._every:  # else it is written already
+            self.export(trainer, pl_module)
+
+    def export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it now."""
+        if trainer.is_global_zero:
+            model: Any = pl_module.method.exported().wrapped_model.get_model()
+            write_atomically({name: value.detach().cpu() for name, value in model.state_dict().items()}, self._path)
+
+
+class SaveByTime(Callback):
+    """Writes the last checkpoint when so many seconds have passed since it was written here, between two optimizer steps."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self._path, self._seconds = path, seconds
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        due = time.monotonic() - self._saved >= self._seconds
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            trainer.save_checkpoint(self._path)
+            self._saved = time.monotonic()

@@ -1,0 +1,93 @@
+"""A wrapper with the embedding layer on top."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from widefield.pretraining.wrapping import Wrapped
+from widefield.streaming import StreamingCNN
+
+
+@dataclass(frozen=True)
+class StreamingArgs:
+    """How the wrapper's `forward_features` is streamed, so that views may be of any size; see `StreamingCNN`.
+
+    Attributes:
+        batch_statistics: "exact" trains as the wrapper does without streaming; "frozen" takes running statistics in batch norms.
+    """
+
+    tile_size: int | tuple[int, int] | None = None
+    memory_budget: int | str | None = None
+    batch_statistics: Literal["exact", "frozen"] = "exact"
+    maps: Literal["device", "host", "file"] | None = None
+    scratch_dir: str | None = None
+    unsupported: Literal["raise", "run_whole"] = "raise"
+
+    def stream(self, module: nn.Module) -> StreamingCNN:
+        """`module`, streamed."""
+        return StreamingCNN(
+            module,
+            self.tile_size,
+            memory_budget=self.memory_budget,
+            batch_statistics=self.batch_statistics,
+            maps=self.maps,
+            scratch_dir=self.scratch_dir,
+            unsupported=self.unsupported,
+        )
+
+
+class FeaturesOf(nn.Module):
+    """The `forward_features` of a wrapper as the forward pass of a module."""
+
+    def __init__(self, wrapper: Wrapped) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """What the wrapper makes of images (B, C, H, W)."""
+        return self.wrapper.forward_features(x)  # type: ignore[no-any-return]
+
+
+class EmbeddingModel(nn.Module):
+    """A wrapper and an embedding layer: a 1x1 convolution to `embed_dim` channels, nothing if that is None.
+
+    Args:
+        wrapper: The model.
+        embed_dim: Channels of the embeddings; None: those of the wrapper.
+        streaming: How to stream the wrapper's `forward_features`; None runs it on whole views.
+    """
+
+    def __init__(self, wrapper: Wrapped, embed_dim: int | None = None, streaming: StreamingArgs | None = None) -> None:
+        super().__init__()
+        self.wrapped_model = wrapper
+        channels = wrapper.feature_dim()
+        self.embed_head: nn.Module = nn.Identity() if embed_dim is None else nn.Conv2d(channels, embed_dim, 1)
+        self.channels: int = channels if embed_dim is None else embed_dim
+        # in a tuple, so that the wrapper's weights are registered once, under the wrapper's name
+        self._streamed = () if streaming is None else (streaming.stream(FeaturesOf(wrapper)),)
+
+    def features(self, x: Tensor) -> dict[str, Any]:
+        """The wrapper's features of views (B, C, H, W)."""
+        if self._streamed:
+            return self._streamed[0](x)  # type: ignore[no-any-return]
+        return self.wrapped_model.forward_features(x)  # type: ignore[no-any-return]
+
+    def pooled(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings (B, channels, h, w) of what `features` gave, pooled."""
+        out: Tensor = self.embed_head(self.wrapped_model.forward_pool(features)["pooled_features"])
+        return out
+
+    def maps(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings (B, channels, H, W) of what `features` gave, not pooled."""
+        out: Tensor = self.embed_head(features["features"])
+        return out
+
+    def forward(self, x: Tensor, pool: bool = True) -> Tensor:
+        """Embeddings of views (B, C, H, W): (B, channels, h, w), pooled or not."""
+        features = self.features(x)
+        return self.pooled(features) if pool else self.maps(features)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """Embeddings of views as vectors: (B, channels * h * w)."""
+        return self(x).flatten(1)

@@ -1,0 +1,45 @@
+"""Barlow Twins."""
+
+from collections.abc import Sequence
+
+from lightly.loss import BarlowTwinsLoss
+from lightly.models.modules.heads import BarlowTwinsProjectionHead
+from torch import Tensor
+
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run, joint
+from widefield.pretraining.methods.byol import ASYMMETRIC
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+
+
+class BarlowTwins(Method):
+    """Makes the cross-correlation of the two views' embeddings the identity.
+
+    Zbontar et al., Barlow Twins: self-supervised learning via redundancy reduction, https://arxiv.org/abs/2103.03230
+
+    Args:
+        embedding, run: See `Method`.
+        hidden_dim, output_dim: Width of the projection head, and of what it makes.
+        lambda_param: Weight of what lies off the diagonal.
+    """
+
+    transforms = ASYMMETRIC
+    optim = Optim((LARS(0.2, 0.9, 1.5e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        hidden_dim: int = 8192,
+        output_dim: int = 8192,
+        lambda_param: float = 5e-3,
+    ) -> None:
+        super().__init__(embedding, run)
+        self.head = BarlowTwinsProjectionHead(run.embedding_dim, hidden_dim, output_dim)
+        self.criterion = BarlowTwinsLoss(
+            lambda_param
+        )  # of the joint batch: its own gathering normalises by each process
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        first, second = (joint(self.head(self.embedding.vectors(view))) for view in views)
+        return {"loss": self.criterion(first, second)}

@@ -1,0 +1,127 @@
+"""What a method of pretraining is."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightly.utils.dist import gather, world_size
+from torch import Tensor, nn
+
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
+from widefield.pretraining.transform_args import TransformArgs
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method is told of the run that it is made for.
+
+    Attributes:
+        embedding_dim: Numbers in a pooled embedding.
+        dataset_size: Images of an epoch.
+        batch_size: Images of an optimizer step, over all processes and accumulated batches.
+        steps: Optimizer steps of the whole run.
+    """
+
+    embedding_dim: int
+    dataset_size: int
+    batch_size: int
+    steps: int
+
+
+class Method(nn.Module):
+    """One way to learn without labels: the views it sees, the modules it adds, its loss.
+
+    Subclasses give `loss`; further keyword arguments of their constructor are what `method_args` may say.
+
+    Attributes:
+        transforms: The views, unless `transform_args` says otherwise.
+        optim: The optimizer, unless `optim` and `optim_args` say otherwise.
+
+    Args:
+        embedding: The model that is trained, with its embedding layer.
+        run: What is known of the run.
+    """
+
+    component_kind = "method"
+    transforms: ClassVar[TransformArgs] = TransformArgs()
+    optim: ClassVar[Optim] = Optim((SGD(), AdamW(), LARS()))
+
+    def __init__(self, embedding: EmbeddingModel, run: Run) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.run = run
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        """The loss of normalised views, each (B, C, height, width), under "loss"; other entries are logged.
+
+        Args:
+            views: In the order of `transforms`: global ones, then local ones.
+            step: Optimizer steps done.
+        """
+        raise NotImplementedError
+
+    def before_step(self, step: int) -> None:
+        """Called once before every optimizer step, ahead of the losses that it accumulates."""
+
+    def after_backward(self, step: int) -> None:
+        """Called before the optimizer uses the gradients."""
+
+    def exported(self) -> EmbeddingModel:
+        """The model that is exported."""
+        return self.embedding
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """What is trained, for the optimizer."""
+        return parameter_groups(self, weight_decay)
+
+
+def momentum_copy(module: nn.Module) -> Any:
+    """A copy that no gradient trains, but `follow`."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+    """Move the second of every pair towards the first: copy = momentum * copy + (1 - momentum) * module.
+
+    Unlike `lightly.models.utils.update_momentum` it leaves a weight that is equal in both exactly as it is.
+    """
+    for module, moving in pairs:
+        torch._foreach_lerp_(list(moving.parameters()), list(module.parameters()), 1.0 - momentum)
+
+
+def rising(step: int, steps: int, start: float) -> float:
+    """A momentum that rises from `start` to 1 as half a cosine."""
+    share = min(step, steps) / max(steps, 1)
+    return 1 - (1 - start) * (math.cos(math.pi * share) + 1) / 2
+
+
+def joint(batch: Tensor) -> Tensor:
+    """The batches (B, ...) of all processes, one after the other, with gradients.
+
+    A loss of it, averaged over the processes as DistributedDataParallel does, has the gradient of one process on all of them.
+    """
+    return torch.cat(gather(batch)) if world_size() > 1 else batch
+
+
+def persistent_queue(bank: nn.Module) -> None:
+    """Have a memory bank of lightly in the state dict, so that a resumed run goes on with it."""
+    for name in ("bank", "bank_ptr"):
+        bank.register_buffer(name, getattr(bank, name), persistent=True)
+
+
+def queue_size(size: int | None, dataset_size: int, largest: int) -> int:
+    """`size`, or by default a power of two of at most half the images.
+
+    Raises:
+        ValueError: The queue would hold more than all images.
+    """
+    if size is None:
+        return min(largest, 2 ** max(0, int(math.log2(max(1, dataset_size // 2)))))
+    if not 0 < size < dataset_size:
+        raise ValueError(f"queue_size={size} must be above 0 and below the number of images, {dataset_size}")
+    return size

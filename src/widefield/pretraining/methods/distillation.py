@@ -1,0 +1,127 @@
+"""Distillation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.models.modules.memory_bank import MemoryBankModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widefield.models import load_weights
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run, joint, persistent_queue, queue_size
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
+from widefield.pretraining.wrapping import wrap
+
+
+class Distillation(Method):
+    """Learns to see images as a teacher does: which other images are alike, and which positions of an image are.
+
+    The loss is KL(teacher || student) of softmax(similarities / temperature), of a pooled embedding with those of a queue and of
+    the batch, plus `local_weight` times the same of every position of a map with all others of that map. The student's
+    features go through a linear layer each, its map is resized to the teacher's. Images are mixed in pairs, by a share
+    that is drawn anew for every batch (Zhang et al., mixup, https://arxiv.org/abs/1710.09412).
+
+    Args:
+        embedding, run: See `Method`.
+        teacher: A wrapper, a model of torchvision or timm, or the name of one; see `widefield.pretraining.wrap`.
+        teacher_args: Arguments of its constructor, if `teacher` is a name: `{"pretrained": True}` downloads weights of timm.
+        teacher_weights: A file with its weights.
+        temperature: Of the similarities.
+        local_weight: Of the loss of positions.
+        queue_size: Images that are remembered; None: a power of two of at most half the images, at most 8192.
+
+    Raises:
+        ValueError: The teacher is unknown, or has random weights.
+    """
+
+    transforms = TransformArgs(
+        random_resize=RandomResize(0.14, 1.0),
+        color_jitter=ColorJitter(0.8, 0.5, 0.8, 0.8, 0.4, 0.2),
+        gaussian_blur=GaussianBlur(1.0, (0.0, 0.1)),
+        num_views=1,
+    )
+    optim = Optim(
+        (AdamW(5e-4, weight_decay=0.04), SGD(0.1, 0.9, 1e-4), LARS(1.8, 0.9, 1e-6)), 1536, scaling="sqrt", clip=1.0
+    )
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        teacher: Any,
+        teacher_args: dict[str, Any] | None = None,
+        teacher_weights: str | Path | None = None,
+        temperature: float = 0.07,
+        local_weight: float = 1.0,
+        queue_size: int | None = None,
+    ) -> None:
+        super().__init__(embedding, run)
+        if isinstance(teacher, str) and not teacher_args and teacher_weights is None:
+            raise ValueError(
+                f"the teacher {teacher} would have random weights; give a file as teacher_weights, or arguments as teacher_args"
+            )
+        wrapper = wrap(teacher, teacher_args)
+        if teacher_weights is not None:
+            load_weights(wrapper.get_model(), teacher_weights)
+        dim: int = wrapper.feature_dim()
+        # in a tuple, so that it is not part of any checkpoint
+        self._teacher = (wrapper.eval().requires_grad_(False),)
+        self.temperature, self.local_weight = temperature, local_weight
+        self.head, self.local_head = nn.Linear(run.embedding_dim, dim), nn.Linear(embedding.channels, dim)
+        for layer in (self.head, self.local_head):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        size = _size(queue_size, run.dataset_size, 8192)
+        self.queue = MemoryBankModule((size, dim), gather_distributed=True)
+        persistent_queue(self.queue)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The teacher goes to the device of the method."""
+        self._teacher[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        images = torch.cat([_mixed(view) for view in views])
+        wrapper: Any = self._teacher[0]
+        with torch.no_grad():
+            seen = wrapper.forward_features(images)
+            wanted = wrapper.forward_pool(seen)["pooled_features"].flatten(1)
+            wanted_map = seen["features"]
+        features = self.embedding.features(images)
+        whole = self._whole(self.head(self.embedding.pooled(features).flatten(1)), wanted)
+        maps = F.interpolate(self.embedding.maps(features), wanted_map.shape[2:], mode="bilinear")
+        local = self._local(self.local_head(maps.flatten(2).transpose(1, 2)), wanted_map.flatten(2).transpose(1, 2))
+        return {
+            "loss": whole + self.local_weight * local,
+            "train_loss/global": whole.detach(),
+            "train_loss/local": local.detach(),
+        }
+
+    def _whole(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of embeddings (B, D)."""
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        _, remembered = self.queue(teacher, update=student.requires_grad)
+        others = torch.cat([joint(teacher).T, remembered], dim=1)
+        return self._divergence(student @ others, teacher @ others)
+
+    def _local(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of positions (B, N, D)."""
+        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        ours, theirs = (x @ x.transpose(1, 2) for x in (student, teacher))
+        return self._divergence(ours.flatten(0, 1), theirs.flatten(0, 1))
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = ((x / self.temperature).log_softmax(-1) for x in (student, teacher))
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def _mixed(images: Tensor) -> Tensor:
+    share = torch.rand((), device=images.device)
+    return share * images + (1 - share) * images[torch.randperm(len(images), device=images.device)]
+
+
+_size = queue_size  # the argument has the same name

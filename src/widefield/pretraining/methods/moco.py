@@ -1,0 +1,63 @@
+"""MoCo."""
+
+from collections.abc import Sequence
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules.heads import MoCoProjectionHead
+from torch import Tensor
+
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run, follow, momentum_copy, persistent_queue, queue_size
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.transform_args import ColorJitter, RandomResize, TransformArgs
+
+
+class MoCo(Method):
+    """Tells a view of an image from a queue of other images, as a slowly moving copy of the model sees them.
+
+    Chen et al., Improved baselines with momentum contrastive learning (version 2), https://arxiv.org/abs/2003.04297.
+    Batches are not shuffled among processes: norm layers are synchronised, so that none can tell what it saw together.
+
+    Args:
+        embedding, run: See `Method`.
+        hidden_dim, output_dim: Width of the projection head, and of what it makes.
+        temperature: Of the similarities.
+        momentum: Of the moving copy.
+        queue_size: Images that are remembered; None: a power of two of at most half the images, at most 65536.
+    """
+
+    transforms = TransformArgs(
+        random_resize=RandomResize(0.2, 1.0), color_jitter=ColorJitter(0.8, 1.0, 0.4, 0.4, 0.4, 0.1)
+    )
+    optim = Optim((SGD(0.03, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01), LARS(0.3, 0.9, 1e-6)))
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        hidden_dim: int = 2048,
+        output_dim: int = 128,
+        temperature: float = 0.2,
+        momentum: float = 0.999,
+        queue_size: int | None = None,
+    ) -> None:
+        super().__init__(embedding, run)
+        self.momentum = momentum
+        self.head = MoCoProjectionHead(run.embedding_dim, hidden_dim, output_dim)
+        self.key_embedding, self.key_head = momentum_copy(embedding), momentum_copy(self.head)
+        size = _size(queue_size, run.dataset_size, 65536)
+        self.criterion = NTXentLoss(temperature, (size, output_dim), gather_distributed=True)
+        persistent_queue(self.criterion.memory_bank)
+
+    def before_step(self, step: int) -> None:
+        follow([(self.embedding, self.key_embedding), (self.head, self.key_head)], self.momentum)
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        query = self.head(self.embedding.vectors(views[0]))
+        with torch.no_grad():
+            key = self.key_head(self.key_embedding.vectors(views[1]))
+        return {"loss": self.criterion(query, key)}
+
+
+_size = queue_size  # the argument has the same name

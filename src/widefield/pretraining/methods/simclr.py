@@ -1,0 +1,42 @@
+"""SimCLR."""
+
+from collections.abc import Sequence
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules.heads import SimCLRProjectionHead
+from torch import Tensor
+
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+
+
+class SimCLR(Method):
+    """Tells two views of an image from the views of all other images of the batch.
+
+    Chen et al., A simple framework for contrastive learning of visual representations, https://arxiv.org/abs/2002.05709
+
+    Args:
+        embedding, run: See `Method`.
+        hidden_dim, output_dim: Width of the projection head, and of what it makes.
+        temperature: Of the similarities.
+    """
+
+    optim = Optim((SGD(0.3, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01), LARS(0.3, 0.9, 1e-6)))
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        hidden_dim: int = 2048,
+        output_dim: int = 128,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__(embedding, run)
+        self.head = SimCLRProjectionHead(run.embedding_dim, hidden_dim, output_dim)
+        self.criterion = NTXentLoss(temperature, gather_distributed=True)
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        first, second = self.head(self.embedding.vectors(torch.cat(list(views)))).chunk(2)
+        return {"loss": self.criterion(first, second)}

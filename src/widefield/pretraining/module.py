@@ -1,0 +1,137 @@
+"""The Lightning module of a run: a method, its views on the device, its optimizer."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+import widefield
+from widefield.pretraining.dataset import Batch, EpochOrder, ViewDataset, collate
+from widefield.pretraining.methods.base import Method
+from widefield.pretraining.optimizers import OptimArgs, warmup_and_cosine
+from widefield.pretraining.transform_args import TransformArgs
+from widefield.pretraining.views import to_unit
+
+KEY = "widefield"
+"""What a checkpoint says of us stands under this key."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained.
+
+    Attributes:
+        method: Its name.
+        transforms: How views are drawn.
+        optim: The optimizer.
+        lr: Its learning rate at the end of the warm-up, scaled to the batch.
+        warmup_steps, steps: Optimizer steps of the warm-up and of the run.
+        seed: Of all that is drawn.
+        batch_size: Images of a batch over all processes.
+        loader_args: Of the `DataLoader`.
+    """
+
+    method: str
+    transforms: TransformArgs
+    optim: OptimArgs
+    lr: float
+    warmup_steps: int
+    steps: int
+    seed: int
+    batch_size: int
+    loader_args: dict[str, Any]
+
+
+class Pretraining(pl.LightningModule):
+    """Trains a method.
+
+    The random numbers of a step depend on the seed, the step and the process alone, the order of images and their views on the
+    seed, the epoch and the number of the image. So a run that is resumed does what an unbroken one does.
+
+    Args:
+        method: What is trained.
+        recipe: How.
+        dataset: The views of the images.
+    """
+
+    def __init__(self, method: Method, recipe: Recipe, dataset: ViewDataset) -> None:
+        super().__init__()
+        self.method = method
+        self.recipe = recipe
+        self.dataset = dataset
+        normalize = recipe.transforms.normalize
+        for name, values in (("mean", normalize.mean), ("std", normalize.std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.batches = 0
+        """Batches seen since the run began."""
+        self._prepared_step = -1
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        recipe = self.recipe
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        order = EpochOrder(len(self.dataset), recipe.batch_size, recipe.seed, rank, processes)
+        order.resume(self.batches)
+        # a generator of its own: else every epoch would draw from torch's default one
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return DataLoader(
+            self.dataset, batch_sampler=order, collate_fn=collate, generator=generator, **recipe.loader_args
+        )  # type: ignore[arg-type]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        words = np.random.SeedSequence([self.recipe.seed, self.batches, self.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
+        self.batches += 1
+        step = self.global_step
+        if step != self._prepared_step:
+            self._prepared_step = step
+            self.method.before_step(step)
+        results = self.method.loss(self.floats(batch.views), step)
+        count = len(batch.names)
+        self.log("train_loss", torch.as_tensor(results["loss"]).detach(), prog_bar=True, batch_size=count)
+        others = {name: torch.as_tensor(value) for name, value in results.items() if name != "loss"}
+        self.log_dict(others, batch_size=count)
+        return results["loss"]  # type: ignore[return-value]
+
+    def floats(self, views: list[Tensor]) -> list[Tensor]:
+        """Normalised views."""
+        return [(to_unit(view, None) - self.mean) / self.std for view in views]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.method.after_backward(self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optim = self.recipe.optim
+        optimizer = optim.make(self.method.parameter_groups(optim.weight_decay), self.recipe.lr)
+        scheduler = warmup_and_cosine(optimizer, self.recipe.warmup_steps, self.recipe.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        wrapper: Any = self.method.exported().wrapped_model
+        wrapped, model = self._prefix(wrapper), self._prefix(wrapper.get_model())
+        checkpoint[KEY] = {
+            "version": widefield.__version__,
+            "method": self.recipe.method,
+            "batches": self.batches,
+            "batches_per_epoch": len(self.dataset) // self.recipe.batch_size,
+            "wrapped_model": wrapped,
+            "model": model,
+            "embed_head": self._prefix(self.method.exported().embed_head),
+            "transforms": {
+                name: value
+                for name, value in asdict(self.recipe.transforms).items()
+                if name in ("image_size", "num_channels", "value_range", "normalize")
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches = checkpoint[KEY]["batches"]
+
+    def _prefix(self, module: nn.Module) -> str | None:
+        """What the names of the weights of `module` begin with in our state dict; None if it is no part of us."""
+        return next((f"{name}." for name, part in self.named_modules() if part is module), None)

@@ -1,0 +1,114 @@
+"""Optimizers by name, and which weights decay."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightly.utils.lars import LARS as LightlyLARS
+from lightly.utils.scheduler import cosine_warmup_schedule
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum."""
+
+    name: ClassVar[str] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`."""
+        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr})
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay."""
+
+    name: ClassVar[str] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`."""
+        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr})
+
+
+@dataclass(frozen=True)
+class LARS:
+    """SGD whose steps are scaled layer by layer (You et al., https://arxiv.org/abs/1708.03888), for large batches."""
+
+    name: ClassVar[str] = "lars"
+    lr: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+
+    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`."""
+        return LightlyLARS(groups, **{**asdict(self), "lr": lr})
+
+
+OptimArgs = SGD | AdamW | LARS
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How a method is optimised unless the user says otherwise.
+
+    Attributes:
+        choices: Every optimizer that can be named, with the method's values for it; the first is the default.
+        reference_batch: The batch size that their learning rates are for.
+        scaling: How the learning rate grows with the batch: as batch / reference_batch, or as its square root.
+        clip: Largest norm of the gradient; None leaves it.
+    """
+
+    choices: tuple[OptimArgs, ...]
+    reference_batch: int = 256
+    scaling: Literal["linear", "sqrt"] = "linear"
+    clip: float | None = None
+
+    def named(self, name: str) -> OptimArgs | None:
+        """The values for the optimizer called `name` or "auto"; None if there is none of the name."""
+        return next((one for one in self.choices if name in ("auto", one.name)), None)
+
+    def scaled(self, lr: float, batch_size: int) -> float:
+        """The learning rate for batches of `batch_size`."""
+        ratio = batch_size / self.reference_batch
+        return lr * (ratio if self.scaling == "linear" else ratio**0.5)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains in `module`, in two groups: weights, and what does not decay.
+
+    Biases, the weights of norm layers, scales per channel, tokens and embeddings of positions do not decay.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decays = [p for name, p in named if _decays(name, p)]
+    others = [p for name, p in named if not _decays(name, p)]
+    groups = [
+        {"name": "params", "params": decays, "weight_decay": weight_decay},
+        {"name": "params_no_weight_decay", "params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    per_channel = parameter.ndim <= 1 or all(n == 1 for n in parameter.shape[1:])
+    last = name.rpartition(".")[2]
+    return not (per_channel or last == "bias" or "token" in last or "pos_embed" in last)
+
+
+def warmup_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LambdaLR:
+    """Linear warm-up, then a cosine down to a thousandth, step by step."""
+
+    def scale(step: int) -> float:
+        return cosine_warmup_schedule(
+            min(step, steps), max(steps, 1), 1.0, 0.001, warmup_steps=min(warmup_steps, steps), warmup_start_value=0.0
+        )
+
+    return LambdaLR(optimizer, scale)

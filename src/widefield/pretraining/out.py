@@ -1,0 +1,130 @@
+"""The folder of a run: what may be in it before, who may write to it, and where things lie."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutFolder:
+    """The folder of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The latest checkpoint."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def exported(self) -> Path:
+        """The weights of the model as they were exported last."""
+        return self.path / "exported_models" / "exported_last.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged, a JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What was said."""
+        return self.path / "train.log"
+
+    @property
+    def config(self) -> Path:
+        """The arguments of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def bad_images(self) -> Path:
+        """Images that could not be read; only there if there are any."""
+        return self.path / "bad_images.csv"
+
+    def check(self, overwrite: bool, resume: bool) -> None:
+        """Raises ValueError if the folder cannot be used for the run; changes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out: {self.path} is not a directory!")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (overwrite or resume):
+            raise ValueError(
+                f"out: {self.path} is not empty! Set overwrite=True to begin anew in it, or resume_interrupted=True to go on with "
+                "the run that it holds"
+            )
+
+    @contextmanager
+    def opened(self, clear: bool) -> Iterator[None]:
+        """Make the folder and hold it for this process alone.
+
+        The lock is on the folder itself and goes with the process, however that ends.
+
+        Args:
+            clear: Remove what an earlier run has written; other files stay.
+
+        Raises:
+            ValueError: Another run is writing to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(self.path)
+        try:
+            for partial in self.path.rglob(".*.partial"):  # of a process that was killed while it wrote
+                partial.unlink(missing_ok=True)
+            if clear:
+                self._clear()
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _clear(self) -> None:
+        for folder in (self.checkpoints, self.exported.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.log, self.config, self.bad_images, *self.path.glob("events.out.tfevents.*")):
+            file.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"out: another run is writing to {folder}; wait for its end, or name another folder") from None
+    except OSError as error:  # some network file systems have no locks
+        _log.debug("%s cannot be locked (%s)", folder, error)
+    return descriptor
+
+
+def write_atomically(content: Any, path: Path) -> None:
+    """`torch.save` beside its place, then a rename: the file is whole or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""From a file to a tensor of pixels."""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from widefield.images import ImageReadError, open_image
+
+_BY_WIDEFIELD = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+
+
+def read_pixels(path: Path, num_channels: int) -> Tensor:
+    """The whole image (C, H, W) in the type it is stored in; the file's content tells the format.
+
+    TIFF, `.npy` and 16-bit PNG, which Pillow cuts to 8 bits, go through `open_image`; all else through Pillow, which is faster for
+    small pictures.
+
+    Raises:
+        ImageReadError: It is no image, truncated or corrupt, or its channels cannot become `num_channels`.
+        OSError: It cannot be read at all.
+    """
+    with path.open("rb") as file:
+        start = file.read(_PNG_DEPTH + 1)
+        if start.startswith(_BY_WIDEFIELD) or (start.startswith(_PNG) and start[_PNG_DEPTH:] == b"\x10"):
+            try:
+                image = open_image(path)
+            except ValueError as error:  # an array that may be (C, H, W) or (H, W, C)
+                raise ImageReadError(str(error)) from error
+            pixels = torch.from_numpy(image.read(0, 0, *image.shape[1:]))
+        else:
+            file.seek(0)
+            pixels = _by_pillow(path, file, num_channels)
+    return with_channels(pixels, num_channels, str(path))
+
+
+def _by_pillow(path: Path, file: BinaryIO, num_channels: int) -> Tensor:
+    try:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if image.mode in ("P", "PA", "YCbCr", "HSV", "LAB") or (image.mode == "CMYK" and num_channels == 3):
+                image = image.convert("RGB")
+            elif image.mode == "1":
+                image = image.convert("L")
+            return as_tensor(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "the file is empty" if not path.stat().st_size else str(error).partition("\n")[0]
+        raise ImageReadError(f"cannot read {path}: {reason}") from error
+
+
+def as_tensor(image: Any) -> Tensor:
+    """A tensor (C, H, W) of a tensor (C, H, W) or (H, W), of an array (H, W, C) or (H, W), or of a Pillow image.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(image, Image.Image):
+        image = np.array(image)
+    if isinstance(image, np.ndarray):
+        image = image if image.ndim == 2 else image.transpose(2, 0, 1)
+        image = torch.from_numpy(np.require(image, requirements="W"))
+    if not isinstance(image, Tensor) or image.ndim not in (2, 3):
+        shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
+        raise TypeError(
+            f"an image must be a tensor (C, H, W), an array (H, W, C) or a Pillow image: got {type(image).__name__}{shape}"
+        )
+    return image if image.ndim == 3 else image[None]
+
+
+def with_channels(image: Tensor, num_channels: int, name: str) -> Tensor:
+    """`image` (C, H, W) with `num_channels`: grey is repeated to 3, an alpha channel behind grey or colours is dropped.
+
+    Raises:
+        ImageReadError: It has another number of channels.
+    """
+    channels = image.shape[0]
+    if channels == num_channels:
+        return image
+    if channels in (2, 4) and num_channels == channels - 1:
+        return image[:num_channels]
+    if channels in (1, 2) and num_channels == 3:
+        return image[:1].expand(3, -1, -1)
+    raise ImageReadError(
+        f"cannot use {name}: it has {channels} channels and {num_channels} are expected; "
+        f'say transform_args={{"num_channels": {channels}}} if all images are so'
+    )

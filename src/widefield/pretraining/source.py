@@ -1,0 +1,81 @@
+"""Where images come from: files, slides or a dataset of the user's, all by number."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from widefield.pretraining.pixels import as_tensor, read_pixels, with_channels
+from widefield.pretraining.slides import SlideArgs, read_patch
+
+
+class ImageSource(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in messages: its path, if it has one."""
+
+    def read(self, index: int, random: Random) -> Tensor:
+        """The image (C, H, W); what is drawn of a slide depends on `random`. OSError if it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Whole image files."""
+
+    paths: Sequence[Path]
+    num_channels: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read(self, index: int, random: Random) -> Tensor:
+        return read_pixels(self.paths[index], self.num_channels)
+
+
+@dataclass(frozen=True)
+class Slides:
+    """Patches of slides: `args.patches_per_slide` numbers stand for each."""
+
+    paths: Sequence[Path]
+    num_channels: int
+    args: SlideArgs
+
+    def __len__(self) -> int:
+        return len(self.paths) * self.args.patches_per_slide
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index // self.args.patches_per_slide])
+
+    def read(self, index: int, random: Random) -> Tensor:
+        return read_patch(self.paths[index // self.args.patches_per_slide], self.args, self.num_channels, random)
+
+
+@dataclass(frozen=True)
+class Items:
+    """A torch dataset of images, of (image, ...) or of {"image": image, ...}."""
+
+    dataset: Any
+    num_channels: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"item {index} of {type(self.dataset).__name__}"
+
+    def read(self, index: int, random: Random) -> Tensor:
+        item = self.dataset[index]
+        if isinstance(item, Mapping):
+            item = item["image"]
+        elif isinstance(item, tuple | list):
+            item = item[0]
+        return with_channels(as_tensor(item), self.num_channels, self.name(index))

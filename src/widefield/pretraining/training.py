@@ -1,0 +1,438 @@
+"""`widefield.train`, which is `widefield.pretrain`."""
+
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import Dataset
+
+from widefield.images import ImageReadError
+from widefield.models.torch_file import read_torch_file
+from widefield.modules import AtomicCheckpointIO
+from widefield.pretraining.arguments import Settings, parse
+from widefield.pretraining.callbacks import Export, StopAfter, make_callbacks
+from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
+from widefield.pretraining.dry_run import dry_run
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.files import find_images
+from widefield.pretraining.loggers import forget_after, make_loggers
+from widefield.pretraining.methods.base import Run
+from widefield.pretraining.module import KEY, Pretraining, Recipe
+from widefield.pretraining.out import OutFolder
+from widefield.pretraining.source import Files, ImageSource, Items, Slides
+from widefield.pretraining.synced_norm import sync_options
+from widefield.pretraining.views import Views
+from widefield.pretraining.wrapping import wrap
+
+_log = logging.getLogger(__name__)
+LOG_EVERY = 50
+
+
+def train(
+    *,
+    out: str | Path,
+    data: str | Path | Sequence[str | Path] | Dataset[Any],
+    model: str | nn.Module,
+    method: str = "simclr",
+    method_args: Mapping[str, Any] | None = None,
+    embed_dim: int | None = None,
+    epochs: int | Literal["auto"] = "auto",
+    batch_size: int = 128,
+    gradient_accumulation_steps: int = 1,
+    num_workers: int | Literal["auto"] = "auto",
+    devices: int | str | list[int] = "auto",
+    num_nodes: int = 1,
+    resume_interrupted: bool = False,
+    checkpoint: str | Path | None = None,
+    overwrite: bool = False,
+    accelerator: Any = "auto",
+    strategy: Any = "auto",
+    precision: Any = "auto",
+    float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto",
+    seed: int = 0,
+    on_bad_image: OnBadImage = "skip",
+    loggers: Mapping[str, Any] | None = None,
+    callbacks: Mapping[str, Any] | None = None,
+    optim: str = "auto",
+    optim_args: Mapping[str, Any] | None = None,
+    transform_args: Mapping[str, Any] | None = None,
+    slides: Mapping[str, Any] | None = None,
+    streaming: Mapping[str, Any] | None = None,
+    loader_args: Mapping[str, Any] | None = None,
+    trainer_args: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Pretrain a model on images without labels.
+
+    Everything that can be checked is, the model on a batch of noise included, before `out` is touched. It then gets
+    `checkpoints`, `exported_models/exported_last.pt` (the state dict of the model), `metrics.jsonl`, `train.log` and
+    `config.yaml`. Checkpoints hold tensors and plain data only. A seed reproduces a run bit for bit on a CPU.
+
+    Args:
+        out: Folder of the run, which must be new or empty.
+        data: A folder of images, searched with all below; a file; a list of such; or a torch dataset of images (tensors
+            (C, H, W), arrays (H, W, C) or Pillow images), of (image, ...) or of {"image": ...}.
+        model: A wrapper with `get_model`, `forward_features`, `forward_pool` and `feature_dim`; a model of torchvision or timm
+            or a backbone of Widefield; or the name of one, such as "torchvision/resnet18", "timm/convnext_tiny" or
+            "widefield/ResNet".
+        method: One of `widefield.pretraining.METHODS`, or an import path.
+        method_args: Arguments of the method's class.
+        embed_dim: Channels of an embedding layer on top of the model, a 1x1 convolution; None: no such layer.
+        epochs: "auto" is 100.
+        batch_size: Images of a batch over all devices and nodes.
+        gradient_accumulation_steps: Batches of an optimizer step; the learning rate is scaled to all of them.
+        num_workers: Processes that read images, for each device.
+        devices, num_nodes, accelerator, strategy, precision: Of Lightning's `Trainer`. With several devices batch norms are
+            synchronised. precision="auto" is "bf16-mixed" on a GPU that can, else "32-true".
+        resume_interrupted: Go on with the run in `out` at its last checkpoint, in the middle of an epoch too.
+        checkpoint: Start from the weights of the model in this checkpoint or exported state dict.
+        overwrite: Allow a folder that is not empty; what an earlier run wrote in it is removed, other files stay.
+        float32_matmul_precision: Of `torch.set_float32_matmul_precision`; "auto" leaves it.
+        seed: Of the weights that are made here, of the order of images and of their views.
+        on_bad_image: What to do with an image that cannot be read: "skip" it, and list it in bad_images.csv, or "raise".
+        loggers: Settings by name, None turns one off: jsonl (on), tensorboard (on if installed), mlflow, wandb.
+        callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping (when the loss is no number),
+            model_export, model_checkpoint, device_stats_monitor (off).
+        optim: "auto" is what the method is best trained with; or sgd, adamw, lars.
+        optim_args: lr (for the method's reference batch; it is scaled to yours), weight_decay and others of the optimizer.
+        transform_args: Changes of the method's views; None turns one off. See `widefield.pretraining.transform_args.TransformArgs`.
+        slides: Take `data` for slides, of which random patches are read: patch_size, patches_per_slide, level or spacing,
+            foreground.
+        streaming: Run the model tile by tile, so that views may have any size: tile_size, memory_budget, batch_statistics and
+            others of `widefield.StreamingCNN`. An empty dictionary lets the engine choose.
+        loader_args: Of torch's `DataLoader`; batch_size counts per device here.
+        trainer_args: Of Lightning's `Trainer`, such as max_steps.
+        model_args: Of the constructor of a model that is given by name.
+
+    Raises:
+        ValueError: Something that was given cannot be used; the message has a line for each error. `out` is as it was.
+        ImageReadError: A bad image, with `on_bad_image="raise"`, or too many of them.
+    """
+    settings = parse(locals())
+    folder = OutFolder(settings.given.out.expanduser().resolve())
+    leads = _is_rank_zero()
+    if leads:
+        folder.check(settings.given.overwrite, settings.given.resume_interrupted)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        trainer, module, resumed = _prepare(settings, folder)
+        if leads:
+            stack.enter_context(folder.opened(clear=settings.given.overwrite))
+            stack.enter_context(_logging_to(folder.log))
+            folder.config.write_text(settings.as_yaml(), encoding="utf-8")
+            _log.debug("settings:\n%s", settings.as_yaml(longest=10))
+            _log.info("training %s images into %s", len(module.dataset), folder.path)
+            if resumed is not None:
+                _log.info("restoring %s: epoch %d, step %d", folder.last, resumed["epoch"], resumed["global_step"])
+                forget_after(folder.metrics, resumed["global_step"])
+            elif settings.given.resume_interrupted:
+                _log.warning("there is no %s to resume: starting from scratch", folder.last)
+        _fit(trainer, module, folder, resumed is not None, settings)
+
+
+pretrain = train
+
+
+def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, dict[str, Any] | None]:
+    """The trainer, what it trains, and the checkpoint that it goes on with; nothing is written."""
+    given = settings.given
+    _seed(given.seed)
+    if given.float32_matmul_precision != "auto":
+        torch.set_float32_matmul_precision(given.float32_matmul_precision)
+    resumed = _last_checkpoint(folder.last, given.method) if given.resume_interrupted else None
+    dataset = _dataset(settings)
+    trainer = _trainer(settings, folder)
+    wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
+    if given.checkpoint is not None:
+        load_checkpoint(wrapper, given.checkpoint)
+    embedding = EmbeddingModel(wrapper, given.embed_dim, settings.streaming)
+    numbers = dry_run(embedding, settings.transforms.num_channels, dataset.views.sizes)
+    _check_first_image(dataset)
+
+    batch_size = _batch_size(settings, trainer, len(dataset))
+    per_epoch = max(1, len(dataset) // batch_size // given.gradient_accumulation_steps)
+    steps = settings.epochs * per_epoch
+    max_steps = (given.trainer_args or {}).get("max_steps")
+    if max_steps is not None:
+        steps = min(steps, max_steps)
+        trainer.callbacks.append(StopAfter(max_steps))  # type: ignore[attr-defined]
+    optimized = batch_size * given.gradient_accumulation_steps
+    run = Run(numbers, len(dataset), optimized, steps)
+    method = settings.method(embedding, run, **settings.method_args)
+    loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}
+    defaults = {"pin_memory": not isinstance(trainer.accelerator, CPUAccelerator)}
+    if settings.num_workers:
+        defaults["persistent_workers"] = True
+    recipe = Recipe(
+        given.method,
+        settings.transforms,
+        settings.optim,
+        settings.method.optim.scaled(settings.optim.lr, optimized),
+        round(min(10, settings.epochs / 10) * per_epoch),
+        steps,
+        given.seed,
+        batch_size,
+        {"num_workers": settings.num_workers, **defaults, **loader_args},
+    )
+    if resumed is not None:
+        _check_resumed(resumed, len(dataset) // batch_size)
+    trainer.log_every_n_steps = max(1, min(LOG_EVERY, len(dataset) // batch_size))
+    return trainer, Pretraining(method, recipe, dataset), resumed
+
+
+def _dataset(settings: Settings) -> ViewDataset:
+    given, channels = settings.given, settings.transforms.num_channels
+    source: ImageSource
+    if isinstance(given.data, (str, Path)) or (
+        isinstance(given.data, Sequence) and all(isinstance(one, (str, Path)) for one in given.data)
+    ):
+        paths = tuple(find_images(given.data))
+        source = Files(paths, channels) if settings.slides is None else Slides(paths, channels, settings.slides)
+    elif hasattr(given.data, "__getitem__") and hasattr(given.data, "__len__") and not isinstance(given.data, Mapping):
+        if settings.slides is not None:
+            raise ValueError("slides are files; give data as a folder or a list of them")
+        if not len(given.data):
+            raise ValueError(f"data: the {type(given.data).__name__} is empty")
+        source = Items(given.data, channels)
+    else:
+        raise ValueError(
+            f"data must be a folder, a file, a list of these or a torch dataset with a length: got {type(given.data).__name__}"
+        )
+    return ViewDataset(source, Views(settings.transforms), given.seed, given.on_bad_image)
+
+
+def _check_first_image(dataset: ViewDataset) -> None:
+    """Raises ValueError if no image can be used, or the values of the first one are not what its type says."""
+    try:
+        sample = dataset[Index(0, 0)]
+    except (ImageReadError, TypeError) as error:
+        raise ValueError(f"data: {error}") from error
+    view = sample.views[0]
+    if view.is_floating_point() and dataset.views.args.value_range is None:
+        low, high = (float(v) for v in torch.aminmax(view))
+        if low < -0.5 or high > 1.5:
+            raise ValueError(
+                f"data: {sample.name} has float values around {low:g} to {high:g}, and 0 to 1 is expected; say which values "
+                f'are 0 and 1 with transform_args={{"value_range": (low, high)}}'
+            )
+
+
+def _batch_size(settings: Settings, trainer: pl.Trainer, images: int) -> int:
+    """Images of a batch over all devices."""
+    size, processes = settings.given.batch_size, trainer.world_size
+    per_device = (settings.given.loader_args or {}).get("batch_size")
+    if per_device is not None:
+        size = per_device * processes
+    if size > images:
+        _log.warning("batch_size=%d is larger than the data set; it becomes %d, the number of images", size, images)
+        size = images
+    if size % processes:
+        raise ValueError(f"batch_size={size} must be divisible by the number of devices on all nodes, {processes}")
+    return size
+
+
+def _trainer(settings: Settings, folder: OutFolder) -> pl.Trainer:
+    given = settings.given
+    loggers = make_loggers(settings.loggers, folder.path, folder.metrics)
+    options: dict[str, Any] = {
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": settings.method.optim.clip,
+        **(given.trainer_args or {}),
+    }
+    options.pop("max_steps", None)
+    plugins = [AtomicCheckpointIO(), *_as_list(options.pop("plugins", None))]
+    several = _several_devices(given.devices, given.num_nodes, given.accelerator)
+    if several and "sync_batchnorm" not in options:
+        synced = sync_options(on_cpu=_is_cpu(given.accelerator))
+        plugins += synced.pop("plugins", [])
+        options |= synced
+    try:
+        return pl.Trainer(
+            default_root_dir=folder.path,
+            max_epochs=settings.epochs,
+            accelerator=given.accelerator,
+            devices=given.devices if given.devices != "auto" or not _is_cpu(given.accelerator) else 1,
+            num_nodes=given.num_nodes,
+            strategy=_strategy(given.strategy, several),
+            precision=_precision(given.precision, given.accelerator),
+            accumulate_grad_batches=given.gradient_accumulation_steps,
+            logger=loggers or False,
+            callbacks=make_callbacks(settings.callbacks, folder, bool(loggers)),
+            enable_checkpointing=settings.callbacks.model_checkpoint is not None,
+            use_distributed_sampler=False,
+            plugins=plugins,
+            **options,
+        )
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(f"Lightning's Trainer cannot be made with these arguments: {error}") from error
+
+
+def _strategy(strategy: Any, several: bool) -> Any:
+    """Parameters that the loss does not reach, such as a classifier's, are allowed in all kinds of ddp."""
+    if strategy == "auto" and several:
+        return "ddp_find_unused_parameters_true"
+    if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
+        return f"{strategy}_find_unused_parameters_true"
+    return strategy
+
+
+def _is_cpu(accelerator: Any) -> bool:
+    if accelerator == "auto":
+        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
+
+
+def _several_devices(devices: Any, nodes: int, accelerator: Any) -> bool:
+    if devices in ("auto", -1, "-1"):
+        return nodes > 1 or (not _is_cpu(accelerator) and torch.cuda.device_count() > 1)
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    return nodes * count > 1
+
+
+def _precision(precision: Any, accelerator: Any) -> Any:
+    if precision != "auto":
+        return precision
+    on_gpu = not _is_cpu(accelerator) and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _last_checkpoint(path: Path, method: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or KEY not in content:
+        raise ValueError(f"{path} is no checkpoint of widefield.train, so it cannot be resumed")
+    if content[KEY]["method"] != method:
+        raise ValueError(
+            f"{path} is of method={content[KEY]['method']!r}, and method={method!r} was given; resume with the arguments of the run"
+        )
+    return content
+
+
+def _check_resumed(checkpoint: dict[str, Any], batches: int) -> None:
+    before = checkpoint[KEY]["batches_per_epoch"]
+    if before != batches:
+        raise ValueError(
+            f"the run had {before} batches in an epoch, and with these data and batch_size there are {batches}; resume with "
+            "those of the run"
+        )
+
+
+def load_checkpoint(wrapper: Any, path: Path) -> None:
+    """Load the model's weights of a checkpoint of `train`, or an exported state dict, into `wrapper`.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    content = read_torch_file(path)
+    target = wrapper.get_model()
+    if isinstance(content, dict) and KEY in content:
+        prefix = content[KEY]["wrapped_model"]
+        target = wrapper
+        content = {
+            key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
+        }
+    try:
+        target.load_state_dict(content)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} is not of this model: {error}") from error
+
+
+def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bool, settings: Settings) -> None:
+    try:
+        trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True if resume else None)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
+    saving = settings.callbacks.model_checkpoint
+    if trainer.max_epochs == 0:
+        if saving is not None and saving.save_last:
+            trainer.save_checkpoint(folder.last)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Export):
+                callback.export(trainer, module)
+    loss = trainer.callback_metrics.get("train_loss")
+    if loss is not None and not torch.isfinite(loss):
+        _log.error(
+            "training stopped in epoch %d, because the loss is %s; try a smaller optim_args={'lr': ...}",
+            trainer.current_epoch,
+            float(loss),
+        )
+    else:
+        _log.info(
+            "training completed; model.load_state_dict(torch.load(%r, weights_only=True)) loads the model",
+            str(folder.exported),
+        )
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _is_rank_zero() -> bool:
+    """Whether this process leads, or is not (yet) one of several."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return all(int(os.environ.get(name, "0") or 0) == 0 for name in names)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of itself, and warnings that do not apply to us."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*your dataloader is not resumable.*",  # it is
+            ".*dirpath has changed from.*",
+            ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Our log lines in a file as well; on the console too, where nobody has set up logging."""
+    ours = logging.getLogger("widefield")
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if not ours.hasHandlers():
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[1].setLevel(logging.INFO)
+    level = ours.level
+    ours.setLevel(logging.DEBUG)
+    for handler in handlers:
+        ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        for handler in handlers:
+            ours.removeHandler(handler)
+            handler.close()

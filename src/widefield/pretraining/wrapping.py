@@ -1,0 +1,135 @@
+"""From whatever the user calls a model to a wrapper."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torchvision.models
+from torch import nn
+from torchvision.models import regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
+
+from widefield.components import BaseModule
+from widefield.pretraining.known_models import (
+    Backbone,
+    KnownModel,
+    PartsInARow,
+    ResNetLike,
+    Timm,
+    channels_of_maps,
+)
+from widefield.pretraining.wrapper import ModelWrapper, is_wrapper, missing_methods
+from widefield.registry import MODELS, near_names
+
+Wrapped = Any
+"""A `torch.nn.Module` that is a `ModelWrapper`, which Python's types cannot say."""
+
+PACKAGES = ("torchvision", "timm", "widefield")
+_PARTS: dict[type[nn.Module], tuple[str, ...]] = {
+    shufflenetv2.ShuffleNetV2: ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"),
+    regnet.RegNet: ("stem", "trunk_output"),
+    swin_transformer.SwinTransformer: ("features", "norm", "permute"),
+}
+
+
+def wrap(model: Any, model_args: Mapping[str, Any] | None = None, num_channels: int = 3) -> Wrapped:
+    """The wrapper of `model`.
+
+    Args:
+        model: A wrapper, which is returned as it is; a model of torchvision or timm or a backbone of Widefield; or
+            "package/name", such as "torchvision/resnet18", "timm/convnext_tiny" or "widefield/ResNet".
+        model_args: Arguments of the model's constructor, for a name only.
+        num_channels: Of the images; timm models are made for them.
+
+    Raises:
+        ValueError: It is none of these; the message names the methods that a wrapper of one's own still lacks, or the near names.
+    """
+    if isinstance(model, str):
+        return wrap(_make(model, dict(model_args or {}), num_channels))
+    if model_args:
+        raise ValueError(
+            f'model_args are for a name such as "torchvision/resnet18"; model is a {type(model).__name__} that is made already'
+        )
+    if is_wrapper(model):
+        return model
+    if isinstance(model, nn.Module):
+        known = _known(model)
+        if known is not None:
+            return known
+    missing = missing_methods(model)
+    raise ValueError(
+        f"model is a {type(model).__name__}, which is no model that is known by itself. To train a model of your own, wrap it:\n"
+        f" - inherits from torch.nn.Module: {isinstance(model, nn.Module)}\n"
+        f" - missing methods: {', '.join(missing) if missing else 'none'}"
+        + ("" if not isinstance(model, type) else "\n - it is a class: give an instance")
+    )
+
+
+def _known(model: nn.Module) -> KnownModel | None:
+    package = next((c.__module__.partition(".")[0] for c in type(model).__mro__ if c.__module__[:4] == "timm"), "")
+    if package == "timm" and hasattr(model, "forward_features"):
+        return Timm(model, int(model.num_features))  # type: ignore[arg-type]
+    if isinstance(model, BaseModule) and getattr(model, "component_kind", "") == "backbone":
+        return _measured(model, Backbone(model, 0))
+    if isinstance(model, resnet.ResNet) or all(hasattr(model, part) for part in ResNetLike.PARTS):
+        return _measured(model, ResNetLike(model, 0))
+    if isinstance(model, vision_transformer.VisionTransformer):
+        return None  # torchvision's takes one image size only; timm's takes all
+    for kind, parts in _PARTS.items():
+        if isinstance(model, kind):
+            return _measured(model, PartsInARow(model, 0, parts))
+    if type(model).__module__.startswith("torchvision.models") and isinstance(
+        getattr(model, "features", None), nn.Module
+    ):
+        return _measured(model, PartsInARow(model, 0, ("features",)))
+    return None
+
+
+def _measured(model: nn.Module, wrapper: KnownModel) -> KnownModel:
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    wrapper._feature_dim = channels_of_maps(wrapper, 3 if first is None else first.in_channels)
+    return wrapper
+
+
+def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module | ModelWrapper:
+    package, _, short = name.partition("/")
+    if package == "torchvision" and short:
+        if short not in torchvision.models.list_models(torchvision.models):
+            raise ValueError(
+                f"no model named {name!r}; {_near(short, torchvision.models.list_models(torchvision.models), package)}"
+            )
+        return _built(name, torchvision.models.get_model, short, **arguments)  # type: ignore[no-any-return]
+    if package == "timm" and short:
+        import timm
+
+        if not timm.is_model(short):
+            raise ValueError(f"no model named {name!r}; {_near(short, timm.list_models(), package)}")
+        given = {"num_classes": 0, "in_chans": num_channels, **arguments}
+        if "dynamic_img_size" not in given and "vit" in short:
+            try:
+                return timm.create_model(short, dynamic_img_size=True, **given)  # type: ignore[no-any-return]
+            except TypeError:  # not all of them know it
+                pass
+        return _built(name, timm.create_model, short, **given)  # type: ignore[no-any-return]
+    if package == "widefield" and short:
+        return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
+    found = [f"torchvision/{name}"] if name in torchvision.models.list_models(torchvision.models) else []
+    hint = f", did you mean {found[0]} or timm/{name}?" if found else ""
+    raise ValueError(
+        f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}"
+        f"{hint or ', such as torchvision/resnet18'}"
+    )
+
+
+def _built(name: str, make: Any, *positional: Any, **arguments: Any) -> Any:
+    try:
+        return make(*positional, **arguments)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{name} cannot be made with model_args={arguments}: {error}") from error
+
+
+def _near(name: str, choices: list[str], package: str) -> str:
+    near = near_names(name, choices)
+    return (
+        f"did you mean {' or '.join(f'{package}/{one}' for one in near)}?"
+        if near
+        else f"{package} has {len(choices)} others"
+    )

@@ -1,0 +1,393 @@
+"""A run from end to end: what it writes, what it refuses, how it goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import widefield
+from tests.pretraining.tiny import (
+    SMALL,
+    TinyWrapper,
+    assert_same,
+    checkpoint,
+    exported,
+    losses,
+    metrics,
+    train,
+    write_images,
+)
+from widefield.pretraining import METHODS, Method
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def files(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_run_writes_these_files_and_no_others(tmp_path: Path, images: Path) -> None:
+    train(tmp_path / "out", images, loggers={"tensorboard": None})
+    assert files(tmp_path / "out") == {
+        "checkpoints/epoch=0-step=2.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "exported_models/exported_last.pt",
+        "metrics.jsonl",
+        "train.log",
+    }
+    content = checkpoint(tmp_path / "out")
+    assert content["epoch"] == 0 and content["global_step"] == 2
+    weights, about = exported(tmp_path / "out"), content["widefield"]
+    assert weights.keys() == TinyWrapper().get_model().state_dict().keys()
+    inside = {name: content["state_dict"][about["model"] + name] for name in weights}
+    assert_same(dict(weights), inside)
+    trained = TinyWrapper()
+    trained.get_model().load_state_dict(weights)
+    assert not torch.equal(trained.model[0].weight, TinyWrapper().model[0].weight)
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    assert "model: TinyWrapper" in text and "method: simclr" in text
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_trains_and_a_seed_repeats_it_bit_for_bit(method: str, tmp_path: Path, images: Path) -> None:
+    before = TinyWrapper().get_model().state_dict()
+    for name in ("a", "b"):
+        train(tmp_path / name, images, method, epochs=2)
+    weights = exported(tmp_path / "a")
+    assert_same(dict(weights), dict(exported(tmp_path / "b")))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert not torch.equal(weights["4.weight"], before["4.weight"])
+    assert torch.equal(weights["5.weight"], before["5.weight"]), "no loss reaches it"
+    train(tmp_path / "other", images, method, epochs=1, seed=1)
+    assert losses(tmp_path / "other")[0] != losses(tmp_path / "a")[0]
+
+
+def test_workers_change_no_number(tmp_path: Path, images: Path) -> None:
+    train(tmp_path / "none", images)
+    train(tmp_path / "two", images, num_workers=2)
+    assert_same(dict(exported(tmp_path / "none")), dict(exported(tmp_path / "two")))
+
+
+def test_train_and_pretrain_are_one_function() -> None:
+    assert widefield.train is widefield.pretrain
+
+
+def test_no_epoch_writes_a_checkpoint_and_the_export(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, epochs=0)
+    assert {"checkpoints/last.ckpt", "exported_models/exported_last.pt"} <= files(tmp_path)
+    assert_same(dict(exported(tmp_path)), dict(TinyWrapper().get_model().state_dict()))
+
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning.pytorch import Callback
+from tests.pretraining.tiny import TinyWrapper, train
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == int(sys.argv[4]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+import widefield.pretraining.training as training
+make = training.make_callbacks
+training.make_callbacks = lambda *args: [*make(*args), Kill()]
+train(
+    Path(sys.argv[1]), sys.argv[2], sys.argv[3], model=TinyWrapper(dropout=0.5), epochs=3, batch_size=2, num_workers=1,
+    callbacks={"model_checkpoint": {"every_n_train_steps": 2}}, resume_interrupted=sys.argv[5] == "resume",
+)
+"""
+
+
+def in_a_process(out: Path, images: Path, method: str, kill_at: int, resume: bool) -> int:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-W", "ignore", "-c", RUN, out, images, method, str(kill_at), "resume" if resume else ""]
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr
+    return result.returncode
+
+
+def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(tmp_path: Path, images: Path) -> None:
+    """5 steps an epoch, checkpoints at 2, 4, ...: killed at the start of the last step of the second epoch.
+
+    DenseCL has most to keep: queues and moving copies. Dropout draws random numbers in the model.
+    """
+    method, kill_at = "densecl", 9
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 2,
+        "callbacks": {"model_checkpoint": {"every_n_train_steps": 2}},
+    }
+    train(tmp_path / "unbroken", images, method, model=TinyWrapper(dropout=0.5), **options)
+    assert in_a_process(tmp_path / "broken", images, method, kill_at, resume=False) == -signal.SIGKILL
+    saved = checkpoint(tmp_path / "broken")["global_step"]
+    assert saved == kill_at // 2 * 2
+    train(tmp_path / "broken", images, method, model=TinyWrapper(dropout=0.5), resume_interrupted=True, **options)
+    left, right = checkpoint(tmp_path / "broken"), checkpoint(tmp_path / "unbroken")
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "widefield"):
+        assert_same(left[key], right[key], key)
+    assert_same(dict(exported(tmp_path / "broken")), dict(exported(tmp_path / "unbroken")))
+    assert f"step {saved}" in (tmp_path / "broken" / "train.log").read_text()
+
+
+def test_max_steps_ends_a_resumed_run_and_broken_lines_of_metrics_go(tmp_path: Path, images: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "trainer_args": {"max_steps": 12}}
+    train(tmp_path / "out", images, epochs=2, **options)
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train_l')
+    train(tmp_path / "out", images, epochs=3, resume_interrupted=True, **options)
+    steps = [line["step"] for line in metrics(tmp_path / "out") if "train_loss" in line]
+    assert steps == [4, 9, 11]
+    assert checkpoint(tmp_path / "out")["global_step"] == 12
+
+
+@pytest.mark.parametrize("last_step", [5, 10])
+def test_a_checkpoint_at_the_last_step_of_an_epoch_leads_into_the_next(
+    last_step: int, tmp_path: Path, images: Path
+) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "epochs": 3}
+    train(tmp_path / "unbroken", images, **options)
+    saving = {"model_checkpoint": {"every_n_train_steps": 5}}
+    assert in_a_process_stopping(tmp_path / "broken", images, last_step + 1, saving)
+    assert checkpoint(tmp_path / "broken")["global_step"] == last_step
+    train(tmp_path / "broken", images, resume_interrupted=True, callbacks=saving, **options)
+    assert_same(dict(exported(tmp_path / "broken")), dict(exported(tmp_path / "unbroken")))
+
+
+def in_a_process_stopping(out: Path, images: Path, step: int, saving: dict[str, Any]) -> bool:
+    """A run that raises in the step after `step` steps."""
+
+    class Stops(TinyWrapper):
+        def forward_features(self, x: Tensor) -> dict[str, Any]:
+            if self.training:
+                self.calls = getattr(self, "calls", 0) + 1
+                if self.calls == step:
+                    raise KeyError("stop")
+            return super().forward_features(x)
+
+    with pytest.raises(KeyError, match="stop"):
+        train(out, images, model=Stops(), batch_size=2, epochs=3, callbacks=saving)
+    return True
+
+
+def test_resuming_needs_the_same_method_and_data(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images)
+    with pytest.raises(ValueError, match=r"is of method='simclr', and method='byol' was given"):
+        train(tmp_path, images, "byol", resume_interrupted=True)
+    with pytest.raises(ValueError, match=r"2 batches in an epoch.*there are 5"):
+        train(tmp_path, images, batch_size=2, resume_interrupted=True)
+
+
+def test_resuming_more_epochs_goes_on(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, epochs=1)
+    before = exported(tmp_path)
+    train(tmp_path, images, epochs=2, resume_interrupted=True)
+    assert checkpoint(tmp_path)["epoch"] == 1
+    same = {name for name, value in exported(tmp_path).items() if torch.equal(before[name], value)}
+    assert {"5.weight", "5.bias"} <= same, "what the loss does not reach"
+    assert not {"0.weight", "4.weight"} & same
+    assert "restoring" in (tmp_path / "train.log").read_text()
+
+
+def test_resuming_nothing_starts_from_scratch(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "stray.txt").write_text("kept")
+    train(tmp_path, images, resume_interrupted=True)
+    assert "starting from scratch" in (tmp_path / "train.log").read_text()
+
+
+def test_weights_of_a_checkpoint_start_a_new_run(tmp_path: Path, images: Path) -> None:
+    train(tmp_path / "a", images)
+    for path in ("checkpoints/last.ckpt", "exported_models/exported_last.pt"):
+        wrapper = TinyWrapper(seed=5)
+        train(tmp_path / "b", images, model=wrapper, checkpoint=tmp_path / "a" / path, epochs=0, overwrite=True)
+        assert_same(dict(exported(tmp_path / "b")), dict(exported(tmp_path / "a")))
+    train(tmp_path / "a", images, checkpoint=tmp_path / "a" / "checkpoints" / "last.ckpt", overwrite=True)
+    with pytest.raises(ValueError, match="is not of this model"):
+        train(tmp_path / "c", images, model=TinyWrapper(dim=7), checkpoint=tmp_path / "a" / "checkpoints" / "last.ckpt")
+
+
+def test_out_that_is_not_empty_is_refused_and_overwritten_cleanly(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, epochs=2)
+    (tmp_path / "stray.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"is not empty! Set overwrite=True .* or resume_interrupted=True"):
+        train(tmp_path, images)
+    train(tmp_path, images, overwrite=True)
+    assert {"stray.txt", "checkpoints/epoch=0-step=2.ckpt"} <= files(tmp_path)
+    assert "checkpoints/epoch=1-step=4.ckpt" not in files(tmp_path)
+    assert max(line["step"] for line in metrics(tmp_path)) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not a directory"):
+        train(tmp_path / "file", images)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from widefield.pretraining.out import OutFolder
+with OutFolder(Path(sys.argv[1])).opened(clear=False):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, images: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is writing to"):
+            train(tmp_path, images)
+        assert not files(tmp_path)
+        process.kill()
+    train(tmp_path, images)
+
+
+class Unpicklable(TinyWrapper):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = lambda x: x
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("this wrapper cannot be pickled")
+
+
+def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, model=Unpicklable())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": nn.Linear(2, 2)}, r"missing methods: get_model, forward_features, forward_pool, feature_dim"),
+        ({"method": "simclrr"}, r"did you mean simclr"),
+        ({"batch_size": "16"}, r"batch_size must be an integer, got '16' \(str\)"),
+        ({"method_args": {"temprature": 1.0}}, r"no key 'temprature'; did you mean temperature\?"),
+        ({"transform_args": {"colour_jitter": None}}, r"no key 'colour_jitter'; did you mean color_jitter\?"),
+        ({"transform_args": {"random_resize": {"min_scale": 2}}}, r"transform_args\.random_resize: min_scale=2"),
+        ({"trainer_args": {"accumulate_grad_batches": 2}}, r"set by the argument gradient_accumulation_steps"),
+        ({"loader_args": {"shufle": 2}}, r"loader_args has no key 'shufle'; did you mean shuffle"),
+        ({"optim": "adam"}, r"optim='adam'; did you mean adamw\?"),
+        ({"callbacks": {"modelcheckpoint": {}}}, r"did you mean model_checkpoint"),
+        ({"loggers": {"json": {}}}, r"did you mean jsonl\?"),
+        ({"checkpoint": "no.ckpt"}, r"checkpoint: no\.ckpt does not exist"),
+        ({"data": "nowhere"}, r"data: nowhere does not exist"),
+        ({"data": 3}, r"data must be a folder.*got int"),
+        ({"epochs": -1}, r"epochs=-1 must be at least 0"),
+        ({"on_bad_image": "skipp"}, r"did you mean 'skip'\?"),
+        ({"precision": "33"}, r"Trainer cannot be made"),
+        ({"streaming": {"tile": 3}}, r"streaming has no key 'tile'"),
+        ({"model": "resnet18"}, r"did you mean torchvision/resnet18"),
+        ({"model": "torchvision/resnet19"}, r"did you mean torchvision/resnet18"),
+        ({"devices": 3, "batch_size": 8}, r"batch_size=8 must be divisible by .* 3"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_out_stays_as_it_was(
+    options: dict[str, Any], message: str, tmp_path: Path, images: Path
+) -> None:
+    given = {"images": options.pop("data", images), **options}
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_errors_are_told_at_once(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 errors") as caught:
+        train(tmp_path / "out", images, epochs=-1, batch_size=0, method_args={"width": 3})
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_a_batch_larger_than_the_data_becomes_all_of_it(tmp_path: Path, images: Path, caplog: Any) -> None:
+    train(tmp_path, images, batch_size=64)
+    assert "it becomes 10" in caplog.text
+    assert checkpoint(tmp_path)["global_step"] == 1
+
+
+def test_accumulated_batches_scale_the_learning_rate(tmp_path: Path, images: Path) -> None:
+    rates = []
+    for steps in (1, 2):
+        train(tmp_path / str(steps), images, batch_size=4, gradient_accumulation_steps=steps, epochs=20)
+        rates.append(max(line["lr-SGD/params"] for line in metrics(tmp_path / str(steps)) if "lr-SGD/params" in line))
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+    assert rates[0] == pytest.approx(0.3 * 4 / 256, rel=0.02)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_so(tmp_path: Path, images: Path, caplog: Any) -> None:
+    train(tmp_path, images, epochs=4, optim_args={"lr": 1e30})
+    assert checkpoint(tmp_path)["epoch"] < 3
+    assert "training stopped" in caplog.text
+
+
+def test_bad_images_are_skipped_and_listed_or_fatal(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 8)
+    (images / "empty.png").write_bytes(b"")
+    (images / "text.jpg").write_text("no image")
+    whole = (images / "00.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    train(tmp_path / "out", images, epochs=6)
+    rows = (tmp_path / "out" / "bad_images.csv").read_text().splitlines()
+    assert rows[0] == "image,reason"
+    assert sorted(Path(row.partition(",")[0]).name for row in rows[1:]) == ["cut.png", "empty.png", "text.jpg"]
+    assert "the file is empty" in "".join(rows)
+    assert "3 images could not be read" in (tmp_path / "out" / "train.log").read_text()
+    with pytest.raises(OSError, match="cannot read"):
+        train(tmp_path / "raise", images, epochs=6, on_bad_image="raise")
+    with pytest.raises(ValueError, match=r"2 images in a row cannot be used"):
+        train(tmp_path / "none", [images / "empty.png", images / "text.jpg"], batch_size=2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_method_of_ones_own_is_registered_and_named(tmp_path: Path, images: Path) -> None:
+    @METHODS.register_module("test_align", force=True)
+    class Align(Method):
+        def __init__(self, embedding: Any, run: Any, power: float = 2.0) -> None:
+            super().__init__(embedding, run)
+            self.power = power
+
+        def loss(self, views: Any, step: int) -> dict[str, Any]:
+            first, second = (self.embedding.vectors(view) for view in views)
+            return {"loss": (first - second).abs().pow(self.power).mean()}
+
+    train(tmp_path, images, "test_align", method_args={"power": 1})
+    assert len(losses(tmp_path)) == 1
+
+
+def test_the_embedding_layer_has_embed_dim_channels(tmp_path: Path, images: Path) -> None:
+    for method in ("simclr", "distillation", "densecl"):
+        train(tmp_path / method, images, method, embed_dim=6)
+        state = checkpoint(tmp_path / method)["state_dict"]
+        assert state["method.embedding.embed_head.weight"].shape == (6, 12, 1, 1)
+
+
+def test_dino_exports_the_teacher(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, "dino", epochs=2)
+    content = checkpoint(tmp_path)
+    assert content["widefield"]["wrapped_model"] == "method.teacher_embedding.wrapped_model."
+    assert torch.equal(
+        exported(tmp_path)["0.weight"], content["state_dict"]["method.teacher_embedding.wrapped_model.model.0.weight"]
+    )
+    assert not torch.equal(
+        exported(tmp_path)["0.weight"], content["state_dict"]["method.embedding.wrapped_model.model.0.weight"]
+    )
+
+
+def test_no_teacher_is_in_a_checkpoint_of_distillation(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, "distillation")
+    names = checkpoint(tmp_path)["state_dict"]
+    assert not any("teacher" in name for name in names)
+    with pytest.raises(ValueError, match="would have random weights"):
+        train(tmp_path / "x", images, "distillation", method_args={"teacher": "torchvision/resnet18"})
+    with pytest.raises(ValueError, match=r"method_args\.teacher is missing"):
+        train(tmp_path / "x", images, "distillation", method_args={})
+    assert SMALL["distillation"]["teacher"].training in (True, False)

@@ -1,0 +1,118 @@
+"""A model and images so small that a run takes a fraction of a second."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage import data
+from torch import Tensor, nn
+
+import widefield
+
+
+class TinyWrapper(nn.Module):
+    """Two convolutions and a classifier that pretraining does not reach."""
+
+    def __init__(self, in_channels: int = 3, dim: int = 12, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = nn.Sequential(
+                nn.Conv2d(in_channels, 8, 3, 2, 1),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Dropout2d(dropout),
+                nn.Conv2d(8, dim, 3, 2, 1),
+                nn.Linear(dim, 5),
+            )
+        self.dim = dim
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def forward_features(self, x: Tensor) -> dict[str, Any]:
+        return {"features": self.model[:5](x)}
+
+    def forward_pool(self, x: dict[str, Any]) -> dict[str, Any]:
+        return {"pooled_features": x["features"].mean((2, 3), keepdim=True)}
+
+    def feature_dim(self) -> int:
+        return self.dim
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    **{
+        name: {"hidden_dim": 16, "output_dim": 8}
+        for name in ("simclr", "moco", "byol", "barlowtwins", "vicreg", "densecl")
+    },
+    "dino": {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32},
+    "distillation": {"teacher": TinyWrapper(dim=10, seed=1)},
+}
+"""Arguments that make the heads of the methods small."""
+
+
+def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = data.astronaut()
+    for k in range(count):
+        Image.fromarray(picture[20 * k : 20 * k + side, 30 * k : 30 * k + side]).save(folder / f"{k:02d}.png")
+    return folder
+
+
+def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> None:
+    """A run of 2 steps an epoch on the CPU, without a progress bar."""
+    views = {"image_size": 16, **options.pop("transform_args", {})}
+    if method == "dino":
+        views.setdefault("local_view", {"view_size": 8, "num_views": 2})
+    widefield.train(
+        out=out,
+        data=images,
+        model=options.pop("model", None) or TinyWrapper(),
+        method=method,
+        transform_args=views,
+        trainer_args={"enable_progress_bar": False, **options.pop("trainer_args", {})},
+        **{
+            "method_args": SMALL.get(method),
+            "epochs": 1,
+            "batch_size": 4,
+            "num_workers": 0,
+            "accelerator": "cpu",
+            **options,
+        },
+    )
+
+
+def checkpoint(out: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    return torch.load(out / "checkpoints" / name, weights_only=True)
+
+
+def exported(out: Path) -> dict[str, Tensor]:
+    return torch.load(out / "exported_models" / "exported_last.pt", weights_only=True)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["train_loss"]) for line in metrics(out) if "train_loss" in line]
+
+
+def assert_same(left: Any, right: Any, path: str = "") -> None:
+    """Bit for bit."""
+    assert type(left) is type(right), path
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), path
+        for k, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same(one, other, f"{path}[{k}]")
+    elif isinstance(left, (Tensor, np.ndarray)):
+        assert left.shape == right.shape and bool((left == right).all()), path
+    else:
+        assert left == right, path
