@@ -218,6 +218,57 @@ COMPONENTS = (
         "model",
         "Classification of images: a backbone, a neck, and a head that knows the loss.",
     ),
+    Entry(
+        "MAE",
+        f"{_HOME}.models.mae:MAE",
+        "model",
+        "Masked autoencoder: the pixels of patches that the backbone did not see are predicted from those that it saw.",
+    ),
+    Entry(
+        "BEiT", f"{_HOME}.models.beit:BEiT", "model", "BEiT, v1 and v2: visual tokens of masked patches are predicted."
+    ),
+    Entry(
+        "MaskFeat",
+        f"{_HOME}.models.maskfeat:MaskFeat",
+        "model",
+        "MaskFeat: features of masked patches, such as histograms of oriented gradients, are predicted.",
+    ),
+    Entry(
+        "SimCLR",
+        f"{_HOME}.models.simclr:SimCLR",
+        "model",
+        "SimCLR: two views of an image are nearer to each other than to those of all other images in the batch.",
+    ),
+    Entry(
+        "MoCo",
+        f"{_HOME}.models.moco:MoCo",
+        "model",
+        "MoCo, v1 and v2: a view of an image is nearer to another view of it than to those in a queue of earlier images.",
+    ),
+    Entry(
+        "ImageToImageRetriever",
+        f"{_HOME}.models.image_to_image_retriever:ImageToImageRetriever",
+        "model",
+        "Ranks the images of a collection, the prototype, by their similarity with an image.",
+    ),
+    Entry(
+        "ClsDataPreprocessor",
+        f"{_HOME}.preprocessors.cls_preprocessor:ClsDataPreprocessor",
+        "preprocessor",
+        "Normalises and stacks images, and makes scores of labels where images are mixed.",
+    ),
+    Entry(
+        "SelfSupDataPreprocessor",
+        f"{_HOME}.preprocessors.self_sup_preprocessor:SelfSupDataPreprocessor",
+        "preprocessor",
+        "Normalises and stacks images, or each of several views of them.",
+    ),
+    Entry(
+        "TwoNormDataPreprocessor",
+        f"{_HOME}.preprocessors.two_norm_preprocessor:TwoNormDataPreprocessor",
+        "preprocessor",
+        "Two views of each image, normalised in two ways: that of the model and that of the target generator.",
+    ),
 )
 
 METRIC_ENTRIES = (

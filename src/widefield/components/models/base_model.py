@@ -1,7 +1,8 @@
 """What models of components share: they are components, and Lightning trains them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,33 +11,85 @@ from torch import Tensor
 from widefield.components.annotations import InitConfig
 from widefield.components.base_module import BaseModule
 from widefield.components.data_sample import DataSample
+from widefield.components.errors import WrongArgumentError
+from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
+from widefield.registry import MODELS
 
 
 class BaseModel(BaseModule, LightningModule):
     """A model that gives its losses by name: a subclass writes `loss`, and Lightning does the rest.
 
-    A batch is `(images, targets)`: images a tensor (N, C, H, W) or a list of lazily read images, which are read whole; targets
-    class indices (N,), or a `DataSample` for each image.
+    A batch is `(inputs, targets)`, or a dictionary with `inputs` and maybe `data_samples`. Inputs are images as a tensor
+    (N, C, H, W), a list of lazily read images, or whatever else the data preprocessor takes; targets are class indices (N,), or a
+    `DataSample` for each image.
+
+    The arguments of the constructor that are plain data stand in the checkpoint, so `load_from_checkpoint` needs no others than
+    those that were given as objects.
 
     Args:
+        data_preprocessor: Makes of a batch what `loss` gets.
+        init_cfg: See `BaseModule`.
         lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
         weight_decay: Its weight decay.
-        init_cfg: See `BaseModule`.
     """
 
     component_kind = "model"
+    default_preprocessor: ClassVar[str] = "ClsDataPreprocessor"
+    """The data preprocessor where none is given, or one without a type."""
     device: torch.device
     log_dict: Any  # this and the next are Lightning's; mypy does not see them
     save_hyperparameters: Any
 
-    def __init__(self, lr: float = 1e-3, weight_decay: float = 0.0, init_cfg: InitConfig = None) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments of the outermost constructor, which alone make the same model again."""
+        model = super().__new__(cls)
+        model.__dict__["_call"] = (args, kwargs)
+        return model
+
+    def __init__(
+        self,
+        data_preprocessor: PreprocessorConfig | None = None,
+        init_cfg: InitConfig = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(init_cfg)
+        args, kwargs = self.__dict__.pop("_call")
+        self.save_hyperparameters(_plain_arguments(type(self), args, kwargs), logger=False)
         self.lr = lr
         self.weight_decay = weight_decay
+        if data_preprocessor is None or isinstance(data_preprocessor, dict):
+            data_preprocessor = {"type": self.default_preprocessor, **(data_preprocessor or {})}
+        self.data_preprocessor = MODELS.build(data_preprocessor)
 
-    def loss(self, inputs: Tensor, data_samples: Sequence[DataSample]) -> dict[str, Any]:
+    def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
         """Losses and other numbers by name; those whose name contains "loss" are summed and minimised."""
         raise NotImplementedError
+
+    def preprocess(self, batch: Any, training: bool = False) -> tuple[Any, list[DataSample]]:
+        """Inputs and samples of a batch, see the class, as `loss` gets them.
+
+        Args:
+            batch: On the device of the model; lazily read images are moved there.
+            training: Whether the data preprocessor augments.
+
+        Raises:
+            ValueError: The batch is none, or lazily read images differ in size.
+        """
+        inputs, targets = _split(batch)
+        if _are_lazy(inputs) and not self.reads_tiles:
+            inputs = read_images(inputs).to(self.device)
+        if targets is None:
+            samples = [DataSample() for _ in range(_count(inputs))]
+        else:
+            samples = [_as_sample(target) for target in targets]
+        data = self.data_preprocessor({"inputs": inputs, "data_samples": samples}, training)
+        return data["inputs"], data["data_samples"]
+
+    @property
+    def reads_tiles(self) -> bool:
+        """Whether lazily read images are left to the backbone, which reads them tile by tile."""
+        return False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
@@ -53,19 +106,12 @@ class BaseModel(BaseModule, LightningModule):
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def _step(self, batch: Any, phase: str) -> Tensor:
-        inputs, samples = self._unpack(batch)
+        inputs, samples = self.preprocess(batch, training=phase == "train")
         numbers = self.loss(inputs, samples)
         total = total_loss(numbers)
-        shown = {f"{phase}_{name}": float(value) for name, value in numbers.items() if name != "loss"}
+        shown = {f"{phase}_{name}": _number(value) for name, value in numbers.items() if name != "loss"}
         self.log_dict({f"{phase}_loss": total.detach(), **shown}, on_epoch=True, on_step=False, batch_size=len(samples))
         return total
-
-    def _unpack(self, batch: Any) -> tuple[Tensor, list[DataSample]]:
-        images, targets = batch
-        samples = [
-            target if isinstance(target, DataSample) else DataSample().set_gt_label(target.cpu()) for target in targets
-        ]
-        return images if isinstance(images, Tensor) else read_images(images).to(self.device), samples
 
 
 def total_loss(numbers: Mapping[str, Any]) -> Tensor:
@@ -75,12 +121,11 @@ def total_loss(numbers: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             f"loss() returned {', '.join(numbers) or 'nothing'}; a loss is a number whose name contains 'loss'"
         )
-    parts = [part for loss in losses for part in (loss if isinstance(loss, (list, tuple)) else [loss])]
-    return torch.stack([part.mean() for part in parts]).sum()
+    return torch.stack([_sum_of_means(loss) for loss in losses]).sum()
 
 
 def read_images(images: Sequence[Any]) -> Tensor:
-    """Lazily read images of one size as a tensor (N, C, H, W) of float32; integers are divided by their largest value.
+    """Lazily read images of one size as a tensor (N, C, H, W) of their type.
 
     Raises:
         ValueError: Their sizes differ.
@@ -91,6 +136,62 @@ def read_images(images: Sequence[Any]) -> Tensor:
         raise ValueError(
             f"the images of a batch have the shapes {sizes}; give images of one size, or data.batch_size=1"
         )
-    tensors = [torch.as_tensor(image.read(0, 0, *image.shape[1:])) for image in images]
-    batch = torch.stack(tensors)
-    return batch.float() if batch.is_floating_point() else batch.float() / torch.iinfo(batch.dtype).max
+    return torch.stack([torch.as_tensor(image.read(0, 0, *image.shape[1:])) for image in images])
+
+
+def _sum_of_means(value: Any) -> Tensor:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return torch.stack([(part if part.is_floating_point() else part.float()).mean() for part in parts]).sum()
+
+
+def _number(value: Any) -> Any:
+    return _sum_of_means(value).detach() if isinstance(value, (Tensor, list, tuple)) else value
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping) and "inputs" in batch:
+        return batch["inputs"], batch.get("data_samples")
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Tensor):
+        return batch, None
+    keys = f"a dictionary with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise WrongArgumentError(
+        f"a batch is (inputs, targets), a dictionary with inputs and data_samples, or a tensor of images, not {keys}"
+    )
+
+
+def _are_lazy(inputs: Any) -> bool:
+    return isinstance(inputs, (list, tuple)) and bool(inputs) and hasattr(inputs[0], "read")
+
+
+def _count(inputs: Any) -> int:
+    """How many images there are: of views, those of the first."""
+    views = isinstance(inputs, (list, tuple)) and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
+    return len(inputs[0] if views else inputs)
+
+
+def _as_sample(target: Any) -> DataSample:
+    return target if isinstance(target, DataSample) else DataSample().set_gt_label(target.cpu())
+
+
+def _plain_arguments(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor that are plain data, with their defaults."""
+    signature = inspect.signature(model.__init__)  # type: ignore[misc]
+    bound = signature.bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    given: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:  # without self
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        else:
+            given[name] = value
+    return {name: value for name, value in given.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

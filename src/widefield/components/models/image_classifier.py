@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
 from widefield.components.annotations import BackboneConfig, HeadConfig, InitConfig, NeckConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel
+from widefield.components.models.features import backbone_features, neck_features, streams
+from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
+from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.registry import MODELS
 
 Stage = Literal["backbone", "neck", "pre_logits"]
@@ -19,16 +20,20 @@ Mode = Literal["tensor", "loss", "predict"]
 class ImageClassifier(BaseModel):
     """Classification of images: a backbone, a neck, and a head that knows the loss.
 
-    Its description stands in the checkpoint, so `ImageClassifier.load_from_checkpoint` needs nothing else.
+    `forward` and what it calls take a tensor (N, C, H, W) of images as the data preprocessor gives them. Where the backbone streams
+    they also take a list of lazily read images of any sizes; these are normalised tile by tile, and never held whole.
 
     Args:
         backbone: Gives a tuple of maps.
         neck: What follows it; several make a sequence.
         head: Gives scores and losses.
         pretrained: A checkpoint; short for `init_cfg={type: Pretrained, checkpoint: ...}`.
+        train_cfg: Short for the `batch_augments` of the data preprocessor: `{augments: [{type: Mixup, alpha: 0.8}], probs: [0.5]}`.
+        data_preprocessor: Normalises images; without a type a `ClsDataPreprocessor`. It learns from the head how many classes there
+            are, if it needs to know.
+        init_cfg: See `BaseModule`.
         lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
         weight_decay: Its weight decay.
-        init_cfg: See `BaseModule`.
     """
 
     def __init__(
@@ -37,25 +42,26 @@ class ImageClassifier(BaseModel):
         neck: NeckConfig | None = None,
         head: HeadConfig | None = None,
         pretrained: str | None = None,
+        train_cfg: dict[str, Any] | None = None,
+        data_preprocessor: PreprocessorConfig | None = None,
+        init_cfg: InitConfig = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        init_cfg: InitConfig = None,
     ) -> None:
         if pretrained is not None:
             init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
-        super().__init__(lr, weight_decay, init_cfg)
-        described = {"backbone": backbone, "neck": neck, "head": head}
-        if not any(isinstance(part, nn.Module) for part in described.values()):
-            self.save_hyperparameters({**described, "lr": lr, "weight_decay": weight_decay}, logger=False)
+        built_head: Any = None if head is None else MODELS.build(head)
+        data_preprocessor = with_augments(data_preprocessor, train_cfg, getattr(built_head, "num_classes", None))
+        super().__init__(data_preprocessor, init_cfg, lr, weight_decay)
         self.backbone = MODELS.build(backbone)
         self.neck = None if neck is None else MODELS.build(neck)
-        self.head: Any = None if head is None else MODELS.build(head)
+        self.head = built_head
 
-    def forward(self, inputs: Tensor, data_samples: Sequence[DataSample] | None = None, mode: Mode = "tensor") -> Any:
+    def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: Mode = "tensor") -> Any:
         """What `mode` names: the head's scores (without a head the features), the losses, or samples with predictions.
 
         Args:
-            inputs: Images (N, C, H, W).
+            inputs: Images, see the class.
             data_samples: One for each image; losses need them.
             mode: "tensor", "loss" or "predict".
         """
@@ -68,36 +74,47 @@ class ImageClassifier(BaseModel):
             return self.predict(inputs, data_samples)
         raise RuntimeError(f'Invalid mode "{mode}".')
 
-    def extract_feat(self, inputs: Tensor, stage: Stage = "neck") -> Any:
+    def extract_feat(self, inputs: Any, stage: Stage = "neck") -> Any:
         """Features (a tuple) behind the backbone or the neck, or those (a tensor) that the head's last layer gets.
 
+        Behind the backbone those of a list of images are a list of tuples.
+
         Raises:
-            ValueError: An unknown stage, or there is no head with `pre_logits`.
+            ValueError: An unknown stage, there is no head with `pre_logits`, or maps that differ in size are not pooled.
         """
         if stage not in ("backbone", "neck", "pre_logits"):
             raise WrongArgumentError(
                 f'Invalid output stage "{stage}", please choose from "backbone", "neck" and "pre_logits"'
             )
-        features = self.backbone(inputs)
-        if stage != "backbone" and self.neck is not None:
-            features = self.neck(features)
-        if stage != "pre_logits":
+        features = backbone_features(self.backbone, inputs, self.data_preprocessor)
+        if stage == "backbone":
+            return features
+        features = neck_features(self.neck, features, of_list=self.reads_tiles and isinstance(inputs, (list, tuple)))
+        if stage == "neck":
             return features
         if not hasattr(self.head, "pre_logits"):
             raise WrongArgumentError("No head or the head doesn't implement `pre_logits` method.")
         return self.head.pre_logits(features)
 
-    def loss(self, inputs: Tensor, data_samples: Sequence[DataSample]) -> dict[str, Any]:
+    def extract_feats(self, inputs: Sequence[Any], stage: Stage = "neck") -> list[Any]:
+        """`extract_feat` of each of several batches."""
+        return [self.extract_feat(one, stage) for one in inputs]
+
+    @property
+    def reads_tiles(self) -> bool:
+        return streams(self.backbone)
+
+    def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
         losses: dict[str, Any] = self._with_head().loss(self.extract_feat(inputs), data_samples)
         return losses
 
-    def predict(self, inputs: Tensor, data_samples: Sequence[DataSample] | None = None) -> list[DataSample]:
+    def predict(self, inputs: Any, data_samples: Sequence[DataSample] | None = None) -> list[DataSample]:
         """The samples, new ones where there are none, with scores and the predicted class."""
         samples: list[DataSample] = self._with_head().predict(self.extract_feat(inputs), data_samples)
         return samples
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[DataSample]:
-        return self.predict(*self._unpack(batch))
+        return self.predict(*self.preprocess(batch))
 
     def _with_head(self) -> Any:
         if self.head is None:

@@ -1,0 +1,80 @@
+"""Features of images, whether the backbone computes them whole or tile by tile."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield.components.errors import WrongArgumentError
+
+
+def streams(backbone: nn.Module) -> bool:
+    """Whether a backbone computes its maps tile by tile."""
+    return getattr(backbone, "streamed", None) is not None
+
+
+def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module) -> Any:
+    """What the backbone gives for a tensor of images (N, C, H, W), for a lazily read image, or, in a list, for each of several.
+
+    A tensor is taken as it is. Lazily read images are normalised as the data preprocessor says, tile by tile.
+
+    Raises:
+        WrongArgumentError: Lazily read images for a backbone that does not stream, or a data preprocessor without a normalisation.
+    """
+    network: Any = getattr(backbone, "streamed", None)
+    if network is None and isinstance(images, (list, tuple)) and hasattr(images[0], "read"):
+        raise WrongArgumentError(
+            f"{type(backbone).__name__} does not stream, so it takes no lazily read images; give a tensor (N, C, H, W), or "
+            "streaming={} to a backbone of convolutions"
+        )
+    if network is None or isinstance(images, Tensor):
+        return backbone(images)
+    normalisation = getattr(preprocessor, "normalisation", None)
+    if normalisation is None:
+        raise WrongArgumentError(
+            f"{type(preprocessor).__name__} has no normalisation, which a streamed backbone needs for its tiles; inherit from "
+            "BaseDataPreprocessor"
+        )
+    before = network.normalisation
+    network.normalisation = normalisation  # what is recorded for the backward pass keeps it
+    try:
+        return backbone(images)
+    finally:
+        network.normalisation = before
+
+
+def neck_features(neck: nn.Module | None, features: Any, of_list: bool) -> Any:
+    """What the neck gives for features of the backbone, as one batch.
+
+    Maps of one size are one batch to the neck. Otherwise it gets those of one image after the other.
+
+    Args:
+        neck: None for none.
+        features: Those of a batch, or `of_list` those of each image, in a list.
+        of_list: Which of these.
+
+    Raises:
+        WrongArgumentError: The results for different images differ in size.
+    """
+    if not of_list:
+        return features if neck is None else neck(features)
+    if len({_shapes(one) for one in features}) == 1:
+        return neck_features(neck, _joined(features), False)
+    pooled = features if neck is None else [neck(one) for one in features]
+    if len({_shapes(one) for one in pooled}) > 1:
+        raise WrongArgumentError(
+            "images of different sizes have maps of different sizes, which make no batch; give a neck that pools, such as "
+            "{type: GlobalAveragePooling}, or data.batch_size=1"
+        )
+    return _joined(pooled)
+
+
+def _shapes(features: Any) -> tuple[torch.Size, ...]:
+    return tuple(one.shape for one in ([features] if isinstance(features, Tensor) else features))
+
+
+def _joined(features: Sequence[Any]) -> Any:
+    if isinstance(features[0], Tensor):
+        return torch.cat(list(features))
+    return tuple(torch.cat(level) for level in zip(*features, strict=True))

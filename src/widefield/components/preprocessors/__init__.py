@@ -1,0 +1,1 @@
+"""From a batch as data loaders give it to what a model computes on."""
