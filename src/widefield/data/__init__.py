@@ -1,19 +1,37 @@
-"""Label tables, datasets of lazy images, and the Lightning data module over them."""
+"""Images with labels: tables, folders, CIFAR; transforms of them; and the Lightning data modules over them."""
 
+from widefield.data.annotations import AnnotationFile
+from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
+from widefield.data.datasets import Datasets, collate_items
+from widefield.data.described import DescribedDataset
+from widefield.data.folder import ImageFolder
 from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_labels
 from widefield.data.module import LabelledImages
+from widefield.data.pipeline import MultiView, Pipeline
 from widefield.data.split import stratified_split
+from widefield.registry.data_index import DATASETS, TRANSFORMS
 
 __all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "DATASETS",
+    "TRANSFORMS",
+    "AnnotationFile",
     "Batch",
+    "Datasets",
+    "DescribedDataset",
     "EpochShuffle",
     "ImageDataset",
+    "ImageFolder",
     "LabelError",
     "LabelTable",
     "LabelledImage",
     "LabelledImages",
+    "MultiView",
+    "Pipeline",
     "collate",
+    "collate_items",
     "read_labels",
     "stratified_split",
 ]

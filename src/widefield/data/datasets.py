@@ -1,0 +1,126 @@
+"""Data sets that a configuration describes, as a Lightning data module."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from widefield.components.data_sample import DataSample
+from widefield.data.dataset import EpochShuffle
+from widefield.data.described import Item
+from widefield.data.labels import LabelError
+from widefield.registry import ComponentOf
+from widefield.registry.data_index import DATASETS
+
+DatasetConfig = Annotated[Dataset | dict[str, Any], ComponentOf(DATASETS, "dataset")]
+
+
+class Datasets(pl.LightningDataModule):
+    """Data sets for training, validation and test, and the batches made of them.
+
+    A batch is `(inputs, samples)`: of tensors of one size a tensor (N, C, H, W), of views a list of such tensors, of lazily read
+    images or tensors of several sizes a list of them; and a `DataSample` for each image.
+
+    Attributes:
+        class_names: Those of the first data set that has some, or None.
+
+    Args:
+        train, val, test: Data sets, each described as `{type: ImageFolder, root: ..., transforms: [...]}`.
+        batch_size: Images per step.
+        num_workers: Processes that load images.
+        drop_last: Leave out the last training batch where it is not full.
+        seed: Of the training order.
+
+    Raises:
+        ValueError: There is no data set, the batch size is not positive, or the classes of two differ.
+    """
+
+    component_kind = "data module"
+
+    def __init__(
+        self,
+        train: DatasetConfig | None = None,
+        val: DatasetConfig | None = None,
+        test: DatasetConfig | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
+        if train is None and val is None and test is None:
+            raise ValueError("there are no data sets; describe one as train={type: ImageFolder, root: ...}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.drop_last = drop_last
+        self.seed = seed
+        self.train_set, self.val_set, self.test_set = (
+            () if one is None else DATASETS.build(one) for one in (train, val, test)
+        )
+        named = [names for one in self._sets() if (names := getattr(one, "class_names", None))]
+        self.class_names = named[0] if named else None
+        for other in named[1:]:
+            _refuse_other_classes(named[0], other, "those of another data set")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        if not len(self.train_set):
+            raise ValueError(
+                "there is nothing to train on; describe a data set as data.train={type: ImageFolder, root: ...}"
+            )
+        return self._loader(self.train_set, EpochShuffle(len(self.train_set), self.seed), self.drop_last)
+
+    def val_dataloader(self) -> Any:
+        return self._loader(self.val_set) if len(self.val_set) else []
+
+    def test_dataloader(self) -> Any:
+        return self._loader(self.test_set) if len(self.test_set) else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["class_names"] and self.class_names:
+            _refuse_other_classes(state_dict["class_names"], self.class_names, "those of the data sets")
+
+    def _sets(self) -> list[Any]:
+        return [one for one in (self.train_set, self.val_set, self.test_set) if len(one)]
+
+    def _loader(self, dataset: Any, sampler: EpochShuffle | None = None, drop_last: bool = False) -> DataLoader[Any]:
+        # A generator of its own: otherwise each pass over the data would draw from torch's default one.
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate_items,
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+            multiprocessing_context="spawn" if self.num_workers else None,  # libvips is not safe to fork after use
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def collate_items(items: Sequence[Item]) -> tuple[Any, list[DataSample]]:
+    """The batch of the items of a data set, see `Datasets`."""
+    pictures = [picture for picture, _ in items]
+    samples = [sample for _, sample in items]
+    if isinstance(pictures[0], tuple):
+        return [_stack(list(view)) for view in zip(*pictures, strict=True)], samples
+    return _stack(pictures), samples
+
+
+def _stack(pictures: list[Any]) -> Any:
+    is_batch = all(isinstance(one, Tensor) for one in pictures) and len({one.shape for one in pictures}) == 1
+    return torch.stack(pictures) if is_batch else pictures
+
+
+def _refuse_other_classes(expected: Sequence[str], found: Sequence[str], whose: str) -> None:
+    if list(expected) != list(found):
+        raise LabelError(
+            f"the classes are {', '.join(expected)}, and {whose} are {', '.join(found)}; they must be the same, in the same order"
+        )

@@ -1,0 +1,85 @@
+"""Image files in folders, one for each class."""
+
+import logging
+from pathlib import Path
+
+from widefield.components.transforms.masks import MaskGeneratorConfig
+from widefield.data.described import DescribedDataset
+from widefield.data.labels import LabelError
+from widefield.data.pipeline import Picture, TransformsConfig
+from widefield.images import open_image
+
+_log = logging.getLogger(__name__)
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs", ".ndpi", ".npy")
+
+
+class ImageFolder(DescribedDataset):
+    """Image files of a folder, with a class for each of its sub-folders.
+
+    Sub-folders are sorted by name; their files, however deep, too. Hidden files and folders count for nothing.
+
+    Args:
+        root: The folder.
+        with_label: False takes all files of the folder, however deep, without classes.
+        level: Level of pyramids, 0 the largest.
+        extensions: How the names of image files end.
+        transforms: See `Pipeline`.
+        mask_generator: Gives each sample a random `mask`.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        LabelError: It has no sub-folders, or no images.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        with_label: bool = True,
+        level: int = 0,
+        extensions: tuple[str, ...] = EXTENSIONS,
+        transforms: TransformsConfig = None,
+        mask_generator: MaskGeneratorConfig = None,
+    ) -> None:
+        super().__init__(transforms, mask_generator)
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"the folder of images {root} does not exist")
+        self.level = level
+        self._labels: list[int] | None = None
+        if not with_label:
+            self.files = _images(root, extensions)
+        else:
+            folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+            if not folders:
+                raise LabelError(
+                    f"{root} has no sub-folders, one for each class; without classes give with_label=false"
+                )
+            self.class_names = [folder.name for folder in folders]
+            files = [_images(folder, extensions) for folder in folders]
+            self.files = [file for inside in files for file in inside]
+            self._labels = [label for label, inside in enumerate(files) for _ in inside]
+            empty = [folder.name for folder, inside in zip(folders, files, strict=True) if not inside]
+            if empty and self.files:
+                _log.warning("%s has no images of %s", root, ", ".join(empty))
+        if not self.files:
+            raise LabelError(f"{root} holds no images; those end in {', '.join(extensions)}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def picture(self, index: int) -> Picture:
+        return open_image(self.files[index], self.level)
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else self._labels[index]
+
+
+def _images(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
+    endings = tuple(extension.lower() for extension in extensions)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.name.lower().endswith(endings)
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )

@@ -1,0 +1,91 @@
+"""From an image as it is stored to what a model is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import Image
+
+from widefield.images import LazyImage
+from widefield.registry import ComponentOf, split_description
+from widefield.registry.data_index import TRANSFORMS
+
+Transform = Callable[[Any], Any]
+TransformsConfig = Annotated[list[dict[str, Any]] | None, ComponentOf(TRANSFORMS)]
+Picture = Tensor | LazyImage
+"""A tensor (C, H, W), or an image that is read lazily."""
+
+
+class Pipeline:
+    """Transforms, one after the other.
+
+    A lazily read image is read whole before the first transform of torchvision; without any transform it stays lazy. Where a
+    transform gives several pictures, in a tuple, those after it change each of them.
+
+    Args:
+        transforms: Descriptions such as `{type: RandomCrop, size: 32}`; an interpolation is a text, such as `bicubic`.
+    """
+
+    def __init__(self, transforms: TransformsConfig = None) -> None:
+        self._transforms = [_build(description) for description in transforms or ()]
+
+    def __call__(self, picture: Any) -> Any:
+        """A picture, or a tuple of them, transformed; plain tensors keep their type (8 bits stay 8 bits)."""
+        for transform in self._transforms:
+            picture = tuple(map(transform, picture)) if isinstance(picture, tuple) else transform(picture)
+        return tuple(map(_plain, picture)) if isinstance(picture, tuple) else _plain(picture)
+
+
+class MultiView:
+    """Several random views of an image.
+
+    Args:
+        transforms: What makes a view.
+        num_views: How many views there are.
+    """
+
+    def __init__(self, transforms: TransformsConfig, num_views: int = 2) -> None:
+        if num_views < 1:
+            raise ValueError(f"num_views={num_views} must be positive")
+        self.num_views = num_views
+        self._view = Pipeline(transforms)
+
+    def __call__(self, picture: Picture) -> tuple[Any, ...]:
+        """The views."""
+        picture = whole(picture)
+        return tuple(self._view(picture) for _ in range(self.num_views))
+
+
+@dataclass(frozen=True)
+class _OfTorchvision:
+    """A transform of whole images."""
+
+    transform: v2.Transform
+
+    def __call__(self, picture: Picture) -> Any:
+        return self.transform(Image(whole(picture)))
+
+
+def whole(picture: Picture) -> Tensor:
+    """All pixels of a picture as a tensor (C, H, W) of their type."""
+    return picture if isinstance(picture, Tensor) else torch.as_tensor(picture.read(0, 0, *picture.shape[1:]))
+
+
+def _build(description: dict[str, Any]) -> Transform:
+    name, arguments = split_description(description)
+    if isinstance(arguments.get("interpolation"), str) and _is_torchvisions(name):
+        arguments["interpolation"] = InterpolationMode(arguments["interpolation"])
+    transform: Transform = TRANSFORMS.build({"type": name, **arguments})
+    return _OfTorchvision(transform) if isinstance(transform, v2.Transform) else transform
+
+
+def _is_torchvisions(name: Any) -> bool:
+    made = TRANSFORMS.get(name) if isinstance(name, str) else name
+    return isinstance(made, type) and issubclass(made, v2.Transform)
+
+
+def _plain(picture: Any) -> Any:
+    return picture.as_subclass(Tensor) if isinstance(picture, Image) else picture
