@@ -76,13 +76,13 @@ class BaseModel(BaseModule, LightningModule):
         Raises:
             ValueError: The batch is none, or lazily read images differ in size.
         """
-        inputs, targets = _split(batch)
+        inputs, targets = split_batch(batch)
         if _are_lazy(inputs) and not self.reads_tiles:
             inputs = read_images(inputs).to(self.device)
         if targets is None:
             samples = [DataSample() for _ in range(_count(inputs))]
         else:
-            samples = [_as_sample(target) for target in targets]
+            samples = [as_sample(target) for target in targets]
         data = self.data_preprocessor({"inputs": inputs, "data_samples": samples}, training)
         return data["inputs"], data["data_samples"]
 
@@ -148,7 +148,8 @@ def _number(value: Any) -> Any:
     return _sum_of_means(value).detach() if isinstance(value, (Tensor, list, tuple)) else value
 
 
-def _split(batch: Any) -> tuple[Any, Any]:
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch, see `BaseModel`; targets are None where there are none."""
     if isinstance(batch, Mapping) and "inputs" in batch:
         return batch["inputs"], batch.get("data_samples")
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
@@ -171,8 +172,11 @@ def _count(inputs: Any) -> int:
     return len(inputs[0] if views else inputs)
 
 
-def _as_sample(target: Any) -> DataSample:
-    return target if isinstance(target, DataSample) else DataSample().set_gt_label(target.cpu())
+def as_sample(target: Any) -> DataSample:
+    """A target, a `DataSample` or class indices, as a sample."""
+    if isinstance(target, DataSample):
+        return target
+    return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
 
 def _plain_arguments(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

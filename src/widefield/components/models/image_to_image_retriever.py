@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from widefield.components.annotations import HeadConfig, InitConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
-from widefield.components.models.base_model import BaseModel
+from widefield.components.models.base_model import BaseModel, as_sample, split_batch
 from widefield.components.models.features import backbone_features, neck_features, streams
 from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
 from widefield.components.preprocessors.cls_preprocessor import with_augments
@@ -271,8 +271,18 @@ def _cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def _loader(description: Mapping[str, Any]) -> DataLoader:
     """A data loader by its arguments; the data set may be described, and functions named by import path."""
-    arguments = {name: import_object(value) if name.endswith("_fn") else value for name, value in description.items()}
-    return DataLoader(**{**arguments, "dataset": MODELS.build(arguments["dataset"])})
+    named = {name: value for name, value in description.items() if name.endswith("_fn") and isinstance(value, str)}
+    found = {name: import_object(value) for name, value in named.items()}
+    dataset = MODELS.build(description["dataset"])
+    return DataLoader(**{"collate_fn": _collate, **description, **found, "dataset": dataset})
+
+
+def _collate(items: Sequence[Any]) -> dict[str, Any]:
+    """The batch of items (picture, target), or `{inputs: ..., data_samples: ...}`; pictures of one size make one tensor."""
+    pictures, targets = zip(*map(split_batch, items), strict=True)
+    is_batch = all(isinstance(one, Tensor) for one in pictures) and len({one.shape for one in pictures}) == 1
+    samples = [DataSample() if target is None else as_sample(target) for target in targets]
+    return {"inputs": torch.stack(pictures) if is_batch else list(pictures), "data_samples": samples}
 
 
 def _images(folder: Path) -> Iterable[Any]:
