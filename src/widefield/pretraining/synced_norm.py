@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightly.utils.dist import gather
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -22,7 +22,7 @@ class SyncedBatchNorm(_BatchNorm):
         dims = [0, *range(2, input.ndim)]
         count = torch.full((1,), float(input.numel() // input.shape[1]), dtype=input.dtype, device=input.device)
         sums = torch.cat([input.sum(dims), (input * input).sum(dims), count])
-        sums = all_reduce(sums)
+        sums = torch.stack(gather(sums)).sum(0)
         channels = input.shape[1]
         total = sums[-1]
         mean = sums[:channels] / total

@@ -118,6 +118,7 @@ def train(
 
     Raises:
         ValueError: Something that was given cannot be used; the message has a line for each error. `out` is as it was.
+        UnsupportedOpError: A layer of the model cannot be streamed. `out` is as it was.
         ImageReadError: A bad image, with `on_bad_image="raise"`, or too many of them.
     """
     settings = parse(locals())
