@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
@@ -222,6 +222,27 @@ def test_strategies_that_split_parameters_are_refused() -> None:
         module.setup("fit")
 
 
+def test_weight_averaging_that_resets_frozen_norm_layers_is_refused() -> None:
+    module = StreamingModule(trunk(), head(), 16, nn.functional.cross_entropy)
+    with pytest.raises(ValueError, match="use EMAWeightAveraging"):
+        trainer(callbacks=[StochasticWeightAveraging(1e-2)]).fit(module, DataLoader(images()))
+
+
+def test_one_logit_is_a_probability() -> None:
+    module = ImageNetClassifier(
+        trunk(), nn.Sequential(*head()[:2], nn.Linear(4, 1).double()), 16, nn.BCEWithLogitsLoss()
+    )
+    probability = module.predict_step(images().tensors[0], 0)
+    torch.testing.assert_close(probability, module(images().tensors[0]).sigmoid())
+
+
+def test_batches_without_targets_are_refused_in_training() -> None:
+    module, (image, *_) = StreamingModule(trunk(), head(), 16, nn.functional.cross_entropy), images().tensors
+    with pytest.raises(ValueError, match="got a dict of image, label; let the data set return a pair"):
+        module.training_step({"image": image, "label": None}, 0)
+    assert torch.equal(module.predict_step((image, ["a", "b", "c", "d", "e"]), 0), module(image))
+
+
 class Images(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         return DataLoader(TensorDataset(torch.rand(2, 3, 64, 70), torch.tensor([0, 1])))
@@ -242,7 +263,7 @@ def test_lightning_cli_makes_the_module_from_yaml(tmp_path: Path) -> None:
         "  tile_size: [64, null]\n"
         "  num_classes: 2\n"
         "  weights: null\n"
-        "  loss_fn: torch.nn.functional.cross_entropy\n"
+        "  loss_fn: torch.nn.CrossEntropyLoss\n"
         "  metrics: {class_path: torchmetrics.classification.MulticlassAccuracy, init_args: {num_classes: 2}}\n"
         "  memory_budget: 1GiB\n"
         "  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}\n"
@@ -292,6 +313,8 @@ def test_the_plain_model_becomes_onnx(tmp_path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
+    module.to_onnx(tmp_path / "other.onnx", image, input_names=["image"], dynamo=True, verbose=False)
+    assert (tmp_path / "other.onnx").exists()
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for one in (image, image[..., 5:, 7:]):
         (found,) = session.run(None, {"image": one.numpy()})

@@ -1,14 +1,16 @@
 """What users of lightstream write, trained by Lightning, equals the plain model trained by plain PyTorch."""
 
 import copy
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from widefield.modules import BaseModule, StreamingConstructor, StreamingModule
@@ -83,6 +85,26 @@ class OneGraph(Inherits):
         return self.loss_fn(self.head(self.stream_network(image)), target)
 
 
+class TwoMaps(Inherits):
+    """Two maps in a step, of the image and of its mirror image."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        image, target = batch
+        return self.loss_fn(self.both(image), torch.cat([target, target]))
+
+    def both(self, image: Tensor) -> Tensor:
+        self.images = [image, image.flip(3)]
+        self.maps = self.forward_streaming(self.images)
+        return torch.cat([self.forward_head(fmap) for fmap in self.maps])
+
+
+class TwoMapsPlain(TwoMaps):
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
+        loss.backward()
+        for image, fmap in zip(self.images, self.maps, strict=True):
+            self.backward_streaming(image, fmap.grad)
+
+
 def train(module: pl.LightningModule, **options: Any) -> None:
     trainer = pl.Trainer(
         max_epochs=2,
@@ -97,8 +119,8 @@ def train(module: pl.LightningModule, **options: Any) -> None:
     trainer.fit(module)
 
 
-def train_plainly(trains: bool, together: int = 1) -> tuple[nn.Module, nn.Module]:
-    """The plain model after two epochs; `together` images per step, whose losses are averaged."""
+def train_plainly(trains: bool, together: int = 1, mirrored: bool = False) -> tuple[nn.Module, nn.Module]:
+    """The plain model after two epochs; `together` images per step, whose losses are averaged; with their mirror images."""
     trunk, head = make_trunk().eval(), make_head()
     trunk.requires_grad_(trains)
     parameters = [p for p in (*trunk.parameters(), *head.parameters()) if p.requires_grad]
@@ -108,7 +130,9 @@ def train_plainly(trains: bool, together: int = 1) -> tuple[nn.Module, nn.Module
         for k in range(0, len(batches), together):
             optimizer.zero_grad()
             for image, target in batches[k : k + together]:
-                (nn.functional.cross_entropy(head(trunk(image[None])), target[None]) / together).backward()
+                images = torch.stack([image, image.flip(2)] if mirrored else [image])
+                loss = nn.functional.cross_entropy(head(trunk(images)), target.expand(len(images)))
+                (loss / together).backward()
             optimizer.step()
     return trunk, head
 
@@ -121,7 +145,14 @@ def test_trains_as_plain_pytorch(kind: type[StreamingModule], trains: bool) -> N
     assert_trained(module, *train_plainly(trains))
 
 
-@pytest.mark.parametrize("kind", [Plain, NoBackward, OneGraph])
+@pytest.mark.parametrize("kind", [TwoMaps, TwoMapsPlain])
+def test_two_maps_in_a_step(kind: type[StreamingModule]) -> None:
+    module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, lr=1e-2)
+    train(module)
+    assert_trained(module, *train_plainly(True, mirrored=True))
+
+
+@pytest.mark.parametrize("kind", [Plain, NoBackward, OneGraph, TwoMaps, TwoMapsPlain])
 def test_two_processes_train_as_one_on_both_images(
     kind: type[StreamingModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +160,7 @@ def test_two_processes_train_as_one_on_both_images(
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module
     module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, lr=1e-2)
     train(module, strategy="ddp_spawn", devices=2, default_root_dir=tmp_path)
-    assert_trained(module, *train_plainly(True, together=2))
+    assert_trained(module, *train_plainly(True, together=2, mirrored=isinstance(module, TwoMaps)))
 
 
 def assert_trained(module: StreamingModule, trunk: nn.Module, head: nn.Module) -> None:
@@ -163,7 +194,7 @@ class LeavesTheTrunkOut(NoBackward):
 
 
 def test_a_gradient_that_goes_no_further_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"nothing brought it to the trunk.*in LeavesTheTrunkOut\.backward call"):
+    with pytest.warns(UserWarning, match="nothing brought it to the trunk"):
         train(LeavesTheTrunkOut(make_trunk(), make_head(), 32, nn.functional.cross_entropy))
 
 
@@ -199,12 +230,99 @@ def test_what_was_recorded_goes_with_the_map() -> None:
     for _ in range(3):
         fmap = module.forward_streaming(image)
         assert fmap.requires_grad
-    assert sum(waiting() is not None for waiting in module._pending) == 1
+    assert len(module._recordings._alive()) == 1
     del fmap
     with torch.no_grad():
         assert not module.forward_streaming(image).requires_grad
     module.backward(module.forward_streaming(image).sum())
-    assert not module._pending
+    assert not module._recordings._alive()
+
+
+def gradients(module: BaseModule) -> list[Tensor]:
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    return found
+
+
+def one_image() -> tuple[StreamingModule, Tensor, Tensor]:
+    module = StreamingModule(make_trunk(), make_head(), 32, nn.functional.cross_entropy)
+    return module, make_batches()[0][0][None], torch.tensor([1])
+
+
+def test_a_gradient_that_was_brought_is_not_brought_again() -> None:
+    module, image, target = one_image()
+    module.loss_fn(module(image), target).backward()
+    wanted = gradients(module)
+    fmap = module.forward_streaming(image)
+    module.backward(module.loss_fn(module.forward_head(fmap), target))
+    module.backward_streaming(image, fmap.grad)
+    torch.testing.assert_close(gradients(module), wanted)
+
+
+def test_two_losses_of_one_map() -> None:
+    module, image, target = one_image()
+    output = module(image)
+    (module.loss_fn(output, target) + output.square().sum()).backward()
+    wanted = gradients(module)
+    output = module.forward_head(module.forward_streaming(image))
+    module.backward(module.loss_fn(output, target), retain_graph=True)
+    module.backward(output.square().sum())
+    torch.testing.assert_close(gradients(module), wanted)
+    fmap = module.forward_streaming(image)
+    module.backward(fmap.sum())
+    with pytest.raises(RuntimeError, match="retain_graph=True on all but the last"):
+        module.backward(fmap.square().sum())
+
+
+def test_maps_of_one_image_get_their_own_gradients() -> None:
+    torch.manual_seed(0)
+    module = BaseModule(nn.Sequential(*make_trunk(), nn.Dropout(0.5)), tile_size=32)
+    image = make_batches()[0][0][None]
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(1)
+        first, second = module.forward_streaming(image), module.forward_streaming(image)
+        loss = first.square().sum() + 3 * second.sum()
+        if by_hand:
+            loss.backward()
+            module.backward_streaming(image, second.grad)
+            module.backward_streaming(image, first.grad)
+        else:
+            module.backward(loss)
+        found.append(gradients(module))
+    torch.testing.assert_close(*found)
+
+
+def test_copies_have_recorded_nothing() -> None:
+    module, image, _ = one_image()
+    fmap = module.forward_streaming(image)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        other.backward(fmap.sum(), retain_graph=True)
+        assert all(p.grad is None for p in (*other.parameters(), *module.parameters()))
+        fmap.grad = None
+
+
+def test_the_trunk_follows_when_it_is_frozen_later() -> None:
+    module, image, target = one_image()
+    for trains in (False, True):
+        module.train_streaming_layers = trains
+        assert module.train_streaming_layers is trains
+        module.backward(module.loss_fn(module.forward_head(module.forward_streaming(image)), target))
+        assert (module.stream_network.module[0].weight.grad is not None) is trains  # type: ignore[index, union-attr]
+    module.stream_network.requires_grad_(False)
+    fmap = module.forward_streaming(image)
+    fmap.requires_grad = True
+    module.loss_fn(module.forward_head(fmap), target).backward()
+    module.backward_streaming(image, fmap.grad)
+
+
+def test_a_frozen_trunk_still_gives_saliency() -> None:
+    module = StreamingModule(make_trunk(), make_head(), 32, None, train_streaming_layers=False, saliency=True)
+    image = make_batches()[0][0][None]
+    module.backward(module.forward_head(module.forward_streaming(image)).sum())
+    whole = image.clone().requires_grad_()
+    module.head(make_trunk().eval()(whole)).sum().backward()
+    torch.testing.assert_close(module.stream_network.saliency_map, whole.grad)
 
 
 def test_saliency_is_the_gradient_of_the_image() -> None:
@@ -269,6 +387,73 @@ def test_images_stay_where_they_are_unless_wanted() -> None:
         assert [part.device.type for part in moved] == ["meta" if copied else "cpu", "meta"]
         moved = module.transfer_batch_to_device((image[None], image[None]), meta, 0)
         assert moved[1].device.type == "meta", "a target as large as an image is no image"
+
+
+class Named(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+def test_batches_of_any_shape_leave_the_images_alone() -> None:
+    module, meta = BaseModule(make_trunk(), tile_size=32), torch.device("meta")
+    image, mask, label = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1)
+    batches: list[tuple[Any, list[str]]] = [
+        (image, ["cpu"]),
+        ({"image": image, "label": label}, ["cpu", "meta"]),
+        (Named(image, label), ["cpu", "meta"]),
+        ([[image, image], label], ["cpu", "cpu", "meta"]),
+        ((image, mask, label), ["cpu", "meta", "meta"]),
+        (([image, image], [mask, mask]), ["cpu", "cpu", "meta", "meta"]),
+        ((image, {"mask": mask, "label": label}, ["a name"]), ["cpu", "meta", "meta"]),
+    ]
+    for batch, wanted in batches:
+        moved = module.transfer_batch_to_device(batch, meta, 0)
+        assert type(moved) is type(batch)
+        assert [part.device.type for part in tree_leaves(moved) if isinstance(part, Tensor)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head": 64}, "head=64 is not a module"),
+        ({"loss_fn": nn.CrossEntropyLoss}, "cannot be called with"),
+        ({"loss_fn": "ce"}, "cannot be called with"),
+        ({"foo": 1}, "there is no argument 'foo'"),
+        ({"memory_buget": 1}, "did you mean memory_budget"),
+        ({"before_streaming_init_callbacks": print}, "must be a list of functions"),
+    ],
+)
+def test_arguments_are_checked_when_they_are_given(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        BaseModule(make_trunk(), **{"tile_size": 32, **arguments})
+
+
+def test_a_table_that_cannot_be_made_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    BaseModule(nn.Sequential(nn.Conv2d(3, 4, 7), nn.Conv2d(4, 4, 7)), tile_size=8, verbose=True)
+    assert "no table of layers" in capsys.readouterr().out
+
+
+class Pyramid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.first(x)
+        return [x, self.second(x)]
+
+
+class Sums(nn.Module):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return torch.cat([one.sum((2, 3)) for one in maps], dim=1)
+
+
+def test_a_trunk_may_give_several_maps() -> None:
+    module, image = BaseModule(Pyramid(), Sums(), 16), torch.rand(1, 3, 40, 40)
+    torch.testing.assert_close(module(image), Sums()(module.stream_network.module(image)), rtol=1e-4, atol=1e-4)
+    assert module([image, image]).shape == (2, 12)
+    with pytest.raises(ValueError, match=r"gives a list; call self\.stream_network"):
+        module.forward_streaming(image)
 
 
 def test_names_that_lightstream_users_know() -> None:

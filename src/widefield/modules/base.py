@@ -3,28 +3,27 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import ref
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
+from widefield.modules.batch import described, has_more, is_lazy, parts_moved
 from widefield.modules.constructor import StreamingConstructor, without_effect
 from widefield.modules.plain_model import PlainModel
-from widefield.streaming import LazyImage
+from widefield.modules.recordings import Recordings
+from widefield.modules.trainers import check_trainer
 from widefield.streaming.budget import parse_tile_size
 
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = nn.Module | Callable[[Any, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -84,13 +83,22 @@ class BaseModule(pl.LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
+        if head is not None and not isinstance(head, nn.Module):
+            raise ValueError(
+                f"head={head!r:.100} is not a module; give a torch.nn.Module or None, and tile_size by its name"
+            )
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            raise ValueError(
+                f"loss_fn={loss_fn!r:.100} cannot be called with (output, targets); give torch.nn.CrossEntropyLoss() say"
+            )
         options = {"mean": mean, "std": std, "memory_budget": memory_budget, "value_range": value_range, **options}
         self.stream_network = StreamingConstructor(stream_network, tile_size, **options).prepare_streaming_model()
         self.head = head
         self.loss_fn = loss_fn
-        self.train_streaming_layers = train_streaming_layers
+        self._train_streaming_layers = train_streaming_layers
         if not train_streaming_layers:
             self.stream_network.requires_grad_(False)
+        self.tile_cache_dir, self.tile_cache_fname = tile_cache_dir, tile_cache_fname
         if tile_cache_dir is not None or tile_cache_fname is not None:
             without_effect("tile_cache_dir, tile_cache_fname")
         self.lr = lr
@@ -98,8 +106,7 @@ class BaseModule(pl.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self._extra_params: list[nn.Parameter] = []
-        self._pending: list[ref[_Recorded]] = []
-        self._unclaimed = False
+        self._recordings = Recordings()
         for phase in ("train", "val", "test"):
             setattr(self, f"{phase}_metrics", _for_phase(metrics, phase))
 
@@ -108,7 +115,7 @@ class BaseModule(pl.LightningModule):
         maps = self.stream_network(images)
         if self.head is None:
             return maps
-        if isinstance(maps, list):
+        if isinstance(images, (list, tuple)):
             return torch.cat([self.forward_head(one) for one in maps])
         return self.forward_head(maps)
 
@@ -117,68 +124,66 @@ class BaseModule(pl.LightningModule):
 
         `backward_streaming` brings the leaf's gradient to the trunk, and so does `backward`. Of a list, a list. While streaming is
         disabled it is the plain trunk's map, and autograd goes on to the trunk by itself.
+
+        Raises:
+            ValueError: The trunk gives something else than one map.
         """
         if isinstance(x, (list, tuple)):
             return [self.forward_streaming(one) for one in x]
+        fmap = self.stream_network(x)
         if not self.use_streaming:
-            return self.stream_network(x)
-        trains = torch.is_grad_enabled() and self.train_streaming_layers
-        with torch.set_grad_enabled(trains):
-            fmap = self.stream_network(x)
-        leaf: Tensor = fmap.detach()
-        if trains and fmap.requires_grad:
-            self._warn_of_lost_gradient()
-            leaf.requires_grad_()
-            recorded = _Recorded(x, fmap)
-            leaf.register_post_accumulate_grad_hook(
-                partial(self._arrive, recorded)
-            )  # the leaf keeps it alive, nobody else
-            self._pending = [*(waiting for waiting in self._pending if waiting() is not None), ref(recorded)]
-        return leaf
+            return fmap
+        if not isinstance(fmap, Tensor):
+            raise ValueError(
+                f"forward_streaming gives one map, but this trunk gives a {type(fmap).__name__}; call self.stream_network(image), "
+                "through which autograd goes by itself"
+            )
+        return self._recordings.cut(x, fmap) if fmap.requires_grad else fmap
 
-    def backward_streaming(self, image: Any, gradient: Tensor | None) -> None:
+    def backward_streaming(self, image: Any, gradient: Any) -> None:
         """The trunk's backward pass for `image`, of whose map `gradient` is the gradient; nothing if the trunk does not train.
 
-        What `forward_streaming` recorded of the same image is used; without it, the image is streamed once more.
+        What `forward_streaming` recorded of the same image is used, and a gradient that was brought before is not brought again;
+        without a record the image is streamed once more. Of a list of images, a list.
         """
-        self._unclaimed = False
-        if not self.train_streaming_layers:
+        if isinstance(image, (list, tuple)):
+            for one, its_gradient in zip(image, gradient, strict=True):
+                self.backward_streaming(one, its_gradient)
+            return
+        if not any(parameter.requires_grad for parameter in self.stream_network.parameters()):
             return
         if gradient is None:
             raise ValueError(
                 "backward_streaming got no gradient (None): call loss.backward() first, on a loss that depends on the map that "
                 "forward_streaming returned while requires_grad was set"
             )
-        for k, waiting in reversed(list(enumerate(self._pending))):
-            recorded = waiting()
-            if recorded is not None and recorded.image is image:
-                del self._pending[k]
-                recorded.fmap.backward(gradient)
-                return
-        self.stream_network.backward(image, gradient)
+        if not self._recordings.bring_one(image, gradient):
+            self.stream_network.backward(image, gradient)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's backward pass, then the trunk's for every map of `forward_streaming` that waits for it."""
+        """Lightning's backward pass, then the trunk's for every map of `forward_streaming` that it has reached."""
         super().backward(loss, *args, **kwargs)
-        pending, self._pending, self._unclaimed = self._pending, [], False
-        for recorded in filter(None, (waiting() for waiting in pending)):
-            if recorded.gradient is not None:
-                recorded.fmap.backward(recorded.gradient)
+        self._recordings.bring(bool(kwargs.get("retain_graph")))
 
-    def _arrive(self, recorded: "_Recorded", leaf: Tensor) -> None:
-        recorded.gradient = leaf.grad
-        self._unclaimed = True
+    @property
+    def train_streaming_layers(self) -> bool:
+        """Whether the trunk trains. Setting it freezes or unfreezes all parameters of the trunk."""
+        return self._train_streaming_layers
 
-    def _warn_of_lost_gradient(self) -> None:
-        """Say that the gradient of an earlier map went no further, as when `backward` was overridden and leaves the trunk out."""
-        if self._unclaimed:
+    @train_streaming_layers.setter
+    def train_streaming_layers(self, value: bool) -> None:
+        self._train_streaming_layers = bool(value)
+        self.stream_network.requires_grad_(self._train_streaming_layers)
+        known = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        if value and known and not known.issuperset(map(id, self.stream_network.parameters())):
             warnings.warn(
-                f"the last loss gave a gradient to the map of forward_streaming, and nothing brought it to the trunk, which does "
-                f"not train so: in {type(self).__name__}.backward call self.backward_streaming(image, map.grad), or "
-                "super().backward(loss); or freeze the trunk with train_streaming_layers=False",
-                stacklevel=3,
+                "the trunk is unfrozen, but the optimizer was made without its parameters: add them with "
+                "optimizer.add_param_group, or let configure_optimizers take all parameters from the start",
+                stacklevel=2,
             )
-            self._unclaimed = False
+
+    def _optimizers(self) -> list[Optimizer]:
+        return [] if self._trainer is None else list(getattr(self._trainer, "optimizers", []))
 
     @property
     def use_streaming(self) -> bool:
@@ -223,19 +228,17 @@ class BaseModule(pl.LightningModule):
 
         Not with `batch_statistics="exact"`, which depends on their mode.
         """
+        for part in self._frozen_norms():
+            part.eval()
+
+    def _frozen_norms(self) -> list[nn.Module]:
         if self.stream_network.batch_statistics == "exact":
-            return
-        for part in self.stream_network.modules():
-            if getattr(part, "track_running_stats", False):
-                part.eval()
+            return []
+        return [part for part in self.stream_network.modules() if getattr(part, "track_running_stats", False)]
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for a strategy that splits parameters among devices."""
-        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise ValueError(
-                f"{type(self.trainer.strategy).__name__} splits parameters among devices, but a streamed trunk needs whole ones at "
-                'every tile; use strategy="ddp". What fills the memory here are maps, and memory_budget bounds those'
-            )
+        """Raises ValueError for what a streamed trunk cannot do; see `check_trainer`."""
+        check_trainer(self.trainer, frozen_norms=bool(self._frozen_norms()))
 
     def on_train_epoch_start(self) -> None:
         self.freeze_streaming_normalization_layers()
@@ -269,6 +272,11 @@ class BaseModule(pl.LightningModule):
         parameters = (*self.parameters(), *self._extra_params)
         return list({id(parameter): parameter for parameter in parameters if parameter.requires_grad}.values())
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """Another name of `get_trainable_params()`."""
+        return self.get_trainable_params()
+
     def extend_trainable_params(self, params: Iterable[nn.Parameter]) -> None:
         """Train these too, which are parameters of no part of this module."""
         self._extra_params += params
@@ -299,8 +307,8 @@ class BaseModule(pl.LightningModule):
         return self._step(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Predictions for a batch with or without targets."""
-        return self.predictions(self(batch[0] if _has_targets(batch) else batch))
+        """Predictions for a batch of images, alone or with labels, names or the like behind them."""
+        return self.predictions(self(batch[0] if has_more(batch) else batch))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of `get_trainable_params()` and its schedule, as the arguments say.
@@ -323,26 +331,34 @@ class BaseModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "monitor": "val_loss"},
         }
 
+    def to_onnx(self, file_path: Any, input_sample: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        """`torch.onnx.export` of `plain_model()`."""
+        return torch.onnx.export(self.plain_model(), (input_sample,), file_path, **kwargs)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move tensors; leave images alone, which the trunk reads tile by tile (tensors with `copy_to_gpu=True` are moved)."""
-        if _is_lazy(batch) or (_is_image(batch) and self.use_streaming and not self.stream_network.copy_to_gpu):
-            return batch
-        if type(batch) in (list, tuple) and len(batch) == 2 and _is_image(batch[1]):  # a target as large as an image
-            image, target = batch
-            moved = super().transfer_batch_to_device(target, device, dataloader_idx)
-            return type(batch)((self.transfer_batch_to_device(image, device, dataloader_idx), moved))
-        if type(batch) in (list, tuple):
-            return type(batch)(self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        """Move tensors; leave the images where they are, which the trunk reads tile by tile.
+
+        Images are the first of several parts of a batch, the entries `image`, `images` or `inputs` of a dict, or the batch itself.
+        With `copy_to_gpu=True`, or while streaming is disabled, tensors among them are moved too.
+        """
+        move = partial(super().transfer_batch_to_device, device=device, dataloader_idx=dataloader_idx)
+        if self.stream_network.copy_to_gpu or not self.use_streaming:
+            return parts_moved(batch, lambda part: part if is_lazy(part) else move(part), move)
+        return parts_moved(batch, lambda image: image, move)
 
     def _step(self, batch: Any, phase: str) -> Tensor:
         if self.loss_fn is None:
             raise ValueError(
                 f"{type(self).__name__} was made without loss_fn, so it has no {phase} step; give loss_fn or override the step"
             )
-        images, targets = batch
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise ValueError(
+                f"the {phase} step takes batches (images, targets), got {described(batch)}; let the data set return a pair, or "
+                "override the step"
+            )
+        images, targets = batch[:2]
         output = self(images)
-        loss = self.loss_fn(output, targets)
+        loss: Tensor = self.loss_fn(output, targets)
         count = len(targets)
         self.log(f"{phase}_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
         metrics: MetricCollection | None = getattr(self, f"{phase}_metrics")
@@ -352,30 +368,8 @@ class BaseModule(pl.LightningModule):
         return loss
 
 
-@dataclass(eq=False)
-class _Recorded:
-    """What `forward_streaming` has recorded of an image: its map, to which `gradient`, that of the leaf, has to be brought."""
-
-    image: Any
-    fmap: Tensor
-    gradient: Tensor | None = None
-
-
-def _for_phase(metrics: Metric | MetricCollection | None, phase: str) -> MetricCollection | None:
+def _for_phase(metrics: Any, phase: str) -> MetricCollection | None:
     if metrics is None:
         return None
-    collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection([metrics])
-    return collection.clone(prefix=f"{phase}_")
-
-
-def _is_lazy(part: Any) -> bool:
-    return not isinstance(part, Tensor) and isinstance(part, LazyImage)
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.ndim == 4
-
-
-def _has_targets(batch: Any) -> bool:
-    """Whether a batch is (images, targets): a pair whose second part is a tensor but not an image."""
-    return isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].ndim < 3
+    collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection(metrics)
+    return collection.clone(prefix=f"{phase}_{collection.prefix or ''}")

@@ -1,5 +1,7 @@
 """`StreamingConstructor`: a streamed network from the arguments that users of lightstream know."""
 
+import difflib
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -58,8 +60,12 @@ class StreamingConstructor:
             mean = std = None
         elif normalize_on_gpu and mean is None and std is None:
             mean, std = IMAGENET_MEAN, IMAGENET_STD
-        self.before_streaming_init_callbacks = list(before_streaming_init_callbacks or ())
-        self.after_streaming_init_callbacks = list(after_streaming_init_callbacks or ())
+        self.before_streaming_init_callbacks = _callbacks("before", before_streaming_init_callbacks)
+        self.after_streaming_init_callbacks = _callbacks("after", after_streaming_init_callbacks)
+        if unknown := sorted(options.keys() - _OPTIONS):
+            near = difflib.get_close_matches(unknown[0], _OPTIONS | set(_ARGUMENTS), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_OPTIONS))}"
+            raise TypeError(f"there is no argument {unknown[0]!r}; {hint}")
         self.options = {
             "tile_size": tile_size,
             "deterministic": deterministic,
@@ -92,6 +98,8 @@ class StreamingConstructor:
         return network
 
 
+_ARGUMENTS = tuple(inspect.signature(StreamingConstructor).parameters)
+_OPTIONS = set(inspect.signature(StreamingCNN).parameters) - {"module", *_ARGUMENTS}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -102,6 +110,12 @@ def without_effect(name: str) -> None:
     _logger.info(
         "%s has no effect: nothing is measured by running tiles, so there is nothing to place, cache or keep", name
     )
+
+
+def _callbacks(when: str, given: Sequence[Callback] | None) -> list[Callback]:
+    if given is not None and (callable(given) or not all(map(callable, given))):
+        raise ValueError(f"{when}_streaming_init_callbacks={given!r:.100} must be a list of functions of the model")
+    return list(given or ())
 
 
 @torch.no_grad()
@@ -117,4 +131,7 @@ def _table(network: StreamingCNN) -> str:
     convolution = next((part for part in network.modules() if isinstance(part, nn.Conv2d)), None)
     channels = 3 if convolution is None else convolution.in_channels
     height, width = network.tile_size or (1024, 1024)
-    return str(network.plan((channels, height, width or height)))
+    try:
+        return str(network.plan((channels, height, width or height)))
+    except ValueError as error:  # the network takes no image as small as this tile
+        return f"no table of layers for an image of one tile: {error}"

@@ -28,5 +28,5 @@ class ImageNetClassifier(StreamingModule):
         super().__init__(stream_net, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
 
     def predictions(self, output: Tensor) -> Tensor:
-        """Probabilities (N, classes)."""
-        return output.softmax(dim=-1)
+        """Probabilities (N, classes); of a single logit (N, 1) its sigmoid."""
+        return output.sigmoid() if output.shape[-1] == 1 else output.softmax(dim=-1)

@@ -21,8 +21,8 @@ class PlainModel(nn.Module):
         self.trunk = network.module
         self.head = nn.Identity() if head is None else head
         self.normalisation = network.normalisation
-        self.dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     def forward(self, image: Tensor) -> Tensor:
         """The output for an image (N, C, H, W)."""
-        return self.head(self.trunk(self.normalisation.unchecked(image, self.dtype)))
+        dtype = next((parameter.dtype for parameter in self.parameters()), torch.get_default_dtype())
+        return self.head(self.trunk(self.normalisation.unchecked(image, dtype)))

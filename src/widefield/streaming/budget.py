@@ -3,6 +3,7 @@
 import os
 import re
 from math import isfinite
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def parse_tile_size(value: Any) -> tuple[int, int | None] | None:
     """
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    pair = (value, value) if isinstance(value, Integral) and not isinstance(value, bool) else value
     if isinstance(pair, (tuple, list)) and len(pair) == 4 and pair[0] == 1:
         pair = pair[2:]
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
@@ -55,7 +56,7 @@ def parse_tile_size(value: Any) -> tuple[int, int | None] | None:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def format_bytes(size: int) -> str:
