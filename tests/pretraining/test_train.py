@@ -1,19 +1,19 @@
 """A run from end to end: what it writes, what it refuses, how it goes on."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import widefield
 from tests.pretraining.tiny import (
-    SMALL,
     TinyWrapper,
     assert_same,
     checkpoint,
@@ -23,7 +23,11 @@ from tests.pretraining.tiny import (
     train,
     write_images,
 )
-from widefield.pretraining import METHODS, Method
+from widefield.pretraining import METHODS, Method, training
+from widefield.pretraining.out import OutFolder
+
+FORK = multiprocessing.get_context("fork")
+"""Without the seconds that another interpreter takes to import torch."""
 
 
 @pytest.fixture(scope="module")
@@ -88,37 +92,24 @@ def test_no_epoch_writes_a_checkpoint_and_the_export(tmp_path: Path, images: Pat
     assert_same(dict(exported(tmp_path)), dict(TinyWrapper().get_model().state_dict()))
 
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lightning.pytorch import Callback
-from tests.pretraining.tiny import TinyWrapper, train
+def killed_run(out: Path, images: Path, method: str, kill_at: int, options: dict[str, Any]) -> int:
+    """A run in a process that is killed at the start of the step after `kill_at` steps; its exit code."""
 
-class Kill(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == int(sys.argv[4]):
-            os.kill(os.getpid(), signal.SIGKILL)
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-import widefield.pretraining.training as training
-make = training.make_callbacks
-training.make_callbacks = lambda *args: [*make(*args), Kill()]
-train(
-    Path(sys.argv[1]), sys.argv[2], sys.argv[3], model=TinyWrapper(dropout=0.5), epochs=3, batch_size=2, num_workers=1,
-    callbacks={"model_checkpoint": {"every_n_train_steps": 2}}, resume_interrupted=sys.argv[5] == "resume",
-)
-"""
+    def run() -> None:
+        make = training.make_callbacks
+        training.make_callbacks = lambda *args: [*make(*args), Kill()]
+        train(out, images, method, **options)
 
-
-def in_a_process(out: Path, images: Path, method: str, kill_at: int, resume: bool) -> int:
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-W", "ignore", "-c", RUN, out, images, method, str(kill_at), "resume" if resume else ""]
-    result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode in (0, -signal.SIGKILL), result.stderr
-    return result.returncode
+    process = FORK.Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(tmp_path: Path, images: Path) -> None:
@@ -127,16 +118,13 @@ def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(tmp_path: Path,
     DenseCL has most to keep: queues and moving copies. Dropout draws random numbers in the model.
     """
     method, kill_at = "densecl", 9
-    options: dict[str, Any] = {
-        "epochs": 3,
-        "batch_size": 2,
-        "callbacks": {"model_checkpoint": {"every_n_train_steps": 2}},
-    }
-    train(tmp_path / "unbroken", images, method, model=TinyWrapper(dropout=0.5), **options)
-    assert in_a_process(tmp_path / "broken", images, method, kill_at, resume=False) == -signal.SIGKILL
+    saving = {"model_checkpoint": {"every_n_train_steps": 2}}
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 2, "callbacks": saving, "model": TinyWrapper(dropout=0.5)}
+    train(tmp_path / "unbroken", images, method, **{**options, "model": TinyWrapper(dropout=0.5)})
+    assert killed_run(tmp_path / "broken", images, method, kill_at, options) == -signal.SIGKILL
     saved = checkpoint(tmp_path / "broken")["global_step"]
     assert saved == kill_at // 2 * 2
-    train(tmp_path / "broken", images, method, model=TinyWrapper(dropout=0.5), resume_interrupted=True, **options)
+    train(tmp_path / "broken", images, method, resume_interrupted=True, **options)
     left, right = checkpoint(tmp_path / "broken"), checkpoint(tmp_path / "unbroken")
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "widefield"):
         assert_same(left[key], right[key], key)
@@ -162,13 +150,13 @@ def test_a_checkpoint_at_the_last_step_of_an_epoch_leads_into_the_next(
     options: dict[str, Any] = {"batch_size": 2, "epochs": 3}
     train(tmp_path / "unbroken", images, **options)
     saving = {"model_checkpoint": {"every_n_train_steps": 5}}
-    assert in_a_process_stopping(tmp_path / "broken", images, last_step + 1, saving)
+    stopping_run(tmp_path / "broken", images, last_step + 1, saving)
     assert checkpoint(tmp_path / "broken")["global_step"] == last_step
     train(tmp_path / "broken", images, resume_interrupted=True, callbacks=saving, **options)
     assert_same(dict(exported(tmp_path / "broken")), dict(exported(tmp_path / "unbroken")))
 
 
-def in_a_process_stopping(out: Path, images: Path, step: int, saving: dict[str, Any]) -> bool:
+def stopping_run(out: Path, images: Path, step: int, saving: dict[str, Any]) -> None:
     """A run that raises in the step after `step` steps."""
 
     class Stops(TinyWrapper):
@@ -181,7 +169,6 @@ def in_a_process_stopping(out: Path, images: Path, step: int, saving: dict[str, 
 
     with pytest.raises(KeyError, match="stop"):
         train(out, images, model=Stops(), batch_size=2, epochs=3, callbacks=saving)
-    return True
 
 
 def test_resuming_needs_the_same_method_and_data(tmp_path: Path, images: Path) -> None:
@@ -234,23 +221,22 @@ def test_out_that_is_not_empty_is_refused_and_overwritten_cleanly(tmp_path: Path
         train(tmp_path / "file", images)
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from widefield.pretraining.out import OutFolder
-with OutFolder(Path(sys.argv[1])).opened(clear=False):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def hold(folder: Path, held: Any) -> None:
+    with OutFolder(folder).opened(clear=False):
+        held.set()
+        time.sleep(60)
 
 
 def test_two_runs_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, images: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another run is writing to"):
-            train(tmp_path, images)
-        assert not files(tmp_path)
-        process.kill()
+    held = FORK.Event()
+    process = FORK.Process(target=hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match="another run is writing to"):
+        train(tmp_path, images)
+    assert not files(tmp_path)
+    process.kill()
+    process.join()
     train(tmp_path, images)
 
 
@@ -390,4 +376,3 @@ def test_no_teacher_is_in_a_checkpoint_of_distillation(tmp_path: Path, images: P
         train(tmp_path / "x", images, "distillation", method_args={"teacher": "torchvision/resnet18"})
     with pytest.raises(ValueError, match=r"method_args\.teacher is missing"):
         train(tmp_path / "x", images, "distillation", method_args={})
-    assert SMALL["distillation"]["teacher"].training in (True, False)

@@ -71,6 +71,15 @@ class ViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: Index) -> Sample:
+        name, pixels, bad, random = self.image(index)
+        return Sample(name, self.views(pixels, random), bad)
+
+    def image(self, index: Index) -> tuple[str, Tensor, list[BadImage], Random]:
+        """What views of `index` are drawn from: name and pixels (C, H, W) of an image, the bad ones before it, a generator.
+
+        Raises:
+            ImageReadError: The image is bad, with `on_bad_image="raise"`, or too many in its place are.
+        """
         bad: list[BadImage] = []
         for attempt in range(min(TRIES, len(self))):
             words = np.random.SeedSequence([self.seed, *index, attempt]).generate_state(4)
@@ -85,7 +94,7 @@ class ViewDataset(Dataset[Sample]):
                     raise
                 bad.append(BadImage(name, str(error)))
                 continue
-            return Sample(name, self.views(pixels, random), bad)
+            return name, pixels, bad, random
         raise NoReadableImageError(f"{len(bad)} images in a row cannot be used; the last: {bad[-1].reason}")
 
 

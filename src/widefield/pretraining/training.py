@@ -217,15 +217,14 @@ def _dataset(settings: Settings) -> ViewDataset:
 def _check_first_image(dataset: ViewDataset) -> None:
     """Raises ValueError if no image can be used, or the values of the first one are not what its type says."""
     try:
-        sample = dataset[Index(0, 0)]
+        name, pixels, _, _ = dataset.image(Index(0, 0))
     except (ImageReadError, TypeError) as error:
         raise ValueError(f"data: {error}") from error
-    view = sample.views[0]
-    if view.is_floating_point() and dataset.views.args.value_range is None:
-        low, high = (float(v) for v in torch.aminmax(view))
+    if pixels.is_floating_point() and dataset.views.args.value_range is None:
+        low, high = (float(v) for v in torch.aminmax(pixels))
         if low < -0.5 or high > 1.5:
             raise ValueError(
-                f"data: {sample.name} has float values around {low:g} to {high:g}, and 0 to 1 is expected; say which values "
+                f"data: {name} has float values from {low:g} to {high:g}, and 0 to 1 is expected; say which values "
                 f'are 0 and 1 with transform_args={{"value_range": (low, high)}}'
             )
 
