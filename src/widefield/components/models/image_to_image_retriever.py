@@ -19,6 +19,7 @@ from widefield.components.preprocessors.base_preprocessor import PreprocessorCon
 from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.images import open_image
 from widefield.registry import MODELS, ComponentOf, import_object
+from widefield.registry.data_index import DATASETS
 
 EncoderConfig = Annotated[nn.Module | dict[str, Any] | list[dict[str, Any]], ComponentOf(MODELS)]
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -273,7 +274,7 @@ def _loader(description: Mapping[str, Any]) -> DataLoader:
     """A data loader by its arguments; the data set may be described, and functions named by import path."""
     named = {name: value for name, value in description.items() if name.endswith("_fn") and isinstance(value, str)}
     found = {name: import_object(value) for name, value in named.items()}
-    dataset = MODELS.build(description["dataset"])
+    dataset = DATASETS.build(description["dataset"])
     return DataLoader(**{"collate_fn": _collate, **description, **found, "dataset": dataset})
 
 
