@@ -24,6 +24,7 @@ _HOME = {
     "RandomState": "modules",
     "StreamingResNet": "models.resnet",
     "StreamingConvNeXt": "models.convnext",
+    "StreamingConvnext": "models.convnext",
     "StreamingTimm": "models.streaming_timm",
     "METHODS": "pretraining",
     "pretrain": "pretraining",

@@ -3,12 +3,15 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
+from lightning.pytorch import Trainer
 from torch import nn
+from torchvision.models import ResNet18_Weights, WeightsEnum
 
 import widefield
 from widefield.models import Classifier
@@ -109,3 +112,53 @@ def test_weights_load_strictly_into_the_plain_model(
 ) -> None:
     torch.save(streaming().plain_state_dict(), tmp_path / "weights.pt")
     plain().load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        StreamingResNet(
+            "resnet18_w8", 32, num_classes=3, weights=None, remove_last_block=True, train_streaming_layers=False
+        ),
+        StreamingConvNeXt("convnext_atto", 32, num_classes=3, weights=None, mean=(0.1, 0.2, 0.3), std=(1, 2, 3)),
+        StreamingTimm("resnet10t", num_classes=3, weights=None, mean=None, std=None, lr=0.5),
+    ],
+    ids=["resnet", "convnext", "timm"],
+)
+def test_a_checkpoint_says_how_its_model_was_made(module: ImageNetClassifier, tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = type(module).load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True, memory_budget="1GiB")
+    assert loaded.stream_network.normalisation == module.stream_network.normalisation
+    assert (loaded.lr, loaded.train_streaming_layers) == (module.lr, module.train_streaming_layers)
+    for (name, value), (other, right) in zip(loaded.state_dict().items(), module.state_dict().items(), strict=True):
+        assert name == other and torch.equal(value, right)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "IMAGENET1K_V3"}, "neither a file nor one of the published IMAGENET1K_V1"),
+        ({"weights": True}, "neither a file nor one of"),
+        ({"num_classes": 0}, "num_classes=0 must be a positive int"),
+        ({"num_classes": "2"}, "num_classes='2' must be"),
+    ],
+)
+def test_wrong_weights_and_classes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        StreamingResNet("resnet18", **{"weights": None, **arguments})
+
+
+def test_weights_by_name_and_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: state)
+    for weights in ("IMAGENET1K_V1", "DEFAULT", ResNet18_Weights.IMAGENET1K_V1):
+        module = StreamingResNet("resnet18", num_classes=2, weights=weights)
+        assert torch.equal(module.plain_state_dict()["conv1.weight"], state["conv1.weight"])
+        assert module.head[-1].out_features == 2
+
+
+def test_additional_modules_may_need_a_large_map() -> None:
+    module = StreamingResNet("resnet18_w8", num_classes=2, weights=None, additional_modules=nn.Conv2d(64, 8, 5))
+    assert module.head[-1].in_features == 8

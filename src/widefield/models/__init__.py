@@ -1,8 +1,20 @@
 """Whole models, by name and ready to train."""
 
 from widefield.models.classifier import Classifier, read_checkpoint
+from widefield.models.convnext import StreamingConvNeXt
 from widefield.models.names import RESNETS
 from widefield.models.plain import make_model
+from widefield.models.resnet import StreamingResNet
+from widefield.models.streaming_timm import StreamingTimm
 from widefield.models.weights import load_weights
 
-__all__ = ["RESNETS", "Classifier", "load_weights", "make_model", "read_checkpoint"]
+__all__ = [
+    "RESNETS",
+    "Classifier",
+    "StreamingConvNeXt",
+    "StreamingResNet",
+    "StreamingTimm",
+    "load_weights",
+    "make_model",
+    "read_checkpoint",
+]

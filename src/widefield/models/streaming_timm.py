@@ -4,7 +4,8 @@ from typing import Any
 
 from torchmetrics import Metric, MetricCollection
 
-from widefield.models.plain import make_timm
+from widefield.models.hyperparameters import save_plainly
+from widefield.models.plain import Weights, make_timm
 from widefield.modules import ImageNetClassifier
 from widefield.modules.base import Loss
 from widefield.streaming import split
@@ -32,7 +33,7 @@ class StreamingTimm(ImageNetClassifier):
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         num_classes: int = 1000,
-        weights: str | None = "DEFAULT",
+        weights: Weights = "DEFAULT",
         **options: Any,
     ) -> None:
         net = make_timm(model_name, num_classes, weights)
@@ -40,3 +41,6 @@ class StreamingTimm(ImageNetClassifier):
         options = {name: settings[name] for name in ("mean", "std") if name in settings} | options
         trunk, head = split(net)
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+        save_plainly(
+            self, model_name=model_name, num_classes=num_classes, train_streaming_layers=train_streaming_layers
+        )

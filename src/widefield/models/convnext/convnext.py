@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from widefield.models.hyperparameters import save_plainly
 from widefield.models.names import unknown_model
-from widefield.models.plain import make_timm, make_torchvision, new_linear
+from widefield.models.plain import Weights, make_timm, make_torchvision, new_linear
 from widefield.modules import ImageNetClassifier
 from widefield.modules.base import Loss
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
@@ -44,7 +45,7 @@ class StreamingConvNeXt(ImageNetClassifier):
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         num_classes: int = 1000,
-        weights: str | None = "DEFAULT",
+        weights: Weights = "DEFAULT",
         use_stochastic_depth: bool = False,
         **options: Any,
     ) -> None:
@@ -62,3 +63,10 @@ class StreamingConvNeXt(ImageNetClassifier):
         trunk, head = split(net)
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+        save_plainly(
+            self,
+            model_name=model_name,
+            num_classes=num_classes,
+            train_streaming_layers=train_streaming_layers,
+            use_stochastic_depth=use_stochastic_depth,
+        )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchvision.models import ResNet
 
+from widefield.models.hyperparameters import save_plainly
 from widefield.models.names import RESNETS, unknown_model
-from widefield.models.plain import make_resnet, new_linear
+from widefield.models.plain import Weights, make_resnet, new_linear
 from widefield.modules import ImageNetClassifier
 from widefield.modules.base import Loss
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
@@ -54,8 +55,8 @@ class StreamingResNet(ImageNetClassifier):
         train_streaming_layers: False freezes the trunk.
         metrics: See `BaseModule`.
         num_classes: Outputs. Other than the weights' own number makes a new last layer.
-        weights: "DEFAULT" for torchvision's best ImageNet weights, None for random ones, or a file that
-            `widefield.models.load_weights` reads.
+        weights: "DEFAULT" for torchvision's best ImageNet weights, another name or member of its `WeightsEnum`, None for random
+            ones, or a file that `widefield.models.load_weights` reads.
         additional_modules: Streamed behind the last layer of the trunk.
         remove_last_block: Leave `layer4` out.
         options: Those of `BaseModule`; `mean` and `std` are ImageNet's by default.
@@ -75,7 +76,7 @@ class StreamingResNet(ImageNetClassifier):
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         num_classes: int = 1000,
-        weights: str | None = "DEFAULT",
+        weights: Weights = "DEFAULT",
         *,
         encoder: str | None = None,
         additional_modules: nn.Module | None = None,
@@ -103,6 +104,13 @@ class StreamingResNet(ImageNetClassifier):
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
         self._trunk_names = names
+        save_plainly(
+            self,
+            model_name=name,
+            num_classes=num_classes,
+            train_streaming_layers=train_streaming_layers,
+            remove_last_block=remove_last_block,
+        )
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The weights under torchvision's names, on the CPU; those of `additional_modules` under that name."""
@@ -112,4 +120,4 @@ class StreamingResNet(ImageNetClassifier):
 def _channels(trunk: nn.Module) -> int:
     """Channels of the trunk's map."""
     with torch.no_grad():
-        return int(copy.deepcopy(trunk).eval()(torch.zeros(1, 3, 64, 64)).shape[1])
+        return int(copy.deepcopy(trunk).eval()(torch.zeros(1, 3, 256, 256)).shape[1])
