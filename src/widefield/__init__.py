@@ -23,6 +23,7 @@ _HOME = {
     "AtomicCheckpointIO": "modules",
     "RandomState": "modules",
     "StreamingResNet": "models.resnet",
+    "split_resnet": "models.resnet",
     "StreamingConvNeXt": "models.convnext",
     "StreamingConvnext": "models.convnext",
     "StreamingTimm": "models.streaming_timm",
