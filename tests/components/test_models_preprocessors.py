@@ -78,6 +78,12 @@ def test_labels_become_scores_of_a_copy() -> None:
     found = made(to_onehot=True, num_classes=3)({"inputs": pixels(3, 3, 4, 4), "data_samples": samples})["data_samples"]
     assert [sample.gt_score.tolist() for sample in found] == [[0, 0, 1], [1, 1, 0], [0.5, 0.5, 0]]
     assert "gt_score" not in samples[0]
+    unlabelled = [DataSample()]
+    with_augments = made(num_classes=3, batch_augments=MIXUP)
+    data = {"inputs": pixels(1, 3, 4, 4), "data_samples": unlabelled}
+    assert with_augments(data)["data_samples"][0] is unlabelled[0]
+    with pytest.raises(ValueError, match="there are samples without; label them all"):
+        with_augments(data, training=True)
     with pytest.raises(ValueError, match="need num_classes"):
         made(to_onehot=True)({"inputs": pixels(1, 3, 4, 4), "data_samples": samples[:1]})
     with pytest.raises(ValueError, match="num_classes=2, and there is the label 2"):

@@ -86,7 +86,7 @@ class MoCo(BaseSelfSupervisor):
 
     def _encode_keys(self, images: Tensor) -> Tensor:
         """Keys (N, feat_dim) of images (N, C, H, W)."""
-        if world_size() == 1:
+        if world_size() == 1 or not self.training:
             keys: Tensor = functional.normalize(self.encoder_k(images)[0], dim=1)
             return keys
         order = torch.randperm(len(images) * world_size(), device=images.device)

@@ -83,4 +83,7 @@ def normalised(image: Tensor, normalisation: Normalisation) -> Tensor:
     """`image` (..., C, H, W) normalised; integers become torch's default floating-point type, floats keep theirs."""
     if normalisation.mean is not None:
         normalisation.check_channels(image.shape[-3])
-    return normalisation.apply(image, torch.get_default_dtype())
+    if image.is_floating_point():
+        return normalisation.apply(image, image.dtype)
+    default = torch.get_default_dtype()  # with 16 bits a mean of 123.675 would be another one
+    return normalisation.apply(image, torch.promote_types(default, torch.float32)).to(default)

@@ -71,6 +71,10 @@ class ClsDataPreprocessor(BaseDataPreprocessor):
                 raise WrongArgumentError(
                     "images that are read tile by tile cannot be mixed; leave batch_augments (train_cfg) away"
                 )
+            if not all("gt_score" in sample for sample in samples):
+                raise WrongArgumentError(
+                    "images are mixed with their labels, and there are samples without; label them all"
+                )
             scores = torch.stack([sample.gt_score for sample in samples]).to(inputs)
             inputs, scores = self.batch_augments(inputs, scores)
             for sample, score in zip(samples, scores, strict=True):
@@ -78,7 +82,9 @@ class ClsDataPreprocessor(BaseDataPreprocessor):
         return {"inputs": inputs, "data_samples": samples}
 
     def _with_score(self, sample: DataSample) -> DataSample:
-        """A copy, for the data set may keep its samples, and mixed scores hold for one batch."""
+        """The sample, with scores if it has labels; a copy, for the data set may keep it, and mixed scores hold for one batch."""
+        if "gt_score" not in sample and "gt_label" not in sample:
+            return sample
         sample = copy.copy(sample)
         if "gt_score" in sample:
             return sample
