@@ -168,6 +168,20 @@ def test_train_cfg_augments_batches_of_a_classifier() -> None:
         MODELS.build({**CLASSIFIER, "train_cfg": MIXUP, "data_preprocessor": made()})
 
 
+def test_a_data_preprocessor_is_given_in_every_form() -> None:
+    numbers = {"mean": MEAN, "std": STD}
+    path = "widefield.components.SelfSupDataPreprocessor"
+    for given, name in (
+        (numbers, "ClsDataPreprocessor"),
+        ({"type": "SelfSupDataPreprocessor", **numbers}, "SelfSupDataPreprocessor"),
+        ({"class_path": path, "init_args": numbers}, "SelfSupDataPreprocessor"),
+        (made(**numbers), "ClsDataPreprocessor"),
+    ):
+        preprocessor = MODELS.build({**CLASSIFIER, "data_preprocessor": given}).data_preprocessor
+        assert type(preprocessor).__name__ == name
+        assert preprocessor.normalisation.mean == tuple(MEAN)
+
+
 def test_a_classifier_normalises_what_it_trains_on() -> None:
     torch.manual_seed(0)
     model = MODELS.build({**CLASSIFIER, "data_preprocessor": {"mean": MEAN, "std": STD}}).eval()

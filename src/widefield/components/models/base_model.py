@@ -58,9 +58,10 @@ class BaseModel(BaseModule, LightningModule):
         self.save_hyperparameters(_plain_arguments(type(self), args, kwargs), logger=False)
         self.lr = lr
         self.weight_decay = weight_decay
-        if data_preprocessor is None or isinstance(data_preprocessor, dict):
-            data_preprocessor = {"type": self.default_preprocessor, **(data_preprocessor or {})}
-        self.data_preprocessor = MODELS.build(data_preprocessor)
+        described = {} if data_preprocessor is None else data_preprocessor
+        if isinstance(described, dict) and not {"type", "class_path"} & described.keys():
+            described = {"type": self.default_preprocessor, **described}
+        self.data_preprocessor = MODELS.build(described)
 
     def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
         """Losses and other numbers by name; those whose name contains "loss" are summed and minimised."""
@@ -74,7 +75,7 @@ class BaseModel(BaseModule, LightningModule):
             training: Whether the data preprocessor augments.
 
         Raises:
-            ValueError: The batch is none, or lazily read images differ in size.
+            ValueError: It is no batch, or lazily read images differ in size.
         """
         inputs, targets = split_batch(batch)
         if _are_lazy(inputs) and not self.reads_tiles:
