@@ -3,10 +3,11 @@
 import torch
 from torch import fx, nn
 
+from widefield.streaming.build import build
+from widefield.streaming.capture import capture
 from widefield.streaming.captured import Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.graph import Program, Stage
-from widefield.streaming.programs import Programs
 
 _EXAMPLE = (1, 3, 224, 224)
 
@@ -109,4 +110,7 @@ def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.d
 
 
 def _program(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, allow_whole: bool) -> Program:
-    return Programs().get(module, shape, dtype, autocast=False, batch_statistics=False, allow_whole=allow_whole)
+    """Of images of this one size, so it is traced without symbols, which takes longer."""
+    captured = capture(module, shape, dtype, autocast=False, batch_statistics=False, symbolic=False).at(*shape[2:])
+    assert captured is not None
+    return build(captured, allow_whole=allow_whole)
