@@ -16,6 +16,8 @@ from widefield.components import (
     EfficientNet,
     MobileNetV2,
     MobileNetV3,
+    ResNet,
+    ResNet_CIFAR,
     TimmBackbone,
     VisionTransformer,
 )
@@ -110,6 +112,10 @@ def test_with_exact_batch_statistics_training_is_that_of_whole_images() -> None:
 
 
 NETWORKS = {
+    "ResNet": lambda **more: ResNet(
+        18, base_channels=4, stem_channels=4, deep_stem=True, frozen_stages=1, out_indices=(0, 3), **more
+    ),
+    "ResNet_CIFAR": lambda **more: ResNet_CIFAR(50, base_channels=2, stem_channels=4, **more),
     "ConvNeXt": lambda **more: ConvNeXt({"depths": [1, 1, 1, 1], "channels": [4, 4, 6, 8]}, out_indices=(0, 3), **more),
     "ConvNeXt maps": lambda **more: ConvNeXt(
         {"depths": [1, 1, 1, 1], "channels": [4, 4, 6, 8]}, gap_before_final_norm=False, use_grn=True, **more
@@ -119,7 +125,7 @@ NETWORKS = {
     "MobileNetV2": lambda **more: MobileNetV2(0.25, **more),
     "EfficientNet": lambda **more: EfficientNet("b0", **more),
 }
-SLOW = ("ConvNeXt maps", "MobileNetV2", "EfficientNet")
+SLOW = ("ResNet_CIFAR", "ConvNeXt maps", "MobileNetV2", "EfficientNet")
 
 
 @pytest.mark.parametrize(

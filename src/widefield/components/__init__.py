@@ -10,7 +10,9 @@ from typing import Any
 from widefield.registry import COMPONENTS
 
 _HOME = {
+    "BaseModel": f"{__name__}.models.base_model",
     "BaseModule": f"{__name__}.base_module",
+    "BaseSelfSupervisor": f"{__name__}.models.base_self_supervisor",
     "DataSample": f"{__name__}.data_sample",
     "build_conv_layer": f"{__name__}.layers.conv",
     "build_norm_layer": f"{__name__}.layers.norm",

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from widefield.components.annotations import ConvConfig, InitConfig, NormConfig
-from widefield.components.backbones.base_backbone import BaseBackbone
 from widefield.components.backbones.residual import BasicBlock, Bottleneck, ResidualBlock, Style
+from widefield.components.backbones.streaming import StreamableBackbone, StreamingOptions
 from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.conv import build_conv_layer
 from widefield.components.layers.norm import build_norm_layer
@@ -24,7 +24,7 @@ _ARCHITECTURES: dict[int, tuple[type[ResidualBlock], tuple[int, ...]]] = {
 
 
 @MODELS.register_module()
-class ResNet(BaseBackbone):
+class ResNet(StreamableBackbone):
     """ResNet of depth 18, 34, 50, 101 or 152.
 
     He et al., 2015, https://arxiv.org/abs/1512.03385. The names of its weights are those of torchvision.
@@ -50,6 +50,7 @@ class ResNet(BaseBackbone):
         zero_init_residual: Each block begins as the identity: the weight of its last norm layer is 0.
         drop_path_rate: Probability with which an image skips the last block in training; it grows linearly from the first block on.
         init_cfg: See `BaseModule`.
+        streaming: Compute the maps tile by tile; see `StreamingOptions`.
     """
 
     default_init_cfg = (
@@ -79,8 +80,9 @@ class ResNet(BaseBackbone):
         zero_init_residual: bool = True,
         init_cfg: InitConfig = None,
         drop_path_rate: float = 0.0,
+        streaming: StreamingOptions | None = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(streaming, init_cfg)
         _check(depth, num_stages, strides, dilations, out_indices, style, frozen_stages, drop_path_rate)
         self.depth = depth
         self.out_indices = tuple(out_indices)
