@@ -223,6 +223,7 @@ def test_out_that_is_not_empty_is_refused_and_overwritten_cleanly(tmp_path: Path
 
 def hold(folder: Path, held: Any) -> None:
     with OutFolder(folder).opened(clear=False):
+        FORK.Process(target=time.sleep, args=(30,)).start()  # a worker that outlives it
         held.set()
         time.sleep(60)
 

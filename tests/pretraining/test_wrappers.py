@@ -19,6 +19,8 @@ NAMES = [
     "torchvision/shufflenet_v2_x0_5",
     "torchvision/mobilenet_v3_small",
     "torchvision/regnet_y_400mf",
+    "torchvision/mnasnet0_5",
+    "torchvision/densenet121",
     "torchvision/convnext_tiny",
     "timm/resnet10t",
     "timm/convnext_atto",
@@ -45,6 +47,9 @@ def test_instances_are_wrapped_and_wrappers_taken_as_they_are() -> None:
     pooled = wrapper.forward_pool(wrapper.forward_features(x))["pooled_features"]
     torch.testing.assert_close(model.fc(pooled.flatten(1)), model(x))
     assert wrap(wrapper) is wrapper
+    dense = torchvision.models.densenet121().eval()
+    pooled = wrap(dense).forward_pool(wrap(dense).forward_features(x))["pooled_features"]
+    torch.testing.assert_close(dense.classifier(pooled.flatten(1)), dense(x))
     net = timm.create_model("resnet10t")
     assert wrap(net).get_model() is net
     assert wrap(ResNet(depth=18)).feature_dim() == 512

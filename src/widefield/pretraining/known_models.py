@@ -60,6 +60,13 @@ class PartsInARow(KnownModel):
         return x
 
 
+class DenseNetLike(PartsInARow):
+    """torchvision's DenseNet, whose last ReLU is no part of it."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        return super().maps(x).relu()
+
+
 class Timm(KnownModel):
     """A timm model: maps are brought to (B, C, H, W), class tokens stand beside them as "cls_token" (B, C)."""
 

@@ -74,7 +74,7 @@ class OutFolder:
     def opened(self, clear: bool) -> Iterator[None]:
         """Make the folder and hold it for this process alone.
 
-        The lock is on the folder itself and goes with the process, however that ends.
+        The lock is on the folder itself and goes with the process, however that ends; its worker processes do not hold it.
 
         Args:
             clear: Remove what an earlier run has written; other files stay.
@@ -92,6 +92,7 @@ class OutFolder:
             yield
         finally:
             if descriptor is not None:
+                _held.discard(descriptor)
                 os.close(descriptor)
 
     def _clear(self) -> None:
@@ -99,6 +100,19 @@ class OutFolder:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.metrics, self.log, self.config, self.bad_images, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
+
+
+_held: set[int] = set()
+"""Descriptors of locked folders. A forked worker closes its copies: else the lock would outlive a killed run by seconds."""
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(folder: Path) -> int | None:
@@ -112,6 +126,7 @@ def _lock(folder: Path) -> int | None:
         raise ValueError(f"out: another run is writing to {folder}; wait for its end, or name another folder") from None
     except OSError as error:  # some network file systems have no locks
         _log.debug("%s cannot be locked (%s)", folder, error)
+    _held.add(descriptor)
     return descriptor
 
 

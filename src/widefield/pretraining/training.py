@@ -255,7 +255,9 @@ def _trainer(settings: Settings, folder: OutFolder) -> pl.Trainer:
     options.pop("max_steps", None)
     plugins = [AtomicCheckpointIO(), *_as_list(options.pop("plugins", None))]
     several = _several_devices(given.devices, given.num_nodes, given.accelerator)
-    if several and "sync_batchnorm" not in options:
+    if several and settings.streaming is not None:
+        _log.warning("streamed models on several devices: batch norms take the statistics of each device alone")
+    elif several and "sync_batchnorm" not in options:
         synced = sync_options(on_cpu=_is_cpu(given.accelerator))
         plugins += synced.pop("plugins", [])
         options |= synced

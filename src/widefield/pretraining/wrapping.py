@@ -1,15 +1,17 @@
 """From whatever the user calls a model to a wrapper."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torchvision.models
 from torch import nn
-from torchvision.models import regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
+from torchvision.models import densenet, mnasnet, regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
 
 from widefield.components import BaseModule
 from widefield.pretraining.known_models import (
     Backbone,
+    DenseNetLike,
     KnownModel,
     PartsInARow,
     ResNetLike,
@@ -25,6 +27,7 @@ Wrapped = Any
 PACKAGES = ("torchvision", "timm", "widefield")
 _PARTS: dict[type[nn.Module], tuple[str, ...]] = {
     shufflenetv2.ShuffleNetV2: ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"),
+    mnasnet.MNASNet: ("layers",),
     regnet.RegNet: ("stem", "trunk_output"),
     swin_transformer.SwinTransformer: ("features", "norm", "permute"),
 }
@@ -73,6 +76,8 @@ def _known(model: nn.Module) -> KnownModel | None:
         return _measured(model, ResNetLike(model, 0))
     if isinstance(model, vision_transformer.VisionTransformer):
         return None  # torchvision's takes one image size only; timm's takes all
+    if isinstance(model, densenet.DenseNet):
+        return _measured(model, DenseNetLike(model, 0, ("features",)))
     for kind, parts in _PARTS.items():
         if isinstance(model, kind):
             return _measured(model, PartsInARow(model, 0, parts))
@@ -103,11 +108,8 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         if not timm.is_model(short):
             raise ValueError(f"no model named {name!r}; {_near(short, timm.list_models(), package)}")
         given = {"num_classes": 0, "in_chans": num_channels, **arguments}
-        if "dynamic_img_size" not in given and "vit" in short:
-            try:
-                return timm.create_model(short, dynamic_img_size=True, **given)  # type: ignore[no-any-return]
-            except TypeError:  # not all of them know it
-                pass
+        with suppress(TypeError):  # transformers know it, so that views may have other sizes; most others do not
+            return timm.create_model(short, **{"dynamic_img_size": True, **given})  # type: ignore[no-any-return]
         return _built(name, timm.create_model, short, **given)  # type: ignore[no-any-return]
     if package == "widefield" and short:
         return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
