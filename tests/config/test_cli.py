@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from widefield.cli import main
-from widefield.cli.model_names import NARROW_RESNETS, model_names
 from widefield.config import load
+from widefield.inference.names import NARROW_RESNETS, model_names
 from widefield.registry import COMPONENTS
 
 MY_MODELS = """\
@@ -75,7 +75,8 @@ def test_lists_and_help_import_no_torch() -> None:
     code = (
         "import sys, contextlib, io\n"
         "from widefield.cli import main\n"
-        "for line in (['--help'], ['list', 'components'], ['list', 'models', 'vit*'], ['list', 'configs'], ['help', 'list']):\n"
+        "for line in (['--help'], ['list', 'components'], ['list', 'models', 'vit*'], ['list', 'configs'],\n"
+        "             ['list', 'datasets'], ['list', 'transforms'], ['list', 'metrics'], ['help', 'list']):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "        main(line)\n"
         "print({'torch', 'timm', 'lightning', 'numpy', 'rich'} & set(sys.modules))"

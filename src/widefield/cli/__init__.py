@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 VERBS = {
     "fit": "train a classifier on whole images with one label each",
+    "validate": "compute the metrics of a trained model on its validation images",
+    "test": "compute the metrics of a trained model on its test images",
     "predict": "classify images with a checkpoint, and show where the evidence lies",
+    "visualize": "draw where a class was seen, how features lie, how a learning rate goes, what is mistaken for what",
     "check": "see whether a model streams exactly, and what a large image would need",
     "plan": "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
     "list": "list models, components or ready configurations by name",

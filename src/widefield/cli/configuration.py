@@ -36,7 +36,7 @@ def read_configuration(
     Files come first, each over the last; whatever is given beside them wins.
 
     Args:
-        arguments: The flags: those of `SHORTCUTS`, `imports` and `seed`.
+        arguments: The flags: `imports`, and those of `SHORTCUTS` and `seed` that the verb has.
         files: YAML or Python files.
         others: `path=value`, `--path=value` or `--path value`.
 
@@ -75,12 +75,12 @@ def _absolute(place: str) -> str:
 def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
     overrides = []
     for name, entry in SHORTCUTS.items():
-        value = getattr(arguments, name)
+        value = getattr(arguments, name, None)
         if isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
         if value is not None:
             overrides.append(f"{entry}={value}")
-    if arguments.seed is not None:
+    if getattr(arguments, "seed", None) is not None:
         overrides.append(f"seed_everything={arguments.seed}")
         if "type" not in (config.data.get("data") or {}):
             overrides.append(f"data.seed={arguments.seed}")

@@ -8,7 +8,7 @@ from typing import Any
 from widefield.cli.sections import SECTIONS
 from widefield.config import Config, Section
 from widefield.config.expected import MAPPINGS, component_of
-from widefield.registry import MODELS, arguments_of, import_object
+from widefield.registry import MODELS, Registry, arguments_of, import_object
 
 
 def lightning_form(config: Config) -> dict[str, Any]:
@@ -25,12 +25,14 @@ def lightning_form(config: Config) -> dict[str, Any]:
 
 def _section(value: dict[str, Any], section: Section) -> dict[str, Any]:
     function = section.resolve(value)
-    return _instance(value, function) if "type" in value else _arguments(value, function)
+    if "type" not in value:
+        return _arguments(value, function)
+    return _instance(value, function, MODELS if section.component is None else section.component.registry)
 
 
-def _instance(value: Mapping[str, Any], function: Any) -> dict[str, Any]:
+def _instance(value: Mapping[str, Any], function: Any, registry: Registry = MODELS) -> dict[str, Any]:
     arguments = {name: item for name, item in value.items() if name != "type"}
-    return {"class_path": _import_path(value["type"]), "init_args": _arguments(arguments, function)}
+    return {"class_path": _import_path(value["type"], registry), "init_args": _arguments(arguments, function)}
 
 
 def _arguments(arguments: Mapping[str, Any], function: Any) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def _takes_dictionaries(annotation: Any) -> bool:
     return any(_takes_dictionaries(one) for one in inside)
 
 
-def _import_path(name: str) -> str:
-    if name not in MODELS:
+def _import_path(name: str, registry: Registry = MODELS) -> str:
+    if name not in registry:
         return name
-    component = MODELS.get(name)
+    component = registry.get(name)
     return f"{component.__module__}.{component.__qualname__}"

@@ -8,6 +8,11 @@ from widefield.cli.user_code import add_imports, import_user_code
 
 LIGHT = True
 TAKES_OTHERS = False
+_REGISTRIES = {
+    "datasets": "widefield.registry.data_index:DATASETS",
+    "transforms": "widefield.registry.data_index:TRANSFORMS",
+    "metrics": "widefield.components.metrics:METRICS",
+}
 EPILOG = """\
 PATTERN may have * and ?; without them it is any part of a name.
 `widefield help NAME` shows the arguments of a component.
@@ -16,7 +21,7 @@ PATTERN may have * and ?; without them it is any part of a name.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("what", choices=("models", "components", "configs"), help="what is listed")
+    parser.add_argument("what", choices=("models", "components", "configs", *_REGISTRIES), help="what is listed")
     parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="only names that match")
     parser.add_argument("--kind", metavar="KIND", help="only components of this kind, such as backbone")
     add_imports(parser)
@@ -24,12 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Print one name a line, with its kind and a summary if there are some."""
+    from widefield.registry import import_object
+
     import_user_code(arguments.imports)
-    if arguments.what == "components":
+    rows: list[tuple[str, ...]]
+    if arguments.what in _REGISTRIES:
+        registry = import_object(_REGISTRIES[arguments.what])
+        rows = [(entry.name, entry.kind or "-", entry.summary) for entry in registry.entries(arguments.pattern)]
+    elif arguments.what == "components":
         rows = _components(arguments.pattern, arguments.kind)
     elif arguments.what == "models":
+        from widefield.inference.names import matches, model_names
+
         rows = [(name, summary) for name, _, summary in _components(arguments.pattern, "model")]
-        rows += [(name,) for name in _matching(arguments.pattern)]
+        rows += [(name,) for name in model_names() if matches(name, arguments.pattern)]
     else:
         from widefield.config import ready_configs
 
@@ -46,18 +59,6 @@ def _components(pattern: str, kind: str | None) -> list[tuple[str, ...]]:
 
     found = sorted(MODELS.entries(pattern, kind), key=lambda entry: entry.kind)
     return [(entry.name, entry.kind or "-", entry.summary) for entry in found]
-
-
-def _matching(pattern: str) -> list[str]:
-    """Names of models that match, with or without what stands before the slash."""
-    from widefield.cli.model_names import model_names
-
-    pattern = _wildcards(pattern).lower()
-    return [
-        name
-        for name in model_names()
-        if fnmatch.fnmatchcase(name.lower(), pattern) or fnmatch.fnmatchcase(name.rpartition("/")[2].lower(), pattern)
-    ]
 
 
 def _wildcards(pattern: str) -> str:

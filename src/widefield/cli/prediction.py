@@ -5,14 +5,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from widefield.cli.history import write_csv
 from widefield.cli.progress import TileTask, make_progress
+from widefield.components.models.image_classifier import ImageClassifier
+from widefield.config import load
+from widefield.data.pipeline import Picture
 from widefield.images import LazyImage, open_image, thumbnail
+from widefield.inference.info import ModelInfo, info_of
+from widefield.inference.models import load_trained
+from widefield.inference.prediction import labels_of, predict_samples
+from widefield.inference.views import AveragedViews
 from widefield.models import Classifier
-from widefield.reports import class_activation, peak, save_overlay
+from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay
 
 _log = logging.getLogger(__name__)
 _THUMBNAIL = 1024
@@ -24,11 +34,13 @@ class Prediction:
     """What was predicted for one image."""
 
     image: LazyImage
-    probabilities: tuple[float, ...]
-    label: str
-    peak: tuple[int, int]
-    """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; see `class_activation`."""
-    overlay: Path
+    scores: tuple[float, ...]
+    """A probability per class."""
+    labels: tuple[int, ...]
+    """Of several where the head predicts several."""
+    peak: tuple[int, int] | None
+    """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
+    overlay: Path | None
 
 
 def predict(
@@ -36,29 +48,38 @@ def predict(
     images: Sequence[Path],
     out: Path,
     *,
+    config: Path | None = None,
     level: int | None = None,
     memory_budget: int | str | None = None,
     tile_size: int | None = None,
+    views: AveragedViews | None = None,
 ) -> list[Prediction]:
-    """Write `out/predictions.csv` and an overlay PNG per image.
+    """Write `out/predictions.csv`, and an overlay PNG per image where the model has a map of the image.
 
     Args:
         checkpoint: A file that `fit` wrote.
         images: Files, or folders of which every visible file is taken.
         out: Folder for the results; made once the checkpoint and the header of every image have been read.
+        config: Of a model of components; None takes the one beside the checkpoint.
         level: Level of the pyramids; None takes the one trained on.
         memory_budget, tile_size: See `StreamingCNN`.
+        views: Test-time augmentation of the probabilities.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
     """
     files = _files(images)
-    model, content = Classifier.from_checkpoint(checkpoint, memory_budget=memory_budget, tile_size=tile_size)
-    if level is None:
-        level = content["LabelledImages"]["level"]
-    opened = [open_image(file, level) for file in files]
-    for image in opened:
-        model.stream_network.normalisation.check_channels(image.shape[0])
+    options = {"memory_budget": memory_budget, "tile_size": tile_size}
+    streaming = {name: value for name, value in options.items() if value is not None}
+    model: Any = load_trained(checkpoint, streaming=streaming, config=None if config is None else load(config))
+    info = info_of(model)
+    opened = [open_image(file, info.level if level is None else level) for file in files]
+    network = _streamed(model)
+    if isinstance(model, Classifier):
+        for image in opened:
+            model.stream_network.normalisation.check_channels(image.shape[0])
+    elif not hasattr(model, "predict"):
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
@@ -66,34 +87,90 @@ def predict(
     predictions = []
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(opened))
-        model.stream_network.progress = TileTask(progress).update
+        if network is not None:
+            network.progress = TileTask(progress).update
         for image, overlay in zip(opened, _overlay_paths(files, out), strict=True):
-            predictions.append(_predict(model, image, overlay))
+            predictions.append(_predict(model, info, image, overlay, views))
             progress.advance(bar)
-    write_csv(out / "predictions.csv", [_row(prediction, model.class_names) for prediction in predictions])
+    names = info.class_names or tuple(str(index) for index in range(len(predictions[0].scores)))
+    write_csv(out / "predictions.csv", [_row(prediction, names) for prediction in predictions])
     _log.info("%d predictions: %s", len(predictions), out / "predictions.csv")
     return predictions
 
 
-def _predict(model: Classifier, image: LazyImage, overlay: Path) -> Prediction:
-    probabilities, evidence = class_activation(model, image)
-    index = int(probabilities.argmax())
-    label = model.class_names[index]
-    size = image.shape[1:]
-    title = f"{image.path.name}: {label} ({float(probabilities[index]):.0%})"
-    save_overlay(overlay, thumbnail(image, _THUMBNAIL), evidence.numpy(), size, image.spacing, title)
-    return Prediction(image, tuple(probabilities.tolist()), label, peak(evidence.numpy(), size), overlay)
+def _streamed(model: Any) -> Any:
+    """What streams, if something does."""
+    if isinstance(model, Classifier):
+        return model.stream_network
+    return getattr(getattr(model, "backbone", None), "streamed", None)
+
+
+def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views: AveragedViews | None) -> Prediction:
+    picture = info.pipeline(image)
+    found = explain(model, picture)
+    if found is None or views is not None:
+        sample = predict_samples(model, [picture], views)[0]
+        scores, labels = sample.pred_score.float().cpu(), tuple(sample.pred_label.tolist())
+    else:
+        scores = found[0]
+        labels = tuple(labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist())
+    if found is None:
+        return Prediction(image, tuple(scores.tolist()), labels, None, None)
+    names = ", ".join(info.class_names[label] if info.class_names else str(label) for label in labels)
+    top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
+    draw(overlay, image, picture, found[1].numpy(), f"{image.path.name}: {names}{top}")
+    is_whole = isinstance(picture, LazyImage)
+    place = peak(found[1].numpy(), image.shape[1:]) if is_whole else None
+    return Prediction(image, tuple(scores.tolist()), labels, place, overlay)
+
+
+def explain(
+    model: Any, picture: Picture, layer: str | None = None, class_index: int | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Scores and the map of the evidence for a class; None where a model has no map and no layer is asked for."""
+    if isinstance(model, Classifier):
+        if layer is not None:
+            raise ValueError(
+                f"the trunk of a Classifier streams, so that {layer} never has its whole output; leave the layer away"
+            )
+        return class_activation(model, picture[None] if isinstance(picture, Tensor) else picture, class_index)
+    if not isinstance(model, ImageClassifier):
+        return None
+    try:
+        return grad_cam(model, picture, layer, class_index)
+    except NoMapError:
+        if layer is not None:
+            raise
+        return None
+
+
+def draw(path: Path, image: LazyImage, picture: Picture, evidence: np.ndarray, title: str) -> None:
+    """An overlay on the whole image, or on what the transforms made of it."""
+    if isinstance(picture, Tensor):
+        under = _as_rgb(picture)
+        save_overlay(path, under, evidence, under.shape[:2], None, title)
+    else:
+        save_overlay(path, thumbnail(image, _THUMBNAIL), evidence, image.shape[1:], image.spacing, title)
+
+
+def _as_rgb(picture: Tensor) -> np.ndarray:
+    """uint8 (H, W, 3): the first three channels, or the first one as grey where there are fewer."""
+    top = 1.0 if picture.is_floating_point() else float(torch.iinfo(picture.dtype).max)
+    shown = (picture.float() / top).clamp(0, 1).mul(255).byte()
+    colours = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
+    return colours.permute(1, 2, 0).cpu().numpy()
 
 
 def _row(prediction: Prediction, class_names: Sequence[str]) -> dict[str, object]:
-    named = zip(class_names, prediction.probabilities, strict=True)
+    named = zip(class_names, prediction.scores, strict=True)
+    y, x = prediction.peak or ("", "")
     return {
         "image": str(prediction.image.path),
         **{f"probability_{name}": f"{probability:.6g}" for name, probability in named},
-        "predicted": prediction.label,
-        "peak_y": prediction.peak[0],
-        "peak_x": prediction.peak[1],
-        "overlay": prediction.overlay.name,
+        "predicted": ";".join(class_names[label] for label in prediction.labels),
+        "peak_y": y,
+        "peak_x": x,
+        "overlay": prediction.overlay.name if prediction.overlay else "",
     }
 
 

@@ -3,79 +3,43 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.history import History
-from widefield.cli.lightning_form import lightning_form
-from widefield.cli.progress import StreamingProgress
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
 from widefield.components.models.base_model import BaseModel
-from widefield.config import Config, write_yaml
+from widefield.config import Config
 from widefield.data import LabelledImages
+from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
-from widefield.modules import AtomicCheckpointIO, RandomState
 from widefield.modules import BaseModule as StreamedModule
+from widefield.modules import RandomState
 from widefield.reports import PeakMemory
 from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
-CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
 _IMAGE_CHANNELS = 3
 
 
-class FitCLI(LightningCLI):
-    """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
+class FitCLI(ConfiguredCLI):
+    """Makes what is trained, with the callbacks of a training run.
 
-    Of these the classes come from the data.
-
-    Args:
-        config: A checked configuration.
-        others: Flags of LightningCLI such as `--print_config`.
+    Attributes:
+        out: The folder of the results.
+        history: The numbers of the epochs.
     """
 
-    def __init__(self, config: Config, others: list[str]) -> None:
-        types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
-        self._links_classes = types == {"model": None, "data": None}
-        super().__init__(
-            LightningModule if types["model"] else Classifier,
-            LightningDataModule if types["data"] else LabelledImages,
-            subclass_mode_model=types["model"] is not None,
-            subclass_mode_data=types["data"] is not None,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults={
-                "max_epochs": 20,
-                "devices": 1,
-                "logger": False,
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-            },
-            auto_configure_optimizers="optimizer" in config.data,
-            parser_kwargs={"exit_on_error": False, "prog": "widefield fit"},
-            args=[f"--config={write_yaml(lightning_form(config))}", *others],
-            run=False,
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--imports", type=list[str], default=[], help="Python files with components")
-        if self._links_classes:
-            parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with the callbacks of every run; those of the configuration come before them."""
+    def callbacks(self) -> list[Callback]:
         if self.config.trainer.default_root_dir is None:
             raise ValueError("nowhere to write to; name a folder for the results with --out DIR")
         self.out = Path(self.config.trainer.default_root_dir)
         self.history = History(self.out / "history.csv")
-        bars = [] if self.config.trainer.enable_progress_bar is False else [StreamingProgress()]
-        self.trainer_defaults["callbacks"] = [*bars, self.history, RandomState(), self._keep_best()]
-        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
+        return [*super().callbacks(), self.history, RandomState(), self._keep_best()]
 
     def _keep_best(self) -> ModelCheckpoint:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
@@ -100,8 +64,8 @@ def train(config: Config, others: list[str], resume: bool) -> Path:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
     """
     with warnings.catch_warnings():
-        _ignore_irrelevant_warnings()
-        cli = FitCLI(config, others)
+        ignore_irrelevant_warnings()
+        cli = FitCLI(config, others, "widefield fit")
         _check_folder(cli.out, resume)
         return _train(cli, resume)
 
@@ -113,6 +77,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
     if classifies:
         _check(model, data)
+    _refuse_other_classes(model, data)
     if last:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
@@ -143,6 +108,14 @@ def _check_folder(out: Path, resume: bool) -> None:
         )
 
 
+def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> None:
+    scores, names = getattr(getattr(model, "head", None), "num_classes", None), getattr(data, "class_names", None)
+    if scores is not None and names and scores < len(names):
+        raise ValueError(
+            f"the data has {len(names)} classes, and model.head.num_classes={scores}; give model.head.num_classes={len(names)}"
+        )
+
+
 def _check(model: LightningModule, data: LabelledImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
     if data.channels != _IMAGE_CHANNELS:
@@ -161,19 +134,3 @@ def _calibrate(model: Classifier, data: LabelledImages, seed: int) -> None:
         _log.info(
             "random weights: set the statistics of %d batch norm layers from crops of the training images", layers
         )
-
-
-def _ignore_irrelevant_warnings() -> None:
-    """What libraries deprecate in each other, and Lightning's advice that is wrong for lazily read images."""
-    warnings.simplefilter("ignore", DeprecationWarning)
-    for message in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*LightningCLI's args parameter is intended.*",
-        ".*configure_optimizers` will be overridden by.*",
-        ".*You have overridden `transfer_batch_to_device`.*",
-        ".*No (positive|negative) samples in targets.*",
-        ".*available but not used.*",
-        ".*The number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -110,11 +110,12 @@ def collate_items(items: Sequence[Item]) -> tuple[Any, list[DataSample]]:
     pictures = [picture for picture, _ in items]
     samples = [sample for _, sample in items]
     if isinstance(pictures[0], tuple):
-        return [_stack(list(view)) for view in zip(*pictures, strict=True)], samples
-    return _stack(pictures), samples
+        return [as_batch(list(view)) for view in zip(*pictures, strict=True)], samples
+    return as_batch(pictures), samples
 
 
-def _stack(pictures: list[Any]) -> Any:
+def as_batch(pictures: list[Any]) -> Any:
+    """Tensors (C, H, W) of one size as a tensor (N, C, H, W); everything else as it is."""
     is_batch = all(isinstance(one, Tensor) for one in pictures) and len({one.shape for one in pictures}) == 1
     return torch.stack(pictures) if is_batch else pictures
 

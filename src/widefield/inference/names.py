@@ -1,7 +1,9 @@
 """Names of the models that there are, read from the files of the libraries that have them: importing these takes seconds."""
 
+import fnmatch
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 NARROW_RESNETS = ("resnet10_w16", "resnet18_w8", "resnet18_w16", "resnet18_w32")
@@ -11,6 +13,30 @@ _TIMM = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _TORCHVISION = re.compile(
     r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n|    .*\n|\)\n)*?def (\w+)\(", re.MULTILINE
 )
+
+
+def list_models(pattern: str = "*", exclude: str | Iterable[str] = ()) -> list[str]:
+    """Names that `get_model` takes: ready configurations, narrow ResNets, `torchvision/NAME` and `timm/NAME`.
+
+    Args:
+        pattern: With `*`, `?` and `[...]`, or a part of the name, with or without what stands before the slash; case counts for
+            nothing.
+        exclude: Patterns of names to leave out.
+    """
+    from widefield.config.ready import ready_configs
+
+    excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+    return [
+        name
+        for name in (*ready_configs(), *model_names())
+        if matches(name, pattern) and not any(matches(name, one) for one in excluded)
+    ]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the name of a model, or its part behind the slash, fits a pattern; one without wildcards is a part of a name."""
+    pattern = (pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*").lower()
+    return any(fnmatch.fnmatchcase(one.lower(), pattern) for one in (name, name.rpartition("/")[2]))
 
 
 def model_names() -> list[str]:

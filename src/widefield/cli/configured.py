@@ -1,0 +1,104 @@
+"""What a configuration describes, made: model, data and trainer."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torchmetrics import Metric
+
+from widefield.cli.lightning_form import lightning_form
+from widefield.cli.progress import StreamingProgress
+from widefield.components.metrics import METRICS
+from widefield.config import Config, write_yaml
+from widefield.data import LabelledImages
+from widefield.inference.evaluation import Evaluation
+from widefield.inference.views import AveragedViews
+from widefield.models import Classifier
+from widefield.modules import AtomicCheckpointIO
+
+
+class ConfiguredCLI(LightningCLI):
+    """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
+
+    Of these the classes come from the data.
+
+    Attributes:
+        evaluation: What computes the metrics of the configuration.
+
+    Args:
+        config: A checked configuration.
+        others: Flags of LightningCLI such as `--print_config`.
+        program: The command, for messages.
+        views: Test-time augmentation of the metrics.
+        metrics: Beside those of the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        others: list[str],
+        program: str,
+        views: AveragedViews | None = None,
+        metrics: Sequence[Metric] = (),
+    ) -> None:
+        self._views, self._metrics = views, metrics
+        types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
+        self._links_classes = types == {"model": None, "data": None}
+        super().__init__(
+            LightningModule if types["model"] else Classifier,
+            LightningDataModule if types["data"] else LabelledImages,
+            subclass_mode_model=types["model"] is not None,
+            subclass_mode_data=types["data"] is not None,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": 20,
+                "devices": 1,
+                "logger": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+            },
+            auto_configure_optimizers="optimizer" in config.data,
+            parser_kwargs={"exit_on_error": False, "prog": program},
+            args=[f"--config={write_yaml(lightning_form(config))}", *others],
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--imports", type=list[str], default=[], help="Python files with components")
+        parser.add_argument(
+            "--metrics", type=list[dict[str, Any]] | None, default=None, help="computed in validation and test"
+        )
+        if self._links_classes:
+            parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def callbacks(self) -> list[Callback]:
+        """Callbacks that come behind those of the configuration."""
+        bars = [] if self.config.trainer.enable_progress_bar is False else [StreamingProgress()]
+        described = [METRICS.build(metric) for metric in self.config.metrics or ()]
+        self.evaluation = Evaluation([*described, *self._metrics], self._views)
+        return [*bars, *([self.evaluation] if self.evaluation.metrics else [])]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.trainer_defaults["callbacks"] = self.callbacks()
+        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
+
+
+def ignore_irrelevant_warnings() -> None:
+    """What libraries deprecate in each other, and Lightning's advice that is wrong for lazily read images."""
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*configure_optimizers` will be overridden by.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*No (positive|negative) samples in targets.*",
+        ".*available but not used.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

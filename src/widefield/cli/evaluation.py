@@ -1,0 +1,82 @@
+"""Validation or test of a trained model."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
+from widefield.config import Config
+from widefield.inference.views import AveragedViews
+from widefield.models.torch_file import read_torch_file
+
+_log = logging.getLogger(__name__)
+Numbers = dict[str, Any]
+"""Numbers, or nested lists of them, by name."""
+
+
+def evaluate(
+    config: Config, checkpoint: Path, phase: str, views: AveragedViews | None = None, more: Sequence[Metric] = ()
+) -> Numbers:
+    """The loss and the metrics of the model in `checkpoint`.
+
+    Args:
+        config: A checked configuration.
+        checkpoint: A file that `fit` wrote.
+        phase: "validate", or "test", which takes the validation images where there are no test images.
+        views: Test-time augmentation of the metrics.
+        more: Metrics beside those of the configuration.
+
+    Raises:
+        ValueError: There are no images, or the checkpoint is of another model.
+    """
+    read_torch_file(checkpoint)  # says what is wrong with a file that is none
+    (config.data.get("model") or {}).pop(
+        "weights", None
+    )  # where training began; a `Classifier` would load them once more
+    with warnings.catch_warnings():
+        ignore_irrelevant_warnings()
+        cli = ConfiguredCLI(config, [], f"widefield {phase}", views, more)
+        data = cli.datamodule
+        if phase == "test" and not len(getattr(data, "test_set", (None,))):
+            _log.info("there are no test images; these are the validation images")
+            data.test_set = data.val_set
+        if not len(getattr(data, "val_set" if phase == "validate" else "test_set", (None,))):
+            raise ValueError(f"there are no images to {phase} with; describe some in the section data")
+        step = cli.trainer.validate if phase == "validate" else cli.trainer.test
+        try:
+            step(cli.model, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(f"{checkpoint} is no checkpoint of this model: {' '.join(lines[:2])}") from error
+    found: dict[str, Tensor] = dict(cli.trainer.callback_metrics)
+    prefix = "val_" if phase == "validate" else "test_"
+    found |= {prefix + name: value for name, value in cli.evaluation.results.items()}
+    return {name: value.tolist() for name, value in sorted(found.items())}
+
+
+def show(numbers: Numbers) -> str:
+    """A line for each number; of a matrix, a line for each row."""
+    width = max(map(len, numbers), default=0)
+    return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in numbers.items())
+
+
+def write_json(path: Path, numbers: Numbers) -> None:
+    """Write the numbers; whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    partial.replace(path)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        between = "\n  " if value and isinstance(value[0], list) else " "
+        return between + between.join(_text(one) for one in value)
+    return f"{value:.6g}"

@@ -1,0 +1,128 @@
+"""The pictures of `widefield visualize`."""
+
+import argparse
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
+from widefield.cli.evaluation import evaluate
+from widefield.cli.missing import MissingExtraError
+from widefield.cli.prediction import draw, explain
+from widefield.cli.run_arguments import read_run
+from widefield.cli.sections import SECTIONS
+from widefield.cli.user_code import import_user_code
+from widefield.components.metrics.confusion_matrix import ConfusionMatrix
+from widefield.config import load, override
+from widefield.images import open_image
+from widefield.inference.features import features_of
+from widefield.inference.info import info_of
+from widefield.inference.models import class_names_of, load_trained
+from widefield.reports.confusion import save_confusion_matrix
+from widefield.reports.schedule import learning_rates, save_schedule
+from widefield.reports.tsne import save_points, tsne
+
+_log = logging.getLogger(__name__)
+
+
+def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
+    """An overlay for each image: the evidence for a class at a layer."""
+    import_user_code(arguments.imports)
+    model: Any = load_trained(arguments.checkpoint)
+    info = info_of(model)
+    label = _index(arguments.label, info.class_names)
+    opened = [open_image(file, info.level) for file in arguments.images]
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    drawn = []
+    for image in opened:
+        picture = info.pipeline(image)
+        found = explain(model, picture, arguments.layer, label)
+        if found is None:
+            raise ValueError(
+                f"a {type(model).__name__} has no last map; name a layer with --layer, as in backbone.layer3"
+            )
+        drawn.append((image, picture, *found))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for image, picture, scores, evidence in drawn:
+        index = int(scores.argmax()) if label is None else label
+        name = info.class_names[index] if info.class_names else str(index)
+        title = f"{image.path.name}: {name} ({float(scores[index]):.0%}){' at ' + arguments.layer if arguments.layer else ''}"
+        draw(arguments.out / f"{image.path.name}.png", image, picture, evidence.numpy(), title)
+    _log.info("%d pictures: %s", len(drawn), arguments.out)
+
+
+def draw_tsne(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Points for the features of labelled images."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise MissingExtraError("t-SNE", "scikit-learn", "tsne")
+    config, checkpoint = read_run(arguments, others)
+    model: Any = load_trained(checkpoint, config=config)
+    with warnings.catch_warnings():
+        ignore_irrelevant_warnings()
+        data = ConfiguredCLI(config, [], "widefield visualize").datamodule
+    if not len(getattr(data, f"{arguments.split}_set", (None,))):
+        raise ValueError(f"there are no {arguments.split} images; choose others with --split")
+    loader = getattr(data, f"{arguments.split}_dataloader")()
+    vectors, labels = [], []
+    for picture, label in _labelled(loader):
+        vectors.append(_vector(features_of(model, picture, arguments.stage)))
+        labels.append(label)
+        if len(labels) == arguments.count:
+            break
+    save_points(arguments.out, tsne(np.stack(vectors), arguments.perplexity), labels, class_names_of(checkpoint))
+    _log.info("%d images: %s", len(labels), arguments.out)
+
+
+def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
+    """The learning rate of every epoch."""
+    config = load(*arguments.config)
+    import_user_code([*(config.data.get("imports") or []), *arguments.imports])
+    data = override(config, others, SECTIONS).data
+    if data.get("optimizer") is None:
+        raise ValueError(
+            "the configuration has no optimizer, so its rate is model.lr throughout; describe one, as in optimizer.type=SGD"
+        )
+    epochs = (data.get("trainer") or {}).get("max_epochs") or 20
+    save_schedule(arguments.out, learning_rates(data["optimizer"], data.get("lr_scheduler"), epochs))
+    _log.info("%d epochs: %s", epochs, arguments.out)
+
+
+def draw_confusion(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Which classes are taken for which."""
+    config, checkpoint = read_run(arguments, others)
+    numbers = evaluate(config, checkpoint, "test", more=[ConfusionMatrix()])
+    matrix = np.array(numbers["test_confusion_matrix/result"])
+    names = class_names_of(checkpoint)
+    save_confusion_matrix(arguments.out, matrix, names if names is not None and len(names) == len(matrix) else None)
+    _log.info("%d images: %s", matrix.sum(), arguments.out)
+
+
+def _index(text: str | None, class_names: tuple[str, ...] | None) -> int | None:
+    if text is None:
+        return None
+    if class_names and text in class_names:
+        return class_names.index(text)
+    if not text.isdecimal():
+        raise ValueError(
+            f"there is no class {text!r}; the classes are {', '.join(class_names or ()) or 'without names'}"
+        )
+    return int(text)
+
+
+def _labelled(loader: Any) -> Iterator[tuple[Any, int]]:
+    """Pictures one by one with their first class."""
+    for inputs, targets in loader:
+        for picture, target in zip(inputs, targets, strict=True):
+            yield picture, int(target if isinstance(target, Tensor) else target.gt_label[0])
+
+
+def _vector(features: Any) -> np.ndarray:
+    """The last features of an image, the mean over the positions of a map."""
+    last: Tensor = features[-1] if isinstance(features, tuple) else features
+    return (last.flatten(1).mean(1) if last.ndim == 3 else last.flatten()).float().cpu().numpy()

@@ -1,0 +1,135 @@
+"""Metrics of validation and test."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from widefield.components.data_sample import DataSample
+from widefield.components.heads.multi_label_cls_head import MultiLabelClsHead
+from widefield.components.metrics.average_precision import AveragePrecision
+from widefield.components.metrics.multi_label import MultiLabelMetric
+from widefield.components.models.base_model import BaseModel
+from widefield.inference.prediction import predict_samples
+from widefield.inference.views import AveragedViews
+
+
+class Evaluation(Callback):
+    """Computes metrics of what a model predicts in validation and test, and logs them as `val_NAME` and `test_NAME`.
+
+    The backbone runs once: what the head gets for the loss, it gets for the prediction. A single-label metric is given class
+    indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C).
+
+    Attributes:
+        results: What was computed last, by name without prefix; values that are no single number are only here.
+
+    Args:
+        metrics: As of `METRICS`: each computes a dictionary.
+        views: Test-time augmentation, see `AveragedViews`. The loss stays that of the images as they are.
+    """
+
+    def __init__(self, metrics: Sequence[Metric], views: AveragedViews | None = None) -> None:
+        self.metrics = list(metrics)
+        self.views = views
+        self.results: dict[str, Tensor] = {}
+        self._features: Any = None
+        self._hook: Any = None
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update(pl_module, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update(pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(pl_module, "test")
+
+    def _start(self, module: Any) -> None:
+        self._detach()
+        for metric in self.metrics:
+            metric.reset()
+            metric.to(module.device)
+        head: Any = getattr(module, "head", None)
+        if isinstance(module, BaseModel) and hasattr(head, "predict"):
+            self._hook = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, head: Any, arguments: tuple[Any, ...]) -> None:
+        self._features = arguments[0]
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._features = None
+
+    @torch.no_grad()
+    def _update(self, module: Any, batch: Any) -> None:
+        inputs, targets = batch
+        if self._features is None or self.views is not None:
+            samples = predict_samples(module, list(inputs), self.views)
+        else:
+            features, self._features = self._features, None
+            samples = module.head.predict(features, None)
+        scores = torch.stack([sample.pred_score for sample in samples])
+        for metric in self.metrics:
+            several = isinstance(metric, (MultiLabelMetric, AveragePrecision)) or isinstance(
+                getattr(module, "head", None), MultiLabelClsHead
+            )
+            metric.update(scores, _target(targets, several, scores))
+
+    def _finish(self, module: LightningModule, phase: str) -> None:
+        self._detach()
+        self.results = {name: value for metric in self.metrics for name, value in metric.compute().items()}
+        for name, value in self.results.items():
+            if value.ndim == 0:
+                module.log(f"{phase}_{name}", value.float())
+
+
+def _target(targets: Any, several: bool, scores: Tensor) -> Tensor:
+    """True classes (N,), or with `several` 1 for each true class of each image, (N, C)."""
+    if isinstance(targets, Tensor):
+        targets = [DataSample().set_gt_label(target) for target in targets.cpu()]
+    if not several:
+        return torch.cat([_label(target) for target in targets]).to(scores.device)
+    rows = [
+        target.gt_score
+        if "gt_score" in target
+        else torch.zeros(scores.shape[1]).index_fill(0, target.gt_label.cpu(), 1.0)
+        for target in targets
+    ]
+    return torch.stack([row.to(scores.device) for row in rows]).long()
+
+
+def _label(sample: DataSample) -> Tensor:
+    if "gt_label" not in sample or len(sample.gt_label) != 1:
+        given = f"{len(sample.gt_label)} labels" if "gt_label" in sample else "no label"
+        raise ValueError(f"an image has {given}, and this metric compares with one; choose one for several labels")
+    label: Tensor = sample.gt_label
+    return label.cpu()

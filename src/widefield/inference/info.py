@@ -1,0 +1,36 @@
+"""What a trained model has to be told of images, and of its classes."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from widefield.data import Pipeline
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What belongs to a model beside its weights.
+
+    Attributes:
+        class_names: Names of the classes; None where they have none.
+        level: Level of the pyramids that the model was trained on, 0 the largest.
+        pipeline: What images went through in validation.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    level: int = 0
+    pipeline: Pipeline = field(default_factory=Pipeline)
+
+
+def info_of(model: nn.Module) -> ModelInfo:
+    """What `get_model` found out about `model`; of a model that came another way, what it says itself."""
+    found = model.__dict__.get("_info")
+    if isinstance(found, ModelInfo):
+        return found
+    names = getattr(model, "class_names", None)
+    return ModelInfo(None if names is None else tuple(names))
+
+
+def set_info(model: nn.Module, info: ModelInfo) -> None:
+    """Keep `info` with the model."""
+    model.__dict__["_info"] = info

@@ -1,0 +1,167 @@
+"""A model by its name, its configuration, or the run that trained it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from widefield.components.initializers import Pretrained
+from widefield.components.models.base_model import BaseModel
+from widefield.config import Config, build, load, merge, ready_configs
+from widefield.data import Pipeline
+from widefield.inference.info import ModelInfo, set_info
+from widefield.inference.names import model_names
+from widefield.models import Classifier
+from widefield.models.classifier import read_checkpoint
+from widefield.models.names import TIMM_PREFIX
+from widefield.models.narrow_resnet import NARROW_RESNETS
+from widefield.models.plain import make_resnet, make_timm, make_torchvision
+from widefield.registry import MODELS, import_module_or_file, suggestion
+
+Name = str | Path | Config | Mapping[str, Any]
+CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
+"""Files in the folder of a run."""
+_TORCHVISION_PREFIX = "torchvision/"
+_CONFIG_ENDINGS = (".yaml", ".yml", ".json", ".py")
+
+
+def get_model(
+    name: Name, pretrained: bool | str | Path = False, device: str | torch.device | None = None, **overrides: Any
+) -> Any:
+    """A model in evaluation mode.
+
+    Args:
+        name: A ready configuration, a name that `list_models` gives, a class of `MODELS`, the description of a model
+            (`{type: ImageClassifier, ...}`), a configuration or its file, a checkpoint that `widefield fit` wrote, or the folder of
+            its run.
+        pretrained: A file of weights; True takes those that torchvision or timm publish, which may download them; False makes
+            random ones. A checkpoint or a run has its weights anyway.
+        device: Where the model goes.
+        overrides: Laid over the description of the model: `backbone={"out_indices": (0, 1, 2, 3)}` changes this argument alone.
+
+    Returns:
+        A model of components or a `Classifier`; of torchvision's and timm's names the plain network, of 1000 classes.
+
+    Raises:
+        ValueError: An unknown name, arguments that the model does not take, or weights that there are not.
+        FileNotFoundError: There is no such file.
+    """
+    model = _made(name, pretrained, overrides)
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def _made(name: Name, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
+    if isinstance(name, Config):
+        return _from_config(name, pretrained, overrides)
+    if isinstance(name, Mapping):
+        return _from_config(Config({"model": dict(name)}), pretrained, overrides)
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".ckpt":
+        if not isinstance(pretrained, bool):
+            raise ValueError(f"{name} has weights of its own; leave pretrained={str(pretrained)!r} out")
+        return load_trained(path, overrides)
+    if name in ready_configs() or path.suffix in _CONFIG_ENDINGS:
+        return _from_config(load(path), pretrained, overrides)
+    if str(name) in MODELS:
+        return _from_config(Config({"model": {"type": str(name)}}), pretrained, overrides)
+    return _plain(str(name), pretrained, overrides)
+
+
+def load_trained(
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    streaming: Mapping[str, Any] | None = None,
+    config: Config | None = None,
+) -> nn.Module:
+    """The model of a checkpoint, or of the folder of a run: that of its best epoch.
+
+    Args:
+        path: The checkpoint or the folder.
+        overrides: Laid over the description of the model.
+        streaming: `tile_size` and `memory_budget`, which belong to the machine and are not in the checkpoint.
+        config: Of the run; None reads the file beside the checkpoint.
+    """
+    if path.is_dir():
+        path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
+    checkpoint = read_checkpoint(path)
+    if "model_name" in checkpoint.get("hyper_parameters", {}):
+        classifier, _ = Classifier.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
+        set_info(classifier, _info(checkpoint, {}))
+        return classifier
+    if config is None:
+        beside = path.parent / CONFIG
+        if not beside.is_file():
+            raise FileNotFoundError(
+                f"{beside} does not exist; {path} says nothing of its model, so give the configuration"
+            )
+        config = load(beside)
+    config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if streaming else {})
+    model = build(_changed(config, overrides or {}), ("model",))
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(f"{path} is no checkpoint of this model: {' '.join(lines[:2])}") from error
+    set_info(model, _info(checkpoint, config.data.get("data") or {}))
+    return model  # type: ignore[no-any-return]
+
+
+def class_names_of(checkpoint: Path) -> tuple[str, ...] | None:
+    """Names of the classes of a checkpoint that `fit` wrote; None where they have none."""
+    return _info(read_checkpoint(checkpoint), {}).class_names
+
+
+def _from_config(config: Config, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
+    config = _changed(config, overrides)
+    if "model" not in config.data:
+        raise ValueError("the configuration has no model; give one with a section model: {type: ImageClassifier, ...}")
+    model = build(config, ("model",))
+    if pretrained is True and not _loads_weights(model):
+        raise ValueError(
+            "there are no published weights for this configuration; give a file, as in pretrained='best.ckpt'"
+        )
+    if isinstance(model, BaseModel):
+        model.init_weights()
+    if not isinstance(pretrained, bool):
+        Pretrained(checkpoint=str(pretrained))(model)
+    set_info(model, _info({}, config.data.get("data") or {}))
+    return model  # type: ignore[no-any-return]
+
+
+def _loads_weights(model: nn.Module) -> bool:
+    return any(getattr(part, "is_pretrained", False) for part in model.modules())
+
+
+def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:
+    for place in config.data.get("imports") or ():
+        import_module_or_file(place)
+    return merge(config, Config({"model": dict(overrides)})) if overrides else config
+
+
+def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
+    """From the state of the data module in the checkpoint, and from the section of the configuration that describes it."""
+    state = next((part for part in checkpoint.values() if isinstance(part, dict) and "class_names" in part), {})
+    names = state.get("class_names") or checkpoint.get("hyper_parameters", {}).get("class_names")
+    seen = data.get("test") or data.get("val") or {}
+    return ModelInfo(
+        None if names is None else tuple(names),
+        state.get("level", seen.get("level", data.get("level", 0))),
+        Pipeline(seen.get("transforms")),
+    )
+
+
+def _plain(name: str, pretrained: bool | str | Path, options: dict[str, Any]) -> nn.Module:
+    """A network of torchvision or timm, or a narrow ResNet."""
+    weights = "DEFAULT" if pretrained is True else None if pretrained is False else str(pretrained)
+    classes = options.pop("num_classes", 1000)
+    if name.startswith(TIMM_PREFIX):
+        return make_timm(name, classes, weights, **options)
+    if name in NARROW_RESNETS and not options:
+        return make_resnet(name, classes, weights)
+    if name in model_names() and name.startswith(_TORCHVISION_PREFIX):
+        return make_torchvision(name.removeprefix(_TORCHVISION_PREFIX), classes, weights, **options)
+    raise ValueError(
+        f"there is no model {name!r}; {suggestion(name, [*ready_configs(), *MODELS.names('model'), *model_names()])}"
+    )

@@ -1,0 +1,22 @@
+"""Figures that are written as PNG files."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def new_figure(width: float = 6.0, height: float = 4.5) -> tuple[Figure, Axes]:
+    """An empty figure of `width` x `height` inches with one pair of axes, which needs no display."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG file; whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)

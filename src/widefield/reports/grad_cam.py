@@ -1,0 +1,130 @@
+"""Grad-CAM of models of components, at any layer."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield.components.data_sample import DataSample
+from widefield.components.models.image_classifier import ImageClassifier
+from widefield.data.datasets import as_batch
+
+
+class NoMapError(ValueError):
+    """A layer whose output says nothing of places in the image."""
+
+
+def grad_cam(
+    model: ImageClassifier, picture: Any, layer: str | None = None, class_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores of the classes of one image, and the map of the evidence for one of them at a layer.
+
+    The map is the sum over channels k of w_k * A_k, with A the output of the layer and w_k the gradient of the class score with
+    respect to A_k, summed over positions: Selvaraju et al., Grad-CAM, 2017, equation 1, before its ReLU and without the division by
+    the number of positions. The output may be a map (1, C, h, w), or tokens (1, L, C) of a square grid with others before them.
+
+    Args:
+        model: A classifier; its mode flags are left as they are, so call `eval()` first.
+        picture: A tensor (C, H, W), or a lazily read image.
+        layer: Name of a part, such as `backbone.layer3`. None takes the last map of the backbone, which may stream, or, of a vision
+            transformer, the tokens that the last attention gets.
+        class_index: The class to explain; None takes the one of the highest score.
+
+    Returns:
+        Scores of shape (classes,), as the head predicts them, and the map of shape (h, w), on the CPU. Both need no gradient.
+
+    Raises:
+        NoMapError: The layer's output is neither a map nor such tokens.
+        ValueError: There is no such layer, the image runs not through it, or the backbone streams and a layer inside is asked for.
+    """
+    picture = picture.to(model.device) if isinstance(picture, Tensor) else picture
+    inputs, _ = model.preprocess((as_batch([picture]), [DataSample()]))
+    if layer is None:
+        layer = _last_attention(model.backbone)
+    if layer is None:
+        activation, features = _last_map(model, inputs)
+    else:
+        activation, features = _at_layer(model, inputs, layer)
+    with torch.enable_grad():
+        logits = model.head(features)
+        sample = model.head.predict(features)[0]
+        index = int(sample.pred_score.argmax()) if class_index is None else class_index
+        if not 0 <= index < logits.shape[1]:
+            raise ValueError(f"there is no class {index}; there are {logits.shape[1]}, from 0")
+        (gradient,) = torch.autograd.grad(logits[0, index], activation, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"the score does not depend on the output of {layer}; name a layer that the image runs through"
+        )
+    weights = _as_map(gradient, layer).sum(dim=(1, 2), keepdim=True)
+    evidence = (weights * _as_map(activation.detach(), layer)).sum(dim=0)
+    return sample.pred_score.detach().float().cpu(), evidence.float().cpu()
+
+
+def _last_map(model: ImageClassifier, inputs: Any) -> tuple[Tensor, Any]:
+    """The last map of the backbone as a leaf of autograd, and what the head gets of it."""
+    with torch.no_grad():
+        found = model.extract_feat(inputs, "backbone")
+    maps = found[0] if isinstance(found, list) else found
+    last = maps[-1]
+    if last.ndim != 4:
+        raise NoMapError(
+            f"{type(model.backbone).__name__} gives features of the shape {tuple(last.shape)}, which have no places; name a layer "
+            "with a map, or let the backbone give its map (gap_before_final_norm=False, out_type=featmap) and pool in the neck"
+        )
+    leaf = last.detach().requires_grad_()
+    with torch.enable_grad():
+        features = (*maps[:-1], leaf)
+        return leaf, features if model.neck is None else model.neck(features)
+
+
+def _at_layer(model: ImageClassifier, inputs: Any, layer: str) -> tuple[Tensor, Any]:
+    """The output of a layer, and what the head gets of it, with the graph between them."""
+    if model.reads_tiles:
+        raise ValueError(f"the backbone streams, so that {layer} never has its whole output; leave the layer away")
+    try:
+        part = model.get_submodule(layer)
+    except AttributeError:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"there is no layer {layer!r}; its name begins with one of {names}, as in backbone.layer3"
+        ) from None
+    outputs: list[Tensor] = []
+
+    def keep(part: nn.Module, arguments: Any, output: Any) -> Any:
+        several = isinstance(output, (tuple, list))
+        last = output[-1] if several else output
+        outputs.append(last if last.requires_grad else last.detach().requires_grad_())
+        handed_on = outputs[-1].clone()  # what follows may change it in place
+        return type(output)([*output[:-1], handed_on]) if several else handed_on
+
+    hook = part.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            features = model.extract_feat(inputs)
+    finally:
+        hook.remove()
+    if not outputs:
+        raise ValueError(f"the image does not run through {layer}; name a layer that it runs through")
+    return outputs[-1], features
+
+
+def _last_attention(backbone: nn.Module) -> str | None:
+    """The norm before the last attention of a vision transformer that gives no map."""
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or getattr(backbone, "out_type", "featmap") == "featmap":
+        return None
+    return f"backbone.layers.{len(layers) - 1}.ln1"
+
+
+def _as_map(output: Tensor, layer: str | None) -> Tensor:
+    """(C, h, w) of a map (1, C, h, w), or of tokens (1, L, C) of which the last are a square grid."""
+    if output.ndim == 4:
+        return output[0]
+    side = math.isqrt(output.shape[1]) if output.ndim == 3 else 0
+    if side < 2:
+        raise NoMapError(
+            f"the output of {layer} has the shape {tuple(output.shape)}, which is no map; name another layer"
+        )
+    return output[0, -side * side :].T.unflatten(1, (side, side))
