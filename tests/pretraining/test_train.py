@@ -58,6 +58,9 @@ def test_a_run_writes_these_files_and_no_others(tmp_path: Path, images: Path) ->
     trained = TinyWrapper()
     trained.get_model().load_state_dict(weights)
     assert not torch.equal(trained.model[0].weight, TinyWrapper().model[0].weight)
+    (line,) = (line for line in metrics(tmp_path / "out") if "train_loss" in line)
+    assert {"step", "epoch", "images_per_second", "data_wait", "bad_images"} <= line.keys()
+    assert any("lr-SGD/params" in line for line in metrics(tmp_path / "out"))
     text = (tmp_path / "out" / "config.yaml").read_text()
     assert "model: TinyWrapper" in text and "method: simclr" in text
 
@@ -112,18 +115,24 @@ def killed_run(out: Path, images: Path, method: str, kill_at: int, options: dict
     return process.exitcode
 
 
-def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(tmp_path: Path, images: Path) -> None:
-    """5 steps an epoch, checkpoints at 2, 4, ...: killed at the start of the last step of the second epoch.
+@pytest.mark.parametrize(
+    ("method", "kill_at", "saved", "options"),
+    [
+        ("densecl", 9, 8, {"callbacks": {"model_checkpoint": {"every_n_train_steps": 2}}}),
+        ("dino", 4, 4, {"callbacks": {"model_checkpoint": {"every_n_minutes": 0}}, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(
+    method: str, kill_at: int, saved: int, options: dict[str, Any], tmp_path: Path, images: Path
+) -> None:
+    """5 batches an epoch: killed at the start of the last step of the second epoch, and in its second step, of two batches.
 
     DenseCL has most to keep: queues and moving copies. Dropout draws random numbers in the model.
     """
-    method, kill_at = "densecl", 9
-    saving = {"model_checkpoint": {"every_n_train_steps": 2}}
-    options: dict[str, Any] = {"epochs": 3, "batch_size": 2, "callbacks": saving, "model": TinyWrapper(dropout=0.5)}
+    options = {"epochs": 3, "batch_size": 2, "model": TinyWrapper(dropout=0.5), **options}
     train(tmp_path / "unbroken", images, method, **{**options, "model": TinyWrapper(dropout=0.5)})
     assert killed_run(tmp_path / "broken", images, method, kill_at, options) == -signal.SIGKILL
-    saved = checkpoint(tmp_path / "broken")["global_step"]
-    assert saved == kill_at // 2 * 2
+    assert checkpoint(tmp_path / "broken")["global_step"] == saved
     train(tmp_path / "broken", images, method, resume_interrupted=True, **options)
     left, right = checkpoint(tmp_path / "broken"), checkpoint(tmp_path / "unbroken")
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "widefield"):
@@ -264,6 +273,7 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"transform_args": {"colour_jitter": None}}, r"no key 'colour_jitter'; did you mean color_jitter\?"),
         ({"transform_args": {"random_resize": {"min_scale": 2}}}, r"transform_args\.random_resize: min_scale=2"),
         ({"trainer_args": {"accumulate_grad_batches": 2}}, r"set by the argument gradient_accumulation_steps"),
+        ({"trainer_args": {"limit_train_batches": 2}}, r"set by the argument data"),
         ({"loader_args": {"shufle": 2}}, r"loader_args has no key 'shufle'; did you mean shuffle"),
         ({"optim": "adam"}, r"optim='adam'; did you mean adamw\?"),
         ({"callbacks": {"modelcheckpoint": {}}}, r"did you mean model_checkpoint"),
@@ -306,7 +316,7 @@ def test_accumulated_batches_scale_the_learning_rate(tmp_path: Path, images: Pat
     for steps in (1, 2):
         train(tmp_path / str(steps), images, batch_size=4, gradient_accumulation_steps=steps, epochs=20)
         rates.append(max(line["lr-SGD/params"] for line in metrics(tmp_path / str(steps)) if "lr-SGD/params" in line))
-    assert rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.02)
     assert rates[0] == pytest.approx(0.3 * 4 / 256, rel=0.02)
 
 

@@ -30,10 +30,13 @@ _TRAINER_ARGUMENTS = {
     "default_root_dir": "out",
     "devices": "devices",
     "enable_checkpointing": "callbacks={'model_checkpoint': None}",
+    "limit_train_batches": "data",
     "logger": "loggers",
     "max_epochs": "epochs",
     "num_nodes": "num_nodes",
+    "overfit_batches": "data",
     "precision": "precision",
+    "reload_dataloaders_every_n_epochs": None,
     "strategy": "strategy",
     "use_distributed_sampler": None,
 }

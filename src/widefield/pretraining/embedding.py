@@ -14,7 +14,8 @@ class StreamingArgs:
     """How the wrapper's `forward_features` is streamed, so that views may be of any size; see `StreamingCNN`.
 
     Attributes:
-        batch_statistics: "exact" trains as the wrapper does without streaming; "frozen" takes running statistics in batch norms.
+        batch_statistics: "exact" trains as the wrapper does without streaming. Batch norms then keep the maps between them, which
+            `maps` puts elsewhere; "frozen" takes their running statistics and keeps none. Other norms cost nothing.
     """
 
     tile_size: int | tuple[int, int] | None = None

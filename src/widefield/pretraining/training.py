@@ -1,6 +1,7 @@
 """`widefield.train`, which is `widefield.pretrain`."""
 
 import logging
+import math
 import os
 import random
 import sys
@@ -163,7 +164,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     _check_first_image(dataset)
 
     batch_size = _batch_size(settings, trainer, len(dataset))
-    per_epoch = max(1, len(dataset) // batch_size // given.gradient_accumulation_steps)
+    # Lightning makes a step of what is left at the end of an epoch
+    per_epoch = math.ceil(len(dataset) // batch_size / given.gradient_accumulation_steps)
     steps = settings.epochs * per_epoch
     max_steps = (given.trainer_args or {}).get("max_steps")
     if max_steps is not None:
