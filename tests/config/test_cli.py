@@ -92,6 +92,11 @@ def test_components_are_listed_with_kind_and_summary(capsys: pytest.CaptureFixtu
     assert main(["list", "components", "res*", "--kind", "backbone"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ResNet", "backbone"], ["ResNet_CIFAR", "backbone"]]
+    assert main(["list", "datasets", "cifar"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["CIFAR10", "dataset"],
+        ["CIFAR100", "dataset"],
+    ]
     assert main(["list", "components", "nothing"]) == 0
     assert "no components match" in capsys.readouterr().err
 
@@ -122,6 +127,13 @@ def test_help_shows_arguments_with_types_defaults_and_docs(file: Path, capsys: p
     assert "  style: one of 'pytorch', 'caffe' (default pytorch)\n" in shown
     assert main(["help", "torch.nn.Linear"]) == 0
     assert "in_features: int (required)" in capsys.readouterr().out
+    for name, shown in (
+        ("CIFAR10", "CIFAR10, a dataset: widefield.data.cifar.CIFAR10"),
+        ("RandomCrop", "RandomCrop, a transform: "),
+        ("AveragePrecision", "average: 'macro' or null (default macro)"),
+    ):
+        assert main(["help", name]) == 0
+        assert shown in capsys.readouterr().out
     assert main(["help", "ResNett"]) == 2
     assert "did you mean ResNet" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """One class in a file of the user's, named in a configuration, changed on the command line, trained and resumed."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.data.cifar_files import write_cifar10
 from tests.small_images import write_folder
 from widefield.cli import main
 from widefield.config import load
@@ -107,6 +109,10 @@ def test_a_users_component_is_trained_and_resumed_from_a_configuration(folder: P
     assert main([*FIT, *overrides, "trainer.max_epochs=2", "--out", "whole"]) == 0
     run = folder / "whole"
     assert {"train_loss", "val_loss", "train_accuracy_top-1", "val_accuracy_top-1"} < set(rows(run)[0])
+    assert main(["test", "--run", "whole", "--out", "numbers.json", "metrics=[{type: Accuracy}]"]) == 0
+    numbers, last = json.loads((folder / "numbers.json").read_text()), rows(run)[-1]
+    assert numbers["test_loss"] == float(last["val_loss"])
+    assert numbers["test_accuracy/top1"] == numbers["test_accuracy_top-1"] == float(last["val_accuracy_top-1"])
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["backbone"]["depth"] == 34
     assert "momentum_buffer" in checkpoint["optimizer_states"][0]["state"][0]
@@ -242,22 +248,61 @@ def test_a_wrong_configuration_is_refused_before_data_is_read(
     assert not (folder / "run").exists()
 
 
-def test_every_ready_configuration_is_checked_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+LABELLED = ["data.images=images", "data.labels=labels.csv"]
+READY = {
+    "resnet18_cifar": [
+        *LABELLED,
+        "data.batch_size=3",
+        "model.backbone.base_channels=2",
+        "model.backbone.stem_channels=4",
+        "model.head={num_classes: 2, in_channels: 16, topk: [1]}",
+    ],
+    "resnet18_cifar10": [
+        "data.train.root=.",
+        "data.val.root=.",
+        "model.backbone.base_channels=2",
+        "model.backbone.stem_channels=4",
+        "model.head.in_channels=16",
+    ],
+    "mae_vit_base": [
+        "data.train.root=images",
+        "data.train.transforms.0.size=32",
+        "data.batch_size=4",
+        "model.backbone.img_size=32",
+        "model.backbone.arch={_delete_: true, embed_dims: 16, num_layers: 1, num_heads: 2, feedforward_channels: 16}",
+        "model.neck={num_patches: 4, embed_dim: 16, decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2}",
+    ],
+    "convnext_slides": [
+        "data.images=slides/images",
+        "data.labels=slides/labels.csv",
+        "model.backbone.streaming.tile_size=64",
+        "model.backbone.arch={_delete_: true, depths: [1, 1, 1, 1], channels: [4, 4, 4, 8]}",
+        "model.head.in_channels=8",
+    ],
+}
+"""What makes each ready configuration a small one on small data."""
+
+
+def test_every_ready_configuration_is_listed_and_tested(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "configs"]) == 0
-    names = capsys.readouterr().out.split()
-    assert "resnet18_cifar" in names
-    for name in names:
-        assert main(["config", "check", name, "data.images=images", "data.labels=labels.csv"]) == 0
+    assert set(capsys.readouterr().out.split()) == set(READY)
 
 
-def test_a_ready_configuration_trains_and_is_a_base(folder: Path) -> None:
-    (folder / "small.yaml").write_text(
-        "_base_: resnet18_cifar\n"
-        "model:\n"
-        "  backbone: {base_channels: 2, stem_channels: 4}\n"
-        "  head: {num_classes: 2, in_channels: 16, topk: [1]}\n"
-        "trainer: {max_epochs: 1, enable_progress_bar: false}"
-    )
-    data = ("--images", "images", "--labels", "labels.csv")
-    assert main(["fit", "--config", "small.yaml", *data, "--batch-size", "3", "--out", "run"]) == 0
-    assert len(rows(folder / "run")) == 1
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_configuration_trains_and_is_tested(folder: Path, name: str) -> None:
+    write_cifar10(folder, per_batch=10, batches=2)
+    write_folder(folder / "slides", side=96)
+    assert main(["config", "check", name, *READY[name]]) == 0
+    small = ["trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", name, *READY[name], *small, "--out", "run"]) == 0
+    (last,) = rows(folder / "run")
+    assert float(last["train_loss"]) > 0
+    if "val_loss" in last:
+        assert main(["test", "--run", "run", "--out", "numbers.json"]) == 0
+        assert json.loads((folder / "numbers.json").read_text())["test_loss"] == float(last["val_loss"])
+
+
+def test_a_ready_configuration_is_a_base(folder: Path) -> None:
+    (folder / "small.yaml").write_text("_base_: resnet18_cifar\nmodel: {head: {num_classes: 3}}")
+    assert load(folder / "small.yaml").data["model"]["head"]["num_classes"] == 3
+    assert main(["config", "check", "small.yaml", *LABELLED]) == 0

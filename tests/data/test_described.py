@@ -134,6 +134,8 @@ def test_transforms_keep_the_type_of_the_pixels(tmp_path: Path) -> None:
         torch.from_numpy(data.chelsea()).permute(2, 0, 1), [20, 30], torchvision.transforms.InterpolationMode.BICUBIC
     )
     torch.testing.assert_close(resized, whole)
+    policy = {"type": "AutoAugment", "policy": "CIFAR10"}
+    assert ImageFolder(tmp_path, transforms=[policy])[0][0].shape == whole.shape[:1] + data.chelsea().shape[:2]
     with pytest.raises(ValueError, match="no transform named 'RandomCrops'; did you mean RandomCrop"):
         ImageFolder(tmp_path, transforms=[{"type": "RandomCrops", "size": 3}])
 

@@ -7,13 +7,18 @@ from widefield.cli.user_code import add_imports, import_user_code
 
 LIGHT = True
 TAKES_OTHERS = False
-EPILOG = "`widefield list components` shows the names."
+EPILOG = "`widefield list components` shows the names; so do `list datasets`, `list transforms` and `list metrics`."
 _WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a component, an import path of a class, or a verb")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="a component, data set, transform or metric, an import path of a class, or a verb",
+    )
     add_imports(parser)
 
 
@@ -34,12 +39,16 @@ def component_help(name: str) -> str:
     Raises:
         ValueError: There is no component of that name.
     """
+    from widefield.components.metrics import METRICS
     from widefield.config.expected import describe
     from widefield.registry import MODELS, arguments_of
+    from widefield.registry.data_index import DATASETS, TRANSFORMS
     from widefield.registry.docs import argument_docs, description
 
-    component = MODELS.get(name)
-    kind = f", a {MODELS.kind(name)}" if MODELS.kind(name) else ""
+    registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)
+    component = registry.get(name)
+    what = registry.kind(name) or ("" if registry is MODELS else registry.name)
+    kind = f", a {what}" if what else ""
     lines = [
         f"{name}{kind}: {component.__module__}.{component.__qualname__}",
         "",

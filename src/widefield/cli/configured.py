@@ -97,6 +97,7 @@ def ignore_irrelevant_warnings() -> None:
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*No (positive|negative) samples in targets.*",
         ".*available but not used.*",
+        ".*Total length of .* across ranks is zero.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
         ".*The number of training batches .* is smaller than the logging interval.*",

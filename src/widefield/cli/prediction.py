@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield.cli.history import write_csv
-from widefield.cli.progress import TileTask, make_progress
+from widefield.cli.progress import TileTask, make_progress, streamed_network
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.config import load
 from widefield.data.pipeline import Picture
@@ -74,7 +74,7 @@ def predict(
     model: Any = load_trained(checkpoint, streaming=streaming, config=None if config is None else load(config))
     info = info_of(model)
     opened = [open_image(file, info.level if level is None else level) for file in files]
-    network = _streamed(model)
+    network = streamed_network(model)
     if isinstance(model, Classifier):
         for image in opened:
             model.stream_network.normalisation.check_channels(image.shape[0])
@@ -96,13 +96,6 @@ def predict(
     write_csv(out / "predictions.csv", [_row(prediction, names) for prediction in predictions])
     _log.info("%d predictions: %s", len(predictions), out / "predictions.csv")
     return predictions
-
-
-def _streamed(model: Any) -> Any:
-    """What streams, if something does."""
-    if isinstance(model, Classifier):
-        return model.stream_network
-    return getattr(getattr(model, "backbone", None), "streamed", None)
 
 
 def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views: AveragedViews | None) -> Prediction:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from widefield.cli.run import console
 from widefield.modules import BaseModule
+from widefield.streaming import StreamingCNN
 
 
 def make_progress() -> Progress:
@@ -34,6 +35,14 @@ class TileTask:
         self._progress.update(self._task, description=f"  tiles, {phase}", completed=done, total=total)
 
 
+def streamed_network(model: Any) -> StreamingCNN | None:
+    """What streams in a model, if something does: the trunk, or a backbone."""
+    if isinstance(model, BaseModule):
+        return model.stream_network
+    network: StreamingCNN | None = getattr(getattr(model, "backbone", None), "streamed", None)
+    return network
+
+
 class StreamingProgress(ProgressBar):
     """Two bars: the images of the epoch, and the tiles of the image at hand."""
 
@@ -51,12 +60,14 @@ class StreamingProgress(ProgressBar):
             self._progress = make_progress()
             self._images = self._progress.add_task("", total=None)
             self._progress.start()
-            if isinstance(pl_module, BaseModule):
-                pl_module.stream_network.progress = TileTask(self._progress).update
+            network = streamed_network(pl_module)
+            if network is not None:
+                network.progress = TileTask(self._progress).update
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(pl_module, BaseModule):
-            pl_module.stream_network.progress = None
+        network = streamed_network(pl_module)
+        if network is not None:
+            network.progress = None
         self._stop()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

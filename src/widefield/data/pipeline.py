@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any
 
 import torch
@@ -10,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
 from widefield.images import LazyImage
-from widefield.registry import ComponentOf, split_description
+from widefield.registry import ComponentOf, arguments_of, split_description
 from widefield.registry.data_index import TRANSFORMS
 
 Transform = Callable[[Any], Any]
@@ -76,15 +77,22 @@ def whole(picture: Picture) -> Tensor:
 
 def _build(description: dict[str, Any]) -> Transform:
     name, arguments = split_description(description)
-    if isinstance(arguments.get("interpolation"), str) and _is_torchvisions(name):
-        arguments["interpolation"] = InterpolationMode(arguments["interpolation"])
+    kind = TRANSFORMS.get(name) if isinstance(name, str) else name
+    if isinstance(kind, type) and issubclass(kind, v2.Transform):
+        arguments = {key: _enumerated(value, key, kind) for key, value in arguments.items()}
     transform: Transform = TRANSFORMS.build({"type": name, **arguments})
     return _OfTorchvision(transform) if isinstance(transform, v2.Transform) else transform
 
 
-def _is_torchvisions(name: Any) -> bool:
-    made = TRANSFORMS.get(name) if isinstance(name, str) else name
-    return isinstance(made, type) and issubclass(made, v2.Transform)
+def _enumerated(value: Any, name: str, kind: Callable[..., Any]) -> Any:
+    """The member of torchvision's enumerations that a text means."""
+    known = arguments_of(kind).named.get(name)
+    if not isinstance(value, str) or known is None:
+        return value
+    if name == "interpolation":
+        return InterpolationMode(value)
+    is_enumeration = isinstance(known.annotation, type) and issubclass(known.annotation, Enum)
+    return known.annotation[value] if is_enumeration else value
 
 
 def _plain(picture: Any) -> Any:
