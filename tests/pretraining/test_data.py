@@ -21,7 +21,7 @@ from widefield.pretraining.files import find_images
 from widefield.pretraining.pixels import read_pixels
 from widefield.pretraining.slides import SlideArgs, draw_region, foreground, read_patch, tissue
 from widefield.pretraining.source import Files, Items, Slides
-from widefield.pretraining.transform_args import TransformArgs
+from widefield.pretraining.transform_args import RandomResize, TransformArgs
 from widefield.pretraining.views import Views
 
 SMALL = Views(TransformArgs(image_size=16))
@@ -79,6 +79,23 @@ def test_formats_and_types(tmp_path: Path) -> None:
     assert read_pixels(tmp_path / "seven.npy", 7).dtype == torch.float32
     with pytest.raises(ImageReadError, match=r"has 7 channels and 3 are expected; say .*\"num_channels\": 7"):
         read_pixels(tmp_path / "seven.npy", 3)
+
+
+def test_large_photos_are_decoded_as_small_as_the_views_allow(tmp_path: Path) -> None:
+    whole = np.tile(data.astronaut(), (3, 4, 1))
+    Image.fromarray(whole).save(tmp_path / "large.jpg", quality=95)
+    off = dict.fromkeys(("color_jitter", "random_gray_scale", "gaussian_blur"))
+    views = Views(TransformArgs(image_size=96, random_resize=RandomResize(0.25, 1.0), **off))
+    assert views.reduction(1536, 2048) == pytest.approx(0.5 * (1536 * 2048 * 0.75) ** 0.5 / 96)
+    assert views.reduction(90, 90) == 1
+    small = read_pixels(tmp_path / "large.jpg", 3, views.reduction)
+    assert small.shape == (3, 192, 256)
+    large = read_pixels(tmp_path / "large.jpg", 3)
+    for k in range(5):  # up to the rounding of a crop to whole pixels
+        of_large, of_small, other = (
+            views(image, Random(seed))[0].float() for image, seed in ((large, k), (small, k), (large, k + 1))
+        )
+        assert (of_small - of_large).abs().mean() < 0.25 * (other - of_large).abs().mean()
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (4, np.uint16), (7, np.float32)])

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from widefield.pretraining.pixels import as_tensor, read_pixels, with_channels
+from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
 from widefield.pretraining.slides import SlideArgs, read_patch
 
 
@@ -26,10 +26,11 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Whole image files."""
+    """Whole image files; photos may be decoded `reduction` times smaller, see `read_pixels`."""
 
     paths: Sequence[Path]
     num_channels: int
+    reduction: Reduction | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -38,7 +39,7 @@ class Files:
         return str(self.paths[index])
 
     def read(self, index: int, random: Random) -> Tensor:
-        return read_pixels(self.paths[index], self.num_channels)
+        return read_pixels(self.paths[index], self.num_channels, self.reduction)
 
 
 @dataclass(frozen=True)

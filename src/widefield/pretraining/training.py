@@ -198,11 +198,15 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
 def _dataset(settings: Settings) -> ViewDataset:
     given, channels = settings.given, settings.transforms.num_channels
     source: ImageSource
+    views = Views(settings.transforms)
     if isinstance(given.data, (str, Path)) or (
         isinstance(given.data, Sequence) and all(isinstance(one, (str, Path)) for one in given.data)
     ):
         paths = tuple(find_images(given.data))
-        source = Files(paths, channels) if settings.slides is None else Slides(paths, channels, settings.slides)
+        if settings.slides is None:
+            source = Files(paths, channels, views.reduction)
+        else:
+            source = Slides(paths, channels, settings.slides)
     elif hasattr(given.data, "__getitem__") and hasattr(given.data, "__len__") and not isinstance(given.data, Mapping):
         if settings.slides is not None:
             raise ValueError("slides are files; give data as a folder or a list of them")
@@ -213,7 +217,7 @@ def _dataset(settings: Settings) -> ViewDataset:
         raise ValueError(
             f"data must be a folder, a file, a list of these or a torch dataset with a length: got {type(given.data).__name__}"
         )
-    return ViewDataset(source, Views(settings.transforms), given.seed, given.on_bad_image)
+    return ViewDataset(source, views, given.seed, given.on_bad_image)
 
 
 def _check_first_image(dataset: ViewDataset) -> None:

@@ -54,7 +54,9 @@ class View:
             ratio = math.exp(random.uniform(low, high))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return random.randint(0, height - h), random.randint(0, width - w), h, w
+                # shares, so that an image that is decoded smaller gives the same crops
+                y, x = random.random(), random.random()
+                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
         ratio = min(max(width / height, resize.min_ratio), resize.max_ratio)
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
@@ -138,6 +140,18 @@ class Views:
             changed = replace(args, random_resize=local.random_resize, gaussian_blur=local.gaussian_blur)
             views += [View(size_of(local.view_size, "view_size"), changed)] * local.num_views
         return tuple(views)
+
+    def reduction(self, height: int, width: int) -> float:
+        """How many times smaller an image may be, and still no crop be smaller than its view; at least 1."""
+        factors = []
+        for view in self.each:
+            resize = view.args.random_resize
+            least_height, least_width = float(height), float(width)
+            if resize is not None:
+                least_height = math.sqrt(resize.min_scale * height * width / resize.max_ratio)
+                least_width = math.sqrt(resize.min_scale * height * width * resize.min_ratio)
+            factors.append(min(least_height / view.size[0], least_width / view.size[1]))
+        return max(1.0, min(factors))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
