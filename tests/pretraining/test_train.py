@@ -201,7 +201,9 @@ def test_resuming_more_epochs_goes_on(tmp_path: Path, images: Path) -> None:
 
 def test_resuming_nothing_starts_from_scratch(tmp_path: Path, images: Path) -> None:
     (tmp_path / "stray.txt").write_text("kept")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train_loss": 3.0}\n')  # killed before its first checkpoint
     train(tmp_path, images, resume_interrupted=True)
+    assert [step for step, _ in losses(tmp_path)] == [1]
     assert "starting from scratch" in (tmp_path / "train.log").read_text()
 
 

@@ -138,9 +138,10 @@ def train(
             _log.info("training %s images into %s", len(module.dataset), folder.path)
             if resumed is not None:
                 _log.info("restoring %s: epoch %d, step %d", folder.last, resumed["epoch"], resumed["global_step"])
-                forget_after(folder.metrics, resumed["global_step"])
             elif settings.given.resume_interrupted:
                 _log.warning("there is no %s to resume: starting from scratch", folder.last)
+            if settings.given.resume_interrupted:
+                forget_after(folder.metrics, 0 if resumed is None else resumed["global_step"])
         _fit(trainer, module, folder, resumed is not None, settings)
 
 
@@ -148,7 +149,7 @@ pretrain = train
 
 
 def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, dict[str, Any] | None]:
-    """The trainer, what it trains, and the checkpoint that it goes on with; nothing is written."""
+    """The trainer, what it trains, and what is known of the checkpoint that it goes on with; nothing is written."""
     given = settings.given
     _seed(given.seed)
     if given.float32_matmul_precision != "auto":
@@ -318,6 +319,7 @@ def _precision(precision: Any, accelerator: Any) -> Any:
 
 
 def _last_checkpoint(path: Path, method: str) -> dict[str, Any] | None:
+    """What the checkpoint says of its run; None if there is none."""
     if not path.is_file():
         return None
     content = read_torch_file(path)
@@ -327,7 +329,7 @@ def _last_checkpoint(path: Path, method: str) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} is of method={content[KEY]['method']!r}, and method={method!r} was given; resume with the arguments of the run"
         )
-    return content
+    return {key: content[key] for key in ("epoch", "global_step", KEY)}
 
 
 def _check_resumed(checkpoint: dict[str, Any], batches: int) -> None:
