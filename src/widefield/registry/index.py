@@ -113,6 +113,7 @@ COMPONENTS = (
         f"{_HOME}.heads.vision_transformer_head:VisionTransformerClsHead",
         "head",
         "Classification of the class token by one linear layer, or by two with an activation between them.",
+        replaceable=True,
     ),
     Entry(
         "MultiLabelClsHead",
@@ -143,6 +144,7 @@ COMPONENTS = (
         f"{_HOME}.heads.mae_head:MAEPretrainHead",
         "head",
         "Compares predicted patches with those of the image, for masked autoencoders.",
+        replaceable=True,
     ),
     Entry("MIMHead", f"{_HOME}.heads.mim_head:MIMHead", "head", "Compares predictions with targets under a mask."),
     Entry(
@@ -169,7 +171,13 @@ COMPONENTS = (
         "loss",
         "Cross-entropy of smoothed labels.",
     ),
-    Entry("L1Loss", f"{_HOME}.losses.l1_loss:L1Loss", "loss", "Absolute difference of predictions and targets."),
+    Entry(
+        "L1Loss",
+        f"{_HOME}.losses.l1_loss:L1Loss",
+        "loss",
+        "Absolute difference of predictions and targets.",
+        replaceable=True,
+    ),
     Entry(
         "PixelReconstructionLoss",
         f"{_HOME}.losses.pixel_reconstruction_loss:PixelReconstructionLoss",
