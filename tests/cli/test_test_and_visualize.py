@@ -134,6 +134,17 @@ def test_a_model_that_has_no_map_predicts_without_heatmaps(run: Path, tmp_path: 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
 
 
+def test_a_head_of_fewer_classes_than_the_data_has_is_refused(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["fit", "--config", str(run.parent / "config.yaml"), "--out", str(tmp_path / "out"), "--seed", "5"]
+    assert main([*line, "model.head.num_classes=1"]) == 2
+    assert "the data has 2 classes, and model.head.num_classes=1" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*line, "trainer.max_epochs=1"]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["init_args"]["seed"] == 5
+
+
 def test_evidence_is_drawn_at_any_layer(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     io.imsave(tmp_path / "cat.png", data.chelsea()[:64, :64], check_contrast=False)
     line = ["visualize", "cam", str(tmp_path / "cat.png"), "--checkpoint", str(run), "--out", str(tmp_path / "cam")]

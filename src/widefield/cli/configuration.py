@@ -4,12 +4,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from widefield.cli.sections import SECTIONS
 from widefield.cli.user_code import import_user_code
 from widefield.config import Config, build, check_config, load, override
 from widefield.config.merge import IMPORTS
-from widefield.registry import MODELS
+from widefield.registry import MODELS, arguments_of
 
 SHORTCUTS = {
     "images": "data.images",
@@ -82,9 +83,17 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
             overrides.append(f"{entry}={value}")
     if getattr(arguments, "seed", None) is not None:
         overrides.append(f"seed_everything={arguments.seed}")
-        if "type" not in (config.data.get("data") or {}):
+        if _takes_seed(config.data.get("data") or {}):
             overrides.append(f"data.seed={arguments.seed}")
     return overrides
+
+
+def _takes_seed(data: dict[str, Any]) -> bool:
+    """Whether the data module has a seed of its own; of an unknown one the check of the configuration says what is wrong."""
+    try:
+        return "seed" in arguments_of(SECTIONS["data"].resolve(data)).named
+    except (ValueError, ImportError):
+        return False
 
 
 def _split(others: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -26,12 +26,16 @@ class Pipeline:
     A lazily read image is read whole before the first transform of torchvision; without any transform it stays lazy. Where a
     transform gives several pictures, in a tuple, those after it change each of them.
 
+    Attributes:
+        description: What was given.
+
     Args:
         transforms: Descriptions such as `{type: RandomCrop, size: 32}`; an interpolation is a text, such as `bicubic`.
     """
 
     def __init__(self, transforms: TransformsConfig = None) -> None:
-        self._transforms = [_build(description) for description in transforms or ()]
+        self.description = list(transforms or ())
+        self._transforms = [_build(one) for one in self.description]
 
     def __call__(self, picture: Any) -> Any:
         """A picture, or a tuple of them, transformed; plain tensors keep their type (8 bits stay 8 bits)."""

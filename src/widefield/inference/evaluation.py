@@ -1,6 +1,6 @@
 """Metrics of validation and test."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Evaluation(Callback):
 
     @torch.no_grad()
     def _update(self, module: Any, batch: Any) -> None:
-        inputs, targets = batch
+        inputs, targets = (batch["inputs"], batch["data_samples"]) if isinstance(batch, Mapping) else batch
         if self._features is None or self.views is not None:
             samples = predict_samples(module, list(inputs), self.views)
         else:
@@ -109,7 +109,7 @@ class Evaluation(Callback):
         self.results = {name: value for metric in self.metrics for name, value in metric.compute().items()}
         for name, value in self.results.items():
             if value.ndim == 0:
-                module.log(f"{phase}_{name}", value.float())
+                module.log(f"{phase}_{name}", value.float(), sync_dist=True)  # the same in all processes
 
 
 def _target(targets: Any, several: bool, scores: Tensor) -> Tensor:
