@@ -114,7 +114,7 @@ def test_files_arrays_and_tensors_are_classified_alike(run: Path, photos: Path) 
     (single,) = widefield.ImageClassificationInferencer(inferencer.model, classes=["a", "b"])(str(file))
     assert single["pred_class"] in ("a", "b")
     assert widefield.inference_model(run, file)["pred_label"] == results[0]["pred_label"]
-    with pytest.raises(TypeError, match="Linear predicts nothing"):
+    with pytest.raises(ValueError, match="Linear predicts nothing"):
         widefield.inference_model(nn.Linear(3, 3), pixels)
     with pytest.raises(ValueError, match=r"a tensor of shape \(1, 3, 64, 80\) is no image"):
         inferencer(tensor[None])
@@ -178,7 +178,7 @@ def test_features_of_every_stage(run: Path, photos: Path) -> None:
     of_classifier = widefield.FeatureExtractor(classifier)
     vector = of_classifier(files[0], stage="pre_logits")[0]
     torch.testing.assert_close(vector, of_classifier(files[0])[0][0].mean((1, 2)), atol=1e-5, rtol=1e-4)
-    with pytest.raises(TypeError, match="Linear has no features"):
+    with pytest.raises(ValueError, match="Linear has no features"):
         widefield.FeatureExtractor(nn.Linear(2, 2))(files[0])
 
 

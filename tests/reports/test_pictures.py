@@ -92,7 +92,11 @@ def test_tokens_are_laid_out_as_the_patches_were() -> None:
     found = tokens[0].detach()[0, 1:]
     weights = torch.linalg.lstsq(found[:, :], evidence.reshape(-1)).solution
     torch.testing.assert_close((found @ weights).view(4, 4), evidence, atol=1e-4, rtol=1e-3)
-    with pytest.raises(NoMapError, match=r"the output of backbone has the shape \(1, 16\), which is no map"):
+    wide = classifier({**VIT, "img_size": [16, 64]}, 16, neck=False)
+    assert grad_cam(wide, torch.rand(3, 16, 64))[1].shape == (2, 8)
+    with pytest.raises(
+        NoMapError, match=r"the output of backbone has the shape \(1, 16\), which is no map of the image"
+    ):
         grad_cam(model, image, "backbone")
     with pytest.raises(NoMapError, match=r"ConvNeXt gives features of the shape .*gap_before_final_norm=False"):
         grad_cam(classifier({**CONVNEXT, "gap_before_final_norm": True}, 8, neck=False), image)

@@ -12,6 +12,7 @@ the output folder. Every other entry can be given by its own name (`--trainer.pr
 `--trainer.accumulate_grad_batches 4`, `model.pooling=max`, `data.val_fraction=0.3`, with or without the dashes) or in a file
 with --config, YAML or Python; what is given on the command line wins. A file may describe components by their `type`, and be
 based on others with `_base_`; `widefield config check FILE` says what is wrong with it.
+`metrics=[{type: Accuracy, topk: [1, 5]}]`, of those that `widefield list metrics` names, are computed in validation and test.
 `widefield fit --print_config` prints all entries with their defaults.
 """
 

@@ -67,7 +67,7 @@ def inference_model(model: nn.Module | Name, image: Image) -> Any:
     """What `model` says of one image: a classifier the dictionary of `ImageClassificationInferencer`, a retriever its matches.
 
     Raises:
-        TypeError: The model predicts nothing.
+        ValueError: The model predicts nothing.
     """
     from widefield.inference.retrieval import matches
 

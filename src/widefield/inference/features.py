@@ -51,11 +51,10 @@ def features_of(model: Any, picture: Picture, stage: Stage) -> Any:
     """The features of one picture, see `FeatureExtractor`.
 
     Raises:
-        ValueError: The model has no such stage.
-        TypeError: It is neither of components nor a `Classifier`.
+        ValueError: The model has no such stage, or is neither of components nor a `Classifier`.
     """
     if not _has_features(model):
-        raise TypeError(
+        raise ValueError(
             f"{type(model).__name__} has no features to extract; give a model of components, or a Classifier"
         )
     batch = as_batch([picture.to(model.device) if isinstance(picture, Tensor) else picture])

@@ -53,7 +53,7 @@ def predict_samples(model: Any, pictures: Sequence[Picture], views: AveragedView
         views: Test-time augmentation: scores are those of the views of a picture, averaged.
 
     Raises:
-        TypeError: The model predicts nothing.
+        ValueError: The model predicts nothing.
     """
     if views is None:
         return _predicted(model, pictures)
@@ -64,7 +64,7 @@ def predict_samples(model: Any, pictures: Sequence[Picture], views: AveragedView
 
 def _predicted(model: Any, pictures: Sequence[Picture]) -> list[DataSample]:
     if not _predicts(model):
-        raise TypeError(
+        raise ValueError(
             f"{type(model).__name__} predicts nothing; give a model such as ImageClassifier, or a Classifier"
         )
     mixed = len({isinstance(picture, Tensor) for picture in pictures}) > 1

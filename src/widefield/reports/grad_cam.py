@@ -22,7 +22,7 @@ def grad_cam(
 
     The map is the sum over channels k of w_k * A_k, with A the output of the layer and w_k the gradient of the class score with
     respect to A_k, summed over positions: Selvaraju et al., Grad-CAM, 2017, equation 1, before its ReLU and without the division by
-    the number of positions. The output may be a map (1, C, h, w), or tokens (1, L, C) of a square grid with others before them.
+    the number of positions. The output may be a map (1, C, h, w), or the tokens (1, L, C) of a vision transformer.
 
     Args:
         model: A classifier; its mode flags are left as they are, so call `eval()` first.
@@ -57,8 +57,8 @@ def grad_cam(
         raise ValueError(
             f"the score does not depend on the output of {layer}; name a layer that the image runs through"
         )
-    weights = _as_map(gradient, layer).sum(dim=(1, 2), keepdim=True)
-    evidence = (weights * _as_map(activation.detach(), layer)).sum(dim=0)
+    weights = _as_map(gradient, layer, model.backbone).sum(dim=(1, 2), keepdim=True)
+    evidence = (weights * _as_map(activation.detach(), layer, model.backbone)).sum(dim=0)
     return sample.pred_score.detach().float().cpu(), evidence.float().cpu()
 
 
@@ -113,18 +113,23 @@ def _at_layer(model: ImageClassifier, inputs: Any, layer: str) -> tuple[Tensor, 
 def _last_attention(backbone: nn.Module) -> str | None:
     """The norm before the last attention of a vision transformer that gives no map."""
     layers = getattr(backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or getattr(backbone, "out_type", "featmap") == "featmap":
+    if not isinstance(layers, nn.ModuleList) or not hasattr(layers[-1], "ln1"):
+        return None
+    if getattr(backbone, "out_type", "featmap") == "featmap":
         return None
     return f"backbone.layers.{len(layers) - 1}.ln1"
 
 
-def _as_map(output: Tensor, layer: str | None) -> Tensor:
-    """(C, h, w) of a map (1, C, h, w), or of tokens (1, L, C) of which the last are a square grid."""
+def _as_map(output: Tensor, layer: str | None, backbone: nn.Module) -> Tensor:
+    """(C, h, w) of a map (1, C, h, w), or of tokens (1, L, C): those of the patches, row by row, behind some others."""
     if output.ndim == 4:
         return output[0]
-    side = math.isqrt(output.shape[1]) if output.ndim == 3 else 0
-    if side < 2:
+    patches = output.shape[1] - int(getattr(backbone, "num_extra_tokens", 1)) if output.ndim == 3 else 0
+    rows, columns = getattr(backbone, "patch_resolution", (0, 0))
+    if rows * columns != patches:
+        rows = columns = math.isqrt(max(patches, 0))
+    if patches < 1 or rows * columns != patches:
         raise NoMapError(
-            f"the output of {layer} has the shape {tuple(output.shape)}, which is no map; name another layer"
+            f"the output of {layer} has the shape {tuple(output.shape)}, which is no map of the image; name another layer"
         )
-    return output[0, -side * side :].T.unflatten(1, (side, side))
+    return output[0, -patches:].T.unflatten(1, (rows, columns))
