@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tests.components.lazy import Lazy
 from tests.small_images import write_folder
 from widefield.components import DataSample
+from widefield.components.metrics import METRICS
+from widefield.inference.evaluation import Evaluation
 from widefield.registry import MODELS
 
 PROTOTYPES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -202,3 +205,11 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         made()(QUERIES, mode="loss")
     with pytest.raises(RuntimeError, match='Invalid mode "unknown"'):
         made()(QUERIES, mode="unknown")
+
+
+def test_without_a_head_the_metrics_of_what_is_predicted_are_tested() -> None:
+    loader = DataLoader([(QUERIES[0], 0), (QUERIES[1], 2)], batch_size=2)  # type: ignore[arg-type]
+    evaluation = Evaluation([METRICS.build({"type": "RetrievalRecall", "topk": 1})])
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(**options, callbacks=[evaluation]).test(made(), loader, verbose=False)
+    assert evaluation.results["retrieval/Recall@1"] == 50

@@ -12,16 +12,21 @@ from widefield.components.data_sample import DataSample
 from widefield.components.heads.multi_label_cls_head import MultiLabelClsHead
 from widefield.components.metrics.average_precision import AveragePrecision
 from widefield.components.metrics.multi_label import MultiLabelMetric
+from widefield.components.metrics.retrieval_average_precision import RetrievalAveragePrecision
+from widefield.components.metrics.retrieval_recall import RetrievalRecall
 from widefield.components.models.base_model import BaseModel
 from widefield.inference.prediction import predict_samples
 from widefield.inference.views import AveragedViews
+
+_OF_SEVERAL = (MultiLabelMetric, AveragePrecision, RetrievalRecall, RetrievalAveragePrecision)
 
 
 class Evaluation(Callback):
     """Computes metrics of what a model predicts in validation and test, and logs them as `val_NAME` and `test_NAME`.
 
     The backbone runs once: what the head gets for the loss, it gets for the prediction. A single-label metric is given class
-    indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C).
+    indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C); one of retrieval, 0
+    and 1 per item of the collection (N, M), whose indices are the labels.
 
     Attributes:
         results: What was computed last, by name without prefix; values that are no single number are only here.
@@ -99,9 +104,7 @@ class Evaluation(Callback):
             samples = module.head.predict(features, None)
         scores = torch.stack([sample.pred_score for sample in samples])
         for metric in self.metrics:
-            several = isinstance(metric, (MultiLabelMetric, AveragePrecision)) or isinstance(
-                getattr(module, "head", None), MultiLabelClsHead
-            )
+            several = isinstance(metric, _OF_SEVERAL) or isinstance(getattr(module, "head", None), MultiLabelClsHead)
             metric.update(scores, _target(targets, several, scores))
 
     def _finish(self, module: LightningModule, phase: str) -> None:

@@ -159,6 +159,12 @@ class ImageToImageRetriever(BaseModel):
             for sample, score, label in zip(samples, similarity, labels, strict=True)
         ]
 
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.head is None else super().validation_step(batch, batch_idx)  # metrics take what is predicted
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.head is None else super().test_step(batch, batch_idx)
+
     def predict_step(self, batch: Any, batch_idx: int) -> list[DataSample]:
         return self.predict(*self.preprocess(batch))
 
