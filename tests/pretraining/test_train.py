@@ -65,7 +65,9 @@ def test_a_run_writes_these_files_and_no_others(tmp_path: Path, images: Path) ->
     assert "model: TinyWrapper" in text and "method: simclr" in text
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize(
+    "method", sorted({*METHODS.names()} - {"beit", "dinov2", "mae", "maskfeat"})
+)  # which refuse it
 def test_every_method_trains_and_a_seed_repeats_it_bit_for_bit(method: str, tmp_path: Path, images: Path) -> None:
     before = TinyWrapper().get_model().state_dict()
     for name in ("a", "b"):

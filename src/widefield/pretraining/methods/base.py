@@ -40,6 +40,7 @@ class Method(nn.Module):
     Attributes:
         transforms: The views, unless `transform_args` says otherwise.
         optim: The optimizer, unless `optim` and `optim_args` say otherwise.
+        companions: Modules that never train: they go where the method goes, and stand in no checkpoint.
 
     Args:
         embedding: The model that is trained, with its embedding layer.
@@ -54,6 +55,12 @@ class Method(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.run = run
+        self.companions: tuple[nn.Module, ...] = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for module in self.companions:
+            module._apply(fn)
+        return super()._apply(fn, recurse)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         """The loss of normalised views, each (B, C, height, width), under "loss"; other entries are logged.
@@ -125,3 +132,14 @@ def queue_size(size: int | None, dataset_size: int, largest: int) -> int:
     if not 0 < size < dataset_size:
         raise ValueError(f"queue_size={size} must be above 0 and below the number of images, {dataset_size}")
     return size
+
+
+def by_size(views: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one size together, which go through the model as one batch."""
+    groups: list[list[Tensor]] = []
+    for view in views:
+        if groups and groups[-1][0].shape == view.shape:
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups

@@ -11,7 +11,7 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, follow, momentum_copy, rising
+from widefield.pretraining.methods.base import Method, Run, by_size, follow, momentum_copy, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,
@@ -76,12 +76,12 @@ class DINO(Method):
         super().__init__(embedding, run)
         size = run.dataset_size
         if output_dim is None:
-            output_dim = next((dim for images, dim in OUTPUT_DIMS if size < images), 65536)
+            output_dim = output_dim_for(size)
         self.teacher_temp = between(size, 0.02, 0.07) if teacher_temp is None else teacher_temp
         self.momentum = between(size, 0.99, 0.996) if momentum is None else momentum
         self.warmup_temp = min(self.teacher_temp, 0.04) if warmup_teacher_temp is None else warmup_teacher_temp
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
-        self.head = _head(run.embedding_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)
+        self.head = projection_head(run.embedding_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)
         self.head.freeze_last_layer = min(freeze_last_layer_steps, run.steps // 10)
         self.teacher_embedding, self.teacher_head = momentum_copy(embedding), momentum_copy(self.head)
         self.criterion = DINOLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
@@ -92,7 +92,7 @@ class DINO(Method):
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         students: list[Tensor] = []
-        for same_size in _by_size(views):
+        for same_size in by_size(views):
             students += self.head(self.embedding.vectors(torch.cat(same_size))).chunk(len(same_size))
         with torch.no_grad():
             teachers = self.teacher_head(self.teacher_embedding.vectors(torch.cat(list(views[:2])))).chunk(2)
@@ -111,6 +111,11 @@ class DINO(Method):
         return teacher
 
 
+def output_dim_for(size: int) -> int:
+    """Outputs of the head for `size` images."""
+    return next((dim for images, dim in OUTPUT_DIMS if size < images), 65536)
+
+
 def between(size: int, small: float, large: float) -> float:
     """From `small` for at most 20 thousand images to `large` for a million, in proportion to the logarithm."""
     share = math.log(max(size, 1) / SMALL) / math.log(LARGE / SMALL)
@@ -124,20 +129,10 @@ class UnitRows(nn.Linear):
         return nn.functional.linear(input, nn.functional.normalize(self.weight, dim=1))
 
 
-def _head(*sizes: int) -> DINOProjectionHead:
+def projection_head(*sizes: int) -> DINOProjectionHead:
+    """DINO's head of the widths input, hidden, bottleneck, output, and whether it has batch norms."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates weight_norm, which is replaced below
         head = DINOProjectionHead(*sizes)
     head.last_layer = UnitRows(sizes[2], sizes[3], bias=False)  # the other can neither be copied nor pickled
     return head
-
-
-def _by_size(views: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one size together, which go through the model as one batch."""
-    groups: list[list[Tensor]] = []
-    for view in views:
-        if groups and groups[-1][0].shape == view.shape:
-            groups[-1].append(view)
-        else:
-            groups.append([view])
-    return groups

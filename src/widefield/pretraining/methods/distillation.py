@@ -68,8 +68,7 @@ class Distillation(Method):
         if teacher_weights is not None:
             load_weights(wrapper.get_model(), teacher_weights)
         dim: int = wrapper.feature_dim()
-        # in a tuple, so that it is not part of any checkpoint
-        self._teacher = (wrapper.eval().requires_grad_(False),)
+        self.companions = (wrapper.eval().requires_grad_(False),)
         self.temperature, self.local_weight = temperature, local_weight
         self.head, self.local_head = nn.Linear(run.embedding_dim, dim), nn.Linear(embedding.channels, dim)
         for layer in (self.head, self.local_head):
@@ -79,14 +78,9 @@ class Distillation(Method):
         self.queue = MemoryBankModule((size, dim), gather_distributed=True)
         persistent_queue(self.queue)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """The teacher goes to the device of the method."""
-        self._teacher[0]._apply(fn)
-        return super()._apply(fn, recurse)
-
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         images = torch.cat([_mixed(view) for view in views])
-        wrapper: Any = self._teacher[0]
+        wrapper: Any = self.companions[0]
         with torch.no_grad():
             seen = wrapper.forward_features(images)
             wanted = wrapper.forward_pool(seen)["pooled_features"].flatten(1)

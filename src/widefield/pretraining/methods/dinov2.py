@@ -1,0 +1,155 @@
+"""DINOv2."""
+
+from collections.abc import Sequence
+
+import torch
+from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+from lightly.utils.scheduler import linear_warmup_schedule
+from torch import Tensor
+
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run, by_size, follow, joint, momentum_copy, rising
+from widefield.pretraining.methods.dino import output_dim_for, projection_head
+from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.transform_args import (
+    ColorJitter,
+    GaussianBlur,
+    LocalViews,
+    RandomResize,
+    SecondView,
+    Solarize,
+    TransformArgs,
+)
+
+MASKED_SHARES = (0.1, 0.5)
+"""Smallest and largest share of hidden patches in a view that has any; half of the global views do."""
+
+
+class DINOv2(Method):
+    """DINO on class tokens, iBOT on hidden patches, and class tokens kept apart; the teacher is what is exported.
+
+    Oquab et al., DINOv2: learning robust visual features without supervision, https://arxiv.org/abs/2304.07193: the loss of DINO,
+    plus `patch_weight` times the same loss between a hidden patch of the student and that patch as the teacher sees it (Zhou et
+    al., https://arxiv.org/abs/2111.07832), plus `koleo_weight` times -log of the distance of class tokens to their nearest
+    neighbours (Sablayrolles et al., https://arxiv.org/abs/1806.03198), summed over the two global views. Teachers are centred by a
+    moving mean. Weight decay is constant, and all layers have one learning rate.
+
+    The model must be a vision transformer with a class token, of timm or of `widefield.components`.
+
+    Args:
+        embedding, run: See `Method`.
+        hidden_dim, bottleneck_dim, output_dim: Widths of the two heads, one for class tokens and one for patches; an `output_dim`
+            of None depends on the number of images, as in `DINO`.
+        student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
+        warmup_teacher_temp: At most `teacher_temp`.
+        warmup_teacher_temp_steps: Steps in which it rises; at most 3 tenths of the run.
+        momentum: Of the teacher at the start; it rises to 1.
+        center_momentum: Of the mean that is taken from the teacher's outputs.
+        freeze_last_layer_steps: Steps in which the last layers do not train; at most a tenth of the run.
+        patch_weight, koleo_weight: Of these parts of the loss.
+
+    Raises:
+        ValueError: The model is something else.
+    """
+
+    transforms = TransformArgs(
+        random_resize=RandomResize(0.32, 1.0),
+        color_jitter=ColorJitter(0.8, 0.5, 0.8, 0.8, 0.4, 0.2),
+        gaussian_blur=GaussianBlur(1.0),
+        global_view_1=SecondView(GaussianBlur(0.1), Solarize(0.2)),
+        local_view=LocalViews(8, 96, RandomResize(0.05, 0.32)),
+    )
+    optim = Optim(
+        (AdamW(4e-3, weight_decay=0.04), SGD(0.03, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), 1024, scaling="sqrt", clip=3.0
+    )
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int | None = None,
+        student_temp: float = 0.1,
+        teacher_temp: float = 0.07,
+        warmup_teacher_temp: float = 0.04,
+        warmup_teacher_temp_steps: int = 37_500,
+        momentum: float = 0.992,
+        center_momentum: float = 0.9,
+        freeze_last_layer_steps: int = 1_250,
+        patch_weight: float = 1.0,
+        koleo_weight: float = 0.1,
+    ) -> None:
+        super().__init__(embedding, run)
+        self.transformer = opened(embedding, "dinov2", class_token=True)
+        if output_dim is None:
+            output_dim = output_dim_for(run.dataset_size)
+        self.momentum = momentum
+        self.teacher_temp, self.warmup_temp = teacher_temp, min(warmup_teacher_temp, teacher_temp)
+        self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
+        self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
+        sizes = (self.transformer.width, hidden_dim, bottleneck_dim, output_dim)
+        self.head, self.patch_head = projection_head(*sizes), projection_head(*sizes)
+        for head in (self.head, self.patch_head):
+            head.freeze_last_layer = min(freeze_last_layer_steps, run.steps // 10)
+        self.mask_token = mask_token(self.transformer)
+        self.teacher_embedding = momentum_copy(embedding)
+        self.teacher_head, self.teacher_patch_head = momentum_copy(self.head), momentum_copy(self.patch_head)
+        self.teacher = opened(self.teacher_embedding, "dinov2")
+        self.dino = DINOLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
+        self.ibot = IBOTPatchLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
+        self.koleo = KoLeoLoss()
+
+    def before_step(self, step: int) -> None:
+        pairs = [
+            (self.embedding, self.teacher_embedding),
+            (self.head, self.teacher_head),
+            (self.patch_head, self.teacher_patch_head),
+        ]
+        follow(pairs, rising(step, self.run.steps, self.momentum))
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        whole, prefix = torch.cat(list(views[:2])), self.transformer.prefix
+        grid = self.transformer.grid(whole)
+        mask = random_masks(len(whole), grid).to(whole.device)
+        hidden = mask.flatten(1)
+        with torch.no_grad():
+            seen = self.teacher.layers(self.teacher.tokens(whole), grid)[-1]
+            teachers = self.teacher_head(seen[:, 0]).chunk(2)
+            patch_targets = self.teacher_patch_head(seen[:, prefix:][hidden])
+        tokens = self.transformer.layers(self.transformer.tokens(whole, mask, self.mask_token), grid)[-1]
+        students = list(self.head(tokens[:, 0]).chunk(2))
+        for same_size in by_size(views[2:]):
+            local = torch.cat(same_size)
+            small = self.transformer.layers(self.transformer.tokens(local), self.transformer.grid(local))[-1]
+            students += self.head(small[:, 0]).chunk(len(same_size))
+        temperature = linear_warmup_schedule(step, self.warmup_steps, self.warmup_temp, self.teacher_temp)
+        dino = self.dino(list(teachers), students, teacher_temp=temperature)
+        ibot = self.ibot(patch_targets, self.patch_head(tokens[:, prefix:][hidden]), mask, teacher_temp=temperature)
+        koleo = torch.stack([self.koleo(joint(view)) for view in tokens[:, 0].chunk(2)]).sum()
+        return {
+            "loss": dino + self.patch_weight * ibot + self.koleo_weight * koleo,
+            "train_loss/dino": dino.detach(),
+            "train_loss/ibot": ibot.detach(),
+            "train_loss/koleo": koleo.detach(),
+            "schedule/momentum": rising(step, self.run.steps, self.momentum),
+            "schedule/teacher_temp": temperature,
+        }
+
+    def after_backward(self, step: int) -> None:
+        for head in (self.head, self.patch_head):
+            head.cancel_last_layer_gradients(step)
+
+    def exported(self) -> EmbeddingModel:
+        teacher: EmbeddingModel = self.teacher_embedding
+        return teacher
+
+
+def random_masks(count: int, grid: tuple[int, int]) -> Tensor:
+    """Masks (count, rows, columns) for a batch: half of them, rounded up, hide shares that are spread over `MASKED_SHARES`."""
+    masked, (low, high) = (count + 1) // 2, MASKED_SHARES
+    shares = low + (high - low) * (torch.arange(masked) + torch.rand(masked)) / masked
+    masks = block_masks(grid, shares.tolist())
+    masks += [torch.zeros(grid, dtype=torch.bool)] * (count - masked)
+    return torch.stack(masks)[torch.randperm(count)]

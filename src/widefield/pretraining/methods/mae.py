@@ -1,0 +1,100 @@
+"""Masked autoencoders."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.components.heads.mae_head import MAEPretrainHead
+from widefield.components.layers.position import Resolution, sincos_position_embedding
+from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
+from widefield.components.necks.mae_neck import MAEPretrainDecoder
+from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.methods.transformers import opened, share
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.transform_args import RandomResize, TransformArgs
+
+
+class MAE(Method):
+    """Predicts the pixels of patches that the model did not see from those that it saw.
+
+    He et al., Masked autoencoders are scalable vision learners, https://arxiv.org/abs/2111.06377: the mean squared difference over
+    the hidden patches. The model must be a vision transformer, of timm or of `widefield.components`, and views square.
+
+    Args:
+        embedding, run: See `Method`.
+        mask_ratio: Share of the patches that are hidden, above 0 and below 1; one is seen at least.
+        norm_pix: Each patch is standardised before it is compared.
+        decoder_dim, decoder_depth, decoder_heads: Width, layers and attention heads of the decoder.
+
+    Raises:
+        ValueError: The model is something else.
+    """
+
+    transforms = TransformArgs(
+        random_resize=RandomResize(0.2, 1.0),
+        color_jitter=None,
+        random_gray_scale=None,
+        gaussian_blur=None,
+        num_views=1,
+    )
+    optim = Optim((AdamW(1.5e-4, (0.9, 0.95), weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)))
+
+    def __init__(
+        self,
+        embedding: EmbeddingModel,
+        run: Run,
+        mask_ratio: float = 0.75,
+        norm_pix: bool = True,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+    ) -> None:
+        super().__init__(embedding, run)
+        model = self.transformer = opened(embedding, "mae")
+        if model.needs_all_patches:
+            raise ValueError(
+                f"{type(model.model).__name__} has biases of relative positions, so no patch can be left out; use a "
+                "VisionTransformer without, or method='beit'"
+            )
+        self.mask_ratio = share(mask_ratio)
+        self.decoder = Decoder(model.patch_size, model.channels, model.width, decoder_dim, decoder_depth, decoder_heads)
+        self.head = MAEPretrainHead(PixelReconstructionLoss("L2"), norm_pix, model.patch_size, model.channels)
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        return {"loss": torch.stack([self._of_view(view) for view in views]).mean()}
+
+    def _of_view(self, images: Tensor) -> Tensor:
+        grid, prefix = self.transformer.grid(images), self.transformer.prefix
+        tokens = self.transformer.tokens(images)
+        patches = tokens[:, prefix:]
+        order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)
+        place = order.argsort(dim=1)
+        kept = max(1, round(patches.shape[1] * (1 - self.mask_ratio)))
+        seen = patches.gather(1, order[:, :kept, None].expand(-1, -1, patches.shape[2]))
+        latent = self.transformer.layers(torch.cat([tokens[:, :prefix], seen], dim=1), None)[-1]
+        visible = latent[:, prefix:]
+        first = latent[:, :1] if self.transformer.has_class_token else visible.mean(1, keepdim=True)
+        predicted = self.decoder.on(grid)(torch.cat([first, visible], dim=1), place)  # without registers
+        return self.head.loss(predicted, images, (place >= kept).to(predicted.dtype))
+
+
+class Decoder(MAEPretrainDecoder):
+    """The decoder for grids of any size: its positions are computed for that of the views, and stand in no checkpoint."""
+
+    def __init__(self, patch_size: int, channels: int, width: int, dim: int, depth: int, heads: int) -> None:
+        init = {"type": "Xavier", "distribution": "uniform", "layer": "Linear"}
+        super().__init__(1, patch_size, channels, width, dim, depth, heads, init_cfg=init)
+        del self.decoder_pos_embed
+        self._grid: Resolution = (0, 0)
+        self.init_weights()
+
+    def on(self, grid: Resolution) -> Any:
+        """This decoder, for `grid` patches."""
+        if grid != self._grid:
+            self._grid, self.num_patches = grid, grid[0] * grid[1]
+            positions = sincos_position_embedding(grid, self.mask_token.shape[-1], cls_token=True)
+            self.register_buffer("decoder_pos_embed", positions.to(self.mask_token), persistent=False)
+        return self

@@ -1,0 +1,197 @@
+"""Vision transformers, opened: methods of masked patches replace tokens, or leave them out, before the first layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from widefield.components.backbones.beit_vit import BEiTViT
+from widefield.components.backbones.vision_transformer import VisionTransformer
+from widefield.components.layers.masking import replace_masked
+from widefield.components.layers.position import Resolution
+from widefield.components.transforms.masks import BEiTMaskGenerator
+from widefield.pretraining.embedding import EmbeddingModel
+
+LEAST_BLOCK = 16
+"""Patches of the smallest block that is masked, on grids that are large enough (Bao et al., 2021)."""
+
+
+class Transformer:
+    """The parts of a vision transformer.
+
+    Attributes:
+        patch_size: Side of a patch, in pixels.
+        channels: Of the images.
+        width: Channels of a token.
+        heads: Of the attention.
+        depth: Layers.
+        prefix: Tokens in front of those of patches; the first is the class token, if there is one.
+        has_class_token: Whether there is one.
+        needs_all_patches: No patch can be left out, because attention knows the place of a token from its number.
+    """
+
+    patch_size: int
+    channels: int
+    width: int
+    heads: int
+    depth: int
+    prefix: int
+    has_class_token: bool
+    needs_all_patches: bool
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def grid(self, images: Tensor) -> Resolution:
+        """Rows and columns of patches of images (B, C, H, W).
+
+        Raises:
+            ValueError: Patches do not fill the images.
+        """
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"views have {height} x {width} pixels, which patches of {self.patch_size} do not fill; give multiples of "
+                f"{self.patch_size} as transform_args={{'image_size': ...}}, and as view_size of local_view if there is one"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """Tokens (B, prefix + L, width) with their positions; `mask_token` (1, 1, width) stands for patches of `mask`.
+
+        Args:
+            images: (B, C, H, W).
+            mask: (B, rows, columns), 1 or True where a patch is masked; None masks none.
+            mask_token: Needed with a mask.
+        """
+        raise NotImplementedError
+
+    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
+        """What every layer makes of `tokens` (B, N, width), the last one normalised.
+
+        Args:
+            tokens: Of `tokens`, some left out or not.
+            grid: Of the patches; None if some were left out.
+        """
+        raise NotImplementedError
+
+    def shared_bias(self, grid: Resolution) -> Tensor | None:
+        """What all layers add to their attention, (heads, 1 + L, 1 + L); None where they share nothing."""
+        return None
+
+
+class TimmTransformer(Transformer):
+    """timm's `VisionTransformer`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.patch_size, self.channels = model.patch_embed.patch_size[0], model.patch_embed.proj.in_channels
+        self.width, self.depth = model.embed_dim, len(model.blocks)
+        self.heads = model.blocks[0].attn.num_heads
+        self.prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
+        self.needs_all_patches = False
+
+    def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        patches: Tensor = self.model.patch_embed(images)
+        if mask is not None:
+            assert mask_token is not None
+            flat = patches.flatten(1, -2)  # (B, rows, columns, C) where the model takes any size
+            patches = replace_masked(flat, mask, mask_token).view_as(patches)
+        result: Tensor = self.model.norm_pre(self.model._pos_embed(patches))
+        return result
+
+    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
+        outs = []
+        for block in self.model.blocks:
+            tokens = block(tokens)
+            outs.append(tokens)
+        return [*outs[:-1], self.model.norm(tokens)]
+
+
+class OwnTransformer(Transformer):
+    """Widefield's `VisionTransformer` and what is derived from it."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__(model)
+        self.width, self.heads, self.depth = model.embed_dims, model.num_heads, model.num_layers
+        projection: Any = model.patch_embed.projection
+        self.patch_size, self.channels = projection.kernel_size[0], projection.in_channels
+        self.prefix, self.has_class_token = model.num_extra_tokens, model.cls_token is not None
+        self.needs_all_patches = isinstance(model, BEiTViT)
+
+    def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        patches, grid = self.model.patch_embed(images)
+        if mask is not None:
+            assert mask_token is not None
+            patches = replace_masked(patches, mask, mask_token)
+        tokens = self.model.add_positions(self.model.add_cls_token(patches), grid)
+        result: Tensor = self.model.pre_norm(self.model.drop_after_pos(tokens))
+        return result
+
+    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
+        biases = [None] * self.depth if grid is None else self.model.attention_biases(grid)
+        outs = []
+        for layer, bias in zip(self.model.layers, biases, strict=True):
+            tokens = layer(tokens, bias)
+            outs.append(tokens)
+        return [*outs[:-1], self.model.norm1(tokens)]
+
+    def shared_bias(self, grid: Resolution) -> Tensor | None:
+        bias = getattr(self.model, "rel_pos_bias", None)
+        return None if bias is None else bias(grid)  # type: ignore[no-any-return]
+
+
+def opened(embedding: EmbeddingModel, method: str, class_token: bool = False) -> Transformer:
+    """The transformer in a wrapper.
+
+    Args:
+        embedding: The wrapper, without an embedding layer.
+        method: Its name, for messages.
+        class_token: Whether the method needs one.
+
+    Raises:
+        ValueError: It is no vision transformer that is known, has no class token, or there is an embedding layer.
+    """
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+    wrapper: Any = embedding.wrapped_model
+    model = wrapper.get_model()
+    if not isinstance(model, (TimmViT, VisionTransformer)):
+        raise ValueError(
+            f"method={method!r} hides patches from the model, which only a vision transformer can do without; a "
+            f"{type(model).__name__} cannot: its layers mix neighbouring pixels before a patch could be hidden. Give "
+            f"model='timm/vit_small_patch16_224', or a wrapper whose get_model() is a VisionTransformer of timm or of "
+            f"widefield.components; or choose a method for all models, such as 'dino' or 'simclr'"
+        )
+    if not isinstance(embedding.embed_head, nn.Identity):
+        raise ValueError(f"embed_dim: {method} trains the tokens of the transformer; leave embed_dim out")
+    transformer = TimmTransformer(model) if isinstance(model, TimmViT) else OwnTransformer(model)
+    if class_token and not transformer.has_class_token:
+        raise ValueError(f"method={method!r} needs a class token, and this {type(model).__name__} has none")
+    return transformer
+
+
+def mask_token(transformer: Transformer) -> nn.Parameter:
+    """The model's own mask token (1, 1, width) if it has one, else a new one."""
+    own = getattr(transformer.model, "mask_token", None)
+    if isinstance(own, nn.Parameter):
+        return own
+    weight = next(transformer.model.parameters())
+    return nn.Parameter(nn.init.trunc_normal_(weight.new_empty(1, 1, transformer.width), std=0.02))
+
+
+def share(mask_ratio: float) -> float:
+    """`mask_ratio`; ValueError unless it is above 0 and below 1."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"method_args.mask_ratio={mask_ratio} must be above 0 and below 1")
+    return mask_ratio
+
+
+def block_masks(grid: Resolution, shares: Sequence[float]) -> list[Tensor]:
+    """For every share a mask (rows, columns), True in blocks that hold this share of the patches, but at least one patch."""
+    masks = []
+    for share in shares:
+        count = max(1, round(share * grid[0] * grid[1]))
+        least = min(LEAST_BLOCK, max(1, count // 4))
+        masks.append(BEiTMaskGenerator(grid, count, least)().bool())
+    return masks

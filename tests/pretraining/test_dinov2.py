@@ -1,0 +1,107 @@
+"""DINOv2: class tokens, hidden patches, and class tokens apart from one another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.pretraining.tiny import write_images
+from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
+from widefield.pretraining.methods.dinov2 import random_masks
+
+SMALL = {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32}
+VIEWS = {"local_view": {"view_size": 8, "num_views": 2}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize("model", [timm_vit, own_vit])
+def test_a_run_repeats_goes_on_at_the_step_and_exports(model: Any, tmp_path: Path, data: Path) -> None:
+    check_a_run("dinov2", model, tmp_path, data, method_args=SMALL, transform_args=VIEWS)
+
+
+def test_what_has_no_patches_or_class_token_is_refused(tmp_path: Path, data: Path) -> None:
+    check_refusals("dinov2", tmp_path, data)
+    with pytest.raises(ValueError, match="needs a class token, and this VisionTransformer has none"):
+        make("dinov2", timm_vit(class_token=False, global_pool="avg"))
+
+
+def test_half_of_the_global_views_hide_a_tenth_to_a_half() -> None:
+    torch.manual_seed(0)
+    counts = random_masks(9, (10, 10)).flatten(1).sum(1).sort().values.tolist()
+    assert counts[:4] == [0] * 4
+    assert all(10 + 8 * k <= count <= 18 + 8 * k for k, count in enumerate(counts[4:]))
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_loss_is_that_of_the_papers_in_double_precision(registers: int) -> None:
+    torch.manual_seed(0)
+    method = make("dinov2", timm_vit(reg_tokens=registers), steps=1000, **SMALL).double()
+    views = [images(3, side).double() for side in (16, 16, 8)]
+    for center in (method.dino.center, method.ibot.center.value):
+        center.uniform_(-0.1, 0.1)
+    dino_center, patch_center = method.dino.center.clone(), method.ibot.center.value.clone()
+    with torch.no_grad():
+        method.head.layers[0].weight.mul_(1.5)  # the student is no longer the teacher
+        method.patch_head.layers[0].weight.mul_(0.5)
+    torch.manual_seed(7)
+    results = method.loss(views, 20)
+    torch.manual_seed(7)
+    masks, prefix = random_masks(6, (4, 4)), 1 + registers
+    temperature = 0.04 + 0.03 * 20 / 300
+    assert results["schedule/teacher_temp"] == pytest.approx(temperature)
+
+    def tokens(view: Any, mask: Any = None) -> Any:
+        parts, side = method.transformer, view.shape[-1] // 4
+        return parts.layers(parts.tokens(view, mask, method.mask_token), (side, side))[-1]
+
+    teacher = [tokens(view) for view in views[:2]]
+    student = [tokens(views[0], masks[:3]), tokens(views[1], masks[3:]), tokens(views[2])]
+    dino, pairs = 0.0, 0
+    for k, one in enumerate(teacher):
+        target = ((method.teacher_head(one[:, 0]) - dino_center[0]) / temperature).softmax(-1)
+        for n, other in enumerate(student):
+            if k != n:
+                dino -= (target * (method.head(other[:, 0]) / 0.1).log_softmax(-1)).sum(-1).mean()
+                pairs += 1
+    assert pairs == 4
+    ibot = 0.0
+    for view in range(2):
+        for k in range(3):
+            hidden = masks[3 * view + k].flatten()
+            if not hidden.any():
+                continue
+            wanted = method.teacher_patch_head(teacher[view][k, prefix:][hidden]) - patch_center
+            scores = method.patch_head(student[view][k, prefix:][hidden]) / 0.1
+            ibot -= ((wanted / temperature).softmax(-1) * scores.log_softmax(-1)).sum(-1).mean() / 6
+    koleo = 0.0
+    for view in student[:2]:
+        unit = F.normalize(view[:, 0], dim=-1)
+        distance = torch.cdist(unit, unit) + torch.eye(3) * 9
+        koleo -= distance.min(1).values.log().mean()
+    for name, value in (("dino", dino / pairs), ("ibot", ibot), ("koleo", koleo)):
+        torch.testing.assert_close(results[f"train_loss/{name}"], value.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(results["loss"], dino / pairs + ibot + 0.1 * koleo, rtol=1e-5, atol=0)
+
+
+def test_the_teacher_follows_and_last_layers_wait() -> None:
+    method = make("dinov2", own_vit(), **SMALL)
+    assert method.exported() is method.teacher_embedding
+    weight = method.patch_head.layers[0].weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    method.before_step(0)
+    torch.testing.assert_close(method.teacher_patch_head.layers[0].weight, before + 0.008)
+    views = [images(), images()]
+    for step, trains in ((9, False), (10, True)):
+        method.zero_grad()
+        method.loss(views, step)["loss"].backward()
+        method.after_backward(step)
+        assert all((head.last_layer.weight.grad is not None) == trains for head in (method.head, method.patch_head))
+    assert all(p.grad is None for p in method.teacher_embedding.parameters())
