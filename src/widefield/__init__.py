@@ -35,6 +35,8 @@ _HOME = {
     "inference_model": "inference",
     "list_models": "inference",
     "METHODS": "pretraining",
+    "embed": "pretraining",
+    "export": "pretraining",
     "pretrain": "pretraining",
     "train": "pretraining",
 }

@@ -16,6 +16,8 @@ _HOME = {
     "Method": "methods.base",
     "ModelWrapper": "wrapper",
     "Run": "methods.base",
+    "embed": "embed_images",
+    "export": "exporting",
     "pretrain": "training",
     "train": "training",
     "wrap": "wrapping",

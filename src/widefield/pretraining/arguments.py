@@ -19,6 +19,7 @@ from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method
 from widefield.pretraining.optimizers import OptimArgs
 from widefield.pretraining.settings import Errors, fitted, updated
+from widefield.pretraining.settings import arguments as arguments_of_call
 from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.transform_args import TransformArgs
 from widefield.registry import UnknownNameError, arguments_of, suggestion
@@ -122,10 +123,7 @@ def parse(given: Mapping[str, Any]) -> Settings:
         ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.
     """
     errors = Errors()
-    kinds = inspect.get_annotations(Arguments, eval_str=True)
-    values = {name: fitted(given[name], kind, None, name, errors) for name, kind in kinds.items()}
-    errors.raise_if_any("widefield.train")
-    arguments = Arguments(**values)
+    arguments = arguments_of_call(Arguments, given, "widefield.train")
     method = _method(arguments.method, errors)
     _check_numbers(arguments, errors)
     _check_names(arguments.trainer_args, Trainer.__init__, _TRAINER_ARGUMENTS, "trainer_args", errors)

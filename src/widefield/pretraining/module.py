@@ -35,6 +35,7 @@ class Recipe:
         seed: Of all that is drawn.
         batch_size: Images of a batch over all processes.
         loader_args: Of the `DataLoader`.
+        named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Recipe:
     seed: int
     batch_size: int
     loader_args: dict[str, Any]
+    named_model: dict[str, Any] | None
 
 
 class Pretraining(pl.LightningModule):
@@ -122,6 +124,7 @@ class Pretraining(pl.LightningModule):
             "wrapped_model": wrapped,
             "model": model,
             "embed_head": self._prefix(self.method.exported().embed_head),
+            "named_model": self.recipe.named_model,
             "transforms": {
                 name: value
                 for name, value in asdict(self.recipe.transforms).items()

@@ -131,15 +131,29 @@ def _lock(folder: Path) -> int | None:
 
 
 def write_atomically(content: Any, path: Path) -> None:
-    """`torch.save` beside its place, then a rename: the file is whole or as it was before."""
+    """`torch.save`, whole or not at all."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which is renamed at the end: the file is whole, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raises ValueError if `path` cannot be written to."""
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a directory; give the path of a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"out: {path} already exists! Set overwrite=True to overwrite the file")

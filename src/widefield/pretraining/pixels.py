@@ -1,7 +1,7 @@
 """From a file to a tensor of pixels."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,8 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
     Args:
         path: The file.
         num_channels: Channels that it is to have.
-        reduction: A JPEG is decoded at a half, a quarter or an eighth of its size where this allows it, in a fraction of the time.
+        reduction: A JPEG is decoded at a half, a quarter or an eighth of its size where this allows it, in a fraction of the time;
+            of a pyramid the smallest level that it allows is read.
 
     Raises:
         ImageReadError: It is no image, truncated or corrupt, or its channels cannot become `num_channels`.
@@ -40,6 +41,8 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
         if start.startswith(_BY_WIDEFIELD) or (start.startswith(_PNG) and start[_PNG_DEPTH:] == b"\x10"):
             try:
                 image = open_image(path)
+                if reduction is not None:
+                    image = open_image(path, _level(image.levels, reduction))
             except ValueError as error:  # an array that may be (C, H, W) or (H, W, C)
                 raise ImageReadError(str(error)) from error
             pixels = torch.from_numpy(image.read(0, 0, *image.shape[1:]))
@@ -47,6 +50,12 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
             file.seek(0)
             pixels = _by_pillow(path, file, num_channels, reduction)
     return with_channels(pixels, num_channels, str(path))
+
+
+def _level(levels: Sequence[tuple[int, int]], reduction: Reduction) -> int:
+    """The last level that is not smaller than `reduction` allows."""
+    (height, width), factor = levels[0], reduction(*levels[0])
+    return max(k for k, (h, w) in enumerate(levels) if h * factor >= height and w * factor >= width)
 
 
 def _by_pillow(path: Path, file: BinaryIO, num_channels: int, reduction: Reduction | None) -> Tensor:

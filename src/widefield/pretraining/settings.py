@@ -23,6 +23,19 @@ class Errors(list[str]):
             raise ValueError("\n".join([f"{count} in the arguments of {call}:", *(f"  {line}" for line in self)]))
 
 
+def arguments(kind: type[T], given: Mapping[str, Any], call: str) -> T:
+    """A `kind`, a dataclass with a field for every argument of `call`, of the arguments `given` by name.
+
+    Raises:
+        ValueError: An argument is of the wrong type; a line for each.
+    """
+    errors = Errors()
+    kinds = typing.get_type_hints(kind)
+    values = {name: fitted(given[name], hint, None, name, errors) for name, hint in kinds.items()}
+    errors.raise_if_any(call)
+    return kind(**values)
+
+
 def updated(default: T, changes: Any, where: str, errors: Errors) -> T:
     """`default`, a frozen dataclass, with `changes` by name; None changes nothing.
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from widefield.pretraining.files import find_images
 from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
 from widefield.pretraining.slides import SlideArgs, read_patch
 
@@ -80,3 +81,31 @@ class Items:
         elif isinstance(item, tuple | list):
             item = item[0]
         return with_channels(as_tensor(item), self.num_channels, self.name(index))
+
+
+def make_source(data: Any, num_channels: int, reduction: Reduction | None, slides: SlideArgs | None) -> ImageSource:
+    """The images that `data` names: a folder, a file, a list of these, or a dataset with a length.
+
+    Args:
+        data: As `widefield.train` takes it.
+        num_channels: Of the images.
+        reduction: How much smaller files may be decoded.
+        slides: How patches of slides are drawn; None takes files whole.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if isinstance(data, (str, Path)) or (
+        isinstance(data, Sequence) and all(isinstance(one, (str, Path)) for one in data)
+    ):
+        paths = tuple(find_images(data))
+        return Files(paths, num_channels, reduction) if slides is None else Slides(paths, num_channels, slides)
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, Mapping):
+        raise ValueError(
+            f"data must be a folder, a file, a list of these or a torch dataset with a length: got {type(data).__name__}"
+        )
+    if slides is not None:
+        raise ValueError("slides are files; give data as a folder or a list of them")
+    if not len(data):
+        raise ValueError(f"data: the {type(data).__name__} is empty")
+    return Items(data, num_channels)

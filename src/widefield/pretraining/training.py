@@ -24,15 +24,15 @@ from widefield.models.torch_file import read_torch_file
 from widefield.modules import AtomicCheckpointIO
 from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import Export, StopAfter, make_callbacks
+from widefield.pretraining.checkpoint import named_model
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.files import find_images
 from widefield.pretraining.loggers import forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import KEY, Pretraining, Recipe
 from widefield.pretraining.out import OutFolder
-from widefield.pretraining.source import Files, ImageSource, Items, Slides
+from widefield.pretraining.source import make_source
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
 from widefield.pretraining.wrapping import wrap
@@ -189,6 +189,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         given.seed,
         batch_size,
         {"num_workers": settings.num_workers, **defaults, **loader_args},
+        named_model(given.model, given.model_args),
     )
     if resumed is not None:
         _check_resumed(resumed, len(dataset) // batch_size)
@@ -197,27 +198,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
 
 
 def _dataset(settings: Settings) -> ViewDataset:
-    given, channels = settings.given, settings.transforms.num_channels
-    source: ImageSource
-    views = Views(settings.transforms)
-    if isinstance(given.data, (str, Path)) or (
-        isinstance(given.data, Sequence) and all(isinstance(one, (str, Path)) for one in given.data)
-    ):
-        paths = tuple(find_images(given.data))
-        if settings.slides is None:
-            source = Files(paths, channels, views.reduction)
-        else:
-            source = Slides(paths, channels, settings.slides)
-    elif hasattr(given.data, "__getitem__") and hasattr(given.data, "__len__") and not isinstance(given.data, Mapping):
-        if settings.slides is not None:
-            raise ValueError("slides are files; give data as a folder or a list of them")
-        if not len(given.data):
-            raise ValueError(f"data: the {type(given.data).__name__} is empty")
-        source = Items(given.data, channels)
-    else:
-        raise ValueError(
-            f"data must be a folder, a file, a list of these or a torch dataset with a length: got {type(given.data).__name__}"
-        )
+    given, views = settings.given, Views(settings.transforms)
+    source = make_source(given.data, settings.transforms.num_channels, views.reduction, settings.slides)
     return ViewDataset(source, views, given.seed, given.on_bad_image)
 
 

@@ -161,3 +161,20 @@ class Views:
     def __call__(self, image: Tensor, random: Random) -> list[Tensor]:
         """The views of an image (C, H, W), each a tensor (C, height, width)."""
         return [view(image, random) for view in self.each]
+
+
+def whole_image(args: TransformArgs, size: int | tuple[int, int]) -> Views:
+    """One view: all of the image, resized to `size`, a number or (height, width), with the channels and values of `args`."""
+    return Views(
+        TransformArgs(
+            image_size=size,
+            num_channels=args.num_channels,
+            value_range=args.value_range,
+            random_resize=None,
+            random_flip=None,
+            color_jitter=None,
+            random_gray_scale=None,
+            gaussian_blur=None,
+            num_views=1,
+        )
+    )

@@ -1,0 +1,154 @@
+"""`widefield.embed`: vectors of images, from a trained model."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from widefield.pretraining.arguments import auto_workers
+from widefield.pretraining.checkpoint import Checkpoint
+from widefield.pretraining.dataset import BadImage
+from widefield.pretraining.embedding_files import EmbeddingFormat, check_format, write_embeddings
+from widefield.pretraining.out import check_file
+from widefield.pretraining.pictures import Pictures, normalized
+from widefield.pretraining.settings import arguments
+from widefield.pretraining.source import Files, ImageSource, make_source
+from widefield.pretraining.transform_args import Normalize, size_of
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    out: Path
+    data: Any
+    checkpoint: Path
+    format: EmbeddingFormat
+    image_size: int | tuple[int, int]
+    batch_size: int
+    num_workers: int | Literal["auto"]
+    accelerator: str
+    overwrite: bool
+    precision: str
+    model: Any
+
+
+def embed(
+    out: str | Path,
+    data: str | Path | Sequence[str | Path] | Dataset[Any],
+    checkpoint: str | Path,
+    *,
+    format: EmbeddingFormat = "torch",
+    image_size: int | tuple[int, int] = (224, 224),
+    batch_size: int = 128,
+    num_workers: int | Literal["auto"] = "auto",
+    accelerator: str = "auto",
+    overwrite: bool = False,
+    precision: str = "32-true",
+    model: Any = None,
+) -> None:
+    """Write the embedding of every image to a file, in the order of the images, whole or not at all.
+
+    Values and channels of the images are treated as in the training. An image that cannot be read has no row, and is named in a
+    warning.
+
+    Args:
+        out: The file.
+        data: Images as `widefield.train` takes them; those of a folder are sorted, and named by their path in it.
+        checkpoint: A .ckpt file in the folder `checkpoints` of a run.
+        format: "torch": {"filenames": list, "embeddings": float32 (N, D)}; "csv": columns filename, embedding_0, ...;
+            "lightly_csv": as the tools of `lightly` read it; "parquet" (needs pyarrow): columns filename and embedding.
+        image_size: Pixels to which images are resized, a number or (height, width), whatever size and shape they have.
+        batch_size: Images that go through the model together.
+        num_workers: Processes that read images.
+        accelerator, precision: Of Lightning.
+        overwrite: Replace a file that is there.
+        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed if the run was not given
+            it by name, because checkpoints hold no code.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: An argument cannot be used, or no image can be read; what is at `out` is as it was.
+    """
+    given = arguments(_Arguments, locals(), "widefield.embed")
+    workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
+    for name, value, least in (("batch_size", given.batch_size, 1), ("num_workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    size_of(given.image_size, "image_size")
+    check_file(given.out, given.overwrite)
+    check_format(given.format)
+    found = Checkpoint.read(given.checkpoint)
+    views = found.views(given.image_size)
+    source = make_source(given.data, views.args.num_channels, views.reduction, None)
+    fabric = _fabric(given.accelerator, given.precision)
+    vectors = _Vectors(found.embedding_model(given.model)).eval()
+    loader = DataLoader(
+        Pictures(source, views),
+        given.batch_size,
+        num_workers=min(workers, -(-len(source) // given.batch_size)),
+        collate_fn=list,
+        generator=torch.Generator(),  # else an epoch would draw from torch's default one
+    )
+    indices, embeddings = _embed(fabric, vectors, loader, found.normalize)
+    names = _names(source, given.data)
+    write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
+    _log.info("%d embeddings of %d numbers: %s", *embeddings.shape, given.out)
+
+
+class _Vectors(nn.Module):
+    """Embeddings (B, D) of images, as a forward pass."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.embedding(images)
+        return out.flatten(1)
+
+
+def _fabric(accelerator: str, precision: Any) -> Fabric:
+    try:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(f"accelerator={accelerator!r} and precision={precision!r} cannot be used: {error}") from error
+
+
+@torch.inference_mode()
+def _embed(
+    fabric: Fabric, vectors: nn.Module, loader: DataLoader[Any], normalize: Normalize
+) -> tuple[list[int], Tensor]:
+    """Numbers of the images that can be read, and their embeddings, float32 (N, D)."""
+    model = fabric.setup_module(vectors)
+    indices: list[int] = []
+    embeddings: list[Tensor] = []
+    reason = ""
+    for batch in loader:
+        good = [picture for picture in batch if not isinstance(picture.pixels, BadImage)]
+        for _, bad in batch:
+            if isinstance(bad, BadImage):
+                reason = bad.reason
+                _log.warning("skipped an image: %s", reason)
+        if good:
+            images = normalized([picture.pixels for picture in good], normalize, fabric.device)
+            embeddings.append(model(images).float().cpu())
+            indices += [picture.number for picture in good]
+    if not embeddings:
+        raise ValueError(f"data: none of the images can be used; the last: {reason}")
+    return indices, torch.cat(embeddings)
+
+
+def _names(source: ImageSource, data: Any) -> list[str]:
+    """Paths in the folder, if `data` is one, else as they were given."""
+    if isinstance(source, Files) and isinstance(data, (str, Path)) and Path(data).is_dir():
+        return [path.relative_to(data).as_posix() for path in source.paths]
+    return [source.name(index) for index in range(len(source))]
