@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 VERBS = {
     "fit": "train a classifier on whole images with one label each",
+    "pretrain": "train a model on images without labels, by a self-supervised method",
+    "export": "write the trained model of a checkpoint of `pretrain` to a file of its own",
+    "embed": "write the embeddings of images by a checkpoint of `pretrain`",
     "validate": "compute the metrics of a trained model on its validation images",
     "test": "compute the metrics of a trained model on its test images",
     "predict": "classify images with a checkpoint, and show where the evidence lies",
     "visualize": "draw where a class was seen, how features lie, how a learning rate goes, what is mistaken for what",
     "check": "see whether a model streams exactly, and what a large image would need",
     "plan": "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
-    "list": "list models, components or ready configurations by name",
+    "list": "list models, components, methods of pretraining or ready configurations by name",
     "help": "show the arguments of a component, with their types, defaults and docs",
     "config": "show a configuration with all that it is based on, or check it",
     "demo": "make a small set of large images, train on them, predict, and write a report",

@@ -11,6 +11,7 @@ TAKES_OTHERS = False
 _REGISTRIES = {
     "datasets": "widefield.registry.data_index:DATASETS",
     "transforms": "widefield.registry.data_index:TRANSFORMS",
+    "methods": "widefield.pretraining.methods:METHODS",
     "metrics": "widefield.components.metrics:METRICS",
 }
 EPILOG = """\

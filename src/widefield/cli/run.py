@@ -43,7 +43,7 @@ def _logging(level: int) -> Iterator[None]:
     theirs = [logging.getLogger(package.__name__) for package in (lightning.fabric, lightning.pytorch)]
     before = ours.handlers, ours.level, ours.propagate
     levels = [logger.level for logger in theirs]
-    ours.handlers = [RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")]
+    ours.handlers = [RichHandler(level, console=console, show_path=False, show_level=False, log_time_format="[%X]")]
     ours.propagate = False
     ours.setLevel(level)
     for logger in theirs:

@@ -1,0 +1,121 @@
+"""`widefield pretrain`, `export`, `embed` and `list methods`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pretraining.tiny import write_images
+from widefield.cli import main
+
+SOURCE = """
+from torch import nn
+from widefield.pretraining import METHODS, Method
+
+class MyWrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU())
+    def get_model(self):
+        return self.model
+    def forward_features(self, x):
+        return {"features": self.model(x)}
+    def forward_pool(self, x):
+        return {"pooled_features": x["features"].mean((2, 3), keepdim=True)}
+    def feature_dim(self):
+        return 6
+
+@METHODS.register_module("test_nothing", force=True)
+class Nothing(Method):
+    '''Learns nothing.'''
+    def loss(self, views, step):
+        return {"loss": self.embedding.vectors(views[0]).mean()}
+"""
+QUICK = [
+    "--epochs=1",
+    "--batch-size=4",
+    "num_workers=0",
+    "accelerator=cpu",
+    "transform_args.image_size=16",
+    "trainer_args.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "my_wrapper_file.py").write_text(SOURCE)
+    return f"{tmp_path / 'my_wrapper_file.py'}:MyWrapper"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 8)
+
+
+def test_a_wrapper_in_a_file_is_trained_exported_and_embeds(
+    file: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    small = ["method_args.hidden_dim=8", "method_args.output_dim=4", "optim_args.lr=1e-2", "loggers.tensorboard=null"]
+    assert main(["pretrain", "--out", str(out), "--data", str(images), "--model", file, *QUICK, *small]) == 0
+    shown = capsys.readouterr().err
+    assert "training completed" in shown and "settings:" not in shown
+    text = (out / "config.yaml").read_text()
+    assert "lr: 0.01\n" in text and "hidden_dim: 8" in text and "model: MyWrapper" in text
+    checkpoint = str(out / "checkpoints" / "last.ckpt")
+    exported = tmp_path / "model.pt"
+    assert main(["export", "--checkpoint", checkpoint, "--out", str(exported), "--format", "torch_state_dict"]) == 0
+    assert torch.load(exported, weights_only=True).keys() == {"0.weight", "0.bias"}
+    table = tmp_path / "e.csv"
+    command = ["embed", "--checkpoint", checkpoint, "--data", str(images), "--out", str(table), "--format", "csv"]
+    assert main([*command, "--model", file, "image_size=[16, 20]", "num_workers=0", "accelerator=cpu"]) == 0
+    lines = table.read_text().splitlines()
+    assert lines[0] == "filename," + ",".join(f"embedding_{k}" for k in range(6))
+    assert [line.partition(",")[0] for line in lines[1:]] == [f"{k:02d}.png" for k in range(8)]
+    assert main([*command, "--model", file]) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_a_method_in_a_file_is_imported(file: str, images: Path, tmp_path: Path) -> None:
+    source = file.rpartition(":")[0]
+    command = [
+        "pretrain",
+        "--data",
+        str(images),
+        "--data",
+        str(images),
+        "--model",
+        "timm/test_resnet",
+        "--imports",
+        source,
+    ]
+    assert main([*command, "--out", str(tmp_path / "out"), "--method", "test_nothing", *QUICK]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet18"], "did you mean torchvision/resnet18"),
+        (["epoch=3", "--model", "torchvision/resnet18"], "there is no argument 'epoch'; did you mean epochs?"),
+        (["--model", "torchvision/resnet18", "epochs"], "got 'epochs', expected key=value"),
+        (["--model", "torchvision/resnet18", "epochs.x=1", "--epochs=2"], "epochs has the value 2 already"),
+        (["--model", "torchvision/resnet18", "optim_args.rate=1"], "optim_args has no key 'rate'"),
+        (["--model", "torchvision/resnet18", "batch_size=four"], "batch_size must be an integer, got 'four' (str)"),
+        (["--model", "nowhere.py:Net"], "there is no file nowhere.py"),
+        ([], "give --model"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(
+    arguments: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", "--out", str(tmp_path / "out"), "--data", str(images), *arguments]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert message in shown and "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods", "sim*"]) == 0
+    shown: Any = capsys.readouterr().out
+    assert shown.startswith("simclr  method  Tells views of an image")
