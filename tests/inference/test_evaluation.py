@@ -37,7 +37,7 @@ def batches(folder: Path, file: str, **options: Any) -> Datasets:
     return Datasets(train=described, val=described, test=described, batch_size=4)
 
 
-def evaluated(model: Any, data_module: Datasets, metrics: list[dict[str, Any]]) -> dict[str, Tensor]:
+def evaluated(model: Any, data_module: Datasets, metrics: list[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
     evaluation = Evaluation([METRICS.build(metric) for metric in metrics])
     trainer = Trainer(
         logger=False,
@@ -46,6 +46,7 @@ def evaluated(model: Any, data_module: Datasets, metrics: list[dict[str, Any]]) 
         enable_model_summary=False,
         accelerator="cpu",
         callbacks=[evaluation],
+        **options,
     )
     (logged,) = trainer.test(model, data_module, verbose=False)
     scalars = {f"test_{name}": float(value) for name, value in evaluation.results.items() if value.ndim == 0}
@@ -84,6 +85,13 @@ def test_images_of_several_labels_are_compared_class_by_class(images: Path) -> N
     data_module = batches(images, "several.txt", multi_label=True)
     found = evaluated(model, data_module, [{"type": "MultiLabelMetric", "items": ["support"], "average": None}])
     assert found["multi-label/support_classwise"].tolist() == [3, 3, 3]
+
+
+def test_metrics_are_computed_in_the_precision_of_the_trainer(images: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS.build({**CLASSIFIER, "head": {**CLASSIFIER["head"], "num_classes": 3}})
+    found = evaluated(model, batches(images, "one.txt"), [{"type": "Accuracy"}], precision="bf16-mixed")
+    assert 0 <= found["accuracy/top1"] <= 100
 
 
 def test_self_supervised_models_take_views_and_masks_of_data_sets(images: Path) -> None:

@@ -17,6 +17,7 @@ from widefield.cli import main
 from widefield.config import Config
 from widefield.images import open_image
 from widefield.inference import AveragedViews, info_of, predict_samples
+from widefield.inference.info import ModelInfo
 from widefield.inference.views import LazyView
 from widefield.models import Classifier
 from widefield.registry import MODELS
@@ -49,6 +50,11 @@ def test_names_are_on_the_root() -> None:
     assert widefield.MODELS is widefield.registry.MODELS is MODELS
     for name in ("get_model", "list_models", "inference_model", "ImageRetrievalInferencer", "FeatureExtractor"):
         assert callable(getattr(widefield, name))
+
+
+def test_scores_without_a_class_have_numbers_for_names() -> None:
+    assert ModelInfo(("cat", "dog")).names(4) == ("cat", "dog", "2", "3")
+    assert ModelInfo().names(2) == ("0", "1")
 
 
 def test_models_are_listed_by_patterns() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from widefield.cli.sections import SECTIONS
 from widefield.cli.user_code import import_user_code
+from widefield.components.metrics import METRICS
 from widefield.config import Config, build, check_config, load, override
 from widefield.config.merge import IMPORTS
 from widefield.registry import MODELS, arguments_of
@@ -56,6 +57,8 @@ def read_configuration(
     _refuse_untrainable(config)
     if (config.data.get("model") or {}).get("type") in MODELS:
         build(config, ("model",))  # constructors refuse more than their types say, and do it before any data is read
+    for k in range(len(config.data.get("metrics") or [])):
+        build(config, ("metrics", str(k)), METRICS)
     return config, left
 
 

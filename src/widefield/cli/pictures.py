@@ -51,7 +51,7 @@ def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for image, picture, scores, evidence in drawn:
         index = int(scores.argmax()) if label is None else label
-        name = info.class_names[index] if info.class_names else str(index)
+        name = info.names(index + 1)[index]
         title = f"{image.path.name}: {name} ({float(scores[index]):.0%}){' at ' + arguments.layer if arguments.layer else ''}"
         draw(arguments.out / f"{image.path.name}.png", image, picture, evidence.numpy(), title)
     _log.info("%d pictures: %s", len(drawn), arguments.out)

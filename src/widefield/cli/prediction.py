@@ -92,7 +92,7 @@ def predict(
         for image, overlay in zip(opened, _overlay_paths(files, out), strict=True):
             predictions.append(_predict(model, info, image, overlay, views))
             progress.advance(bar)
-    names = info.class_names or tuple(str(index) for index in range(len(predictions[0].scores)))
+    names = info.names(len(predictions[0].scores))
     write_csv(out / "predictions.csv", [_row(prediction, names) for prediction in predictions])
     _log.info("%d predictions: %s", len(predictions), out / "predictions.csv")
     return predictions
@@ -109,7 +109,7 @@ def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views
         labels = tuple(labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist())
     if found is None:
         return Prediction(image, tuple(scores.tolist()), labels, None, None)
-    names = ", ".join(info.class_names[label] if info.class_names else str(label) for label in labels)
+    names = ", ".join(info.names(len(scores))[label] for label in labels)
     top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
     draw(overlay, image, picture, found[1].numpy(), f"{image.path.name}: {names}{top}")
     is_whole = isinstance(picture, LazyImage)

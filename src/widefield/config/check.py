@@ -165,7 +165,8 @@ def _is_plain(value: Any, annotation: type) -> bool:
 
 def _check_marked(value: Any, annotation: Any, component: ComponentOf, path: Path) -> list[Problem]:
     if isinstance(value, dict):
-        return check_description(value, component, path)
+        known = component.typed or {"type", "class_path"} & value.keys()
+        return check_description(value, component, path) if known else []
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
         if check_value([], annotation, path):
             return _mismatch(value, Annotated[annotation, component], path)

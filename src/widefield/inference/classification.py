@@ -9,7 +9,7 @@ from torch import nn
 
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.inference.features import as_list, as_model
-from widefield.inference.info import info_of
+from widefield.inference.info import ModelInfo, info_of
 from widefield.inference.models import Name
 from widefield.inference.prediction import Image, as_picture, predict_samples
 from widefield.inference.views import AveragedViews
@@ -60,7 +60,11 @@ class ImageClassificationInferencer:
         scores = sample.pred_score.float().cpu().numpy()
         label = int(scores.argmax())
         result = {"pred_scores": scores, "pred_label": label, "pred_score": float(scores[label])}
-        return result if self.classes is None else {**result, "pred_class": self.classes[label]}
+        return (
+            result
+            if self.classes is None
+            else {**result, "pred_class": ModelInfo(self.classes).names(len(scores))[label]}
+        )
 
 
 def inference_model(model: nn.Module | Name, image: Image) -> Any:

@@ -58,7 +58,8 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._update(pl_module, batch)
+        with trainer.precision_plugin.forward_context():
+            self._update(pl_module, batch)
 
     def on_test_batch_end(
         self,
@@ -69,7 +70,8 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._update(pl_module, batch)
+        with trainer.precision_plugin.forward_context():
+            self._update(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "val")

@@ -21,6 +21,11 @@ class ModelInfo:
     level: int = 0
     pipeline: Pipeline = field(default_factory=Pipeline)
 
+    def names(self, count: int) -> tuple[str, ...]:
+        """Names of so many scores: those of the classes, and numbers where there are no names."""
+        known = self.class_names or ()
+        return (*known[:count], *(str(index) for index in range(len(known), count)))
+
 
 def info_of(model: nn.Module) -> ModelInfo:
     """What `get_model` found out about `model`; of a model that came another way, what it says itself."""

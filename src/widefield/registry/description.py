@@ -19,12 +19,14 @@ class ComponentOf:
         kind: The kind of component that is expected; None takes all. A component of no known kind is never refused.
         given: Arguments that whoever builds the component adds.
         also: Names, with their types, that whoever builds the component takes out.
+        typed: False where whoever builds the component knows what a dictionary without a type means.
     """
 
     registry: "Registry"
     kind: str | None = None
     given: tuple[str, ...] = ()
     also: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    typed: bool = True
 
 
 def split_description(description: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

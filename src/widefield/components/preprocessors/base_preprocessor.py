@@ -11,7 +11,7 @@ from widefield.components.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
 from widefield.streaming.image import Normalisation
 
-PreprocessorConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "preprocessor")]
+PreprocessorConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "preprocessor", typed=False)]
 
 
 class BaseDataPreprocessor(nn.Module):
