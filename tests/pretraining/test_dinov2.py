@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tests.pretraining.tiny import write_images
 from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
+from widefield.pretraining.methods.base import follow, for_run, momentum_copy, rising
 from widefield.pretraining.methods.dinov2 import random_masks
 
 SMALL = {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32}
@@ -97,7 +98,7 @@ def test_the_teacher_follows_and_last_layers_wait() -> None:
     with torch.no_grad():
         weight.add_(1.0)
     method.before_step(0)
-    torch.testing.assert_close(method.teacher_patch_head.layers[0].weight, before + 0.008)
+    torch.testing.assert_close(method.teacher_patch_head.layers[0].weight, before + 0.1)  # 10 of the 100 steps
     views = [images(), images()]
     for step, trains in ((9, False), (10, True)):
         method.zero_grad()
@@ -105,3 +106,17 @@ def test_the_teacher_follows_and_last_layers_wait() -> None:
         method.after_backward(step)
         assert all((head.last_layer.weight.grad is not None) == trains for head in (method.head, method.patch_head))
     assert all(p.grad is None for p in method.teacher_embedding.parameters())
+
+
+@pytest.mark.parametrize("steps", [40, 160, 1000])
+def test_a_teacher_forgets_the_untrained_model_in_short_runs_too(steps: int) -> None:
+    student = torch.nn.Linear(1, 1).double().requires_grad_(False)
+    torch.nn.init.ones_(student.weight)
+    teacher = momentum_copy(student)
+    torch.nn.init.zeros_(student.weight)
+    momentum = for_run(0.996, steps)
+    for step in range(steps):
+        follow([(student, teacher)], rising(step, steps, momentum))
+    assert 0 < float(teacher.weight) < 0.01
+    assert for_run(0.996, 10**6) == 0.996
+    assert make("dinov2", own_vit(), steps=10**6, **SMALL).momentum == 0.992

@@ -11,7 +11,7 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, by_size, follow, momentum_copy, rising
+from widefield.pretraining.methods.base import Method, Run, by_size, follow, for_run, momentum_copy, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,
@@ -43,7 +43,7 @@ class DINO(Method):
         student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
         warmup_teacher_temp: None: the smaller of `teacher_temp` and 0.04.
         warmup_teacher_temp_steps: Steps in which it rises; at most 3 tenths of the run.
-        momentum: Of the teacher at the start; it rises to 1.
+        momentum: Of the teacher at the start; it rises to 1. None: less in a run of few steps, too.
         center_momentum: Of the mean that is taken from the teacher's outputs.
         freeze_last_layer_steps: Steps in which the last layer does not train; at most a tenth of the run.
     """
@@ -78,7 +78,7 @@ class DINO(Method):
         if output_dim is None:
             output_dim = output_dim_for(size)
         self.teacher_temp = between(size, 0.02, 0.07) if teacher_temp is None else teacher_temp
-        self.momentum = between(size, 0.99, 0.996) if momentum is None else momentum
+        self.momentum = for_run(between(size, 0.99, 0.996), run.steps) if momentum is None else momentum
         self.warmup_temp = min(self.teacher_temp, 0.04) if warmup_teacher_temp is None else warmup_teacher_temp
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
         self.head = projection_head(run.embedding_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)

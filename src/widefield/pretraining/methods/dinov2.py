@@ -8,7 +8,7 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, by_size, follow, joint, momentum_copy, rising
+from widefield.pretraining.methods.base import Method, Run, by_size, follow, for_run, joint, momentum_copy, rising
 from widefield.pretraining.methods.dino import output_dim_for, projection_head
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
@@ -24,6 +24,9 @@ from widefield.pretraining.transform_args import (
 
 MASKED_SHARES = (0.1, 0.5)
 """Smallest and largest share of hidden patches in a view that has any; half of the global views do."""
+
+MOMENTUM = 0.992
+"""Of the teacher at the start, in long runs."""
 
 
 class DINOv2(Method):
@@ -44,7 +47,7 @@ class DINOv2(Method):
         student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
         warmup_teacher_temp: At most `teacher_temp`.
         warmup_teacher_temp_steps: Steps in which it rises; at most 3 tenths of the run.
-        momentum: Of the teacher at the start; it rises to 1.
+        momentum: Of the teacher at the start; it rises to 1. None: `MOMENTUM`, less in a run of few steps.
         center_momentum: Of the mean that is taken from the teacher's outputs.
         freeze_last_layer_steps: Steps in which the last layers do not train; at most a tenth of the run.
         patch_weight, koleo_weight: Of these parts of the loss.
@@ -75,7 +78,7 @@ class DINOv2(Method):
         teacher_temp: float = 0.07,
         warmup_teacher_temp: float = 0.04,
         warmup_teacher_temp_steps: int = 37_500,
-        momentum: float = 0.992,
+        momentum: float | None = None,
         center_momentum: float = 0.9,
         freeze_last_layer_steps: int = 1_250,
         patch_weight: float = 1.0,
@@ -85,7 +88,7 @@ class DINOv2(Method):
         self.transformer = opened(embedding, "dinov2", class_token=True)
         if output_dim is None:
             output_dim = output_dim_for(run.dataset_size)
-        self.momentum = momentum
+        self.momentum = for_run(MOMENTUM, run.steps) if momentum is None else momentum
         self.teacher_temp, self.warmup_temp = teacher_temp, min(warmup_teacher_temp, teacher_temp)
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
