@@ -39,6 +39,7 @@ QUICK = [
     "accelerator=cpu",
     "transform_args.image_size=16",
     "trainer_args.enable_progress_bar=false",
+    "callbacks.report=null",
 ]
 
 

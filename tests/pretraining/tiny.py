@@ -63,7 +63,7 @@ def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
 
 
 def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> None:
-    """A run of 2 steps an epoch on the CPU, without a progress bar."""
+    """A run of 2 steps an epoch on the CPU, without a progress bar and a report."""
     views = {"image_size": 16, **options.pop("transform_args", {})}
     if method == "dino":
         views.setdefault("local_view", {"view_size": 8, "num_views": 2})
@@ -73,6 +73,7 @@ def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> Non
         model=options.pop("model", None) or TinyWrapper(),
         method=method,
         transform_args=views,
+        callbacks={"report": None, **options.pop("callbacks", {})},
         trainer_args={"enable_progress_bar": False, **options.pop("trainer_args", {})},
         **{
             "method_args": SMALL.get(method),

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from widefield.pretraining.dataset import BadImage, Batch
+from widefield.pretraining.labels import Labels
+from widefield.pretraining.observe import Quality, QualityArgs, Report, ReportArgs
 from widefield.pretraining.out import OutFolder, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -79,11 +81,18 @@ class CallbackArgs:
     model_export: ExportArgs | None = field(default_factory=ExportArgs)
     model_checkpoint: CheckpointArgs | None = field(default_factory=CheckpointArgs)
     device_stats_monitor: DeviceStatsArgs | None = None
+    quality: QualityArgs | None = field(default_factory=QualityArgs)
+    report: ReportArgs | None = field(default_factory=ReportArgs)
 
 
-def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool) -> list[Callback]:
-    """The callbacks of a run."""
+def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels: Labels | None) -> list[Callback]:
+    """The callbacks of a run on images with these labels."""
     callbacks: list[Callback] = [Speed(), BadImages(out.bad_images)]
+    quality = None if args.quality is None else Quality(args.quality, labels)
+    if quality is not None:
+        callbacks.append(quality)
+    if args.report is not None:
+        callbacks.append(Report(out, quality))
     if args.learning_rate_monitor is not None and has_logger:
         callbacks.append(LearningRateMonitor(args.learning_rate_monitor.logging_interval))
     if args.device_stats_monitor is not None and has_logger:

@@ -95,6 +95,8 @@ class Pretraining(pl.LightningModule):
             self.method.before_step(step)
         results = self.method.loss(self.floats(batch.views), step)
         count = len(batch.names)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("lr", rate, prog_bar=True, logger=False, batch_size=count)  # LearningRateMonitor logs it
         self.log("train_loss", torch.as_tensor(results["loss"]).detach(), prog_bar=True, batch_size=count)
         others = {name: torch.as_tensor(value) for name, value in results.items() if name != "loss"}
         self.log_dict(others, batch_size=count)

@@ -60,6 +60,16 @@ class OutFolder:
         """Images that could not be read; only there if there are any."""
         return self.path / "bad_images.csv"
 
+    @property
+    def views(self) -> Path:
+        """A picture of views as they are drawn for training."""
+        return self.path / "augmented_views.png"
+
+    @property
+    def report(self) -> Path:
+        """A page on the run."""
+        return self.path / "report.html"
+
     def check(self, overwrite: bool, resume: bool) -> None:
         """Raises ValueError if the folder cannot be used for the run; changes nothing."""
         if self.path.exists() and not self.path.is_dir():
@@ -98,7 +108,8 @@ class OutFolder:
     def _clear(self) -> None:
         for folder in (self.checkpoints, self.exported.parent):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.metrics, self.log, self.config, self.bad_images, *self.path.glob("events.out.tfevents.*")):
+        own = (self.metrics, self.log, self.config, self.bad_images, self.views, self.report)
+        for file in (*own, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
 
 

@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import Dataset
@@ -28,6 +30,7 @@ from widefield.pretraining.checkpoint import named_model
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.labels import Labels, labels_of
 from widefield.pretraining.loggers import forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import KEY, Pretraining, Recipe
@@ -78,8 +81,9 @@ def train(
     """Pretrain a model on images without labels.
 
     Everything that can be checked is, the model on a batch of noise included, before `out` is touched. It then gets
-    `checkpoints`, `exported_models/exported_last.pt` (the state dict of the model), `metrics.jsonl`, `train.log` and
-    `config.yaml`. Checkpoints hold tensors and plain data only. A seed reproduces a run bit for bit on a CPU.
+    `checkpoints`, `exported_models/exported_last.pt` (the state dict of the model), `metrics.jsonl`, `train.log`,
+    `config.yaml`, `augmented_views.png` (what the model is shown) and at the end `report.html`.
+    Checkpoints hold tensors and plain data only. A seed reproduces a run bit for bit on a CPU.
 
     Args:
         out: Folder of the run, which must be new or empty.
@@ -105,7 +109,8 @@ def train(
         on_bad_image: What to do with an image that cannot be read: "skip" it, and list it in bad_images.csv, or "raise".
         loggers: Settings by name, None turns one off: jsonl (on), tensorboard (on if installed), mlflow, wandb.
         callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping (when the loss is no number),
-            model_export, model_checkpoint, device_stats_monitor (off).
+            model_export, model_checkpoint, device_stats_monitor (off), quality (effective rank and spread of embeddings, k-nearest-
+            neighbour accuracy if there are labels: folders of classes, `targets` of a dataset or {"labels": CSV file}), report.
         optim: "auto" is what the method is best trained with; or sgd, adamw, lars.
         optim_args: lr (for the method's reference batch; it is scaled to yours), weight_decay and others of the optimizer.
         transform_args: Changes of the method's views; None turns one off. See `widefield.pretraining.transform_args.TransformArgs`.
@@ -156,7 +161,9 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         torch.set_float32_matmul_precision(given.float32_matmul_precision)
     resumed = _last_checkpoint(folder.last, given.method) if given.resume_interrupted else None
     dataset = _dataset(settings)
-    trainer = _trainer(settings, folder)
+    quality = settings.callbacks.quality
+    labels = None if quality is None else labels_of(dataset.source, given.data, quality.labels)
+    trainer = _trainer(settings, folder, labels)
     wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
     if given.checkpoint is not None:
         load_checkpoint(wrapper, given.checkpoint)
@@ -232,7 +239,7 @@ def _batch_size(settings: Settings, trainer: pl.Trainer, images: int) -> int:
     return size
 
 
-def _trainer(settings: Settings, folder: OutFolder) -> pl.Trainer:
+def _trainer(settings: Settings, folder: OutFolder, labels: Labels | None) -> pl.Trainer:
     given = settings.given
     loggers = make_loggers(settings.loggers, folder.path, folder.metrics)
     options: dict[str, Any] = {
@@ -242,6 +249,9 @@ def _trainer(settings: Settings, folder: OutFolder) -> pl.Trainer:
         **(given.trainer_args or {}),
     }
     options.pop("max_steps", None)
+    callbacks = make_callbacks(settings.callbacks, folder, bool(loggers), labels)
+    if options.get("enable_progress_bar") is not False:  # significant digits, which small learning rates need
+        callbacks.append(RichProgressBar(theme=RichProgressBarTheme(metrics_format=".4g")))
     plugins = [AtomicCheckpointIO(), *_as_list(options.pop("plugins", None))]
     several = _several_devices(given.devices, given.num_nodes, given.accelerator)
     if several and settings.streaming is not None:
@@ -261,7 +271,7 @@ def _trainer(settings: Settings, folder: OutFolder) -> pl.Trainer:
             precision=_precision(given.precision, given.accelerator),
             accumulate_grad_batches=given.gradient_accumulation_steps,
             logger=loggers or False,
-            callbacks=make_callbacks(settings.callbacks, folder, bool(loggers)),
+            callbacks=callbacks,
             enable_checkpointing=settings.callbacks.model_checkpoint is not None,
             use_distributed_sampler=False,
             plugins=plugins,

@@ -1,5 +1,6 @@
 """Figures that are written as PNG files."""
 
+import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,6 +13,13 @@ def new_figure(width: float = 6.0, height: float = 4.5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def save(figure: Figure, path: str | Path) -> None:

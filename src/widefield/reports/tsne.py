@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from widefield.reports.figures import new_figure, save
 
@@ -49,7 +50,15 @@ def save_points(
         labels: The class of each point.
         class_names: Names for the legend; None numbers the classes.
     """
+    save(points_figure(points, labels, class_names), path)
+
+
+def points_figure(
+    points: np.ndarray, labels: Sequence[int], class_names: Sequence[str] | None = None, title: str = ""
+) -> Figure:
+    """The figure that `save_points` writes."""
     figure, axes = new_figure(7, 6)
+    axes.set_title(title)
     classes = np.asarray(labels)
     for label in np.unique(classes):
         name = str(label) if class_names is None else class_names[label]
@@ -58,4 +67,4 @@ def save_points(
     axes.set_axis_off()
     if len(np.unique(classes)) <= _MOST_NAMES:
         axes.legend(fontsize=8)
-    save(figure, path)
+    return figure

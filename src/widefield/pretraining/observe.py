@@ -1,0 +1,229 @@
+"""What tells the user that a run works: the quality of embeddings while it trains, its views, a page at the end."""
+
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from widefield.pretraining.dataset import BadImage, Index, ViewDataset, seeded
+from widefield.pretraining.labels import Labels
+from widefield.pretraining.out import OutFolder, replacing
+from widefield.pretraining.pictures import Pictures, normalized
+from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest, spread
+from widefield.pretraining.sheet import sheet
+from widefield.pretraining.source import Files
+from widefield.pretraining.views import whole_image
+from widefield.registry import import_object
+
+_log = logging.getLogger(__name__)
+
+LONGEST, BATCH = 256, 32
+"""Longest side of the pictures in pixels, and how many go through the model together."""
+SHARE = 10
+"""Of so many images that are trained on, one is embedded, which costs about a fiftieth of the time."""
+COLLAPSED_SPREAD, COLLAPSED_RANK = 0.02, 1.5
+"""Below one of these, embeddings say next to nothing of their images."""
+
+
+@dataclass(frozen=True)
+class QualityArgs:
+    """Embeds some images now and then: k-nearest-neighbour accuracy if there are labels, effective rank, spread.
+
+    Attributes:
+        labels: CSV file with the columns image and label. None: folders of classes, or `targets` of a dataset.
+        images: How many are embedded.
+    """
+
+    labels: Path | None = None
+    images: int = 512
+
+    def __post_init__(self) -> None:
+        if self.images < 4:
+            raise ValueError(f"images={self.images} must be at least 4")
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Draws views at the start, and writes a page at the end."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images that are embedded: uint8, or floats from 0 to 1; and their labels, if there are any."""
+
+    pictures: list[Tensor]
+    labels: list[str] | None
+
+
+def draw_sample(dataset: ViewDataset, labels: Labels | None, count: int) -> Sample:
+    """At most `count` images that can be read, those with a label if there are labels; no random number of the run is drawn."""
+    args = dataset.views.args
+    height, width = dataset.views.sizes[0]
+    scale = min(1.0, LONGEST / max(height, width))
+    views = whole_image(args, (max(1, round(height * scale)), max(1, round(width * scale))))
+    source = dataset.source
+    if isinstance(source, Files):
+        source = Files(source.paths, source.num_channels, views.reduction)
+    known = range(len(source)) if labels is None else [k for k, label in enumerate(labels) if label is not None]
+    chosen = sorted(Random(dataset.seed).sample(known, min(count, len(known))))
+    pictures, numbers = [], []
+    for number in chosen:
+        pixels = Pictures(source, views)[number].pixels
+        if not isinstance(pixels, BadImage):
+            pictures.append(pixels)
+            numbers.append(number)
+    found = None if labels is None else [str(labels[number]) for number in numbers]
+    return Sample(pictures, found if found is not None and len(set(found)) > 1 else None)
+
+
+class Quality(Callback):
+    """Logs `effective_rank`, `embedding_spread` and with labels `knn_accuracy`: before the first step, at the end, and between.
+
+    Weights, statistics and random numbers of the run stay as they are. What goes wrong here never ends a run.
+    """
+
+    def __init__(self, args: QualityArgs, labels: Labels | None) -> None:
+        self._args, self._labels = args, labels
+        self.sample: Sample | None = None
+        self._warned = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        sample = draw_sample(pl_module.dataset, self._labels, self._args.images)
+        if len(sample.pictures) < 2:
+            return
+        self.sample = sample
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, step=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.sample is None:
+            return
+        epoch = trainer.current_epoch + 1
+        every = math.ceil(SHARE * len(self.sample.pictures) / len(pl_module.dataset))
+        if epoch % every and epoch != trainer.max_epochs and not trainer.should_stop:
+            return
+        numbers = self._measure(trainer, pl_module, step=trainer.global_step - 1)
+        collapsed = (
+            numbers
+            and min(numbers["embedding_spread"] / COLLAPSED_SPREAD, numbers["effective_rank"] / COLLAPSED_RANK) < 1
+        )
+        if collapsed and not self._warned:
+            _log.warning(
+                "the embeddings have collapsed: those of %d images have an effective rank of %.2f and a spread of %.4f, so "
+                "they say next to nothing of the images; try a smaller optim_args={'lr': ...}, a larger batch_size, or "
+                "another method",
+                len(self.sample.pictures),
+                numbers["effective_rank"],
+                numbers["embedding_spread"],
+            )
+        self._warned = bool(collapsed)
+
+    def embeddings(self, trainer: Trainer, pl_module: Any) -> Tensor | None:
+        """float32 (N, D) of the sample, by the model that is exported; None if there is no sample, or it cannot be embedded."""
+        if self.sample is None:
+            return None
+        embedding = pl_module.method.exported()
+        modes = [(part, part.training) for part in embedding.modules()]
+        device = pl_module.device
+        cuda = [device] if device.type == "cuda" else []
+        pictures = self.sample.pictures
+        found = []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(cuda), seeded(0, 0), trainer.precision_plugin.forward_context():
+                embedding.eval()
+                for start in range(0, len(pictures), BATCH):
+                    images = normalized(pictures[start : start + BATCH], pl_module.recipe.transforms.normalize, device)
+                    vectors = embedding.vectors(trainer.precision_plugin.convert_input(images))
+                    found.append(vectors.float().cpu())
+        except Exception as error:
+            shape = " x ".join(map(str, pictures[0].shape))
+            _log.warning("quality is not measured, because the model cannot embed pictures of %s: %s", shape, error)
+            self.sample = None
+            return None
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        return torch.cat(found)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:
+        """What is logged at `step`; nothing, where embeddings are none or no numbers."""
+        embeddings = self.embeddings(trainer, pl_module)
+        if self.sample is None or embeddings is None or not bool(embeddings.isfinite().all()):
+            return {}
+        numbers = {"effective_rank": effective_rank(embeddings), "embedding_spread": spread(embeddings)}
+        if self.sample.labels is not None:
+            numbers["knn_accuracy"] = knn_accuracy(embeddings, self.sample.labels)
+        for logger in trainer.loggers:  # not by the module's `log`, which waits for all processes
+            logger.log_metrics({"epoch": trainer.current_epoch, **numbers}, step)
+        return numbers
+
+
+class Report(Callback):
+    """Draws the views of some images before the first step, and writes a page when the run ends."""
+
+    ROWS, NEIGHBOURS = 8, 6
+
+    def __init__(self, out: OutFolder, quality: Quality | None) -> None:
+        self._out, self._quality = out, quality
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self._out.views.exists():
+            dataset: ViewDataset = pl_module.dataset
+            count = min(self.ROWS, len(dataset))
+            rows = [dataset[Index(0, k * len(dataset) // count)].views for k in range(count)]
+            with replacing(self._out.views) as partial:
+                partial.write_bytes(sheet(rows))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        sample = embeddings = None
+        if self._quality is not None:
+            embeddings, sample = self._quality.embeddings(trainer, pl_module), self._quality.sample
+        write: Any = import_object("widefield.reports.pretraining:write_pretraining_page")  # reports stand above us
+        try:
+            write(
+                self._out.report,
+                facts=[
+                    ("method", pl_module.recipe.method),
+                    ("images", len(pl_module.dataset)),
+                    ("epochs", trainer.current_epoch),
+                    ("steps", trainer.global_step),
+                ],
+                metrics=_series(self._out.metrics),
+                views=self._out.views.read_bytes(),
+                neighbours=None
+                if sample is None or embeddings is None
+                else self._neighbours(sample.pictures, embeddings),
+                embeddings=None if embeddings is None else embeddings.numpy(),
+                labels=None if sample is None else sample.labels,
+            )
+        except OSError as error:
+            _log.warning("the report could not be written: %s", error)
+
+    def _neighbours(self, pictures: Sequence[Tensor], embeddings: Tensor) -> bytes:
+        others = nearest(embeddings, min(self.NEIGHBOURS, len(pictures) - 1))[1].tolist()
+        queries = [k * len(pictures) // self.ROWS for k in range(min(self.ROWS, len(pictures)))]
+        return sheet([[pictures[query], *(pictures[other] for other in others[query])] for query in queries])
+
+
+def _series(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every metric of the run; nothing if there is no such file."""
+    series = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        numbers = json.loads(line)
+        for name, value in numbers.items():
+            if name != "step":
+                series[name].append((numbers["step"], float(value)))
+    return dict(series)
