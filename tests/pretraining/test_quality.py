@@ -209,6 +209,18 @@ def test_a_run_draws_its_views_and_writes_a_page(tmp_path: Path, images: Path) -
     assert not (tmp_path / "report.html").exists() and not (tmp_path / "augmented_views.png").exists()
 
 
+def test_a_page_that_cannot_be_drawn_costs_nothing_else(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise ImportError("no font")
+
+    monkeypatch.setattr("widefield.reports.pretraining.write_pretraining_page", fails)
+    train(tmp_path, images, epochs=3, callbacks={"report": {}, "model_export": {"every_n_epochs": 2}})
+    assert "the report could not be written: ImportError: no font" in caplog.text
+    assert exported(tmp_path) and "training completed" in (tmp_path / "train.log").read_text()
+
+
 @pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (5, np.uint16), (2, np.float32)])
 def test_images_of_any_type_are_drawn(channels: int, dtype: Any, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)

@@ -91,8 +91,6 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
     quality = None if args.quality is None else Quality(args.quality, labels)
     if quality is not None:
         callbacks.append(quality)
-    if args.report is not None:
-        callbacks.append(Report(out, quality))
     if args.learning_rate_monitor is not None and has_logger:
         callbacks.append(LearningRateMonitor(args.learning_rate_monitor.logging_interval))
     if args.device_stats_monitor is not None and has_logger:
@@ -130,6 +128,8 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
         )
         if saving.save_last and saving.every_n_minutes is not None:
             callbacks.append(SaveByTime(out.last, saving.every_n_minutes * 60))
+    if args.report is not None:
+        callbacks.append(Report(out, quality))
     return callbacks
 
 

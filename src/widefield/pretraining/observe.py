@@ -209,8 +209,8 @@ class Report(Callback):
                 embeddings=None if embeddings is None else embeddings.numpy(),
                 labels=None if sample is None else sample.labels,
             )
-        except OSError as error:
-            _log.warning("the report could not be written: %s", error)
+        except Exception as error:  # of whatever draws; the run itself is done
+            _log.warning("the report could not be written: %s: %s", type(error).__name__, error)
 
     def _neighbours(self, pictures: Sequence[Tensor], embeddings: Tensor) -> bytes:
         others = nearest(embeddings, min(self.NEIGHBOURS, len(pictures) - 1))[1].tolist()
