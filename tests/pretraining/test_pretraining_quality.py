@@ -1,0 +1,23 @@
+"""Pretraining makes a network see what it did not see before."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretraining_quality.py"
+
+
+def test_simclr_tells_digits_better_than_the_untrained_network() -> None:
+    spec = importlib.util.spec_from_file_location("pretraining_quality", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        row = benchmark.measure("simclr", seed=0, epochs=20)
+    finally:
+        torch.set_num_threads(threads)
+    assert row["before"] < 0.3, "an easy task would say nothing"
+    assert row["after"] > row["before"] + 0.05
