@@ -1,8 +1,5 @@
 """Small pyramidal TIFFs with labels, laid out and named as in CAMELYON16."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,8 @@ import torch
 import torchvision
 from skimage import data
 from torchvision.models import WeightsEnum
+
+from tests.fresh import run_code
 
 
 def write_slides(root: Path, count: int, side: int) -> None:
@@ -51,11 +50,6 @@ def without_downloads() -> None:
     WeightsEnum.get_state_dict = get_state_dict
 
 
-def run_page(code: str, folder: Path, root: Path = Path(__file__).parents[1]) -> str:
-    """Run `code` in `folder` without downloads, in a process of its own; what it prints. libvips is not safe to fork after use."""
-    script = f"from tests.slides import without_downloads\nwithout_downloads()\n{code}"
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    return result.stdout
+def run_page(code: str, folder: Path) -> str:
+    """Run `code` in `folder` without downloads, in a new interpreter; what it prints."""
+    return run_code(f"from tests.slides import without_downloads\nwithout_downloads()\n{code}", folder)

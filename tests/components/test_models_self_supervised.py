@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader, Dataset
 
+from tests.fresh import fresh
 from widefield.components import DataSample
 from widefield.components.models.base_self_supervisor import BaseSelfSupervisor
 from widefield.registry import MODELS
@@ -343,8 +344,8 @@ def one_of_two(rank: int, store: str, views: list[Tensor], expected: dict[str, t
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_and_the_queue_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+@fresh
+def test_two_processes_have_the_gradients_and_the_queue_of_one(tmp_path: Path) -> None:
     torch.manual_seed(5)
     views = [torch.rand(4, 3, 2, 2, dtype=torch.float64) for _ in range(2)]
     expected = {}

@@ -3,18 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
+from tests.fresh import fresh
 from tests.pretraining.tiny import TinyWrapper, checkpoint, exported, losses, train, write_images
 
+METHODS = ("simclr", "moco", "byol", "barlowtwins", "vicreg", "dino", "densecl")
 
-@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "barlowtwins", "vicreg", "dino", "densecl"])
-def test_two_processes_train_as_one_on_the_joint_batch(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module
+
+@fresh
+def test_two_processes_train_as_one_on_the_joint_batch(tmp_path: Path) -> None:
+    for method in METHODS:
+        compare(method, tmp_path / method)
+
+
+def compare(method: str, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 8)
     options: dict[str, Any] = {"precision": "64-true", "epochs": 2, "batch_size": 4}
     train(tmp_path / "one", images, method, **options)
@@ -24,7 +27,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(
     one, two = exported(tmp_path / "one"), exported(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(
-            two[name], value, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            two[name], value, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{method}, {name}: {text}"
         )
     assert checkpoint(tmp_path / "two")["global_step"] == 4
     assert [step for step, _ in losses(tmp_path / "two")] == [1, 3]

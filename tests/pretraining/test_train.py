@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import widefield
+from tests.fresh import fresh
 from tests.pretraining.tiny import (
     TinyWrapper,
     assert_same,
@@ -124,6 +125,7 @@ def killed_run(out: Path, images: Path, method: str, kill_at: int, options: dict
         ("dino", 4, 4, {"callbacks": {"model_checkpoint": {"every_n_minutes": 0}}, "gradient_accumulation_steps": 2}),
     ],
 )
+@fresh
 def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(
     method: str, kill_at: int, saved: int, options: dict[str, Any], tmp_path: Path, images: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Whole networks against plain PyTorch on the whole image, in float64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -55,6 +56,9 @@ class Dilated(nn.Module):
         return [branch(x) for branch in self.branches]
 
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # a minute each
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "resnet18": (lambda: resnet_trunk(tv.resnet18()), ODD, 2),
     "resnet50": (lambda: resnet_trunk(tv.resnet50()), (65, 70), 1),
@@ -92,7 +96,7 @@ def test_whole_trunks_are_exact(name: str) -> None:
     assert_exact(trunk, torch.randn(1, 3, *ODD), [(32, None), (17, 29)])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", SLOW("mobilenet_v2"), "vgg11", SLOW("efficientnet_b0")])
 def test_stream_runs_a_whole_classifier(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(getattr(tv, name)(num_classes=5)).eval()
@@ -102,7 +106,7 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientnet_b0", "regnety_002", "convnextv2_atto", "test_resnet", "edgenext_xx_small"]
+    "name", ["efficientnet_b0", "regnety_002", SLOW("convnextv2_atto"), "test_resnet", SLOW("edgenext_xx_small")]
 )
 def test_networks_with_stages(name: str) -> None:
     torch.manual_seed(0)

@@ -24,7 +24,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("densenet121", "efficientnet, up to its first squeeze")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def test_split_cuts_without_changing_anything(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(MODELS[name]()).double().eval()

@@ -25,7 +25,10 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("name", FAST)
+SLOW = ("features/ghostnet_100", "timm/repghostnet_050")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAST])
 def test_a_row_is_exact(name: str) -> None:
     row = next(row for row in zoo_rows.rows() if row.name == name)
     result = zoo.check_row(row, seed=0)
