@@ -160,6 +160,7 @@ torch.save(module.state_dict(), folder / "weights.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_epoch(tmp_path: Path) -> None:
     def run(folder: Path, how: str) -> int:
         folder.mkdir(exist_ok=True)

@@ -152,7 +152,7 @@ def test_two_maps_in_a_step(kind: type[StreamingModule]) -> None:
     assert_trained(module, *train_plainly(True, mirrored=True))
 
 
-@pytest.mark.parametrize("kind", [OneGraph, TwoMaps, TwoMapsPlain])
+@pytest.mark.parametrize("kind", [pytest.param(OneGraph, marks=pytest.mark.slow), TwoMaps, TwoMapsPlain])
 def test_two_processes_train_as_one_on_both_images(
     kind: type[StreamingModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

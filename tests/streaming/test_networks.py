@@ -74,7 +74,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [SLOW(name) if name in ("hrnet", "mobilenet_v2", "shufflenet") else name for name in NETWORKS]
+)
 def test_networks_are_exact(name: str) -> None:
     build, size, batch = NETWORKS[name]
     torch.manual_seed(0)
@@ -106,7 +108,7 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientnet_b0", "regnety_002", SLOW("convnextv2_atto"), "test_resnet", SLOW("edgenext_xx_small")]
+    "name", ["efficientnet_b0", "regnety_002", SLOW("convnextv2_atto"), SLOW("test_resnet"), SLOW("edgenext_xx_small")]
 )
 def test_networks_with_stages(name: str) -> None:
     torch.manual_seed(0)

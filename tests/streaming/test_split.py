@@ -24,7 +24,7 @@ MODELS = {
 }
 
 
-SLOW = ("densenet121", "efficientnet, up to its first squeeze")
+SLOW = ("densenet121", "efficientnet, up to its first squeeze", "mobilenet_v2", "convnext_tiny", "vgg11")
 
 
 @pytest.mark.parametrize(
