@@ -1,6 +1,7 @@
 """Everything a Lightning trainer does around a step: what it gives equals the plain module in the same trainer."""
 
 import copy
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.fresh import fresh
 from tests.streaming.exactness import relative_error
 from widefield.models.resnet import StreamingResNet
 from widefield.modules import AtomicCheckpointIO, BaseModule, ImageNetClassifier, RandomState, StreamingModule
@@ -138,40 +140,36 @@ def test_a_resumed_run_gives_the_numbers_of_an_unbroken_one(kind: type[Streaming
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tests.modules.test_lightning import *
-
 class Killed(Inherits):
-    def on_train_batch_start(self, batch, batch_idx):
-        if sys.argv[2] == "kill" and self.current_epoch == 2 and batch_idx == 3:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.current_epoch == 2 and batch_idx == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-torch.manual_seed(0)
-folder = Path(sys.argv[1])
-module = Killed(trunk(), head(), 16, nn.functional.cross_entropy)
-last = folder / "last.ckpt"
-run = trainer(folder, max_epochs=4, plugins=[AtomicCheckpointIO()],
-              callbacks=[RandomState(), ModelCheckpoint(folder, save_last=True, save_top_k=0)])
-run.fit(module, DataLoader(images(), shuffle=True), ckpt_path=last if last.exists() else None, weights_only=True)
-torch.save(module.state_dict(), folder / "weights.pt")
-"""
+
+def train_or_resume(kind: type[StreamingModule], folder: Path) -> None:
+    torch.manual_seed(0)
+    module = kind(trunk(), head(), 16, nn.functional.cross_entropy)
+    last = folder / "last.ckpt"
+    callbacks = [RandomState(), ModelCheckpoint(folder, save_last=True, save_top_k=0)]
+    run = trainer(folder, max_epochs=4, plugins=[AtomicCheckpointIO()], callbacks=callbacks)
+    ckpt_path = last if last.exists() else None
+    run.fit(module, DataLoader(images(), shuffle=True), ckpt_path=ckpt_path, weights_only=True)
+    torch.save(module.state_dict(), folder / "weights.pt")
 
 
-@pytest.mark.slow
+@fresh
 def test_a_killed_run_resumes_from_its_last_epoch(tmp_path: Path) -> None:
-    def run(folder: Path, how: str) -> int:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-W", "ignore", "-c", RUN, folder, how]
-        return subprocess.run(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL).returncode
+    def exit_code(kind: type[StreamingModule], folder: Path) -> int | None:
+        process = multiprocessing.get_context("fork").Process(target=train_or_resume, args=(kind, folder))
+        process.start()
+        process.join(120)
+        return process.exitcode
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert run(unbroken, "run") == 0
-    assert run(broken, "kill") == -signal.SIGKILL
+    assert exit_code(Inherits, unbroken) == 0
+    assert exit_code(Killed, broken) == -signal.SIGKILL
     assert not (broken / "weights.pt").exists()
-    assert run(broken, "run") == 0
+    assert exit_code(Inherits, broken) == 0
     first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (unbroken, broken))
     assert all(torch.equal(second[key], value) for key, value in first.items())
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from tests.fresh import fresh
 from widefield.modules import BaseModule, StreamingConstructor, StreamingModule
 from widefield.streaming import StreamingCNN
 
@@ -152,15 +153,12 @@ def test_two_maps_in_a_step(kind: type[StreamingModule]) -> None:
     assert_trained(module, *train_plainly(True, mirrored=True))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(OneGraph, marks=pytest.mark.slow), TwoMaps, TwoMapsPlain])
-def test_two_processes_train_as_one_on_both_images(
-    kind: type[StreamingModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module
-    module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, lr=1e-2)
-    train(module, strategy="ddp_spawn", devices=2, default_root_dir=tmp_path)
-    assert_trained(module, *train_plainly(True, together=2, mirrored=isinstance(module, TwoMaps)))
+@fresh
+def test_two_processes_train_as_one_on_both_images(tmp_path: Path) -> None:
+    for kind in (Plain, NoBackward, OneGraph, TwoMaps, TwoMapsPlain):
+        module = kind(make_trunk(), make_head(), 32, nn.functional.cross_entropy, lr=1e-2)
+        train(module, strategy="ddp_fork", devices=2, default_root_dir=tmp_path)
+        assert_trained(module, *train_plainly(True, together=2, mirrored=isinstance(module, TwoMaps)))
 
 
 def assert_trained(module: StreamingModule, trunk: nn.Module, head: nn.Module) -> None:

@@ -50,8 +50,8 @@ def _write_csv(path: Path, names: Sequence[str], embeddings: Tensor, with_labels
 
 
 def _write_parquet(path: Path, names: Sequence[str], embeddings: Tensor) -> None:
-    import pyarrow  # type: ignore[import-not-found]
-    from pyarrow import parquet  # type: ignore[import-not-found]
+    import pyarrow
+    from pyarrow import parquet
 
     values: Any = pyarrow.array(embeddings.reshape(-1).numpy())
     vectors = pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
