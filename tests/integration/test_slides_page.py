@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "slides.md"
 
 
 def test_from_slides_to_heatmaps(tmp_path: Path) -> None:
-    write_slides(tmp_path, 4, 1024)
+    write_slides(tmp_path, 2, 512)
     (tmp_path / "images").rename(tmp_path / "slides")
     with (tmp_path / "evaluation" / "reference.csv").open() as file:
         rows = [(row["image"], row["class"]) for row in csv.DictReader(file)]
@@ -18,5 +18,5 @@ def test_from_slides_to_heatmaps(tmp_path: Path) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S))
     assert "max_epochs=20" in code
     printed = run_page(code.replace("max_epochs=20", "max_epochs=2"), tmp_path)
-    assert "(3, 1024, 1024)" in printed and "tile" in printed
+    assert "(3, 512, 512)" in printed and "tile" in printed
     assert len(list((tmp_path / "runs/first/heatmaps").glob("*.png"))) == len(rows)

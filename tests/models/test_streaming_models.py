@@ -115,17 +115,20 @@ def test_weights_load_strictly_into_the_plain_model(
 
 
 @pytest.mark.parametrize(
-    "module",
+    "build",
     [
-        StreamingResNet(
+        lambda: StreamingResNet(
             "resnet18_w8", 32, num_classes=3, weights=None, remove_last_block=True, train_streaming_layers=False
         ),
-        StreamingConvNeXt("convnext_atto", 32, num_classes=3, weights=None, mean=(0.1, 0.2, 0.3), std=(1, 2, 3)),
-        StreamingTimm("resnet10t", num_classes=3, weights=None, mean=None, std=None, lr=0.5),
+        lambda: StreamingConvNeXt(
+            "convnext_atto", 32, num_classes=3, weights=None, mean=(0.1, 0.2, 0.3), std=(1, 2, 3)
+        ),
+        lambda: StreamingTimm("resnet10t", num_classes=3, weights=None, mean=None, std=None, lr=0.5),
     ],
     ids=["resnet", "convnext", "timm"],
 )
-def test_a_checkpoint_says_how_its_model_was_made(module: ImageNetClassifier, tmp_path: Path) -> None:
+def test_a_checkpoint_says_how_its_model_was_made(build: Callable[[], ImageNetClassifier], tmp_path: Path) -> None:
+    module = build()
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "model.ckpt")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from tests.fresh import fresh
 from widefield.modules import BaseModule, StreamingConstructor, StreamingModule
+from widefield.modules.constructor import without_effect
 from widefield.streaming import StreamingCNN
 
 
@@ -359,6 +360,7 @@ def test_the_constructor_runs_callbacks_and_undoes_what_the_first_do_to_weights(
         calls.append("after")
 
     caplog.set_level("INFO")
+    without_effect.cache_clear()  # said once in a process, perhaps by an earlier test
     network = StreamingConstructor(
         trunk,
         64,

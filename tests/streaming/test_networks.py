@@ -98,7 +98,7 @@ def test_whole_trunks_are_exact(name: str) -> None:
     assert_exact(trunk, torch.randn(1, 3, *ODD), [(32, None), (17, 29)])
 
 
-@pytest.mark.parametrize("name", ["resnet18", SLOW("mobilenet_v2"), "vgg11", SLOW("efficientnet_b0")])
+@pytest.mark.parametrize("name", ["resnet18", SLOW("mobilenet_v2"), SLOW("vgg11"), SLOW("efficientnet_b0")])
 def test_stream_runs_a_whole_classifier(name: str) -> None:
     torch.manual_seed(0)
     model = randomise(getattr(tv, name)(num_classes=5)).eval()
@@ -108,7 +108,8 @@ def test_stream_runs_a_whole_classifier(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientnet_b0", "regnety_002", SLOW("convnextv2_atto"), SLOW("test_resnet"), SLOW("edgenext_xx_small")]
+    "name",
+    ["regnety_002", *map(SLOW, ("efficientnet_b0", "convnextv2_atto", "test_resnet", "edgenext_xx_small"))],
 )
 def test_networks_with_stages(name: str) -> None:
     torch.manual_seed(0)
