@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 
 import pytest
 
 from tests.config.parts import MODEL, PARTS, SECTIONS
 from widefield.config import ConfigError, build, check_config, check_value, load, override
+from widefield.registry import Range
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 WRONG = [
     ("model.body.depth=19", "model.body.depth: got 19, expected one of 18, 34"),
-    ("model.body.depth=true", "model.body.depth: got True, expected one of 18, 34"),
+    ("model.body.depth=true", "model.body.depth: got true, expected one of 18, 34"),
     ("model.body.depth='18'", "model.body.depth: got '18', expected one of 18, 34"),
     ("model.body.depht=18", "model.body.depht: there is no 'depht'; did you mean depth?"),
     ("model.bodi.depth=18", "model.bodi: there is no 'bodi'; did you mean body?"),
@@ -30,7 +31,7 @@ WRONG = [
         "model.body.style: got 'cafe', expected one of 'pytorch', 'caffe'; did you mean 'caffe'?",
     ),
     ("model.body.rate=high", "model.body.rate: got 'high', expected a number"),
-    ("model.body.rate=true", "model.body.rate: got True, expected a number"),
+    ("model.body.rate=true", "model.body.rate: got true, expected a number"),
     ("model.body.frozen=1", "model.body.frozen: got 1, expected true or false"),
     ("model.body.frozen=yes", "model.body.frozen: got 'yes', expected true or false"),
     ("model.body.strides=2", "model.body.strides: got 2, expected a list of int"),
@@ -49,7 +50,7 @@ WRONG = [
     ("model.body={_delete_: true, type: 18}", "model.body: type is 18"),
     ("model.head.classes=three", "model.head.classes: got 'three', expected int"),
     ("model.head.classes=3.5", "model.head.classes: got 3.5, expected int"),
-    ("model.head.classes=null", "model.head.classes: got None, expected int"),
+    ("model.head.classes=null", "model.head.classes: got null, expected int"),
     ("model.head.size=[1, 2, 3]", "model.head.size: got [1, 2, 3], expected a list of 2 (int, int)"),
     ("model.head.topk=(1,x)", "model.head.topk.1: got 'x', expected int"),
     ("model.head.mode=QUICK", "model.head.mode: got 'QUICK', expected one of FAST, SLOW"),
@@ -151,6 +152,11 @@ class _Table(TypedDict):
     width: int
 
 
+class _Options(TypedDict):
+    width: Annotated[int, Range(1)]
+    depth: NotRequired[int]
+
+
 @pytest.mark.parametrize(
     ("annotation", "right", "wrong", "words"),
     [
@@ -158,6 +164,9 @@ class _Table(TypedDict):
         (_Table, [{"width": 1}], [3], "a dictionary"),
         (_Reads, ["anything", 3], [], ""),
         (type[int], ["builtins.int"], [], ""),
+        (Annotated[int, Range(1)], [1, 9], [0, -1, 1.5, "x", None], "int, at least 1"),
+        (Annotated[float, Range(0, 1)] | None, [0, 0.5, 1, None], [1.5, -0.1], "a number, from 0 to 1 or null"),
+        (_Options, [{"width": 1}, {"width": 1, "depth": 2}], [{"width": 0}, {"depth": 2}, {"width": 1, "deep": 2}], ""),
         (float | Literal["auto"], [1, 1.5, "auto"], ["x", True], "a number or 'auto'"),
         (list[dict[str, int]], [[], [{"a": 1}]], [{"a": 1}], "a list of a dictionary"),
         (tuple[int, ...] | None, [None, [], [1]], [[None]], ""),

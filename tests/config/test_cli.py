@@ -195,6 +195,11 @@ def test_what_is_printed_builds_the_same_model(file: Path, capsys: pytest.Captur
         ("data.batchsize=3", "data.batchsize: there is no 'batchsize'; did you mean batch_size?"),
         ("data.level=low", "data.level: got 'low', expected int"),
         ("optimizer={type: AdamW, lr: fast}", "optimizer.lr: got 'fast', expected a number"),
+        (
+            "optimizer={type: AdamW, parms: 3}",
+            "optimizer.parms: AdamW has no argument 'parms'; there are amsgrad, betas",
+        ),
+        ("optimizer={type: AdamW, betas: [0.9, 2]}", "optimizer.betas: got [0.9, 2]: Invalid beta parameter"),
         ("optimizer={type: AdaW}", "optimizer: no Optimizer named 'AdaW'; did you mean AdamW"),
         ("model.type=Nothing", "model: no model named 'Nothing'"),
         ("model.type=torch.nn.Linear", "model: torch.nn.Linear is no LightningModule"),
@@ -213,3 +218,12 @@ def test_a_file_that_is_not_there_is_exit_code_2(file: Path, capsys: pytest.Capt
     assert main(["config", "check", "mi.yaml"]) == 2
     assert "did you mean my.yaml?" in capsys.readouterr().err
     assert main(["config", "print", "my.yaml", "--imports", "mine.py"]) == 2
+    assert main(["config", "check", "resnet18_cifr10"]) == 2
+    assert "did you mean resnet18_cifar10" in capsys.readouterr().err
+
+
+def test_whoever_reads_may_stop_reading() -> None:
+    command = f"{sys.executable} -m widefield list models | head -n 1"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""

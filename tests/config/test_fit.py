@@ -141,6 +141,35 @@ def test_the_configuration_of_a_run_loads_to_the_same_model(folder: Path) -> Non
     assert main(["config", "check", str(folder / "run" / "config.yaml")]) == 0
 
 
+SCHEDULED = """\
+_base_: my.yaml
+optimizer: {weight_decay: 0.01}
+paramwise_cfg: {norm_decay_mult: 0.0, custom_keys: {head: {lr_mult: 10.0}}}
+lr_scheduler:
+  - {type: LinearLR, start_factor: 0.5, end: 1, convert_to_iter_based: true}
+  - {type: CosineAnnealingLR, T_max: 2}
+"""
+
+
+def test_schedules_and_options_of_parameters_count_in_training_and_are_resumed(folder: Path) -> None:
+    (folder / "scheduled.yaml").write_text(SCHEDULED)
+    line = ["fit", "--config", "scheduled.yaml", "--imports", "my_models.py"]
+    assert main([*line, "trainer.max_epochs=3", "--out", "whole"]) == 0
+    assert main([*line, "trainer.max_epochs=2", "--out", "broken"]) == 0
+    halfway = torch.load(folder / "broken" / "last.ckpt", weights_only=True)
+    groups = halfway["optimizer_states"][0]["param_groups"]
+    assert [(group["weight_decay"], group["lr"]) for group in groups] == [
+        (0.01, pytest.approx(0.025)),  # halfway down the cosine
+        (0.0, pytest.approx(0.025)),
+        (0.01, pytest.approx(0.25)),
+    ]
+    assert main(["fit", "--resume", "--out", "broken", "trainer.max_epochs=3"]) == 0
+    whole, resumed = (torch.load(folder / run / "last.ckpt", weights_only=True) for run in ("whole", "broken"))
+    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in whole["state_dict"].items())
+    assert [group["lr"] for group in resumed["optimizer_states"][0]["param_groups"]] == pytest.approx([0, 0, 0])
+    assert rows(folder / "broken") == rows(folder / "whole")
+
+
 def test_flags_files_and_lightning_yaml_are_one_parser(folder: Path) -> None:
     lightning = {
         "model": {
@@ -232,6 +261,11 @@ def test_modules_of_lightning_are_trained_by_their_import_path(folder: Path, cap
         (["model.head.type=LinearHead"], "model.head: no head named 'LinearHead'; did you mean LinearClsHead"),
         (["--epochs", "2", "--batch-size", "3", "--trainer.max_step=3"], "trainer.max_step: there is no 'max_step'"),
         (["model={type: Plain, _delete_: true}"], "model: Plain is no LightningModule, so it cannot be trained"),
+        (["optimizer.lr=-1"], "optimizer.lr: got -1, expected a number, at least 0"),
+        (["data.batch_size=0"], "--batch-size: got 0, expected int, at least 1"),
+        (["trainer.devices=0"], "trainer.devices: got 0: `Trainer(devices=0)` value is not a valid input"),
+        (["lr_scheduler=[{type: LinearLR}, {type: StepLR, step_size: 1}]"], "lr_scheduler: schedule 1 has no begin"),
+        (["optimizer=null", "lr_scheduler={type: LinearLR}"], "lr_scheduler: there is no optimizer"),
         (["trainer.accelerator"], "got 'trainer.accelerator', expected a value for a path"),
         (["--trainer.accelerator"], "--trainer.accelerator has no value"),
         (["--config", "gone.yaml"], "gone.yaml does not exist"),

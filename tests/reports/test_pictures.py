@@ -111,9 +111,13 @@ def test_learning_rates_are_those_of_torchs_schedules() -> None:
         learning_rates(sgd, cosine, 5), 0.05 * (1 + np.cos(np.pi * np.arange(5) / 4)), atol=1e-12
     )
     assert learning_rates(sgd, None, 2) == [0.1, 0.1]
+    by_step = {"type": "StepLR", "step_size": 6, "by_epoch": False}
+    np.testing.assert_allclose(learning_rates(sgd, by_step, 3, steps_per_epoch=3), [0.1, 0.1, 0.01])
+    with pytest.raises(ValueError, match="--steps-per-epoch"):
+        learning_rates(sgd, by_step, 3)
     with pytest.raises(ValueError, match="ReduceLROnPlateau depends on what is measured"):
-        learning_rates(sgd, {"type": "ReduceLROnPlateau"}, 2)
-    with pytest.raises(ValueError, match=r"there is no SDG in torch\.optim; did you mean SGD"):
+        learning_rates(sgd, {"type": "ReduceLROnPlateau", "monitor": "val_loss"}, 2)
+    with pytest.raises(ValueError, match="no Optimizer named 'SDG'; did you mean SGD"):
         learning_rates({"type": "SDG"}, None, 2)
 
 

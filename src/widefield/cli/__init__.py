@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ VERBS = {
 
 _FILES = {"list": "listing", "help": "component_help"}
 """Modules of verbs whose own names are those of builtins, which an imported module would hide here."""
+_BROKEN_PIPE = 141
+"""Exit code of what shells see end by SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +67,14 @@ def script() -> int:
     from widefield.cli.environment import set_up
 
     set_up()
-    return main()
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as in `widefield list models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return _BROKEN_PIPE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,12 +3,8 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from widefield.cli.user_code import add_imports, import_user_code
-
-if TYPE_CHECKING:
-    from widefield.config import Config
 
 LIGHT = True
 TAKES_OTHERS = True
@@ -16,7 +12,7 @@ EPILOG = """\
 path=value, such as model.backbone.depth=34 or trainer.max_epochs=3, goes over the files; a value is YAML.
 
 print shows the whole configuration, with what it is based on. check compares every value with the constructor that gets it, and
-builds the model if the configuration describes one of components; no data is read.
+makes all but the data sets once: model, metrics, transforms, optimizer, schedule, trainer. No data is read.
 Exit code: 0 fine, 1 something is wrong with the configuration, 2 another error such as a file that is not there.
 """
 
@@ -42,19 +38,12 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
         if arguments.what == "print":
             print(write_yaml(config.data), end="")
             return 0
+        from widefield.cli.trial import try_out
+
         check_config(config, SECTIONS)
-        _build(config)
+        try_out(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{files[-1]}: nothing wrong")
     return 0
-
-
-def _build(config: "Config") -> None:
-    """Build a model of components, whose constructors may refuse what their types allow."""
-    from widefield.config import build
-    from widefield.registry import MODELS
-
-    if (config.data.get("model") or {}).get("type") in MODELS:
-        build(config, ("model",))

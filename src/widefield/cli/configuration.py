@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from widefield.cli.sections import SECTIONS
+from widefield.cli.trial import try_out
 from widefield.cli.user_code import import_user_code
-from widefield.components.metrics import METRICS
-from widefield.config import Config, build, check_config, load, override
+from widefield.config import Config, check_config, load, override
 from widefield.config.merge import IMPORTS
-from widefield.registry import MODELS, arguments_of
+from widefield.registry import arguments_of
 
 SHORTCUTS = {
     "images": "data.images",
@@ -55,10 +55,7 @@ def read_configuration(
     config = override(config, [*_from_flags(arguments, config), *overrides], SECTIONS)
     check_config(config, SECTIONS)
     _refuse_untrainable(config)
-    if (config.data.get("model") or {}).get("type") in MODELS:
-        build(config, ("model",))  # constructors refuse more than their types say, and do it before any data is read
-    for k in range(len(config.data.get("metrics") or [])):
-        build(config, ("metrics", str(k)), METRICS)
+    try_out(config)
     return config, left
 
 

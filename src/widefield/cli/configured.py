@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -17,6 +18,8 @@ from widefield.inference.evaluation import Evaluation
 from widefield.inference.views import AveragedViews
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
+from widefield.modules.optimization import configure_optimizers
+from widefield.modules.parameter_options import ParameterOptions
 
 
 class ConfiguredCLI(LightningCLI):
@@ -60,7 +63,7 @@ class ConfiguredCLI(LightningCLI):
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
             },
-            auto_configure_optimizers="optimizer" in config.data,
+            auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "prog": program},
             args=[f"--config={write_yaml(lightning_form(config))}", *others],
             run=False,
@@ -71,8 +74,23 @@ class ConfiguredCLI(LightningCLI):
         parser.add_argument(
             "--metrics", type=list[dict[str, Any]] | None, default=None, help="computed in validation and test"
         )
+        for name, kind in (
+            ("optimizer", dict[str, Any]),
+            ("paramwise_cfg", dict[str, Any]),
+            ("lr_scheduler", dict[str, Any] | list[dict[str, Any]]),
+        ):
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
         if self._links_classes:
             parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def after_instantiate_classes(self) -> None:
+        described = self.config.optimizer
+        if described is None:
+            return
+        options = ParameterOptions.described(self.config.paramwise_cfg) if self.config.paramwise_cfg else None
+        self.model.configure_optimizers = partial(
+            configure_optimizers, self.model, described, self.config.lr_scheduler, options
+        )
 
     def callbacks(self) -> list[Callback]:
         """Callbacks that come behind those of the configuration."""
@@ -93,7 +111,6 @@ def ignore_irrelevant_warnings() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LightningCLI's args parameter is intended.*",
-        ".*configure_optimizers` will be overridden by.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*No (positive|negative) samples in targets.*",
         ".*available but not used.*",

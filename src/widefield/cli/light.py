@@ -10,7 +10,7 @@ def run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, othe
     try:
         return int(module.run(arguments, others) or 0)
     except (OSError, ValueError) as error:
-        if arguments.verbose:
+        if arguments.verbose or isinstance(error, BrokenPipeError):
             raise
         print(f"widefield {verb}: error: {error}", file=sys.stderr)
         return 2

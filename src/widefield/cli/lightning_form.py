@@ -17,10 +17,14 @@ def lightning_form(config: Config) -> dict[str, Any]:
     Where a constructor takes a dictionary, the description stays as it is: components make their own parts.
     """
     return {
-        key: _section(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
+        key: _sections(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
         for key, value in config.data.items()
         if value is not None
     }
+
+
+def _sections(value: Any, section: Section) -> Any:
+    return [_section(one, section) for one in value] if isinstance(value, list) else _section(value, section)
 
 
 def _section(value: dict[str, Any], section: Section) -> dict[str, Any]:
@@ -53,7 +57,13 @@ def _value(value: Any, annotation: Any) -> Any:
 
 def _takes_dictionaries(annotation: Any) -> bool:
     origin = typing.get_origin(annotation)
-    if annotation is Any or component_of(annotation) is not None or annotation in MAPPINGS or origin in MAPPINGS:
+    if (
+        typing.is_typeddict(annotation)
+        or annotation is Any
+        or component_of(annotation) is not None
+        or annotation in MAPPINGS
+        or origin in MAPPINGS
+    ):
         return True
     inside = () if origin in (None, collections.abc.Callable) else typing.get_args(annotation)
     return any(_takes_dictionaries(one) for one in inside)

@@ -89,7 +89,8 @@ def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
             "the configuration has no optimizer, so its rate is model.lr throughout; describe one, as in optimizer.type=SGD"
         )
     epochs = (data.get("trainer") or {}).get("max_epochs") or 20
-    save_schedule(arguments.out, learning_rates(data["optimizer"], data.get("lr_scheduler"), epochs))
+    rates = learning_rates(data["optimizer"], data.get("lr_scheduler"), epochs, arguments.steps_per_epoch)
+    save_schedule(arguments.out, rates)
     _log.info("%d epochs: %s", epochs, arguments.out)
 
 

@@ -26,7 +26,7 @@ def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, other
             _fail(verb, "interrupted")
             return 130
         except Exception as error:
-            if not isinstance(error, _users_errors()):
+            if isinstance(error, BrokenPipeError) or not isinstance(error, _users_errors()):
                 raise
             _log.debug("the error came from here", exc_info=True)
             _fail(verb, str(error))

@@ -56,6 +56,12 @@ def _tsne(parser: argparse.ArgumentParser) -> None:
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, action="append", required=True, metavar="FILE", help="configuration")
+    parser.add_argument(
+        "--steps-per-epoch",
+        type=int,
+        metavar="N",
+        help="optimizer steps, for a schedule that goes on with each of them",
+    )
     parser.add_argument("--out", type=Path, default=Path("schedule.png"), metavar="PNG", help="(default: schedule.png)")
     add_imports(parser)
 

@@ -5,7 +5,7 @@ value with the constructor it is meant for, `build` makes the model, `write_yaml
 """
 
 from widefield.config.build import build
-from widefield.config.check import check_arguments, check_description, check_value
+from widefield.config.check import check_arguments, check_description, check_value, find_class
 from widefield.config.config import Config, ConfigError, Origin
 from widefield.config.load import load
 from widefield.config.merge import merge
@@ -25,6 +25,7 @@ __all__ = [
     "check_config",
     "check_description",
     "check_value",
+    "find_class",
     "load",
     "merge",
     "override",

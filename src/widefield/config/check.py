@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, NewType, TypeVar
 
 from widefield.config.config import Path
-from widefield.config.expected import MAPPINGS, SEQUENCES, UNIONS, NoneType, component_of, describe
+from widefield.config.expected import MAPPINGS, SEQUENCES, UNIONS, NoneType, component_of, describe, range_of, written
 from widefield.registry import (
     MODELS,
     Argument,
@@ -34,13 +34,15 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
     if isinstance(annotation, NewType):
         annotation = annotation.__supertype__
     if typing.is_typeddict(annotation):
-        annotation = dict
+        is_dictionary = isinstance(value, dict)
+        return check_arguments(annotation, value, path) if is_dictionary else _mismatch(value, annotation, path)
     component = component_of(annotation)
     if component is not None:
         return _check_marked(value, annotation.__origin__, component, path)
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return check_value(value, annotation.__origin__, path)
+        bounds, problems = range_of(annotation), check_value(value, annotation.__origin__, path)
+        return _mismatch(value, annotation, path) if bounds and (problems or value not in bounds) else problems
     if origin in UNIONS:
         return _check_union(value, annotation, path)
     if annotation is None or annotation is NoneType:
@@ -148,7 +150,7 @@ def _with_default(annotation: Any, argument: Argument | None) -> Any:
 
 
 def _mismatch(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    shown = repr(value)
+    shown = written(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
     near = []
     if isinstance(value, str) and typing.get_origin(annotation) is Literal:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from widefield.config.config import Config, Path, dotted
+from widefield.config.expected import written
 from widefield.config.merge import DELETE
 
 
@@ -39,5 +40,5 @@ def _typed(value: Any, path: Path, config: Config) -> Any:
         elif isinstance(item, dict):
             typed |= item
         elif item is not None:
-            raise config.error([((*path, key), f"got {item!r}, expected the arguments of {dotted(path)}")])
+            raise config.error([((*path, key), f"got {written(item)}, expected the arguments of {dotted(path)}")])
     return typed

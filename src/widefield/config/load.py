@@ -5,6 +5,7 @@ from typing import Any
 
 from widefield.config.class_paths import with_types
 from widefield.config.config import Config, ConfigError, Path
+from widefield.config.expected import written
 from widefield.config.merge import IMPORTS, clashes, merge, settles
 from widefield.config.python_file import read_python
 from widefield.config.ready import FOLDER, ready_configs
@@ -42,7 +43,7 @@ def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
     names = child.data.pop(BASE, [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise child.error([((BASE,), f"got {names!r}, expected a file or a list of files")])
+        raise child.error([((BASE,), f"got {written(names)}, expected a file or a list of files")])
     child.data.update(_absolute_imports(child, file))
     bases = [_load(_found(file.parent / name), (*below, file)) for name in names]
     base = Config({})
@@ -59,7 +60,8 @@ def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
 
 def _read(file: FilePath, below: tuple[FilePath, ...]) -> Config:
     if not file.is_file():
-        near = suggestion(file.name, (other.name for other in file.parent.glob("*") if other.suffix in _READERS))
+        files = [other.name for other in file.parent.glob("*") if other.suffix in _READERS]
+        near = suggestion(file.name, files if file.suffix else [*files, *ready_configs()])
         named = f", which {_short(below[-1])} names as {BASE}," if below else ""
         raise FileNotFoundError(f"the configuration {file}{named} does not exist; {near}")
     if file.suffix not in _READERS:
@@ -78,5 +80,5 @@ def _absolute_imports(config: Config, file: FilePath) -> dict[str, Any]:
         return {}
     imports = [imports] if isinstance(imports, str) else imports
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
-        raise config.error([((IMPORTS,), f"got {imports!r}, expected Python files or modules")])
+        raise config.error([((IMPORTS,), f"got {written(imports)}, expected Python files or modules")])
     return {IMPORTS: [str(file.parent / name) if name.endswith(".py") else name for name in imports]}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from widefield.config.config import Config, Path
+from widefield.config.expected import written
 
 DELETE = "_delete_"
 IMPORTS = "imports"
@@ -66,7 +67,7 @@ def _merge(base: Any, child: Any, path: Path, whole: Config, replaced: set[Path]
             [
                 (
                     path,
-                    f"a dictionary over {base!r}; write {DELETE}: true into the dictionary if it shall replace this value",
+                    f"a dictionary over {written(base)}; write {DELETE}: true into the dictionary if it shall replace this value",
                 )
             ]
         )

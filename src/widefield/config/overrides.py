@@ -11,11 +11,11 @@ import yaml
 from widefield.config.check import find_class
 from widefield.config.class_paths import with_types
 from widefield.config.config import Config, ConfigError, Origin, Path
-from widefield.config.expected import MAPPINGS, component_of
+from widefield.config.expected import MAPPINGS, component_of, written
 from widefield.config.merge import DELETE, merge
 from widefield.config.sections import Section, Sections, unknown_section
 from widefield.config.yaml_text import parse_value
-from widefield.registry import MODELS, REQUIRED, Argument, Arguments, ComponentOf, arguments_of, suggestion
+from widefield.registry import MODELS, REQUIRED, Argument, Arguments, arguments_of, suggestion
 
 _UNKNOWN = Arguments({}, False)
 
@@ -87,20 +87,23 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
         elif isinstance(node, dict):
             annotation = _enter(node, annotation, step, last, here, whole)
         else:
-            raise whole.error([(here, f"{'.'.join(path[:end])} is {node!r}, which has no {step!r} in it")])
+            raise whole.error([(here, f"{'.'.join(path[:end])} is {written(node)}, which has no {step!r} in it")])
     return Config(data, config.origins)
 
 
 def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Path, whole: Config) -> Any:
     """See that `node` has, or takes, the key; the annotation of its value. A default is filled in if the path goes on."""
+    if typing.get_origin(annotation) in MAPPINGS:
+        found = (typing.get_args(annotation) or (Any, Any))[1]
+        if last or found is not Any:
+            node.setdefault(key, {})
+            return found
     arguments = _arguments(node, annotation)
     argument = arguments.named.get(key)
     if key in node or key in ("type", DELETE) or (argument is None and arguments.open):
         found = Any if argument is None else argument.annotation
     elif argument is not None:
         found = argument.annotation
-    elif last and typing.get_origin(annotation) in MAPPINGS:
-        found = Any
     else:
         choices = {*map(str, node), *arguments.named} - {"type"}
         raise whole.error([(here, f"there is no {key!r}; {suggestion(key, choices)}")])
@@ -117,27 +120,30 @@ def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
     try:
         if isinstance(annotation, Section):
             function = annotation.resolve(node)
-            return _UNKNOWN if function is None else arguments_of(function)
+            return (
+                _UNKNOWN
+                if function is None
+                else _open_to_users(arguments_of(function), annotation.given, annotation.also)
+            )
         name = node.get("type")
         if not isinstance(name, str):
             plain = _class_in(annotation)
-            return arguments_of(plain) if dataclasses.is_dataclass(plain) else _UNKNOWN
+            return arguments_of(plain) if dataclasses.is_dataclass(plain) or typing.is_typeddict(plain) else _UNKNOWN
         component = component_of(annotation)
         registry = MODELS if component is None else component.registry
         if component is not None or name in registry:
-            return _open_to_users(arguments_of(registry.get(name)), component)
+            found = arguments_of(registry.get(name))
+            return found if component is None else _open_to_users(found, component.given, component.also)
         return arguments_of(find_class(name, _class_in(annotation)))
     except (ValueError, ImportError):
         return _UNKNOWN  # the check that follows says what is wrong with the type
 
 
-def _open_to_users(arguments: Arguments, component: ComponentOf | None) -> Arguments:
-    """Without those that whoever builds the component adds, with those that it takes out."""
-    if component is None:
-        return arguments
-    named = {name: argument for name, argument in arguments.named.items() if name not in component.given}
-    also = {name: Argument(name, annotation, None, object) for name, annotation in component.also.items()}
-    return Arguments({**named, **also}, arguments.open)
+def _open_to_users(arguments: Arguments, given: tuple[str, ...], also: Mapping[str, Any]) -> Arguments:
+    """Without those that whoever calls the class adds, with those that it takes out."""
+    named = {name: argument for name, argument in arguments.named.items() if name not in given}
+    others = {name: Argument(name, annotation, None, object) for name, annotation in also.items()}
+    return Arguments({**named, **others}, arguments.open)
 
 
 def _class_in(annotation: Any) -> type:

@@ -7,6 +7,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from widefield.config.config import Config, ConfigError, Origin, Path, dotted
+from widefield.config.expected import with_article
 
 KEPT_PRIVATE = ("_base_",)
 
@@ -55,5 +56,5 @@ def _plain(value: Any, path: Path, place: str) -> Any:
     )
     raise ConfigError(
         f"{dotted(path)}: a configuration holds dictionaries, lists, texts, numbers, booleans and None, "
-        f"not a {type(value).__name__}; {advice} ({place})"
+        f"not {with_article(type(value).__name__)}; {advice} ({place})"
     )

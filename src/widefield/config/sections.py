@@ -1,12 +1,13 @@
 """The top-level keys of a configuration, and what each of them describes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
 from widefield.config.config import Config, Path
-from widefield.registry import ComponentOf, import_object, suggestion
+from widefield.config.expected import written
+from widefield.registry import ComponentOf, Range, import_object, suggestion
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,18 @@ class Section:
         base: Import path of the class of everything else that a `type` may name.
         default: Import path of the class whose arguments stand here where there is no `type`.
         given: Arguments that are added when the class is called.
+        also: More names, with their types, that are taken out before the class is called.
+        ranges: Of arguments whose classes do not say, or not at once, which numbers they take.
+        several: Whether a list of descriptions may stand here too.
     """
 
     component: ComponentOf | None = None
     base: str | None = None
     default: str | None = None
     given: tuple[str, ...] = ()
+    also: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    several: bool = False
 
     def resolve(self, value: Mapping[str, Any]) -> Any:
         """The class that `value` describes, or None where it names no type and there is no default.
@@ -42,11 +49,13 @@ class Section:
 
     def check(self, value: Any, path: Path) -> list[Problem]:
         """What is wrong with `value`."""
+        if self.several and isinstance(value, list):
+            return [problem for k, one in enumerate(value) for problem in self.check(one, (*path, str(k)))]
         if not isinstance(value, dict):
-            return [(path, f"got {value!r}, expected a dictionary")]
+            return [(path, f"got {written(value)}, expected a dictionary")]
         if self._is_component(value.get("type")):
             assert self.component is not None
-            return check_description(value, self.component, path)
+            return [*check_description(value, self.component, path), *self._outside(value, path)]
         try:
             function = self.resolve(value)
         except (ValueError, ImportError) as error:
@@ -56,7 +65,16 @@ class Section:
         if self.base is not None and not issubclass(function, base := import_object(self.base)):
             return [(path, f"{value['type']} is no {base.__name__}, which is expected here")]
         arguments = {name: item for name, item in value.items() if name != "type"}
-        return check_arguments(function, arguments, path, self.given)
+        return [*check_arguments(function, arguments, path, self.given, self.also), *self._outside(arguments, path)]
+
+    def _outside(self, arguments: Mapping[str, Any], path: Path) -> list[Problem]:
+        """The numbers that are out of range."""
+        given = {name: arguments.get(name) for name in self.ranges}
+        return [
+            ((*path, name), f"got {written(value)}, expected a number, {self.ranges[name]}")
+            for name, value in given.items()
+            if isinstance(value, (int, float)) and value not in self.ranges[name]
+        ]
 
     def _is_component(self, name: Any) -> bool:
         if self.component is None or name is None:

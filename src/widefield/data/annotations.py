@@ -1,12 +1,14 @@
 """Image files that a text file names."""
 
 from pathlib import Path
+from typing import Annotated
 
 from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
 from widefield.images import open_image
+from widefield.registry import Range
 
 
 class AnnotationFile(DescribedDataset):
@@ -35,7 +37,7 @@ class AnnotationFile(DescribedDataset):
         ann_file: Path,
         class_names: list[str] | None = None,
         multi_label: bool = False,
-        level: int = 0,
+        level: Annotated[int, Range(0)] = 0,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,
     ) -> None:

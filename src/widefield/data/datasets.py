@@ -12,7 +12,7 @@ from widefield.components.data_sample import DataSample
 from widefield.data.dataset import EpochShuffle
 from widefield.data.described import Item
 from widefield.data.labels import LabelError
-from widefield.registry import ComponentOf
+from widefield.registry import ComponentOf, Range
 from widefield.registry.data_index import DATASETS
 
 DatasetConfig = Annotated[Dataset | dict[str, Any], ComponentOf(DATASETS, "dataset")]
@@ -45,8 +45,8 @@ class Datasets(pl.LightningDataModule):
         train: DatasetConfig | None = None,
         val: DatasetConfig | None = None,
         test: DatasetConfig | None = None,
-        batch_size: int = 1,
-        num_workers: int = 0,
+        batch_size: Annotated[int, Range(1)] = 1,
+        num_workers: Annotated[int, Range(0)] = 0,
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:

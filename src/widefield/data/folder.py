@@ -2,12 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Annotated
 
 from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
 from widefield.images import open_image
+from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs", ".ndpi", ".npy")
@@ -35,7 +37,7 @@ class ImageFolder(DescribedDataset):
         self,
         root: Path,
         with_label: bool = True,
-        level: int = 0,
+        level: Annotated[int, Range(0)] = 0,
         extensions: tuple[str, ...] = EXTENSIONS,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,

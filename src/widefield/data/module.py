@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
 from widefield.data.labels import LabelError, LabelledImage, read_labels
 from widefield.data.split import stratified_split
+from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ class LabelledImages(pl.LightningDataModule):
         self,
         images: Path,
         labels: Path,
-        level: int = 0,
-        batch_size: int = 1,
-        val_fraction: float = 0.2,
+        level: Annotated[int, Range(0)] = 0,
+        batch_size: Annotated[int, Range(1)] = 1,
+        val_fraction: Annotated[float, Range(0, 1)] = 0.2,
         seed: int = 0,
     ) -> None:
         super().__init__()

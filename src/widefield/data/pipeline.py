@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
 from widefield.images import LazyImage
-from widefield.registry import ComponentOf, arguments_of, split_description
+from widefield.registry import ComponentOf, Range, arguments_of, split_description
 from widefield.registry.data_index import TRANSFORMS
 
 Transform = Callable[[Any], Any]
@@ -52,7 +52,7 @@ class MultiView:
         num_views: How many views there are.
     """
 
-    def __init__(self, transforms: TransformsConfig, num_views: int = 2) -> None:
+    def __init__(self, transforms: TransformsConfig, num_views: Annotated[int, Range(1)] = 2) -> None:
         if num_views < 1:
             raise ValueError(f"num_views={num_views} must be positive")
         self.num_views = num_views
@@ -84,6 +84,9 @@ def _build(description: dict[str, Any]) -> Transform:
     kind = TRANSFORMS.get(name) if isinstance(name, str) else name
     if isinstance(kind, type) and issubclass(kind, v2.Transform):
         arguments = {key: _enumerated(value, key, kind) for key, value in arguments.items()}
+        size = arguments.get("size")
+        if any(isinstance(side, int) and side < 1 for side in (size if isinstance(size, list) else [size])):
+            raise ValueError(f"size={size} must be positive")  # torchvision finds that out at the first image
     transform: Transform = TRANSFORMS.build({"type": name, **arguments})
     return _OfTorchvision(transform) if isinstance(transform, v2.Transform) else transform
 

@@ -9,6 +9,7 @@ from widefield.registry.description import ComponentOf, split_description
 from widefield.registry.imports import import_module_or_file, import_object
 from widefield.registry.index import COMPONENTS
 from widefield.registry.near import near_names, suggestion
+from widefield.registry.ranges import Range
 from widefield.registry.registry import DuplicateNameError, Entry, Registry, UnknownNameError
 
 MODELS = Registry("component", COMPONENTS, group="widefield.components", sequence="torch.nn:Sequential")
@@ -22,6 +23,7 @@ __all__ = [
     "ComponentOf",
     "DuplicateNameError",
     "Entry",
+    "Range",
     "Registry",
     "UnknownNameError",
     "arguments_of",

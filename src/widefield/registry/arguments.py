@@ -41,10 +41,15 @@ class Arguments:
 
 @cache
 def arguments_of(component: Callable[..., Any]) -> Arguments:
-    """The arguments of a class or function, those that reach a base class through `**kwargs` included.
+    """The arguments of a class or function, those that reach a base class through `**kwargs` included; of a TypedDict its keys.
 
     `super().__init__(depth, style="x", **kwargs)` hands on what the base class takes, less what is given there already.
     """
+    if typing.is_typeddict(component):
+        hints = typing.get_type_hints(component, include_extras=True)
+        required: frozenset[str] = component.__required_keys__  # type: ignore[attr-defined]
+        defaults = {name: REQUIRED if name in required else None for name in hints}
+        return Arguments({name: Argument(name, hints[name], defaults[name], component) for name in hints}, False)
     if not inspect.isclass(component) or _is_made_by_new(component):
         own, variadic = _own(component, component)
         return Arguments(own, variadic is not None)

@@ -9,6 +9,7 @@ from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import backbone_features, neck_features, streams
 from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
+from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.registry import MODELS
 
@@ -42,7 +43,7 @@ class ImageClassifier(BaseModel):
         neck: NeckConfig | None = None,
         head: HeadConfig | None = None,
         pretrained: str | None = None,
-        train_cfg: dict[str, Any] | None = None,
+        train_cfg: BatchAugmentsConfig | None = None,
         data_preprocessor: PreprocessorConfig | None = None,
         init_cfg: InitConfig = None,
         lr: float = 1e-3,

@@ -16,6 +16,7 @@ from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel, as_sample, split_batch
 from widefield.components.models.features import backbone_features, neck_features, streams
 from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
+from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.images import open_image
 from widefield.registry import MODELS, ComponentOf, import_object
@@ -61,7 +62,7 @@ class ImageToImageRetriever(BaseModel):
         head: HeadConfig | None = None,
         pretrained: str | None = None,
         similarity_fn: str | Similarity = "cosine_similarity",
-        train_cfg: dict[str, Any] | None = None,
+        train_cfg: BatchAugmentsConfig | None = None,
         data_preprocessor: PreprocessorConfig | None = None,
         topk: int = -1,
         init_cfg: InitConfig = None,

@@ -1,7 +1,7 @@
 """Mixing the images of a batch with each other, and their labels with them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -141,6 +141,13 @@ class ResizeMix(CutMix):
         return functional.interpolate(
             others, (bottom - top, right - left), mode=self.interpolation, align_corners=align
         )
+
+
+class BatchAugmentsConfig(TypedDict):
+    """The arguments of `RandomBatchAugment`."""
+
+    augments: BatchAugmentConfig | Sequence[BatchAugmentConfig]
+    probs: NotRequired[Sequence[float] | float | None]
 
 
 class RandomBatchAugment:

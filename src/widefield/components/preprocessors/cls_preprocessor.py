@@ -10,7 +10,7 @@ from torch import Tensor
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
 from widefield.components.preprocessors.base_preprocessor import BaseDataPreprocessor
-from widefield.components.preprocessors.batch_augments import RandomBatchAugment
+from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig, RandomBatchAugment
 from widefield.registry import MODELS
 
 
@@ -42,7 +42,7 @@ class ClsDataPreprocessor(BaseDataPreprocessor):
         to_rgb: bool = False,
         to_onehot: bool = False,
         num_classes: int | None = None,
-        batch_augments: dict[str, Any] | None = None,
+        batch_augments: BatchAugmentsConfig | None = None,
     ) -> None:
         super().__init__(mean, std, pad_size_divisor, pad_value, to_rgb)
         self.num_classes = num_classes
@@ -98,7 +98,7 @@ class ClsDataPreprocessor(BaseDataPreprocessor):
         return sample.set_gt_score(torch.zeros(self.num_classes).index_fill(0, label.cpu(), 1.0))
 
 
-def with_augments(given: Any, train_cfg: dict[str, Any] | None, num_classes: int | None) -> Any:
+def with_augments(given: Any, train_cfg: BatchAugmentsConfig | None, num_classes: int | None) -> Any:
     """The description of the data preprocessor, with the batch augmentations of `train_cfg` and what these need."""
     if not train_cfg and not isinstance(given, dict):
         return given

@@ -1,0 +1,165 @@
+"""What a configuration describes, made once before any data is read: constructors refuse more than their types say."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from widefield.components.metrics import METRICS
+from widefield.config import Config, build, find_class
+from widefield.config.check import Problem
+from widefield.config.config import Path
+from widefield.config.expected import component_of, written
+from widefield.registry import MODELS, arguments_of, split_description
+from widefield.registry.data_index import DATASETS, TRANSFORMS
+
+_WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", "callbacks")
+"""Arguments of the trainer that write to disk or change settings of torch when it is made."""
+
+_ONE_WEIGHT = nn.Linear(1, 1, bias=False)
+
+
+def try_out(config: Config) -> None:
+    """Make all of a checked `config` but its data, to see whether it can be made.
+
+    Raises:
+        ConfigError: Something cannot be made; a line for each part.
+    """
+    model = None
+    if _of(config, "model").get("type") in MODELS:
+        model = build(config, ("model",))
+    for k in range(len(config.data.get("metrics") or [])):
+        build(config, ("metrics", str(k)), METRICS)
+    problems = [*_transforms(config), *_trainer(config), *_optimization(config, model)]
+    if problems:
+        raise config.error(problems)
+
+
+def _of(config: Config, key: str) -> Any:
+    return config.data.get(key) or {}
+
+
+def _attempt(make: Callable[[dict[str, Any]], Any], arguments: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What is wrong if `make` fails with `arguments`: the one without which it does not, or else all."""
+    given = dict(arguments)
+    message = _failure(make, given)
+    if message is None:
+        return []
+    for name, value in given.items():
+        if _failure(make, {key: item for key, item in given.items() if key != name}) is None:
+            return [((*path, name), f"got {written(value)}: {message}")]
+    return [(path, message)]
+
+
+def _failure(make: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> str | None:
+    with _quiet():
+        try:
+            make(arguments)
+        except Exception as error:  # of whatever kind: constructors of others raise what they like
+            return str(error) or type(error).__name__
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _transforms(config: Config) -> Iterator[Problem]:
+    """Of the transforms of described data sets."""
+    from widefield.data.pipeline import Pipeline
+
+    for name, one in _of(config, "data").items():
+        if not isinstance(one, dict) or one.get("type") not in DATASETS:
+            continue
+        known = arguments_of(DATASETS.get(one["type"])).named
+        for key, value in one.items():
+            mark = component_of(known[key].annotation) if key in known else None
+            if mark is None or value is None:
+                continue
+            if mark.registry is TRANSFORMS:
+                for k, transform in enumerate(value):
+                    yield from _attempt(lambda made: Pipeline([made]), transform, ("data", name, key, str(k)))
+            else:
+                yield from _attempt(mark.registry.build, value, ("data", name, key))
+
+
+def _trainer(config: Config) -> Iterator[Problem]:
+    from lightning.pytorch import Callback, Trainer
+
+    described = _of(config, "trainer")
+    arguments = {
+        name: value
+        for name, value in described.items()
+        if name not in (*_WITH_EFFECTS, "type") and not _describes(value)
+    }
+    shown = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    yield from _attempt(lambda given: Trainer(**{**given, **shown}), arguments, ("trainer",))
+    callbacks = described.get("callbacks") or []
+    for k, one in enumerate(callbacks if isinstance(callbacks, list) else []):
+        if not any(map(_describes, split_description(one)[1].values())):
+            yield from _attempt(partial(_instance, base=Callback), one, ("trainer", "callbacks", str(k)))
+
+
+def _describes(value: Any) -> bool:
+    """Whether the value describes an object, which Lightning's parser makes."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_describes, value)))
+
+
+def _instance(description: Mapping[str, Any], base: type) -> Any:
+    name, arguments = split_description(description)
+    return find_class(name, base)(**arguments)
+
+
+def _optimization(config: Config, model: nn.Module | None) -> Iterator[Problem]:
+    """Of the optimizer, of the parameters of the model if there is one already, and of the schedule."""
+    from widefield.modules.optimization import make_optimizer, make_schedule
+    from widefield.modules.parameter_options import ParameterOptions
+
+    described = config.data.get("optimizer")
+    for key in ("lr_scheduler", "paramwise_cfg"):
+        if described is None and config.data.get(key):
+            yield (
+                (key,),
+                "there is no optimizer to which it belongs; describe one, as in optimizer={type: AdamW, lr: 1e-3}",
+            )
+    if described is None:
+        return
+    problems = _attempt(partial(make_optimizer, model=_ONE_WEIGHT), described, ("optimizer",))
+    yield from problems
+    if problems:
+        return
+    if model is not None:
+        yield from _attempt(
+            lambda options: make_optimizer(described, model, ParameterOptions.described(options)),
+            config.data.get("paramwise_cfg") or {},
+            ("paramwise_cfg",),
+        )
+
+    def step(schedule: dict[str, Any] | list[dict[str, Any]]) -> None:
+        made, _ = make_schedule(schedule, make_optimizer(described, _ONE_WEIGHT))
+        if not isinstance(made, ReduceLROnPlateau):  # which takes a measured number
+            made.step()
+
+    schedule = config.data.get("lr_scheduler") or []
+    if isinstance(schedule, dict):
+        yield from _attempt(step, schedule, ("lr_scheduler",))
+    elif schedule:
+        yield from _attempt(lambda _: step(schedule), {}, ("lr_scheduler",))
