@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import widefield
 from widefield.pretraining.dataset import Batch, EpochOrder, ViewDataset, collate
+from widefield.pretraining.memory_layout import allows_channels_last, in_fastest_layout
 from widefield.pretraining.methods.base import Method
 from widefield.pretraining.optimizers import OptimArgs, warmup_and_cosine
 from widefield.pretraining.transform_args import TransformArgs
@@ -73,6 +74,7 @@ class Pretraining(pl.LightningModule):
         self.batches = 0
         """Batches seen since the run began."""
         self._prepared_step = -1
+        self._channels_last = allows_channels_last(method)
 
     def train_dataloader(self) -> DataLoader[Any]:
         recipe = self.recipe
@@ -104,7 +106,8 @@ class Pretraining(pl.LightningModule):
 
     def floats(self, views: list[Tensor]) -> list[Tensor]:
         """Normalised views."""
-        return [(to_unit(view, None) - self.mean) / self.std for view in views]
+        normalised = [(to_unit(view, None) - self.mean) / self.std for view in views]
+        return list(map(in_fastest_layout, normalised)) if self._channels_last else normalised
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.method.after_backward(self.global_step)

@@ -21,7 +21,7 @@ class SGD:
 
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""
-        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr})
+        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr}, fused=_on_cpu(groups))
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AdamW:
 
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""
-        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr})
+        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=_on_cpu(groups))
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class LARS:
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""
         return LightlyLARS(groups, **{**asdict(self), "lr": lr})
+
+
+def _on_cpu(groups: list[dict[str, Any]]) -> bool | None:
+    """Whether torch should update each weight in one pass, which it does not choose itself on a CPU; None leaves it to torch."""
+    return all(p.device.type == "cpu" and p.is_floating_point() for group in groups for p in group["params"]) or None
 
 
 OptimArgs = SGD | AdamW | LARS
