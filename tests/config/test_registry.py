@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from widefield.registry import (
     Entry,
     Registry,
     UnknownNameError,
+    absolute_place,
     arguments_of,
     import_module_or_file,
     import_object,
@@ -294,6 +296,71 @@ def test_a_file_is_run_once_and_one_that_fails_is_not_kept(tmp_path: Path) -> No
         import_module_or_file(str(tmp_path / "my_broken_part.py"))
     with pytest.raises(ValueError, match="no module 'no_such_module'"):
         import_module_or_file("no_such_module")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of a user's, in a folder that is not on the path of imports."""
+    folder = tmp_path / "users_package"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "layers.py").write_text("WIDTH = 3")
+    (folder / "models.py").write_text("from .layers import WIDTH\nfrom users_package import layers\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("place", "cwd"),
+    [
+        ("users_package.models", "."),
+        ("users_package/models.py", "."),
+        ("models.py", "users_package"),
+        ("../models.py", "users_package/inside"),
+    ],
+)
+def test_a_module_of_a_package_is_one_however_it_is_named(
+    package: Path, monkeypatch: pytest.MonkeyPatch, place: str, cwd: str
+) -> None:
+    monkeypatch.chdir(package.parent / cwd)
+    module = import_module_or_file(place)
+    assert module.__name__ == "users_package.models"
+    assert module.layers.WIDTH == module.WIDTH == 3
+    assert absolute_place(place, Path.cwd()) == str(package / "models.py")
+    monkeypatch.chdir("/")
+    assert import_module_or_file(str(package / "models.py")) is module
+
+
+def test_packages_and_modules_without_one_are_found_in_the_working_directory(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(package.parent)
+    assert import_module_or_file("users_package").__file__ == str(package / "__init__.py")
+    (package / "__init__.py").unlink()
+    del sys.modules["users_package"]
+    assert absolute_place("users_package.layers", Path.cwd()) == "users_package.layers"  # its package has no file
+    assert import_module_or_file("users_package.layers").WIDTH == 3
+    assert absolute_place("torch.nn", Path.cwd()) == "torch.nn"
+
+
+def test_a_file_may_import_its_neighbours_whenever_it_wants_to(package: Path) -> None:
+    (package / "__init__.py").unlink()
+    file = package / "users_file.py"
+    file.write_text("def width():\n    from layers import WIDTH\n    return WIDTH\n")
+    assert import_module_or_file(str(file)).width() == 3
+    del sys.modules["users_file"]
+    file.write_text("from .layers import WIDTH")
+    with pytest.raises(ValueError, match=r"users_file\.py cannot be run: ImportError: attempted relative import"):
+        import_module_or_file(str(file))
+
+
+def test_a_package_with_the_name_of_a_loaded_module_is_refused(package: Path) -> None:
+    taken = package.rename(package.with_name("fractions"))
+    with pytest.raises(ValueError, match=r"cannot be imported as fractions, which is .* already; rename its package"):
+        import_module_or_file(str(taken / "__init__.py"))
 
 
 def test_objects_are_imported_by_dots_and_colons() -> None:

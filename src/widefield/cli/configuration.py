@@ -11,7 +11,7 @@ from widefield.cli.trial import try_out
 from widefield.cli.user_code import import_user_code
 from widefield.config import Config, check_config, load, override
 from widefield.config.merge import IMPORTS
-from widefield.registry import arguments_of
+from widefield.registry import absolute_place, arguments_of
 
 SHORTCUTS = {
     "images": "data.images",
@@ -47,7 +47,7 @@ def read_configuration(
         ConfigError: The configuration cannot be used.
     """
     config = load(*files)
-    imports = [*(config.data.get(IMPORTS) or []), *(_absolute(place) for place in arguments.imports)]
+    imports = [*(config.data.get(IMPORTS) or []), *(absolute_place(place, Path.cwd()) for place in arguments.imports)]
     if imports:
         config.data[IMPORTS] = list(dict.fromkeys(imports))
     import_user_code(imports)
@@ -67,10 +67,6 @@ def _refuse_untrainable(config: Config) -> None:
         advice = "inherit from widefield.components.models.base_model.BaseModel, and write loss()"
         problem = f"{model.__name__} is no LightningModule, so it cannot be trained; {advice}"
         raise config.error([(("model",), problem)])
-
-
-def _absolute(place: str) -> str:
-    return str(Path(place).absolute()) if place.endswith(".py") else place
 
 
 def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:

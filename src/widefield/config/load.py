@@ -10,7 +10,7 @@ from widefield.config.merge import IMPORTS, clashes, merge, settles
 from widefield.config.python_file import read_python
 from widefield.config.ready import FOLDER, ready_configs
 from widefield.config.yaml_text import read_yaml
-from widefield.registry import suggestion
+from widefield.registry import absolute_place, suggestion
 
 BASE = "_base_"
 _READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}
@@ -81,4 +81,4 @@ def _absolute_imports(config: Config, file: FilePath) -> dict[str, Any]:
     imports = [imports] if isinstance(imports, str) else imports
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         raise config.error([((IMPORTS,), f"got {written(imports)}, expected Python files or modules")])
-    return {IMPORTS: [str(file.parent / name) if name.endswith(".py") else name for name in imports]}
+    return {IMPORTS: [absolute_place(name, file.parent) for name in imports]}

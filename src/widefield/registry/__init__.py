@@ -6,7 +6,7 @@ points of the group `widefield.components`: a name, and `package.module:Class`.
 
 from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of
 from widefield.registry.description import ComponentOf, split_description
-from widefield.registry.imports import import_module_or_file, import_object
+from widefield.registry.imports import absolute_place, import_module_or_file, import_object
 from widefield.registry.index import COMPONENTS
 from widefield.registry.near import near_names, suggestion
 from widefield.registry.ranges import Range
@@ -26,6 +26,7 @@ __all__ = [
     "Range",
     "Registry",
     "UnknownNameError",
+    "absolute_place",
     "arguments_of",
     "import_module_or_file",
     "import_object",

@@ -38,29 +38,74 @@ def import_object(target: str) -> Any:
 
 
 def import_module_or_file(place: str) -> ModuleType:
-    """Import the module `place`, or the file if it ends in `.py`; a file that is loaded already is not run again.
+    """Import the module `place`, or the file if it ends in `.py`; what is loaded already is not run again.
+
+    Modules are also looked for in the working directory. A file of a package is imported as its module, so that relative imports
+    work; one of no package may import its neighbours. Where they were found stays on the path of imports.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: There is no such module, or running it fails.
     """
+    place = absolute_place(place, Path.cwd())
     if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name and (place + ".").startswith(error.name + "."):
-                raise ValueError(f"there is no module {place!r}; for a file, give its path with .py") from error
-            raise ValueError(f"{place} cannot be imported: {error}") from error
-    path = Path(place).resolve()
+        _search_in(Path.cwd())
+        return _imported(place)
+    path = Path(place)
     if not path.is_file():
         near = suggestion(path.name, (other.name for other in path.parent.glob("*.py")))
         raise FileNotFoundError(f"there is no file {place}; {near}")
-    return _loaded(path) or _run(path)
+    name, root = _module_of(path)
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    _search_in(root)
+    if root == path.parent and path.name != "__init__.py":
+        return _run(path)
+    found = _imported(name)
+    if found.__file__ != str(path):
+        raise ValueError(f"{path} cannot be imported as {name}, which is {found.__file__} already; rename its package")
+    return found
 
 
-def _loaded(path: Path) -> ModuleType | None:
-    module = sys.modules.get(path.stem)
-    return module if module is not None and getattr(module, "__file__", None) == str(path) else None
+def absolute_place(place: str, folder: Path) -> str:
+    """A module or file, given from within `folder`, so that it can be imported from anywhere.
+
+    That is the file, or the file of a module if it lies below `folder`; other modules stay as they are.
+    """
+    if place.endswith(".py"):
+        return str((folder / place).resolve())
+    below = folder.joinpath(*place.split("."))
+    for file in (below / "__init__.py", below.with_name(f"{below.name}.py")):
+        if file.is_file() and _module_of(file.resolve())[0] == place:
+            return str(file.resolve())
+    return place
+
+
+def _module_of(path: Path) -> tuple[str, Path]:
+    """The name of the module in a file, and the folder from which it has this name."""
+    parts = [] if path.name == "__init__.py" else [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(parts), folder
+
+
+def _search_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name + ".").startswith(error.name + "."):
+            raise ValueError(f"there is no module {name!r}; for a file, give its path with .py") from error
+        raise ValueError(f"{name} cannot be imported: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _run(path: Path) -> ModuleType:
@@ -69,13 +114,10 @@ def _run(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     hidden = sys.modules.setdefault(path.stem, module) is not module  # dataclasses and pickle look their module up
-    sys.path.insert(0, str(path.parent))  # the file may import its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         if not hidden:
             del sys.modules[path.stem]
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     return module
