@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,15 @@ PLAIN = """
 @MODELS.register_module(kind='model')
 class Plain(nn.Module):
     pass
+"""
+KILLER = """\
+import os, signal
+from lightning.pytorch import Callback
+
+class Killer(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 BASE = """\
 model:
@@ -104,7 +115,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 FIT = ("fit", "--config", "my.yaml", "--imports", "my_models.py")
 
 
-def test_a_users_component_is_trained_and_resumed_from_a_configuration(folder: Path) -> None:
+def test_a_users_component_is_trained_killed_and_resumed_from_a_configuration(folder: Path) -> None:
     overrides = ("model.backbone.depth=34", "model.backbone.norm_cfg.eps=1e-4")
     assert main([*FIT, *overrides, "trainer.max_epochs=2", "--out", "whole"]) == 0
     run = folder / "whole"
@@ -120,8 +131,13 @@ def test_a_users_component_is_trained_and_resumed_from_a_configuration(folder: P
         sum(key.startswith("backbone.layer2") and key.endswith("conv1.weight") for key in checkpoint["state_dict"]) == 4
     )
 
-    assert main([*FIT, *overrides, "--out", "broken"]) == 0
-    assert main(["fit", "--resume", "--out", "broken", "trainer.max_epochs=2"]) == 0
+    (folder / "killer.py").write_text(KILLER)
+    killed = [*FIT, *overrides, "trainer.max_epochs=2", "--out", "broken", "--imports", "killer.py"]
+    code = f"import torch, widefield.cli; torch.set_num_threads({torch.get_num_threads()}); widefield.cli.main(%r)"
+    arguments = [*killed, "trainer.callbacks=[{type: killer.Killer}]"]
+    assert subprocess.run([sys.executable, "-c", code % arguments], check=False).returncode == -signal.SIGKILL
+    assert len(rows(folder / "broken")) == 1
+    assert main(["fit", "--resume", "--out", "broken", "trainer.callbacks=[]"]) == 0
     assert rows(folder / "broken") == rows(run)
     resumed = torch.load(folder / "broken" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, resumed[key]) for key, value in checkpoint["state_dict"].items())
