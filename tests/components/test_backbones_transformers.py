@@ -360,6 +360,14 @@ def test_the_subclass_of_the_page_works_and_equals_ours() -> None:
 # --- BEiT and MaskFeat
 
 
+@pytest.mark.parametrize("kind", [BEiTPretrainViT, MaskFeatViT])
+@pytest.mark.parametrize("mask", [None, (2, 14, 14)], ids=["unmasked", "masked"])
+def test_masked_transformers_have_the_known_sizes(kind: Any, mask: tuple[int, ...] | None) -> None:
+    with torch.device("meta"):
+        out = kind(arch="base")(torch.rand(2, 3, 224, 224), mask if mask is None else torch.ones(mask))
+    assert shapes((out,) if isinstance(out, Tensor) else out) == [(2, 197, 768)]
+
+
 def mask_of(*masked: int) -> Tensor:
     mask = torch.zeros(1, 16)
     mask[0, list(masked)] = 1

@@ -92,10 +92,10 @@ def test_blocks_begin_as_the_identity_unless_told_otherwise() -> None:
     assert bool((model.layer1[0].bn2.weight == 1).all())
 
 
-@pytest.mark.parametrize("deep_stem", [False, True])
-def test_frozen_stages_do_not_train_whatever_the_mode(deep_stem: bool) -> None:
-    model = ResNet(18, base_channels=4, stem_channels=4, frozen_stages=1, deep_stem=deep_stem).train()
-    frozen = [model.stem if deep_stem else model.bn1, model.layer1]
+@pytest.mark.parametrize(("kind", "deep_stem"), [(ResNet, False), (ResNet, True), (ResNet_CIFAR, False)])
+def test_frozen_stages_do_not_train_whatever_the_mode(kind: type[ResNet], deep_stem: bool) -> None:
+    model = kind(18, base_channels=4, stem_channels=4, frozen_stages=1, deep_stem=deep_stem).train()
+    frozen = [*([model.stem] if deep_stem else [model.conv1, model.bn1]), model.layer1]
     assert not any(part.training for top in frozen for part in top.modules())
     assert not any(parameter.requires_grad for top in frozen for parameter in top.parameters())
     assert model.layer2.training

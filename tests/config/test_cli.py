@@ -214,6 +214,26 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_1(
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("train_cfg", "message"),
+    [
+        ("{}", ""),
+        ("{augments: {type: Mixup, alpha: 1.0}}", ""),
+        ("{augments: [{type: Mixup, alpha: 1.0}, {type: CutMix, alpha: 1.0}], probs: [0.5, 0.5]}", ""),
+        (
+            "{augment: []}",
+            "model.train_cfg.augment: BatchAugmentsConfig has no argument 'augment'; did you mean augments",
+        ),
+        ("{augments: [{type: Mixup}]}", "model.train_cfg.augments.0: Mixup needs alpha"),
+        ("{augments: [{type: Mixup, alpha: 1.0}], probs: 2.0}", "model: probs=2.0 must be a probability"),
+    ],
+)
+def test_augmentations_of_batches_are_checked(capsys: pytest.CaptureFixture[str], train_cfg: str, message: str) -> None:
+    small = ["model.backbone.base_channels=2", "model.backbone.stem_channels=4", "model.head.in_channels=16"]
+    assert main(["config", "check", "resnet18_cifar10", *small, f"model.train_cfg={train_cfg}"]) == bool(message)
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_a_file_that_is_not_there_is_exit_code_2(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check", "mi.yaml"]) == 2
     assert "did you mean my.yaml?" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Mixing the images of a batch with each other, and their labels with them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -143,11 +143,11 @@ class ResizeMix(CutMix):
         )
 
 
-class BatchAugmentsConfig(TypedDict):
-    """The arguments of `RandomBatchAugment`."""
+class BatchAugmentsConfig(TypedDict, total=False):
+    """The arguments of `RandomBatchAugment`; without any of them nothing is mixed."""
 
     augments: BatchAugmentConfig | Sequence[BatchAugmentConfig]
-    probs: NotRequired[Sequence[float] | float | None]
+    probs: Sequence[float] | float | None
 
 
 class RandomBatchAugment:
