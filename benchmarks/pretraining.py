@@ -1,11 +1,12 @@
 """What a step of pretraining costs: CPU-seconds here and in LightlyTrain, with the same wrapper, batch and views.
 
     uv run python benchmarks/pretraining.py [--runs simclr-64 dino-64 simclr-224 dino-224] [--images 64] [--batch 16] [--steps 8]
-        [--only ours|theirs]
+        [--rounds 3] [--only ours|theirs]
 
 Each run is a process of its own with one thread and no workers, so that its CPU time is that of reading, views, networks and
 optimizer. A step is counted from the start of one batch's training to the start of the next; the first two are left out, and the
-median is told. LightlyTrain is installed from the package index into an environment of its own by `uv run --with lightly-train`;
+median is told. Ours and theirs take turns, and of the rounds the median is told again. LightlyTrain is installed from the package
+index into an environment of its own by `uv run --with lightly-train`;
 what it reports over the network is turned off, and nothing of it is needed to use Widefield. The images are cut from the
 pictures of scikit-image, as JPEG files of 256 x 256 pixels.
 """
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["ours", "theirs"])
     parser.add_argument("--inside", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,7 +159,11 @@ def main() -> None:
         print("| run | " + " | ".join(f"{one} (CPU-s a step)" for one in libraries) + " | ours / theirs |")
         print("|---|" + "---|" * (len(libraries) + 1))
         for run in args.runs:
-            costs = [median(one, run, Path(folder), args.batch, args.steps) for one in libraries]
+            rounds = [
+                [median(one, run, Path(folder), args.batch, args.steps) for one in libraries]
+                for _ in range(args.rounds)
+            ]
+            costs = [statistics.median(of_one) for of_one in zip(*rounds, strict=True)]
             ratio = f"{costs[0] / costs[1]:.2f}" if len(costs) == 2 else ""
             print(f"| {run} | " + " | ".join(f"{cost:.3f}" for cost in costs) + f" | {ratio} |", flush=True)
 
