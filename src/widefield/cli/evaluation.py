@@ -14,6 +14,7 @@ from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.config import Config
 from widefield.inference.views import AveragedViews
 from widefield.models.torch_file import read_torch_file
+from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
 Numbers = dict[str, Any]
@@ -70,9 +71,8 @@ def show(numbers: Numbers) -> str:
 
 def write_json(path: Path, numbers: Numbers) -> None:
     """Write the numbers; whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, Learn
 from widefield.pretraining.dataset import BadImage, Batch
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.observe import Quality, QualityArgs, Report, ReportArgs
-from widefield.pretraining.out import OutFolder, write_atomically
+from widefield.pretraining.out import OutFolder
+from widefield.pretraining.stopping import SaveLast
+from widefield.writing import write_torch_file
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +111,8 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
         )
     if args.model_export is not None:
         callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
-    if args.model_checkpoint is not None:
-        saving = args.model_checkpoint
+    saving = args.model_checkpoint
+    if saving is not None:
         by_steps = saving.every_n_train_steps is not None
         callbacks.append(
             ModelCheckpoint(
@@ -126,10 +128,11 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
                 enable_version_counter=False,
             )
         )
-        if saving.save_last and saving.every_n_minutes is not None:
-            callbacks.append(SaveByTime(out.last, saving.every_n_minutes * 60))
     if args.report is not None:
         callbacks.append(Report(out, quality))
+    keeps_last = saving is not None and saving.save_last
+    minutes = saving.every_n_minutes if saving is not None and keeps_last else None
+    callbacks.append(SaveLast(out.last if keeps_last else None, None if minutes is None else 60 * minutes))
     return callbacks
 
 
@@ -195,6 +198,8 @@ class BadImages(Callback):
     ) -> None:
         for bad in batch.bad:
             if bad.name not in self._known:
+                first = "skipped an image: %s; %s lists all that are skipped"
+                _log.log(logging.DEBUG if self._known else logging.WARNING, first, bad.reason, self._path.name)
                 self._known.add(bad.name)
                 self._list(bad)
         pl_module.log("bad_images", float(len(self._known)), batch_size=len(batch.names))
@@ -204,7 +209,6 @@ class BadImages(Callback):
             _log.warning("%d images could not be read and were skipped: %s", len(self._known), self._path)
 
     def _list(self, bad: BadImage) -> None:
-        _log.warning("skipped an image: %s", bad.reason)
         begins = not self._path.exists()
         with self._path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -231,25 +235,4 @@ class Export(Callback):
         """Write it now."""
         if trainer.is_global_zero:
             model: Any = pl_module.method.exported().wrapped_model.get_model()
-            write_atomically({name: value.detach().cpu() for name, value in model.state_dict().items()}, self._path)
-
-
-class SaveByTime(Callback):
-    """Writes the last checkpoint when so many seconds have passed since it was written here, between two optimizer steps."""
-
-    def __init__(self, path: Path, seconds: float) -> None:
-        self._path, self._seconds = path, seconds
-        self._saved = time.monotonic()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        due = time.monotonic() - self._saved >= self._seconds
-        if trainer.strategy.reduce_boolean_decision(due, all=False):
-            trainer.save_checkpoint(self._path)
-            self._saved = time.monotonic()
+            write_torch_file({name: value.detach().cpu() for name, value in model.state_dict().items()}, self._path)

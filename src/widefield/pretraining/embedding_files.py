@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from widefield.pretraining.out import replacing
+from widefield.writing import replacing, write_torch_file
 
 EmbeddingFormat = Literal["torch", "csv", "lightly_csv", "parquet"]
 
@@ -31,10 +30,11 @@ def write_embeddings(path: Path, names: Sequence[str], embeddings: Tensor, forma
             columns filenames, embedding_0, ..., labels, as the tools of `lightly` read it, all labels 0; "parquet": columns
             filename and embedding, a list of fixed length.
     """
+    if format == "torch":
+        write_torch_file({"filenames": list(names), "embeddings": embeddings}, path)
+        return
     with replacing(path) as partial:
-        if format == "torch":
-            torch.save({"filenames": list(names), "embeddings": embeddings}, partial)
-        elif format == "parquet":
+        if format == "parquet":
             _write_parquet(partial, names, embeddings)
         else:
             _write_csv(partial, names, embeddings, with_labels=format == "lightly_csv")

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from widefield.pretraining.checkpoint import Checkpoint, Part, part_of
-from widefield.pretraining.out import check_file, replacing, write_atomically
+from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import arguments
+from widefield.writing import replacing, write_torch_file
 
 ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors"]
 
@@ -69,18 +70,17 @@ def export(
         _write_safetensors(weights, given.out)
     elif given.format == "torch_model":
         try:
-            write_atomically(module, given.out)
+            write_torch_file(module, given.out)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise ValueError(
                 f'format="torch_model": the {type(module).__name__} cannot be pickled: {error}; give "torch_state_dict"'
             ) from error
     else:
-        write_atomically(weights, given.out)
+        write_torch_file(weights, given.out)
 
 
 def _write_safetensors(weights: dict[str, Tensor], out: Path) -> None:
     """The format has no tensors that share memory: those are written twice."""
-    with replacing(out) as partial:
-        save_file(
-            {name: value.detach().clone().contiguous() for name, value in weights.items()}, partial, {"format": "pt"}
-        )
+    content = save({name: value.detach().clone().contiguous() for name, value in weights.items()}, {"format": "pt"})
+    with replacing(out) as partial:  # not `save_file`, which is vague about a full disk
+        partial.write_bytes(content)

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from widefield.writing import replacing
+
 
 @dataclass(frozen=True)
 class JsonlArgs:
@@ -98,9 +100,8 @@ def forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step(line: str) -> float:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from widefield.pretraining.dataset import BadImage, Index, ViewDataset, seeded
 from widefield.pretraining.labels import Labels
-from widefield.pretraining.out import OutFolder, replacing
+from widefield.pretraining.out import OutFolder
 from widefield.pretraining.pictures import Pictures, normalized
 from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest, spread
 from widefield.pretraining.sheet import sheet
 from widefield.pretraining.source import Files
 from widefield.pretraining.views import whole_image
 from widefield.registry import import_object
+from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
 

@@ -4,12 +4,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 try:
     import fcntl
@@ -74,6 +71,8 @@ class OutFolder:
         """Raises ValueError if the folder cannot be used for the run; changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: {self.path} is not a directory!")
+        if self.path.is_dir():
+            _unlock(_lock(self.path))
         if self.path.is_dir() and any(self.path.iterdir()) and not (overwrite or resume):
             raise ValueError(
                 f"out: {self.path} is not empty! Set overwrite=True to begin anew in it, or resume_interrupted=True to go on with "
@@ -101,9 +100,7 @@ class OutFolder:
                 self._clear()
             yield
         finally:
-            if descriptor is not None:
-                _held.discard(descriptor)
-                os.close(descriptor)
+            _unlock(descriptor)
 
     def _clear(self) -> None:
         for folder in (self.checkpoints, self.exported.parent):
@@ -141,25 +138,10 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def write_atomically(content: Any, path: Path) -> None:
-    """`torch.save`, whole or not at all."""
-    with replacing(path) as partial, partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which is renamed at the end: the file is whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        _held.discard(descriptor)
+        os.close(descriptor)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -1,6 +1,8 @@
 """Where images come from: files, slides or a dataset of the user's, all by number."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -8,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from widefield.images import ImageReadError
 from widefield.pretraining.files import find_images
 from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
 from widefield.pretraining.slides import SlideArgs, read_patch
@@ -25,6 +28,22 @@ class ImageSource(Protocol):
         """The image (C, H, W); what is drawn of a slide depends on `random`. OSError if it cannot be read."""
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in this block is an `ImageReadError`: of a damaged file, readers raise nearly anything."""
+    tifffile = logging.getLogger("tifffile")
+    level = tifffile.level
+    tifffile.setLevel(logging.CRITICAL)  # it logs what it then raises
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageReadError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    finally:
+        tifffile.setLevel(level)
+
+
 @dataclass(frozen=True)
 class Files:
     """Whole image files; photos may be decoded `reduction` times smaller, see `read_pixels`."""
@@ -40,7 +59,8 @@ class Files:
         return str(self.paths[index])
 
     def read(self, index: int, random: Random) -> Tensor:
-        return read_pixels(self.paths[index], self.num_channels, self.reduction)
+        with reading(self.paths[index]):
+            return read_pixels(self.paths[index], self.num_channels, self.reduction)
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,9 @@ class Slides:
         return str(self.paths[index // self.args.patches_per_slide])
 
     def read(self, index: int, random: Random) -> Tensor:
-        return read_patch(self.paths[index // self.args.patches_per_slide], self.args, self.num_channels, random)
+        path = self.paths[index // self.args.patches_per_slide]
+        with reading(path):
+            return read_patch(path, self.args, self.num_channels, random)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`widefield.train`, which is `widefield.pretrain`."""
 
+import errno
 import logging
 import math
 import os
@@ -7,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -36,12 +37,15 @@ from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import KEY, Pretraining, Recipe
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.source import make_source
+from widefield.pretraining.stopping import TERMINATED, leave_signals
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
 from widefield.pretraining.wrapping import wrap
 
 _log = logging.getLogger(__name__)
 LOG_EVERY = 50
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No space is left on a disk, or none for this user."""
 
 
 def train(
@@ -85,6 +89,8 @@ def train(
     `config.yaml`, `augmented_views.png` (what the model is shown) and at the end `report.html`.
     Checkpoints hold tensors and plain data only. A seed reproduces a run bit for bit on a CPU.
 
+    Ctrl-C and SIGTERM end a run after the step that it is in, with a checkpoint of it; the second time at once.
+
     Args:
         out: Folder of the run, which must be new or empty.
         data: A folder of images, searched with all below; a file; a list of such; or a torch dataset of images (tensors
@@ -126,6 +132,7 @@ def train(
         ValueError: Something that was given cannot be used; the message has a line for each error. `out` is as it was.
         UnsupportedOpError: A layer of the model cannot be streamed. `out` is as it was.
         ImageReadError: A bad image, with `on_bad_image="raise"`, or too many of them.
+        OSError: No space is left on the disk. What was written before is whole, and the message says how to go on.
     """
     settings = parse(locals())
     folder = OutFolder(settings.given.out.expanduser().resolve())
@@ -183,7 +190,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     run = Run(numbers, len(dataset), optimized, steps)
     method = settings.method(embedding, run, **settings.method_args)
     loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}
-    defaults = {"pin_memory": not isinstance(trainer.accelerator, CPUAccelerator)}
+    defaults: dict[str, Any] = {"pin_memory": not isinstance(trainer.accelerator, CPUAccelerator)}
+    defaults["worker_init_fn"] = leave_signals
     if settings.num_workers:
         defaults["persistent_workers"] = True
     recipe = Recipe(
@@ -356,8 +364,20 @@ def load_checkpoint(wrapper: Any, path: Path) -> None:
 def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bool, settings: Settings) -> None:
     try:
         trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True if resume else None)
-    except SystemExit:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from None
+    except BaseException as error:
+        if not trainer.is_global_zero:
+            raise
+        left = f"in step {trainer.global_step}; {_left(folder)}"
+        if isinstance(error, SystemExit):
+            interrupted = error.code == 1 and not isinstance(error, SIGTERMException)  # what Lightning makes of Ctrl-C
+            _log.warning("%s %s", "interrupted" if interrupted else "told to end by SIGTERM", left)
+            raise (KeyboardInterrupt if interrupted else SystemExit(TERMINATED)) from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            where = f" to write {error.filename}" if error.filename else ""
+            raise OSError(error.errno, f"{error.strerror}{where}: the run ended {left}") from error
+        _log.error("%s ended the run %s", type(error).__name__, left)
+        _log.debug("the error:", exc_info=True)
+        raise
     saving = settings.callbacks.model_checkpoint
     if trainer.max_epochs == 0:
         if saving is not None and saving.save_last:
@@ -377,6 +397,15 @@ def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bo
             "training completed; model.load_state_dict(torch.load(%r, weights_only=True)) loads the model",
             str(folder.exported),
         )
+
+
+def _left(folder: OutFolder) -> str:
+    """How to go on with a run that has ended too soon."""
+    try:
+        step = read_torch_file(folder.last)["global_step"]
+    except FileNotFoundError:
+        return "it has written no checkpoint yet"
+    return f"resume_interrupted=True goes on at step {step}, that of {folder.last}"
 
 
 def _seed(seed: int) -> None:
@@ -418,11 +447,19 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+class _LogFile(logging.FileHandler):
+    """What cannot be written on a full disk is left out: the console has it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Our log lines in a file as well; on the console too, where nobody has set up logging."""
     ours = logging.getLogger("widefield")
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [_LogFile(path, encoding="utf-8")]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if not ours.hasHandlers():
         handlers.append(logging.StreamHandler(sys.stderr))
@@ -437,4 +474,5 @@ def _logging_to(path: Path) -> Iterator[None]:
         ours.setLevel(level)
         for handler in handlers:
             ours.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()

@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from widefield.writing import replacing
+
 
 def new_figure(width: float = 6.0, height: float = 4.5) -> tuple[Figure, Axes]:
     """An empty figure of `width` x `height` inches with one pair of axes, which needs no display."""
@@ -24,7 +26,5 @@ def as_png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as a PNG file; whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, format="png")

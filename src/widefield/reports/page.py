@@ -5,6 +5,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from widefield.writing import replacing
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
@@ -50,15 +52,13 @@ class Page:
 
     def write(self, path: str | Path) -> None:
         """Write the page as one HTML file that needs no other; whole or not at all."""
-        path = Path(path)
         title = html.escape(self._title)
         text = (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(self._parts) + "\n</body></html>\n"
         )
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _cell(value: object) -> str:
