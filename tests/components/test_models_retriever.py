@@ -189,6 +189,16 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
             made(5)
     with pytest.raises(ValueError, match="has no dataset"):
         made({"batch_size": 2})
+    with pytest.raises(
+        ValueError, match=r"prototype\.batchsize: a data loader has no 'batchsize'; did you mean batch_size"
+    ):
+        made({"dataset": {"type": "ImageFolder", "root": "."}, "batchsize": 2})
+    with pytest.raises(
+        ValueError, match=r"prototype\.dataset: no dataset named 'ImageFoldr'; did you mean ImageFolder"
+    ):
+        made({"dataset": {"type": "ImageFoldr"}})
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        made(str(tmp_path / "gone")).setup("fit")
     with pytest.raises(FileNotFoundError, match="does not exist; give a folder of images"):
         made(str(tmp_path / "gone")).predict(QUERIES)
     with pytest.raises(ValueError, match="the prototype has no images"):
@@ -207,9 +217,10 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         made()(QUERIES, mode="unknown")
 
 
-def test_without_a_head_the_metrics_of_what_is_predicted_are_tested() -> None:
+@pytest.mark.parametrize("head", [None, {"type": "LinearClsHead", "num_classes": 3, "in_channels": 2}])
+def test_the_metrics_are_those_of_what_is_retrieved_whatever_the_head_says(head: Any) -> None:
     loader = DataLoader([(QUERIES[0], 0), (QUERIES[1], 2)], batch_size=2)  # type: ignore[arg-type]
     evaluation = Evaluation([METRICS.build({"type": "RetrievalRecall", "topk": 1})])
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(**options, callbacks=[evaluation]).test(made(), loader, verbose=False)
+    Trainer(**options, callbacks=[evaluation]).test(made(head=head), loader, verbose=False)
     assert evaluation.results["retrieval/Recall@1"] == 50

@@ -356,3 +356,36 @@ def test_a_ready_configuration_is_a_base(folder: Path) -> None:
     (folder / "small.yaml").write_text("_base_: resnet18_cifar\nmodel: {head: {num_classes: 3}}")
     assert load(folder / "small.yaml").data["model"]["head"]["num_classes"] == 3
     assert main(["config", "check", "small.yaml", *LABELLED]) == 0
+
+
+RETRIEVER = """\
+_base_: my.yaml
+model:
+  _delete_: true
+  type: ImageToImageRetriever
+  image_encoder:
+    - {type: ResNet, depth: 18, stem_channels: 4, base_channels: 4, num_stages: 2, out_indices: [1]}
+    - {type: GlobalAveragePooling}
+  head: {type: LinearClsHead, num_classes: 2, in_channels: 8}
+  prototype: images
+metrics: [{type: RetrievalRecall, topk: 2}]
+"""
+
+
+def test_a_retriever_takes_a_folder_a_file_of_features_or_a_described_loader(folder: Path) -> None:
+    from widefield.inference import get_model
+
+    (folder / "retriever.yaml").write_text(RETRIEVER)
+    described = "{_delete_: true, dataset: {type: ImageFolder, root: images, with_label: false}, batch_size: 2}"
+    recalls = []
+    for prototype in ("images", described, "features.pth"):
+        assert main(["fit", "--config", "retriever.yaml", "--out", prototype[:3], f"model.prototype={prototype}"]) == 0
+        recalls.append(rows(folder / prototype[:3])[0]["val_retrieval/Recall@2"])
+        get_model(folder / prototype[:3]).dump_prototype("features.pth")
+    assert len(set(recalls)) == 1
+    assert main(["fit", "--config", "retriever.yaml", "--out", "gone", "model.prototype=gone"]) == 2
+    assert main(["predict", "--checkpoint", "ima/best.ckpt", "--out", "predicted", "images/im1.tif"]) == 0
+    with (folder / "predicted" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["predicted"].startswith("1;")
+    assert float(row["similarity_1"]) == pytest.approx(1)

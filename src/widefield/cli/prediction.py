@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from widefield.cli.history import write_csv
 from widefield.cli.progress import TileTask, make_progress, streamed_network
 from widefield.components.models.image_classifier import ImageClassifier
+from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
 from widefield.images import LazyImage, open_image, thumbnail
@@ -35,7 +36,7 @@ class Prediction:
 
     image: LazyImage
     scores: tuple[float, ...]
-    """A probability per class."""
+    """A probability per class, or the similarity with each item of a collection."""
     labels: tuple[int, ...]
     """Of several where the head predicts several."""
     peak: tuple[int, int] | None
@@ -72,7 +73,9 @@ def predict(
     options = {"memory_budget": memory_budget, "tile_size": tile_size}
     streaming = {name: value for name, value in options.items() if value is not None}
     model: Any = load_trained(checkpoint, streaming=streaming, config=None if config is None else load(config))
-    info = info_of(model)
+    info, score = info_of(model), "probability"
+    if isinstance(model, ImageToImageRetriever):
+        info, score = replace(info, class_names=None), "similarity"  # with the items of the collection, by their index
     opened = [open_image(file, info.level if level is None else level) for file in files]
     network = streamed_network(model)
     if isinstance(model, Classifier):
@@ -93,7 +96,7 @@ def predict(
             predictions.append(_predict(model, info, image, overlay, views))
             progress.advance(bar)
     names = info.names(len(predictions[0].scores))
-    write_csv(out / "predictions.csv", [_row(prediction, names) for prediction in predictions])
+    write_csv(out / "predictions.csv", [_row(prediction, names, score) for prediction in predictions])
     _log.info("%d predictions: %s", len(predictions), out / "predictions.csv")
     return predictions
 
@@ -154,12 +157,12 @@ def _as_rgb(picture: Tensor) -> np.ndarray:
     return colours.permute(1, 2, 0).cpu().numpy()
 
 
-def _row(prediction: Prediction, class_names: Sequence[str]) -> dict[str, object]:
+def _row(prediction: Prediction, class_names: Sequence[str], score: str) -> dict[str, object]:
     named = zip(class_names, prediction.scores, strict=True)
     y, x = prediction.peak or ("", "")
     return {
         "image": str(prediction.image.path),
-        **{f"probability_{name}": f"{probability:.6g}" for name, probability in named},
+        **{f"{score}_{name}": f"{value:.6g}" for name, value in named},
         "predicted": ";".join(class_names[label] for label in prediction.labels),
         "peak_y": y,
         "peak_x": x,

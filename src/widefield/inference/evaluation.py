@@ -14,7 +14,7 @@ from widefield.components.metrics.average_precision import AveragePrecision
 from widefield.components.metrics.multi_label import MultiLabelMetric
 from widefield.components.metrics.retrieval_average_precision import RetrievalAveragePrecision
 from widefield.components.metrics.retrieval_recall import RetrievalRecall
-from widefield.components.models.base_model import BaseModel
+from widefield.components.models.image_classifier import ImageClassifier
 from widefield.inference.prediction import predict_samples
 from widefield.inference.views import AveragedViews
 
@@ -24,9 +24,9 @@ _OF_SEVERAL = (MultiLabelMetric, AveragePrecision, RetrievalRecall, RetrievalAve
 class Evaluation(Callback):
     """Computes metrics of what a model predicts in validation and test, and logs them as `val_NAME` and `test_NAME`.
 
-    The backbone runs once: what the head gets for the loss, it gets for the prediction. A single-label metric is given class
-    indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C); one of retrieval, 0
-    and 1 per item of the collection (N, M), whose indices are the labels.
+    The backbone of a classifier runs once: what the head gets for the loss, it gets for the prediction. A single-label metric is
+    given class indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C); one of
+    retrieval, 0 and 1 per item of the collection (N, M), whose indices are the labels.
 
     Attributes:
         results: What was computed last, by name without prefix; values that are no single number are only here.
@@ -84,9 +84,8 @@ class Evaluation(Callback):
         for metric in self.metrics:
             metric.reset()
             metric.to(module.device)
-        head: Any = getattr(module, "head", None)
-        if isinstance(module, BaseModel) and hasattr(head, "predict"):
-            self._hook = head.register_forward_pre_hook(self._keep)
+        if isinstance(module, ImageClassifier) and module.head is not None:  # others may not predict by their head
+            self._hook = module.head.register_forward_pre_hook(self._keep)
 
     def _keep(self, head: Any, arguments: tuple[Any, ...]) -> None:
         self._features = arguments[0]

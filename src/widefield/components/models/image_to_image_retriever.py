@@ -18,8 +18,9 @@ from widefield.components.models.features import backbone_features, neck_feature
 from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.cls_preprocessor import with_augments
+from widefield.config import check_description
 from widefield.images import open_image
-from widefield.registry import MODELS, ComponentOf, import_object
+from widefield.registry import MODELS, ComponentOf, arguments_of, import_object, suggestion
 from widefield.registry.data_index import DATASETS
 
 EncoderConfig = Annotated[nn.Module | dict[str, Any] | list[dict[str, Any]], ComponentOf(MODELS)]
@@ -200,6 +201,11 @@ class ImageToImageRetriever(BaseModel):
         assert self.prototype_vecs is not None
         torch.save(self.prototype_vecs.cpu(), path)
 
+    def setup(self, stage: str) -> None:
+        """Refuse, before a run begins, a collection that is not there."""
+        if isinstance(self.prototype, (str, os.PathLike)) and not Path(self.prototype).exists():
+            raise _gone(self.prototype)
+
     def train(self, mode: bool = True) -> Any:
         """Set the mode; after training features of images are computed anew."""
         if mode and not isinstance(self.prototype, Tensor):
@@ -224,9 +230,7 @@ class ImageToImageRetriever(BaseModel):
         if path.is_dir():
             return self._embed(_images(path))
         if not path.is_file():
-            raise FileNotFoundError(
-                f"prototype={str(path)!r} does not exist; give a folder of images, or a file of features"
-            )
+            raise _gone(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def _embed(self, batches: Iterable[Any]) -> Tensor:
@@ -246,15 +250,27 @@ class ImageToImageRetriever(BaseModel):
         return torch.cat(vectors)[torch.tensor(rows).argsort().to(self.device)]
 
 
+def _gone(path: str | os.PathLike[str]) -> FileNotFoundError:
+    return FileNotFoundError(f"prototype={str(path)!r} does not exist; give a folder of images, or a file of features")
+
+
 def _checked(prototype: Any) -> Any:
     if not isinstance(prototype, (DataLoader, dict, str, os.PathLike, Tensor)):
         raise WrongArgumentError(
             f"prototype={prototype!r} must be a data loader, a dictionary that describes one, a path, or a tensor (M, C)"
         )
-    if isinstance(prototype, dict) and "dataset" not in prototype:
+    if not isinstance(prototype, dict):
+        return prototype
+    if "dataset" not in prototype:
         raise WrongArgumentError(
             f"prototype={prototype} has no dataset; describe a data loader: {{dataset: {{type: NAME, ...}}, batch_size: 4}}"
         )
+    known = arguments_of(DataLoader).named
+    for name in prototype.keys() - known.keys():
+        raise WrongArgumentError(f"prototype.{name}: a data loader has no {name!r}; {suggestion(name, known)}")
+    if isinstance(prototype["dataset"], dict):
+        for path, problem in check_description(prototype["dataset"], ComponentOf(DATASETS), ("prototype", "dataset")):
+            raise WrongArgumentError(f"{'.'.join(path)}: {problem}")
     return prototype
 
 
