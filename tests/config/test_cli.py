@@ -238,6 +238,8 @@ def test_a_file_that_is_not_there_is_exit_code_2(file: Path, capsys: pytest.Capt
     assert main(["config", "check", "mi.yaml"]) == 2
     assert "did you mean my.yaml?" in capsys.readouterr().err
     assert main(["config", "print", "my.yaml", "--imports", "mine.py"]) == 2
+    assert main(["config", "check", "my.yaml", "--images", "slides"]) == 2
+    assert "there is no --images here; values are given as path=value" in capsys.readouterr().err
     assert main(["config", "check", "resnet18_cifr10"]) == 2
     assert "did you mean resnet18_cifar10" in capsys.readouterr().err
 

@@ -335,7 +335,9 @@ READY = {
 
 def test_every_ready_configuration_is_listed_and_tested(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "configs"]) == 0
-    assert set(capsys.readouterr().out.split()) == set(READY)
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(listed) == set(READY)
+    assert listed["resnet18_cifar"] == "ResNet-18 for images of 32 x 32 pixels and ten classes."
 
 
 @pytest.mark.parametrize("name", READY)

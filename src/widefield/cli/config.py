@@ -30,6 +30,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     from widefield.cli.sections import SECTIONS
     from widefield.config import ConfigError, check_config, load, override, write_yaml
 
+    flags = [text for text in others if text.startswith("--") and "=" not in text]
+    if flags:
+        raise ValueError(f"there is no {flags[0]} here; values are given as path=value, as in data.images=slides")
     files = [Path(arguments.file), *(Path(text) for text in others if "=" not in text)]
     try:
         config = load(*files)

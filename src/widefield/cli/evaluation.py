@@ -44,11 +44,15 @@ def evaluate(
         ignore_irrelevant_warnings()
         cli = ConfiguredCLI(config, [], f"widefield {phase}", views, more)
         data = cli.datamodule
-        if phase == "test" and not len(getattr(data, "test_set", (None,))):
+        counts = {name: len(getattr(data, f"{name}_set", (None,))) for name in ("val", "test")}
+        if phase == "test" and not counts["test"] and counts["val"]:
             _log.info("there are no test images; these are the validation images")
             data.test_set = data.val_set
-        if not len(getattr(data, "val_set" if phase == "validate" else "test_set", (None,))):
-            raise ValueError(f"there are no images to {phase} with; describe some in the section data")
+        elif not counts["val" if phase == "validate" else "test"]:
+            raise ValueError(
+                f"there are no images to {phase} with; give some rows of data.labels the split val or test, or describe data.val "
+                "or data.test"
+            )
         step = cli.trainer.validate if phase == "validate" else cli.trainer.test
         try:
             step(cli.model, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)

@@ -13,6 +13,9 @@ the output folder. Every other entry can be given by its own name (`--trainer.pr
 with --config, YAML or Python; what is given on the command line wins. A file may describe components by their `type`, and be
 based on others with `_base_`; `widefield config check FILE` says what is wrong with it.
 `metrics=[{type: Accuracy, topk: [1, 5]}]`, of those that `widefield list metrics` names, are computed in validation and test.
+`optimizer={type: SGD, lr: 0.1}` is one of torch's, `lr_scheduler` one of its schedules or a list of them, one after the other:
+`lr_scheduler=[{type: LinearLR, end: 5}, {type: CosineAnnealingLR, T_max: 95}]`; `paramwise_cfg={norm_decay_mult: 0.0}` sets some
+parameters apart.
 `widefield fit --print_config` prints all entries with their defaults.
 """
 

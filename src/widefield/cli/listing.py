@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         rows = [(name, summary) for name, _, summary in _components(arguments.pattern, "model")]
         rows += [(name,) for name in model_names() if matches(name, arguments.pattern)]
     else:
-        from widefield.config import ready_configs
+        from widefield.config.ready import ready_configs, summary
 
-        rows = [(name,) for name in fnmatch.filter(ready_configs(), _wildcards(arguments.pattern))]
+        rows = [(name, summary(name)) for name in fnmatch.filter(ready_configs(), _wildcards(arguments.pattern))]
     if not rows:
         print(f"no {arguments.what} match", file=sys.stderr)
     widths = [max(map(len, column)) for column in zip(*rows)] if rows and len({len(row) for row in rows}) == 1 else []
