@@ -26,6 +26,7 @@ from tests.pretraining.tiny import (
 )
 from widefield.pretraining import METHODS, Method, training
 from widefield.pretraining.out import OutFolder
+from widefield.registry import MODELS
 
 FORK = multiprocessing.get_context("fork")
 """Without the seconds that another interpreter takes to import torch."""
@@ -118,21 +119,21 @@ def killed_run(out: Path, images: Path, method: str, kill_at: int, options: dict
     return process.exitcode
 
 
-@pytest.mark.parametrize(
-    ("method", "kill_at", "saved", "options"),
-    [
-        ("densecl", 9, 8, {"callbacks": {"model_checkpoint": {"every_n_train_steps": 2}}}),
-        ("dino", 4, 4, {"callbacks": {"model_checkpoint": {"every_n_minutes": 0}}, "gradient_accumulation_steps": 2}),
-    ],
-)
 @fresh
-def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(
-    method: str, kill_at: int, saved: int, options: dict[str, Any], tmp_path: Path, images: Path
-) -> None:
+def test_a_killed_run_goes_on_at_the_step_as_if_nothing_had_been(tmp_path: Path, images: Path) -> None:
     """5 batches an epoch: killed at the start of the last step of the second epoch, and in its second step, of two batches.
 
     DenseCL has most to keep: queues and moving copies. Dropout draws random numbers in the model.
     """
+    every_two: dict[str, Any] = {"callbacks": {"model_checkpoint": {"every_n_train_steps": 2}}}
+    compare_with_unbroken("densecl", 9, 8, every_two, tmp_path / "densecl", images)
+    always = {"callbacks": {"model_checkpoint": {"every_n_minutes": 0}}, "gradient_accumulation_steps": 2}
+    compare_with_unbroken("dino", 4, 4, always, tmp_path / "dino", images)
+
+
+def compare_with_unbroken(
+    method: str, kill_at: int, saved: int, options: dict[str, Any], tmp_path: Path, images: Path
+) -> None:
     options = {"epochs": 3, "batch_size": 2, "model": TinyWrapper(dropout=0.5), **options}
     train(tmp_path / "unbroken", images, method, **{**options, "model": TinyWrapper(dropout=0.5)})
     assert killed_run(tmp_path / "broken", images, method, kill_at, options) == -signal.SIGKILL
@@ -285,6 +286,15 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"callbacks": {"modelcheckpoint": {}}}, r"did you mean model_checkpoint"),
         ({"loggers": {"json": {}}}, r"did you mean jsonl\?"),
         ({"checkpoint": "no.ckpt"}, r"checkpoint: no\.ckpt does not exist"),
+        (
+            {"checkpoint": "x", "resume_interrupted": True},
+            r"checkpoint begins a new run and resume_interrupted goes on",
+        ),
+        ({"overwrite": True, "resume_interrupted": True}, r"overwrite removes the run that resume_interrupted goes on"),
+        (
+            {"method": "distillation", "method_args": {"teacher": TinyWrapper(), "queue_size": 10}},
+            r"queue_size=10 must be",
+        ),
         ({"data": "nowhere"}, r"data: nowhere does not exist"),
         ({"data": 3}, r"data must be a folder.*got int"),
         ({"epochs": -1}, r"epochs=-1 must be at least 0"),
@@ -317,10 +327,36 @@ def test_a_batch_larger_than_the_data_becomes_all_of_it(tmp_path: Path, images: 
     assert checkpoint(tmp_path)["global_step"] == 1
 
 
+def test_the_batch_size_of_the_loader_is_that_of_a_device_and_wins(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, batch_size=4, loader_args={"batch_size": 2})
+    assert checkpoint(tmp_path)["global_step"] == 5
+
+
+def test_other_processes_than_the_first_leave_out_and_its_log_alone(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        train(tmp_path, "nowhere")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="is not empty"):
+        train(tmp_path, "nowhere")
+
+
+def test_long_lists_are_cut_in_the_log_and_whole_in_the_configuration(tmp_path: Path, images: Path) -> None:
+    files = [*images.iterdir(), images / "00.png", images / "01.png"]
+    train(tmp_path, files, epochs=0)
+    log, config = ((tmp_path / name).read_text() for name in ("train.log", "config.yaml"))
+    assert "... and 2 more" in log and "model: TinyWrapper" in log
+    assert log.count(".png") == 10 and config.count(".png") == 12
+
+
 def test_accumulated_batches_scale_the_learning_rate(tmp_path: Path, images: Path) -> None:
     rates = []
+    off = dict.fromkeys(("quality", "model_checkpoint", "model_export"))
     for steps in (1, 2):
-        train(tmp_path / str(steps), images, batch_size=4, gradient_accumulation_steps=steps, epochs=20)
+        train(tmp_path / str(steps), images, gradient_accumulation_steps=steps, epochs=20, callbacks=off)
         rates.append(max(line["lr-SGD/params"] for line in metrics(tmp_path / str(steps)) if "lr-SGD/params" in line))
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.02)
     assert rates[0] == pytest.approx(0.3 * 4 / 256, rel=0.02)
@@ -366,11 +402,83 @@ def test_a_method_of_ones_own_is_registered_and_named(tmp_path: Path, images: Pa
     assert len(losses(tmp_path)) == 1
 
 
+PLUGIN = """
+from torch import nn
+from widefield.pretraining import Method
+
+class Plugged(Method):
+    def loss(self, views, step):
+        return {"loss": self.embedding.vectors(views[0]).square().mean()}
+
+class PluggedHead(nn.Linear):
+    component_kind = "head"
+"""
+
+
+def test_installed_packages_bring_methods_and_components(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that is installed, by its files: a module, and the folder in which pip notes what is in it."""
+    (tmp_path / "site" / "plugged-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "site" / "plugged_module.py").write_text(PLUGIN)
+    points = "[widefield.methods]\nplugged = plugged_module:Plugged\n"
+    points += "[widefield.components]\nPluggedHead = plugged_module:PluggedHead\n"
+    for name, text in (
+        ("entry_points.txt", points),
+        ("METADATA", "Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n"),
+    ):
+        (tmp_path / "site" / "plugged-1.0.dist-info" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for registry in (METHODS, MODELS):  # which look once; nothing found, and so forgotten, at the end
+        monkeypatch.setitem(registry.__dict__, "_plugins", type(registry)("fresh", group=registry._group)._plugins)
+    train(tmp_path / "out", images, "plugged")
+    assert len(losses(tmp_path / "out")) == 1
+    assert [entry.summary for entry in METHODS.entries("plugged")] == ["from plugged"]
+    assert MODELS.build({"type": "PluggedHead", "in_features": 3, "out_features": 2}).out_features == 2
+    with pytest.raises(ValueError, match=r"no method named 'pluged'; did you mean plugged\?"):
+        train(tmp_path / "x", images, "pluged")
+
+
 def test_the_embedding_layer_has_embed_dim_channels(tmp_path: Path, images: Path) -> None:
     for method in ("simclr", "distillation", "densecl"):
         train(tmp_path / method, images, method, embed_dim=6)
         state = checkpoint(tmp_path / method)["state_dict"]
         assert state["method.embedding.embed_head.weight"].shape == (6, 12, 1, 1)
+
+
+def test_the_teacher_of_dino_moves_ahead_of_a_step(tmp_path: Path, images: Path) -> None:
+    """So it is the untrained model until the second step."""
+    for steps in (1, 2):
+        train(tmp_path / str(steps), images, "dino", trainer_args={"max_steps": steps})
+    untrained = TinyWrapper().get_model().state_dict()
+    assert torch.equal(exported(tmp_path / "1")["0.weight"], untrained["0.weight"])
+    assert not torch.equal(exported(tmp_path / "2")["0.weight"], untrained["0.weight"])
+
+
+def test_of_a_wrapper_the_part_is_exported_that_it_calls_its_model(tmp_path: Path, images: Path) -> None:
+    class Part(TinyWrapper):
+        def get_model(self) -> nn.Module:
+            return self.model[4]
+
+    train(tmp_path, images, model=Part())
+    assert exported(tmp_path).keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("method", ["simclr", "dino"])
+def test_a_model_in_evaluation_mode_trains_as_one_in_training_mode(method: str, tmp_path: Path, images: Path) -> None:
+    train(tmp_path / "train", images, method, model=TinyWrapper(dropout=0.5))
+    train(tmp_path / "eval", images, method, model=TinyWrapper(dropout=0.5).eval())
+    assert_same(exported(tmp_path / "eval"), exported(tmp_path / "train"))
+    assert bool((exported(tmp_path / "eval")["1.running_mean"] != 0).any())
+
+
+def test_a_frozen_norm_keeps_its_statistics_if_it_is_in_evaluation_mode(tmp_path: Path, images: Path) -> None:
+    for name, evaluating in (("eval", True), ("train", False)):
+        wrapper = TinyWrapper()
+        wrapper.model[1].requires_grad_(False).train(not evaluating)
+        train(tmp_path / name, images, model=wrapper)
+        assert wrapper.model[0].training and wrapper.model[1].training != evaluating
+        assert bool((exported(tmp_path / name)["1.running_mean"] == 0).all()) == evaluating
 
 
 def test_dino_exports_the_teacher(tmp_path: Path, images: Path) -> None:

@@ -40,7 +40,7 @@ from widefield.pretraining.source import make_source
 from widefield.pretraining.stopping import TERMINATED, leave_signals
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
-from widefield.pretraining.wrapping import wrap
+from widefield.pretraining.wrapping import to_training_mode, wrap
 
 _log = logging.getLogger(__name__)
 LOG_EVERY = 50
@@ -97,7 +97,8 @@ def train(
             (C, H, W), arrays (H, W, C) or Pillow images), of (image, ...) or of {"image": ...}.
         model: A wrapper with `get_model`, `forward_features`, `forward_pool` and `feature_dim`; a model of torchvision or timm
             or a backbone of Widefield; or the name of one, such as "torchvision/resnet18", "timm/convnext_tiny" or
-            "widefield/ResNet".
+            "widefield/ResNet". It is put into training mode; only parts without a weight that trains stay in evaluation mode, if
+            they are.
         method: One of `widefield.pretraining.METHODS`, or an import path.
         method_args: Arguments of the method's class.
         embed_dim: Channels of an embedding layer on top of the model, a 1x1 convolution; None: no such layer.
@@ -188,6 +189,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         trainer.callbacks.append(StopAfter(max_steps))  # type: ignore[attr-defined]
     optimized = batch_size * given.gradient_accumulation_steps
     run = Run(numbers, len(dataset), optimized, steps)
+    to_training_mode(wrapper)  # before the method copies it
     method = settings.method(embedding, run, **settings.method_args)
     loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}
     defaults: dict[str, Any] = {"pin_memory": not isinstance(trainer.accelerator, CPUAccelerator)}
@@ -438,6 +440,7 @@ def _quiet() -> Iterator[None]:
             ".*your dataloader is not resumable.*",  # it is
             ".*dirpath has changed from.*",
             ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+            ".*in eval mode at the start of training.*",  # what is frozen, see to_training_mode
         ):
             warnings.filterwarnings("ignore", message=message)
         try:

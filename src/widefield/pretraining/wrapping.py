@@ -66,6 +66,23 @@ def wrap(model: Any, model_args: Mapping[str, Any] | None = None, num_channels: 
     )
 
 
+def to_training_mode(model: nn.Module) -> None:
+    """`model.train()`, which Lightning leaves to its user, but what is frozen and in evaluation mode stays in it.
+
+    Frozen is a part with weights of which none requires a gradient: a batch norm of a frozen backbone keeps its statistics, if the
+    user called its `eval()`.
+    """
+    frozen = [part for part in model.modules() if not part.training and _is_frozen(part)]
+    model.train()
+    for part in frozen:
+        part.eval()
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    weights = list(part.parameters())
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
+
+
 def _known(model: nn.Module) -> KnownModel | None:
     package = next((c.__module__.partition(".")[0] for c in type(model).__mro__ if c.__module__[:4] == "timm"), "")
     if package == "timm" and hasattr(model, "forward_features"):
