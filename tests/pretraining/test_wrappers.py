@@ -81,6 +81,12 @@ def test_what_is_missing_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"torch\.nn\.Module: True\n - missing methods: forward_pool, feature_dim$"):
         wrap(Half())
+    for name in ("get_model", "forward_features", "forward_pool", "feature_dim"):
+        without = type(
+            "Without", (nn.Module,), {k: v for k, v in vars(TinyWrapper).items() if k not in (name, "__init__")}
+        )
+        with pytest.raises(ValueError, match=rf"missing methods: {name}$"):
+            wrap(without())
     with pytest.raises(ValueError, match=r"torch\.nn\.Module: False"):
         wrap(object())
     with pytest.raises(ValueError, match="it is a class: give an instance"):
