@@ -142,14 +142,16 @@ def _optimization(config: Config, model: nn.Module | None) -> Iterator[Problem]:
             )
     if described is None:
         return
-    problems = _attempt(partial(make_optimizer, model=_ONE_WEIGHT), described, ("optimizer",))
+    problems = _attempt(
+        partial(make_optimizer, model=_ONE_WEIGHT if model is None else model), described, ("optimizer",)
+    )
     yield from problems
     if problems:
         return
-    if model is not None:
+    if model is not None and config.data.get("paramwise_cfg"):
         yield from _attempt(
             lambda options: make_optimizer(described, model, ParameterOptions.described(options)),
-            config.data.get("paramwise_cfg") or {},
+            config.data["paramwise_cfg"],
             ("paramwise_cfg",),
         )
 
