@@ -188,7 +188,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         steps = min(steps, max_steps)
         trainer.callbacks.append(StopAfter(max_steps))  # type: ignore[attr-defined]
     optimized = batch_size * given.gradient_accumulation_steps
-    run = Run(numbers, len(dataset), optimized, steps)
+    run = Run(numbers, len(dataset), optimized, steps, settings.transforms.normalize)
     to_training_mode(wrapper)  # before the method copies it
     method = settings.method(embedding, run, **settings.method_args)
     loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}

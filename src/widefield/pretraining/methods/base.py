@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
-from widefield.pretraining.transform_args import TransformArgs
+from widefield.pretraining.transform_args import Normalize, TransformArgs
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Run:
         dataset_size: Images of an epoch.
         batch_size: Images of an optimizer step, over all processes and accumulated batches.
         steps: Optimizer steps of the whole run.
+        normalize: Mean and standard deviation that views are normalised with.
     """
 
     embedding_dim: int
     dataset_size: int
     batch_size: int
     steps: int
+    normalize: Normalize = field(default_factory=Normalize)
 
 
 class Method(nn.Module):

@@ -16,14 +16,11 @@ from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods.base import Method, Run
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
-from widefield.pretraining.transform_args import IMAGENET_MEAN, IMAGENET_STD, ColorJitter, TransformArgs
+from widefield.pretraining.transform_args import ColorJitter, TransformArgs
 from widefield.registry import MODELS
 
 DALLE_STRIDE = 8
 """Pixels of a visual token of DALL-E's encoder."""
-
-ROUNDING = 0.01
-"""How far outside of 0 to 1 a pixel may be once its normalisation is undone."""
 
 
 class BEiT(Method):
@@ -39,7 +36,6 @@ class BEiT(Method):
         target_generator: `{"type": "DALLEEncoder", "init_cfg": {"type": "Pretrained", "checkpoint": FILE}}`, the same for VQKD with
             its `encoder_config`, or one that is made. Random weights are refused unless it has `allow_random_weights`.
         mask_ratio: Share of the patches that are hidden, in blocks.
-        mean, std: What `transform_args.normalize` says, if you changed it: the target generator has a normalisation of its own.
         early_layers: Layers before the early features of version 2; None: 3 quarters of all.
 
     Raises:
@@ -65,8 +61,6 @@ class BEiT(Method):
         run: Run,
         target_generator: Any,
         mask_ratio: float = 0.4,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
         early_layers: int | None = None,
     ) -> None:
         super().__init__(embedding, run)
@@ -88,7 +82,8 @@ class BEiT(Method):
                 early_layers=self.early + 1, backbone_arch={**arch, "feedforward_channels": 4 * model.width}
             )
             self.neck.init_weights()
-        for name, values in (("mean", mean), ("std", std)):
+        normalize = run.normalize  # the target generator has one of its own
+        for name, values in (("mean", normalize.mean), ("std", normalize.std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
@@ -114,18 +109,8 @@ class BEiT(Method):
         return torch.stack([self.head.token_loss(patches, targets, mask) for patches in features])
 
     def targets(self, images: Tensor, grid: Resolution) -> Tensor:
-        """Visual tokens (B, L), int64, of normalised images (B, C, H, W).
-
-        Raises:
-            ValueError: The images have another normalisation than `mean` and `std`.
-        """
+        """Visual tokens (B, L), int64, of normalised images (B, C, H, W)."""
         unit = images * self.std + self.mean
-        low, high = (float(v) for v in torch.aminmax(unit))
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            raise ValueError(
-                f"with method_args.mean and std undone, pixels are from {low:.3g} to {high:.3g}, not from 0 to 1; give beit the "
-                "mean and std of transform_args.normalize"
-            )
         generator = self.companions[0]
         if isinstance(generator, VQKD):
             tokens: Tensor = generator(2 * unit - 1)
