@@ -33,6 +33,7 @@ SECTIONS: Sections = {
             "min_steps": _NOT_NEGATIVE,
             "accumulate_grad_batches": _POSITIVE,
             "check_val_every_n_epoch": _POSITIVE,
+            "val_check_interval": Range(1e-6),  # a share of an epoch, or batches; Lightning divides by it
             "gradient_clip_val": _NOT_NEGATIVE,
             "log_every_n_steps": _NOT_NEGATIVE,
             "num_sanity_val_steps": _OR_ENDLESS,
