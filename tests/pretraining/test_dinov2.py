@@ -1,5 +1,6 @@
 """DINOv2: class tokens, hidden patches, and class tokens apart from one another."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.pretraining.tiny import write_images
+from tests.pretraining.tiny import checkpoint, train, write_images
 from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
 from widefield.pretraining.methods.base import follow, for_run, momentum_copy, rising
 from widefield.pretraining.methods.dinov2 import random_masks
@@ -106,6 +107,36 @@ def test_the_teacher_follows_and_last_layers_wait() -> None:
         method.after_backward(step)
         assert all((head.last_layer.weight.grad is not None) == trains for head in (method.head, method.patch_head))
     assert all(p.grad is None for p in method.teacher_embedding.parameters())
+
+
+@pytest.mark.parametrize("model", [timm_vit, own_vit])
+def test_layers_near_the_pixels_learn_more_slowly(model: Any) -> None:
+    method = make("dinov2", model(), **SMALL, layer_decay=0.5)
+    groups = method.parameter_groups(0.1)
+    assert len({group["name"] for group in groups}) == len(groups)
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    trained = [p for p in method.parameters() if p.requires_grad]
+    assert len(found) == len(trained) == sum(len(group["params"]) for group in groups)
+    opened = method.transformer.model
+    layers = opened.blocks if model is timm_vit else opened.layers
+    assert {found[id(p)][0] for p in opened.patch_embed.parameters()} == {0.5**4}
+    assert found[id(opened.cls_token)] == (0.5**4, 0.0)
+    for k, layer in enumerate(layers):
+        assert {found[id(p)] for p in layer.parameters()} == {(0.5 ** (3 - k), 0.1), (0.5 ** (3 - k), 0.0)}
+    assert {found[id(p)][0] for p in method.head.parameters() if p.requires_grad} == {1.0}
+
+
+def test_weight_decay_rises_and_layers_keep_their_share_of_the_learning_rate(tmp_path: Path, data: Path) -> None:
+    method = make("dinov2", timm_vit(), steps=100, **SMALL)
+    assert [method.weight_decay(0.04, step) for step in (0, 50, 100, 200)] == pytest.approx([0.04, 0.22, 0.4, 0.4])
+    assert method.weight_decay(0.0, 50) == 0
+    train(tmp_path, data, "dinov2", model=timm_vit(), method_args=SMALL, transform_args=VIEWS, epochs=2)
+    (optimizer,) = checkpoint(tmp_path)["optimizer_states"]
+    groups = {group["name"]: group for group in optimizer["param_groups"]}
+    last = 0.04 * (1 + 9 * (1 - math.cos(math.pi * 3 / 4)) / 2)  # in the last of 4 steps
+    assert groups["params"]["weight_decay"] == pytest.approx(last)
+    assert groups["params_no_weight_decay"]["weight_decay"] == 0
+    assert groups["params_lr_0.6561"]["initial_lr"] == pytest.approx(0.9**4 * groups["params"]["initial_lr"])
 
 
 @pytest.mark.parametrize("steps", [40, 160, 1000])

@@ -97,7 +97,7 @@ class Pretraining(pl.LightningModule):
             self.method.before_step(step)
         results = self.method.loss(self.floats(batch.views), step)
         count = len(batch.names)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("lr", rate, prog_bar=True, logger=False, batch_size=count)  # LearningRateMonitor logs it
         self.log("train_loss", torch.as_tensor(results["loss"]).detach(), prog_bar=True, batch_size=count)
         others = {name: torch.as_tensor(value) for name, value in results.items() if name != "loss"}
@@ -111,10 +111,16 @@ class Pretraining(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.method.after_backward(self.global_step)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = self.method.weight_decay(group["first_weight_decay"], self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim = self.recipe.optim
-        optimizer = optim.make(self.method.parameter_groups(optim.weight_decay), self.recipe.lr)
+        groups = self.method.parameter_groups(optim.weight_decay)
+        for group in groups:
+            group["lr"] = self.recipe.lr * group.pop("lr_scale", 1.0)
+            group["first_weight_decay"] = group.get("weight_decay", optim.weight_decay)
+        optimizer = optim.make(groups, self.recipe.lr)
         scheduler = warmup_and_cosine(optimizer, self.recipe.warmup_steps, self.recipe.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,5 +1,6 @@
 """Optimizers by name, and which weights decay."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -87,19 +88,27 @@ class Optim:
         return lr * (ratio if self.scaling == "linear" else ratio**0.5)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What trains in `module`, in two groups: weights, and what does not decay.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, scale: Callable[[nn.Parameter], float] = lambda parameter: 1.0
+) -> list[dict[str, Any]]:
+    """What trains in `module`, in groups: weights, and what does not decay, both for every learning rate.
 
     Biases, the weights of norm layers, scales per channel, tokens and embeddings of positions do not decay.
+
+    Args:
+        module: Its parameters that require a gradient.
+        weight_decay: Of those that decay.
+        scale: Factor of a parameter's learning rate, which its group has as "lr_scale".
     """
+    groups: dict[str, dict[str, Any]] = {}
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [p for name, p in named if _decays(name, p)]
-    others = [p for name, p in named if not _decays(name, p)]
-    groups = [
-        {"name": "params", "params": decays, "weight_decay": weight_decay},
-        {"name": "params_no_weight_decay", "params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    for decays, kind in ((True, "params"), (False, "params_no_weight_decay")):
+        for parameter in (p for name, p in named if _decays(name, p) == decays):
+            factor = scale(parameter)
+            name = kind if factor == 1 else f"{kind}_lr_{factor:.4g}"
+            new = {"name": name, "params": [], "weight_decay": weight_decay * decays, "lr_scale": factor}
+            groups.setdefault(name, new)["params"].append(parameter)
+    return list(groups.values())
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -84,8 +84,12 @@ class Method(nn.Module):
         return self.embedding
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """What is trained, for the optimizer."""
+        """What is trained, for the optimizer; a group's learning rate is the run's times its "lr_scale", if it has one."""
         return parameter_groups(self, weight_decay)
+
+    def weight_decay(self, start: float, step: int) -> float:
+        """Weight decay of a group that begins with `start`, after so many optimizer steps."""
+        return start
 
 
 def momentum_copy(module: nn.Module) -> Any:

@@ -1,17 +1,19 @@
 """DINOv2."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from lightly.utils.scheduler import linear_warmup_schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods.base import Method, Run, by_size, follow, for_run, joint, momentum_copy, rising
 from widefield.pretraining.methods.dino import output_dim_for, projection_head
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
-from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
 from widefield.pretraining.transform_args import (
     ColorJitter,
     GaussianBlur,
@@ -36,7 +38,7 @@ class DINOv2(Method):
     plus `patch_weight` times the same loss between a hidden patch of the student and that patch as the teacher sees it (Zhou et
     al., https://arxiv.org/abs/2111.07832), plus `koleo_weight` times -log of the distance of class tokens to their nearest
     neighbours (Sablayrolles et al., https://arxiv.org/abs/1806.03198), summed over the two global views. Teachers are centred by a
-    moving mean. Weight decay is constant, and all layers have one learning rate.
+    moving mean. Weight decay rises, and layers near the pixels learn more slowly.
 
     The model must be a vision transformer with a class token, of timm or of `widefield.components`.
 
@@ -51,6 +53,8 @@ class DINOv2(Method):
         center_momentum: Of the mean that is taken from the teacher's outputs.
         freeze_last_layer_steps: Steps in which the last layers do not train; at most a tenth of the run.
         patch_weight, koleo_weight: Of these parts of the loss.
+        layer_decay: Factor of the learning rate from each layer of the transformer to the one before it.
+        weight_decay_growth: How many times the weight decay of the start is that of the end; it rises as half a cosine.
 
     Raises:
         ValueError: The model is something else.
@@ -83,6 +87,8 @@ class DINOv2(Method):
         freeze_last_layer_steps: int = 1_250,
         patch_weight: float = 1.0,
         koleo_weight: float = 0.1,
+        layer_decay: float = 0.9,
+        weight_decay_growth: float = 10.0,
     ) -> None:
         super().__init__(embedding, run)
         self.transformer = opened(embedding, "dinov2", class_token=True)
@@ -92,6 +98,7 @@ class DINOv2(Method):
         self.teacher_temp, self.warmup_temp = teacher_temp, min(warmup_teacher_temp, teacher_temp)
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
+        self.layer_decay, self.weight_decay_growth = layer_decay, weight_decay_growth
         sizes = (self.transformer.width, hidden_dim, bottleneck_dim, output_dim)
         self.head, self.patch_head = projection_head(*sizes), projection_head(*sizes)
         for head in (self.head, self.patch_head):
@@ -143,6 +150,19 @@ class DINOv2(Method):
     def after_backward(self, step: int) -> None:
         for head in (self.head, self.patch_head):
             head.cancel_last_layer_gradients(step)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        model = self.transformer
+        depths = {parameter: model.depth_of(name) for name, parameter in model.model.named_parameters()}
+
+        def scale(parameter: nn.Parameter) -> float:
+            return self.layer_decay ** (model.depth + 1 - depths.get(parameter, model.depth + 1))  # type: ignore[no-any-return]
+
+        return parameter_groups(self, weight_decay, scale)
+
+    def weight_decay(self, start: float, step: int) -> float:
+        share = (1 - math.cos(math.pi * min(step, self.run.steps) / max(self.run.steps, 1))) / 2
+        return start * (1 + (self.weight_decay_growth - 1) * share)
 
     def exported(self) -> EmbeddingModel:
         teacher: EmbeddingModel = self.teacher_embedding

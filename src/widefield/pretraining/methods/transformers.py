@@ -75,6 +75,10 @@ class Transformer:
         """
         raise NotImplementedError
 
+    def depth_of(self, name: str) -> int:
+        """How deep a parameter of the model lies: 0 is the embedding, k + 1 is layer k, and `depth` + 1 what follows."""
+        raise NotImplementedError
+
     def shared_bias(self, grid: Resolution) -> Tensor | None:
         """What all layers add to their attention, (heads, 1 + L, 1 + L); None where they share nothing."""
         return None
@@ -107,6 +111,12 @@ class TimmTransformer(Transformer):
             outs.append(tokens)
         return [*outs[:-1], self.model.norm(tokens)]
 
+    def depth_of(self, name: str) -> int:
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        is_embedding = name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"))
+        return 0 if is_embedding else self.depth + 1
+
 
 class OwnTransformer(Transformer):
     """Widefield's `VisionTransformer` and what is derived from it."""
@@ -135,6 +145,10 @@ class OwnTransformer(Transformer):
             tokens = layer(tokens, bias)
             outs.append(tokens)
         return [*outs[:-1], self.model.norm1(tokens)]
+
+    def depth_of(self, name: str) -> int:
+        depth: int = self.model.get_layer_depth(name)[0]
+        return depth
 
     def shared_bias(self, grid: Resolution) -> Tensor | None:
         bias = getattr(self.model, "rel_pos_bias", None)
