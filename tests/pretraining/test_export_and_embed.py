@@ -17,8 +17,12 @@ from torch import nn
 import widefield
 from tests.pretraining.tiny import TinyWrapper, assert_same, checkpoint, exported, train, write_images
 from tests.small_images import write_tiff
+from widefield.images import open_image
 from widefield.pretraining import EmbeddingModel
+from widefield.pretraining.embedding import StreamingArgs
+from widefield.pretraining.own_size import LazyPixels, Look
 from widefield.pretraining.pixels import read_pixels
+from widefield.pretraining.transform_args import Normalize
 
 SIDE = {"image_size": 16, "num_workers": 0, "accelerator": "cpu"}
 
@@ -300,6 +304,9 @@ def test_of_a_pyramid_the_smallest_level_that_is_large_enough_is_read(tmp_path: 
         ({"num_workers": "two"}, "num_workers must be|num_workers='two'"),
         ({"image_size": (16,)}, "image_size must be an integer or"),
         ({"image_size": 0}, "image_size=0 must be at least 1 pixel"),
+        ({"level": 1}, r"level=1 is for image_size=None"),
+        ({"image_size": None, "level": 7}, r"none of the images can be used; .* has 1 levels and level=7"),
+        ({"streaming": {"tile": 7}}, r"streaming has no key 'tile'"),
         ({"precision": "31"}, "precision='31' cannot be used"),
         ({"accelerator": "abacus"}, "accelerator='abacus'"),
         ({"data": "nowhere"}, "data: nowhere does not exist"),
@@ -329,3 +336,35 @@ def test_datasets_are_embedded_too(run: Path, images: Path, tmp_path: Path) -> N
     found = torch.load(tmp_path / "e", weights_only=True)
     assert found["filenames"][3] == "item 3 of list"
     torch.testing.assert_close(found["embeddings"], by_hand(run, images), rtol=0.02, atol=0.02)
+
+
+def test_images_at_their_own_size_are_streamed_to_the_same_embeddings(run: Path, images: Path, tmp_path: Path) -> None:
+    """Of several formats, sizes and types, a dataset's too. Files have float32; below them float64 is equal up to rounding."""
+    (tmp_path / "data").mkdir()
+    astronaut = data.astronaut()
+    write_tiff(tmp_path / "data" / "a.tif", astronaut[:120, :128])
+    Image.fromarray(astronaut[:100, :90]).save(tmp_path / "data" / "b.bmp")
+    Image.fromarray(astronaut[:100, :90, 0]).save(tmp_path / "data" / "c.png")
+    np.save(tmp_path / "data" / "d.npy", astronaut[:100, :90].astype(np.uint16) * 257)
+    (tmp_path / "data" / "e.tif").write_bytes(b"II*\0no image")
+    common: dict[str, Any] = {**SIDE, "image_size": None, "model": TinyWrapper(), "precision": "64-true"}
+    found = {}
+    for name, streaming in (("whole", None), ("tiles", {"tile_size": 32})):
+        widefield.embed(tmp_path / name, tmp_path / "data", run, streaming=streaming, **common)
+        found[name] = torch.load(tmp_path / name, weights_only=True)
+        assert found[name]["filenames"] == ["a.tif", "b.bmp", "c.png", "d.npy"]
+    torch.testing.assert_close(found["tiles"]["embeddings"], found["whole"]["embeddings"], rtol=1e-6, atol=1e-7)
+    items = [read_pixels(path, 3) for path in sorted((tmp_path / "data").iterdir())[:4]]
+    widefield.embed(tmp_path / "items", items, run, streaming={"tile_size": 32}, **common)
+    of_items = torch.load(tmp_path / "items", weights_only=True)["embeddings"]
+    torch.testing.assert_close(of_items, found["whole"]["embeddings"], rtol=1e-6, atol=1e-7)
+    look = Look(3, None, Normalize(), torch.float64)
+    pixels = LazyPixels(open_image(tmp_path / "data" / "a.tif"), look, "a.tif")
+    plain = TinyWrapper().double().eval()
+    whole = EmbeddingModel(plain).vectors(pixels.read(0, 0, 120, 128)[None])
+    tiles = EmbeddingModel(plain, None, StreamingArgs(32)).vectors(pixels)
+    torch.testing.assert_close(tiles, whole, rtol=1e-12, atol=1e-14)
+    small = {**common, "image_size": (100, 90)}
+    widefield.embed(tmp_path / "small", tmp_path / "data", run, streaming={"tile_size": 32}, **small)
+    resized = torch.load(tmp_path / "small", weights_only=True)["embeddings"]
+    torch.testing.assert_close(resized[3], found["whole"]["embeddings"][3], rtol=1e-4, atol=1e-5)

@@ -9,7 +9,8 @@ from widefield.cli.pretrain import one_or_all
 TAKES_OTHERS = True
 EPILOG = """\
 Formats: torch, csv, lightly_csv, parquet. Images of any size are resized to image_size (default: [224, 224]).
-Every other argument of widefield.embed is given as key=value, such as image_size=128 or num_workers=4.
+Every other argument of widefield.embed is given as key=value, such as image_size=128 or num_workers=4. Slides, each as a whole:
+image_size=null level=1 streaming.memory_budget=2GiB
 """
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.models.torch_file import read_torch_file
-from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.module import KEY
 from widefield.pretraining.transform_args import Normalize, TransformArgs
 from widefield.pretraining.views import Views, whole_image
@@ -77,17 +77,17 @@ class Checkpoint:
             )
         return self._under(prefix, "")
 
-    def embedding_model(self, model: Any = None) -> EmbeddingModel:
+    def embedding_model(self, model: Any = None, streaming: StreamingArgs | None = None) -> EmbeddingModel:
         """The trained model with its embedding layer.
 
         Args:
             model: As `widefield.train` takes it; None makes the model anew if the run was given it by name.
+            streaming: How to stream it; None runs it on whole images.
 
         Raises:
             ValueError: It cannot be made anew, or the weights are of another model.
         """
         named = self.about.get("named_model") if model is None else None
-        channels = self.about["transforms"]["num_channels"]
         if model is None and named is None:
             raise ValueError(
                 f"checkpoint: {self.path} holds weights and no code, and the model was not given by name; "
@@ -96,8 +96,12 @@ class Checkpoint:
         weights = self.weights("embedding_model")
         head = weights.get(f"{_HEAD}weight")
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
-            wrapper = wrap(model, None, channels) if named is None else wrap(named["name"], named["args"], channels)
-            embedding = EmbeddingModel(wrapper, None if head is None else len(head))
+            wrapper = (
+                wrap(model, None, self.num_channels)
+                if named is None
+                else wrap(named["name"], named["args"], self.num_channels)
+            )
+            embedding = EmbeddingModel(wrapper, None if head is None else len(head), streaming)
         try:
             embedding.load_state_dict(weights)
         except RuntimeError as error:
@@ -108,6 +112,11 @@ class Checkpoint:
         """Whole images resized to `size`, with the channels and values of the training."""
         kept = self.about["transforms"]
         return whole_image(TransformArgs(num_channels=kept["num_channels"], value_range=kept["value_range"]), size)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images of the training."""
+        return int(self.about["transforms"]["num_channels"])
 
     @property
     def normalize(self) -> Normalize:

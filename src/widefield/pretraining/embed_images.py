@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from widefield.pretraining.arguments import auto_workers
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.dataset import BadImage
+from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.embedding_files import EmbeddingFormat, check_format, write_embeddings
 from widefield.pretraining.out import check_file
+from widefield.pretraining.own_size import Look, embed_at_own_size
 from widefield.pretraining.pictures import Pictures, normalized
-from widefield.pretraining.settings import arguments
+from widefield.pretraining.settings import Errors, arguments, updated
 from widefield.pretraining.source import Files, ImageSource, make_source
 from widefield.pretraining.transform_args import Normalize, size_of
 
@@ -32,7 +34,9 @@ class _Arguments:
     data: Any
     checkpoint: Path
     format: EmbeddingFormat
-    image_size: int | tuple[int, int]
+    image_size: int | tuple[int, int] | None
+    level: int
+    streaming: dict[str, Any] | None
     batch_size: int
     num_workers: int | Literal["auto"]
     accelerator: str
@@ -47,7 +51,9 @@ def embed(
     checkpoint: str | Path,
     *,
     format: EmbeddingFormat = "torch",
-    image_size: int | tuple[int, int] = (224, 224),
+    image_size: int | tuple[int, int] | None = (224, 224),
+    level: int = 0,
+    streaming: Mapping[str, Any] | None = None,
     batch_size: int = 128,
     num_workers: int | Literal["auto"] = "auto",
     accelerator: str = "auto",
@@ -66,7 +72,11 @@ def embed(
         checkpoint: A .ckpt file in the folder `checkpoints` of a run.
         format: "torch": {"filenames": list, "embeddings": float32 (N, D)}; "csv": columns filename, embedding_0, ...;
             "lightly_csv": as the tools of `lightly` read it; "parquet" (needs pyarrow): columns filename and embedding.
-        image_size: Pixels to which images are resized, a number or (height, width), whatever size and shape they have.
+        image_size: Pixels to which images are resized, a number or (height, width), whatever size and shape they have. None: they
+            stay as they are, and go through the model one after the other.
+        level: Level of a pyramid that is read with image_size=None, 0 the largest.
+        streaming: Run the model tile by tile, as in `widefield.train`. With image_size=None a file is then never held whole, so
+            that slides have one embedding each, in the memory of some tiles.
         batch_size: Images that go through the model together.
         num_workers: Processes that read images.
         accelerator, precision: Of Lightning.
@@ -80,25 +90,39 @@ def embed(
     """
     given = arguments(_Arguments, locals(), "widefield.embed")
     workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
-    for name, value, least in (("batch_size", given.batch_size, 1), ("num_workers", workers, 0)):
+    bounds = (("batch_size", given.batch_size, 1), ("num_workers", workers, 0), ("level", given.level, 0))
+    for name, value, least in bounds:
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    size_of(given.image_size, "image_size")
+    if given.image_size is not None:
+        size_of(given.image_size, "image_size")
+        if given.level:
+            raise ValueError(f"level={given.level} is for image_size=None, which takes images as they are")
+    streamed = _streaming(given.streaming)
     check_file(given.out, given.overwrite)
     check_format(given.format)
     found = Checkpoint.read(given.checkpoint)
-    views = found.views(given.image_size)
-    source = make_source(given.data, views.args.num_channels, views.reduction, None)
     fabric = _fabric(given.accelerator, given.precision)
-    vectors = _Vectors(found.embedding_model(given.model)).eval()
-    loader = DataLoader(
-        Pictures(source, views),
-        given.batch_size,
-        num_workers=min(workers, -(-len(source) // given.batch_size)),
-        collate_fn=list,
-        generator=torch.Generator(),  # else an epoch would draw from torch's default one
-    )
-    indices, embeddings = _embed(fabric, vectors, loader, found.normalize)
+    vectors = _Vectors(found.embedding_model(given.model, streamed)).eval()
+    model = fabric.setup_module(vectors)
+    with torch.inference_mode():
+        if given.image_size is None:
+            source = make_source(given.data, found.num_channels, None, None)
+            look = Look.of(found, next((p.dtype for p in vectors.parameters()), torch.float32))
+            indices, embeddings = embed_at_own_size(
+                model, source, look, given.level, streamed is not None, fabric.device
+            )
+        else:
+            views = found.views(given.image_size)
+            source = make_source(given.data, found.num_channels, views.reduction, None)
+            loader = DataLoader(
+                Pictures(source, views),
+                given.batch_size,
+                num_workers=min(workers, -(-len(source) // given.batch_size)),
+                collate_fn=list,
+                generator=torch.Generator(),  # else an epoch would draw from torch's default one
+            )
+            indices, embeddings = _embed(fabric.device, model, loader, found.normalize)
     names = _names(source, given.data)
     write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
     _log.info("%d embeddings of %d numbers: %s", *embeddings.shape, given.out)
@@ -123,12 +147,19 @@ def _fabric(accelerator: str, precision: Any) -> Fabric:
         raise ValueError(f"accelerator={accelerator!r} and precision={precision!r} cannot be used: {error}") from error
 
 
-@torch.inference_mode()
+def _streaming(given: dict[str, Any] | None) -> StreamingArgs | None:
+    if given is None:
+        return None
+    errors = Errors()
+    streaming = updated(StreamingArgs(), given, "streaming", errors)
+    errors.raise_if_any("widefield.embed")
+    return streaming
+
+
 def _embed(
-    fabric: Fabric, vectors: nn.Module, loader: DataLoader[Any], normalize: Normalize
+    device: torch.device, model: nn.Module, loader: DataLoader[Any], normalize: Normalize
 ) -> tuple[list[int], Tensor]:
     """Numbers of the images that can be read, and their embeddings, float32 (N, D)."""
-    model = fabric.setup_module(vectors)
     indices: list[int] = []
     embeddings: list[Tensor] = []
     reason = ""
@@ -139,7 +170,7 @@ def _embed(
                 reason = bad.reason
                 _log.warning("skipped an image: %s", reason)
         if good:
-            images = normalized([picture.pixels for picture in good], normalize, fabric.device)
+            images = normalized([picture.pixels for picture in good], normalize, device)
             embeddings.append(model(images).float().cpu())
             indices += [picture.number for picture in good]
     if not embeddings:
