@@ -104,7 +104,7 @@ def test_a_log_and_a_page_that_find_no_space_end_nothing(
 ) -> None:
     on_a_full_disk(tmp_path / "train.log")
     fill = Then(0, lambda: on_a_full_disk(partial(tmp_path / "report.html")))
-    train(tmp_path, images, model=fill, callbacks={"report": {}}, resume_interrupted=True)
+    train(tmp_path, images, model=fill, callbacks={"report": {}, "quality": None}, resume_interrupted=True)
     assert exported(tmp_path) and not (tmp_path / "report.html").exists()
     assert "the report could not be written: OSError: [Errno 28] No space left on device" in caplog.text
     assert "Traceback" not in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from torch import Tensor, nn
 
@@ -207,6 +208,32 @@ def test_a_run_draws_its_views_and_writes_a_page(tmp_path: Path, images: Path) -
     assert "t-SNE of 10 images" in page and page.count("<img") == 10
     train(tmp_path, images, overwrite=True)
     assert not (tmp_path / "report.html").exists() and not (tmp_path / "augmented_views.png").exists()
+
+
+def test_tensorboard_gets_the_picture_of_the_views(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {}
+
+    class Stub(Logger):
+        """In the place of Lightning's logger, which needs TensorBoard."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            assert options == {"save_dir": tmp_path, "name": "", "version": "", "prefix": "p"}
+            self.experiment = self
+
+        name = version = "stub"
+
+        def log_metrics(self, *args: Any, **options: Any) -> None: ...
+        def log_hyperparams(self, *args: Any, **options: Any) -> None: ...
+        def add_image(self, tag: str, pixels: Any, step: int, dataformats: str) -> None:
+            shown[tag, step, dataformats] = pixels
+
+    monkeypatch.setattr("widefield.pretraining.loggers.TensorBoard", Stub)
+    train(tmp_path, images, callbacks={"report": {}, "quality": None}, loggers={"tensorboard": {"prefix": "p"}})
+    with Image.open(tmp_path / "augmented_views.png") as views:
+        assert (shown["augmented_views", 0, "HWC"] == np.array(views)).all()
 
 
 def test_a_page_that_cannot_be_drawn_costs_nothing_else(

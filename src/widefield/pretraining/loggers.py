@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers import TensorBoardLogger as WithoutFiles
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from widefield.writing import replacing
@@ -47,7 +48,7 @@ def make_loggers(args: LoggerArgs, out: Path, metrics: Path) -> list[Logger]:
     from lightning.pytorch import loggers as lightning
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-        "tensorboard": (lightning.TensorBoardLogger, {"save_dir": out, "name": "", "version": ""}),
+        "tensorboard": (TensorBoard, {"save_dir": out, "name": "", "version": ""}),
         "mlflow": (lightning.MLFlowLogger, {"save_dir": str(out)}),
         "wandb": (lightning.WandbLogger, {"save_dir": out}),
     }
@@ -64,6 +65,13 @@ def make_loggers(args: LoggerArgs, out: Path, metrics: Path) -> list[Logger]:
         except TypeError as error:
             raise ValueError(f"loggers.{name}: {error}") from error
     return loggers
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's, without a file of hyperparameters beside it: config.yaml has them."""
+
+    def save(self) -> None:
+        WithoutFiles.save(self)
 
 
 class JsonlLogger(Logger):

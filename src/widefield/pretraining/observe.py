@@ -19,7 +19,7 @@ from widefield.pretraining.labels import Labels
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.pictures import Pictures, normalized
 from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest, spread
-from widefield.pretraining.sheet import sheet
+from widefield.pretraining.sheet import decoded, sheet
 from widefield.pretraining.source import Files
 from widefield.pretraining.views import whole_image
 from widefield.registry import import_object
@@ -54,7 +54,7 @@ class QualityArgs:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Draws views at the start, and writes a page at the end."""
+    """Draws views at the start, into TensorBoard too, and writes a page at the end."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,13 @@ class Report(Callback):
             dataset: ViewDataset = pl_module.dataset
             count = min(self.ROWS, len(dataset))
             rows = [dataset[Index(0, k * len(dataset) // count)].views for k in range(count)]
+            picture = sheet(rows)
             with replacing(self._out.views) as partial:
-                partial.write_bytes(sheet(rows))
+                partial.write_bytes(picture)
+            for logger in trainer.loggers:
+                writer: Any = getattr(logger, "experiment", None)
+                if hasattr(writer, "add_image"):  # TensorBoard's
+                    writer.add_image("augmented_views", decoded(picture), 0, dataformats="HWC")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -29,6 +29,11 @@ def sheet(rows: Sequence[Sequence[Tensor]]) -> bytes:
     return buffer.getvalue()
 
 
+def decoded(png: bytes) -> np.ndarray:
+    """uint8 (height, width, 3) of a PNG of colours."""
+    return np.array(Image.open(io.BytesIO(png)))
+
+
 def _small(picture: Tensor) -> np.ndarray:
     """uint8 (height, width, 3) of at most a cell."""
     shown = to_unit(picture[:3] if len(picture) >= 3 else picture[:1], None).expand(3, -1, -1)
