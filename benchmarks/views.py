@@ -1,9 +1,9 @@
-"""What the two views of SimCLR cost: CPU-milliseconds an image, by Widefield's transforms (torchvision's functions) and by kornia's.
+"""What the two views of SimCLR cost: CPU-milliseconds an image, by our transforms (torchvision's functions) and by kornia's.
 
     uv run --with kornia python benchmarks/views.py
 
-The same crops, flips, colours, grey values and blur with the same probabilities, from images of 256 x 256 pixels, uint8. kornia works on
-batches of 32 float images; Widefield on one image at a time, as workers read it. One thread, interleaved, medians of rounds.
+The same crops, flips, colours, grey values and blur with the same probabilities, from images of 256 x 256 pixels, uint8. kornia
+works on batches of 32 float images; ours on one image at a time, as workers read it. One thread, interleaved, medians of rounds.
 """
 
 import statistics
