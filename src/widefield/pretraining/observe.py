@@ -22,7 +22,6 @@ from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest,
 from widefield.pretraining.sheet import decoded, sheet
 from widefield.pretraining.source import Files
 from widefield.pretraining.views import whole_image
-from widefield.registry import import_object
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
@@ -197,9 +196,10 @@ class Report(Callback):
         sample = embeddings = None
         if self._quality is not None:
             embeddings, sample = self._quality.embeddings(trainer, pl_module), self._quality.sample
-        write: Any = import_object("widefield.reports.pretraining:write_pretraining_page")  # reports stand above us
         try:
-            write(
+            from widefield.reports.pretraining import write_pretraining_page  # loads matplotlib
+
+            write_pretraining_page(
                 self._out.report,
                 facts=[
                     ("method", pl_module.recipe.method),
