@@ -118,6 +118,33 @@ def test_floats_of_another_range_need_to_be_explained(tmp_path: Path) -> None:
     train(tmp_path / "out", images, transform_args={"value_range": (0, 4000)})
 
 
+def test_pictures_of_fewer_bits_than_their_type_get_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = [(torch.rand(1, 24, 24) * 4095).to(torch.uint16) for _ in range(4)]
+    pictures[0][0, 0, 0] = 4095
+    options: dict[str, Any] = {"model": TinyWrapper(1), "epochs": 0}
+    train(tmp_path / "a", pictures, transform_args={"num_channels": 1}, **options)
+    assert "is 4095, of 65535 that its type has" in caplog.text and '{"value_range": (0, 4095)}' in caplog.text
+    caplog.clear()
+    train(tmp_path / "b", pictures, transform_args={"num_channels": 1, "value_range": (0, 4095)}, **options)
+    assert "dark" not in caplog.text
+
+
+def test_items_that_are_no_images_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data: item 0 of list has 'pixels' and needs an entry \"image\""):
+        train(tmp_path / "out", [{"pixels": 1}] * 4)
+    with pytest.raises(ValueError, match=r"data: an image must be a tensor .* got int"):
+        train(tmp_path / "out", [7] * 4)
+    with pytest.raises(
+        ValueError, match=r"torchvision/resnet18 takes 3 channels, and the images have 5; models of timm"
+    ):
+        train(
+            tmp_path / "out",
+            [torch.rand(5, 24, 24)] * 4,
+            model="torchvision/resnet18",
+            transform_args={"num_channels": 5},
+        )
+
+
 class Noisy(Dataset):
     """Draws from every generator that a dataset may use."""
 

@@ -99,6 +99,8 @@ class Items:
     def read(self, index: int, random: Random) -> Tensor:
         item = self.dataset[index]
         if isinstance(item, Mapping):
+            if "image" not in item:
+                raise TypeError(f'{self.name(index)} has {", ".join(map(repr, item))} and needs an entry "image"')
             item = item["image"]
         elif isinstance(item, tuple | list):
             item = item[0]

@@ -44,6 +44,8 @@ from widefield.pretraining.wrapping import to_training_mode, wrap
 
 _log = logging.getLogger(__name__)
 LOG_EVERY = 50
+DARK = 8
+"""An image whose largest value is that of its type divided by this is of a camera of fewer bits, most likely."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """No space is left on a disk, or none for this user."""
 
@@ -232,6 +234,17 @@ def _check_first_image(dataset: ViewDataset) -> None:
             raise ValueError(
                 f"data: {name} has float values from {low:g} to {high:g}, and 0 to 1 is expected; say which values "
                 f'are 0 and 1 with transform_args={{"value_range": (low, high)}}'
+            )
+    elif pixels.dtype != torch.uint8 and dataset.views.args.value_range is None:
+        high, top = int(pixels.to(torch.int64).max()), torch.iinfo(pixels.dtype).max
+        if high < top // DARK:
+            _log.warning(
+                "the largest value of %s is %d, of %d that its type has: if all are so dark, say what white is, with "
+                'transform_args={"value_range": (0, %d)} or the like',
+                name,
+                high,
+                top,
+                2 ** high.bit_length() - 1,
             )
 
 

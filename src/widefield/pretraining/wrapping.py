@@ -24,6 +24,7 @@ from widefield.registry import MODELS, near_names
 Wrapped = Any
 """A `torch.nn.Module` that is a `ModelWrapper`, which Python's types cannot say."""
 
+RGB = 3
 PACKAGES = ("torchvision", "timm", "widefield")
 _PARTS: dict[type[nn.Module], tuple[str, ...]] = {
     shufflenetv2.ShuffleNetV2: ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"),
@@ -117,6 +118,11 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         if short not in torchvision.models.list_models(torchvision.models):
             raise ValueError(
                 f"no model named {name!r}; {_near(short, torchvision.models.list_models(torchvision.models), package)}"
+            )
+        if num_channels != RGB:
+            raise ValueError(
+                f"{name} takes {RGB} channels, and the images have {num_channels}; models of timm are made for them, "
+                "or give a wrapper of your own"
             )
         return _built(name, torchvision.models.get_model, short, **arguments)  # type: ignore[no-any-return]
     if package == "timm" and short:
