@@ -25,6 +25,7 @@ from tests.pretraining.tiny import (
     write_images,
 )
 from tests.small_images import write_tiff
+from widefield.images import ImageReadError
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.source import Files, Slides
@@ -191,6 +192,15 @@ def test_a_bad_image_in_every_batch_is_replaced_listed_and_told_once(
     assert len(told) == 2 and "skipped an image: cannot read" in told[0] and "lists all" in told[0]
     assert "4 images could not be read" in told[1]
     assert metrics(tmp_path / "out")[-1].get("bad_images", 4) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fatal_image_is_told_in_a_line_by_workers_too(workers: int, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(ImageReadError, match=r"^cannot read .*bad\.png: .*$"):
+        train(
+            tmp_path / "out", [images, tmp_path / "bad.png"], batch_size=11, on_bad_image="raise", num_workers=workers
+        )
 
 
 def test_damaged_files_of_all_formats_are_bad_images_and_no_other_error(tmp_path: Path) -> None:

@@ -392,6 +392,8 @@ def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bo
             raise OSError(error.errno, f"{error.strerror}{where}: the run ended {left}") from error
         _log.error("%s ended the run %s", type(error).__name__, left)
         _log.debug("the error:", exc_info=True)
+        if isinstance(error, ImageReadError):
+            raise type(error)(_without_traceback(error)) from error
         raise
     saving = settings.callbacks.model_checkpoint
     if trainer.max_epochs == 0:
@@ -412,6 +414,12 @@ def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bo
             "training completed; model.load_state_dict(torch.load(%r, weights_only=True)) loads the model",
             str(folder.exported),
         )
+
+
+def _without_traceback(error: Exception) -> str:
+    """The message, to which torch adds the traceback of a worker process ahead of it."""
+    kind = type(error)
+    return str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 def _left(folder: OutFolder) -> str:
