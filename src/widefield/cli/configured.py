@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -20,6 +22,9 @@ from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import configure_optimizers
 from widefield.modules.parameter_options import ParameterOptions
+
+_MESSAGE = 300
+"""Characters of an error that lists all weights."""
 
 
 class ConfiguredCLI(LightningCLI):
@@ -84,6 +89,7 @@ class ConfiguredCLI(LightningCLI):
             parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
 
     def after_instantiate_classes(self) -> None:
+        _refuse_other_classes(self.model, self.datamodule)
         described = self.config.optimizer
         if described is None:
             return
@@ -91,6 +97,15 @@ class ConfiguredCLI(LightningCLI):
         self.model.configure_optimizers = partial(
             configure_optimizers, self.model, described, self.config.lr_scheduler, options
         )
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI does; what a constructor says is not buried in a list of types and values."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
+                raise error.__cause__ from error
+            raise
 
     def callbacks(self) -> list[Callback]:
         """Callbacks that come behind those of the configuration."""
@@ -102,6 +117,22 @@ class ConfiguredCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.trainer_defaults["callbacks"] = self.callbacks()
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
+
+
+def other_weights(error: RuntimeError, checkpoint: Path) -> ValueError:
+    """The error to raise for one of `load_state_dict`: the first difference between the model and the checkpoint."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return ValueError(f"{checkpoint} is no checkpoint of this model: {shorten(' '.join(lines[:2]), _MESSAGE)}")
+
+
+def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> None:
+    scores, names = getattr(getattr(model, "head", None), "num_classes", None), getattr(data, "class_names", None)
+    classes = max(len(names or ()), getattr(data, "label_count", 0))
+    if scores is not None and scores < classes:
+        has = f"{classes} classes" if names else f"labels up to {classes - 1}, that is {classes} classes"
+        raise ValueError(
+            f"the data has {has}, and model.head.num_classes={scores}; give model.head.num_classes={classes}"
+        )
 
 
 def ignore_irrelevant_warnings() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
-from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.config import Config
 from widefield.inference.views import AveragedViews
 from widefield.models.torch_file import read_torch_file
@@ -59,8 +59,7 @@ def evaluate(
         except RuntimeError as error:
             if "state_dict" not in str(error):
                 raise
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise ValueError(f"{checkpoint} is no checkpoint of this model: {' '.join(lines[:2])}") from error
+            raise other_weights(error, checkpoint) from error
     found: dict[str, Tensor] = dict(cli.trainer.callback_metrics)
     prefix = "val_" if phase == "validate" else "test_"
     found |= {prefix + name: value for name, value in cli.evaluation.results.items()}

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ _log = logging.getLogger(__name__)
 
 
 class History(Callback):
-    """Collects the logged numbers of each epoch and writes them to a CSV file; a resumed run goes on with its rows."""
+    """Collects the logged numbers of each epoch and writes them to a CSV file; a resumed run goes on with its rows.
+
+    Attributes:
+        rows: The numbers of each epoch.
+        has_started: Whether training began, all that a checkpoint holds being loaded.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.has_started = False
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -26,10 +33,16 @@ class History(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.has_started = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         numbers = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         self.rows.append({"epoch": trainer.current_epoch + 1, **numbers})
         write_csv(self._path, self.rows)
+        lost = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
+        if lost:
+            _log.warning("%s is no number any more; try a smaller learning rate, or 32 bits", " and ".join(lost))
         shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
         _log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
 

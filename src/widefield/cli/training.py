@@ -5,10 +5,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.cli.history import History
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
@@ -77,7 +78,6 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
     if classifies:
         _check(model, data)
-    _refuse_other_classes(model, data)
     if last:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
@@ -85,6 +85,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     elif classifies and cli.config.model.weights is None:
         _calibrate(model, data, cli.config.data.seed)
     out.mkdir(parents=True, exist_ok=True)
+    former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
     memory = PeakMemory(cli.trainer.strategy.root_device)
     try:
@@ -92,10 +93,25 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     except SystemExit:  # what Lightning makes of Ctrl-C
         _log.info("`widefield fit --resume --out %s` continues from the last whole epoch", out)
         raise KeyboardInterrupt from None
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if last and "state_dict" in str(error):
+            raise other_weights(error, last) from error
+        if str(error).startswith("Early stopping conditioned on"):
+            raise ValueError(f"trainer.callbacks: {error}") from error
+        raise
+    finally:
+        if former is not None and not cli.history.has_started:  # the checkpoint is that of the former configuration
+            (out / CONFIG).write_bytes(former)
     if classifies:
         write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
         _log.info("report: %s", out / "report.html")
-    _log.info("checkpoint: %s", out / BEST)
+    kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
+    if kept:
+        _log.info("checkpoint: %s", kept[0])
+    else:
+        _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
     return out
 
 
@@ -105,14 +121,6 @@ def _check_folder(out: Path, resume: bool) -> None:
     if not resume and (out / LAST).exists():
         raise FileExistsError(
             f"{out} already holds a run; continue it with --resume, or name another folder with --out DIR"
-        )
-
-
-def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> None:
-    scores, names = getattr(getattr(model, "head", None), "num_classes", None), getattr(data, "class_names", None)
-    if scores is not None and names and scores < len(names):
-        raise ValueError(
-            f"the data has {len(names)} classes, and model.head.num_classes={scores}; give model.head.num_classes={len(names)}"
         )
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -176,7 +177,7 @@ class Pretrained:
     map_location: str = "cpu"
 
     def __call__(self, module: nn.Module) -> None:
-        """Load the weights into `module`; what the file lacks or has in excess is logged.
+        """Load the weights into `module`; what the file lacks, has in excess or has in another shape is logged.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -186,14 +187,22 @@ class Pretrained:
         if self.prefix is not None:
             start = self.prefix.removesuffix(".") + "."
             weights = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-        if not set(weights) & set(module.state_dict()):
-            keys = ", ".join(list(weights)[:3])
-            hint = f"it has {keys}, ..." if weights else f"no key begins with {self.prefix!r}"
+        own = module.state_dict()
+        other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+        if not set(weights) & set(own) - set(other):
+            some = ", ".join(list(weights)[:3])
+            hint = f"it has {some}, ..." if weights else f"no key begins with {self.prefix!r}"
             raise WrongArgumentError(
-                f"{self.checkpoint} has no weight of {type(module).__name__}: {hint}; check prefix"
+                f"{self.checkpoint} has no weight of {type(module).__name__}: {hint}; "
+                + ("their shapes are others" if other else "check prefix")
             )
-        result = module.load_state_dict(weights, strict=False)
-        for what, keys in (("lacks", result.missing_keys), ("has in excess", result.unexpected_keys)):
+        result = module.load_state_dict({key: weights[key] for key in weights if key not in other}, strict=False)
+        missing = [key for key in result.missing_keys if key not in other]
+        for what, keys in (
+            ("lacks", missing),
+            ("has in excess", result.unexpected_keys),
+            ("has in another shape, so they are not loaded", other),
+        ):
             if keys:
                 _log.warning("%s %s: %s", self.checkpoint, what, ", ".join(keys))
 
@@ -209,7 +218,15 @@ class Pretrained:
 
             found = load_file(self.checkpoint, device=self.map_location)
         else:
-            found = torch.load(self.checkpoint, map_location=self.map_location, weights_only=True)
+            try:
+                found = torch.load(self.checkpoint, map_location=self.map_location, weights_only=True)
+            except (UnpicklingError, EOFError, RuntimeError) as error:
+                raise WrongArgumentError(
+                    f"{self.checkpoint} cannot be read as tensors and plain data saved by torch ({type(error).__name__}); it is "
+                    "another kind of file, truncated, or a whole model: save model.state_dict() instead"
+                ) from error
+        if not isinstance(found, dict):
+            raise WrongArgumentError(f"{self.checkpoint} holds a {type(found).__name__}, expected weights by name")
         for key in ("state_dict", "model"):
             if isinstance(found, dict) and isinstance(found.get(key), dict):
                 found = found[key]

@@ -17,6 +17,9 @@ class AnnotationFile(DescribedDataset):
     A line is a path from `root`, which may hold spaces, and after a space the index of the class: `dogs/rex.png 3`. Empty lines and
     those that begin with # count for nothing.
 
+    Attributes:
+        label_count: The largest label, plus 1.
+
     Args:
         root: The folder of the images.
         ann_file: The text file (UTF-8), by its path from `root` or as it is.
@@ -65,6 +68,7 @@ class AnnotationFile(DescribedDataset):
                 f"{place} names {missing[0]}{more}, which does not exist; paths start from root={root}"
             )
         self._rows = rows
+        self.label_count = max((label for _, labels in rows for label in labels), default=-1) + 1
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -26,6 +26,7 @@ class Datasets(pl.LightningDataModule):
 
     Attributes:
         class_names: Those of the first data set that has some, or None.
+        label_count: How many classes there must be for the labels of data sets that know them.
 
     Args:
         train, val, test: Data sets, each described as `{type: ImageFolder, root: ..., transforms: [...]}`.
@@ -64,6 +65,7 @@ class Datasets(pl.LightningDataModule):
         )
         named = [names for one in self._sets() if (names := getattr(one, "class_names", None))]
         self.class_names = named[0] if named else None
+        self.label_count = max((getattr(one, "label_count", 0) for one in self._sets()), default=0)
         for other in named[1:]:
             _refuse_other_classes(named[0], other, "those of another data set")
 

@@ -37,6 +37,9 @@ class ImageClassificationInferencer:
         self.model = as_model(model, pretrained, device)
         self.info = info_of(self.model)
         self.classes = self.info.class_names if classes is None else tuple(classes)
+        scores = getattr(getattr(self.model, "head", None), "num_classes", None)
+        if classes is not None and scores is not None and len(classes) != scores:
+            raise ValueError(f"classes has {len(classes)} names, and the model {scores} classes; give a name for each")
         self.views = views
 
     def __call__(self, inputs: Image | Sequence[Image], batch_size: int = 1) -> list[dict[str, Any]]:
@@ -49,6 +52,8 @@ class ImageClassificationInferencer:
             inputs: A file, an array (H, W, C), a tensor (C, H, W) or a lazily read image, or a list of them.
             batch_size: How many are computed together; without streaming these must be of one size.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
         images = as_list(inputs)
         results = []
         for start in range(0, len(images), batch_size):

@@ -35,8 +35,10 @@ def as_picture(image: Image, info: ModelInfo) -> Picture:
         if image.ndim not in (2, 3):
             raise ValueError(f"an array of shape {image.shape} is no image; give (H, W) or (H, W, C)")
         picture = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
-    else:
+    elif isinstance(image, Tensor) or hasattr(image, "read"):
         picture = image
+    else:
+        raise ValueError(f"a {type(image).__name__} is no image; give a file, an array (H, W, C) or a tensor (C, H, W)")
     if isinstance(picture, Tensor) and picture.ndim != 3:
         raise ValueError(f"a tensor of shape {tuple(picture.shape)} is no image; give one image, (C, H, W)")
     transformed: Picture = info.pipeline(picture)

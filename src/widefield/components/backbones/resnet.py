@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from widefield.components.backbones.streaming import StreamableBackbone, Streami
 from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.conv import build_conv_layer
 from widefield.components.layers.norm import build_norm_layer
-from widefield.registry import MODELS
+from widefield.registry import MODELS, Range
 
 _ARCHITECTURES: dict[int, tuple[type[ResidualBlock], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -61,9 +61,9 @@ class ResNet(StreamableBackbone):
     def __init__(
         self,
         depth: Literal[18, 34, 50, 101, 152],
-        in_channels: int = 3,
-        stem_channels: int = 64,
-        base_channels: int = 64,
+        in_channels: Annotated[int, Range(1)] = 3,
+        stem_channels: Annotated[int, Range(1)] = 64,
+        base_channels: Annotated[int, Range(1)] = 64,
         expansion: int | None = None,
         num_stages: Literal[1, 2, 3, 4] = 4,
         strides: Sequence[int] = (1, 2, 2, 2),

@@ -72,7 +72,14 @@ class ClsHead(BaseModule):
             target = torch.cat([sample.gt_label for sample in data_samples]).to(score.device)
         if _takes(self.loss_module.forward, "avg_factor"):
             kwargs["avg_factor"] = len(score)
-        losses = {"loss": self.loss_module(score, target, **kwargs)}
+        try:
+            losses = {"loss": self.loss_module(score, target, **kwargs)}
+        except IndexError as error:  # what torch raises for a label that there is no score of
+            if has_scores or score.ndim != 2 or int(target.max()) < score.shape[1]:
+                raise
+            raise WrongArgumentError(
+                f"there is the label {int(target.max())}, and the head has scores of {score.shape[1]} classes; labels begin at 0"
+            ) from error
         if self.cal_acc:
             if has_scores:
                 raise WrongArgumentError(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from widefield.components.errors import WrongArgumentError
 from widefield.components.heads.cls_head import ClsHead, Features
+from widefield.components.heads.vectors import vectors
 from widefield.registry import MODELS
 
 
@@ -31,5 +32,5 @@ class LinearClsHead(ClsHead):
 
     def forward(self, feats: Features) -> Tensor:
         """Scores (N, num_classes)."""
-        score: Tensor = self.fc(self.pre_logits(feats))
+        score: Tensor = self.fc(vectors(self.pre_logits(feats), self.in_channels))
         return score

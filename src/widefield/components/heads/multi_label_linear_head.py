@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from widefield.components.errors import WrongArgumentError
 from widefield.components.heads.cls_head import Features
 from widefield.components.heads.multi_label_cls_head import MultiLabelClsHead
+from widefield.components.heads.vectors import vectors
 from widefield.registry import MODELS
 
 
@@ -32,5 +33,5 @@ class MultiLabelLinearClsHead(MultiLabelClsHead):
 
     def forward(self, feats: Features) -> Tensor:
         """Scores (N, num_classes)."""
-        score: Tensor = self.fc(self.pre_logits(feats))
+        score: Tensor = self.fc(vectors(self.pre_logits(feats), self.in_channels))
         return score

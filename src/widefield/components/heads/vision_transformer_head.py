@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from widefield.components.errors import WrongArgumentError
 from widefield.components.heads.cls_head import ClsHead, Features
+from widefield.components.heads.vectors import vectors
 from widefield.components.layers.activation import ActivationConfig, build_activation_layer
 from widefield.registry import MODELS
 
@@ -62,7 +63,7 @@ class VisionTransformerClsHead(ClsHead):
         A stage may also be a pair of patch tokens and class token.
         """
         token = super().pre_logits(feats)
-        token = token if isinstance(token, Tensor) else token[-1]
+        token = vectors(token if isinstance(token, Tensor) else token[-1], self.in_channels)
         for layer in self.layers[:-1]:
             token = layer(token)
         return token

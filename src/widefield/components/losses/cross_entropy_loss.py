@@ -75,6 +75,11 @@ class CrossEntropyLoss(nn.Module):
         return self.loss_weight * weight_reduce_loss(loss, weight, reduction, avg_factor)
 
     def _elements(self, score: Tensor, label: Tensor, class_weight: Tensor | None) -> Tensor:
+        classes = score.shape[-1 if self.use_sigmoid or self.use_soft else 1]
+        if class_weight is not None and len(class_weight) != classes:
+            raise WrongArgumentError(
+                f"class_weight={list(self.class_weight or ())} must be a factor for each of {classes} classes"
+            )
         if self.use_sigmoid:
             pos_weight = None if self.pos_weight is None else torch.as_tensor(self.pos_weight).to(score)
             loss = functional.binary_cross_entropy_with_logits(

@@ -78,6 +78,7 @@ class BaseModel(BaseModule, LightningModule):
             ValueError: It is no batch, or lazily read images differ in size.
         """
         inputs, targets = split_batch(batch)
+        _refuse_other_channels(inputs, targets)
         if _are_lazy(inputs) and not self.reads_tiles:
             inputs = read_images(inputs).to(self.device)
         if targets is None:
@@ -138,6 +139,21 @@ def read_images(images: Sequence[Any]) -> Tensor:
             f"the images of a batch have the shapes {sizes}; give images of one size, or data.batch_size=1"
         )
     return torch.stack([torch.as_tensor(image.read(0, 0, *image.shape[1:])) for image in images])
+
+
+def _refuse_other_channels(inputs: Any, targets: Any) -> None:
+    if not isinstance(inputs, (list, tuple)) or any(len(image.shape) != 3 for image in inputs):
+        return  # a tensor, or views
+    channels = [image.shape[0] for image in inputs]
+    if len(set(channels)) > 1:
+        odd = channels.index(min(set(channels), key=channels.count))
+        sample = None if targets is None else targets[odd]
+        name = sample.get("img_path", f"image {odd}") if isinstance(sample, DataSample) else f"image {odd}"
+        others = next(count for count in channels if count != channels[odd])
+        raise ValueError(
+            f"{name} has {channels[odd]} channels, and others of its batch have {others}; give all three, "
+            "as {type: RGB} under transforms does"
+        )
 
 
 def _sum_of_means(value: Any) -> Tensor:

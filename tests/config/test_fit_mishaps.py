@@ -1,0 +1,164 @@
+"""What goes wrong in a described run is said in a line, and a run that is there stays as it was."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from widefield.cli import main
+from widefield.components.data_sample import DataSample
+from widefield.components.heads.linear_head import LinearClsHead
+from widefield.components.heads.vision_transformer_head import VisionTransformerClsHead
+from widefield.components.initializers import Pretrained
+from widefield.registry import MODELS
+
+CONFIG = """\
+model:
+  type: ImageClassifier
+  data_preprocessor: {mean: [100, 100, 100], std: [50, 50, 50]}
+  backbone: {type: ResNet_CIFAR, depth: 18, stem_channels: 4, base_channels: 4, num_stages: 1, out_indices: [0]}
+  neck: {type: GlobalAveragePooling}
+  head: {type: LinearClsHead, num_classes: 2, in_channels: 4}
+data:
+  type: Datasets
+  train: {type: ImageFolder, root: images}
+  val: {type: ImageFolder, root: images}
+  batch_size: 2
+trainer: {max_epochs: 1, enable_progress_bar: false}
+"""
+ANNOTATED = "data.train={_delete_: true, type: AnnotationFile, root: ., ann_file: labels.txt}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+                tmp_path / "images" / name / f"{k}.png"
+            )
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    (tmp_path / "labels.txt").write_text("images/cats/0.png 0\nimages/dogs/0.png 7\n")
+    shutil.copytree(tmp_path / "images", tmp_path / "grey")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "grey" / "cats" / "0.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train.root=gone"], "fit: error: the folder of images gone does not exist\n"),
+        (["data.train.root=images/cats"], "fit: error: images/cats has no sub-folders"),
+        ([ANNOTATED, "data.val=null"], "the data has labels up to 7, that is 8 classes, and model.head.num_classes=2"),
+        (["model.head.in_channels=5"], "in_channels=5 of the head, and it gets features of 4 channels"),
+        (["model.neck=null"], "(2, 4, 16, 16), expected (N, 4); put a neck before it"),
+        (
+            ["model.head.loss={type: CrossEntropyLoss, class_weight: [1, 2, 3]}"],
+            "class_weight=[1, 2, 3] must be a factor for each of 2 classes",
+        ),
+        (["model.backbone.base_channels=0"], "model.backbone.base_channels: got 0, expected int, at least 1"),
+        (["data.train.root=grey"], "grey/cats/0.png has 1 channels, and others of its batch have 3"),
+        (
+            ["data.train.root=grey", "data.batch_size=1"],
+            "mean and std have 3 values, the image has 1 channels",
+        ),
+        (
+            ["trainer.callbacks=[{type: EarlyStopping, monitor: gone}]"],
+            "trainer.callbacks: Early stopping conditioned on metric `gone`",
+        ),
+    ],
+)
+def test_what_data_and_model_do_not_share_is_said_in_a_line(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["fit", "--config", "my.yaml", "--out", "run", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert "Union" not in error
+
+
+def test_a_grey_image_among_colours_is_trained_on_as_rgb(folder: Path) -> None:
+    assert (
+        main(
+            [
+                "fit",
+                "--config",
+                "my.yaml",
+                "--out",
+                "run",
+                "data.train.root=grey",
+                "data.train.transforms=[{type: RGB}]",
+            ]
+        )
+        == 0
+    )
+
+
+def test_a_run_that_does_not_fit_the_new_values_stays_as_it_was(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", "my.yaml", "--out", "run"]) == 0
+    before = (folder / "run" / "config.yaml").read_bytes()
+    assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2", "model.backbone.depth=34"]) == 2
+    assert "last.ckpt is no checkpoint of this model" in capfd.readouterr().err
+    assert (folder / "run" / "config.yaml").read_bytes() == before
+    assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2"]) == 0
+    assert b"max_epochs: 2" in (folder / "run" / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"), [("trainer.limit_val_batches=0", "last.ckpt"), ("trainer.max_epochs=0", None)]
+)
+def test_the_checkpoint_that_is_named_exists(
+    folder: Path, capfd: pytest.CaptureFixture[str], argument: str, name: str | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's about the measure that is not there
+        assert main(["fit", "--config", "my.yaml", "--out", "run", argument]) == 0
+    shown = capfd.readouterr().err.replace("\n", "").replace(" ", "")
+    assert (f"run/{name}" if name else "thereisnocheckpoint") in shown
+    assert "best.ckpt" not in shown
+
+
+def test_a_loss_that_is_no_number_is_said(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "my.yaml", "--out", "run", "optimizer={type: SGD, lr: 1e30}"]) == 0
+    assert "is no number any more" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("head", [LinearClsHead(2, 4), VisionTransformerClsHead(2, 4)])
+def test_maps_whose_width_happens_to_fit_are_refused(head: Any) -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 4, 4\), expected \(N, 4\)"):
+        head((torch.zeros(1, 4, 4, 4),))
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "LabelSmoothLoss", "FocalLoss", "L1Loss"])
+def test_labels_beyond_the_scores_are_refused(loss: str) -> None:
+    more = {"label_smooth_val": 0.1} if loss == "LabelSmoothLoss" else {}
+    model = MODELS.build({"type": "ClsHead", "loss": {"type": loss, **more}})
+    with pytest.raises(ValueError, match=r"label.* 3, and"):
+        model.loss(torch.zeros(2, 3), [DataSample().set_gt_label(0), DataSample().set_gt_label(3)])
+
+
+def test_weights_of_another_shape_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained, new = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 9)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    Pretrained(checkpoint=str(tmp_path / "trained.pth"))(new)
+    assert torch.equal(new[0].weight, trained[0].weight)
+    assert "has in another shape, so they are not loaded: 1.weight, 1.bias" in caplog.text
+    with pytest.raises(ValueError, match="their shapes are others"):
+        Pretrained(checkpoint=str(tmp_path / "trained.pth"), prefix="1")(nn.Linear(4, 2))
+
+
+def test_a_file_of_a_whole_model_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 3), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match="it is another kind of file, truncated, or a whole model"):
+        Pretrained(checkpoint=str(tmp_path / "whole.pth"))(nn.Linear(3, 3))
