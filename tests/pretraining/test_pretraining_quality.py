@@ -8,7 +8,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretraining_quality.py"
 
 
-def test_simclr_tells_digits_better_than_the_untrained_network() -> None:
+def test_byol_tells_photographs_apart_better_than_the_untrained_network() -> None:
     spec = importlib.util.spec_from_file_location("pretraining_quality", SCRIPT)
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
@@ -16,8 +16,8 @@ def test_simclr_tells_digits_better_than_the_untrained_network() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        row = benchmark.measure("simclr", seed=0, epochs=20)
+        row = benchmark.measure("byol", seed=0, epochs=20)
     finally:
         torch.set_num_threads(threads)
-    assert row["before"] < 0.3, "an easy task would say nothing"
+    assert row["before"] < 0.4, "an easy task would say nothing"
     assert row["after"] > row["before"] + 0.05
