@@ -162,3 +162,25 @@ def test_a_file_of_a_whole_model_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 3), tmp_path / "whole.pth")
     with pytest.raises(ValueError, match="it is another kind of file, truncated, or a whole model"):
         Pretrained(checkpoint=str(tmp_path / "whole.pth"))(nn.Linear(3, 3))
+
+
+def test_initialisation_of_layers_that_there_are_not_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    given = [{"type": "Constant", "val": 1, "layer": name} for name in ("Conv2dd", "_BatchNorm", "GroupNorm")]
+    head = MODELS.build({"type": "LinearClsHead", "num_classes": 2, "in_channels": 4, "init_cfg": given})
+    head.init_weights()
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "init_cfg: no layer of LinearClsHead is a Conv2dd"
+    ]
+
+
+def test_floats_up_to_one_beside_a_mean_for_eight_bits_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for mean, image in (
+        (100.0, torch.rand(1, 3, 4, 4)),
+        (0.5, torch.rand(1, 3, 4, 4)),
+        (100.0, 255 * torch.ones(1, 3, 4, 4)),
+    ):
+        preprocessor = MODELS.build({"type": "ClsDataPreprocessor", "mean": [mean] * 3, "std": [mean] * 3})
+        preprocessor({"inputs": image})
+        preprocessor({"inputs": list(image)})
+    (record,) = caplog.records
+    assert record.message.startswith("images are floats up to 1, and mean=[100.0, 100.0, 100.0] is in units of 8 bits;")

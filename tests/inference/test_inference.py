@@ -124,6 +124,12 @@ def test_files_arrays_and_tensors_are_classified_alike(run: Path, photos: Path) 
         widefield.inference_model(nn.Linear(3, 3), pixels)
     with pytest.raises(ValueError, match=r"a tensor of shape \(1, 3, 64, 80\) is no image"):
         inferencer(tensor[None])
+    with pytest.raises(ValueError, match="object is no image"):
+        inferencer(object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size=0 must be positive"):
+        inferencer(file, batch_size=0)
+    with pytest.raises(ValueError, match="classes has 1 names, and the model 2 classes"):
+        widefield.ImageClassificationInferencer(inferencer.model, classes=["a"])
 
 
 def test_large_images_are_read_tile_by_tile_where_the_backbone_streams(tmp_path: Path) -> None:

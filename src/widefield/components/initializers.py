@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.errors import WrongArgumentError
-from widefield.registry import Registry
+from widefield.registry import Registry, suggestion
 
 _log = logging.getLogger(__name__)
 INITIALIZERS = Registry("initialisation")
+_LAYERS = {owner.__name__ for kind in vars(nn).values() if isinstance(kind, type) for owner in kind.__mro__}
+"""Names of torch's layers and of the classes that they inherit from, which a model need not have."""
 _FANS = 2
 """Fewest axes of a weight that has a fan-in."""
 
@@ -39,6 +41,7 @@ class Initializer:
         """Set the layers of `module`."""
         names = {self.layer} if isinstance(self.layer, str) else set(self.layer or ())
         if names or not self.override:
+            _warn_of_unknown(names, module)
             for part in module.modules():
                 if not names or names & {owner.__name__ for owner in type(part).__mro__}:
                     self._set(part, named=bool(names))
@@ -70,6 +73,15 @@ class Initializer:
             return
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         type(self)(**{**own, "layer": None, "override": None, **override})(part)
+
+
+def _warn_of_unknown(names: set[str], module: nn.Module) -> None:
+    """Of class names that neither a part of `module` has nor a layer of torch: they set nothing, so most likely they are slips."""
+    own = {owner.__name__ for part in module.modules() for owner in type(part).__mro__}
+    for name in sorted(names - own - _LAYERS):
+        _log.warning(
+            "init_cfg: no layer of %s is a %s; %s", type(module).__name__, name, suggestion(name, own | _LAYERS)
+        )
 
 
 @INITIALIZERS.register_module()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def load_trained(
         model.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise ValueError(f"{path} is no checkpoint of this model: {' '.join(lines[:2])}") from error
+        raise ValueError(f"{path} is no checkpoint of this model: {shorten(' '.join(lines[:2]), 300)}") from error
     set_info(model, _info(checkpoint, config.data.get("data") or {}))
     return model  # type: ignore[no-any-return]
 

@@ -38,7 +38,9 @@ def as_picture(image: Image, info: ModelInfo) -> Picture:
     elif isinstance(image, Tensor) or hasattr(image, "read"):
         picture = image
     else:
-        raise ValueError(f"a {type(image).__name__} is no image; give a file, an array (H, W, C) or a tensor (C, H, W)")
+        raise ValueError(
+            f"a {type(image).__name__} is no image; give a file, an array such as numpy.asarray(image), or a tensor"
+        )
     if isinstance(picture, Tensor) and picture.ndim != 3:
         raise ValueError(f"a tensor of shape {tuple(picture.shape)} is no image; give one image, (C, H, W)")
     transformed: Picture = info.pipeline(picture)

@@ -1,5 +1,6 @@
 """What data preprocessors share."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ from widefield.components.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
 from widefield.streaming.image import Normalisation
 
+_log = logging.getLogger(__name__)
+_SCALED = 2.0
+"""Means of images from 0 to 1 are smaller, of those from 0 to 255 larger."""
 PreprocessorConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "preprocessor", typed=False)]
 
 
@@ -46,6 +50,7 @@ class BaseDataPreprocessor(nn.Module):
         if pad_size_divisor < 1:
             raise WrongArgumentError(f"pad_size_divisor={pad_size_divisor} must be positive; 1 pads nothing")
         self.normalisation = pixel_normalisation(mean, std)
+        self._saw_floats = False
         self.pad_size_divisor = pad_size_divisor
         self.pad_value = pad_value
 
@@ -55,10 +60,22 @@ class BaseDataPreprocessor(nn.Module):
 
     def batch(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Images (N, C, H, W), or a list of (C, h, w), normalised and padded to one size, as a tensor (N, C, H, W)."""
+        self._warn_of_scaled(images)
         if isinstance(images, Tensor):
             return self._pad(normalised(images, self.normalisation), images.shape[-2:])
         height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
         return torch.stack([self._pad(normalised(image, self.normalisation), (height, width)) for image in images])
+
+    def _warn_of_scaled(self, images: Tensor | Sequence[Tensor]) -> None:
+        """Once, of floats from 0 to 1 beside a `mean` for 8 bits: everything would come out nearly the same."""
+        if self._saw_floats or self.normalisation.mean is None or not len(images) or not images[0].is_floating_point():
+            return
+        self._saw_floats = True  # later batches are not looked at: on a GPU that would wait for it
+        if max(self.normalisation.mean) > _SCALED and float(images[0].max()) <= 1:
+            _log.warning(
+                "images are floats up to 1, and mean=%s is in units of 8 bits; divide mean and std by 255, or give 8 bits",
+                list(self.normalisation.mean),
+            )
 
     def _pad(self, image: Tensor, size: Sequence[int]) -> Tensor:
         """`image`, padded to `size` and to a multiple of the divisor."""
