@@ -18,7 +18,7 @@ from widefield.images import ImageReadError
 from widefield.pretraining.arguments import auto_workers
 from widefield.pretraining.dataset import EpochOrder, Index, ViewDataset, collate
 from widefield.pretraining.files import find_images
-from widefield.pretraining.pixels import read_pixels
+from widefield.pretraining.pixels import as_tensor, read_pixels
 from widefield.pretraining.slides import SlideArgs, draw_region, foreground, read_patch, tissue
 from widefield.pretraining.source import Files, Items, Slides
 from widefield.pretraining.transform_args import RandomResize, TransformArgs
@@ -127,6 +127,14 @@ def test_pictures_of_fewer_bits_than_their_type_get_a_hint(tmp_path: Path, caplo
     caplog.clear()
     train(tmp_path / "b", pictures, transform_args={"num_channels": 1, "value_range": (0, 4095)}, **options)
     assert "dark" not in caplog.text
+
+
+def test_16_bits_of_a_pgm_and_booleans_fill_the_range_of_their_type(tmp_path: Path) -> None:
+    values = np.array([[0, 1000, 65535]], dtype=">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n3 1\n65535\n" + values.tobytes())
+    pixels = read_pixels(tmp_path / "a.pgm", 1)
+    assert pixels.dtype == torch.uint16 and pixels.flatten().tolist() == [0, 1000, 65535]
+    assert as_tensor(np.array([[True, False]])).tolist() == [[[255, 0]]]
 
 
 def test_items_that_are_no_images_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -193,6 +194,53 @@ def test_resuming_needs_the_same_method_and_data(tmp_path: Path, images: Path) -
         train(tmp_path, images, batch_size=2, resume_interrupted=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim_args": {"lr": 3.0}}, r"other arguments:\n  optim_args was .*'lr': 0.3.* and is .*'lr': 3.0"),
+        ({"optim": "adamw", "seed": 3}, r"  seed was 0 and is 3\n  optim was 'sgd' and is 'adamw'"),
+        ({"transform_args": {"image_size": 20}}, r"transform_args was "),
+        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps was 1 and is 2"),
+        ({"model": TinyWrapper(dim=11)}, r"is of another model.*of shape \(12,\) there and of shape \(11,\) here"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_before_anything_is_written(
+    options: dict[str, Any], message: str, tmp_path: Path, images: Path
+) -> None:
+    train(tmp_path, images)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, images, **{"epochs": 2, "resume_interrupted": True, **options})
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_pictures_of_the_run_are_no_data_of_it(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "data")
+    train(images / "out", images)
+    shutil.copy(images / "00.png", images / "out" / "augmented_views.png")
+    train(images / "out", images, epochs=2, resume_interrupted=True)
+    assert checkpoint(images / "out")["widefield"]["settings"]["images"] == 10
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 20}])
+def test_a_tenth_of_the_steps_warms_up_however_many_there_are(
+    limit: dict[str, int], tmp_path: Path, images: Path
+) -> None:
+    steps = limit.get("max_steps", 40)
+    options = {"epochs": 20, "trainer_args": {"log_every_n_steps": 1, **limit}, "callbacks": {"quality": None}}
+    train(tmp_path, images, optim_args={"lr": 64.0 * 1e-4}, **options)
+    rates = [line["lr-SGD/params"] for line in metrics(tmp_path) if "lr-SGD/params" in line]
+    assert len(rates) == steps
+    assert max(rates) == pytest.approx(1e-4) and abs(rates.index(max(rates)) - steps // 10) <= 1
+    assert rates[-1] == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_views_have_the_type_of_the_weights(precision: str, tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, precision=precision)
+    assert exported(tmp_path)["0.weight"].dtype == {"b": torch.bfloat16, "6": torch.float64}[precision[0]]
+
+
 def test_resuming_more_epochs_goes_on(tmp_path: Path, images: Path) -> None:
     train(tmp_path, images, epochs=1)
     before = exported(tmp_path)
@@ -304,6 +352,22 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"model": "resnet18"}, r"did you mean torchvision/resnet18"),
         ({"model": "torchvision/resnet19"}, r"did you mean torchvision/resnet18"),
         ({"devices": 3, "batch_size": 8}, r"batch_size=8 must be divisible by .* 3"),
+        ({"transform_args": {"num_views": 3}}, r"transform_args\.num_views=3; simclr takes 2"),
+        ({"transform_args": {"local_view": {"view_size": 16}}}, r"simclr takes no local views"),
+        (
+            {"loader_args": {"prefetch_factor": 2}},
+            r"loader_args, with num_workers=0: prefetch_factor option could only",
+        ),
+        ({"optim_args": {"lr": -1.0}}, r"optim_args: lr=-1 must be a number of at least 0"),
+        ({"optim_args": {"lr": float("nan")}}, r"optim_args: lr=nan must be"),
+        ({"callbacks": {"early_stopping": {"monitor": "val_loss"}}}, r"monitor='val_loss' is not logged"),
+        ({"callbacks": {"model_checkpoint": {"save_top_k": 3}}}, r"save_top_k=3 needs a monitor"),
+        ({"data": [torch.full((3, 24, 24), -5, dtype=torch.int16)] * 4}, r"values from -5 to -5, and none below 0"),
+        ({"data": [torch.full((3, 24, 24), torch.nan)] * 4}, r"has float values from nan to nan"),
+        (
+            {"model": "timm/vit_tiny_patch16_224", "transform_args": {"image_size": 40}, "model_args": {"depth": 1}},
+            r"forward_features failed on views .*: AssertionError: Input height \(40\) should be divisible",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_and_out_stays_as_it_was(

@@ -139,6 +139,10 @@ def parse(given: Mapping[str, Any]) -> Settings:
         errors.append(
             f"transform_args.num_views={transforms.num_views}; {arguments.method} needs {method.transforms.num_views}"
         )
+    if method.most_views is not None and transforms.num_views > method.most_views:
+        errors.append(f"transform_args.num_views={transforms.num_views}; {arguments.method} takes {method.most_views}")
+    if transforms.local_view is not None and not method.takes_local_views:
+        errors.append(f"transform_args.local_view: {arguments.method} takes no local views; leave it out")
     optim = _optim(method, arguments, errors)
     method_args = _method_args(method, arguments, errors)
     errors.raise_if_any("widefield.train")

@@ -20,6 +20,11 @@ from widefield.writing import write_torch_file
 _log = logging.getLogger(__name__)
 
 
+def _check_monitor(name: str | None) -> None:
+    if name is not None and name.startswith(("val", "test")):
+        raise ValueError(f"monitor={name!r} is not logged, because nothing is validated; give train_loss, for example")
+
+
 @dataclass(frozen=True)
 class LearningRateArgs:
     """Logs the learning rates."""
@@ -36,6 +41,9 @@ class EarlyStoppingArgs:
     min_delta: float = 0.0
     mode: Literal["min", "max"] = "min"
     check_finite: bool = True
+
+    def __post_init__(self) -> None:
+        _check_monitor(self.monitor)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ class CheckpointArgs:
     def __post_init__(self) -> None:
         if self.every_n_epochs is not None and self.every_n_train_steps is not None:
             raise ValueError("every_n_epochs and every_n_train_steps were both given; give one of them")
+        if self.monitor is None and self.save_top_k > 1:
+            raise ValueError(
+                f"save_top_k={self.save_top_k} needs a monitor that says which are best, such as train_loss"
+            )
+        _check_monitor(self.monitor)
 
 
 @dataclass(frozen=True)

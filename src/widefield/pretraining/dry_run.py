@@ -10,6 +10,8 @@ from widefield.pretraining.embedding import EmbeddingModel
 
 BATCH = 2
 ENOUGH = 256
+ERRORS = (RuntimeError, AssertionError, AttributeError, LookupError, TypeError)
+"""What a wrapper may raise of views that do not suit it; a ValueError says so itself."""
 """A view with a longer side than this is tried smaller first: where pooling leaves one position, its size does not matter."""
 
 
@@ -63,18 +65,23 @@ def _run(embedding: EmbeddingModel, channels: int, size: tuple[int, int]) -> Ten
     views = torch.rand(BATCH, channels, *size, device=weight.device, dtype=dtype)
     try:
         features = embedding.features(views)
-    except RuntimeError as error:
-        text = str(error).partition("\n")[0]
+    except ERRORS as error:
+        text = _first_line(error)
         raise ValueError(f"forward_features failed on views of shape {tuple(views.shape)}: {text}") from error
     _check_output("forward_features", features, "features", wrapper.feature_dim())
     try:
         pooled = wrapper.forward_pool(features)
-    except RuntimeError as error:
-        text = str(error).partition("\n")[0]
+    except ERRORS as error:
+        text = _first_line(error)
         shape = tuple(features["features"].shape)
         raise ValueError(f"forward_pool failed on features of shape {shape}: {text}") from error
     _check_output("forward_pool", pooled, "pooled_features", wrapper.feature_dim())
     return embedding.pooled(features)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _check_output(method: str, out: Any, key: str, channels: int) -> None:

@@ -11,8 +11,10 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", "
 _log = logging.getLogger(__name__)
 
 
-def find_images(data: str | Path | Sequence[str | Path]) -> list[Path]:
-    """All image files, those of a folder sorted by their path in it. Folders are searched with all below; links are followed.
+def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None) -> list[Path]:
+    """All image files but one, those of a folder sorted by their path in it.
+
+    Folders are searched with all below; links are followed.
 
     Raises:
         ValueError: A path does not exist, a file has no extension of an image, or there is no image at all; a line each.
@@ -23,7 +25,7 @@ def find_images(data: str | Path | Sequence[str | Path]) -> list[Path]:
     wrong: list[str] = []
     for path in given:
         if path.is_dir():
-            images = sorted_images(path)
+            images = [one for one in sorted_images(path) if but is None or one.name != but.name or one.resolve() != but]
             if not images and not one:
                 _log.warning("the folder %s holds no images", path)
             found += images

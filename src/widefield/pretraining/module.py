@@ -37,6 +37,7 @@ class Recipe:
         batch_size: Images of a batch over all processes.
         loader_args: Of the `DataLoader`.
         named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
+        settings: What a run that resumes this one must agree with; see `resuming.settings_of`.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Recipe:
     batch_size: int
     loader_args: dict[str, Any]
     named_model: dict[str, Any] | None
+    settings: dict[str, Any]
 
 
 class Pretraining(pl.LightningModule):
@@ -105,8 +107,8 @@ class Pretraining(pl.LightningModule):
         return results["loss"]  # type: ignore[return-value]
 
     def floats(self, views: list[Tensor]) -> list[Tensor]:
-        """Normalised views."""
-        normalised = [(to_unit(view, None) - self.mean) / self.std for view in views]
+        """Normalised views, in the type of the weights."""
+        normalised = [((to_unit(view, None) - self.mean) / self.std).to(self.dtype) for view in views]
         return list(map(in_fastest_layout, normalised)) if self._channels_last else normalised
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -136,6 +138,7 @@ class Pretraining(pl.LightningModule):
             "model": model,
             "embed_head": self._prefix(self.method.exported().embed_head),
             "named_model": self.recipe.named_model,
+            "settings": self.recipe.settings,
             "transforms": {
                 name: value
                 for name, value in asdict(self.recipe.transforms).items()

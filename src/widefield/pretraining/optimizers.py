@@ -1,5 +1,6 @@
 """Optimizers by name, and which weights decay."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value:g} must be a number of at least 0")
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent with momentum."""
@@ -19,6 +26,9 @@ class SGD:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""
@@ -35,6 +45,9 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
 
+    def __post_init__(self) -> None:
+        _not_negative(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""
         return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=_on_cpu(groups))
@@ -48,6 +61,9 @@ class LARS:
     lr: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`."""

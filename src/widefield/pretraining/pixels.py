@@ -69,7 +69,9 @@ def _by_pillow(path: Path, file: BinaryIO, num_channels: int, reduction: Reducti
                 image = image.convert("RGB")
             elif image.mode == "1":
                 image = image.convert("L")
-            return as_tensor(image)
+            pixels = as_tensor(image)
+            # Pillow has 16 bits of a PGM in an integer of 32
+            return pixels.to(torch.uint16) if opened.format == "PPM" and image.mode == "I" else pixels
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "the file is empty" if not path.stat().st_size else str(error).partition("\n")[0]
         raise ImageReadError(f"cannot read {path}: {reason}") from error
@@ -91,6 +93,8 @@ def as_tensor(image: Any) -> Tensor:
         raise TypeError(
             f"an image must be a tensor (C, H, W), an array (H, W, C) or a Pillow image: got {type(image).__name__}{shape}"
         )
+    if image.dtype == torch.bool:
+        image = image.to(torch.uint8) * 255
     return image if image.ndim == 3 else image[None]
 
 

@@ -107,7 +107,9 @@ class Items:
         return with_channels(as_tensor(item), self.num_channels, self.name(index))
 
 
-def make_source(data: Any, num_channels: int, reduction: Reduction | None, slides: SlideArgs | None) -> ImageSource:
+def make_source(
+    data: Any, num_channels: int, reduction: Reduction | None, slides: SlideArgs | None, but: Path | None = None
+) -> ImageSource:
     """The images that `data` names: a folder, a file, a list of these, or a dataset with a length.
 
     Args:
@@ -115,6 +117,7 @@ def make_source(data: Any, num_channels: int, reduction: Reduction | None, slide
         num_channels: Of the images.
         reduction: How much smaller files may be decoded.
         slides: How patches of slides are drawn; None takes files whole.
+        but: A file that is no image of these, wherever it lies.
 
     Raises:
         ValueError: It names none.
@@ -122,7 +125,7 @@ def make_source(data: Any, num_channels: int, reduction: Reduction | None, slide
     if isinstance(data, (str, Path)) or (
         isinstance(data, Sequence) and all(isinstance(one, (str, Path)) for one in data)
     ):
-        paths = tuple(find_images(data))
+        paths = tuple(find_images(data, but))
         return Files(paths, num_channels, reduction) if slides is None else Slides(paths, num_channels, slides)
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, Mapping):
         raise ValueError(

@@ -19,21 +19,22 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        dims = [0, *range(2, input.ndim)]
+        kind, dims = input.dtype, [0, *range(2, input.ndim)]
+        input = input.to(torch.promote_types(kind, torch.float32))  # sums of squares do not fit in 16 bits
         count = torch.full((1,), float(input.numel() // input.shape[1]), dtype=input.dtype, device=input.device)
         sums = torch.cat([input.sum(dims), (input * input).sum(dims), count])
         sums = torch.stack(gather(sums)).sum(0)
         channels = input.shape[1]
         total = sums[-1]
         mean = sums[:channels] / total
-        var = sums[channels:-1] / total - mean * mean
+        var = (sums[channels:-1] / total - mean * mean).clamp(min=0)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             self._follow(mean.detach(), var.detach() * (total / (total - 1)).detach())
         shape = [1, -1, *[1] * (input.ndim - 2)]
         out = (input - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             out = out * self.weight.view(shape)
-        return out if self.bias is None else out + self.bias.view(shape)
+        return (out if self.bias is None else out + self.bias.view(shape)).to(kind)
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, var: Tensor) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from widefield.images import ImageReadError
 from widefield.models.torch_file import read_torch_file
@@ -36,6 +36,7 @@ from widefield.pretraining.loggers import forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import KEY, Pretraining, Recipe
 from widefield.pretraining.out import OutFolder
+from widefield.pretraining.resuming import Resumed, settings_of
 from widefield.pretraining.source import make_source
 from widefield.pretraining.stopping import TERMINATED, leave_signals
 from widefield.pretraining.synced_norm import sync_options
@@ -152,25 +153,25 @@ def train(
             _log.debug("settings:\n%s", settings.as_yaml(longest=10))
             _log.info("training %s images into %s", len(module.dataset), folder.path)
             if resumed is not None:
-                _log.info("restoring %s: epoch %d, step %d", folder.last, resumed["epoch"], resumed["global_step"])
+                _log.info("restoring %s: epoch %d, step %d", folder.last, resumed.epoch, resumed.step)
             elif settings.given.resume_interrupted:
                 _log.warning("there is no %s to resume: starting from scratch", folder.last)
             if settings.given.resume_interrupted:
-                forget_after(folder.metrics, 0 if resumed is None else resumed["global_step"])
+                forget_after(folder.metrics, 0 if resumed is None else resumed.step)
         _fit(trainer, module, folder, resumed is not None, settings)
 
 
 pretrain = train
 
 
-def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, dict[str, Any] | None]:
+def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, Resumed | None]:
     """The trainer, what it trains, and what is known of the checkpoint that it goes on with; nothing is written."""
     given = settings.given
     _seed(given.seed)
     if given.float32_matmul_precision != "auto":
         torch.set_float32_matmul_precision(given.float32_matmul_precision)
-    resumed = _last_checkpoint(folder.last, given.method) if given.resume_interrupted else None
-    dataset = _dataset(settings)
+    resumed = Resumed.read(folder.last, given.method) if given.resume_interrupted else None
+    dataset = _dataset(settings, folder)
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(dataset.source, given.data, quality.labels)
     trainer = _trainer(settings, folder, labels)
@@ -198,28 +199,41 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     defaults["worker_init_fn"] = leave_signals
     if settings.num_workers:
         defaults["persistent_workers"] = True
+    loader_args = {"num_workers": settings.num_workers, **defaults, **loader_args}
+    _check_loader(dataset, loader_args)
     recipe = Recipe(
         given.method,
         settings.transforms,
         settings.optim,
         settings.method.optim.scaled(settings.optim.lr, optimized),
-        round(min(10, settings.epochs / 10) * per_epoch),
+        round(min(10 / max(settings.epochs, 1), 0.1) * steps),  # of what max_steps leaves
         steps,
         given.seed,
         batch_size,
-        {"num_workers": settings.num_workers, **defaults, **loader_args},
+        loader_args,
         named_model(given.model, given.model_args),
+        settings_of(settings, batch_size, len(dataset)),
     )
+    module = Pretraining(method, recipe, dataset)
     if resumed is not None:
-        _check_resumed(resumed, len(dataset) // batch_size)
-    trainer.log_every_n_steps = max(1, min(LOG_EVERY, len(dataset) // batch_size))
-    return trainer, Pretraining(method, recipe, dataset), resumed
+        resumed.check(len(dataset) // batch_size, recipe.settings, module.state_dict())
+    if "log_every_n_steps" not in (given.trainer_args or {}):
+        trainer.log_every_n_steps = max(1, min(LOG_EVERY, len(dataset) // batch_size))
+    return trainer, module, resumed
 
 
-def _dataset(settings: Settings) -> ViewDataset:
+def _dataset(settings: Settings, folder: OutFolder) -> ViewDataset:
     given, views = settings.given, Views(settings.transforms)
-    source = make_source(given.data, settings.transforms.num_channels, views.reduction, settings.slides)
+    source = make_source(given.data, settings.transforms.num_channels, views.reduction, settings.slides, folder.views)
     return ViewDataset(source, views, given.seed, given.on_bad_image)
+
+
+def _check_loader(dataset: ViewDataset, loader_args: Mapping[str, Any]) -> None:
+    """Raises ValueError if no `DataLoader` can be made with these; no worker process is started."""
+    try:
+        DataLoader(dataset, **loader_args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loader_args, with num_workers={loader_args['num_workers']}: {error}") from error
 
 
 def _check_first_image(dataset: ViewDataset) -> None:
@@ -230,13 +244,19 @@ def _check_first_image(dataset: ViewDataset) -> None:
         raise ValueError(f"data: {error}") from error
     if pixels.is_floating_point() and dataset.views.args.value_range is None:
         low, high = (float(v) for v in torch.aminmax(pixels))
-        if low < -0.5 or high > 1.5:
+        if not (low >= -0.5 and high <= 1.5):  # NaN neither
             raise ValueError(
                 f"data: {name} has float values from {low:g} to {high:g}, and 0 to 1 is expected; say which values "
                 f'are 0 and 1 with transform_args={{"value_range": (low, high)}}'
             )
     elif pixels.dtype != torch.uint8 and dataset.views.args.value_range is None:
-        high, top = int(pixels.to(torch.int64).max()), torch.iinfo(pixels.dtype).max
+        low, high = (int(v) for v in torch.aminmax(pixels.to(torch.int64)))
+        top = torch.iinfo(pixels.dtype).max
+        if low < 0:
+            raise ValueError(
+                f"data: {name} has values from {low} to {high}, and none below 0 is expected; say which values are 0 and 1 "
+                'with transform_args={"value_range": (low, high)}'
+            )
         if high < top // DARK:
             _log.warning(
                 "the largest value of %s is %d, of %d that its type has: if all are so dark, say what white is, with "
@@ -331,29 +351,6 @@ def _precision(precision: Any, accelerator: Any) -> Any:
         return precision
     on_gpu = not _is_cpu(accelerator) and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _last_checkpoint(path: Path, method: str) -> dict[str, Any] | None:
-    """What the checkpoint says of its run; None if there is none."""
-    if not path.is_file():
-        return None
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or KEY not in content:
-        raise ValueError(f"{path} is no checkpoint of widefield.train, so it cannot be resumed")
-    if content[KEY]["method"] != method:
-        raise ValueError(
-            f"{path} is of method={content[KEY]['method']!r}, and method={method!r} was given; resume with the arguments of the run"
-        )
-    return {key: content[key] for key in ("epoch", "global_step", KEY)}
-
-
-def _check_resumed(checkpoint: dict[str, Any], batches: int) -> None:
-    before = checkpoint[KEY]["batches_per_epoch"]
-    if before != batches:
-        raise ValueError(
-            f"the run had {before} batches in an epoch, and with these data and batch_size there are {batches}; resume with "
-            "those of the run"
-        )
 
 
 def load_checkpoint(wrapper: Any, path: Path) -> None:

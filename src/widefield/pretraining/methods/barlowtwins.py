@@ -25,6 +25,8 @@ class BarlowTwins(Method):
 
     transforms = ASYMMETRIC
     optim = Optim((LARS(0.2, 0.9, 1.5e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,

@@ -42,6 +42,8 @@ class Method(nn.Module):
     Attributes:
         transforms: The views, unless `transform_args` says otherwise.
         optim: The optimizer, unless `optim` and `optim_args` say otherwise.
+        most_views: Global views that it can take; None: any number.
+        takes_local_views: Whether it can take local ones beside.
         companions: Modules that never train: they go where the method goes, and stand in no checkpoint.
 
     Args:
@@ -52,6 +54,8 @@ class Method(nn.Module):
     component_kind = "method"
     transforms: ClassVar[TransformArgs] = TransformArgs()
     optim: ClassVar[Optim] = Optim((SGD(), AdamW(), LARS()))
+    most_views: ClassVar[int | None] = None
+    takes_local_views: ClassVar[bool] = True
 
     def __init__(self, embedding: EmbeddingModel, run: Run) -> None:
         super().__init__()

@@ -33,6 +33,8 @@ class BYOL(Method):
 
     transforms = ASYMMETRIC
     optim = Optim((LARS(0.45, 0.9, 1e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,

@@ -31,6 +31,8 @@ class DenseCL(Method):
 
     transforms = MoCo.transforms
     optim = MoCo.optim
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class Distillation(Method):
     optim = Optim(
         (AdamW(5e-4, weight_decay=0.04), SGD(0.1, 0.9, 1e-4), LARS(1.8, 0.9, 1e-6)), 1536, scaling="sqrt", clip=1.0
     )
+    takes_local_views = False
 
     def __init__(
         self,

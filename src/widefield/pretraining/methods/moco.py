@@ -31,6 +31,8 @@ class MoCo(Method):
         random_resize=RandomResize(0.2, 1.0), color_jitter=ColorJitter(0.8, 1.0, 0.4, 0.4, 0.4, 0.1)
     )
     optim = Optim((SGD(0.03, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01), LARS(0.3, 0.9, 1e-6)))
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,

@@ -24,6 +24,8 @@ class SimCLR(Method):
     """
 
     optim = Optim((SGD(0.3, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01), LARS(0.3, 0.9, 1e-6)))
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,

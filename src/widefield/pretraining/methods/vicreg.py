@@ -25,6 +25,8 @@ class VICReg(Method):
 
     transforms = TransformArgs(color_jitter=ColorJitter(0.8, 1.0, 0.4, 0.4, 0.2, 0.1), solarize=Solarize(0.1))
     optim = Optim((LARS(0.3, 0.9, 1e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
+    most_views = 2
+    takes_local_views = False
 
     def __init__(
         self,
