@@ -360,6 +360,11 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ),
         ({"optim_args": {"lr": -1.0}}, r"optim_args: lr=-1 must be a number of at least 0"),
         ({"optim_args": {"lr": float("nan")}}, r"optim_args: lr=nan must be"),
+        ({"optim": "adamw", "optim_args": {"betas": [2, 0.9]}}, r"Invalid beta parameter at index 0: 2"),
+        (
+            {"transform_args": {"normalize": {"mean": [0.5] * 5, "std": [1] * 5}}},
+            r"of 5 channels and num_channels is 3",
+        ),
         ({"callbacks": {"early_stopping": {"monitor": "val_loss"}}}, r"monitor='val_loss' is not logged"),
         ({"callbacks": {"model_checkpoint": {"save_top_k": 3}}}, r"save_top_k=3 needs a monitor"),
         ({"data": [torch.full((3, 24, 24), -5, dtype=torch.int16)] * 4}, r"values from -5 to -5, and none below 0"),
@@ -555,6 +560,13 @@ def test_dino_exports_the_teacher(tmp_path: Path, images: Path) -> None:
     assert not torch.equal(
         exported(tmp_path)["0.weight"], content["state_dict"]["method.embedding.wrapped_model.model.0.weight"]
     )
+
+
+def test_a_model_that_is_its_own_teacher_still_trains(tmp_path: Path, images: Path) -> None:
+    model = TinyWrapper()
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    train(tmp_path, images, "distillation", model=model, method_args={"teacher": model})
+    assert not torch.equal(exported(tmp_path)["0.weight"], before["0.weight"])
 
 
 def test_no_teacher_is_in_a_checkpoint_of_distillation(tmp_path: Path, images: Path) -> None:

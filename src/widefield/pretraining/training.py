@@ -215,6 +215,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         settings_of(settings, batch_size, len(dataset)),
     )
     module = Pretraining(method, recipe, dataset)
+    module.configure_optimizers()  # raises ValueError for what an optimizer does not take
     if resumed is not None:
         resumed.check(len(dataset) // batch_size, recipe.settings, module.state_dict())
     if "log_every_n_steps" not in (given.trainer_args or {}):

@@ -198,6 +198,11 @@ class TransformArgs:
             raise ValueError(f"num_channels={self.num_channels} must be at least 1")
         if self.num_views < 1:
             raise ValueError(f"num_views={self.num_views} must be at least 1")
+        values = len(self.normalize.mean)
+        if values > self.num_channels and self.normalize != Normalize():
+            raise ValueError(
+                f"normalize has a mean and std of {values} channels and num_channels is {self.num_channels}"
+            )
         if self.random_gray_scale is not None:
             _probability("random_gray_scale", self.random_gray_scale)
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:

@@ -1,5 +1,6 @@
 """Distillation."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ class Distillation(Method):
             raise ValueError(
                 f"the teacher {teacher} would have random weights; give a file as teacher_weights, or arguments as teacher_args"
             )
-        wrapper = wrap(teacher, teacher_args)
+        wrapper = wrap(teacher, teacher_args, len(run.normalize.mean))
+        if not {*map(id, wrapper.parameters())}.isdisjoint(map(id, embedding.parameters())):
+            wrapper = copy.deepcopy(wrapper)  # frozen below, and the student shall train
         if teacher_weights is not None:
             load_weights(wrapper.get_model(), teacher_weights)
         dim: int = wrapper.feature_dim()
