@@ -384,6 +384,14 @@ def test_a_wrong_argument_is_named_and_out_stays_as_it_was(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_that_fails_in_its_first_step_leaves_out_as_it_was(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(RuntimeError, match="channels"):
+            train(tmp_path / name, images, "distillation", method_args={"teacher": TinyWrapper(5)})
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())
+
+
 def test_all_errors_are_told_at_once(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"3 errors") as caught:
         train(tmp_path / "out", images, epochs=-1, batch_size=0, method_args={"width": 3})

@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,24 @@ class OutFolder:
             )
 
     @contextmanager
+    def as_it_was(self, if_true: Callable[[], bool]) -> Iterator[None]:
+        """Where an error ends this block and `if_true` holds, a folder that was empty is so again, and a new one is gone.
+
+        Not after an OSError, such as a full disk: what is said of it there is needed.
+        """
+        existed = self.path.is_dir()
+        empty = not existed or not any(self.path.iterdir())
+        try:
+            yield
+        except Exception as error:
+            if empty and not isinstance(error, OSError) and if_true():
+                self.clear()
+                if not existed:
+                    with suppress(OSError):
+                        self.path.rmdir()
+            raise
+
+    @contextmanager
     def opened(self, clear: bool) -> Iterator[None]:
         """Make the folder and hold it for this process alone.
 
@@ -97,12 +115,13 @@ class OutFolder:
             for partial in self.path.rglob(".*.partial"):  # of a process that was killed while it wrote
                 partial.unlink(missing_ok=True)
             if clear:
-                self._clear()
+                self.clear()
             yield
         finally:
             _unlock(descriptor)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Remove what a run has written; other files stay."""
         for folder in (self.checkpoints, self.exported.parent):
             shutil.rmtree(folder, ignore_errors=True)
         own = (self.metrics, self.log, self.config, self.bad_images, self.views, self.report)

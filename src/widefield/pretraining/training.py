@@ -147,6 +147,8 @@ def train(
         stack.enter_context(_quiet())
         trainer, module, resumed = _prepare(settings, folder)
         if leads:
+            # an error in the first step is of what was given
+            stack.enter_context(folder.as_it_was(if_true=lambda: module.batches <= 1))
             stack.enter_context(folder.opened(clear=settings.given.overwrite))
             stack.enter_context(_logging_to(folder.log))
             folder.config.write_text(settings.as_yaml(), encoding="utf-8")
