@@ -103,7 +103,7 @@ def test_a_method_in_a_file_is_imported(file: str, images: Path, tmp_path: Path)
         (["--model", "torchvision/resnet18", "epochs.x=1", "--epochs=2"], "epochs has the value 2 already"),
         (["--model", "torchvision/resnet18", "optim_args.rate=1"], "optim_args has no key 'rate'"),
         (["--model", "torchvision/resnet18", "batch_size=four"], "batch_size must be an integer, got 'four' (str)"),
-        (["--model", "nowhere.py:Net"], "there is no file nowhere.py"),
+        (["--model", "nowhere.py:Net"], "nowhere.py; there are none"),
         ([], "give --model"),
     ],
 )

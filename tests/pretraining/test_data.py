@@ -79,6 +79,11 @@ def test_formats_and_types(tmp_path: Path) -> None:
     assert read_pixels(tmp_path / "seven.npy", 7).dtype == torch.float32
     with pytest.raises(ImageReadError, match=r"has 7 channels and 3 are expected; say .*\"num_channels\": 7"):
         read_pixels(tmp_path / "seven.npy", 3)
+    Image.fromarray(colours).convert("RGBA").save(tmp_path / "alpha.png")
+    assert read_pixels(tmp_path / "alpha.png", 3).shape == (3, 20, 30)
+    np.save(tmp_path / "four.npy", np.zeros((4, 20, 30), np.float32))  # the last one is no alpha channel
+    with pytest.raises(ImageReadError, match="has 4 channels and 3 are expected"):
+        read_pixels(tmp_path / "four.npy", 3)
 
 
 def test_large_photos_are_decoded_as_small_as_the_views_allow(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The losses of methods with two views, in double precision, against their formulas written out pair by pair."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ def make(name: str, steps: int = 100, **options: Any) -> Any:
     """A method in double precision, whose moving copies differ from what they follow."""
     torch.manual_seed(0)
     method = METHODS.get(name)(
-        EmbeddingModel(TinyWrapper()), Run(12, 100, BATCH, steps), **{**SMALL[name], **options}
-    ).double()
+        EmbeddingModel(TinyWrapper()), Run(12, 100, BATCH, steps), **deepcopy({**SMALL[name], **options})
+    ).double()  # the teacher of others stays as it is
     for companion in method.companions:
         companion.double()
     with torch.no_grad():

@@ -45,11 +45,9 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
                     image = open_image(path, _level(image.levels, reduction))
             except ValueError as error:  # an array that may be (C, H, W) or (H, W, C)
                 raise ImageReadError(str(error)) from error
-            pixels = torch.from_numpy(image.read(0, 0, *image.shape[1:]))
-        else:
-            file.seek(0)
-            pixels = _by_pillow(path, file, num_channels, reduction)
-    return with_channels(pixels, num_channels, str(path))
+            return with_channels(torch.from_numpy(image.read(0, 0, *image.shape[1:])), num_channels, str(path))
+        file.seek(0)
+        return with_channels(_by_pillow(path, file, num_channels, reduction), num_channels, str(path), alpha=True)
 
 
 def _level(levels: Sequence[tuple[int, int]], reduction: Reduction) -> int:
@@ -98,8 +96,8 @@ def as_tensor(image: Any) -> Tensor:
     return image if image.ndim == 3 else image[None]
 
 
-def with_channels(image: Tensor, num_channels: int, name: str) -> Tensor:
-    """`image` (C, H, W) with `num_channels`: grey is repeated to 3, an alpha channel behind grey or colours is dropped.
+def with_channels(image: Tensor, num_channels: int, name: str, alpha: bool = False) -> Tensor:
+    """`image` (C, H, W) with `num_channels`: grey is repeated to 3, and with `alpha` a channel behind grey or colours dropped.
 
     Raises:
         ImageReadError: It has another number of channels.
@@ -107,10 +105,12 @@ def with_channels(image: Tensor, num_channels: int, name: str) -> Tensor:
     channels = image.shape[0]
     if channels == num_channels:
         return image
-    if channels in (2, 4) and num_channels == channels - 1:
-        return image[:num_channels]
-    if channels in (1, 2) and num_channels == 3:
-        return image[:1].expand(3, -1, -1)
+    if alpha and channels in (2, 4):
+        image = image[:-1]
+    if len(image) == num_channels:
+        return image
+    if len(image) == 1 and num_channels == 3:
+        return image.expand(3, -1, -1)
     raise ImageReadError(
         f"cannot use {name}: it has {channels} channels and {num_channels} are expected; "
         f'say transform_args={{"num_channels": {channels}}} if all images are so'

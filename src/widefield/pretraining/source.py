@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor
 
 from widefield.images import ImageReadError
@@ -104,7 +105,7 @@ class Items:
             item = item["image"]
         elif isinstance(item, tuple | list):
             item = item[0]
-        return with_channels(as_tensor(item), self.num_channels, self.name(index))
+        return with_channels(as_tensor(item), self.num_channels, self.name(index), isinstance(item, Image.Image))
 
 
 def make_source(
