@@ -201,6 +201,7 @@ def test_resuming_needs_the_same_method_and_data(tmp_path: Path, images: Path) -
         ({"optim": "adamw", "seed": 3}, r"  seed was 0 and is 3\n  optim was 'sgd' and is 'adamw'"),
         ({"transform_args": {"image_size": 20}}, r"transform_args was "),
         ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps was 1 and is 2"),
+        ({"method_args": {"temperature": 0.3}}, r"method_args was .* and is \{'temperature': 0.3\}"),
         ({"model": TinyWrapper(dim=11)}, r"is of another model.*of shape \(12,\) there and of shape \(11,\) here"),
     ],
 )
@@ -325,6 +326,7 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"method": "simclrr"}, r"did you mean simclr"),
         ({"batch_size": "16"}, r"batch_size must be an integer, got '16' \(str\)"),
         ({"method_args": {"temprature": 1.0}}, r"no key 'temprature'; did you mean temperature\?"),
+        ({"method_args": {"temperature": -1}}, r"method_args\.temperature must be a number, at least 0\.0001, got -1"),
         ({"transform_args": {"colour_jitter": None}}, r"no key 'colour_jitter'; did you mean color_jitter\?"),
         ({"transform_args": {"random_resize": {"min_scale": 2}}}, r"transform_args\.random_resize: min_scale=2"),
         ({"trainer_args": {"accumulate_grad_batches": 2}}, r"set by the argument gradient_accumulation_steps"),

@@ -89,6 +89,11 @@ def settings_of(settings: Settings, batch_size: int, images: int) -> dict[str, A
         "optim": settings.optim.name,
         "optim_args": asdict(settings.optim),
         "transform_args": asdict(settings.transforms),
+        "method_args": {
+            name: value
+            for name, value in settings.method_args.items()
+            if value is None or isinstance(value, (bool, int, float, str))  # others are objects
+        },
     }
 
 

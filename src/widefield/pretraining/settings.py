@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from widefield.registry import suggestion
 
@@ -111,6 +111,8 @@ def fitted(value: Any, kind: Any, default: Any, where: str, errors: Errors) -> A
 
 def described(kind: Any) -> str:
     """A type annotation in words."""
+    if get_origin(kind) is Annotated:
+        return f"{described(kind.__origin__)}, {' '.join(map(str, kind.__metadata__))}"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(described(option) for option in get_args(kind))
     if get_origin(kind) is Literal:
@@ -140,6 +142,9 @@ def _as(value: Any, kind: Any) -> tuple[bool, Any]:
     origin = get_origin(kind)
     if kind is Any:
         return True, value
+    if origin is Annotated:
+        found, result = _as(value, kind.__origin__)
+        return found and all(result in bounds for bounds in kind.__metadata__), result
     if origin is Literal:
         return value in get_args(kind), value
     if origin is tuple:

@@ -7,7 +7,7 @@ from lightly.models.modules.heads import BarlowTwinsProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, joint
+from widefield.pretraining.methods.base import Count, Method, Run, Weight, joint
 from widefield.pretraining.methods.byol import ASYMMETRIC
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
@@ -32,9 +32,9 @@ class BarlowTwins(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 8192,
-        output_dim: int = 8192,
-        lambda_param: float = 5e-3,
+        hidden_dim: Count = 8192,
+        output_dim: Count = 8192,
+        lambda_param: Weight = 5e-3,
     ) -> None:
         super().__init__(embedding, run)
         self.head = BarlowTwinsProjectionHead(run.embedding_dim, hidden_dim, output_dim)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from lightly.utils.dist import gather, world_size
@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
 from widefield.pretraining.transform_args import Normalize, TransformArgs
+from widefield.registry import Range
+
+Count = Annotated[int, Range(1)]
+Steps = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+Temperature = Annotated[float, Range(1e-4)]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from widefield.components.necks.beitv2_neck import BEiTV2Neck
 from widefield.components.target_generators.dalle_encoder import DALLEEncoder
 from widefield.components.target_generators.vqkd import VQKD
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.methods.base import Method, Run, Share
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, TransformArgs
@@ -60,7 +60,7 @@ class BEiT(Method):
         embedding: EmbeddingModel,
         run: Run,
         target_generator: Any,
-        mask_ratio: float = 0.4,
+        mask_ratio: Share = 0.4,
         early_layers: int | None = None,
     ) -> None:
         super().__init__(embedding, run)

@@ -8,7 +8,7 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, follow, momentum_copy, rising
+from widefield.pretraining.methods.base import Count, Method, Run, Share, follow, momentum_copy, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, SecondView, Solarize, TransformArgs
 
@@ -40,9 +40,9 @@ class BYOL(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 4096,
-        output_dim: int = 256,
-        momentum: float = 0.99,
+        hidden_dim: Count = 4096,
+        output_dim: Count = 256,
+        momentum: Share = 0.99,
     ) -> None:
         super().__init__(embedding, run)
         self.momentum = momentum

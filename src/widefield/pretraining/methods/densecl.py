@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, follow, momentum_copy, persistent_queue, queue_size
+from widefield.pretraining.methods.base import (
+    Count,
+    Method,
+    Run,
+    Share,
+    Temperature,
+    Weight,
+    follow,
+    momentum_copy,
+    persistent_queue,
+    queue_size,
+)
 from widefield.pretraining.methods.moco import MoCo
 
 
@@ -38,12 +49,12 @@ class DenseCL(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        output_dim: int = 128,
-        temperature: float = 0.2,
-        momentum: float = 0.999,
-        dense_weight: float = 0.5,
-        queue_size: int | None = None,
+        hidden_dim: Count = 2048,
+        output_dim: Count = 128,
+        temperature: Temperature = 0.2,
+        momentum: Share = 0.999,
+        dense_weight: Weight = 0.5,
+        queue_size: Count | None = None,
     ) -> None:
         super().__init__(embedding, run)
         self.momentum, self.temperature, self.dense_weight = momentum, temperature, dense_weight

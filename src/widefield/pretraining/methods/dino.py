@@ -11,7 +11,19 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, by_size, follow, for_run, momentum_copy, rising
+from widefield.pretraining.methods.base import (
+    Count,
+    Method,
+    Run,
+    Share,
+    Steps,
+    Temperature,
+    by_size,
+    follow,
+    for_run,
+    momentum_copy,
+    rising,
+)
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,
@@ -61,17 +73,17 @@ class DINO(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int | None = None,
+        hidden_dim: Count = 2048,
+        bottleneck_dim: Count = 256,
+        output_dim: Count | None = None,
         batch_norm: bool = False,
-        student_temp: float = 0.1,
-        teacher_temp: float | None = None,
-        warmup_teacher_temp: float | None = None,
-        warmup_teacher_temp_steps: int = 37_500,
-        momentum: float | None = None,
-        center_momentum: float = 0.9,
-        freeze_last_layer_steps: int = 1_250,
+        student_temp: Temperature = 0.1,
+        teacher_temp: Temperature | None = None,
+        warmup_teacher_temp: Temperature | None = None,
+        warmup_teacher_temp_steps: Steps = 37_500,
+        momentum: Share | None = None,
+        center_momentum: Share = 0.9,
+        freeze_last_layer_steps: Steps = 1_250,
     ) -> None:
         super().__init__(embedding, run)
         size = run.dataset_size

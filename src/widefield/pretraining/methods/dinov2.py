@@ -10,7 +10,21 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, by_size, follow, for_run, joint, momentum_copy, rising
+from widefield.pretraining.methods.base import (
+    Count,
+    Method,
+    Run,
+    Share,
+    Steps,
+    Temperature,
+    Weight,
+    by_size,
+    follow,
+    for_run,
+    joint,
+    momentum_copy,
+    rising,
+)
 from widefield.pretraining.methods.dino import output_dim_for, projection_head
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
@@ -75,19 +89,19 @@ class DINOv2(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        output_dim: int | None = None,
-        student_temp: float = 0.1,
-        teacher_temp: float = 0.07,
-        warmup_teacher_temp: float = 0.04,
-        warmup_teacher_temp_steps: int = 37_500,
-        momentum: float | None = None,
-        center_momentum: float = 0.9,
-        freeze_last_layer_steps: int = 1_250,
-        patch_weight: float = 1.0,
-        koleo_weight: float = 0.1,
-        layer_decay: float = 0.9,
+        hidden_dim: Count = 2048,
+        bottleneck_dim: Count = 256,
+        output_dim: Count | None = None,
+        student_temp: Temperature = 0.1,
+        teacher_temp: Temperature = 0.07,
+        warmup_teacher_temp: Temperature = 0.04,
+        warmup_teacher_temp_steps: Steps = 37_500,
+        momentum: Share | None = None,
+        center_momentum: Share = 0.9,
+        freeze_last_layer_steps: Steps = 1_250,
+        patch_weight: Weight = 1.0,
+        koleo_weight: Weight = 0.1,
+        layer_decay: Share = 0.9,
         weight_decay_growth: float = 10.0,
     ) -> None:
         super().__init__(embedding, run)

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, joint, persistent_queue, queue_size
+from widefield.pretraining.methods.base import (
+    Count,
+    Method,
+    Run,
+    Temperature,
+    Weight,
+    joint,
+    persistent_queue,
+    queue_size,
+)
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
 from widefield.pretraining.wrapping import wrap
@@ -57,9 +66,9 @@ class Distillation(Method):
         teacher: Any,
         teacher_args: dict[str, Any] | None = None,
         teacher_weights: str | Path | None = None,
-        temperature: float = 0.07,
-        local_weight: float = 1.0,
-        queue_size: int | None = None,
+        temperature: Temperature = 0.07,
+        local_weight: Weight = 1.0,
+        queue_size: Count | None = None,
     ) -> None:
         super().__init__(embedding, run)
         if isinstance(teacher, str) and not teacher_args and teacher_weights is None:

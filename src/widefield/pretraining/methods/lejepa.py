@@ -8,7 +8,7 @@ from lightly.models.modules.heads import LeJEPAProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, by_size
+from widefield.pretraining.methods.base import Count, Method, Run, Weight, by_size
 from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
@@ -34,10 +34,10 @@ class LeJEPA(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        output_dim: int = 64,
-        weight: float = 0.05,
-        directions: int = 1024,
+        hidden_dim: Count = 2048,
+        output_dim: Count = 64,
+        weight: Weight = 0.05,
+        directions: Count = 1024,
     ) -> None:
         super().__init__(embedding, run)
         self.head = LeJEPAProjectionHead(run.embedding_dim, hidden_dim, output_dim)

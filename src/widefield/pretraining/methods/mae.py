@@ -11,7 +11,7 @@ from widefield.components.layers.position import Resolution, sincos_position_emb
 from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
 from widefield.components.necks.mae_neck import MAEPretrainDecoder
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.methods.base import Count, Method, Run, Share
 from widefield.pretraining.methods.transformers import opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import RandomResize, TransformArgs
@@ -46,11 +46,11 @@ class MAE(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        mask_ratio: float = 0.75,
+        mask_ratio: Share = 0.75,
         norm_pix: bool = True,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_dim: Count = 512,
+        decoder_depth: Count = 8,
+        decoder_heads: Count = 16,
     ) -> None:
         super().__init__(embedding, run)
         model = self.transformer = opened(embedding, "mae")

@@ -8,7 +8,17 @@ from lightly.models.modules.heads import MoCoProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run, follow, momentum_copy, persistent_queue, queue_size
+from widefield.pretraining.methods.base import (
+    Count,
+    Method,
+    Run,
+    Share,
+    Temperature,
+    follow,
+    momentum_copy,
+    persistent_queue,
+    queue_size,
+)
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, RandomResize, TransformArgs
 
@@ -38,11 +48,11 @@ class MoCo(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        output_dim: int = 128,
-        temperature: float = 0.2,
-        momentum: float = 0.999,
-        queue_size: int | None = None,
+        hidden_dim: Count = 2048,
+        output_dim: Count = 128,
+        temperature: Temperature = 0.2,
+        momentum: Share = 0.999,
+        queue_size: Count | None = None,
     ) -> None:
         super().__init__(embedding, run)
         self.momentum = momentum

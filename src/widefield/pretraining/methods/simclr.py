@@ -8,7 +8,7 @@ from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.methods.base import Count, Method, Run, Temperature
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
@@ -31,9 +31,9 @@ class SimCLR(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 2048,
-        output_dim: int = 128,
-        temperature: float = 0.1,
+        hidden_dim: Count = 2048,
+        output_dim: Count = 128,
+        temperature: Temperature = 0.1,
     ) -> None:
         super().__init__(embedding, run)
         self.head = SimCLRProjectionHead(run.embedding_dim, hidden_dim, output_dim)

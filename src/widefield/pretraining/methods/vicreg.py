@@ -7,7 +7,7 @@ from lightly.models.modules.heads import VICRegProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.methods.base import Count, Method, Run, Weight
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, Solarize, TransformArgs
 
@@ -32,11 +32,11 @@ class VICReg(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: int = 8192,
-        output_dim: int = 8192,
-        lambda_param: float = 25.0,
-        mu_param: float = 25.0,
-        nu_param: float = 1.0,
+        hidden_dim: Count = 8192,
+        output_dim: Count = 8192,
+        lambda_param: Weight = 25.0,
+        mu_param: Weight = 25.0,
+        nu_param: Weight = 1.0,
     ) -> None:
         super().__init__(embedding, run)
         self.head = VICRegProjectionHead(run.embedding_dim, hidden_dim, output_dim, num_layers=3)
