@@ -1,5 +1,6 @@
 """Images from files, slides and datasets; their order."""
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from tests.pretraining.tiny import TinyWrapper, assert_same, exported, train, write_images
 from tests.small_images import write_tiff
 from widefield.images import ImageReadError
+from widefield.pretraining import METHODS
 from widefield.pretraining.arguments import auto_workers
 from widefield.pretraining.dataset import EpochOrder, Index, ViewDataset, collate
 from widefield.pretraining.files import find_images
 from widefield.pretraining.pixels import as_tensor, read_pixels
 from widefield.pretraining.slides import SlideArgs, draw_region, foreground, read_patch, tissue
-from widefield.pretraining.source import Files, Items, Slides
-from widefield.pretraining.transform_args import RandomResize, TransformArgs
+from widefield.pretraining.source import Files, Items, Slides, make_source
+from widefield.pretraining.transform_args import RandomResize, RandomRotation, TransformArgs
 from widefield.pretraining.views import Views
 
 SMALL = Views(TransformArgs(image_size=16))
@@ -275,3 +277,21 @@ def test_workers_by_cores(cpus: int | None, devices: int, workers: int, monkeypa
     assert auto_workers(cpus, devices) == workers
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "16")
     assert auto_workers(cpus, devices) == 15
+
+
+@pytest.mark.parametrize("method", ["simclr", "dino"])
+def test_changes_that_wait_for_the_batch_are_those_of_the_views(method: str, tmp_path: Path) -> None:
+    args = replace(METHODS.get(method).transforms, image_size=40, random_rotation=RandomRotation(0.3, 40))
+    dataset = ViewDataset(make_source(write_images(tmp_path), 3, None, None), Views(args), seed=1)
+    indices = [Index(epoch, image) for epoch in range(3) for image in range(10)]
+    made, waiting = (collate([one[index] for index in indices]) for one in (dataset, replace(dataset, deferred=True)))
+    for done, cut, finished in zip(made.finished(), waiting.views, waiting.finished(), strict=True):
+        assert done.dtype == finished.dtype == torch.uint8
+        assert (done.int() - finished.int()).abs().max() <= 1  # sums of a batch are rounded otherwise
+        assert (cut.int() - finished.int()).abs().max() > 50
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda(tmp_path: Path) -> None:
+    train(tmp_path / "out", write_images(tmp_path / "images"), "dino", accelerator="cuda")
+    assert exported(tmp_path / "out")["0.weight"].isfinite().all()

@@ -63,14 +63,17 @@ def test_views_depend_on_the_generator_alone() -> None:
 def test_hue_is_turned_as_torchvision_does(shift: float) -> None:
     image = torch.rand(3, 40, 30)
     image[:, :5] = 0.3  # grey
-    torch.testing.assert_close(shift_hue(image, shift), F.adjust_hue(image, shift), rtol=0, atol=3e-6)
+    turned = shift_hue(image[None], torch.tensor([[[[shift]]]]))[0]
+    torch.testing.assert_close(turned, F.adjust_hue(image, shift), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5])
 def test_blur_is_that_of_torchvision(sigma: float) -> None:
     image, side = torch.rand(4, 40, 30), 2 * int(np.ceil(3 * sigma)) + 1
-    torch.testing.assert_close(blur(image, sigma), F.gaussian_blur(image, [side, side], [sigma, sigma]))
-    assert blur(torch.rand(1, 1, 1), sigma).shape == (1, 1, 1)
+    blurred = blur(torch.stack([image, image]), [sigma, 1.7])
+    torch.testing.assert_close(blurred[0], F.gaussian_blur(image, [side, side], [sigma, sigma]))
+    torch.testing.assert_close(blurred[1], blur(image[None], [1.7])[0])
+    assert blur(torch.rand(1, 1, 1, 1), [sigma]).shape == (1, 1, 1, 1)
 
 
 def test_without_changes_a_view_is_the_resized_image() -> None:

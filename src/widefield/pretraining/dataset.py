@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from widefield.images import ImageReadError
+from widefield.pretraining.changes import Changes, change
 from widefield.pretraining.source import ImageSource
 from widefield.pretraining.views import Views, to_unit
 
@@ -36,19 +37,28 @@ class BadImage(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The views of one image, and those that had to be skipped for it."""
+    """The views of one image, what is still to be done to each, and the images that had to be skipped for it."""
 
     name: str
     views: list[Tensor]
+    changes: list[Changes]
     bad: list[BadImage]
 
 
 class Batch(NamedTuple):
-    """Views, each (N, C, height, width): uint8, or float32 from 0 to 1; names of the images; images that were skipped."""
+    """Views, each (N, C, height, width): uint8, or float32 from 0 to 1; names of the images; images that were skipped.
+
+    `changes` are still to be done, see `finished`: for each of the views one for each image.
+    """
 
     views: list[Tensor]
+    changes: list[list[Changes]]
     names: list[str]
     bad: list[BadImage]
+
+    def finished(self) -> list[Tensor]:
+        """The views with their changes."""
+        return [change(view, changes) for view, changes in zip(self.views, self.changes, strict=True)]
 
 
 class NoReadableImageError(ImageReadError):
@@ -60,19 +70,24 @@ class ViewDataset(Dataset[Sample]):
     """The views of the images of `source`.
 
     An image that cannot be read is replaced by another, so that batches stay full, or is an error (`on_bad_image="raise"`).
+    With `deferred`, what needs floats is drawn, but left to who has the batch, on a GPU for example.
     """
 
     source: ImageSource
     views: Views
     seed: int
     on_bad_image: OnBadImage = "skip"
+    deferred: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: Index) -> Sample:
         name, pixels, bad, random = self.image(index)
-        return Sample(name, self.views(pixels, random), bad)
+        if self.deferred:
+            return Sample(name, *self.views.unchanged(pixels, random), bad)
+        views = self.views(pixels, random)
+        return Sample(name, views, [Changes()] * len(views), bad)
 
     def image(self, index: Index) -> tuple[str, Tensor, list[BadImage], Random]:
         """What views of `index` are drawn from: name and pixels (C, H, W) of an image, the bad ones before it, a generator.
@@ -120,7 +135,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         if len({view.dtype for view in same}) > 1:
             same = tuple(to_unit(view, None) for view in same)
         views.append(torch.stack(same))
-    return Batch(views, [sample.name for sample in samples], [one for sample in samples for one in sample.bad])
+    changes = [list(same) for same in zip(*(sample.changes for sample in samples), strict=True)]
+    return Batch(views, changes, [sample.name for sample in samples], [one for sample in samples for one in sample.bad])
 
 
 class EpochOrder(Sampler[list[Index]]):

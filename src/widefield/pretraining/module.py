@@ -97,7 +97,7 @@ class Pretraining(pl.LightningModule):
         if step != self._prepared_step:
             self._prepared_step = step
             self.method.before_step(step)
-        results = self.method.loss(self.floats(batch.views), step)
+        results = self.method.loss(self.floats(batch.finished()), step)
         count = len(batch.names)
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("lr", rate, prog_bar=True, logger=False, batch_size=count)  # LearningRateMonitor logs it

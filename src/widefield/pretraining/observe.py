@@ -5,7 +5,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -179,7 +179,7 @@ class Report(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not self._out.views.exists():
-            dataset: ViewDataset = pl_module.dataset
+            dataset: ViewDataset = replace(pl_module.dataset, deferred=False)
             count = min(self.ROWS, len(dataset))
             rows = [dataset[Index(0, k * len(dataset) // count)].views for k in range(count)]
             picture = sheet(rows)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(dataset.source, given.data, quality.labels)
     trainer = _trainer(settings, folder, labels)
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    dataset = replace(dataset, deferred=not on_cpu)
     wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
     if given.checkpoint is not None:
         load_checkpoint(wrapper, given.checkpoint)
@@ -197,7 +200,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     to_training_mode(wrapper)  # before the method copies it
     method = settings.method(embedding, run, **settings.method_args)
     loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}
-    defaults: dict[str, Any] = {"pin_memory": not isinstance(trainer.accelerator, CPUAccelerator)}
+    defaults: dict[str, Any] = {"pin_memory": not on_cpu}
     defaults["worker_init_fn"] = leave_signals
     if settings.num_workers:
         defaults["persistent_workers"] = True

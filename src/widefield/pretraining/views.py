@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from widefield.pretraining.pixel_ops import blur, shift_hue
-from widefield.pretraining.transform_args import ColorJitter, TransformArgs, size_of
+from widefield.pretraining.changes import Changes, change, draw
+from widefield.pretraining.transform_args import TransformArgs, size_of
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,16 @@ class View:
     def __call__(self, image: Tensor, random: Random) -> Tensor:
         """A view (C, height, width) of an image (C, H, W): uint8 of uint8, else float32 from 0 to 1.
 
-        All random numbers come from `random`. The crop comes first, so that all else sees the small picture.
+        All random numbers come from `random`.
         """
+        return change(self.cut(image, random)[None], [draw(self.args, random)])[0]
+
+    def cut(self, image: Tensor, random: Random) -> Tensor:
+        """The view before all that needs floats: the crop comes first, so that all else sees the small picture."""
         args = self.args
         y, x, height, width = self._box(image.shape[-2], image.shape[-1], random)
         part = image[:, y : y + height, x : x + width]
-        is_bytes = part.dtype == torch.uint8 and args.value_range is None
-        if not is_bytes:
+        if part.dtype != torch.uint8 or args.value_range is not None:
             part = to_unit(part, args.value_range)
         view = F.resize(part, list(self.size), antialias=True)
         if args.random_flip is not None:
@@ -38,10 +41,7 @@ class View:
                 view = view.flip(-1)
             if random.random() < args.random_flip.vertical_prob:
                 view = view.flip(-2)
-        changed = self._change(view, random)
-        if changed is None:
-            return view
-        return changed.mul_(255).round_().clamp_(0, 255).to(torch.uint8) if is_bytes else changed
+        return view
 
     def _box(self, height: int, width: int, random: Random) -> tuple[int, int, int, int]:
         """(y, x, height, width) of the crop, drawn as `torchvision.transforms.RandomResizedCrop` does."""
@@ -60,54 +60,6 @@ class View:
         ratio = min(max(width / height, resize.min_ratio), resize.max_ratio)
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
-
-    def _change(self, view: Tensor, random: Random) -> Tensor | None:
-        """The view after all that needs floats, a new tensor from 0 to 1; None if nothing was to be done."""
-        args, out = self.args, None
-
-        def floats() -> Tensor:
-            if out is not None:
-                return out
-            unit = to_unit(view, None)
-            return unit.clone() if unit is view else unit
-
-        if args.random_rotation is not None and random.random() < args.random_rotation.prob:
-            angle = random.uniform(-args.random_rotation.degrees, args.random_rotation.degrees)
-            out = F.rotate(floats(), angle, F.InterpolationMode.BILINEAR)
-        if args.color_jitter is not None and random.random() < args.color_jitter.prob:
-            out = _jitter(floats(), args.color_jitter, random)
-        if args.random_gray_scale is not None and random.random() < args.random_gray_scale:
-            out = F.rgb_to_grayscale(floats(), num_output_channels=3).contiguous()  # it expands one channel
-        if args.gaussian_blur is not None and random.random() < args.gaussian_blur.prob:
-            out = blur(floats(), random.uniform(*args.gaussian_blur.sigmas))
-        if args.solarize is not None and random.random() < args.solarize.prob:
-            out = floats()
-            out = torch.where(out >= args.solarize.threshold, 1 - out, out)
-        if args.channel_drop is not None:
-            weights, kept = list(args.channel_drop.weight_drop), args.channel_drop.num_channels_keep
-            out = floats()
-            for _ in range(len(weights) - kept):
-                (dropped,) = random.choices(range(len(weights)), weights)
-                weights[dropped] = 0.0
-                out[dropped] = 0
-        return out
-
-
-def _jitter(image: Tensor, jitter: ColorJitter, random: Random) -> Tensor:
-    def factor(value: float) -> float:
-        return random.uniform(max(0.0, 1 - jitter.strength * value), 1 + jitter.strength * value)
-
-    hue = jitter.strength * jitter.hue
-    changes = [
-        ("brightness", factor(jitter.brightness)),
-        ("contrast", factor(jitter.contrast)),
-        ("saturation", factor(jitter.saturation)),
-        ("hue", random.uniform(-hue, hue)),
-    ]
-    random.shuffle(changes)
-    for name, value in changes:
-        image = shift_hue(image, value) if name == "hue" else getattr(F, f"adjust_{name}")(image, value)
-    return image
 
 
 def to_unit(image: Tensor, value_range: tuple[float, float] | None) -> Tensor:
@@ -161,6 +113,11 @@ class Views:
     def __call__(self, image: Tensor, random: Random) -> list[Tensor]:
         """The views of an image (C, H, W), each a tensor (C, height, width)."""
         return [view(image, random) for view in self.each]
+
+    def unchanged(self, image: Tensor, random: Random) -> tuple[list[Tensor], list[Changes]]:
+        """The same views, and what is still to be done to each: `changes.change` makes of both what calling gives."""
+        pairs = [(view.cut(image, random), draw(view.args, random)) for view in self.each]
+        return [cut for cut, _ in pairs], [changes for _, changes in pairs]
 
 
 def whole_image(args: TransformArgs, size: int | tuple[int, int]) -> Views:

@@ -1,0 +1,149 @@
+"""Changes of views that need floats: drawn for one view at a time, made in a batch of them at once, on the batch's device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from widefield.pretraining.pixel_ops import blur, shift_hue
+from widefield.pretraining.transform_args import ColorJitter, TransformArgs
+
+
+class Changes(NamedTuple):
+    """What is done to a view, in this order; by default nothing.
+
+    Attributes:
+        angle: Turned, by degrees.
+        jitter: Names and factors of changes of colour, one after the other.
+        grey: Without colour.
+        sigma: Blurred, with this standard deviation in pixels.
+        solarize: Values from this one on are inverted.
+        dropped: Channels that are 0.
+    """
+
+    angle: float | None = None
+    jitter: tuple[tuple[str, float], ...] = ()
+    grey: bool = False
+    sigma: float | None = None
+    solarize: float | None = None
+    dropped: tuple[int, ...] = ()
+
+
+def draw(args: TransformArgs, random: Random) -> Changes:
+    """The changes of one view; `args.local_view` and `args.global_view_1` count for nothing here."""
+    angle, sigma, solarize, grey = None, None, None, False
+    jitter: tuple[tuple[str, float], ...] = ()
+    dropped: tuple[int, ...] = ()
+    if args.random_rotation is not None and random.random() < args.random_rotation.prob:
+        angle = random.uniform(-args.random_rotation.degrees, args.random_rotation.degrees)
+    if args.color_jitter is not None and random.random() < args.color_jitter.prob:
+        jitter = _jitter(args.color_jitter, random)
+    if args.random_gray_scale is not None:
+        grey = random.random() < args.random_gray_scale
+    if args.gaussian_blur is not None and random.random() < args.gaussian_blur.prob:
+        sigma = random.uniform(*args.gaussian_blur.sigmas)
+    if args.solarize is not None and random.random() < args.solarize.prob:
+        solarize = args.solarize.threshold
+    if args.channel_drop is not None:
+        dropped = _dropped(list(args.channel_drop.weight_drop), args.channel_drop.num_channels_keep, random)
+    return Changes(angle, jitter, grey, sigma, solarize, dropped)
+
+
+def change(views: Tensor, changes: Sequence[Changes]) -> Tensor:
+    """Views (N, C, height, width), uint8 or floats from 0 to 1, each with its changes; those of bytes are rounded to bytes."""
+    touched = [k for k, one in enumerate(changes) if one != Changes()]
+    if not touched:
+        return views
+    part, few = views if len(touched) == len(views) else views[touched], [changes[k] for k in touched]
+    changed = _changed(part / 255 if part.dtype == torch.uint8 else part.clone(), few)
+    if views.dtype == torch.uint8:
+        changed = changed.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+    if len(touched) == len(views):
+        return changed
+    result = views.clone()
+    result[touched] = changed
+    return result
+
+
+def _changed(out: Tensor, changes: Sequence[Changes]) -> Tensor:
+    """Floats from 0 to 1 that may be written to."""
+    for k, one in enumerate(changes):
+        if one.angle is not None:
+            out[k] = F.rotate(out[k], one.angle, F.InterpolationMode.BILINEAR)
+    for place in range(max(len(one.jitter) for one in changes)):
+        for name, function in _JITTER.items():
+            factors = {
+                k: one.jitter[place][1] for k, one in enumerate(changes) if one.jitter and one.jitter[place][0] == name
+            }
+            out = _on(out, factors, partial(_recoloured, function))
+    out = _on(
+        out, {k: 1.0 for k, one in enumerate(changes) if one.grey}, lambda x, _: _grey(x).expand_as(x).contiguous()
+    )
+    out = _on(out, {k: one.sigma for k, one in enumerate(changes) if one.sigma is not None}, blur)
+    thresholds = {k: one.solarize for k, one in enumerate(changes) if one.solarize is not None}
+    out = _on(out, thresholds, lambda x, values: torch.where(x >= _column(values, x), 1 - x, x))
+    for k, one in enumerate(changes):
+        if one.dropped:
+            out[k, list(one.dropped)] = 0
+    return out
+
+
+def _recoloured(function: Callable[[Tensor, Tensor], Tensor], views: Tensor, values: Sequence[float]) -> Tensor:
+    return function(views, _column(values, views))
+
+
+def _on(views: Tensor, values: Mapping[int, float], function: Callable[[Tensor, Sequence[float]], Tensor]) -> Tensor:
+    """`views`, those numbered in `values` replaced by `function` of them and their values."""
+    if len(values) == len(views):
+        return function(views, [*values.values()])
+    if values:
+        these = [*values]
+        views[these] = function(views[these], [*values.values()])
+    return views
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """(N, 1, 1, 1)"""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+
+
+def _grey(views: Tensor) -> Tensor:
+    """(N, 1, height, width)"""
+    return F.rgb_to_grayscale(views)
+
+
+# The functions of torchvision of these names, with a factor for each view.
+_JITTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brightness": lambda x, factor: x.mul_(factor).clamp_(0, 1),
+    "contrast": lambda x, factor: torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1),
+    "saturation": lambda x, factor: torch.lerp(_grey(x), x, factor).clamp_(0, 1),
+    "hue": shift_hue,
+}
+
+
+def _jitter(jitter: ColorJitter, random: Random) -> tuple[tuple[str, float], ...]:
+    def factor(value: float) -> float:
+        return random.uniform(max(0.0, 1 - jitter.strength * value), 1 + jitter.strength * value)
+
+    hue = jitter.strength * jitter.hue
+    changes = [
+        ("brightness", factor(jitter.brightness)),
+        ("contrast", factor(jitter.contrast)),
+        ("saturation", factor(jitter.saturation)),
+        ("hue", random.uniform(-hue, hue)),
+    ]
+    random.shuffle(changes)
+    return tuple(changes)
+
+
+def _dropped(weights: list[float], kept: int, random: Random) -> tuple[int, ...]:
+    dropped = []
+    for _ in range(len(weights) - kept):
+        (channel,) = random.choices(range(len(weights)), weights)
+        weights[channel] = 0.0
+        dropped.append(channel)
+    return tuple(dropped)
