@@ -236,6 +236,11 @@ def test_a_tenth_of_the_steps_warms_up_however_many_there_are(
     assert rates[-1] == pytest.approx(1e-7)
 
 
+def test_gradients_are_clipped_in_mixed_precision(tmp_path: Path, images: Path) -> None:
+    train(tmp_path, images, "dino", precision="bf16-mixed", optim="adamw")
+    assert METHODS.get("dino").optim.clip == 3.0 and exported(tmp_path)["0.weight"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_views_have_the_type_of_the_weights(precision: str, tmp_path: Path, images: Path) -> None:
     train(tmp_path, images, precision=precision)

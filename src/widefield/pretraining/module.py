@@ -37,6 +37,7 @@ class Recipe:
         batch_size: Images of a batch over all processes.
         loader_args: Of the `DataLoader`.
         named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
+        fused: Whether the optimizer updates each weight in one pass.
         settings: What a run that resumes this one must agree with; see `resuming.settings_of`.
     """
 
@@ -50,6 +51,7 @@ class Recipe:
     batch_size: int
     loader_args: dict[str, Any]
     named_model: dict[str, Any] | None
+    fused: bool
     settings: dict[str, Any]
 
 
@@ -122,7 +124,7 @@ class Pretraining(pl.LightningModule):
         for group in groups:
             group["lr"] = self.recipe.lr * group.pop("lr_scale", 1.0)
             group["first_weight_decay"] = group.get("weight_decay", optim.weight_decay)
-        optimizer = optim.make(groups, self.recipe.lr)
+        optimizer = optim.make(groups, self.recipe.lr, self.recipe.fused)
         scheduler = warmup_and_cosine(optimizer, self.recipe.warmup_steps, self.recipe.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -30,9 +30,9 @@ class SGD:
     def __post_init__(self) -> None:
         _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
-    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`."""
-        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr}, fused=_on_cpu(groups))
+    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
+        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class AdamW:
     def __post_init__(self) -> None:
         _not_negative(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
 
-    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`."""
-        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=_on_cpu(groups))
+    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
+        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,9 @@ class LARS:
     def __post_init__(self) -> None:
         _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
-    def make(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`."""
+    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """The optimizer of parameter groups, with the learning rate `lr`; `fused` counts for nothing here."""
         return LightlyLARS(groups, **{**asdict(self), "lr": lr})
-
-
-def _on_cpu(groups: list[dict[str, Any]]) -> bool | None:
-    """Whether torch should update each weight in one pass, which it does not choose itself on a CPU; None leaves it to torch."""
-    return all(p.device.type == "cpu" and p.is_floating_point() for group in groups for p in group["params"]) or None
 
 
 OptimArgs = SGD | AdamW | LARS

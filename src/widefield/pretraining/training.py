@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -217,6 +218,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         batch_size,
         loader_args,
         named_model(given.model, given.model_args),
+        # torch does not choose it itself on a CPU; Lightning could not clip gradients then in mixed precision
+        on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision),
         settings_of(settings, batch_size, len(dataset)),
     )
     module = Pretraining(method, recipe, dataset)
