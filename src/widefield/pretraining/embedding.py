@@ -14,6 +14,7 @@ class StreamingArgs:
     """How the wrapper's `forward_features` is streamed, so that views may be of any size; see `StreamingCNN`.
 
     Attributes:
+        memory_budget: Of one pass through the wrapper; the passes of a step, for each view or size of views, are held together.
         batch_statistics: "exact" trains as the wrapper does without streaming. Batch norms then keep the maps between them, which
             `maps` puts elsewhere; "frozen" takes their running statistics and keeps none. Other norms cost nothing.
     """
