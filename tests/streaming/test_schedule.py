@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
-from widefield.streaming.schedule import Flow, schedule
+from widefield.streaming.schedule import Flow, schedules
 
 sizes = st.integers(1, 40)
 
@@ -89,7 +89,7 @@ def test_a_schedule_computes_everything_once_and_drops_nothing_that_is_needed(
         kernel, stride = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
         window = Window(n, (n + 2 * (kernel // 2) - kernel) // stride + 1, kernel, stride, kernel // 2)
         flows.append(Flow(window.n_out, (source,), (window,)))
-    plan = schedule(flows, tile, gate)
+    (plan,) = schedules(flows, [tile], gate)
     for v, flow in enumerate(flows):
         assert plan.ready[v][0] == 0 and plan.ready[v][-1] == flow.size
         assert all(a <= b for a, b in zip(plan.ready[v], plan.ready[v][1:], strict=False))
@@ -106,12 +106,12 @@ def test_the_last_step_is_no_larger_than_the_others() -> None:
     flows = [Flow(1000)]
     for v in range(30):
         flows.append(Flow(1000, (v,), (Window(1000, 1000, 7, 1, 3),)))
-    plan = schedule(flows, 100, 8)
+    (plan,) = schedules(flows, [100], 8)
     assert max(plan.ready[30][t] - plan.ready[30][t - 1] for t in range(1, plan.steps + 1)) <= 150
 
 
 def test_a_strided_op_waits_for_the_gate() -> None:
     window = Window(256, 128, 3, 2, 1)
-    plan = schedule([Flow(256), Flow(128, (0,), (window,))], 4, 8)
+    (plan,) = schedules([Flow(256), Flow(128, (0,), (window,))], [4], 8)
     made = {b - a for a, b in zip(plan.ready[1], plan.ready[1][1:], strict=False)} - {0}
     assert min(made) >= 7

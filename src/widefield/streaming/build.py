@@ -110,7 +110,7 @@ class _Sorter:
             node = replace(node, target=_NAMESAKES[node.target])
         if node.op in _SHAPED_LIKE:
             node = replace(node, target=_SHAPED_LIKE[node.op], args=(node.args[0], list(node.shape)), kwargs={})
-        source = next(node.refs, "")
+        source = next(iter(node.refs), "")
         small = source not in self.maps and self.maps.shapes.get(source, ())[-2:] == (1, 1)
         if node.op in MODES and small:  # one pixel, resized
             node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
@@ -171,7 +171,7 @@ class _Sorter:
     def _add_reduction(self, node: Node) -> None:
         if node.name in self.nodes:
             return
-        height, width = self.maps.extent(next(node.refs))
+        height, width = self.maps.extent(node.refs[0])
         reads = tuple(Read(name, identity(height), identity(width)) for name in node.refs)
         self.placed[node.name] = Placed(reads, Axes(0, 1), lambda tiles, work: tiles[0])
         level = max(self._level(name) for name in node.refs)

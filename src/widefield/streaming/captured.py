@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Ref:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Node:
     """One operation. `target` is an ATen operator or a plain function; of a tuple result, `pick` says which item is meant.
 
@@ -36,18 +37,17 @@ class Node:
     module_path: str = ""
     source: str = ""
 
-    @property
+    @cached_property
     def op(self) -> str:
         """The operation's name as PyTorch prints it, such as "aten.conv2d"."""
         if isinstance(self.target, torch._ops.OpOverload):
             return f"{self.target.namespace}.{self.target._opname}"
         return getattr(self.target, "__name__", str(self.target))
 
-    @property
-    def refs(self) -> Iterator[str]:
+    @cached_property
+    def refs(self) -> tuple[str, ...]:
         """Names of the nodes that this one reads, in the order of its arguments."""
-        yield from _refs(self.args)
-        yield from _refs(self.kwargs.values())
+        return (*_refs(self.args), *_refs(self.kwargs.values()))
 
     def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
         return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)

@@ -13,6 +13,7 @@ All are non-decreasing, which is what makes a scan possible. Positions are not c
 `ready_all` and `first_all` answer for many positions at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,10 +71,16 @@ class _OneByOne:
     """`ready_all` and `first_all` of maps that have no closed form for many positions."""
 
     def ready_all(self: AxisMap, r: Positions) -> Positions:
-        return np.array([self.ready(n) for n in r.tolist()], dtype=np.int64)
+        return _each(self.ready, r)
 
     def first_all(self: AxisMap, o: Positions) -> Positions:
-        return np.array([self.first(n) for n in o.tolist()], dtype=np.int64)
+        return _each(self.first, o)
+
+
+def _each(function: Callable[[int], int], positions: Positions) -> Positions:
+    different, where = np.unique(positions, return_inverse=True)
+    results = np.array([function(n) for n in different.tolist()], dtype=np.int64)
+    return results[where].reshape(positions.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +105,16 @@ class Window:
         return clamp((r + self.padding - self.extent) // self.stride + 1, 0, self.n_out)
 
     def ready_all(self, r: Positions) -> Positions:
-        ready = np.clip((r + self.padding - self.extent) // self.stride + 1, 0, self.n_out)
-        return np.where(r <= 0, 0, np.where(r >= self.n_in, self.n_out, ready))
+        ready = (r + (self.padding - self.extent)) // self.stride + 1
+        ready = np.minimum(np.maximum(ready, 0), self.n_out)
+        ready[r >= self.n_in] = self.n_out
+        ready[r <= 0] = 0
+        return ready
 
     def first_all(self, o: Positions) -> Positions:
-        return np.where(o >= self.n_out, self.n_in, np.clip(o * self.stride - self.padding, 0, self.n_in))
+        first = np.minimum(np.maximum(o * self.stride - self.padding, 0), self.n_in)
+        first[o >= self.n_out] = self.n_in
+        return first
 
     def first(self, o: int) -> int:
         return self.n_in if o >= self.n_out else clamp(o * self.stride - self.padding, 0, self.n_in)

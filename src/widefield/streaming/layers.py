@@ -3,10 +3,8 @@
 Plain arithmetic on what each op reads: it takes milliseconds for any network and any image size.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import sub
 
 import numpy as np
 
@@ -164,11 +162,11 @@ def _carried(maps: Sequence[_Map], number: dict[str, int], grids: Sequence[Grid]
     """The most rows kept of every map, or of one that follows from it without another layer in between."""
     carried = [0] * len(maps)
     for grid in grids:
-        ready, kept, steps = grid.row_schedule.ready, grid.row_schedule.kept, _steady(grid)
-        for v, value in enumerate(grid.stage.values):
+        rows, steps = grid.row_schedule, _steady(grid)
+        most = (rows.ready_array[:, steps] - rows.kept_array[:, steps]).max(1).tolist()
+        for value, count in zip(grid.stage.values, most, strict=True):
             if value.reduction is None:
-                n = number[value.name]
-                carried[n] = max(carried[n], max(map(sub, ready[v][steps], kept[v][steps])))
+                carried[number[value.name]] = max(carried[number[value.name]], count)
     for v, node in reversed(list(enumerate(maps))):
         if not node.is_layer:
             for s, _ in node.reads:
@@ -178,9 +176,9 @@ def _carried(maps: Sequence[_Map], number: dict[str, int], grids: Sequence[Grid]
 
 def _steady(grid: Grid) -> slice:
     """The steps down the image after which all maps have begun and rows are still to come; all steps if there are none."""
-    ready = grid.row_schedule.ready
-    begun = max(bisect_right(r, 0) for r in ready)
-    ended = max(bisect_left(ready[v], ready[v][-1]) for v in grid.stage.inputs)
+    ready = grid.row_schedule.ready_array
+    begun = int((ready <= 0).sum(1).max())
+    ended = int((ready < ready[:, -1:]).sum(1)[list(grid.stage.inputs)].max())
     return slice(begun, ended) if begun < ended else slice(None)
 
 

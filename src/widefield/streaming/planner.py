@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log2, sqrt
 from types import MappingProxyType
 
@@ -14,15 +14,16 @@ from widefield.streaming.budget import format_bytes, free_memory
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.layers import layers_of
-from widefield.streaming.memory import Footprint
+from widefield.streaming.memory import Axis, Cost, Footprint, estimates
+from widefield.streaming.needs import Needs
 from widefield.streaming.plan import Plan
-from widefield.streaming.schedule import Schedule, schedule
+from widefield.streaming.schedule import schedules
 from widefield.streaming.store import PLACES, Place
 
 # A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 SHARE_OF_FREE_MEMORY = 0.5
-_STEPS_OF_ESTIMATE = 64  # along an axis: enough for the deepest layers to have begun
+_STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the
 # worst of the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
@@ -66,14 +67,19 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
     """
     height, width = program.captured.image_shape[2:]
-    limit = wish.budget
+    limit, tile = wish.budget, None
     if wish.tile is not None:
         tile = (min(wish.tile[0], height), min(wish.tile[1] or width, width))
-        options = [_Options(stage, [_scaled(tile, stage, (height, width))]) for stage in program.stages]
-    else:
-        options = [_Options(stage, _tiles(stage, (height, width), wish.device)) for stage in program.stages]
-        if limit is None:
-            limit = int(SHARE_OF_FREE_MEMORY * free_memory(wish.device) / _processes(wish.device))
+    elif limit is None:
+        limit = int(SHARE_OF_FREE_MEMORY * free_memory(wish.device) / _processes(wish.device))
+    options = [
+        _Options(
+            stage,
+            [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), wish.device),
+            wish.training,
+        )
+        for stage in program.stages
+    ]
     smallest: _Draft | None = None
     for places in _places(wish):
         draft = _fitting(program, wish, options, places, limit)
@@ -87,65 +93,54 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
             raise ValueError(
                 f"memory_budget of {format_bytes(limit)} is too small for an image of shape {program.captured.image_shape}: "
                 f"the smallest that works is {format_bytes(smallest.total + 2**20)} ({smallest.total + 2**20} bytes, with "
-                f"tile_size={smallest.choice[0].tile})"
+                f"tile_size={options[0].tiles[smallest.choice[0]]})"
             )
         draft = smallest  # nothing fits the share of the free memory: try with what needs least
     spare = 0 if limit is None or not wish.training else max(0, limit - draft.total)
-    return _finished(program, wish, draft, spare, tile if wish.tile is not None else draft.choice[0].tile)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A tile of a stage, and what it costs; `k` is its number among the options."""
-
-    k: int
-    tile: tuple[int, int]
-    footprint: Footprint
+    return _finished(program, wish, options, draft, spare, tile or options[0].tiles[draft.choice[0]])
 
 
 class _Options:
-    """The tiles that a stage can be scanned with, the best first; costs are computed when they are asked for.
+    """The tiles that a stage can be scanned with, the best first, and what they cost.
 
-    With many steps along an axis they are estimates from the first ones.
+    With many steps along an axis the costs are estimates from the first ones; `footprint` is exact.
     """
 
-    def __init__(self, stage: Stage, tiles: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, stage: Stage, tiles: Sequence[tuple[int, int]], training: bool) -> None:
         self.tiles = tiles
-        flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
+        self._flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
+        self._needs, self._training = Needs(stage), training
+        sizes = [list(dict.fromkeys(tile[axis] for tile in tiles)) for axis in (0, 1)]
+        self._axes = [
+            dict(zip(of, map(Axis, schedules(flows, of, GATE, _STEPS_OF_ESTIMATE)), strict=True))
+            for flows, of in zip(self._flows, sizes, strict=True)
+        ]
+        rows, cols = (tuple(axes.values()) for axes in self._axes)
+        table = estimates(self._needs, rows, cols, training)
+        at = [{size: k for k, size in enumerate(of)} for of in sizes]
+        self.costs = [table[at[0][height]][at[1][width]] for height, width in tiles]
+        self.footprint = cache(self._footprint)
 
-        @cache
-        def axis(which: int, tile: int, exact: bool) -> tuple[Schedule, float]:
-            steps = stage.extent[which] / tile
-            limit = None if exact or steps < 2 * _STEPS_OF_ESTIMATE else _STEPS_OF_ESTIMATE
-            return schedule(flows[which], tile, GATE, limit), steps / limit if limit else 1.0
+    def _footprint(self, k: int) -> Footprint:
+        """The exact bytes of tile `k`."""
+        rows, cols = (self._whole(axis, tile) for axis, tile in enumerate(self.tiles[k]))
+        return Footprint(self._needs, rows, cols, self._training)
 
-        @cache
-        def cost(k: int, exact: bool = False) -> _Choice:
-            (rows, down), (cols, across) = (axis(which, tile, exact) for which, tile in enumerate(tiles[k]))
-            return _Choice(k, tiles[k], Footprint(stage, rows, cols, (down, across)))
+    def _whole(self, which: int, tile: int) -> Axis:
+        axis = self._axes[which][tile]
+        return axis if axis.schedule.whole else Axis(*schedules(self._flows[which], [tile], GATE))
 
-        self.cost = cost
-
-    def smaller(self, k: int, wish: Wish, carries: Place) -> int | None:
-        """The first option after `k` that needs less memory."""
-        size = _bytes(self.cost(k), wish, carries)
-        return next((n for n in range(k + 1, len(self.tiles)) if _bytes(self.cost(n), wish, carries) < size), None)
-
-
-def _bytes(choice: _Choice, wish: Wish, carries: Place) -> int:
-    """Memory that a stage needs beyond what depends on no tile."""
-    footprint = choice.footprint
-    if not wish.training:
-        return footprint.row_of_carries + int(footprint.forward * (1 + wish.heap_excess[0]))
-    saved = footprint.carry_bytes if carries == "device" else footprint.row_of_carries
-    return saved + int(footprint.backward * (1 + wish.heap_excess[0]))
+    def sizes(self, wish: Wish, carries: Place) -> list[float]:
+        """Memory that each tile needs beyond what depends on no tile."""
+        saved, excess = wish.training and carries == "device", 1 + wish.heap_excess[0]
+        return [(cost.carries if saved else cost.row) + cost.step * excess for cost in self.costs]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A tile for each stage, where maps and carries live, and the bytes of everything."""
+    """The number of a tile for each stage, where maps and carries live, and the bytes of everything."""
 
-    choice: tuple[_Choice, ...]
+    choice: tuple[int, ...]
     maps: Place
     carries: Place
     sizes: dict[str, int]
@@ -160,14 +155,14 @@ def _within(
     program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
 ) -> _Draft:
     """The first options of all stages; while they exceed `limit`, the largest one gives way to a smaller one."""
-    at = [0] * len(options)
+    at, sizes = [0] * len(options), [option.sizes(wish, places[1]) for option in options]
     while True:
-        choice = tuple(option.cost(k) for option, k in zip(options, at, strict=True))
-        draft = _draft(program, wish, choice, *places)
+        draft = _draft(program, wish, at, [option.costs[k] for option, k in zip(options, at, strict=True)], *places)
         if limit is None or draft.total <= limit:
             return draft
-        for s in sorted(range(len(options)), key=lambda s: -_bytes(choice[s], wish, places[1])):
-            if (k := options[s].smaller(at[s], wish, places[1])) is not None:
+        for s in sorted(range(len(options)), key=lambda s: -sizes[s][at[s]]):
+            smaller = (k for k in range(at[s] + 1, len(sizes[s])) if sizes[s][k] < sizes[s][at[s]])
+            if (k := next(smaller, None)) is not None:
                 at[s] = k
                 break
         else:
@@ -181,60 +176,63 @@ def _fitting(
     aim = limit
     for _ in range(3):
         estimate = _within(program, wish, options, places, aim)
-        choice = tuple(option.cost(chosen.k, True) for option, chosen in zip(options, estimate.choice, strict=True))
-        draft = _draft(program, wish, choice, *places)
+        exact = [option.footprint(k).cost for option, k in zip(options, estimate.choice, strict=True)]
+        draft = _draft(program, wish, estimate.choice, exact, *places)
         if limit is None or aim is None or draft.total <= limit or estimate.total > aim:
             break
         aim = int(aim * limit / draft.total * 0.98)
     return draft
 
 
-def _draft(program: Program, wish: Wish, choice: tuple[_Choice, ...], maps: Place, carries: Place) -> _Draft:
+def _draft(
+    program: Program, wish: Wish, choice: Sequence[int], costs: Sequence[Cost], maps: Place, carries: Place
+) -> _Draft:
+    row, step = max(cost.row for cost in costs), max(cost.step for cost in costs)
+    saved = 0.0
+    if wish.training:
+        saved = sum(cost.carries for cost in costs) if carries == "device" else row
+    kept, outputs = _map_bytes(program, wish.training)
+    sizes = {
+        "weights": program.combined_bytes + program.weight_bytes * (wish.copied_weights + wish.training),
+        "carries": int(saved + row),
+        "step": int(step),
+        "recorded": 0,
+        "outputs": outputs,
+        "maps": kept if maps == "device" else 0,
+        "plain": program.plain_bytes,
+        "allocator": int(step * wish.heap_excess[0]),
+    }
+    return _Draft(tuple(choice), maps, carries, sizes, kept)
+
+
+@lru_cache(maxsize=8)
+def _map_bytes(program: Program, training: bool) -> tuple[int, int]:
+    """Bytes of the maps between stages, with the gradients that are there at a time, and of those that leave the program."""
     kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
     given = {program.captured.image, *program.spread}  # the image and weights: they and their gradients do not count
     read = [
         sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
         for stage in program.stages
     ]
+    gradients = max(k + r for k, r in zip(kept, read, strict=True)) if training and len(kept) > 1 else 0
     outputs = sum(stage.values[v].bytes for stage in program.stages for v in stage.outputs if v not in stage.stored)
-    footprints = [option.footprint for option in choice]
-    row = max(footprint.row_of_carries for footprint in footprints)
-    weights = program.combined_bytes + program.weight_bytes * wish.copied_weights
-    if wish.training:
-        gradients = max(k + r for k, r in zip(kept, read, strict=True)) if len(kept) > 1 else 0
-        saved = sum(footprint.carry_bytes for footprint in footprints) if carries == "device" else row
-        step = max(footprint.backward for footprint in footprints)
-        weights += program.weight_bytes
-    else:
-        gradients, saved, step = 0, 0, max(footprint.forward for footprint in footprints)
-    map_bytes = sum(kept) + gradients
-    sizes = {
-        "weights": weights,
-        "carries": saved + row,
-        "step": step,
-        "recorded": 0,
-        "outputs": outputs,
-        "maps": map_bytes if maps == "device" else 0,
-        "plain": program.plain_bytes,
-        "allocator": int(step * wish.heap_excess[0]),
-    }
-    return _Draft(choice, maps, carries, sizes, map_bytes)
+    return sum(kept) + gradients, outputs
 
 
 def _finished(
-    program: Program, wish: Wish, draft: _Draft, spare: int, tile: tuple[int, int]
+    program: Program, wish: Wish, options: Sequence[_Options], draft: _Draft, spare: int, tile: tuple[int, int]
 ) -> tuple[Plan, tuple[Scan, ...]]:
     """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
 
     What the first of them needs is there anyhow: it is the first in the backward pass, and without recording it would be
     recomputed in the same place.
     """
-    footprints = [choice.footprint for choice in draft.choice]
+    footprints = [option.footprint(k) for option, k in zip(options, draft.choice, strict=True)]
     room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
     if wish.training:
-        total = sum(footprint.total_recorded for footprint in footprints)
+        total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
-        there = max(0.0, draft.sizes["step"] - last.backward + float(last.recorded.max()))
+        there = max(0.0, draft.sizes["step"] - last.cost.step + float(last.recorded.max()))
         room = room / (1 + wish.heap_excess[1]) + (there if spare else 0.0)
         for s in reversed(range(len(footprints))):
             sums = np.cumsum(footprints[s].recorded.ravel()[::-1])
@@ -246,8 +244,8 @@ def _finished(
         draft.sizes["recorded"] = int(max(0.0, used - there))
         draft.sizes["allocator"] += int(draft.sizes["recorded"] * wish.heap_excess[1])
     grids = [
-        make_grid(choice.footprint.stage, choice.tile, choice.footprint.rows, choice.footprint.cols)
-        for choice in draft.choice
+        make_grid(stage, option.tiles[k], footprint.rows.schedule, footprint.cols.schedule)
+        for stage, option, k, footprint in zip(program.stages, options, draft.choice, footprints, strict=True)
     ]
     scans = [
         Scan(grid, footprint.carries if wish.training else {}, count)

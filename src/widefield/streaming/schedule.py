@@ -8,7 +8,6 @@ are numbered from 1; index 0 is the state before the first. A 2-D scan is one su
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 
 import numpy as np
 
@@ -32,12 +31,15 @@ class Flow:
 class Schedule:
     """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's page) for `t` in `0 ... steps`.
 
-    `ready_array` and `kept_array` are the same as arrays (maps, steps + 1).
+    `ready_array` and `kept_array` are the same as arrays (maps, steps + 1). One that is not `whole` is the beginning of
+    a schedule with about `parts` times as many steps.
     """
 
     flows: tuple[Flow, ...]
     ready_array: Positions
     kept_array: Positions
+    whole: bool = True
+    parts: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -56,63 +58,68 @@ class Schedule:
         return self.flows[v].maps[k].span(self.ready[v][t - 1], self.ready[v][t])
 
 
-def schedule(flows: Sequence[Flow], tile: int, gate: int = 1, limit: int | None = None) -> Schedule:
-    """Scan `flows` (in topological order) with `tile` new positions of the longest input a step, of the others in proportion.
+def schedules(
+    flows: Sequence[Flow], tiles: Sequence[int], gate: int = 1, limit: int | None = None
+) -> tuple[Schedule, ...]:
+    """Scan `flows` (in topological order) with so many new positions of the longest input a step, of the others in proportion.
 
-    No map is begun before its sources are. `gate`: a strided op waits until it can compute that many positions, so that no deep
-    layer runs on a sliver. After the last input, no map advances by much more than in a steady step: extra steps without new
-    input drain the network, so that the last step is no larger than the others. `limit`: only so many steps, for an estimate.
+    One schedule for each of `tiles`. No map is begun before its sources are. `gate`: a strided op waits until it can compute that
+    many positions, so that no deep layer runs on a sliver. After the last input, no map advances by much more than in a steady
+    step: extra steps without new input drain the network, so that the last step is no larger than the others. `limit`: about so
+    many steps, for an estimate.
     """
     length = max(flow.size for flow in flows if not flow.sources)
     alias = _aliases(flows)
-    sizes = np.array([flow.size for flow in flows])
-    steps = -(-length // tile) + 16  # a guess of how many it takes to drain the network
+    sizes = np.array([flow.size for flow in flows])[:, None]
+    most = -(-length // min(tiles)) + 16  # a guess of how many it takes to drain the network
     while True:
-        ready = _ready(flows, alias, tile, length, gate, steps if limit is None else min(steps, limit))
-        if (done := bool((ready[:, -1] == sizes).all())) or ready.shape[1] - 1 == limit:
+        steps = most if limit is None else min(most, limit)
+        ready = _ready(flows, alias, np.array(tiles)[:, None], length, gate, steps)
+        whole = (ready[:, :, -1] == sizes).all(0)
+        if whole.all() or steps == limit:
             break
-        steps += steps // 2
-    if done:
-        ready = ready[:, : int((ready < sizes[:, None]).sum(1).max()) + 1]
-    kept = ready.copy()
-    for v, flow in enumerate(flows):
-        for s, m in zip(flow.sources, flow.maps, strict=True):
-            if alias[v] != alias[s]:
-                first = m.first_all(ready[v])
-                padding = np.minimum(
-                    first, flows[s].size - 1
-                )  # kept while there is padding to compute that reads nothing
-                np.minimum(kept[s], np.where(ready[v] >= flow.size, first, padding), out=kept[s])
-    return Schedule(tuple(flows), ready, kept)
+        most += most // 2
+    kept = _kept(flows, alias, ready)
+    ends = (ready < sizes[..., None]).sum(2).max(0) + 1
+    parts = [1.0 if done else max(1.0, length / (tile * steps)) for done, tile in zip(whole, tiles, strict=True)]
+    return tuple(
+        Schedule(tuple(flows), ready[:, k, :end], kept[:, k, :end], bool(whole[k]), parts[k])
+        for k, end in enumerate(ends.tolist())
+    )
 
 
 def _aliases(flows: Sequence[Flow]) -> list[int]:
     """For each map the first one that it follows position by position, with which it is computed; itself if there is none."""
     alias = list(range(len(flows)))
     for v, flow in enumerate(flows):
-        if len({alias[s] for s in flow.sources}) == 1 and all(m == identity(flow.size) for m in flow.maps):
-            alias[v] = alias[flow.sources[0]]
+        first = {alias[s] for s in flow.sources}
+        if len(first) == 1 and all(m == identity(flow.size) for m in flow.maps):
+            alias[v] = first.pop()
     return alias
 
 
-def _ready(flows: Sequence[Flow], alias: Sequence[int], tile: int, length: int, gate: int, steps: int) -> Positions:
-    """`ready` of all maps for so many steps: (maps, steps + 1)."""
+def _ready(
+    flows: Sequence[Flow], alias: Sequence[int], tiles: Positions, length: int, gate: int, steps: int
+) -> Positions:
+    """`ready` of all maps for so many steps: (maps, tiles, steps + 1)."""
     t = np.arange(steps + 1)
-    ready = np.empty((len(flows), steps + 1), dtype=np.int64)
+    ready = np.empty((len(flows), len(tiles), steps + 1), dtype=np.int64)
     for v, flow in enumerate(flows):
         if alias[v] != v:
             ready[v] = ready[alias[v]]
         elif not flow.sources:
-            ready[v] = np.minimum(-(-t * tile * flow.size // length), flow.size)
+            ready[v] = np.minimum(-(-t * tiles * flow.size // length), flow.size)
         else:
-            possible = np.full(steps + 1, flow.size)
-            for s, m in zip(flow.sources, flow.maps, strict=True):
-                np.minimum(possible, np.where(ready[s] > 0, m.ready_all(ready[s]), 0), out=possible)
-            most = max(ceil(1.5 * tile * flow.size / length), ceil(tile * flow.size / length) + gate)
+            possible = flow.maps[0].ready_all(ready[flow.sources[0]])
+            for s, m in zip(flow.sources[1:], flow.maps[1:], strict=True):
+                possible = np.minimum(possible, m.ready_all(ready[s]))
+            steady = tiles * flow.size / length
+            most = np.maximum(np.ceil(1.5 * steady), np.ceil(steady) + gate).astype(np.int64)
             if flow.strided:
-                ready[v] = _gated(possible.tolist(), most, gate, flow.size)
+                for k, limit in enumerate(most[:, 0].tolist()):
+                    ready[v, k] = _gated(possible[k].tolist(), limit, gate, flow.size)
             else:  # no step makes more than `most`
-                ready[v] = np.minimum.accumulate(possible - t * most) + t * most
+                ready[v] = np.minimum.accumulate(possible - t * most, axis=1) + t * most
     return ready
 
 
@@ -124,3 +131,18 @@ def _gated(possible: Sequence[int], most: int, gate: int, size: int) -> list[int
             now = min(there, now + most)
         ready.append(now)
     return ready
+
+
+def _kept(flows: Sequence[Flow], alias: Sequence[int], ready: Positions) -> Positions:
+    """`kept` of all maps: (maps, tiles, steps + 1)."""
+    kept = ready.copy()
+    for v, flow in enumerate(flows):
+        for s, m in zip(flow.sources, flow.maps, strict=True):
+            if alias[v] != alias[s]:
+                first = m.first_all(ready[v])
+                padding = np.minimum(
+                    first, flows[s].size - 1
+                )  # kept while there is padding to compute that reads nothing
+                first = np.where(ready[v] < flow.size, padding, first)
+                np.minimum(kept[s], first, out=kept[s])
+    return kept

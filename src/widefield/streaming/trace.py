@@ -6,17 +6,20 @@ condition on the symbols. For another size the same trace holds if all guards do
 If a guard fails the module must be traced again at that size, so a size that a model writes into its operations is never reused.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from widefield.streaming.captured import Captured
 
-_Sizes = Mapping[sympy.Symbol, sympy.Integer]
+_PRINTER = PythonPrinter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +52,15 @@ class Trace:
         sizes = self._sizes((height, width))
         if sizes is None or not self._holds(sizes):
             return None
-        known: dict[sympy.Basic, Any] = {}
+        known = dict(zip(self._formulas, self._numbers(*sizes.values()), strict=True))
 
         def number(leaf: Any) -> Any:
-            if not isinstance(leaf, Formula):
-                return leaf
-            if leaf.expression not in known:
-                known[leaf.expression] = _number(leaf.expression.xreplace(sizes))
-            return known[leaf.expression]
+            return known[leaf] if isinstance(leaf, Formula) else leaf
 
         captured = self.captured
         nodes = []
-        for node in captured.nodes:
-            args, kwargs = pytree.tree_map(number, (node.args, node.kwargs))
+        for node, sized in zip(captured.nodes, self._sized, strict=True):
+            args, kwargs = pytree.tree_map(number, (node.args, node.kwargs)) if sized else (node.args, node.kwargs)
             nodes.append(replace(node, args=args, kwargs=kwargs, shape=tuple(map(number, node.shape))))
         return replace(
             captured,
@@ -71,24 +70,63 @@ class Trace:
             outputs=tuple(map(number, captured.outputs)),
         )
 
-    def _sizes(self, size: tuple[int, int]) -> _Sizes | None:
+    def _sizes(self, size: tuple[int, int]) -> dict[sympy.Symbol, int] | None:
         """The symbols' values for this height and width, None if there are none."""
-        sizes: dict[sympy.Symbol, sympy.Integer] = {}
+        sizes: dict[sympy.Symbol, int] = {}
         for expression, length in zip(self.dims, size, strict=True):
             factor, rest = expression.as_coeff_Mul()
             if isinstance(rest, sympy.Symbol) and rest not in sizes:
                 if length % int(factor):
                     return None
-                sizes[rest] = sympy.Integer(length // int(factor))
+                sizes[rest] = length // int(factor)
             elif expression.xreplace(sizes) != length:
                 return None
         return sizes
 
-    def _holds(self, sizes: _Sizes) -> bool:
+    def _holds(self, sizes: dict[sympy.Symbol, int]) -> bool:
         for symbol, (low, high) in (self.ranges or {}).items():
             if symbol in sizes and not low <= sizes[symbol] <= high:
                 return False
-        return all(guard.xreplace(sizes) == sympy.true for guard in self.guards)
+        return all(self._guards(*sizes.values()))
+
+    @cached_property
+    def _sized(self) -> list[bool]:
+        """Whether arguments of each node depend on the size."""
+        return [
+            any(isinstance(leaf, Formula) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
+            for node in self.captured.nodes
+        ]
+
+    @cached_property
+    def _formulas(self) -> tuple[Formula, ...]:
+        captured = self.captured
+        numbers = [(node.args, node.kwargs, node.shape) for node in captured.nodes], captured.shapes, captured.outputs
+        return tuple(dict.fromkeys(leaf for leaf in pytree.tree_leaves(numbers) if isinstance(leaf, Formula)))
+
+    @cached_property
+    def _numbers(self) -> Callable[..., tuple[Any, ...]]:
+        """The formulas as a function of the sizes' symbols."""
+        return _compiled(self._symbols, [formula.expression for formula in self._formulas])
+
+    @cached_property
+    def _guards(self) -> Callable[..., tuple[bool, ...]]:
+        """The guards likewise. One that depends on anything else does not hold."""
+        known = set(self._symbols)
+        return _compiled(self._symbols, [g if g.free_symbols <= known else sympy.false for g in self.guards])
+
+    @property
+    def _symbols(self) -> list[sympy.Symbol]:
+        """In the order of `_sizes`."""
+        return list(dict.fromkeys(symbol for dim in self.dims for symbol in dim.free_symbols))
+
+
+def _compiled(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic]) -> Callable[..., tuple[Any, ...]]:
+    """All `expressions` as one function of `symbols`, in Python's own numbers."""
+    results = "".join(f"{_PRINTER.doprint(expression)}, " for expression in expressions)
+    function: Callable[..., tuple[Any, ...]] = eval(
+        f"lambda {', '.join(map(str, symbols))}: ({results})", {"math": math, "torch": torch}
+    )
+    return function
 
 
 def _number(value: sympy.Basic) -> int | float | bool:

@@ -1,0 +1,124 @@
+"""What of a stage's maps has to be in memory at a time, in bytes.
+
+A step computes a map's new positions and puts them together with what was carried to a buffer. Of both, autograd keeps what the
+derivatives of the ops need until the backward pass of the step; the rest is gone when its last reader is done.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from widefield.streaming.graph import Stage
+
+Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+# Operations whose derivative needs neither what they read nor their result, and those that need their result alone. All others
+# need what they read.
+_NEED_NOTHING = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("add", "sub", "rsub", "neg", "cat", "stack", "clone", "to", "_to_copy", "detach", "roll", "flip", "index"),
+        *(
+            "constant_pad_nd",
+            "pad",
+            "reflection_pad2d",
+            "replication_pad2d",
+            "upsample_nearest2d",
+            "upsample_bilinear2d",
+        ),
+        *("upsample_bicubic2d", "_upsample_nearest_exact2d", "pixel_shuffle", "pixel_unshuffle"),
+    )
+)
+_NEED_RESULT = frozenset(
+    f"aten.{name}" for name in ("relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "_softmax", "log_softmax")
+)
+_INDEX_BYTES = 8  # per position of a maximum
+_GRADIENTS_OF_WEIGHTS = (
+    3  # copies of one that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """Of one stage. Arrays have the stage's maps first; after them come as many tiles as are looked at together."""
+
+    stage: Stage
+
+    @cached_property
+    def sizes(self) -> Array:
+        """Bytes per position of each map."""
+        return np.array([value.pixel_bytes for value in self.stage.values], dtype=np.float64)
+
+    def kept(self, buffered: Flags) -> tuple[Array, Array]:
+        """Bytes per position that autograd keeps of the new positions and of the buffer, where there is one apart from them."""
+        results, read, views = (x.reshape(-1, *[1] * (buffered.ndim - 1)) for x in self._derivatives)
+        sizes, extra = (x.reshape(results.shape) for x in (self.sizes, self._extra))
+        held = sizes * (read | (results & ~buffered)) * (~views | buffered)
+        return sizes * (results & buffered) + extra, held
+
+    @cached_property
+    def _derivatives(self) -> tuple[Flags, Flags, Flags]:
+        """Of each map, whether the derivative of its op needs it, whether that of a reader needs it, whether it is a view."""
+        values = self.stage.values
+        read = [value.rectified for value in values]
+        for v, value in reversed(list(enumerate(values))):
+            if read[v] if value.view else value.op not in _NEED_NOTHING and value.op not in _NEED_RESULT:
+                for source in value.sources:
+                    read[source] = True
+        results = [value.op in _NEED_RESULT and not value.rectified for value in values]
+        return np.array(results), np.array(read), np.array([value.view for value in values])
+
+    @cached_property
+    def _extra(self) -> Array:
+        """What derivatives need besides the maps, in bytes per position: positions of maxima, masks."""
+        extra = np.zeros(len(self.stage.values))
+        for v, value in enumerate(self.stage.values):
+            if value.op.startswith("aten.max_pool2d"):
+                extra[v] = value.pixel_bytes / value.dtype.itemsize * _INDEX_BYTES
+            elif "dropout" in value.op:
+                extra[v] = value.pixel_bytes
+        return extra
+
+    def forward(self, new: Array, held: Array) -> Array:
+        """The peak of a step without gradients, that computes and holds so many bytes of each map."""
+        values = self.stage.values
+        views = self._derivatives[2].reshape(-1, *[1] * (new.ndim - 1))
+        fresh, buffers = np.where(views, 0, new), np.where(held > new, held, 0)
+        stays = np.where(buffers > 0, buffers, fresh)
+        gone = np.zeros_like(stays)
+        last = {source: v for v, value in enumerate(values) for source in value.sources}
+        for source, v in last.items():
+            gone[v] += stays[source]
+        alive = np.cumsum(stays - gone, axis=0) - (stays - gone)  # before each map
+        return (alive + fresh + buffers).max(0)  # type: ignore[no-any-return]
+
+    def backward(self, new: Array, held: Array, kept: Array) -> Array:
+        """The peak of a recorded step in its backward pass: what is `kept`, and the gradients that are alive at a time."""
+        stage = self.stage
+        gradient = np.zeros_like(new)
+        for v in (*stage.outputs, *stage.reductions):
+            gradient[v] = new[v]
+        alive, remaining = gradient.sum(0), np.cumsum(kept, axis=0)
+        peak = remaining[-1]
+        for v, value in reversed(list(enumerate(stage.values))):
+            arriving = gradient[v]  # of the buffer; that of the new positions is cut out of it
+            own = new[v] if value.rectified else 0.0
+            others = alive - arriving
+            peak = np.maximum(peak, remaining[v] + alive + own)
+            alive = others.copy()
+            if not value.sources:
+                continue
+            some, added = arriving > 0, 0.0
+            for source in value.sources:
+                sent = arriving if value.view else np.maximum(new[source], held[source]) * some
+                alive += np.maximum(sent - gradient[source], 0)
+                np.maximum(gradient[source], sent, out=gradient[source])
+                added = added + sent
+            if value.view or value.op == "aten.add":
+                added = 0.0
+            weights = _GRADIENTS_OF_WEIGHTS * value.weight_bytes * some
+            peak = np.maximum(peak, remaining[v] + others + np.maximum(arriving, own) + added + weights)
+        return peak  # type: ignore[no-any-return]
