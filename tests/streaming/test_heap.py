@@ -17,8 +17,28 @@ def test_free_memory_is_given_back_above_the_limit() -> None:
     before = heap._resident()
     watching.trim()
     assert heap._resident() > before - (1 << 20), "below the limit nothing is given back"
-    tight = Heap(limit=0, margin=1 << 20)
+    tight = Heap(budget=0, margin=1 << 20, in_use=1 << 40, limit=0)
     tight.trim()
     assert heap._resident() < before - (20 << 20)
     assert tight.limit > heap._resident(), "what is in use cannot be given back: the next step must not try again"
     assert all(block.sum() == 25_000 for block in kept)
+
+
+def test_what_was_given_back_before_the_pass_does_not_count() -> None:
+    """Free memory that has no pages any more could not be given back a second time."""
+    blocks = [torch.ones(25_000) for _ in range(1000)]
+    kept, margin, budget = blocks[::2], 1 << 20, 8 << 20
+    del blocks
+    if heap._glibc() is None:
+        pytest.skip("the heap of this system can be neither asked nor trimmed")
+    heap._glibc().malloc_trim(0)
+    before = heap._resident()
+    watching = watch(budget, margin)
+    assert watching is not None
+    assert watching.limit < before, "some of what is free has no pages, how much is not known"
+    watching.trim()
+    assert abs(watching.limit - (before + budget - margin)) < 2 << 20
+    more = [torch.ones(25_000) for _ in range(40)]  # 4 MB
+    watching.trim()
+    assert abs(watching.limit - (before + budget - margin)) < 2 << 20
+    assert len(kept) + len(more) == 540

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.cli.history import History
+from widefield.cli.step_memory import StepMemory
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
 from widefield.components.models.base_model import BaseModel
@@ -20,7 +21,6 @@ from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
 from widefield.modules import BaseModule as StreamedModule
 from widefield.modules import RandomState
-from widefield.reports import PeakMemory
 from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class FitCLI(ConfiguredCLI):
     Attributes:
         out: The folder of the results.
         history: The numbers of the epochs.
+        memory: What a step needs.
     """
 
     def callbacks(self) -> list[Callback]:
@@ -40,7 +41,8 @@ class FitCLI(ConfiguredCLI):
             raise ValueError("nowhere to write to; name a folder for the results with --out DIR")
         self.out = Path(self.config.trainer.default_root_dir)
         self.history = History(self.out / "history.csv")
-        return [*super().callbacks(), self.history, RandomState(), self._keep_best()]
+        self.memory = StepMemory()
+        return [*super().callbacks(), self.history, self.memory, RandomState(), self._keep_best()]
 
     def _keep_best(self) -> ModelCheckpoint:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
@@ -87,7 +89,6 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
-    memory = PeakMemory(cli.trainer.strategy.root_device)
     try:
         cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -105,7 +106,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         if former is not None and not cli.history.has_started:  # the checkpoint is that of the former configuration
             (out / CONFIG).write_bytes(former)
     if classifies:
-        write_training_report(out, model, data, cli.history.rows, memory.bytes_above_start())
+        write_training_report(out, model, data, cli.history.rows, cli.memory.peak)
         _log.info("report: %s", out / "report.html")
     kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
     if kept:

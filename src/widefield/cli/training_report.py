@@ -18,7 +18,7 @@ def write_training_report(
     """Write `out/report.html`: what was trained on what, how it is streamed, and the numbers of every epoch.
 
     Args:
-        peak: Measured peak memory above that before training, in bytes, if known.
+        peak: Measured peak memory of a training step above that between steps, in bytes, if known.
     """
     page = Page(f"Training of {model.hparams['model_name']}")
     sizes = (f"{len(data.train_set)} images for training", f"{len(data.val_set)} for validation")
@@ -40,10 +40,7 @@ def write_training_report(
 def memory_rows(peak: int | None, plain: int) -> list[tuple[str, str]]:
     """Rows for a table: the measured peak, and what a plain step would have kept."""
     return [
-        (
-            "streamed: measured peak, above the memory in use before training",
-            "unknown" if peak is None else mebibytes(peak),
-        ),
+        ("streamed: measured peak, above the memory between steps", "unknown" if peak is None else mebibytes(peak)),
         ("plain: computed, the activations that autograd keeps for the backward pass", mebibytes(plain)),
     ]
 

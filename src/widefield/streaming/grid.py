@@ -60,6 +60,11 @@ class Grid:
         """Number of steps of the scan."""
         return self.row_schedule.steps * self.col_schedule.steps
 
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Tile row and column of each step."""
+        return [(i, j) for i in range(len(self.rows)) for j in range(len(self.cols))]
+
     def _steps(self, plan: Schedule) -> tuple[tuple[AxisStep, ...], ...]:
         return tuple(
             tuple(self._axis_step(plan, v, t) for v in range(len(self.stage.values))) for t in range(1, plan.steps + 1)

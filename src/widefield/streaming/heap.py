@@ -21,10 +21,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Heap:
-    """Watches one pass. Free memory is given back at `limit` bytes of the process; in one step the heap grows by up to `margin`."""
+    """Watches one pass that may add `budget` bytes to the `in_use` on the heap when it began.
 
-    limit: int
+    Free memory is given back at `limit` bytes of the process; in one step the heap grows by up to `margin`.
+    """
+
+    budget: int
     margin: int
+    in_use: int
+    limit: int
 
     def trim(self) -> None:
         """Give free memory back if the process is above the limit; to be called between steps."""
@@ -32,8 +37,10 @@ class Heap:
         if library is None or _resident() <= self.limit:
             return
         library.malloc_trim(0)
-        # Where more is in use than was foreseen, elsewhere in the process: leave room for a step, or each would trim.
-        self.limit = max(self.limit, _resident() + self.margin)
+        resident, grown = _resident(), _in_use(library) - self.in_use
+        # What was free and not resident when the pass began had been taken for memory that could be given back. And where more is
+        # in use than was foreseen, elsewhere in the process, room is left for a step, or each would trim.
+        self.limit = max(resident - grown + self.budget - self.margin, resident + self.margin)
         _tell_once()
 
 
@@ -45,11 +52,25 @@ def watch(budget: int, margin: int) -> Heap | None:
     library = _glibc()
     if library is None or not _STATM.exists():
         return None
-    return Heap(_resident() - library.mallinfo2().fordblks + budget - margin, margin)
+    return Heap(budget, margin, _in_use(library), _resident() - library.mallinfo2().fordblks + budget - margin)
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefgh", "fordblks", "keepcost")]  # fordblks: free bytes
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 @cache
@@ -62,6 +83,12 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     library.mallinfo2.restype = _Mallinfo2
     return library
+
+
+def _in_use(library: ctypes.CDLL) -> int:
+    """Bytes that the program has of the heap, blocks with pages of their own included."""
+    found = library.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _resident() -> int:

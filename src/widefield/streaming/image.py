@@ -16,7 +16,7 @@ class LazyImage(Protocol):
     """An image that is read region by region.
 
     `shape` is (channels, height, width), `dtype` a NumPy or torch dtype. `read` takes a region in pixels and returns an array or
-    tensor of shape (channels, height, width).
+    tensor of shape (channels, height, width). A scan calls it from a thread of its own, one call at a time.
     """
 
     @property
@@ -132,8 +132,13 @@ class Source:
         return whole
 
     def read(self, y: int, x: int, height: int, width: int) -> Tensor:
+        """A raw tile on the scan's device."""
+        return self.place(self.fetch(y, x, height, width))
+
+    def fetch(self, y: int, x: int, height: int, width: int) -> Tensor:
+        """A raw tile where it can be moved to the scan's device from: what a thread in the background can do."""
         if isinstance(self.data, Tensor):
-            return self.region(self.data, y, x, height, width).to(self.device, non_blocking=True)
+            return self.region(self.data, y, x, height, width)
         pixels = self.data.read(y, x, height, width)
         tile = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.require(pixels, requirements=("W",)))
         planned = (self.data.shape[0], height, width)
@@ -141,8 +146,12 @@ class Source:
             raise ValueError(
                 f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}"
             )
-        tile = tile.to(self.device)[None]
-        return tile.to(self.dtype) if tile.is_floating_point() else tile
+        return tile[None].pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile[None]
+
+    def place(self, tile: Tensor) -> Tensor:
+        """What `fetch` gave, on the scan's device."""
+        tile = tile.to(self.device, non_blocking=True)
+        return tile.to(self.dtype) if tile.is_floating_point() and not isinstance(self.data, Tensor) else tile
 
     def prepare(self, raw: Tensor | None) -> Tensor | None:
         if raw is None:

@@ -1,6 +1,8 @@
 """What one scan works on: where its tiles are read, where what it makes is kept."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +54,32 @@ class Job:
         for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
             self.store.release(x)
 
-    def read(self, i: int, j: int, needed: Sequence[bool] = ()) -> list[Tensor | None]:
-        """The new tile of each stage input as its source gives it; a leaf of autograd where its gradient is `needed`."""
+    def tiles(self, steps: Iterable[tuple[int, int]]) -> Iterator[list[Tensor | None]]:
+        """The new tiles of the stage inputs in each of `steps`, as their sources give them.
+
+        Of an image that is read lazily, the next tile is read in the background while a step is computed.
+        """
+        if all(isinstance(source.data, Tensor) for source in self.sources):
+            yield from (self._place(self._fetch(i, j)) for i, j in steps)
+            return
+        with ThreadPoolExecutor(1, "widefield-reader") as reader:
+            coming: deque[Future[list[Tensor | None]]] = deque()
+            for i, j in steps:
+                coming.append(reader.submit(self._fetch, i, j))
+                if len(coming) > 1:
+                    yield self._place(coming.popleft().result())
+            while coming:
+                yield self._place(coming.popleft().result())
+
+    def _fetch(self, i: int, j: int) -> list[Tensor | None]:
         raws: list[Tensor | None] = []
-        for k, (v, source) in enumerate(zip(self.grid.stage.inputs, self.sources, strict=True)):
+        for v, source in zip(self.grid.stage.inputs, self.sources, strict=True):
             y, x, height, width = self.region(v, i, j)
-            raw = source.read(y, x, height, width) if height and width else None
-            raws.append(raw.detach().requires_grad_() if raw is not None and needed and needed[k] else raw)
+            raws.append(source.fetch(y, x, height, width) if height and width else None)
         return raws
+
+    def _place(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if raw is None else source.place(raw) for source, raw in zip(self.sources, raws, strict=True)]
 
     def region(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
         """Where map v's new tile of step (i, j) lies: y, x, height, width."""

@@ -20,14 +20,16 @@ from widefield.streaming.plan import Plan
 from widefield.streaming.schedule import schedules
 from widefield.streaming.store import PLACES, Place
 
-# A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache.
+# A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache. Of a
+# small image half as many, so that there are some steps, of which some are recorded.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
+_SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the
 # worst of the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = {"cpu": (1.0, 1.25, 0.1)}
+_HEAP_EXCESS = {"cpu": (0.6, 1.25, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ def _tiles(stage: Stage, image: tuple[int, int], device: torch.device) -> list[t
     """Tiles to choose from, those with about as much work as is preferred first, the wider before the taller."""
     height, width = stage.extent
     pixels = PREFERRED_PIXELS.get(device.type, 1 << 20)
+    pixels = min(pixels, max(pixels // 2, image[0] * image[1] // _SOME_STEPS))
     pixels = int(pixels * sqrt(height * width / (image[0] * image[1])))  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
     heights = sorted(

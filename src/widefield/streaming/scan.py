@@ -83,6 +83,7 @@ def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Ten
     outputs: dict[int, Tensor] = {}
     gathered: dict[int, Any] = {}
     above: list[Carry] = [{} for _ in grid.cols]
+    reader = job.tiles(grid.order)
     for i in range(len(grid.rows)):
         left: Carry = {}
         for j in range(len(grid.cols)):
@@ -93,12 +94,12 @@ def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Ten
                 # Hooks of the caller on saved tensors, those of torch.utils.checkpoint say, are not meant for this graph. Nor is
                 # the check for updates in place: later carries are written beside those that it has saved, in the same block.
                 with saved_tensors_hooks(_unchanged, _unchanged):
-                    tape.steps[k], made, below, right = _record(job, tape, i, j, above[j], left, weights)
+                    tape.steps[k], made, below, right = _record(job, tape, i, j, above[j], left, next(reader), weights)
                 reduced = tape.steps[k].reduced
                 above[j], left = ({v: tape.own(x.detach()) for v, x in of.items()} for of in (below, right))
                 del below, right
             else:
-                tiles = [source.prepare(raw) for source, raw in zip(job.sources, job.read(i, j), strict=True)]
+                tiles = [source.prepare(raw) for source, raw in zip(job.sources, next(reader), strict=True)]
                 keep = own if tape is None else tape.own
                 made, reduced, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed, keep)
                 del tiles
@@ -140,13 +141,14 @@ def _backward(
         k += count
     tape.start(weights)
     grad_below: list[Carry] = [{} for _ in grid.cols]
+    reader = job.tiles([at for k, at in enumerate(grid.order) if k not in tape.steps][::-1])
     for i in reversed(range(len(grid.rows))):
         grad_right: Carry = {}
         for j in reversed(range(len(grid.cols))):
             above, left = saved.pop()
             recorded = tape.steps.pop(i * len(grid.cols) + j, None)
             if recorded is None:
-                recorded = _record(job, tape, i, j, above, left, weights)[0]
+                recorded = _record(job, tape, i, j, above, left, next(reader), weights)[0]
             carries = [*above.values(), *left.values()][:1]
             del above, left
             arriving: list[tuple[Tensor | GradientEdge, Tensor]] = [
@@ -184,7 +186,14 @@ def _backward(
 
 
 def _record(
-    job: Job, tape: Tape, i: int, j: int, above: Carry, left: Carry, weights: Sequence[Tensor]
+    job: Job,
+    tape: Tape,
+    i: int,
+    j: int,
+    above: Carry,
+    left: Carry,
+    raws: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
 ) -> tuple[Step, Carry, Carry, Carry]:
     """Run step (i, j) with gradients recorded; what it leaves for its backward pass, then its outputs and carries."""
     device = job.sources[0].device
@@ -193,7 +202,10 @@ def _record(
             {v: x.detach().to(device, non_blocking=True).requires_grad_(tape.moving[v]) for v, x in carry.items()}
             for carry in (above, left)
         )
-        raws = job.read(i, j, tape.needed)
+        raws = [
+            x.detach().requires_grad_() if x is not None and need else x
+            for x, need in zip(raws, tape.needed, strict=False)
+        ]
         tiles = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
         by_name = tape.weights(job, weights)
         made, reduced, below, right = step(job.grid, i, j, above, left, tiles, by_name, job.seed, own)

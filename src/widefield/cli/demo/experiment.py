@@ -78,7 +78,7 @@ def run_experiment(out: Path, seed: int) -> None:
     )
     console.print(f"the heatmap's maximum lies on a mark in {hits} of {positives} speckled images")
     console.print(
-        f"peak memory of training, above that before it (measured): {'unknown' if peak is None else mebibytes(peak)}"
+        f"peak memory of a training step, above that between steps (measured): {'unknown' if peak is None else mebibytes(peak)}"
     )
     console.print(f"a plain step would keep, in activations alone (computed): {mebibytes(plain)}")
     console.print(f"report: {out / 'report.html'} (after {seconds:.0f} s)", soft_wrap=True)

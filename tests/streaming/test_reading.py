@@ -1,0 +1,72 @@
+"""Of an image on disk the next tile is read while a step is computed, by one thread that ends with the pass."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.streaming.exactness import TOLERANCE, relative_error
+from widefield.streaming import StreamingCNN
+
+
+class OnDisk:
+    """Tells which rows were read in which order, and by how many at a time."""
+
+    shape, dtype = (3, 40, 24), torch.float64
+
+    def __init__(self) -> None:
+        self.pixels = torch.rand(self.shape, dtype=self.dtype)
+        self.rows: list[int] = []
+        self.seen = threading.Condition()
+        self.alone = threading.Lock()
+
+    def read(self, y: int, x: int, height: int, width: int) -> Tensor:
+        assert self.alone.acquire(blocking=False), "two reads at a time"
+        with self.seen:
+            self.rows.append(y)
+            self.seen.notify_all()
+        self.alone.release()
+        return self.pixels[:, y : y + height, x : x + width]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1)).double()
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("widefield-reader")]
+
+
+def test_the_next_tile_is_read_in_the_meantime() -> None:
+    image, module = OnDisk(), net()
+    streamed = StreamingCNN(module, (8, None))
+    waited: list[bool] = []
+
+    def progress(phase: str, done: int, steps: int) -> None:
+        """The step is done, and the next one not begun."""
+        read = min(done + 1, 5) + 5 * (phase == "backward")
+        with image.seen:
+            waited.append(image.seen.wait_for(lambda: len(image.rows) >= read, timeout=20))
+
+    streamed.progress = progress
+    out = streamed(image)
+    assert not readers()
+    out.sum().backward()
+    assert not readers()
+    assert waited and all(waited)
+    assert image.rows == [0, 8, 16, 24, 32, 32, 24, 16, 8, 0]
+    streamed_gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    module(image.pixels[None]).sum().backward()
+    for p, found in zip(module.parameters(), streamed_gradients, strict=True):
+        assert p.grad is not None and relative_error(found, p.grad) < TOLERANCE
+
+
+def test_a_failing_read_ends_the_pass_and_its_thread() -> None:
+    image = OnDisk()
+    image.pixels = image.pixels[:, :20]  # the file is shorter than it says
+    with pytest.raises(ValueError, match=r"read\(16, 0, 8, 24\) returned shape \(3, 4, 24\), expected \(3, 8, 24\)"):
+        StreamingCNN(net(), (8, None))(image)
+    assert not readers()
