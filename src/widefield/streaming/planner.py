@@ -13,6 +13,7 @@ import torch
 from widefield.streaming.budget import format_bytes, free_memory
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
+from widefield.streaming.heap import joins_free_memory
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
 from widefield.streaming.needs import Needs
@@ -27,9 +28,9 @@ _SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
-# and to what is recorded. Small remainders of aligned blocks keep glibc (before 2.38) from joining free memory. Numbers for the
-# worst of the networks measured, see docs/benchmarks.md; on CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = {"cpu": (0.6, 1.25, 0.1)}
+# and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
+_HEAP_EXCESS = (0.55, 1.25, 0.1)
+_HEAP_EXCESS_JOINED = (0.35, 0.9, 0.1)  # where free memory is joined
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Wish:
     @property
     def heap_excess(self) -> tuple[float, float]:
         """Relative to the largest step, and to what is recorded."""
-        one, several, recorded = _HEAP_EXCESS.get(self.device.type, (0.0, 0.0, 0.0))
+        if self.device.type != "cpu":
+            return 0.0, 0.0
+        one, several, recorded = _HEAP_EXCESS_JOINED if joins_free_memory() else _HEAP_EXCESS
         return one if self.stages == 1 else several, recorded
 
 
