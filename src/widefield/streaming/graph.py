@@ -119,6 +119,34 @@ class Program:
         return tuple(item for item in self.items if isinstance(item, Stage))
 
     @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of the maps that leave the program."""
+        return sum(stage.values[v].bytes for stage in self.stages for v in stage.outputs if v not in stage.stored)
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """Bytes of the maps between stages."""
+        return sum(map(self._stored_bytes, self.stages))
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Bytes of their gradients that are there at a time. The image's and those of weights do not count."""
+        given = {self.captured.image, *self.spread}
+        inputs = (
+            [value for v in stage.inputs if (value := stage.values[v]).name not in given] for stage in self.stages
+        )
+        read = [sum(value.bytes for value in values) for values in inputs]
+        return (
+            max(self._stored_bytes(stage) + size for stage, size in zip(self.stages, read, strict=True))
+            if len(read) > 1
+            else 0
+        )
+
+    @staticmethod
+    def _stored_bytes(stage: Stage) -> int:
+        return sum(stage.values[v].bytes for v in stage.stored)
+
+    @cached_property
     def last_reads(self) -> tuple[tuple[str, ...], ...]:
         """For every item, the names of the tensors that no later item and no output reads."""
         seen = {leaf.name for leaf in self.captured.outputs if isinstance(leaf, Ref)}

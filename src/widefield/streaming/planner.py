@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from math import log2, sqrt
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ SHARE_OF_FREE_MEMORY = 0.5
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = (0.55, 1.25, 0.1)
+_HEAP_EXCESS = (0.6, 1.25, 0.1)
 _HEAP_EXCESS_JOINED = (0.35, 0.9, 0.1)  # where free memory is joined
 
 
@@ -196,13 +196,13 @@ def _draft(
     saved = 0.0
     if wish.training:
         saved = sum(cost.carries for cost in costs) if carries == "device" else row
-    kept, outputs = _map_bytes(program, wish.training)
+    kept = program.kept_bytes + program.gradient_bytes * wish.training
     sizes = {
         "weights": program.combined_bytes + program.weight_bytes * (wish.copied_weights + wish.training),
         "carries": int(saved + row),
         "step": int(step),
         "recorded": 0,
-        "outputs": outputs,
+        "outputs": program.output_bytes,
         "maps": kept if maps == "device" else 0,
         "plain": program.plain_bytes,
         "allocator": int(step * wish.heap_excess[0]),
@@ -210,27 +210,13 @@ def _draft(
     return _Draft(tuple(choice), maps, carries, sizes, kept)
 
 
-@lru_cache(maxsize=8)
-def _map_bytes(program: Program, training: bool) -> tuple[int, int]:
-    """Bytes of the maps between stages, with the gradients that are there at a time, and of those that leave the program."""
-    kept = [sum(stage.values[v].bytes for v in stage.stored) for stage in program.stages]
-    given = {program.captured.image, *program.spread}  # the image and weights: they and their gradients do not count
-    read = [
-        sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
-        for stage in program.stages
-    ]
-    gradients = max(k + r for k, r in zip(kept, read, strict=True)) if training and len(kept) > 1 else 0
-    outputs = sum(stage.values[v].bytes for stage in program.stages for v in stage.outputs if v not in stage.stored)
-    return sum(kept) + gradients, outputs
-
-
 def _finished(
     program: Program, wish: Wish, options: Sequence[_Options], draft: _Draft, spare: int, tile: tuple[int, int]
 ) -> tuple[Plan, tuple[Scan, ...]]:
     """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
 
-    What the first of them needs is there anyhow: it is the first in the backward pass, and without recording it would be
-    recomputed in the same place.
+    What the last step needs is there anyhow: it is the first in the backward pass, and without recording it would be recomputed
+    in the same place. So is what the gradients of a row of carries need, which come when the first recorded steps are gone.
     """
     footprints = [option.footprint(k) for option, k in zip(options, draft.choice, strict=True)]
     room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
@@ -238,6 +224,7 @@ def _finished(
         total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
         there = max(0.0, draft.sizes["step"] - last.cost.step + float(last.recorded.max()))
+        there += max(footprint.cost.row for footprint in footprints)
         room = room / (1 + wish.heap_excess[1]) + (there if spare else 0.0)
         for s in reversed(range(len(footprints))):
             sums = np.cumsum(footprints[s].recorded.ravel()[::-1])

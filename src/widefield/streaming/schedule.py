@@ -83,7 +83,7 @@ def schedules(
     ends = (ready < sizes[..., None]).sum(2).max(0) + 1
     parts = [1.0 if done else max(1.0, length / (tile * steps)) for done, tile in zip(whole, tiles, strict=True)]
     return tuple(
-        Schedule(tuple(flows), ready[:, k, :end], kept[:, k, :end], bool(whole[k]), parts[k])
+        Schedule(tuple(flows), ready[:, k, :end].copy(), kept[:, k, :end].copy(), bool(whole[k]), parts[k])
         for k, end in enumerate(ends.tolist())
     )
 
