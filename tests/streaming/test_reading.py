@@ -70,3 +70,34 @@ def test_a_failing_read_ends_the_pass_and_its_thread() -> None:
     with pytest.raises(ValueError, match=r"read\(16, 0, 8, 24\) returned shape \(3, 4, 24\), expected \(3, 8, 24\)"):
         StreamingCNN(net(), (8, None))(image)
     assert not readers()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_a_reader_may_use_its_memory_again(dtype: torch.dtype) -> None:
+    class Reused(OnDisk):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pixels = (255 * self.pixels).to(dtype)
+            self.dtype = dtype
+            self.buffer = torch.empty(3, 8, 24, dtype=dtype)
+
+        def read(self, y: int, x: int, height: int, width: int) -> Tensor:
+            return self.buffer.copy_(super().read(y, x, height, width))
+
+    image, module = Reused(), net()
+    out = StreamingCNN(module, (8, None), value_range=(0, 255))(image)
+    assert relative_error(out.detach(), module(image.pixels[None].double() / 255).detach()) < TOLERANCE
+
+
+def test_a_pass_that_fails_ends_its_thread() -> None:
+    """Even if somebody keeps the exception, and with it what the pass held."""
+    streamed = StreamingCNN(net(), (8, None))
+
+    def progress(phase: str, done: int, steps: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    streamed.progress = progress
+    with pytest.raises(KeyboardInterrupt) as kept:
+        streamed(OnDisk())
+    assert kept.value is not None and not readers()

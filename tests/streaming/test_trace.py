@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.streaming.exactness import TOLERANCE, relative_error
-from widefield.streaming import StreamingCNN, programs, stream
+from widefield.streaming import StreamingCNN, UnsupportedOpError, programs, stream
 from widefield.streaming.capture import capture
 from widefield.streaming.captured import Captured, Ref
 
@@ -165,3 +165,23 @@ def test_an_image_of_one_row() -> None:
 def test_a_module_that_needs_long_with_symbols_is_traced_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
     assert capture(Fn(lambda x: x.relu()), (1, 3, 33, 47), torch.float32).fixed
+
+
+def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:
+    """The second one divides by 0 where the first one does not hold."""
+
+    def pick(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return x.tanh() if width != 48 and height // (width - 48) == -3 else x.relu()
+
+    module = Fn(pick).double()
+    streamed = stream(module, 11)
+    for size in ((64, 64), (33, 48), (30, 38)):
+        image = torch.randn(1, 3, *size, dtype=torch.float64)
+        assert relative_error(streamed(image).detach(), module(image).detach()) < TOLERANCE
+
+
+def test_a_size_that_depends_on_values_is_refused() -> None:
+    module = Fn(lambda x: x + torch.nonzero(torch.ones(x.shape[3])).shape[0])
+    with pytest.raises(UnsupportedOpError, match="whose size depends on the values of another"):
+        stream(module)(torch.rand(1, 3, 9, 9))

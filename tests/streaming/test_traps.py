@@ -142,3 +142,25 @@ def test_gradients_of_batch_norm_before_a_permutation_of_one_image() -> None:
             return self.norm(self.conv(x)[:, 4:]).reshape(len(x), 4, -1).mT
 
     assert_exact(randomise(Tokens()).eval(), torch.randn(1, 3, 6, 8), [(4, None), (3, 5)])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
+@pytest.mark.parametrize("factors", [(1.3, 1.0), (1.3, 2.0), (2.4, 1.4)])
+def test_a_factor_that_changes_no_size_is_not_used(mode: str, factors: tuple[float, float]) -> None:
+    """PyTorch copies rows, or repeats them, where the sizes say so, whatever the factor."""
+
+    class Resize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.conv(x), scale_factor=factors, mode=mode)
+
+    torch.manual_seed(0)
+    for size in ((2, 5), (2, 2), (3, 2)):
+        if mode == "bicubic" and Resize()(torch.ones(1, 1, *size)).shape[2:] == size:
+            with pytest.raises(UnsupportedOpError, match="a factor that changes no size"):
+                StreamingCNN(Resize())(torch.ones(1, 1, *size))
+            continue
+        assert_exact(Resize(), torch.randn(1, 1, *size), [(1, None), (2, 2)])

@@ -9,6 +9,7 @@ import copy
 import logging
 import operator
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 _SYMBOLIC_LIMIT = 10.0  # seconds of computing after which a trace with symbols is given up for one without
 
+_ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threads
+
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
@@ -52,14 +55,15 @@ def capture(
     Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
     updated in forward, calls that leave PyTorch.
     """
-    if symbolic:
-        try:
-            trace = _capture(module, shape, dtype, autocast, batch_statistics, symbolic=True)
-            if trace.at(*shape[2:]) is not None:
-                return trace
-        except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
-            _LOG.debug("no trace with symbols: %s", error)
-    return _capture(module, shape, dtype, autocast, batch_statistics, symbolic=False)
+    with _ONE_AT_A_TIME:
+        if symbolic:
+            try:
+                trace = _capture(module, shape, dtype, autocast, batch_statistics, symbolic=True)
+                if trace.at(*shape[2:]) is not None:
+                    return trace
+            except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
+                _LOG.debug("no trace with symbols: %s", error)
+        return _capture(module, shape, dtype, autocast, batch_statistics, symbolic=False)
 
 
 def _capture(

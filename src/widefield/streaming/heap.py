@@ -96,14 +96,9 @@ def _resident() -> int:
     return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def joins_free_memory() -> bool:
-    """Whether the heap joins free memory to larger blocks: the process was started with the tunable above."""
-    return "glibc.malloc.tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "").split(":")
-
-
 @cache
 def _tell_once() -> None:
-    if not joins_free_memory():
+    if "tcache_count" not in os.environ.get("GLIBC_TUNABLES", ""):
         _logger.warning(
             "To stay within memory_budget, free memory is given back to the system, which takes time. With a glibc before 2.38 it "
             "need not be: start Python with the environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0"

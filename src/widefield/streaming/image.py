@@ -146,12 +146,13 @@ class Source:
             raise ValueError(
                 f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}"
             )
-        return tile[None].pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile[None]
+        dtype = self.dtype if tile.is_floating_point() else tile.dtype
+        tile = tile[None].to(dtype, copy=True)  # a copy: the reader may use its memory for the next tile
+        return tile.pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile
 
     def place(self, tile: Tensor) -> Tensor:
         """What `fetch` gave, on the scan's device."""
-        tile = tile.to(self.device, non_blocking=True)
-        return tile.to(self.dtype) if tile.is_floating_point() and not isinstance(self.data, Tensor) else tile
+        return tile.to(self.device, non_blocking=True)
 
     def prepare(self, raw: Tensor | None) -> Tensor | None:
         if raw is None:

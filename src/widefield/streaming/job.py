@@ -1,7 +1,7 @@
 """What one scan works on: where its tiles are read, where what it makes is kept."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,8 +25,7 @@ class Job:
 
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
     expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
-    `autocast` gives a context with the
-    autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
+    `autocast` gives a context with the autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
     """
 
     grid: Grid
@@ -54,22 +53,25 @@ class Job:
         for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
             self.store.release(x)
 
-    def tiles(self, steps: Iterable[tuple[int, int]]) -> Iterator[list[Tensor | None]]:
+    def tiles(self, steps: Iterable[tuple[int, int]]) -> Generator[list[Tensor | None]]:
         """The new tiles of the stage inputs in each of `steps`, as their sources give them.
 
-        Of an image that is read lazily, the next tile is read in the background while a step is computed.
+        Of an image that is read lazily, the next tile is read in the background while a step is computed. To be closed.
         """
         if all(isinstance(source.data, Tensor) for source in self.sources):
             yield from (self._place(self._fetch(i, j)) for i, j in steps)
             return
-        with ThreadPoolExecutor(1, "widefield-reader") as reader:
-            coming: deque[Future[list[Tensor | None]]] = deque()
+        reader = ThreadPoolExecutor(1, "widefield-reader")
+        coming: deque[Future[list[Tensor | None]]] = deque()
+        try:
             for i, j in steps:
                 coming.append(reader.submit(self._fetch, i, j))
                 if len(coming) > 1:
                     yield self._place(coming.popleft().result())
             while coming:
                 yield self._place(coming.popleft().result())
+        finally:
+            reader.shutdown(cancel_futures=True)
 
     def _fetch(self, i: int, j: int) -> list[Tensor | None]:
         raws: list[Tensor | None] = []

@@ -125,9 +125,11 @@ def _step(needs: Needs, largest: Array, kept: tuple[Array, Array], training: boo
     """The peak of steps that compute and hold so many positions: (2 * maps, rows, cols) to (rows, cols)."""
     sizes = needs.sizes[:, None, None]
     new, held = np.split(largest, 2)
-    if not training:
-        return needs.forward(new * sizes, held * sizes)
-    return needs.backward(new * sizes, held * sizes, new * kept[0] + held * kept[1])
+    if training:
+        peak = needs.backward(new * sizes, held * sizes, new * kept[0] + held * kept[1])
+    else:
+        peak = needs.forward(new * sizes, held * sizes)
+    return peak + needs.reading(new * sizes)
 
 
 def _saved_positions(rows: Sequence[Axis], cols: Sequence[Axis]) -> Array:

@@ -43,9 +43,12 @@ _GRADIENTS_OF_WEIGHTS = (
 
 @dataclass(frozen=True, eq=False)
 class Needs:
-    """Of one stage. Arrays have the stage's maps first; after them come as many tiles as are looked at together."""
+    """Of one stage, `image` being the name of the image. Arrays have the stage's maps first; after them come as many tiles as are
+    looked at together.
+    """
 
     stage: Stage
+    image: str
 
     @cached_property
     def sizes(self) -> Array:
@@ -81,6 +84,11 @@ class Needs:
             elif "dropout" in value.op:
                 extra[v] = value.pixel_bytes
         return extra
+
+    def reading(self, new: Array) -> Array:
+        """What reading the image ahead needs besides: the next tile, and the reader's own array of it."""
+        image = np.array([value.name == self.image for value in self.stage.values])
+        return 2 * new[image].sum(0)  # type: ignore[no-any-return]
 
     def forward(self, new: Array, held: Array) -> Array:
         """The peak of a step without gradients, that computes and holds so many bytes of each map."""

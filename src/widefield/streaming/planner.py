@@ -13,7 +13,6 @@ import torch
 from widefield.streaming.budget import format_bytes, free_memory
 from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
-from widefield.streaming.heap import joins_free_memory
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
 from widefield.streaming.needs import Needs
@@ -26,11 +25,11 @@ from widefield.streaming.store import PLACES, Place
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 _SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
+_NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that works
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
 _HEAP_EXCESS = (0.6, 1.25, 0.1)
-_HEAP_EXCESS_JOINED = (0.35, 0.9, 0.1)  # where free memory is joined
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Wish:
         """Relative to the largest step, and to what is recorded."""
         if self.device.type != "cpu":
             return 0.0, 0.0
-        one, several, recorded = _HEAP_EXCESS_JOINED if joins_free_memory() else _HEAP_EXCESS
+        one, several, recorded = _HEAP_EXCESS
         return one if self.stages == 1 else several, recorded
 
 
@@ -80,27 +79,28 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
     options = [
         _Options(
             stage,
+            program.captured.image,
             [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), wish.device),
             wish.training,
         )
         for stage in program.stages
     ]
-    smallest: _Draft | None = None
+    drafts: list[_Draft] = []
     for places in _places(wish):
         draft = _fitting(program, wish, options, places, limit)
+        drafts.append(draft)
         if limit is None or draft.total <= limit:
             break
-        if smallest is None or draft.total < smallest.total:
-            smallest = draft
     else:
-        assert smallest is not None and limit is not None
-        if wish.budget is not None:
+        drafts += [_smallest(program, wish, options, places) for places in _places(wish)]
+        draft = min(drafts, key=lambda draft: draft.total)
+        if wish.budget is not None and draft.total > wish.budget:
             raise ValueError(
-                f"memory_budget of {format_bytes(limit)} is too small for an image of shape {program.captured.image_shape}: "
-                f"the smallest that works is {format_bytes(smallest.total + 2**20)} ({smallest.total + 2**20} bytes, with "
-                f"tile_size={options[0].tiles[smallest.choice[0]]})"
+                f"memory_budget of {format_bytes(wish.budget)} is too small for an image of shape {program.captured.image_shape}: "
+                f"the smallest that works is {format_bytes(draft.total + 2**20)} ({draft.total + 2**20} bytes, with "
+                f"tile_size={options[0].tiles[draft.choice[0]]})"
             )
-        draft = smallest  # nothing fits the share of the free memory: try with what needs least
+        # Where nothing fits the share of the free memory, what needs least is tried.
     spare = 0 if limit is None or not wish.training else max(0, limit - draft.total)
     return _finished(program, wish, options, draft, spare, tile or options[0].tiles[draft.choice[0]])
 
@@ -111,10 +111,10 @@ class _Options:
     With many steps along an axis the costs are estimates from the first ones; `footprint` is exact.
     """
 
-    def __init__(self, stage: Stage, tiles: Sequence[tuple[int, int]], training: bool) -> None:
+    def __init__(self, stage: Stage, image: str, tiles: Sequence[tuple[int, int]], training: bool) -> None:
         self.tiles = tiles
         self._flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
-        self._needs, self._training = Needs(stage), training
+        self._needs, self._training = Needs(stage, image), training
         sizes = [list(dict.fromkeys(tile[axis] for tile in tiles)) for axis in (0, 1)]
         self._axes = [
             dict(zip(of, map(Axis, schedules(flows, of, GATE, _STEPS_OF_ESTIMATE)), strict=True))
@@ -137,8 +137,12 @@ class _Options:
 
     def sizes(self, wish: Wish, carries: Place) -> list[float]:
         """Memory that each tile needs beyond what depends on no tile."""
-        saved, excess = wish.training and carries == "device", 1 + wish.heap_excess[0]
-        return [(cost.carries if saved else cost.row) + cost.step * excess for cost in self.costs]
+        return [_size(cost, wish, carries) for cost in self.costs]
+
+
+def _size(cost: Cost, wish: Wish, carries: Place) -> float:
+    saved = cost.carries if wish.training and carries == "device" else cost.row
+    return saved + cost.step * (1 + wish.heap_excess[0])
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,17 @@ def _fitting(
             break
         aim = int(aim * limit / draft.total * 0.98)
     return draft
+
+
+def _smallest(program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place]) -> _Draft:
+    """The tiles that need least, found among those that seem to."""
+    choice = []
+    for option in options:
+        sizes = option.sizes(wish, places[1])
+        near = sorted(range(len(sizes)), key=lambda k: sizes[k])[:_NEAR]
+        choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, wish, places[1])))
+    costs = [option.footprint(k).cost for option, k in zip(options, choice, strict=True)]
+    return _draft(program, wish, choice, costs, *places)
 
 
 def _draft(

@@ -16,7 +16,8 @@ What is needed of the whole image (the mean of a map, say) is a reduction, gathe
 like the output maps, and a later scan uses it; in the backward pass its gradient enters every tile.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from widefield.streaming.job import Job
 from widefield.streaming.rules import Work
 from widefield.streaming.tape import Carry, Step, Tape, Windows, own
 
+Tiles = Iterator[list[Tensor | None]]  # of the stage inputs, step by step
+
 
 def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Run `job`; returns the stage's output maps, then the parts of its reductions. An ordinary differentiable call.
@@ -39,8 +42,8 @@ def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -
     tensors = (*inputs, *weights)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return _Scan.apply(job, *tensors)
-    with torch.no_grad():
-        return tuple(_forward(job, weights, tape=None))
+    with torch.no_grad(), closing(job.tiles(job.grid.order)) as reader:
+        return tuple(_forward(job, reader, weights, tape=None))
 
 
 class _Scan(torch.autograd.Function):
@@ -49,7 +52,8 @@ class _Scan(torch.autograd.Function):
         stage, n = job.grid.stage, len(job.sources)
         weights = [tensor.detach() for tensor in tensors[n:] if tensor is not None]
         ctx.job, ctx.tape = job, Tape(job, weights, ctx.needs_input_grad[1:])
-        outputs = _forward(job, weights, ctx.tape)
+        with closing(job.tiles(job.grid.order)) as reader:
+            outputs = _forward(job, reader, weights, ctx.tape)
         parts = outputs[len(stage.outputs) :]
         ctx.parts = len(parts)
         ctx.save_for_backward(*tensors, *parts, *ctx.tape.take_pieces())
@@ -72,18 +76,18 @@ class _Scan(torch.autograd.Function):
         tensors, parts = everything[:count], everything[count : count + ctx.parts]
         saved = ctx.tape.carries(everything[count + ctx.parts :])
         del everything
-        with ctx.job.autocast():
-            return None, *_backward(ctx.job, ctx.tape, tensors, parts, saved, grads)
+        order = [at for k, at in enumerate(ctx.job.grid.order) if k not in ctx.tape.steps]
+        with ctx.job.autocast(), closing(ctx.job.tiles(order[::-1])) as reader:
+            return None, *_backward(ctx.job, reader, ctx.tape, tensors, parts, saved, grads)
 
 
-def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Tensor]:
-    """Scan the tiles in raster order; `tape` takes what a backward pass needs."""
+def _forward(job: Job, reader: Tiles, weights: Sequence[Tensor], tape: Tape | None) -> list[Tensor]:
+    """Scan the tiles that `reader` gives in raster order; `tape` takes what a backward pass needs."""
     grid, stage = job.grid, job.grid.stage
     by_name = dict(zip(job.weight_names, weights, strict=True))
     outputs: dict[int, Tensor] = {}
     gathered: dict[int, Any] = {}
     above: list[Carry] = [{} for _ in grid.cols]
-    reader = job.tiles(grid.order)
     for i in range(len(grid.rows)):
         left: Carry = {}
         for j in range(len(grid.cols)):
@@ -121,13 +125,17 @@ def _forward(job: Job, weights: Sequence[Tensor], tape: Tape | None) -> list[Ten
 
 def _backward(
     job: Job,
+    reader: Tiles,
     tape: Tape,
     tensors: Sequence[Tensor | None],
     parts: Sequence[Tensor],
     saved: list[tuple[Carry, Carry]],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Scan the tiles in reverse; returns the gradients of `tensors` (inputs, then weights) where needed, None elsewhere."""
+    """Scan the tiles in reverse, with those that were not recorded from `reader`.
+
+    Returns the gradients of `tensors` (inputs, then weights) where needed, None elsewhere.
+    """
     grid, stage, n = job.grid, job.grid.stage, len(job.sources)
     weights = [x for x in tensors[n:] if x is not None]
     input_grads = [
@@ -141,7 +149,6 @@ def _backward(
         k += count
     tape.start(weights)
     grad_below: list[Carry] = [{} for _ in grid.cols]
-    reader = job.tiles([at for k, at in enumerate(grid.order) if k not in tape.steps][::-1])
     for i in reversed(range(len(grid.rows))):
         grad_right: Carry = {}
         for j in reversed(range(len(grid.cols))):

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from widefield.streaming.captured import Captured
+from widefield.streaming.errors import UnsupportedOpError
 
 _PRINTER = PythonPrinter()
 
@@ -87,7 +88,14 @@ class Trace:
         for symbol, (low, high) in (self.ranges or {}).items():
             if symbol in sizes and not low <= sizes[symbol] <= high:
                 return False
-        return all(self._guards(*sizes.values()))
+        try:
+            return all(self._guards(*sizes.values()))
+        except (
+            ArithmeticError,
+            TypeError,
+            ValueError,
+        ):  # it divides by 0, say, for sizes for which another does not hold
+            return False
 
     @cached_property
     def _sized(self) -> list[bool]:
@@ -105,8 +113,16 @@ class Trace:
 
     @cached_property
     def _numbers(self) -> Callable[..., tuple[Any, ...]]:
-        """The formulas as a function of the sizes' symbols."""
-        return _compiled(self._symbols, [formula.expression for formula in self._formulas])
+        """The formulas as a function of the sizes' symbols. Raises UnsupportedOpError where one depends on anything else."""
+        expressions = [formula.expression for formula in self._formulas]
+        if foreign := {symbol for e in expressions for symbol in e.free_symbols} - set(self._symbols):
+            raise UnsupportedOpError(
+                "",
+                "forward",
+                f"makes a tensor whose size depends on the values of another ({', '.join(map(str, foreign))})",
+                "compute such tensors outside of the streamed part of the model",
+            )
+        return _compiled(self._symbols, expressions)
 
     @cached_property
     def _guards(self) -> Callable[..., tuple[bool, ...]]:
@@ -130,7 +146,7 @@ def _compiled(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic
 
 
 def _number(value: sympy.Basic) -> int | float | bool:
-    """A formula's value as Python has it. Raises ValueError where it still depends on something."""
+    """A formula without symbols as Python has it."""
     if value.is_Boolean:
         return bool(value)
     return int(value) if value.is_Integer else float(value)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Interpolation with global coordinates, separably: rows, then columns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ MODES = {
     "aten.upsample_bicubic2d": "cubic",
 }
 
+# Sizes of the output, for that of the input, for which PyTorch takes no notice of a given factor.
+_SIZES_COUNT: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "nearest": lambda n: (n, 2 * n),
+    "linear": lambda n: (n,),
+}
+
 
 @rule(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d)
 def interpolate(node: Node, maps: Maps) -> Placed:
@@ -30,12 +36,18 @@ def interpolate(node: Node, maps: Maps) -> Placed:
     has_corners = mode in ("linear", "cubic")
     align_corners = bool(argument(node, 2, "align_corners", False)) if has_corners else False
     factors = argument(node, 3 if has_corners else 2, "scale_factors")
+    if mode == "cubic" and factors and maps.extent(name) == tuple(node.shape[2:]) and set(factors) != {1.0}:
+        raise node.refuse(
+            "resizes by a factor that changes no size, where PyTorch's gradient is not that of its result",
+            "leave it out",
+        )
     axes = []
     for axis, (n_in, n_out) in enumerate(zip(maps.extent(name), node.shape[2:], strict=True)):
         if align_corners:
             scale = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
         else:
-            scale = 1.0 / factors[axis] if factors else n_in / n_out
+            by_sizes = not factors or n_out in _SIZES_COUNT.get(mode, lambda n: ())(n_in)
+            scale = n_in / n_out if by_sizes else 1.0 / factors[axis]
         axes.append(Resample(n_in, n_out, scale, mode, align_corners))
         if mode.startswith("nearest") and not _rounds_alike(axes[-1]):
             raise node.refuse(
