@@ -224,7 +224,8 @@ class _Sorter:
         used = {name for stage in stages.values() for name in stage.weights}
         streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
         of_image = [node for node in plain if self.levels[node.name] > 0]
-        whole = sum(size_of(node) for node in of_image if self._is_whole(node))
+        extents = {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}
+        whole = sum(size_of(node) for node in of_image if self._is_whole(node, extents))
         return Program(
             replace(self.captured, outputs=outputs.args),
             tuple(items),
@@ -238,14 +239,12 @@ class _Sorter:
             any("dropout" in node.op or "bernoulli" in node.op for node in live),
         )
 
-    def _is_whole(self, node: Node) -> bool:
-        """Whether a plain node depends on a whole map, or makes something as large as one of what scans have reduced."""
-        if node.name in self.whole:
-            return True
-        for height, width in {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}:
-            if height * width in node.shape or (height, width) in itertools.pairwise(node.shape):
-                return True
-        return False
+    def _is_whole(self, node: Node, extents: set[tuple[int, int]]) -> bool:
+        """Whether a plain node depends on a whole map, or makes something of one of these `extents` from what scans reduced.
+        return node.name in self.whole or any(
+            height * width in node.shape or (height, width) in itertools.pairwise(node.shape)
+            for height, width in extents
+        )
 
     def _live(self, needed: set[str]) -> list[Node]:
         """The nodes that `needed` depend on, in order."""

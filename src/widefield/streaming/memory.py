@@ -39,7 +39,7 @@ class Axis:
     @cached_property
     def buffered(self) -> Flags:
         """Whether a step holds more of a map than it computes."""
-        new, held = np.split(self.work, 2)
+        new, held = _halves(self.work)
         flags: Flags = np.any(held > new, axis=1)
         return flags
 
@@ -51,7 +51,7 @@ class Axis:
     @cached_property
     def sums(self) -> tuple[Array, Array]:
         """Positions carried and positions held, in all steps."""
-        return self.carried.sum(1) * self.schedule.parts, np.split(self.work, 2)[1].sum(1) * self.schedule.parts
+        return self.carried.sum(1) * self.schedule.parts, _halves(self.work)[1].sum(1) * self.schedule.parts
 
     @cached_property
     def sizes(self) -> Array:
@@ -109,6 +109,11 @@ def estimates(needs: Needs, rows: Sequence[Axis], cols: Sequence[Axis], training
     ]
 
 
+def _halves(work: Array) -> tuple[Array, Array]:
+    """What is computed, and what is held."""
+    return work[: len(work) // 2], work[len(work) // 2 :]
+
+
 def _largest(axes: Sequence[Axis], weights: Array) -> Array:
     """Of each axis the step with the largest sum, with each of its weights: (2 * maps, axes, others), weights and result."""
     best = [(axis.work.T @ weights[:, k]).argmax(0) for k, axis in enumerate(axes)]
@@ -124,7 +129,7 @@ def _kept(needs: Needs, rows: Sequence[Axis], cols: Sequence[Axis]) -> tuple[Arr
 def _step(needs: Needs, largest: Array, kept: tuple[Array, Array], training: bool) -> Array:
     """The peak of steps that compute and hold so many positions: (2 * maps, rows, cols) to (rows, cols)."""
     sizes = needs.sizes[:, None, None]
-    new, held = np.split(largest, 2)
+    new, held = _halves(largest)
     if training:
         peak = needs.backward(new * sizes, held * sizes, new * kept[0] + held * kept[1])
     else:

@@ -85,15 +85,11 @@ def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
         )
         for stage in program.stages
     ]
-    drafts: list[_Draft] = []
-    for places in _places(wish):
-        draft = _fitting(program, wish, options, places, limit)
-        drafts.append(draft)
-        if limit is None or draft.total <= limit:
-            break
-    else:
-        drafts += [_smallest(program, wish, options, places) for places in _places(wish)]
-        draft = min(drafts, key=lambda draft: draft.total)
+    drafts = (_fitting(program, wish, options, places, limit) for places in _places(wish))
+    draft = next((draft for draft in drafts if draft is not None), None)
+    if draft is None:
+        smallest = [_smallest(program, wish, options, places) for places in _places(wish)]
+        draft = min(smallest, key=lambda draft: draft.total)
         if wish.budget is not None and draft.total > wish.budget:
             raise ValueError(
                 f"memory_budget of {format_bytes(wish.budget)} is too small for an image of shape {program.captured.image_shape}: "
@@ -180,17 +176,19 @@ def _within(
 
 def _fitting(
     program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
-) -> _Draft:
-    """`_within`, with exact costs; where the estimates were too low, again with less."""
+) -> _Draft | None:
+    """`_within`, with exact costs; where the estimates were too low, again with less. None if nothing fits."""
     aim = limit
     for _ in range(3):
         estimate = _within(program, wish, options, places, aim)
+        if aim is not None and estimate.total > aim:
+            break
         exact = [option.footprint(k).cost for option, k in zip(options, estimate.choice, strict=True)]
         draft = _draft(program, wish, estimate.choice, exact, *places)
-        if limit is None or aim is None or draft.total <= limit or estimate.total > aim:
-            break
+        if limit is None or aim is None or draft.total <= limit:
+            return draft
         aim = int(aim * limit / draft.total * 0.98)
-    return draft
+    return None
 
 
 def _smallest(program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place]) -> _Draft:
