@@ -240,7 +240,7 @@ class _Sorter:
         )
 
     def _is_whole(self, node: Node, extents: set[tuple[int, int]]) -> bool:
-        """Whether a plain node depends on a whole map, or makes something of one of these `extents` from what scans reduced.
+        """Whether a plain node depends on a whole map, or has one of these `extents` of what scans have reduced."""
         return node.name in self.whole or any(
             height * width in node.shape or (height, width) in itertools.pairwise(node.shape)
             for height, width in extents
