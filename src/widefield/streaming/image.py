@@ -140,14 +140,15 @@ class Source:
         if isinstance(self.data, Tensor):
             return self.region(self.data, y, x, height, width)
         pixels = self.data.read(y, x, height, width)
-        tile = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.require(pixels, requirements=("W",)))
+        # A copy: the reader may use its memory for the next tile.
+        tile = pixels.clone() if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
+        del pixels
         planned = (self.data.shape[0], height, width)
         if tuple(tile.shape) != planned:
             raise ValueError(
                 f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}"
             )
-        dtype = self.dtype if tile.is_floating_point() else tile.dtype
-        tile = tile[None].to(dtype, copy=True)  # a copy: the reader may use its memory for the next tile
+        tile = tile[None].to(self.dtype if tile.is_floating_point() else tile.dtype)
         return tile.pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile
 
     def place(self, tile: Tensor) -> Tensor:
