@@ -131,16 +131,14 @@ class Program:
     @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of their gradients that are there at a time. The image's and those of weights do not count."""
+        if len(self.stages) == 1:
+            return 0
         given = {self.captured.image, *self.spread}
-        inputs = (
-            [value for v in stage.inputs if (value := stage.values[v]).name not in given] for stage in self.stages
+        read = (
+            sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
+            for stage in self.stages
         )
-        read = [sum(value.bytes for value in values) for values in inputs]
-        return (
-            max(self._stored_bytes(stage) + size for stage, size in zip(self.stages, read, strict=True))
-            if len(read) > 1
-            else 0
-        )
+        return max(self._stored_bytes(stage) + size for stage, size in zip(self.stages, read, strict=True))
 
     @staticmethod
     def _stored_bytes(stage: Stage) -> int:

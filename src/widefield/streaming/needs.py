@@ -36,9 +36,8 @@ _NEED_RESULT = frozenset(
     f"aten.{name}" for name in ("relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "_softmax", "log_softmax")
 )
 _INDEX_BYTES = 8  # per position of a maximum
-_GRADIENTS_OF_WEIGHTS = (
-    3  # copies of one that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's
-)
+# Copies of a weight's gradient that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's.
+_GRADIENTS_OF_WEIGHTS = 3
 
 
 @dataclass(frozen=True, eq=False)
