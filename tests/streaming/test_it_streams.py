@@ -36,7 +36,7 @@ class LargestTensor(TorchDispatchMode):
 
 def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     """Bytes of the largest tile with its carries, by the schedule."""
-    program = streamed._program(tuple(image.shape), torch.float32, False)
+    program = streamed._program(tuple(image.shape), torch.float32, torch.device("cpu"))
     grid = streamed._planned(program, torch.device("cpu"))[1][0].grid
     return max(
         value.pixel_bytes * (row[v].ready - row[v].kept) * (col[v].ready - col[v].kept)

@@ -1,10 +1,21 @@
 """The engine: any image size, exactly, in the memory you have. Imports torch and nothing else of Widefield."""
 
 from widefield.streaming.calibration import calibrate_batch_norm
-from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.image import LazyImage
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
 from widefield.streaming.split import split
+from widefield.streaming.watch import register_op
 
-__all__ = ["LazyImage", "Plan", "StreamingCNN", "UnsupportedOpError", "calibrate_batch_norm", "split", "stream"]
+__all__ = [
+    "LazyImage",
+    "Plan",
+    "StreamingCNN",
+    "UnsupportedOpError",
+    "VerificationError",
+    "calibrate_batch_norm",
+    "register_op",
+    "split",
+    "stream",
+]

@@ -18,15 +18,17 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.fingerprint import Surroundings
 from widefield.streaming.trace import Formula, Trace, formula
+from widefield.streaming.watch import PointwiseCall, Watch
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,81 +45,210 @@ def capture(
     module: nn.Module,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
     batch_statistics: bool = False,
     symbolic: bool = True,
+    image_requires_grad: bool = False,
 ) -> Trace:
-    """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype`, to be run under autocast or not.
+    """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype`, in the current grad mode.
 
-    `batch_statistics`: batch norm layers in training mode normalise by the batch, and not by their running statistics.
-    `symbolic`: with symbols for height and width, if the module can be traced so.
+    `autocast`: the dtype of the autocast that it will run under. `batch_statistics`: batch norm layers in training mode
+    normalise by the batch, and not by their running statistics. `symbolic`: with symbols for height and width, if the module
+    can be traced so.
 
     Raises `UnsupportedOpError` when the forward pass cannot be captured: control flow on pixel values, a buffer that is
-    updated in forward, calls that leave PyTorch.
+    updated in forward, calls that leave PyTorch, and what `watch` refuses. Whatever happens, the module and all that its forward
+    can reach (caches, globals, objects in attributes) is left as it was.
     """
+    _refuse_structure(module)
     with _ONE_AT_A_TIME:
         if symbolic:
             try:
-                trace = _capture(module, shape, dtype, autocast, batch_statistics, symbolic=True)
+                trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad)
                 if trace.at(*shape[2:]) is not None:
                     return trace
+            except UnsupportedOpError as error:
+                if error.__cause__ is None:  # the model's own doing, with symbols or without
+                    raise
+                _LOG.debug("no trace with symbols: %s", error)
             except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
                 _LOG.debug("no trace with symbols: %s", error)
-        return _capture(module, shape, dtype, autocast, batch_statistics, symbolic=False)
+        return _capture(module, shape, dtype, autocast, batch_statistics, False, image_requires_grad)
 
 
 def _capture(
     module: nn.Module,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
-    autocast: bool,
+    autocast: torch.dtype | None,
     batch_statistics: bool,
     symbolic: bool,
+    image_requires_grad: bool,
 ) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(module, fake, batch_statistics)
+    recorded = _Recorded(_skeleton(module, fake, batch_statistics))
     with fake:
-        image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
-    watch = _Watch(autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
+        image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE, requires_grad=image_requires_grad)
+    watch = Watch(recorded.module, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
+    surroundings = Surroundings(recorded.module)
     try:
-        with torch.enable_grad(), _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
-            program = torch.export.export(skeleton, (image,), dynamic_shapes=dynamic, strict=False)
-            _refuse_regions(program.graph, autocast)
+        with _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+            program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
+            _refuse_regions(program.graph, autocast is not None)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
     except UnsupportedOpError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, UnsupportedOpError):
+            raise error.__cause__ from None
         first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
-            raise ValueError(f"the model cannot run on an image of shape {shape}: {first_line}") from error
+            raise ValueError(f"the model cannot run on an image of shape {shape}: {first_line:.300}") from error
         raise UnsupportedOpError(
             "",
             "forward",
-            f"could not be captured by torch.export ({type(error).__name__}: {first_line})",
+            f"could not be captured by torch.export ({type(error).__name__}: {first_line:.300})",
             "remove control flow that depends on pixel values (.item(), if x.max() > 0) from forward, "
             "or stream only the part of the model before it",
         ) from error
+    finally:
+        changes = surroundings.restore()
+    _refuse_changes(changes, watch)
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    return _with_guards(program, replace(_captured(program), image_shape=shape, synchronised=synchronised))
+    captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=recorded.attributes)
+    return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)
+
+
+class _Recorded(nn.Module):
+    """`module`, whose result is followed by the tensors and plain values that its forward has left in attributes of modules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.attributes: tuple[tuple[str, str], ...] = ()  # path of the module, name
+
+    def forward(self, image: torch.Tensor) -> Any:
+        before = [(path, part, dict(part.__dict__)) for path, part in self.module.named_modules()]
+        registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
+        buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
+        result, left = self.module(image), {}
+        for path, part, own in before:
+            if registered[path] != (*part._parameters.items(), *part._modules.items()):
+                raise UnsupportedOpError(
+                    path,
+                    "forward",
+                    "adds or replaces a parameter or a layer",
+                    "make all layers in __init__, or call the plain module once",
+                )
+            for (key, old), (_, new) in zip(buffers[path], part._buffers.items(), strict=False):
+                if old is not new:
+                    raise _changes_buffer(f"{path}.{key}".lstrip("."))
+            for key, value in tuple(part.__dict__.items()):
+                if key in own and value is own[key]:
+                    continue
+                leaves = pytree.tree_leaves(value)
+                if all(leaf is None or isinstance(leaf, _GIVEN_BACK) for leaf in leaves):
+                    left[path, key] = value
+                elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                    raise UnsupportedOpError(
+                        path,
+                        f"the attribute '{key}'",
+                        "is set in forward to a tensor inside of an object",
+                        "return the tensor instead",
+                    )
+            part.__dict__.clear()
+            part.__dict__.update(own)
+        self.attributes = tuple(left)
+        return result, tuple(left.values())
+
+
+_GIVEN_BACK = (torch.Tensor, bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _changes_buffer(key: str) -> UnsupportedOpError:
+    return UnsupportedOpError(
+        key.rpartition(".")[0],
+        "in-place update",
+        f"changes the parameter or buffer '{key}' in forward, which a tile-by-tile pass would repeat",
+        "put the layer in evaluation mode, or move the update out of forward",
+    )
+
+
+def _refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
+    """Refuse what forward changes outside of the module, but for entries added to a cache that do not depend on the image."""
+    for what, values in changes:
+        if any(map(watch.derived, pytree.tree_leaves(values))):
+            raise UnsupportedOpError(
+                "",
+                "forward",
+                f"puts a tensor away in {what or 'a dict or set'}, outside of its result",
+                "return the tensor, or assign it to an attribute of the module (self.features = ...)",
+            )
+        if what:
+            raise UnsupportedOpError(
+                "",
+                "forward",
+                f"changes {what}, which is no attribute of a module: the next forward pass may differ",
+                "keep such state in an attribute of the module, or change it outside of forward",
+            )
+
+
+def _refuse_structure(module: nn.Module) -> None:
+    """Refuse modules that hide their operations, and hooks on gradients."""
+    for path, part in module.named_modules():
+        kind = type(part).__module__
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UnsupportedOpError(
+                path,
+                "TorchScript",
+                "hides the operations of a scripted or traced module",
+                "stream the module that was scripted",
+            )
+        if isinstance(part, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inside = "_orig_mod" if isinstance(part, torch._dynamo.OptimizedModule) else "module"
+            raise UnsupportedOpError(
+                path,
+                type(part).__name__,
+                "is a wrapper around the module to stream",
+                f"stream the module inside: model.{inside}",
+            )
+        if ".quantized" in kind or ".qat." in kind or kind.startswith("torchao"):
+            raise UnsupportedOpError(
+                path,
+                type(part).__name__,
+                "computes with quantised tensors",
+                "stream the float model, under autocast for speed",
+            )
+        if torch.is_grad_enabled() and (part._backward_hooks or part._backward_pre_hooks):
+            raise UnsupportedOpError(
+                path,
+                "a backward hook of the module",
+                "would not run on tiles, or once for each",
+                "remove it (handle.remove()) and use hooks on the image, outputs and parameters, or stream under torch.no_grad()",
+            )
+    if torch.is_grad_enabled() and (everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks):
+        raise UnsupportedOpError("", "a global backward hook", "would not run on tiles", "remove it (handle.remove())")
 
 
 def _captured(program: torch.export.ExportedProgram) -> Captured:
     """The program's operations, by names. Numbers that depend on the image's size are `Formula`s."""
     signature = program.graph_signature
-    if signature.buffers_to_mutate:
-        keys = sorted(set(signature.buffers_to_mutate.values()))
+    mutated = {**signature.buffers_to_mutate, **getattr(signature, "parameters_to_mutate", {})}
+    if mutated:
+        raise _changes_buffer(min(mutated.values()).removeprefix("module."))
+    if signature.user_inputs_to_mutate:
         raise UnsupportedOpError(
-            keys[0].rpartition(".")[0],
+            "",
             "in-place update",
-            f"changes the buffer '{keys[0]}' in forward, which a tile-by-tile pass would repeat",
-            "put the layer in evaluation mode, or move the update out of forward",
+            "changes the image that forward was given",
+            "write it as an operation with a result: x = x.clamp(0, 1)",
         )
     bound = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    bound = {name: key.removeprefix("module.") for name, key in bound.items()}
     constants = {name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
     image_name, nodes, outputs, shapes = "", [], (), {}
     tuples: dict[str, Node] = {}
-    skipped = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
     for fx in program.graph.nodes:
         if fx.op == "placeholder":
             value = fx.meta["val"]
@@ -126,7 +257,7 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
             if fx.name in signature.user_inputs:
                 image_name = fx.name
         elif fx.op == "output":
-            outputs = tuple(_refs(value) for value in fx.args[0])[skipped:]
+            outputs = tuple(_refs(value) for value in fx.args[0])
         elif fx.target is operator.getitem and fx.args[0].name in tuples:
             nodes.append(_named(replace(tuples[fx.args[0].name], pick=fx.args[1]), fx))
         elif isinstance(fx.meta.get("val"), torch.Tensor):
@@ -156,35 +287,6 @@ def _with_guards(program: torch.export.ExportedProgram, captured: Captured) -> T
         if symbol in height.free_symbols | width.free_symbols
     }
     return Trace(captured, (height, width), tuple(guards), ranges)
-
-
-class _Watch(TorchFunctionMode):
-    """Sees what a capture would lose.
-
-    Weights that the model uses without owning them are refused: they would be frozen, and their gradients dropped. For a run
-    under autocast, `x.float()` is kept as an operation even though it changes nothing in the capture, which is in float32. A
-    capture that is not done at time `limit` is given up.
-    """
-
-    def __init__(self, autocast: bool, limit: float) -> None:
-        super().__init__()
-        self.autocast = autocast
-        self.limit = limit
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.thread_time() > self.limit:
-            raise TimeoutError
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:
-                raise UnsupportedOpError(
-                    "",
-                    getattr(func, "__name__", str(func)),
-                    f"uses a tensor of shape {tuple(leaf.shape)} that requires grad but is no parameter of the model",
-                    "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
-                )
-        if self.autocast and func is torch.Tensor.float and args[0].dtype == torch.float32:
-            return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
-        return func(*args, **(kwargs or {}))
 
 
 def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -> nn.Module:
@@ -233,10 +335,13 @@ def _refuse_regions(graph: torch.fx.Graph, autocast: bool) -> None:
 def _node(fx: torch.fx.Node) -> Node:
     args = pytree.tree_map(_refs, fx.args, is_leaf=lambda a: isinstance(a, torch.fx.Node))
     kwargs = pytree.tree_map(_refs, dict(fx.kwargs), is_leaf=lambda a: isinstance(a, torch.fx.Node))
-    assert callable(fx.target)
+    target: Any = _DIFFERENTIABLE.get(fx.target, fx.target)
+    if target is torch.ops.widefield.pointwise_function.default:
+        tensors, call = args
+        target, args = PointwiseCall.recorded[call], tuple(tensors)
     return Node(
         fx.name,
-        _DIFFERENTIABLE.get(fx.target, fx.target),
+        target,
         args,
         kwargs,
         (),
@@ -273,7 +378,7 @@ def _refs(value: Any) -> Any:
 
 def _module_path(fx: torch.fx.Node) -> str:
     stack = fx.meta.get("nn_module_stack") or {}
-    return next((str(path) for path, _ in reversed(stack.values())), "")
+    return next((str(path).removeprefix("module").removeprefix(".") for path, _ in reversed(stack.values())), "")
 
 
 def _source(fx: torch.fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""The engine's own exception."""
+"""The engine's own exceptions."""
 
 
 class UnsupportedOpError(Exception):
@@ -20,3 +20,7 @@ class UnsupportedOpError(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, ...]]:
         return type(self), (self.module_path, self.op, self.reason, self.remedy, self.source)
+
+
+class VerificationError(UnsupportedOpError):
+    """The model gave other results streamed than plain, on a small image, when it was streamed for the first time."""

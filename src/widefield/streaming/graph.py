@@ -10,6 +10,7 @@ by ordinary autograd. All of this holds no tensors, so it can be kept and used f
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ class Program:
     `statistics` lists the batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the
     operations that run whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all
     plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
-    those of all weights that stages use. `random`: masks are drawn.
+    those of all weights that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's size.
     """
 
     captured: Captured
@@ -113,6 +114,7 @@ class Program:
     weight_bytes: int
     refused: tuple[UnsupportedOpError, ...]
     random: bool
+    kind: Any = None
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

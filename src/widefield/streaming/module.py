@@ -1,6 +1,8 @@
 """The module that users hold: a network that streams the images it is called on."""
 
+import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
+from widefield.streaming.errors import VerificationError
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
 from widefield.streaming.image import LazyImage, Normalisation, Source
@@ -26,6 +29,11 @@ from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import PLACES, Place, Store
+from widefield.streaming.verification import SIZES, masks_of, verify
+
+_LOG = logging.getLogger(__name__)
+_VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
+_MOST_VERIFIED = 32
 
 
 class StreamingCNN(nn.Module):
@@ -57,9 +65,11 @@ class StreamingCNN(nn.Module):
         copy_to_gpu: move an image tensor to the device of the module as a whole, not tile by tile.
         unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
             all that depends on it, on whole maps.
+        verify: at the first call, and whenever the module or its mode has changed, compare with the plain module on a small image.
 
     Raises:
         UnsupportedOpError: at the first call, before any pixel is computed, naming the layer that cannot be streamed.
+        VerificationError: at the first call: on a small image, the streamed results are not those of the plain module.
         ValueError: for arguments or images that cannot be used.
     """
 
@@ -79,6 +89,7 @@ class StreamingCNN(nn.Module):
         deterministic: bool = False,
         copy_to_gpu: bool = False,
         unsupported: Literal["raise", "run_whole"] = "raise",
+        verify: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -101,6 +112,7 @@ class StreamingCNN(nn.Module):
         self.saliency, self.deterministic, self.copy_to_gpu = saliency, deterministic, copy_to_gpu
         self.saliency_map: Tensor | None = None
         self.unsupported = unsupported
+        self.verify = verify
         self.enabled = True
         self.progress: Progress | None = None
         self._programs = Programs()
@@ -128,8 +140,10 @@ class StreamingCNN(nn.Module):
         if not self.enabled:
             return self._whole(Source(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
         autocast = torch.is_autocast_enabled(device.type)
-        program = self._program(shape, dtype, autocast)
         trains = isinstance(image, Tensor) and image.requires_grad
+        program = self._program(shape, dtype, device, trains)
+        if self.verify:
+            self._verify(program, shape, dtype, device, trains)
         plan, scans = self._planned(program, device, trains)
         seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
         memory_format = _memory_format(device, dtype)
@@ -171,7 +185,10 @@ class StreamingCNN(nn.Module):
                 values.pop(name, None)
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
-        return pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+        result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+        for (path, name), value in zip(program.captured.attributes, left, strict=True):
+            setattr(self.module.get_submodule(path), name, value)
+        return result
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -191,10 +208,7 @@ class StreamingCNN(nn.Module):
 
     def _whole(self, pixels: Tensor, dtype: torch.dtype) -> Any:
         """The plain module on a whole image, its norm layers as they are when it is streamed."""
-        training = [
-            part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)
-        ]
-        frozen = training if self.batch_statistics == "frozen" else []
+        frozen = self._norms_to_freeze()
         try:
             for part in frozen:
                 part.training = False
@@ -244,12 +258,79 @@ class StreamingCNN(nn.Module):
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        return self._planned(self._program(full, dtype, torch.is_autocast_enabled(device.type)), device)[0]
+        return self._planned(self._program(full, dtype, device), device)[0]
 
-    def _program(self, shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> Program:
-        """The module captured at this image size, from the cache if nothing about the module has changed."""
+    def _program(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trains: bool = False
+    ) -> Program:
+        """The module captured at this image size, from the cache if nothing about the module has changed.
+
+        `trains`: the image requires grad.
+        """
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
-        return self._programs.get(self.module, shape, dtype, autocast, exact, whole)
+        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, trains)
+
+    def _verify(
+        self, program: Program, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trains: bool
+    ) -> None:
+        """Compare with the plain module on a small image, once for each kind of program and grad mode.
+
+        Raises VerificationError.
+        """
+        key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trains
+        synchronised = (
+            program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
+        if key in _VERIFIED or synchronised:  # processes would wait for each other
+            return
+        started = time.perf_counter()
+        sizes = sorted(SIZES, key=lambda size: not self._programs.holds(program, (*shape[:2], *size)))
+        if shape[2] * shape[3] <= 512**2:
+            sizes.append((shape[2], shape[3]))
+        reasons = []
+        for size in sizes:
+            pixels = torch.rand((*shape[:2], *size), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            image = self.normalisation.unchecked(pixels, dtype).requires_grad_(trains)
+            small = StreamingCNN(
+                self.module,
+                (-(-size[0] // 2), -(-size[1] // 2)),
+                batch_statistics=self.batch_statistics,
+                unsupported=self.unsupported,
+                verify=False,
+            )
+            small._programs = self._programs
+            try:
+                own = self._program((*shape[:2], *size), dtype, device, trains)
+                verify(
+                    self.module,
+                    small,
+                    image,
+                    masks_of(own.captured.nodes),
+                    own.random,
+                    self._norms_to_freeze(),
+                    torch.get_autocast_dtype(device.type).itemsize
+                    if torch.is_autocast_enabled(device.type)
+                    else dtype.itemsize,
+                )
+            except VerificationError:
+                raise
+            except Exception as error:  # the model does not run at this size
+                reasons.append(f"{size}: {type(error).__name__}: {error}")
+                continue
+            _LOG.info("streamed results verified on %s pixels in %.1f s", size, time.perf_counter() - started)
+            break
+        else:
+            _LOG.warning("could not be verified on a small image: %.500s", "; ".join(reasons))
+        _VERIFIED[key] = None
+        while len(_VERIFIED) > _MOST_VERIFIED:
+            _VERIFIED.pop(next(iter(_VERIFIED)))
+
+    def _norms_to_freeze(self) -> list[nn.Module]:
+        """Norm layers in training mode that are evaluated with their running statistics nevertheless."""
+        if self.batch_statistics == "exact":
+            return []
+        return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
 
     def _planned(self, program: Program, device: torch.device, trains: bool = False) -> tuple[Plan, tuple[Scan, ...]]:
         """The plan for the current grad mode; `trains`: even if no parameter requires grad."""
@@ -326,6 +407,7 @@ def stream(
     batch_statistics: Literal["frozen", "exact"] = "frozen",
     maps: Place | None = None,
     scratch_dir: str | os.PathLike[str] | None = None,
+    verify: bool = True,
 ) -> StreamingCNN:
     """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
 
@@ -342,6 +424,7 @@ def stream(
         maps=maps,
         scratch_dir=scratch_dir,
         unsupported="run_whole",
+        verify=verify,
     )
 
 

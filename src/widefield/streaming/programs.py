@@ -1,13 +1,15 @@
 """The programs of one module, kept: traced where it must be, derived for another image size where that is proven right."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from widefield.streaming.build import build
 from widefield.streaming.capture import capture
+from widefield.streaming.fingerprint import fingerprint
 from widefield.streaming.graph import Program
 from widefield.streaming.trace import Trace
 
@@ -19,7 +21,7 @@ class Programs:
     """See the module's page. `get` notices when the module has changed in a way that matters."""
 
     def __init__(self) -> None:
-        self._traces: dict[Any, list[Trace]] = {}
+        self._traces: dict[Any, list[tuple[Any, Trace]]] = {}
         self._programs: dict[Any, Program] = {}
 
     def get(
@@ -27,65 +29,44 @@ class Programs:
         module: nn.Module,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        autocast: bool,
+        autocast: torch.dtype | None,
         batch_statistics: bool,
         allow_whole: bool,
+        image_requires_grad: bool = False,
     ) -> Program:
-        """The program of `module` for images of `shape` (N, C, H, W) and `dtype`; arguments as for `capture` and `build`."""
+        """The program of `module` for images of `shape` (N, C, H, W) and `dtype`; arguments as for `capture` and `build`.
+
+        What `forward` decides by the grad mode is decided by the current one.
+        """
         norms = (part.training for part in module.modules() if isinstance(part, _NormBase))
         modes = tuple(norms) if batch_statistics else ()
-        kind = (shape[:2], dtype, autocast, modes, allow_whole, _fingerprint(module))
-        key = (shape, kind)
-        if key not in self._programs:
-            traces = self._traces.setdefault(kind, [])
-            captured = next((found for trace in traces if (found := trace.at(*shape[2:])) is not None), None)
-            if captured is None:
-                fixed = any(trace.fixed for trace in traces)  # it could not be traced with symbols: not again
-                trace = capture(module, shape, dtype, autocast, batch_statistics, symbolic=not fixed)  # type: ignore[arg-type]
-                captured = trace.at(*shape[2:])
-                assert captured is not None
-                traces.append(trace)
-                _forget(traces, _KEPT_TRACES)
-            program = build(captured, allow_whole=allow_whole)
-            self._programs[key] = program
-            _forget(self._programs, _KEPT_SIZES)
-            _forget(self._traces, _KEPT_TRACES)
-        return self._programs[key]
+        kind = (shape[:2], dtype, autocast, modes, allow_whole, fingerprint(module))
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), image_requires_grad
+        for at in (None, mode):
+            if (found := self._programs.get((shape, kind, at))) is not None:
+                return found
+        traces = self._traces.setdefault(kind, [])
+        usable = [trace for at, trace in traces if at in (None, mode)]
+        trace, captured = next(((t, c) for t in usable if (c := t.at(*shape[2:])) is not None), (None, None))
+        if trace is None or captured is None:
+            fixed = any(trace.fixed for _, trace in traces)  # it could not be traced with symbols: not again
+            trace = capture(module, shape, dtype, autocast, batch_statistics, not fixed, image_requires_grad)  # type: ignore[arg-type]
+            captured = trace.at(*shape[2:])
+            assert captured is not None
+            traces.append((mode if trace.mode_dependent else None, trace))
+            _forget(traces, _KEPT_TRACES)
+        program = replace(build(captured, allow_whole=allow_whole), kind=kind)
+        self._programs[shape, kind, mode if trace.mode_dependent else None] = program
+        _forget(self._programs, _KEPT_SIZES)
+        _forget(self._traces, _KEPT_TRACES)
+        return program
+
+    def holds(self, program: Program, shape: tuple[int, ...]) -> bool:
+        """True if a program for images of `shape` follows from what is traced already, as `program` did."""
+        return any(trace.at(*shape[2:]) is not None for _, trace in self._traces.get(program.kind, ()))
 
 
 def _forget(kept: dict[Any, Any] | list[Any], count: int) -> None:
     """Drop the oldest entries."""
     while len(kept) > count:
         kept.pop(next(iter(kept)) if isinstance(kept, dict) else 0)
-
-
-def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Changes when the module would be captured differently: other layers, settings, modes, or shapes of parameters."""
-    parts: list[Any] = []
-    for name, part in module.named_modules(remove_duplicate=False):
-        settings = tuple(
-            (key, _frozen(value))
-            for key, value in part.__dict__.items()
-            if key not in _MODULE_STATE and not (key == "training" and isinstance(part, _NormBase))
-        )
-        tensors = tuple(
-            (key, None if t is None else (tuple(t.shape), t.dtype))
-            for key, t in (*part._parameters.items(), *part._buffers.items())
-        )
-        parts.append((name, type(part), settings, tensors, len(part._forward_hooks), len(part._forward_pre_hooks)))
-    return tuple(parts)
-
-
-# What nn.Module keeps for itself: the parts of it that matter are looked at one by one.
-_MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}
-
-
-def _frozen(value: Any) -> Any:
-    """An attribute as something hashable that changes when it does; objects that can't be looked into count by identity."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return type(value), value
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    return (id(value), value._version) if isinstance(value, Tensor) and not value.is_inference() else id(value)

@@ -111,6 +111,6 @@ def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.d
 
 def _program(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, allow_whole: bool) -> Program:
     """Of images of this one size, so it is traced without symbols, which takes longer."""
-    captured = capture(module, shape, dtype, autocast=False, batch_statistics=False, symbolic=False).at(*shape[2:])
+    captured = capture(module, shape, dtype, symbolic=False).at(*shape[2:])
     assert captured is not None
     return build(captured, allow_whole=allow_whole)

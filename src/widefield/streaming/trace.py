@@ -35,13 +35,14 @@ class Trace:
     """A captured forward pass whose numbers may be `Formula`s. `captured` is valid at its `image_shape` once they are filled in.
 
     `dims` are the image's height and width: symbols, their multiples, or numbers. `guards` are the conditions under which the trace
-    holds, `ranges` the limits of the symbols.
+    holds, `ranges` the limits of the symbols. `mode_dependent`: it holds for the grad mode of its capture only.
     """
 
     captured: Captured
     dims: tuple[sympy.Expr, sympy.Expr]
     guards: tuple[sympy.Basic, ...] = ()
     ranges: Mapping[sympy.Symbol, tuple[sympy.Expr, sympy.Expr]] | None = None
+    mode_dependent: bool = False
 
     @property
     def fixed(self) -> bool:

@@ -1,0 +1,392 @@
+"""See what a capture would lose.
+
+torch.export records ATen operations. What `forward` does besides (a gradient of its own, a hook on a tensor, a look at the grad
+mode, a tensor put away) it runs once, on tensors without data, and forgets. `Watch` is on while a module is captured, and
+either answers such a question truly, or refuses by name, or notes what the capture depends on:
+
+    refused         custom `autograd.Function`s, hooks on gradients, `backward` and `grad`, updates of detached tensors in
+    place, `.item()`
+                    of what depends on the image, generators, weights that are not the module's
+    answered        the autocast state; a size as text
+    noted           whether `forward` looks at the grad mode: then the capture holds for one mode only (`mode_dependent`)
+
+Only what the model does counts: PyTorch's own tracing asks for all of this too.
+"""
+
+import functools
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import Function
+from torch.autograd.function import FunctionMeta
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
+
+from widefield.streaming.errors import UnsupportedOpError
+
+_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+# Files that only pass a call on: it is asked by whoever calls them.
+_BETWEEN = frozenset(
+    f"{_TORCH}/{name}"
+    for name in ("overrides.py", "_tensor.py", "functional.py", "autograd/__init__.py", "autograd/graph.py", "_VF.py")
+)
+_GETTERS = {name: getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "is_leaf", "grad_fn", "grad")}
+_LOOKS_AT_MODE = frozenset((_GETTERS["requires_grad"], _GETTERS["is_leaf"], Tensor.is_inference, torch.is_inference))
+_GRADIENT_CALLS: dict[Any, str] = {
+    Tensor.register_hook: "registers a hook on a gradient",
+    Tensor.register_post_accumulate_grad_hook: "registers a hook on a gradient",
+    Tensor.retain_grad: "keeps the gradient of a map",
+    Tensor.backward: "runs a backward pass",
+    torch.autograd.backward: "runs a backward pass",
+    torch.autograd.grad: "computes gradients",
+    _GETTERS["grad_fn"]: "looks at the graph of autograd",
+    _GETTERS["grad"]: "looks at a gradient",
+}
+_VALUE_CALLS = frozenset(
+    (
+        *(getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__array__", "__dlpack__", "data_ptr")),
+        *(getattr(Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "__complex__")),
+        *(getattr(Tensor, name) for name in ("untyped_storage", "storage", "equal", "allclose")),
+        *(torch.equal, torch.allclose),
+    )
+)
+_DETACH = frozenset((_GETTERS["data"], Tensor.detach, torch.detach))
+_VIEWS = frozenset(
+    (
+        "__getitem__",
+        "view",
+        "reshape",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "select",
+        "narrow",
+        "t",
+        "transpose",
+        "permute",
+    )
+)
+
+
+class Watch(TorchFunctionMode):
+    """A context for one capture of `module`, see the page. Afterwards `mode_dependent` is known, and `derived` answers.
+
+    Args:
+        module: the module that is captured; errors name its layers.
+        autocast: the dtype of the autocast that the module is to run under, None without. `x.float()` is then kept as an
+        operation,
+            even though it changes nothing in the capture, which is in float32.
+        limit: the time (`time.thread_time`, seconds) at which the capture is given up with `TimeoutError`.
+    """
+
+    def __init__(self, module: nn.Module, autocast: torch.dtype | None, limit: float) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.limit = limit
+        self.mode_dependent = False
+        self._paths = {id(part): path for path, part in module.named_modules()}
+        self._grads = torch.is_grad_enabled()
+        self._thread = threading.get_ident()
+        self._constants = WeakIdKeyDictionary()  # tensors that follow from no tensor of the module
+        self._detached = WeakIdKeyDictionary()  # tensors that share memory with one that may have a gradient
+        self._patches = ExitStack()
+
+    def __enter__(self) -> "Watch":
+        for patched in self._patched():
+            self._patches.enter_context(patched)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._patches.close()
+
+    def derived(self, value: Any) -> bool:
+        """True for a tensor that depends on the image, on parameters or on buffers."""
+        return isinstance(value, Tensor) and is_fake(value) and value not in self._constants
+
+    def refusal(self, op: str, reason: str, remedy: str) -> UnsupportedOpError:
+        """Return the error for what the module does that is running now."""
+        path, source = "", ""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            running = frame.f_locals.get("self")
+            if not source and _by_model(frame) and not frame.f_code.co_filename.startswith(_TORCH):
+                source = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            if frame.f_code.co_name == "forward" and id(running) in self._paths:
+                path = self._paths[id(running)]
+                break
+            frame = frame.f_back
+        return UnsupportedOpError(path, op, reason, remedy, source)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _by_model(sys._getframe(1)):
+            return func(*args, **kwargs)
+        if time.thread_time() > self.limit:
+            raise TimeoutError
+        leaves = [*_leaves(args), *_leaves(kwargs)]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        name = getattr(func, "__name__", str(func))
+        self._refuse_foreign(name, leaves)
+        self._refuse_lost(func, name, args, kwargs, tensors)
+        if self.autocast is not None and func is Tensor.float and args[0].dtype == torch.float32:
+            return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
+        result = args[0].detach() if func == _GETTERS["data"] else func(*args, **kwargs)
+        self._follow(func, name, tensors, result)
+        return result
+
+    def _refuse_foreign(self, name: str, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:
+                raise self.refusal(
+                    name,
+                    f"uses a tensor of shape {tuple(leaf.shape)} that requires grad but is no parameter of the model",
+                    "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
+                )
+            if isinstance(leaf, torch.Generator):
+                raise self.refusal(
+                    name,
+                    "draws from a torch.Generator of its own, whose state a tile-by-tile pass does not advance",
+                    "draw from the default generator, or draw before forward and keep the result in a buffer",
+                )
+
+    def _refuse_lost(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        if func in _LOOKS_AT_MODE:
+            self.mode_dependent = True
+        elif func in _GRADIENT_CALLS:
+            if self._grads:
+                raise self.refusal(
+                    name,
+                    f"{_GRADIENT_CALLS[func]}, which tiles do not have",
+                    "move it out of forward, to the image, the outputs or the parameters; or run that part on whole images",
+                )
+            self.mode_dependent = True
+        elif func == Tensor.requires_grad_ or name == "__set__":
+            raise self.refusal(
+                "an assignment to .data, .grad or .requires_grad",
+                "changes a tensor of the model in forward",
+                "change it between forward passes",
+            )
+        elif func in _VALUE_CALLS and any(map(self.derived, tensors)):
+            raise self.refusal(
+                name,
+                "looks at values that are not known before the image is read",
+                "remove what depends on the values of pixels or weights (.item(), if x.max() > 0, .numpy()) from forward, or "
+                "stream only the part of the model before it",
+            )
+        written = [kwargs.get("out"), *(args[:1] if _in_place(name) else ())]
+        if any(isinstance(x, Tensor) and x in self._detached for x in written):
+            raise self.refusal(
+                name,
+                "changes in place, past autograd, what .data or .detach() gave of a map or a weight",
+                "write it as an operation with a result (x = x.clamp(0, 1)); change weights between forward passes",
+            )
+
+    def _follow(self, func: Any, name: str, tensors: list[Tensor], result: Any) -> None:
+        constant = not any(map(self.derived, tensors))
+        shares = func in _DETACH or (name in _VIEWS and any(x in self._detached for x in tensors[:1]))
+        for x in _leaves(result):
+            if not isinstance(x, Tensor):
+                continue
+            if constant:
+                self._constants[x] = True
+            elif x in self._constants:
+                del self._constants[x]
+            if shares and not constant:
+                self._detached[x] = True
+
+    def _patched(self) -> Iterator[Any]:
+        """What a model may ask PyTorch for without an operation on tensors."""
+        for name in ("is_grad_enabled", "is_inference_mode_enabled"):
+            yield patch.object(torch, name, self._noting(getattr(torch, name)))
+        for name in ("is_autocast_enabled", "is_autocast_cpu_enabled"):
+            yield patch.object(torch, name, self._answering(getattr(torch, name), self.autocast is not None))
+        if self.autocast is not None:
+            yield patch.object(torch, "get_autocast_dtype", self._answering(torch.get_autocast_dtype, self.autocast))
+        yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
+        yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
+        yield patch.object(checkpoint, "CheckpointFunction", _Inlined)
+        yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
+
+    def _is_mine(self, frame: types.FrameType) -> bool:
+        return threading.get_ident() == self._thread and _by_model(frame)
+
+    def _noting(self, function: Callable[[], bool]) -> Callable[[], bool]:
+        def asked() -> bool:
+            if self._is_mine(sys._getframe(1)):
+                self.mode_dependent = True
+            return function()
+
+        return asked
+
+    def _answering(self, function: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+        return lambda *args: answer if self._is_mine(sys._getframe(1)) else function(*args)
+
+    @property
+    def _function_attribute(self) -> Callable[[type, str], Any]:
+        """`Function.apply` looks `forward` up on its class. Noticed there, whoever holds `apply`."""
+
+        def attribute(kind: Any, name: str) -> Any:
+            found = type.__getattribute__(kind, name)
+            if name != "forward" or kind.__module__.startswith("torch.") or not self._is_mine(sys._getframe(1)):
+                return found
+            if kind in PointwiseCall.known:
+                return lambda ctx, *args: PointwiseCall.record(kind, args)
+            if self._grads:
+                raise self.refusal(
+                    f"the autograd.Function '{kind.__qualname__}'",
+                    "has a backward of its own, which a capture drops",
+                    "write it with differentiable operations; or, if it computes every element from the same element of its "
+                    "inputs, say so with widefield.streaming.register_op",
+                )
+            self.mode_dependent = True
+            return found
+
+        return attribute
+
+    def _entering(self, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def entered(hooks: saved_tensors_hooks) -> Any:
+            if self._grads and self._is_mine(sys._getframe(1)) and not type(hooks).__module__.startswith("torch.utils"):
+                raise self.refusal(
+                    "saved_tensors_hooks",
+                    "changes what autograd saves of a map",
+                    "enter it around the whole forward pass",
+                )
+            return enter(hooks)
+
+        return entered
+
+
+class _Inlined:
+    """torch.utils.checkpoint in a capture: the function itself. What is recomputed is decided by the plan."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class PointwiseCall:
+    """One call of a registered `autograd.Function`, on tensors alone: its other arguments are those of the capture."""
+
+    function: type[Function]
+    arguments: tuple[Any, ...]  # the position of a tensor among the tensors, or a tuple of the argument
+
+    tags: ClassVar = (torch.Tag.pointwise,)
+    known: ClassVar[set[type[Function]]] = set()
+    recorded: ClassVar[list["PointwiseCall"]] = []
+
+    @property
+    def __name__(self) -> str:
+        return f"the autograd.Function '{self.function.__qualname__}'"
+
+    @classmethod
+    def record(cls, function: type[Function], args: tuple[Any, ...]) -> Tensor:
+        """Return the result without data of a call that is captured, as one operation that names it."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        count = iter(range(len(tensors)))
+        cls.recorded.append(cls(function, tuple(next(count) if isinstance(arg, Tensor) else (arg,) for arg in args)))
+        return torch.ops.widefield.pointwise_function(tensors, len(cls.recorded) - 1)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        result = self.function.apply(*(tensors[x] if isinstance(x, int) else x[0] for x in self.arguments))
+        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        if not isinstance(result, Tensor) or result.shape != shape or result.dtype != tensors[0].dtype:
+            given = f"{tuple(result.shape)}, {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"{self.__name__} was registered as computing every element from the same element of its inputs, so of inputs of "
+                f"shape {tuple(shape)} and {tensors[0].dtype} one such tensor was expected, got {given}"
+            )
+        return result
+
+
+def register_op(function: type[Function]) -> type[Function]:
+    """Declare that an `autograd.Function` computes every element from the same element of its inputs; usable as a decorator.
+
+    It is then streamed as it is, its own backward included: straight-through estimators, gradient reversal, activations with a
+    backward of their own, fake quantisation by given scales. Its inputs are tensors that broadcast against each other and plain
+    values; it returns one tensor of the broadcast shape and of the first tensor's dtype. A function that looks at neighbours or
+    at the whole map (a maximum for a scale) must not be registered: the check at first use finds such a mistake.
+
+    Raises:
+        ValueError: `function` is not a subclass of `torch.autograd.Function`.
+
+    Example:
+        >>> @register_op
+        ... class Round(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return x.round()
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         return grad
+    """
+    if not (isinstance(function, type) and issubclass(function, Function)):
+        raise ValueError(f"register_op takes a subclass of torch.autograd.Function, got {function!r:.100}")
+    PointwiseCall.known.add(function)
+    return function
+
+
+@torch.library.custom_op("widefield::pointwise_function", mutates_args=())
+def _pointwise_function(tensors: list[Tensor], call: int) -> Tensor:
+    return PointwiseCall.recorded[call](*tensors)
+
+
+@_pointwise_function.register_fake
+def _(tensors: list[Tensor], call: int) -> Tensor:
+    return torch.empty_like(torch.broadcast_tensors(*tensors)[0], memory_format=torch.contiguous_format)
+
+
+def _as_number(original: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A size as text is that of the number: the capture then holds for this size only."""
+    return lambda size: str(int(size)) if _by_model(sys._getframe(1)) else original(size)
+
+
+def _in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__setitem__",
+        "__iadd__",
+        "__imul__",
+        "__isub__",
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(tuple(value.values()))
+    else:
+        yield value
+
+
+def _by_model(frame: types.FrameType | None) -> bool:
+    """True if the code that asks is the model's, layers of PyTorch among it, and not the tracing."""
+    while frame is not None and (asks := _asks(frame.f_code.co_filename)) is None:
+        frame = frame.f_back
+    return frame is not None and bool(asks)
+
+
+@functools.cache
+def _asks(file: str) -> bool | None:
+    """True for the files of models, False for those of the tracing, None for those that only pass a call on."""
+    if file in _BETWEEN:
+        return None
+    if file.startswith(_TORCH):
+        return file.startswith(f"{_TORCH}/nn/") and not file.endswith("modules/module.py")
+    return not file.startswith((_OURS, "<frozen"))
