@@ -9,7 +9,11 @@ import pyvips
 import tifffile
 
 from widefield.data import LabelledImages
+from widefield.data.annotations import AnnotationFile
+from widefield.data.folder import ImageFolder
 from widefield.images import open_image, source, thumbnail
+from widefield.inference.models import _info
+from widefield.inference.prediction import as_picture
 from widefield.pretraining.pixels import open_lazily, read_pixels
 from widefield.pretraining.slides import SlideArgs, read_patch
 
@@ -83,6 +87,23 @@ def test_labelled_images_keep_alpha_where_they_are_told(tmp_path, rgbn):
     kept = LabelledImages(tmp_path / "images", tmp_path / "labels.csv", alpha="keep")
     assert (dropped.channels, kept.channels) == (3, 4)
     assert (dropped.state_dict()["alpha"], kept.state_dict()["alpha"]) == ("drop", "keep")
+
+
+def test_predictions_keep_alpha_where_the_training_did(tmp_path, rgbn):
+    path = _write(tmp_path / "a.tif", rgbn)
+    trained = {"LabelledImages": {"class_names": ["a", "b"], "level": 0, "alpha": "keep"}}
+    assert as_picture(path, _info(trained, {})).shape[0] == 4
+    assert as_picture(path, _info({}, {"test": {"type": "ImageFolder", "alpha": "keep"}})).shape[0] == 4
+    assert as_picture(path, _info({}, {})).shape[0] == 3
+
+
+def test_datasets_of_configurations_keep_alpha_where_they_are_told(tmp_path, rgbn):
+    (tmp_path / "dogs").mkdir()
+    _write(tmp_path / "dogs" / "a.tif", rgbn)
+    (tmp_path / "list.txt").write_text("dogs/a.tif 0\n")
+    for alpha, channels in (("keep", 4), ("drop", 3)):
+        assert ImageFolder(tmp_path, alpha=alpha).picture(0).shape[0] == channels
+        assert AnnotationFile(tmp_path, tmp_path / "list.txt", alpha=alpha).picture(0).shape[0] == channels
 
 
 def test_pretraining_keeps_alpha_where_it_is_one_of_its_channels(tmp_path, rgbn, caplog):
