@@ -95,10 +95,23 @@ def test_a_stack_of_pages_is_refused(tmp_path, chw):
         open_image(tmp_path / "a.tif")
 
 
-def test_planes_of_tiles_are_refused_when_opened(tmp_path, chw):
-    tifffile.imwrite(tmp_path / "a.tif", chw, photometric="rgb", planarconfig="separate", tile=(64, 64))
-    with pytest.raises(ImageReadError, match="PlanarConfiguration"):
+@pytest.mark.parametrize("name", ["CIELAB", "ICCLAB", "YCbCr"])
+def test_colours_that_would_pass_for_rgb_are_refused(tmp_path, rgb, name):
+    options = {"subsampling": (1, 1)} if name == "YCbCr" else {}
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric=name.lower(), metadata=None, **options)
+    with pytest.raises(ImageReadError, match=f"colours are {name}.*convert it to RGB"):
         open_image(tmp_path / "a.tif")
+
+
+def test_a_message_has_no_words_about_files_that_were_read_well(tmp_path, rgb):
+    data = pyvips.Image.new_from_array(rgb).jpegsave_buffer()
+    (tmp_path / "warns.jpg").write_bytes(data[:-300] + data[-2:])
+    open_image(tmp_path / "warns.jpg").read(0, 0, 201, 333)
+    assert b"Corrupt JPEG data" in pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer())
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    with pytest.raises(ImageReadError) as caught:
+        open_image(tmp_path / "bad.png")
+    assert "JPEG" not in str(caught.value)
 
 
 def test_the_axis_of_channels_is_refused_where_it_means_nothing(tmp_path, rgb):

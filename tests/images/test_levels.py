@@ -116,3 +116,11 @@ def test_a_thumbnail_of_any_type_and_number_of_channels_is_rgb(tmp_path, channel
     np.save(tmp_path / "a.npy", pixels)
     small = thumbnail(open_image(tmp_path / "a.npy"), 90)
     assert (small.shape, small.dtype, small.min(), small.max()) == ((90, 70, 3), np.uint8, 0, 255)
+
+
+def test_a_thumbnail_shows_what_is_known_beside_nan(tmp_path):
+    pixels = np.random.default_rng(0).random((3, 90, 70))
+    pixels[:, :9] = np.nan
+    np.save(tmp_path / "a.npy", pixels)
+    small = thumbnail(open_image(tmp_path / "a.npy"), 90)
+    assert (small[:9].max(), small[9:].max()) == (0, 255)

@@ -37,7 +37,7 @@ def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
     model: Any = load_trained(arguments.checkpoint)
     info = info_of(model)
     label = _index(arguments.label, info.class_names)
-    opened = [open_image(file, info.level) for file in arguments.images]
+    opened = [open_image(file, info.level, alpha=info.alpha) for file in arguments.images]
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     drawn = []
     for image in opened:

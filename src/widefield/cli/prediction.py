@@ -76,7 +76,7 @@ def predict(
     info, score = info_of(model), "probability"
     if isinstance(model, ImageToImageRetriever):
         info, score = replace(info, class_names=None), "similarity"  # with the items of the collection, by their index
-    opened = [open_image(file, info.level if level is None else level) for file in files]
+    opened = [open_image(file, info.level if level is None else level, alpha=info.alpha) for file in files]
     network = streamed_network(model)
     if isinstance(model, Classifier):
         for image in opened:

@@ -7,7 +7,7 @@ from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
-from widefield.images import open_image
+from widefield.images import Alpha, open_image
 from widefield.registry import Range
 
 
@@ -28,6 +28,7 @@ class AnnotationFile(DescribedDataset):
         level: Level of pyramids, 0 the largest.
         transforms: See `Pipeline`.
         mask_generator: Gives each sample a random `mask`.
+        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
 
     Raises:
         FileNotFoundError: The text file, or an image, is not there.
@@ -43,6 +44,7 @@ class AnnotationFile(DescribedDataset):
         level: Annotated[int, Range(0)] = 0,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,
+        alpha: Alpha = "drop",
     ) -> None:
         super().__init__(transforms, mask_generator)
         root, ann_file = Path(root), Path(ann_file)
@@ -52,6 +54,7 @@ class AnnotationFile(DescribedDataset):
         self.class_names = class_names
         self.multi_label = multi_label
         self.level = level
+        self.alpha: Alpha = alpha
         lines = enumerate(place.read_text(encoding="utf-8-sig").splitlines(), start=1)
         rows = [
             (root / path, labels)
@@ -74,7 +77,7 @@ class AnnotationFile(DescribedDataset):
         return len(self._rows)
 
     def picture(self, index: int) -> Picture:
-        return open_image(self._rows[index][0], self.level)
+        return open_image(self._rows[index][0], self.level, alpha=self.alpha)
 
     def label(self, index: int) -> int | list[int]:
         labels = self._rows[index][1]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from widefield.data.labels import LabelledImage
-from widefield.images import LazyImage, open_image
+from widefield.images import Alpha, LazyImage, open_image
 
 Batch = tuple[list[LazyImage], Tensor]
 """Lazy images, of any sizes, and their class indices: an integer tensor of shape (N,)."""
@@ -19,18 +19,20 @@ class ImageDataset(Dataset[tuple[LazyImage, int]]):
     Args:
         images: What to open.
         level: Level of the pyramid, 0 the largest.
+        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
     """
 
-    def __init__(self, images: Sequence[LabelledImage], level: int = 0) -> None:
+    def __init__(self, images: Sequence[LabelledImage], level: int = 0, alpha: Alpha = "drop") -> None:
         self.images = tuple(images)
         self.level = level
+        self.alpha = alpha
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[LazyImage, int]:
         image = self.images[index]
-        return open_image(image.path, self.level), image.label
+        return open_image(image.path, self.level, alpha=self.alpha), image.label
 
     def __iter__(self) -> Iterator[tuple[LazyImage, int]]:
         return (self[index] for index in range(len(self)))

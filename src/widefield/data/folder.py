@@ -8,7 +8,7 @@ from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
-from widefield.images import open_image
+from widefield.images import Alpha, open_image
 from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class ImageFolder(DescribedDataset):
         extensions: How the names of image files end.
         transforms: See `Pipeline`.
         mask_generator: Gives each sample a random `mask`.
+        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -41,12 +42,14 @@ class ImageFolder(DescribedDataset):
         extensions: tuple[str, ...] = EXTENSIONS,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,
+        alpha: Alpha = "drop",
     ) -> None:
         super().__init__(transforms, mask_generator)
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"the folder of images {root} does not exist")
         self.level = level
+        self.alpha: Alpha = alpha
         self._labels: list[int] | None = None
         if not with_label:
             self.files = _images(root, extensions)
@@ -70,7 +73,7 @@ class ImageFolder(DescribedDataset):
         return len(self.files)
 
     def picture(self, index: int) -> Picture:
-        return open_image(self.files[index], self.level)
+        return open_image(self.files[index], self.level, alpha=self.alpha)
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]

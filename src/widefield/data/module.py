@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
 from widefield.data.labels import LabelError, LabelledImage, read_labels
 from widefield.data.split import stratified_split
+from widefield.images import Alpha
 from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class LabelledImages(pl.LightningDataModule):
         batch_size: Images per optimizer step; they may differ in size.
         val_fraction: Share of each class used for validation.
         seed: Of the validation split and of the training order.
+        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
 
     Raises:
         OSError: A file or folder is missing or not readable as an image.
@@ -46,6 +48,7 @@ class LabelledImages(pl.LightningDataModule):
         batch_size: Annotated[int, Range(1)] = 1,
         val_fraction: Annotated[float, Range(0, 1)] = 0.2,
         seed: int = 0,
+        alpha: Alpha = "drop",
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -53,11 +56,12 @@ class LabelledImages(pl.LightningDataModule):
         table = read_labels(labels, images)
         self.class_names = list(table.class_names)
         self.level = level
+        self.alpha: Alpha = alpha
         self.batch_size = batch_size
         self.seed = seed
         splits = _split(table.images, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
-            ImageDataset(splits[name], level) for name in ("train", "val", "test")
+            ImageDataset(splits[name], level, alpha) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
@@ -79,7 +83,7 @@ class LabelledImages(pl.LightningDataModule):
         return next(iter(channels))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"level": self.level, "class_names": self.class_names}
+        return {"level": self.level, "alpha": self.alpha, "class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:

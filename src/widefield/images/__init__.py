@@ -2,6 +2,7 @@
 
 from widefield.images.errors import ImageReadError
 from widefield.images.image import LazyImage, open_image
+from widefield.images.source import Alpha, warn_of_dropped_alpha
 from widefield.images.thumbnail import thumbnail
 
-__all__ = ["ImageReadError", "LazyImage", "open_image", "thumbnail"]
+__all__ = ["Alpha", "ImageReadError", "LazyImage", "open_image", "thumbnail", "warn_of_dropped_alpha"]

@@ -9,7 +9,7 @@ import numpy as np
 from widefield.images.errors import cannot_read
 from widefield.images.numpy_map import open_npy
 from widefield.images.photo import open_photo
-from widefield.images.source import OpenedLevel, PixelSource, Spacing
+from widefield.images.source import Alpha, OpenedLevel, PixelSource, Spacing
 from widefield.images.tiff import open_tiff
 
 ChannelAxis = Literal["first", "last"]
@@ -31,6 +31,7 @@ class LazyImage:
         levels: (height, width) of every level, the largest first.
         spacing: Micrometres per pixel of this level, (y, x); None if the file doesn't say.
         channels: The axis of the channels that `open_image` was told; None if it decided.
+        alpha: "drop" or "keep", what `open_image` was told.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class LazyImage:
         levels: tuple[tuple[int, int], ...],
         spacing: Spacing | None,
         channels: ChannelAxis | None,
+        alpha: Alpha,
         source: PixelSource,
     ) -> None:
         self.path, self.level, self.levels = path, level, levels
-        self.spacing, self.channels, self._source = spacing, channels, source
+        self.spacing, self.channels, self.alpha, self._source = spacing, channels, alpha, source
 
     def __repr__(self) -> str:
         return f"LazyImage(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
@@ -80,15 +82,22 @@ class LazyImage:
         return self._source.read(y, x, height, width)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_image, (self.path, self.level, self.channels)
+        return open_image, (self.path, self.level, self.channels, self.alpha)
 
 
-def open_image(path: str | Path, level: int = 0, channels: ChannelAxis | None = None) -> LazyImage:
+def open_image(
+    path: str | Path, level: int = 0, channels: ChannelAxis | None = None, alpha: Alpha = "drop"
+) -> LazyImage:
     """Open a PNG, JPEG, TIFF, BigTIFF or `.npy` file for reading region by region; no pixels are read yet.
 
     The format is told by the file's content, not by its name. Pixels keep the type they are stored in (8 or 16 bits,
-    float, ...) and are not rotated by EXIF orientation. An alpha channel is dropped, colours as stored; a palette
-    becomes RGB; CMYK becomes sRGB. Every other number of channels stays.
+    float, ...) and are not rotated by EXIF orientation. A palette becomes RGB; CMYK becomes sRGB; grey of 1, 2 or 4 bits
+    becomes 8 bits from 0 to 255; where white is zero, unsigned grey is inverted. A last channel that is marked as alpha is
+    dropped, with a warning in the log: by PNG, or by TIFF as the only extra sample. GDAL and rasterio mark the fourth
+    channel of 8 bits so, whatever it holds. Every other number of channels stays.
+
+    Of the images in a TIFF file the first is read, of a Leica SCN file the scanned region. Where another one is as large as
+    the first, or several regions were scanned, the file is refused; pictures named label, macro or thumbnail do not count.
 
     Tiled TIFF files, uncompressed ones and `.npy` are read in place. What can only be decoded from top to bottom (PNG,
     JPEG, compressed TIFF in strips) is decoded once, at the first read, to memory or above 64 MiB to a temporary file.
@@ -99,22 +108,26 @@ def open_image(path: str | Path, level: int = 0, channels: ChannelAxis | None = 
         channels: For `.npy` of three axes, which axis the channels are: "first" (C, H, W) or "last" (H, W, C). Needed
             only where the shape leaves it open: by default it is the smaller of the first and the last axis, if that
             has at most 32 entries.
+        alpha: "keep" gives a last channel that is marked as alpha like every other.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImageReadError: The file is of an unsupported format, truncated or corrupt.
-        ValueError: The level does not exist, or the axis of the channels is ambiguous or given for another format.
+        ValueError: The level does not exist, `alpha` is something else, or the axis of the channels is ambiguous or given
+            for another format.
     """
+    if alpha not in ("drop", "keep"):
+        raise ValueError(f'alpha={alpha!r} for {path}; expected "drop" or "keep"')
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"cannot read {path}: there is no such file")
     if path.is_dir():
         raise cannot_read(path, "it is a folder; give the path of an image file")
-    opened = _open(path, level, channels)
-    return LazyImage(path, level, opened.levels, opened.spacing, channels, opened.source)
+    opened = _open(path, level, channels, alpha)
+    return LazyImage(path, level, opened.levels, opened.spacing, channels, alpha, opened.source)
 
 
-def _open(path: Path, level: int, channels: ChannelAxis | None) -> OpenedLevel:
+def _open(path: Path, level: int, channels: ChannelAxis | None, alpha: Alpha) -> OpenedLevel:
     with path.open("rb") as file:
         start = file.read(16)
     if start.startswith(_NPY_MAGIC):
@@ -122,9 +135,9 @@ def _open(path: Path, level: int, channels: ChannelAxis | None) -> OpenedLevel:
     if channels is not None:
         raise ValueError(f"channels={channels!r} was given for {path}, but only .npy files leave it open; omit it")
     if start.startswith(_TIFF_MAGIC):
-        return open_tiff(path, level)
+        return open_tiff(path, level, alpha)
     if start.startswith(_PHOTO_MAGIC):
-        return open_photo(path, level)
+        return open_photo(path, level, alpha)
     if not start:
         raise cannot_read(path, "the file is empty")
     raise cannot_read(path, "its content is none of PNG, JPEG, TIFF, BigTIFF and .npy; convert it to one of these")

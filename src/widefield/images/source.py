@@ -1,9 +1,16 @@
 """What a format's reader hands to `open_image`: where the pixels of the chosen level come from."""
 
+import logging
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
+
+Alpha = Literal["drop", "keep"]
+"""What becomes of a last channel that the file marks as alpha."""
 
 Spacing = tuple[float, float]
 """Micrometres per pixel, (y, x)."""
@@ -40,3 +47,21 @@ def check_level(level: int, levels: tuple[tuple[int, int], ...], what: object) -
     if not 0 <= level < len(levels):
         sizes = ", ".join(f"{index}: {height}x{width}" for index, (height, width) in enumerate(levels))
         raise ValueError(f"level {level} of {what} does not exist; its levels (height x width) are {sizes}")
+
+
+_WARNED: set[str] = set()
+"""Endings of file names that `warn_of_dropped_alpha` has been called for."""
+
+
+def warn_of_dropped_alpha(path: object, channels: int) -> None:
+    """Log that the last channel of a file is dropped, and how to keep it: once for each ending of file names."""
+    ending = Path(str(path)).suffix.lower()
+    if ending in _WARNED:
+        return
+    _WARNED.add(ending)
+    _log.warning(
+        "channel %d of %s is marked as alpha and dropped. If it holds data (near infrared is often marked so), keep it: "
+        'open_image(..., alpha="keep"), data.alpha=keep in `fit`, transform_args.num_channels=%d in `pretrain`. '
+        "Further %s files are not named",
+        channels, path, channels, ending or "such",
+    )  # fmt: skip

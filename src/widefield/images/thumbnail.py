@@ -12,8 +12,8 @@ def thumbnail(image: LazyImage, size: int) -> np.ndarray:
     """The entire image as an RGB picture whose long side is at most `size` pixels; never enlarged.
 
     Each pixel is the mean of the pixels that it covers, taken from the smallest level that has enough of them and read
-    strip by strip. 8-bit images keep their values; others are stretched from their least to their greatest. The
-    first three channels are shown, or the first one as grey where there are fewer.
+    strip by strip. 8-bit images keep their values; others are stretched from their least to their greatest, NaN is
+    black. The first three channels are shown, or the first one as grey where there are fewer.
 
     Returns:
         uint8 array (height, width, 3).
@@ -30,7 +30,7 @@ def thumbnail(image: LazyImage, size: int) -> np.ndarray:
     enough = [index for index, level in enumerate(image.levels) if level[0] >= target[0] and level[1] >= target[1]]
     smallest = max([image.level, *enough])
     if smallest != image.level:
-        image = open_image(image.path, smallest, image.channels)
+        image = open_image(image.path, smallest, image.channels, image.alpha)
     return _as_rgb(_box_mean(image, target), image.dtype)
 
 
@@ -52,6 +52,8 @@ def _box_mean(image: LazyImage, target: tuple[int, int]) -> np.ndarray:
 def _as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     colours = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
     if dtype != np.uint8:
-        low, high = colours.min(), colours.max()
-        colours = (colours - low) * (255 / (high - low) if high > low else 0)
+        known = colours[np.isfinite(colours)]
+        low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
+        stretched = (colours - low) * (255 / (high - low) if high > low else 0)
+        colours = np.nan_to_num(stretched, nan=0, posinf=255, neginf=0)
     return np.rint(colours).astype(np.uint8).transpose(1, 2, 0)

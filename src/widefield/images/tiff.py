@@ -1,8 +1,11 @@
 """TIFF and BigTIFF files: tifffile tells their structure (headers only), libvips decodes their pixels."""
 
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyvips
@@ -11,7 +14,8 @@ import tifffile
 from widefield.images.decoded import DecodedPixels
 from widefield.images.errors import cannot_read
 from widefield.images.numpy_map import MappedPixels
-from widefield.images.source import OpenedLevel, PixelSource, Spacing, check_level
+from widefield.images.planes import SeparatePlanes
+from widefield.images.source import Alpha, OpenedLevel, PixelSource, Spacing, check_level, warn_of_dropped_alpha
 from widefield.images.spacing import tiff_spacing
 from widefield.images.tiled import TiledPixels
 from widefield.images.vips import dtype_of, kept_out_of_cache, load
@@ -20,34 +24,48 @@ _ONE_IMAGE = ("YX", "YXS", "SYX", "CYX")
 """Axes of a series that is one image: Y rows, X columns, S samples of a pixel, C channels with a page each."""
 
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+_GREY_OR_RGB = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
+_NOT_RGB = tuple(tifffile.PHOTOMETRIC[name] for name in ("CIELAB", "ICCLAB", "ITULAB", "LOGL", "LOGLUV"))
+_BESIDE = re.compile("label|macro|thumbnail|overview|map", re.IGNORECASE)
+"""Names of pictures that scanners store beside the slide."""
+
+_MASK = 4
+"""Bit of NewSubfileType: the page says which pixels of another one are valid."""
 
 Page = Any
 """tifffile's TiffPage, or the TiffFrame that stands for a page like the one before it and lacks some of its types."""
 
 
-def open_tiff(path: Path, level: int) -> OpenedLevel:
-    """Open one level of the first image in a TIFF file; see `open_image` for the errors."""
+def open_tiff(path: Path, level: int, alpha: Alpha) -> OpenedLevel:
+    """Open one level of the only, or largest, image in a TIFF file; see `open_image` for the errors."""
     try:
         file = tifffile.TiffFile(path, _multifile=False)
     except Exception as error:  # tifffile raises whatever a damaged header leads it to
         raise _damaged(path, error) from error
     with file:
         try:
-            series = file.series[0]
-            levels = tuple(_size(one) for one in series.levels)
+            every = file.series
             spacing = tiff_spacing(file)
-            complete = _is_complete(file)
+            scanned = _scn_images(file) if file.is_scn else None
+            complete, unsupported = _is_complete(file), _unsupported(file)
         except Exception as error:
             raise _damaged(path, error) from error
         if not complete:
-            raise cannot_read(path, "it is truncated: its list of pages leads beyond the end of the file")
-        _check_is_one_image(path, file, series)
+            raise cannot_read(path, "it is truncated: it lacks some of its pages")
+        if unsupported:
+            raise cannot_read(path, f"{unsupported} are not supported; convert it to a tiled TIFF")
+        if scanned is None:
+            series = every[0]
+            _check_is_largest(path, every)
+        else:
+            series, spacing = _only_region(path, every, scanned)
+        _check_is_one_image(path, series)
+        pyramid = [one for one in series.levels if _is_reduced(one, series)]
+        levels = tuple(map(_size, pyramid))
         check_level(level, levels, path)
-        pages = tuple(series.levels[level].pages)
-        if None in pages:
-            raise cannot_read(path, "some of its channels lie in other files; save all of them in one file")
-        _check_holds_pixels(path, file, pages)
-        return OpenedLevel(levels, _scaled(spacing, levels[0], levels[level]), _source(path, pages, levels[level]))
+        _check_holds_pixels(path, file, pyramid[level])
+        source = _source(path, pyramid[level], levels[level], alpha)
+        return OpenedLevel(levels, _scaled(spacing, levels[0], levels[level]), source)
 
 
 def _damaged(path: Path, error: Exception) -> OSError:
@@ -60,7 +78,13 @@ def _size(series: tifffile.TiffPageSeries) -> tuple[int, int]:
 
 
 def _is_complete(file: tifffile.TiffFile) -> bool:
-    """Whether all pages and SubIFDs can be reached; tifffile drops those that it cannot, with a log line only."""
+    """True if all pages and SubIFDs can be reached; tifffile drops those that it cannot, with a log line only."""
+    if file.imagej_metadata:
+        planes = math.prod(
+            n for axis, n in zip(file.series[0].axes, file.series[0].shape, strict=True) if axis not in "YXS"
+        )
+        if planes < file.imagej_metadata.get("images", 1):
+            return False
     first: Page = file.pages.first
     for index in range(len(first.subifds or ())):
         first.pages[index]  # raises if it is damaged
@@ -71,17 +95,78 @@ def _is_complete(file: tifffile.TiffFile) -> bool:
     return not any(file.filehandle.read(file.tiff.offsetsize))
 
 
-def _check_is_one_image(path: Path, file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
+def _unsupported(file: tifffile.TiffFile) -> str | None:
+    """A name for files whose pixels would be read wrongly."""
+    first: Page = file.pages.first
     if file.is_ndpi:
-        raise cannot_read(path, "NDPI files are not supported; convert it to a tiled TIFF")
+        return "NDPI files"
+    if file.is_bif or "<iScan" in str(first.tags.valueof(700)):
+        return "Ventana files, whose tiles overlap,"
+    if first.software.startswith("MedScan") and "OverlapsXY" in first.description:
+        return "Trestle files, whose tiles overlap,"
+    return None
+
+
+def _scn_images(file: tifffile.TiffFile) -> list[tuple[bool, Spacing]]:
+    """For each series of a Leica SCN file: True if it shows the whole glass (the macro picture), and its spacing."""
+    found = []
+    for collection in ElementTree.fromstring(file.pages.first.description).iterfind("{*}collection"):
+        for image in collection.iterfind("{*}image"):
+            view, pixels = image.find("{*}view"), image.find("{*}pixels")
+            if view is None or pixels is None or pixels.find("{*}dimension") is None:
+                continue  # no series either
+            is_macro = all(view.attrib[f"size{axis}"] == collection.attrib[f"size{axis}"] for axis in "XY")
+            y, x = (float(view.attrib[name]) / 1000 / float(pixels.attrib[name]) for name in ("sizeY", "sizeX"))
+            found.append((is_macro, (y, x)))
+    return found
+
+
+def _only_region(
+    path: Path, every: list[tifffile.TiffPageSeries], scanned: list[tuple[bool, Spacing]]
+) -> tuple[tifffile.TiffPageSeries, Spacing]:
+    """The only scanned region of a Leica SCN file, and its spacing."""
+    regions = [(one, spacing) for one, (is_macro, spacing) in zip(every, scanned, strict=True) if not is_macro]
+    if len(regions) != 1:
+        reason = f"it is a Leica SCN file of {len(regions)} scanned regions ({_sizes([one for one, _ in regions])})"
+        raise cannot_read(path, f"{reason}, and one is expected; save the one that you need as a tiled TIFF")
+    return regions[0]
+
+
+def _check_is_largest(path: Path, every: list[tifffile.TiffPageSeries]) -> None:
+    """Refuse a file whose first image is not the largest: it may be a thumbnail, or one of several scenes."""
+    images = [one for one in every if not _BESIDE.search(one.name) and not one.keyframe.subfiletype & _MASK]
+    if any(math.prod(_size(one)) >= math.prod(_size(every[0])) for one in images if one is not every[0]):
+        reason = f"it holds several images ({_sizes(images)}), of which the first is not the largest alone"
+        raise cannot_read(path, f"{reason}; save the one that you need as a file")
+
+
+def _sizes(series: list[tifffile.TiffPageSeries]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in map(_size, series))
+
+
+def _is_reduced(level: tifffile.TiffPageSeries, series: tifffile.TiffPageSeries) -> bool:
+    """True if a level has the proportions of the image, but for what it may be padded; labels have not."""
+    (full_height, full_width), (height, width) = _size(series), _size(level)
+    page = level.keyframe
+    padded = page.is_tiled and height % page.tilelength == 0 and width % page.tilewidth == 0
+    rows, columns = (page.tilelength, page.tilewidth) if padded else (2, 2)
+    return abs(height * full_width - width * full_height) <= rows * full_width + columns * full_height
+
+
+def _check_is_one_image(path: Path, series: tifffile.TiffPageSeries) -> None:
     if series.axes not in _ONE_IMAGE:
         shape = " x ".join(f"{length} {axis}" for axis, length in zip(series.axes, series.shape, strict=True))
         raise cannot_read(path, f"it holds a stack ({shape}), not one image; save the page that you need as a file")
 
 
-def _check_holds_pixels(path: Path, file: tifffile.TiffFile, pages: tuple[Page, ...]) -> None:
+def _check_holds_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries) -> None:
     """Compare where the pixels should lie with the size of the file, so that a truncated one is found at once."""
+    if None in level.pages:
+        raise cannot_read(path, "some of its channels lie in other files; save all of them in one file")
+    pages: list[Page] = list(level.pages)
     end = max(int(np.max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64), initial=0)) for page in pages)
+    if level.dataoffset is not None:
+        end = max(end, level.dataoffset + level.nbytes)
     if end > file.filehandle.size:
         raise cannot_read(path, f"it is truncated: it has {file.filehandle.size} bytes, its pixels reach to {end}")
 
@@ -92,27 +177,49 @@ def _scaled(spacing: Spacing | None, largest: tuple[int, int], size: tuple[int, 
     return spacing[0] * largest[0] / size[0], spacing[1] * largest[1] / size[1]
 
 
-def _source(path: Path, pages: tuple[Page, ...], size: tuple[int, int]) -> PixelSource:
-    page = pages[0]
-    has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
-    if len(pages) == 1 and not has_alpha and _lies_in_one_piece(page):
-        stored_shape = size if page.samplesperpixel == 1 else (*size, page.samplesperpixel)
-        stored_dtype = page.dtype.newbyteorder(page.parent.byteorder)
-        return MappedPixels(path, page.dataoffsets[0], stored_shape, stored_dtype, channels_last=True)
+def _source(path: Path, level: tifffile.TiffPageSeries, size: tuple[int, int], alpha: Alpha) -> PixelSource:
+    pages: list[Page] = list(level.pages)
+    page: Page = level.keyframe
+    _check_colours(path, page)
+    drops_alpha = alpha == "drop" and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
+    if drops_alpha:
+        warn_of_dropped_alpha(path, page.samplesperpixel)
+    is_planar = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    stored_dtype = page.dtype.newbyteorder(page.parent.byteorder)
+    if len(pages) == 1 and level.axes == "CYX" and level.shape[0] > page.samplesperpixel:
+        # ImageJ and tifffile may write one directory for all channels
+        if level.dataoffset is None:
+            raise cannot_read(path, "its channels lie in one compressed page; save each as a page")
+        return MappedPixels(path, level.dataoffset, level.shape, stored_dtype, channels_last=False)
+    if len(pages) == 1 and _lies_in_one_piece(page) and (is_planar or not drops_alpha):
+        channels = page.samplesperpixel - drops_alpha
+        shape = size if page.samplesperpixel == 1 else (channels, *size) if is_planar else (*size, channels)
+        return MappedPixels(path, pages[0].dataoffsets[0], shape, stored_dtype, channels_last=not is_planar)
 
-    if page.is_tiled and page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        raise cannot_read(path, "its channels lie in separate tiles (PlanarConfiguration 2); save it pixel-interleaved")
-    directories = tuple(_directory(one) for one in pages)
-    access = "random" if page.is_tiled else "sequential"
-    open_planes = partial(_open_planes, path, directories, has_alpha, access)
+    if is_planar:
+        if page.photometric not in _GREY_OR_RGB:
+            reason = f"{page.photometric.name} colours in separate planes (PlanarConfiguration 2) are not supported"
+            raise cannot_read(path, f"{reason}; save it pixel-interleaved")
+        open_planes = partial(SeparatePlanes.of(path, page).open, page.samplesperpixel - drops_alpha)
+    else:
+        directories = tuple(_directory(one) for one in pages)
+        open_planes = partial(_open_planes, path, directories, drops_alpha, "random" if page.is_tiled else "sequential")
     planes = open_planes()
     for plane in planes:
         # libvips may show more than tifffile: some scanners pad their levels to whole tiles
         if plane.height < size[0] or plane.width < size[1]:
             raise cannot_read(path, f"a level of {size[0]}x{size[1]} holds only {plane.height}x{plane.width} pixels")
-    shape = (sum(plane.bands for plane in planes), *size)
+    bands = sum(plane.bands for plane in planes)
     reader = TiledPixels if page.is_tiled else DecodedPixels
-    return reader(path, shape, dtype_of(planes[0]), open_planes)
+    return reader(path, (bands, *size), dtype_of(planes[0]), open_planes)
+
+
+def _check_colours(path: Path, page: Page) -> None:
+    """Refuse colours that libvips would hand out as if they were RGB."""
+    if page.photometric in _NOT_RGB:
+        raise cannot_read(path, f"its colours are {page.photometric.name}; convert it to RGB first")
+    if page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression != tifffile.COMPRESSION.JPEG:
+        raise cannot_read(path, "its colours are YCbCr, which is read from JPEG only; convert it to RGB first")
 
 
 def _directory(page: Page) -> tuple[int, int]:
@@ -125,22 +232,17 @@ def _directory(page: Page) -> tuple[int, int]:
 
 
 def _lies_in_one_piece(page: Page) -> bool:
-    """Whether the pixels lie in the file as a plain array (height, width, samples)."""
-    return (
-        page.is_memmappable
-        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-        and page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-        and page.dtype.kind in "uif"
-    )
+    """True if the pixels lie in the file as a plain array (height, width, samples) or (samples, height, width)."""
+    return page.is_memmappable and page.photometric in _GREY_OR_RGB and page.dtype.kind in "uif"
 
 
 def _open_planes(
-    path: Path, directories: tuple[tuple[int, int], ...], has_alpha: bool, access: str
+    path: Path, directories: tuple[tuple[int, int], ...], drops_alpha: bool, access: str
 ) -> tuple[pyvips.Image, ...]:
     planes = []
     with kept_out_of_cache():
         for page, subifd in directories:
             # at warnings: libvips counts a tile that fails to decompress, or has no bytes, among them
             image = load(path, access, "warning", page=page, subifd=subifd)
-            planes.append(image.extract_band(0, n=image.bands - 1) if has_alpha else image)
+            planes.append(image.extract_band(0, n=image.bands - 1) if drops_alpha else image)
     return tuple(planes)

@@ -50,20 +50,26 @@ def kept_out_of_cache() -> Iterator[None]:
             pyvips.cache_set_max(size)
 
 
-def load(path: Path, access: str, fail_on: str, **options: Any) -> pyvips.Image:
+def load(path: Path, access: str, fail_on: str, source: pyvips.Source | None = None, **options: Any) -> pyvips.Image:
     """A libvips image of `path`, in grey, RGB or as many bands as there are; alpha included.
 
     Args:
         path: The file.
         access: "random", for what libvips reads in any order, or "sequential".
         fail_on: The least fault that is an error; below it libvips gives grey or black for what it cannot decode.
+        source: What is decoded instead of the file itself.
         options: Of the loader: page, subifd.
 
     Raises:
         ImageReadError: libvips has no loader for it, or the pixels have a type or colour space that we don't read.
     """
+    forget_errors()
+    options = {"access": access, "fail_on": fail_on, **options}
     try:
-        image = pyvips.Image.new_from_file(str(path), access=access, fail_on=fail_on, **options)
+        if source is None:
+            image = pyvips.Image.new_from_file(str(path), **options)
+        else:
+            image = pyvips.Image.new_from_source(source, "", **options)
         if image.interpretation == "cmyk":
             image = image.colourspace("srgb")
     except pyvips.Error as error:
@@ -85,12 +91,21 @@ def fetch(path: Path, region: pyvips.Region, dtype: np.dtype, y: int, x: int, he
 
     A `pyvips.Region` belongs to the thread that made it.
     """
+    forget_errors()
     try:
         data = region.fetch(x, y, width, height)
     except pyvips.Error as error:
         where = f"y={y}, x={x}, height={height}, width={width}"
         raise cannot_read(path, f"truncated or corrupt data in the region {where} ({describe(error)})") from error
     return np.frombuffer(data, dtype).reshape(height, width, -1)
+
+
+def forget_errors() -> None:
+    """Empty libvips' list of errors, which keeps warnings about files that were read well, before an operation.
+
+    The list belongs to the process: what another thread fails at in the meantime can still get into a message.
+    """
+    pyvips.vips_lib.vips_error_clear()
 
 
 def describe(error: pyvips.Error) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from widefield.data import Pipeline
+from widefield.images import Alpha
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,13 @@ class ModelInfo:
         class_names: Names of the classes; None where they have none.
         level: Level of the pyramids that the model was trained on, 0 the largest.
         pipeline: What images went through in validation.
+        alpha: "keep" where the model was trained with a last channel that files mark as alpha, see `open_image`.
     """
 
     class_names: tuple[str, ...] | None = None
     level: int = 0
     pipeline: Pipeline = field(default_factory=Pipeline)
+    alpha: Alpha = "drop"
 
     def names(self, count: int) -> tuple[str, ...]:
         """Names of so many scores: those of the classes, and numbers where there are no names."""

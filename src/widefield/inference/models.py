@@ -150,6 +150,7 @@ def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
         None if names is None else tuple(names),
         state.get("level", seen.get("level", data.get("level", 0))),
         Pipeline(seen.get("transforms")),
+        state.get("alpha", seen.get("alpha", data.get("alpha", "drop"))),
     )
 
 

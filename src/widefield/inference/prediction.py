@@ -30,7 +30,7 @@ def as_picture(image: Image, info: ModelInfo) -> Picture:
         ValueError: An array or tensor of another number of axes.
     """
     if isinstance(image, (str, Path)):
-        picture: Any = open_image(image, info.level)
+        picture: Any = open_image(image, info.level, alpha=info.alpha)
     elif isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"an array of shape {image.shape} is no image; give (H, W) or (H, W, C)")

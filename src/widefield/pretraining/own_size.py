@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.images import ImageReadError, open_image
+from widefield.images import ImageReadError
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.pictures import normalized
-from widefield.pretraining.pixels import read_pixels, with_channels
+from widefield.pretraining.pixels import open_lazily, read_pixels, with_channels
 from widefield.pretraining.source import Files, ImageSource, reading
 from widefield.pretraining.transform_args import Normalize
 from widefield.pretraining.views import to_unit
@@ -109,9 +109,9 @@ def _open(source: ImageSource, index: int, look: Look, level: int) -> LazyPixels
     path = source.paths[index]
     with reading(path):
         try:
-            image = open_image(path)
+            image = open_lazily(path, look.num_channels)
         except ImageReadError:
             return look(read_pixels(path, look.num_channels))
         if level >= len(image.levels):
             raise ImageReadError(f"cannot use {path}: it has {len(image.levels)} levels and level={level}")
-        return LazyPixels(open_image(path, level) if level else image, look, str(path))
+        return LazyPixels(open_lazily(path, look.num_channels, level) if level else image, look, str(path))

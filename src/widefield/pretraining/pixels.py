@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from widefield.images import ImageReadError, open_image
+from widefield.images import ImageReadError, LazyImage, open_image, warn_of_dropped_alpha
 
 _BY_WIDEFIELD = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")
 _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
@@ -40,14 +40,20 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
         start = file.read(_PNG_DEPTH + 1)
         if start.startswith(_BY_WIDEFIELD) or (start.startswith(_PNG) and start[_PNG_DEPTH:] == b"\x10"):
             try:
-                image = open_image(path)
+                image = open_lazily(path, num_channels)
                 if reduction is not None:
-                    image = open_image(path, _level(image.levels, reduction))
+                    image = open_lazily(path, num_channels, _level(image.levels, reduction))
             except ValueError as error:  # an array that may be (C, H, W) or (H, W, C)
                 raise ImageReadError(str(error)) from error
             return with_channels(torch.from_numpy(image.read(0, 0, *image.shape[1:])), num_channels, str(path))
         file.seek(0)
         return with_channels(_by_pillow(path, file, num_channels, reduction), num_channels, str(path), alpha=True)
+
+
+def open_lazily(path: Path, num_channels: int, level: int = 0) -> LazyImage:
+    """Open a file as `open_image` does; a channel that is marked as alpha is kept where it is one of `num_channels`."""
+    image = open_image(path, level, alpha="keep")
+    return image if image.shape[0] == num_channels else open_image(path, level)
 
 
 def _level(levels: Sequence[tuple[int, int]], reduction: Reduction) -> int:
@@ -106,6 +112,7 @@ def with_channels(image: Tensor, num_channels: int, name: str, alpha: bool = Fal
     if channels == num_channels:
         return image
     if alpha and channels in (2, 4):
+        warn_of_dropped_alpha(name, channels)
         image = image[:-1]
     if len(image) == num_channels:
         return image

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from widefield.images import ImageReadError, LazyImage, open_image, thumbnail
-from widefield.pretraining.pixels import with_channels
+from widefield.pretraining.pixels import open_lazily, with_channels
 
 THUMBNAIL = 512
 """Long side of the picture in which tissue is looked for, in pixels."""
@@ -58,7 +58,7 @@ class Region:
 
 def draw_region(path: Path, args: SlideArgs, random: Random) -> Region:
     """A region around a place of the foreground, drawn uniformly; moved inside where it would reach over the border."""
-    image = open_image(path)
+    image = open_image(path, alpha="keep")  # only its levels count here
     level, side = _level_and_side(image, args)
     height, width = image.levels[level]
     rows, columns, cells = foreground(path) if args.foreground else (1, 1, ((0, 0),))
@@ -76,9 +76,9 @@ def read_patch(path: Path, args: SlideArgs, num_channels: int, random: Random) -
         ImageReadError: The slide cannot be read there, lacks the level or says no spacing, or has other channels.
     """
     region = draw_region(path, args, random)
-    pixels = open_image(path, region.level).read(region.y, region.x, region.height, region.width)
+    pixels = open_lazily(path, num_channels, region.level).read(region.y, region.x, region.height, region.width)
     patch = with_channels(torch.from_numpy(np.ascontiguousarray(pixels)), num_channels, str(path))
-    scale = 1.0 if args.spacing is None else args.patch_size / _level_and_side(open_image(path), args)[1]
+    scale = 1.0 if args.spacing is None else args.patch_size / _level_and_side(open_image(path, alpha="keep"), args)[1]
     if scale == 1.0:
         return patch
     size = [max(1, round(n * scale)) for n in patch.shape[1:]]
@@ -90,7 +90,7 @@ def read_patch(path: Path, args: SlideArgs, num_channels: int, random: Random) -
 @lru_cache(maxsize=1024)
 def foreground(path: Path) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     """Rows and columns of a grid over the slide, and which of its cells (row, column) hold tissue; all if none seems to."""
-    picture = thumbnail(open_image(path), THUMBNAIL)
+    picture = thumbnail(open_image(path, alpha="keep"), THUMBNAIL)
     mask = tissue(picture)
     if not mask.any():
         mask[:] = True

@@ -11,7 +11,7 @@ import numpy as np
 import pyvips
 
 from widefield.images import ImageReadError
-from widefield.images.vips import describe, dtype_of
+from widefield.images.vips import describe, dtype_of, forget_errors
 from widefield.transforms.values import full_scale
 
 BLOCK = 512
@@ -40,6 +40,7 @@ def blocks(image: pyvips.Image) -> Iterator[tuple[int, int, np.ndarray]]:
     for y in range(0, image.height, height):
         for x in range(0, image.width, width):
             size = min(height, image.height - y), min(width, image.width - x)
+            forget_errors()
             try:
                 data = region.fetch(x, y, size[1], size[0])
             except pyvips.Error as error:
