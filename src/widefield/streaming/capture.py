@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.fingerprint import Surroundings
+from widefield.streaming.fingerprint import Surroundings, left_by_forward
 from widefield.streaming.trace import Formula, Trace, formula
 from widefield.streaming.watch import PointwiseCall, Watch
 
@@ -40,7 +40,6 @@ _ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threa
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-@torch.inference_mode(False)
 def capture(
     module: nn.Module,
     shape: tuple[int, int, int, int],
@@ -60,8 +59,9 @@ def capture(
     updated in forward, calls that leave PyTorch, and what `watch` refuses. Whatever happens, the module and all that its forward
     can reach (caches, globals, objects in attributes) is left as it was.
     """
-    _refuse_structure(module)
-    with _ONE_AT_A_TIME:
+    _refuse_structure(module, batch_statistics)
+    grads = torch.is_grad_enabled()
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.set_grad_enabled(grads):
         if symbolic:
             try:
                 trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad)
@@ -86,12 +86,13 @@ def _capture(
     image_requires_grad: bool,
 ) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorded = _Recorded(_skeleton(module, fake, batch_statistics))
+    skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
-        image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE, requires_grad=image_requires_grad)
-    watch = Watch(recorded.module, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
+        image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
+    watch = Watch(skeleton, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
-    surroundings = Surroundings(recorded.module)
+    recorded = _Recorded(skeleton, watch, image_requires_grad)
+    surroundings = Surroundings(skeleton)
     try:
         with _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
             program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
@@ -116,23 +117,34 @@ def _capture(
         changes = surroundings.restore()
     _refuse_changes(changes, watch)
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=recorded.attributes)
+    captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=watch.left)
     return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)
 
 
 class _Recorded(nn.Module):
     """`module`, whose result is followed by the tensors and plain values that its forward has left in attributes of modules."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, watch: Watch, image_requires_grad: bool) -> None:
         super().__init__()
         self.module = module
-        self.attributes: tuple[tuple[str, str], ...] = ()  # path of the module, name
+
+        def record(image: torch.Tensor) -> Any:
+            watch.image = image, image_requires_grad
+            result, found = self._run(image)
+            watch.left = tuple(found)
+            return result, tuple(found.values())
+
+        self._record = record
 
     def forward(self, image: torch.Tensor) -> Any:
+        return self._record(image)
+
+    def _run(self, image: torch.Tensor) -> tuple[Any, dict[tuple[str, str], Any]]:
         before = [(path, part, dict(part.__dict__)) for path, part in self.module.named_modules()]
         registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
         buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
-        result, left = self.module(image), {}
+        result = self.module(image)
+        left: dict[tuple[str, str], Any] = {}
         for path, part, own in before:
             if registered[path] != (*part._parameters.items(), *part._modules.items()):
                 raise UnsupportedOpError(
@@ -159,8 +171,7 @@ class _Recorded(nn.Module):
                     )
             part.__dict__.clear()
             part.__dict__.update(own)
-        self.attributes = tuple(left)
-        return result, tuple(left.values())
+        return result, left
 
 
 _GIVEN_BACK = (torch.Tensor, bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -194,9 +205,15 @@ def _refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
             )
 
 
-def _refuse_structure(module: nn.Module) -> None:
+def _refuse_structure(module: nn.Module, batch_statistics: bool) -> None:
     """Refuse modules that hide their operations, and hooks on gradients."""
     for path, part in module.named_modules():
+        tracks = isinstance(part, _NormBase) and part.training and part.track_running_stats
+        if batch_statistics and tracks and not isinstance(part, _BatchNorm):
+            raise UnsupportedOpError(
+                    path, type(part).__name__, "in training mode updates running statistics by those of each instance",
+                    "put this instance norm layer in evaluation mode, or make it with track_running_stats=False",
+                )  # fmt: skip
         kind = type(part).__module__
         if isinstance(part, torch.jit.ScriptModule):
             raise UnsupportedOpError(
@@ -300,12 +317,16 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for part in module.modules():
-        for value in part.__dict__.values():  # weights that hooks recompute before each forward pass
+        for value in pytree.tree_leaves(
+            list(part.__dict__.values())
+        ):  # weights that hooks recompute before each forward pass
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 with fake:
                     memo[id(value)] = torch.empty_like(value.detach(), device=CAPTURE_DEVICE)
     skeleton = copy.deepcopy(module, memo)
-    for part in skeleton.modules():
+    for original, part in zip(module.modules(), skeleton.modules(), strict=True):
+        for key in [key for key, value in original.__dict__.items() if left_by_forward(value)]:
+            del part.__dict__[key]
         if not isinstance(part, _NormBase) or not part.track_running_stats:
             continue
         if batch_statistics and part.training and isinstance(part, _BatchNorm):

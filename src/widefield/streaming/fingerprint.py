@@ -24,11 +24,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 # Code, classes and objects of these packages count by identity; so does whatever comes after the first `_MOST` objects.
 _LIBRARIES = frozenset(
-    "torch torchvision timm numpy lightning pytorch_lightning einops widefield abc typing builtins collections functools logging "
-    "threading weakref io os re math random".split()
+    (
+        *(
+            "torch",
+            "torchvision",
+            "timm",
+            "numpy",
+            "lightning",
+            "pytorch_lightning",
+            "einops",
+            "widefield",
+            "abc",
+            "typing",
+        ),
+        *(
+            "builtins",
+            "collections",
+            "functools",
+            "logging",
+            "threading",
+            "weakref",
+            "io",
+            "os",
+            "re",
+            "math",
+            "random",
+        ),
+    )
 )
 _MOST = 20_000
 _PLAIN = (bool, int, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout)
@@ -51,7 +77,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
         settings = [
             (key, walk(value))
             for key, value in part.__dict__.items()
-            if key not in _MODULE_STATE and not (norm and key == "training")
+            if key not in _MODULE_STATE and not (norm and key == "training") and not left_by_forward(value)
         ]
         tensors = [
             (key, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
@@ -61,6 +87,20 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
         parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), tuple(hooks)))
     everywhere = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
     return (*parts, *(walk(hook) for kind in everywhere for hook in kind.values()), torch.get_default_dtype())
+
+
+def mark_left(value: Any) -> Any:
+    """Return `value`, whose tensors streaming leaves in an attribute of a module because forward would."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            leaf._left_by_forward = True  # type: ignore[attr-defined]
+    return value
+
+
+def left_by_forward(value: Any) -> bool:
+    """True if `value` holds such tensors and no others. They are results: a module is captured as if they were not there."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return bool(tensors) and all(hasattr(tensor, "_left_by_forward") for tensor in tensors)
 
 
 class Surroundings:
@@ -216,7 +256,7 @@ class _Walk:
         slots = [name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ()))]
         own = {name: getattr(value, name) for name in slots if not name.startswith("__") and hasattr(value, name)}
         attributes = getattr(value, "__dict__", {})
-        if isinstance(attributes, dict) and attributes and not isinstance(value, nn.Module):
+        if isinstance(attributes, dict) and not isinstance(value, nn.Module):
             self.containers.append(attributes)
         own.update(attributes)
         return tuple((key, self(item)) for key, item in own.items() if key not in _MODULE_STATE)
@@ -248,8 +288,10 @@ def _of_array(value: Any) -> tuple[Any, ...]:
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), value.tobytes() if value.size < 1024 else hash(value.tobytes())
     about = tuple(value.shape), value.dtype, value.device, value.requires_grad
-    if value.grad_fn is not None or isinstance(value, nn.Parameter) or value.is_meta or value.layout != torch.strided:
+    if value.grad_fn is not None or isinstance(value, nn.Parameter) or value.layout != torch.strided:
         return about
+    if type(value) is not Tensor or value.is_meta:
+        return *about, value._version, _Same(value)
     with torch.no_grad():
         return *about, hash(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
-from widefield.streaming.errors import VerificationError
+from widefield.streaming.errors import UnsupportedOpError, VerificationError
+from widefield.streaming.fingerprint import mark_left
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
 from widefield.streaming.image import LazyImage, Normalisation, Source
@@ -187,7 +188,7 @@ class StreamingCNN(nn.Module):
             update_running_statistics(self.module.get_submodule(path), values[name])
         result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
         for (path, name), value in zip(program.captured.attributes, left, strict=True):
-            setattr(self.module.get_submodule(path), name, value)
+            setattr(self.module.get_submodule(path), name, mark_left(value))
         return result
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
@@ -267,6 +268,14 @@ class StreamingCNN(nn.Module):
 
         `trains`: the image requires grad.
         """
+        for path, part in self.module.named_modules():
+            if isinstance(part, StreamingCNN):
+                raise UnsupportedOpError(
+                    path,
+                    "StreamingCNN",
+                    "already streams",
+                    f"stream the module inside: {path or 'model'}.module, or use it as it is",
+                )
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
         return self._programs.get(self.module, shape, dtype, autocast, exact, whole, trains)
@@ -306,8 +315,9 @@ class StreamingCNN(nn.Module):
                     self.module,
                     small,
                     image,
-                    masks_of(own.captured.nodes),
+                    masks_of(own),
                     own.random,
+                    bool(own.captured.attributes),
                     self._norms_to_freeze(),
                     torch.get_autocast_dtype(device.type).itemsize
                     if torch.is_autocast_enabled(device.type)

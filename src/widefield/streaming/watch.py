@@ -33,7 +33,6 @@ from torch.autograd.function import FunctionMeta
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
-from torch.utils.weak import WeakIdKeyDictionary
 
 from widefield.streaming.errors import UnsupportedOpError
 
@@ -84,6 +83,9 @@ _VIEWS = frozenset(
 class Watch(TorchFunctionMode):
     """A context for one capture of `module`, see the page. Afterwards `mode_dependent` is known, and `derived` answers.
 
+    `image` and `left` are filled in by the capture: the tensor that stands for the image and whether it is to require grad; the
+    paths and names of the attributes that forward has set.
+
     Args:
         module: the module that is captured; errors name its layers.
         autocast: the dtype of the autocast that the module is to run under, None without. `x.float()` is then kept as an
@@ -100,8 +102,12 @@ class Watch(TorchFunctionMode):
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._grads = torch.is_grad_enabled()
         self._thread = threading.get_ident()
-        self._constants = WeakIdKeyDictionary()  # tensors that follow from no tensor of the module
-        self._detached = WeakIdKeyDictionary()  # tensors that share memory with one that may have a gradient
+        # By identity, and held: tensors that follow from no tensor of the module; those that share memory with one that may have a
+        # gradient; the image, and whether it is to require grad.
+        self._constants: dict[int, Tensor] = {}
+        self._detached: dict[int, Tensor] = {}
+        self.image: tuple[Tensor, bool] | None = None
+        self.left: tuple[tuple[str, str], ...] = ()
         self._patches = ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -116,7 +122,7 @@ class Watch(TorchFunctionMode):
 
     def derived(self, value: Any) -> bool:
         """True for a tensor that depends on the image, on parameters or on buffers."""
-        return isinstance(value, Tensor) and is_fake(value) and value not in self._constants
+        return isinstance(value, Tensor) and is_fake(value) and id(value) not in self._constants
 
     def refusal(self, op: str, reason: str, remedy: str) -> UnsupportedOpError:
         """Return the error for what the module does that is running now."""
@@ -143,6 +149,8 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         self._refuse_foreign(name, leaves)
         self._refuse_lost(func, name, args, kwargs, tensors)
+        if self.image is not None and args and args[0] is self.image[0] and func == _GETTERS["requires_grad"]:
+            return self.image[1]
         if self.autocast is not None and func is Tensor.float and args[0].dtype == torch.float32:
             return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
         result = args[0].detach() if func == _GETTERS["data"] else func(*args, **kwargs)
@@ -189,7 +197,7 @@ class Watch(TorchFunctionMode):
                 "stream only the part of the model before it",
             )
         written = [kwargs.get("out"), *(args[:1] if _in_place(name) else ())]
-        if any(isinstance(x, Tensor) and x in self._detached for x in written):
+        if any(id(x) in self._detached for x in written):
             raise self.refusal(
                 name,
                 "changes in place, past autograd, what .data or .detach() gave of a map or a weight",
@@ -198,16 +206,16 @@ class Watch(TorchFunctionMode):
 
     def _follow(self, func: Any, name: str, tensors: list[Tensor], result: Any) -> None:
         constant = not any(map(self.derived, tensors))
-        shares = func in _DETACH or (name in _VIEWS and any(x in self._detached for x in tensors[:1]))
+        shares = func in _DETACH or (name in _VIEWS and any(id(x) in self._detached for x in tensors[:1]))
         for x in _leaves(result):
             if not isinstance(x, Tensor):
                 continue
             if constant:
-                self._constants[x] = True
-            elif x in self._constants:
-                del self._constants[x]
+                self._constants[id(x)] = x
+            else:
+                self._constants.pop(id(x), None)
             if shares and not constant:
-                self._detached[x] = True
+                self._detached[id(x)] = x
 
     def _patched(self) -> Iterator[Any]:
         """What a model may ask PyTorch for without an operation on tensors."""
@@ -219,7 +227,7 @@ class Watch(TorchFunctionMode):
             yield patch.object(torch, "get_autocast_dtype", self._answering(torch.get_autocast_dtype, self.autocast))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
-        yield patch.object(checkpoint, "CheckpointFunction", _Inlined)
+        yield patch.object(checkpoint, "CheckpointFunction", Inlined)
         yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
 
     def _is_mine(self, frame: types.FrameType) -> bool:
@@ -271,7 +279,7 @@ class Watch(TorchFunctionMode):
         return entered
 
 
-class _Inlined:
+class Inlined:
     """torch.utils.checkpoint in a capture: the function itself. What is recomputed is decided by the plan."""
 
     @staticmethod
@@ -377,7 +385,10 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _by_model(frame: types.FrameType | None) -> bool:
     """True if the code that asks is the model's, layers of PyTorch among it, and not the tracing."""
-    while frame is not None and (asks := _asks(frame.f_code.co_filename)) is None:
+    asks = None
+    while frame is not None and (
+        frame.f_code.co_name == "__torch_function__" or (asks := _asks(frame.f_code.co_filename)) is None
+    ):
         frame = frame.f_back
     return frame is not None and bool(asks)
 
