@@ -48,7 +48,7 @@ def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -
 
 
 def refuse_transforms(values: Iterable[Any]) -> None:
-    """Raise ValueError where derivatives would get lost: in torch.func's transforms, and for `values` with forward-mode tangents."""
+    """Raise ValueError where derivatives would be lost: in torch.func's transforms, for `values` with forward-mode tangents."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         what = "called inside of a transform of torch.func (jvp, jacrev, grad, vmap, ...)"
     elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):

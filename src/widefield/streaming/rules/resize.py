@@ -59,7 +59,7 @@ def interpolate(node: Node, maps: Maps) -> Placed:
         if mode.startswith("nearest") and not _chosen_alike(axes[-1], 1.0 / factors[axis] if factors else n_in / n_out):
             by = f" by the factor {factors[axis]}" if factors else ""
             raise node.refuse(
-                f"resizes {n_in} positions to {n_out}{by} by nearest neighbour, where PyTorch's kernels choose different neighbours",
+                f"resizes {n_in} positions to {n_out}{by}, where PyTorch's kernels choose different nearest neighbours",
                 "resize by a whole factor, give size= in place of a factor, or resize bilinearly",
             )
     rows, cols = axes
