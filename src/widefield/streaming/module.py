@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -146,8 +147,8 @@ class StreamingCNN(nn.Module):
             for value in (stage.values[v] for v in stage.inputs):
                 if value.name == program.captured.image:
                     pixels = image.detach() if isinstance(image, Tensor) else image
-                    how = {"memory_format": memory_format, "channels": value.shape[1]}
-                    sources.append(Source(pixels, device, dtype, self.normalisation, **how))
+                    source = Source(pixels, device, dtype, self.normalisation, memory_format=memory_format)
+                    sources.append(replace(source, channels=value.shape[1]))
                     inputs.append(image if isinstance(image, Tensor) else None)
                 else:
                     tensor, home = _spread(program, value, values), None if value.name in program.spread else store
