@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from tests.streaming.exactness import assert_exact, randomise
 
 layer = st.one_of(
-    st.tuples(st.just("conv"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2)),
+    st.tuples(st.just("conv"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), st.integers(1, 2)),
     st.tuples(st.just("depthwise"), st.integers(1, 7), st.integers(1, 2)),
     st.tuples(st.just("norm")),
     st.tuples(st.just("act"), st.sampled_from(["relu", "gelu", "hardswish"])),
     st.tuples(st.just("max"), st.integers(1, 3), st.integers(1, 3), st.booleans()),
     st.tuples(st.just("avg"), st.integers(2, 3), st.integers(1, 2), st.booleans()),
     st.tuples(st.just("up"), st.sampled_from(["nearest", "bilinear"])),
-    st.tuples(st.just("transposed"), st.integers(1, 4), st.integers(1, 3)),
+    st.tuples(st.just("transposed"), st.integers(1, 3), st.integers(1, 5), st.integers(0, 4), st.integers(1, 3)),
+    st.tuples(st.just("pick"), st.lists(st.integers(-4, 3), min_size=4, max_size=4)),
     st.tuples(st.just("residual"), st.integers(1, 3)),
     st.tuples(st.just("reflect"), st.integers(1, 2)),
     st.tuples(st.just("layernorm")),
@@ -53,7 +54,9 @@ class Drawn(nn.Module):
         if kind == "avg":
             return nn.AvgPool2d(args[0], args[1], args[0] // 2, count_include_pad=args[2])
         if kind == "transposed":
-            return nn.ConvTranspose2d(4, 4, args[0], args[1])
+            kernel, stride, beyond, dilation = args
+            beyond = min(beyond, max(stride, dilation) - 1)
+            return nn.ConvTranspose2d(4, 4, kernel, stride, output_padding=beyond, dilation=dilation)
         if kind == "residual":
             return nn.Conv2d(4, 4, 2 * args[0] + 1, padding=args[0])
         if kind == "reflect":
@@ -79,6 +82,8 @@ class Drawn(nn.Module):
                 x = part(x) if max(x.shape[2:]) < 60 else x
             elif kind == "residual":
                 x = x + part(x).relu()
+            elif kind == "pick":
+                x = x[:, torch.tensor(args[0])]
             elif kind == "excite":
                 x = x * part(x.mean((2, 3), keepdim=True)).sigmoid()
             elif kind == "attend":  # a sum of all positions, weighted by a softmax over them

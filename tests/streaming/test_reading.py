@@ -1,7 +1,11 @@
 """Of an image on disk the next tile is read while a step is computed, by one thread that ends with the pass."""
 
+import re
 import threading
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,6 +91,50 @@ def test_a_reader_may_use_its_memory_again(dtype: torch.dtype) -> None:
     image, module = Reused(), net()
     out = StreamingCNN(module, (8, None), value_range=(0, 255))(image)
     assert relative_error(out.detach(), module(image.pixels[None].double() / 255).detach()) < TOLERANCE
+
+
+class Given:
+    """Declares a dtype and reads whatever `given` makes of pixels from 0 to 255."""
+
+    shape, pixels = (3, 16, 12), np.random.RandomState(0).randint(0, 256, (3, 16, 12))
+
+    def __init__(self, dtype: Any, given: Callable[[np.ndarray], Any]) -> None:
+        self.dtype, self.given = dtype, given
+
+    def __repr__(self) -> str:
+        return "slide.tif"
+
+    def read(self, y: int, x: int, height: int, width: int) -> Any:
+        return self.given(self.pixels[:, y : y + height, x : x + width])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "words"),
+    [
+        (np.uint8, lambda pixels: pixels, "returned torch.int64, but the image declares torch.uint8"),
+        ("float32", lambda pixels: pixels / 255, "returned torch.float64, but the image declares torch.float32"),
+        (np.uint8, lambda pixels: None, "returned NoneType None, expected an array or tensor of shape (3, 8, 12)"),
+        (np.uint8, lambda pixels: pixels[:1].astype(np.uint8), "returned shape (1, 8, 12), expected (3, 8, 12)"),
+    ],
+)
+def test_what_read_gives_must_be_what_the_image_declares(dtype: Any, given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"slide.tif.read(0, 0, 8, 12) {words}")):
+        StreamingCNN(net(), (8, None))(Given(dtype, given))
+
+
+@pytest.mark.parametrize("dtype", [None, object, "nonsense", np.complex64])
+def test_an_image_declares_real_or_whole_numbers(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype of slide.tif must be|only real ones are streamed"):
+        StreamingCNN(net(), (8, None))(Given(dtype, lambda pixels: pixels))
+
+
+@pytest.mark.parametrize(
+    "given", [lambda pixels: pixels.astype(">u2"), lambda pixels: pixels.astype("u2")[::-1, :, ::-1]]
+)
+def test_arrays_may_have_any_byte_order_and_strides(given: Callable[[np.ndarray], np.ndarray]) -> None:
+    module, image = net(), Given(np.uint16, given)
+    whole = torch.from_numpy(given(image.pixels).astype(np.float64))[None] / 65535
+    assert relative_error(StreamingCNN(module, (8, None))(image).detach(), module(whole).detach()) < TOLERANCE
 
 
 def test_a_pass_that_fails_ends_its_thread() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.streaming.exactness import assert_exact, randomise
-from widefield.streaming import StreamingCNN, UnsupportedOpError
+from widefield.streaming import StreamingCNN, UnsupportedOpError, stream
 
 TILES = [(7, None), (5, 6), (1, 3), (64, 64)]
 
@@ -104,6 +104,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "bilinear 3": lambda x: F.interpolate(x, scale_factor=3, mode="bilinear"),
     "bilinear corners": lambda x: F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=True),
     "bilinear to odd size": lambda x: F.interpolate(x, size=(41, 13), mode="bilinear"),
+    "bilinear by almost 3": lambda x: F.interpolate(x, scale_factor=3.000000003, mode="bilinear"),
+    "bicubic by almost 1/3": lambda x: F.interpolate(x, scale_factor=0.333333333, mode="bicubic"),
     "bicubic 2": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
     "bicubic corners": lambda x: F.interpolate(x, size=(31, 50), mode="bicubic", align_corners=True),
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1),
@@ -126,6 +128,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "channel shuffle": lambda x: F.channel_shuffle(x, 4),
     "flip channels": lambda x: x.flip(1),
     "roll channels": lambda x: x.roll(3, 1),
+    "negative indices": lambda x: x[:, torch.tensor([-1, 0, 2, -2, 1, 1, -8, 3])],
+    "negative bounds": lambda x: x[:, :, -15:-1:2, :-2],
     "strided slice": lambda x: x[:, :, 1::2, ::3],
     "patch merging by slices": lambda x: torch.cat([x[:, :2, i : 22 : 2, j : 18 : 2] for i in (0, 1) for j in (0, 1)], 1),
     "layer norm over channels": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
@@ -178,6 +182,54 @@ def test_transposed_convolutions(name: str) -> None:
     assert_exact(Fn(nn.ConvTranspose2d(4, 6, **TRANSPOSED[name]), 4, 6), torch.randn(1, 3, 11, 9), TILES)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 1, padding=1),
+        nn.Conv2d(4, 4, 2, padding=(2, 5), stride=(1, 3)),
+        nn.Conv2d(4, 4, (2, 1), padding=4, dilation=2, groups=4),
+        nn.ConvTranspose2d(4, 4, 2, 5, output_padding=4),
+        nn.ConvTranspose2d(4, 4, (1, 2), (3, 4), padding=(2, 0), output_padding=(0, 3)),
+        nn.ConvTranspose2d(4, 4, 1, output_padding=2, dilation=3),
+    ],
+    ids=str,
+)
+def test_outputs_that_no_input_reaches(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), layer, nn.Conv2d(4, 2, 3, padding=1))
+    assert_exact(module, torch.randn(1, 3, 20, 12), [(5, None), (1, 3)])
+
+
+def test_indices_out_of_range_raise_the_error_of_plain_indexing() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Fn(lambda x: x[:, torch.tensor([0, 4])], after=None, before=nn.Identity())
+    )
+    with pytest.raises(IndexError, match="index 4 is out of bounds"):
+        StreamingCNN(module, 8)(torch.randn(1, 3, 23, 19))
+
+
+def test_a_complex_map_runs_whole() -> None:
+    torch.manual_seed(0)
+    assert_exact(Fn(lambda x: (x * (1 + 2j)).abs()), torch.randn(1, 3, 23, 19), [7], wrap=stream)
+
+
+def test_nan_passes_through() -> None:
+    image = torch.randn(1, 3, 14, 11).double()
+    image[0, 1, 5, 4] = torch.nan
+    for function in (
+        lambda x: F.max_pool2d(x, 3, 2, 1),
+        lambda x: x.amax((2, 3)),
+        lambda x: F.adaptive_max_pool2d(x, (2, 3)),
+    ):
+        module = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3), Fn(function, after=None, before=nn.Identity())).double()
+        plain, streamed = (image.clone().requires_grad_() for _ in range(2))
+        expected, found = module(plain), StreamingCNN(module, 4)(streamed)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        expected.sum().backward()
+        found.sum().backward()
+        torch.testing.assert_close(streamed.grad, plain.grad, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     torch.manual_seed(0)
@@ -212,6 +264,11 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("a quantile of the image", lambda x: x.quantile(0.5)),
         ("variance over height", lambda x: x.var(2)),
         ("tokens after a class token", lambda x: torch.cat([x.flatten(2).mT[:, :1] * 0, x.flatten(2).mT], 1)),
+        ("a complex factor", lambda x: (x * 2j).abs()),
+        ("an empty map", lambda x: (x, x[:, :, : x.shape[2] // 32])),
+        ("nearest by 2.01", lambda x: F.interpolate(x, scale_factor=2.01)),
+        ("nearest by 1.003", lambda x: F.interpolate(x, scale_factor=1.003)),
+        ("bilinear by a factor that changes no size", lambda x: F.interpolate(x, scale_factor=(1.01, 2.0), mode="bilinear")),
         ("transposed sum", lambda x: x[:, :, :17, :17] + x[:, :, :17, :17].transpose(2, 3)),
     ],
 )  # fmt: skip

@@ -412,7 +412,7 @@ CHANGES: dict[str, tuple[Any, Any, Callable[[pytest.MonkeyPatch, Net], Any]]] = 
     "forward": (
         lambda net, x: x,
         lambda net: None,
-        lambda patch, net: setattr(net, "forward", lambda x: net.a(x) * 5.0),
+        lambda patch, net: setattr(net, "forward", types.MethodType(lambda self, x: self.a(x) * 5.0, net)),
     ),
     "not a number": (
         lambda net, x: x * (2.0 if net.cfg != net.cfg else 5.0),
@@ -651,6 +651,7 @@ def test_detached_values_are_exact() -> None:
     assert_equal_results(StreamingCNN(net, 7), net)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_parts_are_exact(reentrant: bool) -> None:
     net = Net(lambda net, x: checkpoint(net.b, x, use_reentrant=reentrant).relu())
@@ -748,7 +749,7 @@ CAUGHT: dict[str, Callable[[], nn.Module]] = {
 def test_the_check_at_first_use_alone_finds_wrong_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     undefended(monkeypatch)
     net = CAUGHT[name]()
-    with pytest.raises(VerificationError, match=r"streamed, .* plain"):
+    with pytest.raises(VerificationError, match=r"streamed, .* plain|differ from each other"):
         StreamingCNN(net, 7)(IMAGE)
     assert all(p.grad is None for p in net.parameters())
 

@@ -83,6 +83,12 @@ class _Sorter:
             self._add(node)
             return
         try:
+            if node.dtype.is_complex:  # the gradients of complex maps would be lost, and no rule takes |x|^2 for x * x
+                raise node.refuse(
+                    f"makes a complex map ({node.dtype}), and only real ones are streamed",
+                    "compute with the real and the imaginary part as two real maps; "
+                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
+                )
             steps, flattened = unflatten(node, self.maps)
             rewrite = REWRITES.get(steps[-1].target)
             last = (rewrite and rewrite(steps[-1], self.maps)) or [steps[-1]]
@@ -151,7 +157,13 @@ class _Sorter:
         if isinstance(node.target, Reduction):
             self._add_reduction(node)
         elif any(name in self.maps for name in node.refs):
-            self.placed[node.name] = found = place(node, self.maps)
+            found = place(node, self.maps)
+            if 0 in (node.shape[found.axes.rows], node.shape[found.axes.cols]):
+                raise node.refuse(
+                    f"makes an empty map of shape {node.shape}",
+                    "pass a larger image, or leave this output out where it is empty",
+                )
+            self.placed[node.name] = found
             self.maps.axes[node.name] = found.axes
             self._record(node, max(self._level(name) for name in node.refs))
         else:

@@ -312,17 +312,20 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
     With `batch_statistics`, batch norm layers in training mode are copied without running statistics.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
         with fake:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty(tensor), tensor.requires_grad) if parameter else empty(tensor)
     for part in module.modules():
         for value in pytree.tree_leaves(
             list(part.__dict__.values())
         ):  # weights that hooks recompute before each forward pass
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                with fake:
-                    memo[id(value)] = torch.empty_like(value.detach(), device=CAPTURE_DEVICE)
+                memo[id(value)] = empty(value)
     skeleton = copy.deepcopy(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):
         for key in [key for key, value in original.__dict__.items() if left_by_forward(value)]:

@@ -140,7 +140,9 @@ def identity(n: int) -> Window:
 class Transposed(_OneByOne):
     """Input `i` contributes to outputs `[i * stride - padding, i * stride - padding + extent)`.
 
-    Transposed convolutions, and repetition by a whole factor (`extent == up`): nearest upsampling, depth-to-space.
+    Transposed convolutions, and repetition by a whole factor (`extent == up`): nearest upsampling, depth-to-space. An output that
+    no input reaches (between the windows where `up > extent`, or behind the last one) counts as read from the input before it,
+    so that no step reads nothing.
     """
 
     n_in: int
@@ -160,14 +162,14 @@ class Transposed(_OneByOne):
     def first(self, o: int) -> int:
         if o >= self.n_out:
             return self.n_in
-        return clamp(-((self.extent - 1 - o - self.padding) // self.up), 0, self.n_in)
+        extent = max(self.extent, self.up)
+        return clamp(-((extent - 1 - o - self.padding) // self.up), 0, self.n_in - 1)
 
     def stop(self, o: int) -> int:
         return 0 if o <= 0 else clamp((o - 1 + self.padding) // self.up + 1, 0, self.n_in)
 
     def span(self, o0: int, o1: int) -> Span:
-        first = self.first(o0)
-        return Span(o0, o1, first, max(first, self.stop(o1)))
+        return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
 def repeat(n: int, factor: int) -> Transposed:
@@ -252,11 +254,11 @@ class Resample(_OneByOne):
         source = o * self.scale if self.align_corners else (o + 0.5) * self.scale - 0.5
         if self.mode == "linear":
             source = max(source, 0.0)
-            at = clamp(int(source), 0, last)
-            part = min(source - at, 1.0)
+        at = int(np.float32(source) // 1)  # PyTorch rounds so for float64 maps too
+        part = max(0.0, min(source - at, 1.0))
+        if self.mode == "linear":
+            at = min(at, last)
             return (at, min(at + 1, last)), (1.0 - part, part)
-        at = int(source // 1)
-        part = source - at
         weights = (cubic(part + 1.0), cubic(part), cubic(1.0 - part), cubic(2.0 - part))
         return tuple(clamp(at + k, 0, last) for k in (-1, 0, 1, 2)), weights
 

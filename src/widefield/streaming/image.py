@@ -16,7 +16,7 @@ class LazyImage(Protocol):
     """An image that is read region by region.
 
     `shape` is (channels, height, width), `dtype` a NumPy or torch dtype. `read` takes a region in pixels and returns an array or
-    tensor of shape (channels, height, width). A scan calls it from a thread of its own, one call at a time.
+    tensor of shape (channels, height, width) and this dtype. A scan calls it from a thread of its own, one call at a time.
     """
 
     @property
@@ -103,6 +103,31 @@ def _top(dtype: torch.dtype) -> float:
     return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
 
 
+def pixel_dtype(image: Tensor | LazyImage) -> torch.dtype:
+    """The dtype that an image declares. Raises ValueError if it is none of real or whole numbers."""
+    dtype = image.dtype
+    if not isinstance(dtype, torch.dtype):
+        try:
+            dtype = _copied(np.empty(0, dtype or object)).dtype
+        except TypeError as error:
+            raise ValueError(
+                f"the dtype of {image!r} must be one of NumPy's or torch's numbers: got {dtype!r}"
+            ) from error
+    if dtype.is_complex:
+        raise ValueError(
+            f"the image is {dtype}, and only real ones are streamed: give its real and imaginary parts as channels"
+        )
+    return dtype
+
+
+def _copied(pixels: Any) -> Tensor:
+    """A tensor of pixels with memory of its own: the reader may use its memory for the next tile."""
+    if isinstance(pixels, Tensor):
+        return pixels.detach().clone()
+    array = np.asarray(pixels)
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
+
+
 @dataclass(frozen=True)
 class Source:
     """A stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
@@ -110,7 +135,8 @@ class Source:
     Only the image has a `normalisation`; weights as large as the image are taken as they are.
 
     `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one. `store` is
-    where the tensor lives and its gradient will, None for tensors that the user or a layer made.
+    where the tensor lives and its gradient will, None for tensors that the user or a layer made. `channels` are those that a lazy
+    image is planned with, None for those that it has now.
     """
 
     data: Tensor | LazyImage
@@ -120,6 +146,7 @@ class Source:
     dims: tuple[int, int] = (2, 3)
     memory_format: torch.memory_format | None = None
     store: Store | None = None
+    channels: int | None = None
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """Zeros for the gradient of the whole input `tensor`."""
@@ -140,13 +167,20 @@ class Source:
         if isinstance(self.data, Tensor):
             return self.region(self.data, y, x, height, width)
         pixels = self.data.read(y, x, height, width)
-        # A copy: the reader may use its memory for the next tile.
-        tile = pixels.clone() if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
+        call = f"{self.data!r}.read({y}, {x}, {height}, {width})"
+        planned = (self.channels or self.data.shape[0], height, width)
+        try:
+            tile = _copied(pixels)
+        except (TypeError, ValueError) as error:
+            given = f"{type(pixels).__name__} {pixels!r:.100}"
+            raise ValueError(f"{call} returned {given}, expected an array or tensor of shape {planned}") from error
         del pixels
-        planned = (self.data.shape[0], height, width)
         if tuple(tile.shape) != planned:
+            raise ValueError(f"{call} returned shape {tuple(tile.shape)}, expected {planned}")
+        if tile.dtype != (declared := pixel_dtype(self.data)):
             raise ValueError(
-                f"{self.data!r}.read({y}, {x}, {height}, {width}) returned shape {tuple(tile.shape)}, expected {planned}"
+                f"{call} returned {tile.dtype}, but the image declares {declared}, by which its values are scaled: "
+                "make read() and dtype agree"
             )
         tile = tile[None].to(self.dtype if tile.is_floating_point() else tile.dtype)
         return tile.pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,13 @@ from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.fingerprint import mark_left
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
-from widefield.streaming.image import LazyImage, Normalisation, Source
+from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import Scan, Wish, make_plan
 from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
-from widefield.streaming.scan import scan
+from widefield.streaming.scan import refuse_transforms, scan
 from widefield.streaming.store import PLACES, Place, Store
 from widefield.streaming.verification import SIZES, masks_of, verify
 
@@ -133,6 +134,8 @@ class StreamingCNN(nn.Module):
         """Stream `image`; see the class."""
         if isinstance(image, (list, tuple)):
             return self._as_batch(image) if self.batch_statistics == "exact" and image else [self(one) for one in image]
+        if self.enabled:
+            refuse_transforms([image, *self.parameters(), *self.buffers()])
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         if isinstance(image, Tensor):
@@ -159,7 +162,8 @@ class StreamingCNN(nn.Module):
             for value in (stage.values[v] for v in stage.inputs):
                 if value.name == program.captured.image:
                     pixels = image.detach() if isinstance(image, Tensor) else image
-                    sources.append(Source(pixels, device, dtype, self.normalisation, memory_format=memory_format))
+                    source = Source(pixels, device, dtype, self.normalisation, memory_format=memory_format)
+                    sources.append(replace(source, channels=value.shape[1]))
                     inputs.append(image if isinstance(image, Tensor) else None)
                 else:
                     tensor, home = _spread(program, value, values), None if value.name in program.spread else store
@@ -402,6 +406,7 @@ class StreamingCNN(nn.Module):
             )
         if 0 in shape:
             raise ValueError(f"the image is empty: its shape is {shape}")
+        pixel_dtype(image)
         self.normalisation.check_channels(shape[1])
         return shape
 

@@ -16,12 +16,13 @@ What is needed of the whole image (the mean of a map, say) is a reduction, gathe
 like the output maps, and a later scan uses it; in the backward pass its gradient enters every tile.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from widefield.streaming.buffers import cut_out
@@ -44,6 +45,20 @@ def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -
         return _Scan.apply(job, *tensors)
     with torch.no_grad(), closing(job.tiles(job.grid.order)) as reader:
         return tuple(_forward(job, reader, weights, tape=None))
+
+
+def refuse_transforms(values: Iterable[Any]) -> None:
+    """Raise ValueError where derivatives would be lost: in torch.func's transforms, for `values` with forward-mode tangents."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        what = "called inside of a transform of torch.func (jvp, jacrev, grad, vmap, ...)"
+    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        what = "differentiated in forward mode: its image or a parameter is a dual tensor"
+    else:
+        return
+    raise ValueError(
+        f"a streamed network cannot be {what}. Use backward() or torch.autograd.grad() on its result, which stream; or the plain "
+        "module (StreamingCNN.module)."
+    )
 
 
 class _Scan(torch.autograd.Function):

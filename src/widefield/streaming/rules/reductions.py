@@ -172,7 +172,7 @@ class Moments(Reduction):
 class Maximum(_Local):
     """The maximum over dimensions `dims` (kept with size 1) and how often it occurs; the minimum with `sign` -1.
 
-    Equal maxima share the gradient, as in `torch.amax`.
+    Equal maxima share the gradient, as in `torch.amax`; where the maximum is NaN, all positions get NaN.
     """
 
     dims: tuple[int, ...]
@@ -192,7 +192,7 @@ class Maximum(_Local):
 
     def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
         equal = tiles[0] == result[0]
-        return torch.where(equal, tiles[0], 0).sum(self.dims, keepdim=True) / result[1].to(tiles[0].dtype), None
+        return (tiles[0] * equal).sum(self.dims, keepdim=True) / result[1].to(tiles[0].dtype), None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,13 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             "resizes by a factor that changes no size, where PyTorch's gradient is not that of its result",
             "leave it out",
         )
+    if mode == "linear" and factors and not align_corners and maps.extent(name) != tuple(node.shape[2:]):
+        for n_in, n_out, factor in zip(maps.extent(name), node.shape[2:], factors, strict=True):
+            if n_in == n_out and factor != 1.0:
+                raise node.refuse(
+                    f"resizes by the factor {factor}, which leaves {n_in} positions as many, and PyTorch's kernels differ in that",
+                    "give 1.0 for that factor, or size= in place of factors",
+                )
     axes = []
     for axis, (n_in, n_out) in enumerate(zip(maps.extent(name), node.shape[2:], strict=True)):
         if align_corners:
@@ -49,10 +56,11 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             by_sizes = not factors or n_out in _SIZES_COUNT.get(mode, lambda n: ())(n_in)
             scale = n_in / n_out if by_sizes else 1.0 / factors[axis]
         axes.append(Resample(n_in, n_out, scale, mode, align_corners))
-        if mode.startswith("nearest") and not _rounds_alike(axes[-1]):
+        if mode.startswith("nearest") and not _chosen_alike(axes[-1], 1.0 / factors[axis] if factors else n_in / n_out):
+            by = f" by the factor {factors[axis]}" if factors else ""
             raise node.refuse(
-                f"resizes {n_in} positions to {n_out} by nearest neighbour, where the choice of neighbour depends on rounding",
-                "resize by a whole factor, or bilinearly",
+                f"resizes {n_in} positions to {n_out}{by}, where PyTorch's kernels choose different nearest neighbours",
+                "resize by a whole factor, give size= in place of a factor, or resize bilinearly",
             )
     rows, cols = axes
 
@@ -62,18 +70,21 @@ def interpolate(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows, cols),), Axes(2, 3), run)
 
 
-def _rounds_alike(axis: Resample) -> bool:
-    """Whether PyTorch's nearest neighbours are the same in all its kernels, which compute in float32 or float64."""
-    if axis.n_out in (axis.n_in, 2 * axis.n_in):
-        return True
+def _chosen_alike(axis: Resample, scale: float) -> bool:
+    """True if PyTorch's nearest neighbours are the same in all its kernels, with `scale` input positions per output position.
+
+    The kernels compute in float32 or float64, in several orders. For contiguous tensors they use the factor that was given, for
+    tensors in channels_last and for gradients only the sizes where those are as for factor 1 or 2: by 2.01, 43 rows become 86,
+    of which the first kernel takes floor(o / 2.01) and the others o // 2.
+    """
     half = 0.5 if axis.mode == "nearest-exact" else 0.0
     outputs = np.arange(axis.n_out) + half
     exact = np.array([axis.taps(o)[0][0] for o in range(axis.n_out)])
     kernels = (
-        np.float32(axis.scale) * outputs.astype(np.float32),
-        (np.float64(np.float32(axis.scale)) * outputs).astype(np.float32),
-        (np.float64(axis.scale) * outputs).astype(np.float32),
-        np.float32(axis.scale) * outputs.astype(np.float32) - np.float32(half) + np.float32(half),
+        np.float32(scale) * outputs.astype(np.float32),
+        (np.float64(np.float32(scale)) * outputs).astype(np.float32),
+        (np.float64(scale) * outputs).astype(np.float32),
+        np.float32(scale) * outputs.astype(np.float32) - np.float32(half) + np.float32(half),
     )
     return all((np.minimum(np.floor(k).astype(np.int64), axis.n_in - 1) == exact).all() for k in kernels)
 

@@ -24,6 +24,7 @@ from widefield.streaming.rules.base import (
     rule,
     sources,
 )
+from widefield.streaming.rules.rewriting import Rewriting, rewrite
 
 aten = torch.ops.aten
 
@@ -202,17 +203,22 @@ def windows(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, *sides),), axes, lambda tiles, work: tiles[0].unfold(dim, size, step))
 
 
-@rule(aten.index)
-def pick(node: Node, maps: Maps) -> Placed:
+@rewrite(aten.index)
+def pick(node: Node, maps: Maps) -> list[Node]:
     """A list of indices, the same for every image, along one dimension that is neither height nor width."""
     name = only_map(node, maps)
     places = [(d, index) for d, index in enumerate(node.args[1]) if index is not None]
     if len(places) != 1 or places[0][0] in maps.axes[name] or len(maps.shapes[places[0][1].name]) != 1:
         raise node.refuse("picks positions by index", "use slices, or index one other dimension by a list")
-    dim, index = places[0][0], places[0][1].name
-    return Placed(
-        (maps.read(name),), maps.axes[name], lambda tiles, work: tiles[0].index_select(dim, work.weights[index].long())
-    )
+    dim, index = places[0]
+    new = Rewriting(node)
+    counted = new.add("index", from_the_start, (index, maps.shapes[name][dim]), maps.shapes[index.name])
+    return new.result(aten.index_select.default, Ref(name), dim, counted)
+
+
+def from_the_start(index: Tensor, size: int) -> Tensor:
+    """Indices into `size` elements, negative ones counted from the end. Raises IndexError, as PyTorch does, for others."""
+    return torch.arange(size, device=index.device)[index]
 
 
 @rule(aten.cat, aten.stack, aten.slice_scatter)

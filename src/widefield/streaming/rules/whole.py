@@ -209,7 +209,8 @@ def softmax(node: Node, maps: Maps) -> list[Node] | None:
 
 def log_of_sum(top: Tensor, total: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """log(sum(exp(x)))."""
-    return (top + total.log()).reshape(tuple(shape)).to(dtype)
+    value = torch.where(top == torch.inf, top, top + total.log())  # inf - inf has made the total NaN
+    return value.reshape(tuple(shape)).to(dtype)
 
 
 def softmax_of(x: Tensor, top: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:

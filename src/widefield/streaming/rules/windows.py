@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import BorderPad, Span, Transposed, Window
+from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
 from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, refuse_whole, rule
 
 aten = torch.ops.aten
@@ -67,7 +67,10 @@ def _run_padded(
 ) -> Tensor:
     """`run(tile, padding)` for the outputs of `work`; padding that operators cannot add is `value`."""
     assert isinstance(read.rows, Window) and isinstance(read.cols, Window)
-    rows, cols = _padding(work.rows[0], read.rows), _padding(work.cols[0], read.cols)
+    if tile.numel():
+        rows, cols = _padding(work.rows[0], read.rows), _padding(work.cols[0], read.cols)
+    else:  # windows of nothing but padding: operators refuse an empty tile
+        rows, cols = (_Padding(0, span.low, span.high) for span in (work.rows[0], work.cols[0]))
     if rows.low or rows.high or cols.low or cols.high:
         tile = F.pad(tile, (cols.low, cols.high, rows.low, rows.high), value=value)
     made = run(tile, (rows.native, cols.native))
@@ -189,24 +192,21 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
     rows_map, cols_map = (Transposed(*size) for size in sizes)
 
-    def margins(axis: int, span: Span) -> tuple[int, int]:
-        """Positions to add (negative: to cut) before and after the full result of the inputs read."""
+    def fit(full: Tensor, axis: int, span: Span) -> tuple[Tensor, int, int]:
+        """What of the full result of the inputs read falls on the span's outputs; how many of them lie before and after that."""
         begin = span.first * stride[axis] - padding[axis]
-        end = begin + (span.last - span.first - 1) * stride[axis] + extent[axis]
-        return begin - span.start, span.stop - end
+        size = full.shape[axis + 2]
+        low, high = clamp(span.start - begin, 0, size), clamp(span.stop - begin, 0, size)
+        before = clamp(begin - span.start, 0, span.size)
+        part = full if high - low == size else full.narrow(axis + 2, low, high - low)
+        return part, before, span.size - before - (high - low)
 
     def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        w = work.weights[weight]
-        rows, cols = work.rows[0], work.cols[0]
-        tile = tiles[0]
-        if tile.numel():
-            full = F.conv_transpose2d(tile, w, None, stride, 0, 0, groups, dilation)
-            low, high = margins(0, rows)
-            left, right = margins(1, cols)
-            if low or high or left or right:
-                full = F.pad(full, (left, right, low, high))
-        else:  # outputs between the windows of a stride larger than the kernel
-            full = tile.new_zeros(tile.shape[0], w.shape[1] * groups, rows.size, cols.size)
+        full = F.conv_transpose2d(tiles[0], work.weights[weight], None, stride, 0, 0, groups, dilation)
+        full, top, bottom = fit(full, 0, work.rows[0])
+        full, left, right = fit(full, 1, work.cols[0])
+        if top or bottom or left or right:
+            full = F.pad(full, (left, right, top, bottom))
         return full + work.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
 
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
