@@ -182,6 +182,19 @@ def test_bad_input_is_one_clear_error_and_leaves_no_output(
     assert not (tmp_path / "out").exists()
 
 
+def test_pixels_that_are_no_numbers_end_a_run_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images, _ = write_folder(tmp_path, count=4, side=48)
+    pixels = np.full((3, 48, 48), 0.5, np.float32)
+    for index in range(4):
+        (images / f"im{index}.tif").unlink()
+        np.save(images / f"im{index}.npy", pixels if index != 2 else np.where(pixels > 0, np.float32("nan"), 0))
+    assert fit(tmp_path, tmp_path / "out", epochs=1) == 2
+    error = capfd.readouterr().err
+    assert "(epoch 1) is NaN or infinite" in error
+    assert "no epoch was finished, so there is no checkpoint" in error
+    assert not list((tmp_path / "out").glob("*.ckpt"))
+
+
 def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert fit(folder, run) == 2
     assert "--resume" in capfd.readouterr().err

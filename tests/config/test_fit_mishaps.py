@@ -129,9 +129,19 @@ def test_the_checkpoint_that_is_named_exists(
     assert "best.ckpt" not in shown
 
 
-def test_a_loss_that_is_no_number_is_said(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "my.yaml", "--out", "run", "optimizer={type: SGD, lr: 1e30}"]) == 0
-    assert "is no number any more" in capfd.readouterr().err
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_finite_epoch(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["fit", "--config", "my.yaml", "--out", "run", "trainer.max_epochs=3"]
+    assert (
+        main([*run, "optimizer={type: SGD, lr: 1e-3}", "lr_scheduler={type: StepLR, step_size: 1, gamma: 1e38}"]) == 2
+    )
+    error = capfd.readouterr().err
+    assert "the loss of step 4 (epoch 2) is NaN or infinite" in error
+    assert "last.ckpt is that of the end of epoch 1, step 2, and its weights are finite" in error
+    for name in ("last.ckpt", "best.ckpt"):
+        state = torch.load(folder / "run" / name, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize("head", [LinearClsHead(2, 4), VisionTransformerClsHead(2, 4)])

@@ -19,8 +19,9 @@ from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
+from widefield.models.torch_file import read_torch_file
 from widefield.modules import BaseModule as StreamedModule
-from widefield.modules import RandomState
+from widefield.modules import FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class FitCLI(ConfiguredCLI):
         self.out = Path(self.config.trainer.default_root_dir)
         self.history = History(self.out / "history.csv")
         self.memory = StepMemory()
-        return [*super().callbacks(), self.history, self.memory, RandomState(), self._keep_best()]
+        return [*super().callbacks(), FiniteTraining(), self.history, self.memory, RandomState(), self._keep_best()]
 
     def _keep_best(self) -> ModelCheckpoint:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
@@ -96,6 +97,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; {_left(out)}", error.step) from error
     except RuntimeError as error:
         if last and "state_dict" in str(error):
             raise other_weights(error, last) from error
@@ -114,6 +117,18 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     else:
         _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
     return out
+
+
+def _left(out: Path) -> str:
+    """Return how to go on with a run that an error has ended."""
+    if not (out / LAST).is_file():
+        return "no epoch was finished, so there is no checkpoint; begin again"
+    kept = read_torch_file(out / LAST)
+    return (
+        f"{out / LAST} is that of the end of epoch {kept['epoch'] + 1}, step {kept['global_step']}, and its weights are "
+        f"finite: `widefield fit --resume --out {out}` goes on from there, optimizer.lr=..., --lr or trainer.precision=... "
+        "beside it with other values"
+    )
 
 
 def _check_folder(out: Path, resume: bool) -> None:
