@@ -1,7 +1,8 @@
 """Lazily read images: one object, whatever the file, that reads a region without loading the rest."""
 
 from widefield.images.errors import ImageReadError
+from widefield.images.files import IMAGE_ENDINGS, images_below, is_image_name
 from widefield.images.image import LazyImage, open_image
 from widefield.images.thumbnail import thumbnail
 
-__all__ = ["ImageReadError", "LazyImage", "open_image", "thumbnail"]
+__all__ = ["IMAGE_ENDINGS", "ImageReadError", "LazyImage", "images_below", "is_image_name", "open_image", "thumbnail"]
