@@ -20,7 +20,11 @@ def is_image_name(name: str, endings: Sequence[str] = IMAGE_ENDINGS) -> bool:
 def images_below(folder: Path, endings: Sequence[str] = IMAGE_ENDINGS) -> list[Path]:
     """Return the image files in `folder` and all folders below, in the order of their paths from it.
 
-    Links are followed; hidden files and folders are left out.
+    Links are followed; hidden files and folders are left out. Nothing is opened, so a file may still turn out to be no image.
+
+    Args:
+        folder: Where to look; one that does not exist holds none.
+        endings: How the names of files end, in whatever case.
     """
     found = (path for path in _walk(folder) if is_image_name(path.name, endings))
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
