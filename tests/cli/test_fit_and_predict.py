@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.small_images import write_folder, write_image
-from widefield.cli import main
+from widefield.cli import main, prediction
 from widefield.cli.history import History
 
 EPOCHS = 3
@@ -101,6 +101,18 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
+def test_a_resumed_run_applies_or_refuses_what_is_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path, count=4, side=48)
+    assert fit(tmp_path, tmp_path / "out", epochs=1) == 0
+    assert fit(tmp_path, tmp_path / "out", "--resume", "--batch-size", "2", "--seed", "8", epochs=2) == 2
+    error = capfd.readouterr().err
+    assert "data.batch_size was 1 and is 2\n" in error
+    assert "data.seed was 7 and is 8\n" in error
+    assert fit(tmp_path, tmp_path / "out", "--resume", "--lr", "0.25", epochs=2) == 0
+    last = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
+    assert (last["epoch"], last["optimizer_states"][0]["param_groups"][0]["lr"]) == (1, 0.25)
+
+
 def test_predictions_are_a_table_and_an_overlay_per_image(run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions"
     images = [str(folder / "images" / name) for name in ("im0.tif", "im1.tif")]
@@ -120,6 +132,37 @@ def test_images_of_the_same_name_get_overlays_of_their_own(run: Path, folder: Pa
     images = [str(folder / "images" / "im0.tif"), str(tmp_path / "im0.tif")]
     assert main(["predict", "--checkpoint", str(run / "best.ckpt"), *images, "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"im0.tif.1.png", "im0.tif.2.png"}
+
+
+def test_a_folder_is_searched_and_a_file_that_fails_loses_no_other(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images, _ = write_folder(tmp_path, count=3, side=64)
+    (images / "sub").mkdir()
+    (images / "im2.tif").rename(images / "sub" / "im2.SVS")
+    (images / "im1.tif").write_bytes((images / "im1.tif").read_bytes()[:3000])  # an interrupted copy
+    for name in ("im0.tif.aux.xml", "im0.xml", "im0.tfw", "im0.tif.ovr", ".im0.tif"):
+        (images / name).write_bytes(b"beside")
+    out = tmp_path / "out"
+    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), str(images), "--out", str(out)]) == 2
+    assert [Path(row["image"]).name for row in read_csv(out / "predictions.csv")] == ["im0.tif", "im2.SVS"]
+    assert {path.name for path in out.glob("*.png")} == {"im0.tif.png", "im2.SVS.png"}
+    error = capfd.readouterr().err
+    assert "1 of 3 images are missing:\ncannot read" in error
+    assert "im1.tif" in error.rpartition("missing")[2]
+
+
+def test_rows_are_on_disk_when_a_prediction_is_interrupted(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(path: Path, *_: Any) -> None:
+        if path.name.startswith("im2"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prediction, "draw", interrupt)
+    images = str(folder / "images")
+    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), images, "--out", str(tmp_path)]) == 130
+    assert [Path(row["image"]).name for row in read_csv(tmp_path / "predictions.csv")] == ["im0.tif", "im1.tif"]
 
 
 def no_images(folder: Path) -> None:
@@ -182,6 +225,19 @@ def test_bad_input_is_one_clear_error_and_leaves_no_output(
     assert not (tmp_path / "out").exists()
 
 
+def test_pixels_that_are_no_numbers_end_a_run_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images, _ = write_folder(tmp_path, count=4, side=48)
+    pixels = np.full((3, 48, 48), 0.5, np.float32)
+    for index in range(4):
+        (images / f"im{index}.tif").unlink()
+        np.save(images / f"im{index}.npy", pixels if index != 2 else np.where(pixels > 0, np.float32("nan"), 0))
+    assert fit(tmp_path, tmp_path / "out", epochs=1) == 2
+    error = capfd.readouterr().err
+    assert "(epoch 1) is NaN or infinite" in error
+    assert "no epoch was finished, so there is no checkpoint" in error
+    assert not list((tmp_path / "out").glob("*.ckpt"))
+
+
 def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert fit(folder, run) == 2
     assert "--resume" in capfd.readouterr().err
@@ -194,6 +250,7 @@ def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.Capture
         ("labels.csv", "im0.tif", "cannot be read as tensors"),
         ("RUN", "gone.tif", "gone.tif"),
         ("RUN", "bad.tif", "bad.tif"),
+        ("RUN", "notes", "notes holds no image files; they end in .bmp"),
     ],
 )
 def test_bad_input_to_predict_is_one_clear_error_and_leaves_no_output(
@@ -201,6 +258,8 @@ def test_bad_input_to_predict_is_one_clear_error_and_leaves_no_output(
 ) -> None:
     images, _ = write_folder(tmp_path, count=2)
     (images / "bad.tif").write_bytes(b"II*\0")
+    (images / "notes").mkdir()
+    (images / "notes" / "scene.tif.aux.xml").write_text("<a/>")
     path = run / "best.ckpt" if checkpoint == "RUN" else tmp_path / checkpoint
     code = main(["predict", "--checkpoint", str(path), str(images / image), "--out", str(tmp_path / "out")])
     error = capfd.readouterr().err

@@ -152,6 +152,13 @@ def test_evidence_is_drawn_at_any_layer(run: Path, tmp_path: Path, capfd: pytest
         assert main([*line, *more]) == 0
         assert (tmp_path / "cam" / "cat.png.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "cam" / "cat.png.png").unlink()
+    (tmp_path / "more").mkdir()
+    for name in ("a.png", "b.png"):
+        io.imsave(tmp_path / "more" / name, data.chelsea()[:64, :64], check_contrast=False)
+    (tmp_path / "more" / "a.png").write_bytes(b"no image")
+    assert main(["visualize", "cam", str(tmp_path / "more"), *line[3:]]) == 2
+    assert "1 of 2 images are missing" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "cam").iterdir()] == ["b.png.png"]
     for more, message in (
         (["--layer", "backbone.layer9"], "there is no layer 'backbone.layer9'"),
         (["--layer", "head.fc"], "the image does not run through head.fc"),

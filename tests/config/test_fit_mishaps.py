@@ -1,5 +1,6 @@
 """What goes wrong in a described run is said in a line, and a run that is there stays as it was."""
 
+import copy
 import shutil
 import warnings
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 
 from widefield.cli import main
+from widefield.cli.resuming import check_resumed
 from widefield.components.data_sample import DataSample
 from widefield.components.heads.linear_head import LinearClsHead
 from widefield.components.heads.vision_transformer_head import VisionTransformerClsHead
@@ -109,10 +112,89 @@ def test_a_run_that_does_not_fit_the_new_values_stays_as_it_was(
     assert main(["fit", "--config", "my.yaml", "--out", "run"]) == 0
     before = (folder / "run" / "config.yaml").read_bytes()
     assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2", "model.backbone.depth=34"]) == 2
-    assert "last.ckpt is no checkpoint of this model" in capfd.readouterr().err
+    assert "last.ckpt is of a run with other values:\n  model.backbone.depth was 18 and is 34" in capfd.readouterr().err
     assert (folder / "run" / "config.yaml").read_bytes() == before
     assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2"]) == 0
     assert b"max_epochs: 2" in (folder / "run" / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changed", "rate"),
+    [
+        (
+            ["lr_scheduler={type: StepLR, step_size: 1, gamma: 0.5}"],
+            ["optimizer.lr=1e-4", "optimizer.momentum=0.9", "lr_scheduler.gamma=0.1"],
+            1e-6,
+        ),
+        ([], ["lr_scheduler={type: StepLR, step_size: 1, gamma: 0.1}"], 1e-5),
+        (
+            ["lr_scheduler=[{type: LinearLR, end: 1, start_factor: 0.1}, {type: CosineAnnealingLR, T_max: 4}]"],
+            ["optimizer.lr=1e-4"],
+            0.5 * (1 + 0.5**0.5) * 1e-4,
+        ),
+    ],
+)
+def test_a_resumed_run_takes_on_another_rate_and_schedule_as_if_it_had_had_them_from_the_start(
+    folder: Path, schedule: list[str], changed: list[str], rate: float
+) -> None:
+    run = ["fit", "--config", "my.yaml", "optimizer={type: SGD, lr: 1e-3, momentum: 0.5}", *schedule]
+    assert main([*run, "--out", "run"]) == 0
+    assert main(["fit", "--resume", "--out", "run", "trainer.max_epochs=2", *changed]) == 0
+    assert main([*run, "--out", "whole", "trainer.max_epochs=2", *changed]) == 0
+    resumed, whole = (torch.load(folder / name / "last.ckpt", weights_only=True) for name in ("run", "whole"))
+    groups = [state["optimizer_states"][0]["param_groups"][0] for state in (resumed, whole)]
+    assert groups[0] == groups[1]
+    assert resumed["lr_schedulers"] == whole["lr_schedulers"]
+    assert groups[0]["lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "is_free"),
+    [
+        ("trainer", {"max_epochs": 9, "precision": "bf16-mixed", "gradient_clip_val": 1.0, "devices": 2}, True),
+        ("trainer", {"accumulate_grad_batches": 2}, False),
+        ("trainer", {"callbacks": [{"type": "Timer", "duration": "1"}]}, True),
+        ("trainer", {"callbacks": [{"type": "EarlyStopping", "monitor": "val_loss", "patience": 9}]}, False),
+        ("trainer", {"callbacks": None}, True),
+        ("model", {"lr": 0.1, "tile_size": 64, "backbone": {"depth": 18, "streaming": {"tile_size": 64}}}, True),
+        ("model", {"weights": "other.pth"}, False),
+        ("model", {"backbone": {"depth": 18, "norm_eval": True}}, False),
+        ("data", {"images": "moved", "num_workers": 4, "train": {"root": "moved"}}, True),
+        ("data", {"batch_size": 2}, False),
+        ("data", {"train": {"root": "here", "transforms": [{"type": "RGB"}]}}, False),
+        ("optimizer", {"type": "SGD", "lr": 0.1, "momentum": 0.9}, True),
+        ("optimizer", {"type": "AdamW", "lr": 0.5}, False),
+        ("lr_scheduler", {"type": "StepLR", "step_size": 2}, True),
+        ("paramwise_cfg", {"norm_decay_mult": 0.0}, False),
+        ("seed_everything", 1, False),
+        ("metrics", [{"type": "Accuracy"}], True),
+    ],
+)
+def test_what_a_resumed_run_may_change(section: str, value: Any, is_free: bool) -> None:
+    early = {"type": "EarlyStopping", "monitor": "val_loss", "patience": 3}
+    before: dict[str, Any] = {
+        "trainer": {"max_epochs": 1, "accumulate_grad_batches": 1, "callbacks": [early]},
+        "model": {"type": "ImageClassifier", "backbone": {"depth": 18}},
+        "data": {"images": "here", "batch_size": 1, "train": {"root": "here"}},
+        "optimizer": {"type": "SGD", "lr": 0.5},
+        "seed_everything": 0,
+    }
+    check_resumed(before, copy.deepcopy(before), Path("last.ckpt"))
+    after = {**before, section: {**before.get(section, {}), **value} if isinstance(value, dict) else value}
+    if is_free:
+        check_resumed(before, after, Path("last.ckpt"))
+    else:
+        with pytest.raises(
+            ValueError, match=rf"(?s)last.ckpt is of a run with other values:\n  {section}.* was .* and is "
+        ):
+            check_resumed(before, after, Path("last.ckpt"))
+
+
+def test_the_last_epoch_is_kept_though_it_is_not_the_best(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", lambda _, trainer, current: trainer.current_epoch == 0)
+    assert main(["fit", "--config", "my.yaml", "--out", "run", "trainer.max_epochs=2"]) == 0
+    steps = [torch.load(folder / "run" / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")]
+    assert steps == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +211,19 @@ def test_the_checkpoint_that_is_named_exists(
     assert "best.ckpt" not in shown
 
 
-def test_a_loss_that_is_no_number_is_said(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "my.yaml", "--out", "run", "optimizer={type: SGD, lr: 1e30}"]) == 0
-    assert "is no number any more" in capfd.readouterr().err
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_finite_epoch(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["fit", "--config", "my.yaml", "--out", "run", "trainer.max_epochs=3"]
+    assert (
+        main([*run, "optimizer={type: SGD, lr: 1e-3}", "lr_scheduler={type: StepLR, step_size: 1, gamma: 1e38}"]) == 2
+    )
+    error = capfd.readouterr().err
+    assert "the loss of step 4 (epoch 2) is NaN or infinite" in error
+    assert "last.ckpt is that of the end of epoch 1, step 2, and its weights are finite" in error
+    for name in ("last.ckpt", "best.ckpt"):
+        state = torch.load(folder / "run" / name, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize("head", [LinearClsHead(2, 4), VisionTransformerClsHead(2, 4)])

@@ -52,6 +52,13 @@ def test_an_exact_file_name_wins_over_the_same_stem(tmp_path: Path, images: Path
     assert read.images[0].path == images / "a"
 
 
+def test_files_beside_an_image_do_not_make_its_name_ambiguous(tmp_path: Path, images: Path) -> None:
+    for name in ("a.tfw", "a.xml", "a.tif.aux.xml", "a.tif.ovr"):
+        (images / name).write_bytes(b"x")
+    read = read_labels(table(tmp_path, "image,label", "a,x", "b,y"), images)
+    assert read.images[0].path == images / "a.tif"
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

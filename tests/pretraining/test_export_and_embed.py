@@ -53,6 +53,38 @@ def named(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     return out / "checkpoints" / "last.ckpt"
 
 
+def test_slides_of_any_ending_are_pretrained_on_and_embedded_beside_files_that_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    (folder / "deep").mkdir(parents=True)
+    names = ["a.svs", "b.scn", "c.BTF", "d.qptiff", "deep/e.tf8"]
+    for k, name in enumerate(names):
+        write_tiff(folder / name, data.astronaut()[64 * k : 64 * k + 200, :300])
+    for name in ("a.svs.aux.xml", "b.xml", "c.tfw", "d.qptiff.ovr"):
+        (folder / name).write_bytes(b"beside")
+    train(tmp_path / "out", folder)
+    assert not (tmp_path / "out" / "bad_images.csv").exists()
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    for size in (16, None):
+        options = {**SIDE, "image_size": size, "model": TinyWrapper(), "overwrite": True}
+        widefield.embed(tmp_path / "e.pt", folder, last, **options)
+        assert torch.load(tmp_path / "e.pt", weights_only=True)["filenames"] == names
+
+
+def test_an_image_that_a_model_cannot_take_loses_no_other(run: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 2)
+    Image.new("RGB", (1, 1)).save(tmp_path / "images" / "00a.png")
+
+    class Choosy(TinyWrapper):
+        def forward_features(self, x: torch.Tensor) -> dict[str, Any]:
+            if x.shape[-1] == 1:
+                raise RuntimeError("Kernel size can't be greater than actual input size")
+            return super().forward_features(x)
+
+    options = {**SIDE, "image_size": None, "model": Choosy()}
+    widefield.embed(tmp_path / "e.pt", tmp_path / "images", run, **options)
+    assert torch.load(tmp_path / "e.pt", weights_only=True)["filenames"] == ["00.png", "01.png"]
+
+
 def trained(path: Path) -> EmbeddingModel:
     """What `train` with embed_dim=6 left at `path`, made by hand."""
     content = torch.load(path, weights_only=True)

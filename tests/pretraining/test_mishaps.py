@@ -26,6 +26,7 @@ from tests.pretraining.tiny import (
 )
 from tests.small_images import write_tiff
 from widefield.images import ImageReadError
+from widefield.modules import NotFiniteError
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.source import Files, Slides
@@ -92,6 +93,19 @@ def assert_goes_on(out: Path, images: Path, unbroken: Path) -> None:
     train(out, images, epochs=3, resume_interrupted=True)
     assert_same(dict(exported(out)), dict(exported(unbroken)))
     assert losses(out) == losses(unbroken)
+
+
+def test_a_loss_that_is_no_number_ends_a_run_and_leaves_what_was_finite(
+    images: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    model = Then(3, lambda: model.model[0].weight.data.fill_(float("nan")))
+    message = r"the loss of step 4 \(epoch 2\) is NaN or infinite.*resume_interrupted=True goes on at step 2, .*checkpoint=\.\.\."
+    with pytest.raises(NotFiniteError, match=message):
+        train(tmp_path, images, epochs=3, model=model)
+    assert checkpoint(tmp_path)["global_step"] == 2
+    for state in (exported(tmp_path), checkpoint(tmp_path)["state_dict"]):
+        assert all(value.isfinite().all() for value in state.values())
+    assert_goes_on(tmp_path, images, unbroken)
 
 
 def test_numbers_that_find_no_space_end_a_run_with_a_message(images: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.evaluation import evaluate
 from widefield.cli.missing import MissingExtraError
-from widefield.cli.prediction import draw, explain
+from widefield.cli.prediction import draw, explain, for_each, image_files, overlay_paths
 from widefield.cli.run_arguments import read_run
 from widefield.cli.sections import SECTIONS
 from widefield.cli.user_code import import_user_code
@@ -37,24 +38,27 @@ def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
     model: Any = load_trained(arguments.checkpoint)
     info = info_of(model)
     label = _index(arguments.label, info.class_names)
-    opened = [open_image(file, info.level, alpha=info.alpha) for file in arguments.images]
+    files = image_files(arguments.images)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    drawn = []
-    for image in opened:
+
+    def draw_one(file: Path) -> None:
+        image = open_image(file, info.level, alpha=info.alpha)
         picture = info.pipeline(image)
         found = explain(model, picture, arguments.layer, label)
         if found is None:
             raise ValueError(
                 f"a {type(model).__name__} has no last map; name a layer with --layer, as in backbone.layer3"
             )
-        drawn.append((image, picture, *found))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for image, picture, scores, evidence in drawn:
+        scores, evidence = found
+        arguments.out.mkdir(parents=True, exist_ok=True)
         index = int(scores.argmax()) if label is None else label
         name = info.names(index + 1)[index]
         title = f"{image.path.name}: {name} ({float(scores[index]):.0%}){' at ' + arguments.layer if arguments.layer else ''}"
-        draw(arguments.out / f"{image.path.name}.png", image, picture, evidence.numpy(), title)
-    _log.info("%d pictures: %s", len(drawn), arguments.out)
+        draw(overlays[file], image, picture, evidence.numpy(), title)
+
+    overlays = dict(zip(files, overlay_paths(files, arguments.out), strict=True))
+    for_each(files, draw_one)
+    _log.info("%d pictures: %s", len(files), arguments.out)
 
 
 def draw_tsne(arguments: argparse.Namespace, others: list[str]) -> None:

@@ -8,7 +8,8 @@ from widefield.cli.user_code import add_imports, import_user_code
 TAKES_OTHERS = False
 EPILOG = """\
 Writes predictions.csv (image, a probability per class, the predicted class) and one overlay per image: the evidence for
-the predicted class on a thumbnail, where the model has a map of the image.
+the predicted class on a thumbnail, where the model has a map of the image. Each row is on disk before the next image is
+read; an image that fails is named, the others go on, and the exit code is 2.
 """
 
 
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of a model of components (default: config.yaml beside the checkpoint)",
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders of them")
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders to search for them"
+    )
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: ./predictions)")
     parser.add_argument(
         "--level", type=int, metavar="N", help="level of the image pyramids (default: that of the training)"

@@ -1,8 +1,9 @@
 """Predictions for images on disk: a table, and an overlay per image."""
 
+import csv
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from widefield.cli.history import write_csv
 from widefield.cli.progress import TileTask, make_progress, streamed_network
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
-from widefield.images import LazyImage, open_image, thumbnail
+from widefield.images import IMAGE_ENDINGS, LazyImage, images_below, open_image, thumbnail
 from widefield.inference.info import ModelInfo, info_of
 from widefield.inference.models import load_trained
 from widefield.inference.prediction import labels_of, predict_samples
@@ -26,6 +26,8 @@ from widefield.models import Classifier
 from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay
 
 _log = logging.getLogger(__name__)
+_SHOWN = 10
+"""Failures that an error lists."""
 _THUMBNAIL = 1024
 """Long side of the thumbnail under an overlay, in pixels."""
 
@@ -57,48 +59,90 @@ def predict(
 ) -> list[Prediction]:
     """Write `out/predictions.csv`, and an overlay PNG per image where the model has a map of the image.
 
+    The row of an image is on disk before the next image is read. An image that fails is named, and the others go on.
+
     Args:
         checkpoint: A file that `fit` wrote.
-        images: Files, or folders of which every visible file is taken.
-        out: Folder for the results; made once the checkpoint and the header of every image have been read.
+        images: Files, or folders that are searched for image files, see `images_below`.
+        out: Folder for the results; made once the checkpoint and the header of an image have been read.
         config: Of a model of components; None takes the one beside the checkpoint.
         level: Level of the pyramids; None takes the one trained on.
         memory_budget, tile_size: See `StreamingCNN`.
         views: Test-time augmentation of the probabilities.
 
     Raises:
-        ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
+        ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why. If some of several
+            images failed, it names them, once all others are done.
     """
-    files = _files(images)
+    files = image_files(images)
     options = {"memory_budget": memory_budget, "tile_size": tile_size}
     streaming = {name: value for name, value in options.items() if value is not None}
     model: Any = load_trained(checkpoint, streaming=streaming, config=None if config is None else load(config))
     info, score = info_of(model), "probability"
     if isinstance(model, ImageToImageRetriever):
         info, score = replace(info, class_names=None), "similarity"  # with the items of the collection, by their index
-    opened = [open_image(file, info.level if level is None else level, alpha=info.alpha) for file in files]
     network = streamed_network(model)
-    if isinstance(model, Classifier):
-        for image in opened:
-            model.stream_network.normalisation.check_channels(image.shape[0])
-    elif not hasattr(model, "predict"):
+    if not isinstance(model, Classifier) and not hasattr(model, "predict"):
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
-    out.mkdir(parents=True, exist_ok=True)
-    predictions = []
+    table = out / "predictions.csv"
+    overlays = dict(zip(files, overlay_paths(files, out), strict=True))
+    predictions: list[Prediction] = []
+
+    def predict_one(file: Path) -> None:
+        image = open_image(file, info.level if level is None else level, alpha=info.alpha)
+        if isinstance(model, Classifier):
+            model.stream_network.normalisation.check_channels(image.shape[0])
+        out.mkdir(parents=True, exist_ok=True)
+        prediction = _predict(model, info, image, overlays[file], views)
+        _append(table, _row(prediction, info.names(len(prediction.scores)), score), begins=not predictions)
+        predictions.append(prediction)
+
     with make_progress() as progress:
-        bar = progress.add_task("images", total=len(opened))
+        bar = progress.add_task("images", total=len(files))
         if network is not None:
             network.progress = TileTask(progress).update
-        for image, overlay in zip(opened, _overlay_paths(files, out), strict=True):
-            predictions.append(_predict(model, info, image, overlay, views))
-            progress.advance(bar)
-    names = info.names(len(predictions[0].scores))
-    write_csv(out / "predictions.csv", [_row(prediction, names, score) for prediction in predictions])
-    _log.info("%d predictions: %s", len(predictions), out / "predictions.csv")
+        try:
+            for_each(files, predict_one, lambda: progress.advance(bar))
+        finally:
+            if predictions:
+                _log.info("%d predictions: %s", len(predictions), table)
     return predictions
+
+
+def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callable[[], None] = lambda: None) -> None:
+    """Call `action` with each file, and `done` after it; a file that fails is logged at once, and the others go on.
+
+    Raises:
+        ValueError: Some of several files failed; the message has a line for each of the first of them.
+    """
+    failed: list[str] = []
+    for file in files:
+        try:
+            action(file)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if len(files) == 1:
+                raise
+            reason = (
+                f"{type(error).__name__}: {error}" if isinstance(error, (RuntimeError, MemoryError)) else str(error)
+            )
+            failed.append(reason if str(file) in reason else f"{file}: {reason}")
+            _log.warning("left out: %s", failed[-1])
+        done()
+    if failed:
+        more = [f"... and {len(failed) - _SHOWN} more, named above"] if len(failed) > _SHOWN else []
+        raise ValueError("\n".join([f"{len(failed)} of {len(files)} images are missing:", *failed[:_SHOWN], *more]))
+
+
+def _append(table: Path, row: dict[str, object], begins: bool) -> None:
+    """Write a row of a CSV file, with the header if it `begins` the file anew."""
+    with table.open("w" if begins else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if begins:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views: AveragedViews | None) -> Prediction:
@@ -170,21 +214,27 @@ def _row(prediction: Prediction, class_names: Sequence[str], score: str) -> dict
     }
 
 
-def _files(images: Sequence[Path]) -> list[Path]:
-    """The files named, and those in the folders named, once each."""
+def image_files(images: Sequence[Path]) -> list[Path]:
+    """Return the files named, whatever their names, and the image files below the folders named, once each.
+
+    Raises:
+        FileNotFoundError: A file does not exist, or a folder holds no image files.
+    """
     files: dict[Path, None] = {}
     for path in images:
-        if not path.is_dir():
-            files[path] = None
-            continue
-        inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        inside = images_below(path) if path.is_dir() else [path]
         if not inside:
-            raise FileNotFoundError(f"the folder {path} holds no files; name image files, or a folder of them")
+            raise FileNotFoundError(
+                f"the folder {path} holds no image files; they end in {', '.join(IMAGE_ENDINGS)}, and a file of another name "
+                "can be named itself"
+            )
+        if not path.exists():
+            raise FileNotFoundError(f"cannot read {path}: there is no such file")
         files.update(dict.fromkeys(inside))
     return list(files)
 
 
-def _overlay_paths(files: Sequence[Path], out: Path) -> list[Path]:
+def overlay_paths(files: Sequence[Path], out: Path) -> list[Path]:
     """A PNG in `out` for each file, named after it; equal names get the number of the image."""
     names = Counter(file.name for file in files)
     return [

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.cli.history import History
+from widefield.cli.resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.step_memory import StepMemory
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
@@ -19,12 +21,20 @@ from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
+from widefield.models.torch_file import read_torch_file
 from widefield.modules import BaseModule as StreamedModule
-from widefield.modules import RandomState
+from widefield.modules import FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3
+
+
+class LastEpoch(ModelCheckpoint):
+    """Keeps the last epoch, which `save_last` of the callback that keeps the best one does only where that is the best.
+
+    A class of its own has a state of its own in checkpoints, which the default callback of a Lightning trainer does not load.
+    """
 
 
 class FitCLI(ConfiguredCLI):
@@ -34,6 +44,7 @@ class FitCLI(ConfiguredCLI):
         out: The folder of the results.
         history: The numbers of the epochs.
         memory: What a step needs.
+        settings: The configuration, with all defaults.
     """
 
     def callbacks(self) -> list[Callback]:
@@ -42,19 +53,20 @@ class FitCLI(ConfiguredCLI):
         self.out = Path(self.config.trainer.default_root_dir)
         self.history = History(self.out / "history.csv")
         self.memory = StepMemory()
-        return [*super().callbacks(), self.history, self.memory, RandomState(), self._keep_best()]
+        self.settings = settings_of(self.parser, self.config)
+        optimization = Optimization(optimization_of(self.settings))
+        own = [FiniteTraining(), optimization, self.history, self.memory, RandomState(), *self._checkpoints()]
+        return [*super().callbacks(), *own]
 
-    def _keep_best(self) -> ModelCheckpoint:
+    def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
         logs_loss = isinstance(self.model, (StreamedModule, BaseModel))
-        return ModelCheckpoint(
-            dirpath=self.out,
-            filename=Path(BEST).stem,
-            monitor="val_loss" if logs_loss and len(getattr(self.datamodule, "val_set", ())) else None,
-            save_last=True,
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
+        measured = logs_loss and len(getattr(self.datamodule, "val_set", ())) > 0
+        options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+        if not measured:
+            return [ModelCheckpoint(self.out, Path(BEST).stem, save_last=True, **options)]
+        best = ModelCheckpoint(self.out, Path(BEST).stem, "val_loss", **options)
+        return [best, LastEpoch(self.out, Path(LAST).stem, **options)]
 
 
 def train(config: Config, others: list[str], resume: bool) -> Path:
@@ -77,6 +89,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     out = cli.out
     model, data = cli.model, cli.datamodule
     last = out / LAST if resume and (out / LAST).is_file() else None
+    if last and (out / CONFIG).is_file():
+        check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
     if classifies:
         _check(model, data)
@@ -96,6 +110,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; {_left(out)}", error.step) from error
     except RuntimeError as error:
         if last and "state_dict" in str(error):
             raise other_weights(error, last) from error
@@ -114,6 +130,18 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     else:
         _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
     return out
+
+
+def _left(out: Path) -> str:
+    """Return how to go on with a run that an error has ended."""
+    if not (out / LAST).is_file():
+        return "no epoch was finished, so there is no checkpoint; begin again"
+    kept = read_torch_file(out / LAST)
+    return (
+        f"{out / LAST} is that of the end of epoch {kept['epoch'] + 1}, step {kept['global_step']}, and its weights are "
+        f"finite: `widefield fit --resume --out {out}` goes on from there, optimizer.lr=..., --lr or trainer.precision=... "
+        "beside it with other values"
+    )
 
 
 def _check_folder(out: Path, resume: bool) -> None:

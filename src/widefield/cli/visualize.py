@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 
 def _cam(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files")
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders to search for them"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="CKPT", help="a .ckpt file, or the folder of its run"
     )

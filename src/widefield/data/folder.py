@@ -8,17 +8,16 @@ from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
-from widefield.images import Alpha, open_image
+from widefield.images import IMAGE_ENDINGS, Alpha, images_below, open_image
 from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs", ".ndpi", ".npy")
 
 
 class ImageFolder(DescribedDataset):
     """Image files of a folder, with a class for each of its sub-folders.
 
-    Sub-folders are sorted by name; their files, however deep, too. Hidden files and folders count for nothing.
+    Sub-folders are sorted by name; their files, however deep, too. Links are followed; hidden files and folders count for nothing.
 
     Args:
         root: The folder.
@@ -39,7 +38,7 @@ class ImageFolder(DescribedDataset):
         root: Path,
         with_label: bool = True,
         level: Annotated[int, Range(0)] = 0,
-        extensions: tuple[str, ...] = EXTENSIONS,
+        extensions: tuple[str, ...] = IMAGE_ENDINGS,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,
         alpha: Alpha = "drop",
@@ -52,7 +51,7 @@ class ImageFolder(DescribedDataset):
         self.alpha: Alpha = alpha
         self._labels: list[int] | None = None
         if not with_label:
-            self.files = _images(root, extensions)
+            self.files = images_below(root, extensions)
         else:
             folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
             if not folders:
@@ -60,7 +59,7 @@ class ImageFolder(DescribedDataset):
                     f"{root} has no sub-folders, one for each class; without classes give with_label=false"
                 )
             self.class_names = [folder.name for folder in folders]
-            files = [_images(folder, extensions) for folder in folders]
+            files = [images_below(folder, extensions) for folder in folders]
             self.files = [file for inside in files for file in inside]
             self._labels = [label for label, inside in enumerate(files) for _ in inside]
             empty = [folder.name for folder, inside in zip(folders, files, strict=True) if not inside]
@@ -77,14 +76,3 @@ class ImageFolder(DescribedDataset):
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
-
-
-def _images(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    endings = tuple(extension.lower() for extension in extensions)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(endings)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )

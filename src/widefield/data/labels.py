@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from widefield.images import is_image_name
+
 SPLITS = ("train", "val", "test")
 _SHOWN = 10
 """Names listed in an error before "and N more"."""
@@ -93,10 +95,10 @@ class _FileIndex:
         return cls(by_name)
 
     def matches(self, name: str) -> list[Path]:
-        """Files that `name` may mean; a file of exactly that name wins over those that only share the stem."""
+        """Return the files that `name` may mean: one of exactly that name, else image files that share the stem, else others."""
         candidates = self.by_name.get(name, [])
         exact = [path for path in candidates if path.name == name.rpartition("/")[2]]
-        return exact or candidates
+        return exact or [path for path in candidates if is_image_name(path.name)] or candidates
 
 
 def _read_rows(labels: Path) -> list[_Row]:

@@ -1,8 +1,19 @@
 """Lazily read images: one object, whatever the file, that reads a region without loading the rest."""
 
 from widefield.images.errors import ImageReadError
+from widefield.images.files import IMAGE_ENDINGS, images_below, is_image_name
 from widefield.images.image import LazyImage, open_image
 from widefield.images.source import Alpha, warn_of_dropped_alpha
 from widefield.images.thumbnail import thumbnail
 
-__all__ = ["Alpha", "ImageReadError", "LazyImage", "open_image", "thumbnail", "warn_of_dropped_alpha"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "Alpha",
+    "ImageReadError",
+    "LazyImage",
+    "images_below",
+    "is_image_name",
+    "open_image",
+    "thumbnail",
+    "warn_of_dropped_alpha",
+]

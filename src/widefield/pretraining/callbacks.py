@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
+from widefield.modules import FiniteTraining
 from widefield.pretraining.dataset import BadImage, Batch
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.observe import Quality, QualityArgs, Report, ReportArgs
@@ -34,7 +35,7 @@ class LearningRateArgs:
 
 @dataclass(frozen=True)
 class EarlyStoppingArgs:
-    """Ends the run when the loss is no number any more, or `patience` epochs did not improve it."""
+    """Ends the run when `patience` epochs did not improve the loss, or another monitored number is not finite."""
 
     monitor: str = "train_loss"
     patience: int = 10**12
@@ -102,7 +103,7 @@ class CallbackArgs:
 
 def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels: Labels | None) -> list[Callback]:
     """The callbacks of a run on images with these labels."""
-    callbacks: list[Callback] = [Speed(), BadImages(out.bad_images)]
+    callbacks: list[Callback] = [FiniteTraining(), Speed(), BadImages(out.bad_images)]
     quality = None if args.quality is None else Quality(args.quality, labels)
     if quality is not None:
         callbacks.append(quality)

@@ -94,8 +94,8 @@ def embed_at_own_size(
             pixels = image if isinstance(image, Tensor) else image.read(0, 0, *image.shape[1:]) if whole else image
             embeddings.append(model(pixels[None].to(device) if isinstance(pixels, Tensor) else pixels).float().cpu())
             indices.append(index)
-        except OSError as error:
-            reason = str(error)
+        except (OSError, ValueError, RuntimeError) as error:  # an image may be too small for the model, or too large
+            reason = str(error) if isinstance(error, OSError) else f"{source.name(index)}: {error}"
             _log.warning("skipped an image: %s", reason)
     if not embeddings:
         raise ValueError(f"data: none of the images can be used; the last: {reason}")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from widefield.images import ImageReadError
 from widefield.models.torch_file import read_torch_file
-from widefield.modules import AtomicCheckpointIO
+from widefield.modules import AtomicCheckpointIO, NotFiniteError
 from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import Export, StopAfter, make_callbacks
 from widefield.pretraining.checkpoint import named_model
@@ -120,7 +120,7 @@ def train(
         seed: Of the weights that are made here, of the order of images and of their views.
         on_bad_image: What to do with an image that cannot be read: "skip" it, and list it in bad_images.csv, or "raise".
         loggers: Settings by name, None turns one off: jsonl (on), tensorboard (on if installed), mlflow, wandb.
-        callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping (when the loss is no number),
+        callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping,
             model_export, model_checkpoint, device_stats_monitor (off), quality (effective rank and spread of embeddings, k-nearest-
             neighbour accuracy if there are labels: folders of classes, `targets` of a dataset or {"labels": CSV file}), report.
         optim: "auto" is what the method is best trained with; or sgd, adamw, lars.
@@ -136,6 +136,8 @@ def train(
 
     Raises:
         ValueError: Something that was given cannot be used; the message has a line for each error. `out` is as it was.
+        NotFiniteError: A loss or a weight became NaN or infinite. The checkpoints and the exported model are of before, and the
+            message says how to go on.
         UnsupportedOpError: A layer of the model cannot be streamed. `out` is as it was.
         ImageReadError: A bad image, with `on_bad_image="raise"`, or too many of them.
         OSError: No space is left on the disk. What was written before is whole, and the message says how to go on.
@@ -400,6 +402,9 @@ def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bo
         _log.debug("the error:", exc_info=True)
         if isinstance(error, ImageReadError):
             raise type(error)(_without_traceback(error)) from error
+        if isinstance(error, NotFiniteError):
+            advice = "other optim_args need a new run, with its weights: checkpoint=..., and another out"
+            raise NotFiniteError(f"{error}; {_left(folder)}; {advice}", error.step) from error
         raise
     saving = settings.callbacks.model_checkpoint
     if trainer.max_epochs == 0:
@@ -408,18 +413,10 @@ def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bo
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Export):
                 callback.export(trainer, module)
-    loss = trainer.callback_metrics.get("train_loss")
-    if loss is not None and not torch.isfinite(loss):
-        _log.error(
-            "training stopped in epoch %d, because the loss is %s; try a smaller optim_args={'lr': ...}",
-            trainer.current_epoch,
-            float(loss),
-        )
-    else:
-        _log.info(
-            "training completed; model.load_state_dict(torch.load(%r, weights_only=True)) loads the model",
-            str(folder.exported),
-        )
+    _log.info(
+        "training completed; model.load_state_dict(torch.load(%r, weights_only=True)) loads the model",
+        str(folder.exported),
+    )
 
 
 def _without_traceback(error: Exception) -> str:

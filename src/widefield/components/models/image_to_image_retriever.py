@@ -19,7 +19,7 @@ from widefield.components.preprocessors.base_preprocessor import PreprocessorCon
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.config import check_description
-from widefield.images import open_image
+from widefield.images import images_below, open_image
 from widefield.registry import MODELS, ComponentOf, arguments_of, import_object, suggestion
 from widefield.registry.data_index import DATASETS
 
@@ -312,10 +312,9 @@ def _collate(items: Sequence[Any]) -> dict[str, Any]:
 
 
 def _images(folder: Path) -> Iterable[Any]:
-    """Batches of one image each, of all visible files in a folder, in the order of their paths."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            yield {"inputs": [open_image(path)]}
+    """Batches of one image each, of all image files in a folder, in the order of their paths."""
+    for path in images_below(folder):
+        yield {"inputs": [open_image(path)]}
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
