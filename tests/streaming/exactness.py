@@ -69,6 +69,7 @@ def assert_exact(
     expected, spec = pytree.tree_flatten(reference(whole))
     _backward(expected)
     streamed = wrap(module)
+    streamed.verify = False  # the comparison below is stricter
     for tile_size in tile_sizes:
         streamed.tile_size = parse_tile_size(tile_size)
         module.zero_grad()

@@ -129,7 +129,7 @@ class _Recorded(nn.Module):
         self.module = module
 
         def record(image: torch.Tensor) -> Any:
-            watch.image = image, image_requires_grad
+            image.requires_grad_(image_requires_grad)
             result, found = self._run(image)
             watch.left = tuple(found)
             return result, tuple(found.values())

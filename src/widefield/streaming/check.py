@@ -1,7 +1,8 @@
 """Is a model streamed exactly? Compare it with plain PyTorch on a small image, and look at its plan for a large one.
 
 The reference is the model in evaluation mode: norm layers with running statistics use them, random layers are off. Compared are
-all outputs, the image's gradient and every parameter's gradient, for a random weighting of all outputs that require grad.
+all outputs, with gradients enabled and without, the image's gradient and every parameter's gradient, for a random weighting of all
+outputs that require grad.
 """
 
 import copy
@@ -55,12 +56,12 @@ _TOKEN_OPS = frozenset(
 class Check:
     """What `check` found out about a model.
 
-    `errors` holds the largest relative error of the "outputs", of the "image gradient" and of the "parameter gradients", which
-    is that of `worst_parameter`; it is empty when nothing could be streamed. `image_shape` (N, C, H, W) and `tile_size` are those
-    of the comparison, as are `stages` (the number of scans) and `streamed_fraction` (of the activation bytes). `refused` are the
-    operations that run whole. `rounding`, looked at where errors are above `TOLERANCE`, holds by how much the plain results
-    change when image and weights change by a unit in the last place. `plan` is that of a large image, or None; then `no_plan`
-    says why.
+    `errors` holds the largest relative error of the "outputs", of the "outputs without gradients" (inference), of the "image
+    gradient" and of the "parameter gradients", which is that of `worst_parameter`; it is empty when nothing could be streamed.
+    `image_shape` (N, C, H, W) and `tile_size` are those of the comparison, as are `stages` (the number of scans) and
+    `streamed_fraction` (of the activation bytes). `refused` are the operations that run whole. `rounding`, looked at where
+    errors are above `TOLERANCE`, holds by how much the plain results change when image and weights change by a unit in the last
+    place. `plan` is that of a large image, or None; then `no_plan` says why.
     """
 
     verdict: Verdict
@@ -98,14 +99,14 @@ class Check:
     def __str__(self) -> str:
         size = " x ".join(map(str, self.image_shape))
         lines = [self.summary, "", f"compared on a random image of {size} in float64, tiles of {self.tile_size}:"]
-        lines += [f"  {what:<22}{error:.1e}" for what, error in self.errors.items()] or ["  nothing, see below"]
+        lines += [f"  {what:<27}{error:.1e}" for what, error in self.errors.items()] or ["  nothing, see below"]
         if self.rounding:
             lines.append(
                 "the plain result itself changes, when image and weights change by a unit in the last place, by:"
             )
-            lines += [f"  {what:<22}{error:.1e}" for what, error in self.rounding.items()]
+            lines += [f"  {what:<27}{error:.1e}" for what, error in self.rounding.items()]
         if self.worst_parameter and self.verdict == "WRONG":
-            lines.append(f"  worst parameter       {self.worst_parameter}")
+            lines.append(f"  worst parameter            {self.worst_parameter}")
         if self.plan:
             lines += ["", "plan for a large image, in the model's own dtype:"]
             lines += [f"  {line}" for line in self.plan.summary.splitlines()]
@@ -187,7 +188,7 @@ def check(
         )
 
     plan, no_plan = _plan(model, plan_shape, plan_tile_size, memory_budget)
-    streamed = stream(_copy(model).to(dtype).eval(), tile_size)
+    streamed = stream(_copy(model).to(dtype).eval(), tile_size, verify=False)
     try:
         with casts if casts.seen else torch.enable_grad():
             small = streamed.plan(full)
@@ -208,16 +209,20 @@ def check(
 
 @dataclass(frozen=True)
 class _Result:
-    """Outputs of a model: their tensors and structure; gradients of the image (key "") and of the parameters by name."""
+    """Outputs of a model: their tensors and structure; gradients of the image (key "") and of the parameters by name.
+
+    `inference` are the tensors of a second forward pass, without gradients.
+    """
 
     tensors: tuple[Tensor, ...]
+    inference: tuple[Tensor, ...]
     others: tuple[Any, ...]
     spec: pytree.TreeSpec
     gradients: dict[str, Tensor]
 
 
 def _run(model: nn.Module, image: Tensor, seed: int) -> _Result:
-    """One forward and backward pass."""
+    """One forward and backward pass, and a forward pass without gradients."""
     image = image.detach().clone().requires_grad_()
     module = model.module if isinstance(model, StreamingCNN) else model
     with torch.enable_grad():
@@ -232,8 +237,10 @@ def _run(model: nn.Module, image: Tensor, seed: int) -> _Result:
         torch.stack(terms).sum().backward()
     named = {"": image, **dict(module.named_parameters())}
     gradients = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
-    tensors = tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
-    return _Result(tensors, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)), spec, gradients)
+    with torch.no_grad():
+        again = pytree.tree_leaves(model(image.detach()))
+    tensors, inference = (tuple(x.detach() for x in of if isinstance(x, Tensor)) for of in (leaves, again))
+    return _Result(tensors, inference, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)), spec, gradients)
 
 
 def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
@@ -241,6 +248,8 @@ def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
     same = found.spec == expected.spec and found.others == expected.others
     pairs = zip(found.tensors, expected.tensors, strict=False)
     outputs = max((_error(f, e, _size(e)) for f, e in pairs), default=0.0) if same else torch.inf
+    pairs = zip(found.inference, expected.inference, strict=False)
+    inference = max((_error(f, e, _size(e)) for f, e in pairs), default=0.0) if same else torch.inf
     largest = max((_size(gradient) for name, gradient in expected.gradients.items() if name), default=0.0)
     gradients: dict[str, float] = {}
     for name in {**expected.gradients, **found.gradients}:
@@ -251,7 +260,8 @@ def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
         gradients[name] = _error(f, e, max(_size(e), _FLOOR * largest) if name else _size(e))
     image = gradients.pop("", 0.0)
     worst = max(gradients, key=lambda name: gradients[name], default="")
-    errors = {"outputs": outputs, "image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}
+    errors = {"outputs": outputs, "outputs without gradients": inference}
+    errors |= {"image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}
     return errors, worst
 
 

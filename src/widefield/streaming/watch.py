@@ -83,8 +83,7 @@ _VIEWS = frozenset(
 class Watch(TorchFunctionMode):
     """A context for one capture of `module`, see the page. Afterwards `mode_dependent` is known, and `derived` answers.
 
-    `image` and `left` are filled in by the capture: the tensor that stands for the image and whether it is to require grad; the
-    paths and names of the attributes that forward has set.
+    `left` is filled in by the capture: the paths and names of the attributes that forward has set.
 
     Args:
         module: the module that is captured; errors name its layers.
@@ -102,11 +101,10 @@ class Watch(TorchFunctionMode):
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._grads = torch.is_grad_enabled()
         self._thread = threading.get_ident()
-        # By identity, and held: tensors that follow from no tensor of the module; those that share memory with one that may have a
-        # gradient; the image, and whether it is to require grad.
+        # By identity, and held: tensors that follow from no tensor of the module; those that share memory with one that may have
+        # a gradient.
         self._constants: dict[int, Tensor] = {}
         self._detached: dict[int, Tensor] = {}
-        self.image: tuple[Tensor, bool] | None = None
         self.left: tuple[tuple[str, str], ...] = ()
         self._patches = ExitStack()
 
@@ -149,8 +147,6 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         self._refuse_foreign(name, leaves)
         self._refuse_lost(func, name, args, kwargs, tensors)
-        if self.image is not None and args and args[0] is self.image[0] and func == _GETTERS["requires_grad"]:
-            return self.image[1]
         if self.autocast is not None and func is Tensor.float and args[0].dtype == torch.float32:
             return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
         result = args[0].detach() if func == _GETTERS["data"] else func(*args, **kwargs)
