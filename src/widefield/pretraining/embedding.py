@@ -25,6 +25,7 @@ class StreamingArgs:
     maps: Literal["device", "host", "file"] | None = None
     scratch_dir: str | None = None
     unsupported: Literal["raise", "run_whole"] = "raise"
+    verify: bool = True
 
     def stream(self, module: nn.Module) -> StreamingCNN:
         """`module`, streamed."""
@@ -36,6 +37,7 @@ class StreamingArgs:
             maps=self.maps,
             scratch_dir=self.scratch_dir,
             unsupported=self.unsupported,
+            verify=self.verify,
         )
 
 

@@ -245,6 +245,8 @@ class _Walk:
             return self(wrapped)
         if isinstance(value, type):
             return _Same(value) if _in_library(value.__module__) else self._class(value)
+        if type(value).__module__ == f"{__package__}.module":  # it holds programs, which come and go
+            return _Same(value)
         if isinstance(value, nn.Module):  # one that is no part of the module, in a list say
             return tuple((name, self(type(part)), self._attributes(part)) for name, part in value.named_modules())
         if _in_library(type(value).__module__) or isinstance(value, types.ModuleType):

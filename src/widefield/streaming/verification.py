@@ -86,7 +86,11 @@ def verify(
         torch.manual_seed(0)
         if call is streamed:
             return call(at)
-        with _Masks(masks, int(torch.randint(2**63 - 1, ()).item()) if draws_seed else 0):
+        seed = int(torch.randint(2**63 - 1, ()).item()) if draws_seed else 0
+        with _Masks(masks, seed), ExitStack() as stack:
+            for part in module.modules():
+                if isinstance(part, _NormBase):
+                    stack.callback(part.register_forward_hook(_with_plain_gradient).remove)
             return call(at)
 
     def run(call: Callable[[Tensor], Any], at: Tensor) -> Run:
@@ -256,7 +260,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
         for buffer in part.buffers()
     ]
     states = random.getstate(), np.random.get_state()
-    norms = [part for part in module.modules() if isinstance(part, _NormBase)]
     devices = list({p.device.index for p in module.parameters() if p.is_cuda})
     try:
         with ExitStack() as stack:
@@ -267,8 +270,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             for part in frozen:
                 part.training = False
-            for part in norms:
-                stack.callback(part.register_forward_hook(_with_plain_gradient).remove)
             yield
     finally:
         _put_back(attributes)

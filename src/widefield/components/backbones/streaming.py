@@ -30,6 +30,7 @@ class StreamingOptions:
     deterministic: bool = False
     copy_to_gpu: bool = False
     unsupported: Literal["raise", "run_whole"] = "raise"
+    verify: bool = True
 
     @classmethod
     def parse(cls, options: "StreamingOptions | Mapping[str, Any]") -> "StreamingOptions":
