@@ -1,8 +1,9 @@
 """Property test: whatever is done to a small network, it is streamed exactly, or refused before any pixel is computed.
 
-Networks are drawn, then changed in ways that a capture may not see: hooks, functions with a backward of their own, weights that are
-computed from others, caches, branches, attributes, updates in place. They are called with gradients and without, changed again between
-calls, and compared with a copy that plain PyTorch runs. The long version: `uv run pytest -m slow tests/streaming/test_mutations.py`.
+Networks are drawn, then changed in ways that a capture may not see: hooks, functions with a backward of their own, weights that
+are computed from others, caches, branches, attributes, updates in place. They are called with gradients and without, changed
+again between calls, and compared with a copy that plain PyTorch runs. The long version: `uv run pytest -m slow
+tests/streaming/test_mutations.py`.
 """
 
 import copy

@@ -771,6 +771,18 @@ def test_the_check_at_first_use_alone_finds_a_branch_on_the_grad_mode(monkeypatc
         streamed(IMAGE)
 
 
+def test_the_check_names_the_layer_where_a_difference_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    undefended(monkeypatch)
+    with pytest.raises(VerificationError, match="between the result of layer 'a' and the output"):
+        StreamingCNN(Net(lambda net, x: net.b(Reverse.apply(x))), 7)(IMAGE)
+    net = Net(lambda net, x: net.b(x).relu())
+    net.b.register_forward_hook(lambda module, args, out: out * (1 if torch.is_grad_enabled() else 2))
+    streamed = StreamingCNN(net, 7)
+    streamed(IMAGE)
+    with torch.no_grad(), pytest.raises(VerificationError, match="begins at the result of layer 'b'"):
+        streamed(IMAGE)
+
+
 def test_the_check_restores_everything() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(4, 2, 3))
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
-from widefield.streaming.errors import UnsupportedOpError, VerificationError
+from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import mark_left
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
@@ -31,7 +31,7 @@ from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import refuse_transforms, scan
 from widefield.streaming.store import PLACES, Place, Store
-from widefield.streaming.verification import SIZES, masks_of, verify
+from widefield.streaming.verification import SIZES, PlainFailsError, verify
 
 _LOG = logging.getLogger(__name__)
 _VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
@@ -315,22 +315,23 @@ class StreamingCNN(nn.Module):
             small._programs = self._programs
             try:
                 own = self._program((*shape[:2], *size), dtype, device, trains)
+            except (UnsupportedOpError, ValueError) as error:  # at this size only
+                reasons.append(f"{size}: {error}")
+                continue
+            try:
                 verify(
                     self.module,
                     small,
                     image,
-                    masks_of(own),
-                    own.random,
-                    bool(own.captured.attributes),
+                    own,
+                    partial(self._on_whole_maps, own),
                     self._norms_to_freeze(),
                     torch.get_autocast_dtype(device.type).itemsize
                     if torch.is_autocast_enabled(device.type)
                     else dtype.itemsize,
                 )
-            except VerificationError:
-                raise
-            except Exception as error:  # the model does not run at this size
-                reasons.append(f"{size}: {type(error).__name__}: {error}")
+            except PlainFailsError as error:
+                reasons.append(f"{size}: {error}")
                 continue
             _LOG.info("streamed results verified on %s pixels in %.1f s", size, time.perf_counter() - started)
             break
@@ -339,6 +340,17 @@ class StreamingCNN(nn.Module):
         _VERIFIED[key] = None
         while len(_VERIFIED) > _MOST_VERIFIED:
             _VERIFIED.pop(next(iter(_VERIFIED)))
+
+    def _on_whole_maps(self, program: Program, image: Tensor) -> dict[str, Tensor]:
+        """The captured operations on whole maps: the last result of each layer by its path, "" for the first output."""
+        values = {**self._bind(program, image.device), program.captured.image: image}
+        made: dict[str, Tensor] = {}
+        for node in program.captured.nodes:
+            values[node.name] = _run(node, values, image.device, seed=0)
+            names = node.module_path.split(".")
+            made.update({".".join(names[:k]): values[node.name] for k in range(1, len(names) + 1)})
+        made[""] = fill(program.captured.outputs[:1], values)[0]
+        return made
 
     def _norms_to_freeze(self) -> list[nn.Module]:
         """Norm layers in training mode that are evaluated with their running statistics nevertheless."""

@@ -40,10 +40,13 @@ aten = torch.ops.aten
 SIZES = ((67, 75), (64, 96), (96, 128), (128, 160), (224, 224), (256, 256), (384, 384), (512, 512))
 # Relative differences by the bytes of the dtype: those that rounding alone explains, and those that it never does.
 _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
-_OF_ROUNDING = (
-    100  # times what the plain result changes by when the image changes a little, in its values and its memory format
-)
+# Times what the plain result changes by when the image changes a little, in its values and its memory format.
+_OF_ROUNDING = 100
 _FLOOR = 1e-3  # gradients are compared with at least this share of the largest one: that of a bias before a norm layer is noise
+
+
+class PlainFailsError(Exception):
+    """The plain module does not run on an image of this size."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,8 @@ def verify(
     module: nn.Module,
     streamed: Callable[[Tensor], Any],
     image: Tensor,
-    masks: Sequence[Node | None],
-    draws_seed: bool,
-    leaves_attributes: bool,
+    program: Program,
+    on_whole_maps: Callable[[Tensor], dict[str, Tensor]],
     frozen: Sequence[nn.Module],
     digits: int,
 ) -> None:
@@ -71,22 +73,22 @@ def verify(
         module: the plain module.
         streamed: the same, streamed.
         image: what both are called on, (N, C, H, W).
-        masks: the operations that draw random masks, in order; see `masks_of`.
-        draws_seed: `streamed` draws one number for a seed first.
-        leaves_attributes: forward sets attributes of modules, so the second of two forward passes is compared too.
+        program: what `streamed` executes on it.
+        on_whole_maps: executes what was captured on whole maps; returns the last map that each layer makes, by its path.
         frozen: norm layers of `module` to be run in evaluation mode.
         digits: bytes of the dtype that numbers are computed in, which says how equal they are to be.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
-        Exception: whatever the plain module raises on this image.
+        PlainFailsError: the plain module raises on this image.
     """
+    masks = _masks_of(program)
 
     def seeded(call: Callable[[Tensor], Any], at: Tensor) -> Any:
         torch.manual_seed(0)
         if call is streamed:
             return call(at)
-        seed = int(torch.randint(2**63 - 1, ()).item()) if draws_seed else 0
+        seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
         with _Masks(masks, seed), ExitStack() as stack:
             for part in module.modules():
                 if isinstance(part, _NormBase):
@@ -107,10 +109,13 @@ def verify(
             return first, _backward(seeded(call, image), module, image, outputs_only=True)
 
     usual, most = _TOLERANCE[digits]
-    first, second = outputs(module, again=True)
+    try:
+        first, second = outputs(module, again=True)
+    except Exception as failure:
+        raise PlainFailsError(f"{type(failure).__name__}: {failure}") from failure
     if max(_errors(second, first).values(), default=0.0) > usual:
         raise _difference(module, second, first, "forward passes on the same image differ from each other", _STATE)
-    if leaves_attributes:
+    if program.captured.attributes:
         plain, tiled = outputs(module, again=False)[1], outputs(streamed, again=False)[1]
         if max(_errors(tiled, plain).values(), default=0.0) > usual:
             raise _difference(module, tiled, plain, "gives another result in the second forward pass", _UNSEEN)
@@ -118,11 +123,14 @@ def verify(
     errors = _errors(found, expected)
     error = max(errors.values(), default=0.0)
     if usual < error <= most:
-        shaken = image.detach() * (1 + 8 * torch.finfo(image.dtype).eps * torch.sign(torch.randn_like(image)))
+        signs = torch.randint(0, 2, image.shape, generator=torch.Generator().manual_seed(0)).to(image) * 2 - 1
+        shaken = image.detach() * (1 + 8 * torch.finfo(image.dtype).eps * signs)
         shaken = shaken.contiguous(memory_format=torch.channels_last).requires_grad_(image.requires_grad)
         usual = min(_OF_ROUNDING * max(_errors(run(module, shaken), expected).values()), most)
     if error > usual:
-        raise _difference(module, found, expected, "gives another result", _UNSEEN)
+        with _restoring(module, frozen):
+            where = _where_it_begins(module, lambda: seeded(module, image), lambda: on_whole_maps(image), usual)
+        raise _difference(module, found, expected, "gives another result", _UNSEEN, where)
 
 
 _STATE = (
@@ -135,8 +143,17 @@ _UNSEEN = (
 )
 
 
-def _backward(result: Any, module: nn.Module, image: Tensor, outputs_only: bool = False) -> Run:
-    """What came out of a forward pass, and the gradients of its backward pass where gradients are enabled."""
+def _backward(
+    result: Any,
+    module: nn.Module,
+    image: Tensor,
+    outputs_only: bool = False,
+    wanted: dict[str, Tensor] | None = None,
+) -> Run:
+    """What came out of a forward pass, and the gradients of its backward pass where gradients are enabled.
+
+    They are those of the image and the parameters, or of the tensors `wanted`.
+    """
     leaves, spec = pytree.tree_flatten(result)
     generator = torch.Generator().manual_seed(1)
     terms = [
@@ -144,7 +161,7 @@ def _backward(result: Any, module: nn.Module, image: Tensor, outputs_only: bool 
         for leaf in leaves
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
     ]
-    named = {"": image, **dict(module.named_parameters())}
+    named = {"": image, **dict(module.named_parameters())} if wanted is None else wanted
     wanted = {name: x for name, x in named.items() if x.requires_grad and torch.is_grad_enabled() and not outputs_only}
     gradients: dict[str, Tensor] = {}
     if terms and wanted:
@@ -190,7 +207,9 @@ def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x.double()).item() if x.numel() else 0.0
 
 
-def _difference(module: nn.Module, found: Run, expected: Run, what: str, remedy: str) -> VerificationError:
+def _difference(
+    module: nn.Module, found: Run, expected: Run, what: str, remedy: str, where: str = ""
+) -> VerificationError:
     """The error for a difference, with the two numbers that differ most."""
     errors = _errors(found, expected)
     worst = max(errors, key=lambda name: errors[name])
@@ -210,9 +229,45 @@ def _difference(module: nn.Module, found: Run, expected: Run, what: str, remedy:
     return VerificationError(
         path,
         type(module).__name__,
-        f"{what}: the {worst} differs by {errors[worst]:.1e} ({numbers}) on a small image",
+        f"{what}: the {worst} differs by {errors[worst]:.1e} ({numbers}) on a small image{where}",
         remedy,
     )
+
+
+def _where_it_begins(
+    module: nn.Module, plain: Callable[[], Any], captured: Callable[[], dict[str, Tensor]], tolerance: float
+) -> str:
+    """In words, the first layer whose result is another in the capture, or the last whose gradient is; "" if none is.
+
+    A capture that agrees on whole maps was streamed wrongly.
+    """
+    made: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for path, part in module.named_modules():
+
+            def keep(part: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+                if isinstance(output, Tensor) and path:
+                    made[path] = output
+
+            stack.callback(part.register_forward_hook(keep).remove)
+        result = plain()
+    try:
+        found = captured()
+        both = [path for path in made if path in found and found[path].shape == made[path].shape]
+        for path in both:
+            if _error(found[path].detach(), made[path].detach()) > tolerance:
+                return f"; it begins at the result of layer '{path}'"
+        ours, theirs = (
+            _backward(outputs, module, torch.zeros(()), wanted={path: maps[path] for path in both}).gradients
+            for outputs, maps in ((found[""], found), (result, made))
+        )
+    except Exception as error:  # no more than an explanation is lost
+        _LOG.debug("where it begins is not known: %s", error)
+        return ""
+    for path in reversed(both):
+        if path in theirs and (path not in ours or _error(ours[path], theirs[path]) > tolerance):
+            return f"; it begins between the result of layer '{path}' and the output, in the gradient"
+    return ""
 
 
 class _Masks(TorchDispatchMode):
@@ -235,7 +290,7 @@ class _Masks(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def masks_of(program: Program) -> list[Node | None]:
+def _masks_of(program: Program) -> list[Node | None]:
     """Return the operations of `program` that draw a mask, in order; None for those that draw as plain PyTorch does."""
     in_stages = {value.name for stage in program.stages for value in stage.values}
 

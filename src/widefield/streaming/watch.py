@@ -5,8 +5,7 @@ mode, a tensor put away) it runs once, on tensors without data, and forgets. `Wa
 either answers such a question truly, or refuses by name, or notes what the capture depends on:
 
     refused         custom `autograd.Function`s, hooks on gradients, `backward` and `grad`, updates of detached tensors in
-    place, `.item()`
-                    of what depends on the image, generators, weights that are not the module's
+                    place, `.item()` of what depends on the image, generators, weights that are not the module's
     answered        the autocast state; a size as text
     noted           whether `forward` looks at the grad mode: then the capture holds for one mode only (`mode_dependent`)
 
@@ -65,17 +64,8 @@ _VALUE_CALLS = frozenset(
 _DETACH = frozenset((_GETTERS["data"], Tensor.detach, torch.detach))
 _VIEWS = frozenset(
     (
-        "__getitem__",
-        "view",
-        "reshape",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-        "select",
-        "narrow",
-        "t",
-        "transpose",
-        "permute",
+        *("__getitem__", "view", "reshape", "flatten", "squeeze", "unsqueeze"),
+        *("select", "narrow", "t", "transpose", "permute"),
     )
 )
 
@@ -88,8 +78,7 @@ class Watch(TorchFunctionMode):
     Args:
         module: the module that is captured; errors name its layers.
         autocast: the dtype of the autocast that the module is to run under, None without. `x.float()` is then kept as an
-        operation,
-            even though it changes nothing in the capture, which is in float32.
+            operation, even though it changes nothing in the capture, which is in float32.
         limit: the time (`time.thread_time`, seconds) at which the capture is given up with `TimeoutError`.
     """
 
