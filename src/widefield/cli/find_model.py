@@ -58,7 +58,8 @@ def _torchvision(text: str) -> nn.Module:
     names = torchvision.models.list_models()
     if name not in names:
         raise unknown_model(text, [TORCHVISION_PREFIX + choice for choice in names])
-    options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, name) else {}
+    takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    options = {"weights_backbone": None} if "weights_backbone" in takes else {}  # else it is downloaded
     model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return model
 

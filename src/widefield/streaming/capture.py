@@ -11,15 +11,18 @@ import operator
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
+from torch.export import Dim, _trace
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
@@ -38,6 +41,10 @@ _ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threa
 
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+# torch.export prints the whole graph, thousands of lines, when it fails.
+_QUIET = patch.object(_trace, "print", lambda *args, **kwargs: None, create=True)
 
 
 def capture(
@@ -68,7 +75,8 @@ def capture(
                 if trace.at(*shape[2:]) is not None:
                     return trace
             except UnsupportedOpError as error:
-                if error.__cause__ is None:  # the model's own doing, with symbols or without
+                # The model's own doing, or a look at values: the same without symbols.
+                if error.__cause__ is None or isinstance(error.__cause__, GuardOnDataDependentSymNode):
                     raise
                 _LOG.debug("no trace with symbols: %s", error)
             except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
@@ -94,7 +102,8 @@ def _capture(
     recorded = _Recorded(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
     try:
-        with _UNHOOKED, watch, torch.autocast(CAPTURE_DEVICE.type, enabled=False):
+        with _UNHOOKED, watch, _QUIET, torch.autocast(CAPTURE_DEVICE.type, enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
             program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast is not None)
             program = program.run_decompositions({})  # removes in-place updates, decomposes nothing

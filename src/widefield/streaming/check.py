@@ -187,7 +187,6 @@ def check(
             f"the plain model gives infinities or NaN for a random image of shape {full}; check its weights"
         )
 
-    plan, no_plan = _plan(model, plan_shape, plan_tile_size, memory_budget)
     streamed = stream(_copy(model).to(dtype).eval(), tile_size, verify=False)
     try:
         with casts if casts.seen else torch.enable_grad():
@@ -195,7 +194,8 @@ def check(
             found = _run(streamed, image, seed)
     except UnsupportedOpError as error:
         tile = _tile(tile_size, full)
-        return Check("refused", full, tile, {}, refused=(error,), plan=plan, no_plan=no_plan)
+        return Check("refused", full, tile, {}, refused=(error,), no_plan=str(error).splitlines()[0])
+    plan, no_plan = _plan(model, plan_shape, plan_tile_size, memory_budget)
     errors, worst = _compare(found, expected)
     rounding: dict[str, float] = {}
     if TOLERANCE < max(errors.values()) < torch.inf:
