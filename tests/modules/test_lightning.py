@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import onnxruntime
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
@@ -299,7 +300,6 @@ def test_the_plain_model_is_exported() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_plain_model_becomes_onnx(tmp_path: Path) -> None:
-    runtime = pytest.importorskip("onnxruntime")
     module, image = deployed()
     dynamic = {"image": {2: torch.export.Dim("height", min=16), 3: torch.export.Dim("width", min=16)}}
     path = tmp_path / "model.onnx"
@@ -314,7 +314,7 @@ def test_the_plain_model_becomes_onnx(tmp_path: Path) -> None:
     )
     module.to_onnx(tmp_path / "other.onnx", image, input_names=["image"], dynamo=True, verbose=False)
     assert (tmp_path / "other.onnx").exists()
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for one in (image, image[..., 5:, 7:]):
         (found,) = session.run(None, {"image": one.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), module(one).detach(), rtol=1e-4, atol=1e-5)

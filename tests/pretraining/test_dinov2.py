@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.pretraining.tiny import checkpoint, train, write_images
+from tests.pretraining.tiny import SMALL, checkpoint, train, write_images
 from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
 from widefield.pretraining.methods.base import follow, for_run, momentum_copy, rising
 from widefield.pretraining.methods.dinov2 import random_masks
 
-SMALL = {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32}
-VIEWS = {"local_view": {"view_size": 8, "num_views": 2}}
+DINOV2 = SMALL["dinov2"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model", [timm_vit, own_vit])
 def test_a_run_repeats_goes_on_at_the_step_and_exports(model: Any, tmp_path: Path, data: Path) -> None:
-    check_a_run("dinov2", model, tmp_path, data, method_args=SMALL, transform_args=VIEWS)
+    check_a_run("dinov2", model, tmp_path, data)
 
 
 def test_what_has_no_patches_or_class_token_is_refused(tmp_path: Path, data: Path) -> None:
@@ -43,7 +42,7 @@ def test_half_of_the_global_views_hide_a_tenth_to_a_half() -> None:
 @pytest.mark.parametrize("registers", [0, 2])
 def test_the_loss_is_that_of_the_papers_in_double_precision(registers: int) -> None:
     torch.manual_seed(0)
-    method = make("dinov2", timm_vit(reg_tokens=registers), steps=1000, **SMALL).double()
+    method = make("dinov2", timm_vit(reg_tokens=registers), steps=1000, **DINOV2).double()
     views = [images(3, side).double() for side in (16, 16, 8)]
     for center in (method.dino.center, method.ibot.center.value):
         center.uniform_(-0.1, 0.1)
@@ -92,7 +91,7 @@ def test_the_loss_is_that_of_the_papers_in_double_precision(registers: int) -> N
 
 
 def test_the_teacher_follows_and_last_layers_wait() -> None:
-    method = make("dinov2", own_vit(), **SMALL)
+    method = make("dinov2", own_vit(), **DINOV2)
     assert method.exported() is method.teacher_embedding
     weight = method.patch_head.layers[0].weight
     before = weight.detach().clone()
@@ -111,7 +110,7 @@ def test_the_teacher_follows_and_last_layers_wait() -> None:
 
 @pytest.mark.parametrize("model", [timm_vit, own_vit])
 def test_layers_near_the_pixels_learn_more_slowly(model: Any) -> None:
-    method = make("dinov2", model(), **SMALL, layer_decay=0.5)
+    method = make("dinov2", model(), **DINOV2, layer_decay=0.5)
     groups = method.parameter_groups(0.1)
     assert len({group["name"] for group in groups}) == len(groups)
     found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -127,10 +126,10 @@ def test_layers_near_the_pixels_learn_more_slowly(model: Any) -> None:
 
 
 def test_weight_decay_rises_and_layers_keep_their_share_of_the_learning_rate(tmp_path: Path, data: Path) -> None:
-    method = make("dinov2", timm_vit(), steps=100, **SMALL)
+    method = make("dinov2", timm_vit(), steps=100, **DINOV2)
     assert [method.weight_decay(0.04, step) for step in (0, 50, 100, 200)] == pytest.approx([0.04, 0.22, 0.4, 0.4])
     assert method.weight_decay(0.0, 50) == 0
-    train(tmp_path, data, "dinov2", model=timm_vit(), method_args=SMALL, transform_args=VIEWS, epochs=2)
+    train(tmp_path, data, "dinov2", model=timm_vit(), epochs=2)
     (optimizer,) = checkpoint(tmp_path)["optimizer_states"]
     groups = {group["name"]: group for group in optimizer["param_groups"]}
     last = 0.04 * (1 + 9 * (1 - math.cos(math.pi * 3 / 4)) / 2)  # in the last of 4 steps
@@ -150,4 +149,4 @@ def test_a_teacher_forgets_the_untrained_model_in_short_runs_too(steps: int) -> 
         follow([(student, teacher)], rising(step, steps, momentum))
     assert 0 < float(teacher.weight) < 0.01
     assert for_run(0.996, 10**6) == 0.996
-    assert make("dinov2", own_vit(), steps=10**6, **SMALL).momentum == 0.992
+    assert make("dinov2", own_vit(), steps=10**6, **DINOV2).momentum == 0.992

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightly.utils.io import check_embeddings
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 from skimage import data
 from torch import nn
@@ -247,7 +248,6 @@ def test_tables_hold_the_same_numbers(format: Any, run: Path, images: Path, tmp_
 
 
 def test_parquet_files(run: Path, images: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
     for name, kind in (("e.pt", "torch"), ("e.parquet", "parquet")):
         widefield.embed(tmp_path / name, images, run, format=kind, model=TinyWrapper(), **SIDE)
     expected = torch.load(tmp_path / "e.pt", weights_only=True)

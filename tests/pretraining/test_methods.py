@@ -99,7 +99,6 @@ def test_the_default_optimizer_is_that_of_the_method(name: str, optimizer: str, 
 
 
 def test_loggers_that_are_not_installed_say_so(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
     images = write_images(tmp_path / "images", 4)
     try:
         import wandb  # noqa: F401

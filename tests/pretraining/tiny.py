@@ -11,6 +11,7 @@ from skimage import data
 from torch import Tensor, nn
 
 import widefield
+from widefield.pretraining import METHODS
 
 
 class TinyWrapper(nn.Module):
@@ -48,7 +49,8 @@ SMALL: dict[str, dict[str, Any]] = {
         name: {"hidden_dim": 16, "output_dim": 8}
         for name in ("simclr", "moco", "byol", "barlowtwins", "vicreg", "densecl")
     },
-    "dino": {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32},
+    **{name: {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32} for name in ("dino", "dinov2")},
+    "lejepa": {"hidden_dim": 16, "output_dim": 8, "directions": 16},
     "distillation": {"teacher": TinyWrapper(dim=10, seed=1)},
 }
 """Arguments that make the heads of the methods small."""
@@ -65,7 +67,7 @@ def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
 def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> None:
     """A run of 2 steps an epoch on the CPU, without a progress bar and a report."""
     views = {"image_size": 16, **options.pop("transform_args", {})}
-    if method == "dino":
+    if METHODS.get(method).transforms.local_view is not None:
         views.setdefault("local_view", {"view_size": 8, "num_views": 2})
     widefield.train(
         out=out,

@@ -15,7 +15,7 @@ import widefield
 from widefield.pretraining.dataset import Batch, EpochOrder, ViewDataset, collate
 from widefield.pretraining.memory_layout import allows_channels_last, in_fastest_layout
 from widefield.pretraining.methods.base import Method
-from widefield.pretraining.optimizers import OptimArgs, warmup_and_cosine
+from widefield.pretraining.optimizers import OptimArgs, begin_momentum, can_fuse, warmup_and_cosine
 from widefield.pretraining.transform_args import TransformArgs
 from widefield.pretraining.views import to_unit
 
@@ -37,7 +37,7 @@ class Recipe:
         batch_size: Images of a batch over all processes.
         loader_args: Of the `DataLoader`.
         named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
-        fused: Whether the optimizer updates each weight in one pass.
+        fused: True if the optimizer updates each weight in one pass, where that is right; see `optimizers.can_fuse`.
         settings: What a run that resumes this one must agree with; see `resuming.settings_of`.
     """
 
@@ -117,6 +117,7 @@ class Pretraining(pl.LightningModule):
         self.method.after_backward(self.global_step)
         for group in optimizer.param_groups:
             group["weight_decay"] = self.method.weight_decay(group["first_weight_decay"], self.global_step)
+        begin_momentum(optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim = self.recipe.optim
@@ -124,7 +125,8 @@ class Pretraining(pl.LightningModule):
         for group in groups:
             group["lr"] = self.recipe.lr * group.pop("lr_scale", 1.0)
             group["first_weight_decay"] = group.get("weight_decay", optim.weight_decay)
-        optimizer = optim.make(groups, self.recipe.lr, self.recipe.fused)
+        fused = self.recipe.fused and can_fuse(p for group in groups for p in group["params"])
+        optimizer = optim.make(groups, self.recipe.lr, fused)
         scheduler = warmup_and_cosine(optimizer, self.recipe.warmup_steps, self.recipe.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,7 +1,7 @@
 """Optimizers by name, and which weights decay."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -73,6 +73,28 @@ class LARS:
 OptimArgs = SGD | AdamW | LARS
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters of a fused SGD that get their first gradient a momentum of zero.
+
+    torch's fused SGD (as of 2.15) raises TypeError if some parameters of a group have a momentum and others have none, as when a
+    part is frozen in the first steps. From zero, the first momentum is the gradient, as without a fused update.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return True if torch's fused updates on the CPU are right for these parameters.
+
+    They take a parameter and its gradient for arrays of one layout, but the gradient of a parameter with gaps in memory, such as a
+    slice of a tensor, has none.
+    """
+    return all(torch.empty_like(p, device="meta").stride() == p.stride() for p in parameters)
+
+
 @dataclass(frozen=True)
 class Optim:
     """How a method is optimised unless the user says otherwise.
@@ -100,7 +122,10 @@ class Optim:
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, scale: Callable[[nn.Parameter], float] = lambda parameter: 1.0
+    module: nn.Module,
+    weight_decay: float,
+    scale: Callable[[nn.Parameter], float] = lambda parameter: 1.0,
+    frozen: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """What trains in `module`, in groups: weights, and what does not decay, both for every learning rate.
 
@@ -110,9 +135,11 @@ def parameter_groups(
         module: Its parameters that require a gradient.
         weight_decay: Of those that decay.
         scale: Factor of a parameter's learning rate, which its group has as "lr_scale".
+        frozen: Parameters of `module` that are taken even if they require no gradient yet.
     """
     groups: dict[str, dict[str, Any]] = {}
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    later = {id(p) for p in frozen}
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad or id(p) in later]
     for decays, kind in ((True, "params"), (False, "params_no_weight_decay")):
         for parameter in (p for name, p in named if _decays(name, p) == decays):
             factor = scale(parameter)

@@ -48,9 +48,15 @@ def save_overlay(
     extent = (0, width, height, 0)
     axes.imshow(thumbnail, extent=extent, interpolation="bilinear")
     top = max(float(evidence.max()), float(np.finfo(np.float32).tiny))
-    share = np.clip(evidence / top, 0.0, 1.0)
+    positive = np.clip(evidence, 0.0, top)  # evidence far below a tiny top would overflow
     heat = axes.imshow(
-        evidence, extent=extent, cmap="inferno", vmin=0.0, vmax=top, alpha=0.75 * share, interpolation="nearest"
+        positive,
+        extent=extent,
+        cmap="inferno",
+        vmin=0.0,
+        vmax=top,
+        alpha=0.75 * positive / top,
+        interpolation="nearest",
     )
     colours = figure.colorbar(heat, ax=axes, shrink=0.8, label="evidence for the class (logit)")
     if colours.solids is not None:

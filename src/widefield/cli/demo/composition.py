@@ -57,19 +57,16 @@ def compose(photograph: np.ndarray, speckled: bool, generator: np.random.Generat
 
 def _background(photograph: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Random crops of the photograph, turned and mirrored, their colours shifted, blended over one another."""
-    ramp = np.minimum(np.arange(1, _PATCH + 1), np.arange(_PATCH, 0, -1)).astype(np.float32)
-    ramp = np.minimum(ramp / (_PATCH - _STEP), 1)
+    overlap = _PATCH - _STEP
+    ramp = np.minimum((np.arange(_PATCH, dtype=np.float32) + 0.5) / overlap, 1)
+    ramp = np.minimum(ramp, ramp[::-1])  # those of neighbours add up to one
     mask = (ramp[:, None] * ramp[None, :])[..., None]
-    margin = _PATCH
-    canvas = np.zeros((SIDE + 2 * margin, SIDE + 2 * margin, 3), np.float32)
-    total = np.full((SIDE + 2 * margin, SIDE + 2 * margin, 1), 1e-6, np.float32)
-    for top in range(margin - (_PATCH - _STEP), margin + SIDE, _STEP):
-        for left in range(margin - (_PATCH - _STEP), margin + SIDE, _STEP):
-            where = slice(top, top + _PATCH), slice(left, left + _PATCH)
-            canvas[where] += mask * _patch(photograph, generator)
-            total[where] += mask
-    inside = slice(margin, margin + SIDE), slice(margin, margin + SIDE)
-    return canvas[inside] / total[inside]
+    starts = range(0, SIDE + overlap, _STEP)
+    canvas = np.zeros((starts[-1] + _PATCH, starts[-1] + _PATCH, 3), np.float32)
+    for top in starts:
+        for left in starts:
+            canvas[top : top + _PATCH, left : left + _PATCH] += mask * _patch(photograph, generator)
+    return canvas[overlap : overlap + SIDE, overlap : overlap + SIDE]
 
 
 def _patch(photograph: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -95,8 +95,11 @@ class Method(nn.Module):
         return self.embedding
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """What is trained, for the optimizer; a group's learning rate is the run's times its "lr_scale", if it has one."""
-        return parameter_groups(self, weight_decay)
+        """Return groups for the optimizer; a group's learning rate is the run's times its "lr_scale", if it has one.
+
+        All of the model is in them, so that a part that is frozen at the start trains once it requires gradients.
+        """
+        return parameter_groups(self, weight_decay, frozen=list(self.embedding.parameters()))
 
     def weight_decay(self, start: float, step: int) -> float:
         """Weight decay of a group that begins with `start`, after so many optimizer steps."""

@@ -53,7 +53,7 @@ class DINO(Method):
         hidden_dim, bottleneck_dim, output_dim: Widths of the head.
         batch_norm: Batch norm in the head.
         student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
-        warmup_teacher_temp: None: the smaller of `teacher_temp` and 0.04.
+        warmup_teacher_temp: At most `teacher_temp`. None: 0.04.
         warmup_teacher_temp_steps: Steps in which it rises; at most 3 tenths of the run.
         momentum: Of the teacher at the start; it rises to 1. None: less in a run of few steps, too.
         center_momentum: Of the mean that is taken from the teacher's outputs.
@@ -91,7 +91,7 @@ class DINO(Method):
             output_dim = output_dim_for(size)
         self.teacher_temp = between(size, 0.02, 0.07) if teacher_temp is None else teacher_temp
         self.momentum = for_run(between(size, 0.99, 0.996), run.steps) if momentum is None else momentum
-        self.warmup_temp = min(self.teacher_temp, 0.04) if warmup_teacher_temp is None else warmup_teacher_temp
+        self.warmup_temp = min(self.teacher_temp, 0.04 if warmup_teacher_temp is None else warmup_teacher_temp)
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
         self.head = projection_head(run.embedding_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)
         self.head.freeze_last_layer = min(freeze_last_layer_steps, run.steps // 10)

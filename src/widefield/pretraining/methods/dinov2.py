@@ -172,7 +172,7 @@ class DINOv2(Method):
         def scale(parameter: nn.Parameter) -> float:
             return self.layer_decay ** (model.depth + 1 - depths.get(parameter, model.depth + 1))  # type: ignore[no-any-return]
 
-        return parameter_groups(self, weight_decay, scale)
+        return parameter_groups(self, weight_decay, scale, list(self.embedding.parameters()))
 
     def weight_decay(self, start: float, step: int) -> float:
         share = (1 - math.cos(math.pi * min(step, self.run.steps) / max(self.run.steps, 1))) / 2
