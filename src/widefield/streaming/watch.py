@@ -33,6 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from widefield.streaming.captured import CAPTURE_DEVICE
 from widefield.streaming.errors import UnsupportedOpError
 
 _TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
@@ -206,10 +207,9 @@ class Watch(TorchFunctionMode):
         """What a model may ask PyTorch for without an operation on tensors."""
         for name in ("is_grad_enabled", "is_inference_mode_enabled"):
             yield patch.object(torch, name, self._noting(getattr(torch, name)))
-        for name in ("is_autocast_enabled", "is_autocast_cpu_enabled"):
-            yield patch.object(torch, name, self._answering(getattr(torch, name), self.autocast is not None))
-        if self.autocast is not None:
-            yield patch.object(torch, "get_autocast_dtype", self._answering(torch.get_autocast_dtype, self.autocast))
+        yield patch.object(torch, "is_autocast_cpu_enabled", self._answering(torch.is_autocast_cpu_enabled))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
         yield patch.object(checkpoint, "CheckpointFunction", Inlined)
@@ -226,8 +226,10 @@ class Watch(TorchFunctionMode):
 
         return asked
 
-    def _answering(self, function: Callable[..., Any], answer: Any) -> Callable[..., Any]:
-        return lambda *args: answer if self._is_mine(sys._getframe(1)) else function(*args)
+    def _answering(self, function: Callable[..., Any], *asked: Any) -> Callable[..., Any]:
+        """What `function(*asked)` was before the capture, for which autocast is switched off on its device."""
+        answer = function(*asked)
+        return lambda *args: answer if args == asked and self._is_mine(sys._getframe(1)) else function(*args)
 
     @property
     def _function_attribute(self) -> Callable[[type, str], Any]:
