@@ -1,4 +1,4 @@
-"""Tests of the engine compare with plain PyTorch themselves, more strictly than the check at first use, which has tests of its own."""
+"""Tests of the engine compare with plain PyTorch themselves; the check at first use has tests of its own."""
 
 import pytest
 

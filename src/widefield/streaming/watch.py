@@ -179,7 +179,7 @@ class Watch(TorchFunctionMode):
             raise self.refusal(
                 name,
                 "looks at values that are not known before the image is read",
-                "remove what depends on the values of pixels or weights (.item(), if x.max() > 0, .numpy()) from forward, or "
+                "remove control flow and numbers that depend on pixels or weights (if x.max() > 0, .item()) from forward, or "
                 "stream only the part of the model before it",
             )
         written = [kwargs.get("out"), *(args[:1] if _in_place(name) else ())]
