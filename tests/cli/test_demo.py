@@ -82,7 +82,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capfd: pytest.
 def test_the_demo_learns_what_its_thumbnails_lose(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = capfd.readouterr().err
-    full, small = re.search(r"full resolution ([\d.]+), on thumbnails of 512 pixels ([\d.]+)", shown).groups()  # type: ignore[union-attr]
+    full, small = re.search(r"full resolution ([\d.]+), on thumbnails of 192 pixels ([\d.]+)", shown).groups()  # type: ignore[union-attr]
     hits, positives = re.search(r"on a mark in (\d+) of (\d+)", shown).groups()  # type: ignore[union-attr]
     assert float(full) >= 0.8
     assert 0.25 <= float(small) <= 0.75

@@ -1,4 +1,4 @@
-"""The page that leads from slides to heatmaps runs from top to bottom, on small slides and for two epochs."""
+"""The page that leads from slides to heatmaps runs from top to bottom, on small slides and for one epoch."""
 
 import csv
 import re
@@ -17,6 +17,6 @@ def test_from_slides_to_heatmaps(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(["image,label", *map(",".join, rows)]), encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S))
     assert "max_epochs=20" in code
-    printed = run_page(code.replace("max_epochs=20", "max_epochs=2"), tmp_path)
+    printed = run_page(code.replace("max_epochs=20", "max_epochs=1"), tmp_path)
     assert "(3, 512, 512)" in printed and "tile" in printed
     assert len(list((tmp_path / "runs/first/heatmaps").glob("*.png"))) == len(rows)

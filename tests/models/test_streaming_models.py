@@ -69,7 +69,7 @@ def test_torchvision_convnext_has_a_head_of_its_own() -> None:
     module = StreamingConvNeXt("convnext_tiny", 64, num_classes=5, weights=None, use_stochastic_depth=True)
     assert isinstance(module.head, nn.Module)
     with torch.no_grad():
-        assert module.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+        assert module.head(torch.rand(1, 768, 2, 2)).shape == (1, 5)
 
 
 def test_timm() -> None:

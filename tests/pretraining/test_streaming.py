@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import ShuffleNetV2
 
 from tests.pretraining.tiny import SMALL, TinyWrapper, exported, train, write_images
 from widefield import UnsupportedOpError
@@ -68,7 +69,7 @@ def test_a_streamed_run_is_the_run_on_whole_views(tmp_path: Path) -> None:
     assert whole.keys() == tiles.keys(), "names of weights do not depend on streaming"
     for name, value in whole.items():
         torch.testing.assert_close(tiles[name], value, rtol=1e-8, atol=1e-10)
-    train(tmp_path / "budget", images, streaming={"memory_budget": "200MiB"}, **options)
+    train(tmp_path / "budget", images, streaming={"memory_budget": "200MiB"}, **{**options, "epochs": 1})
 
 
 def test_what_cannot_be_streamed_is_told_before_out_is_made(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_what_cannot_be_streamed_is_told_before_out_is_made(tmp_path: Path) -> N
 
 
 def test_models_of_torchvision_stream() -> None:
-    model = wrap("torchvision/shufflenet_v2_x0_5")
+    model = wrap(ShuffleNetV2([1, 1, 1], [8, 16, 16, 16, 32]))
     assert isinstance(model, PartsInARow)
     embedding = EmbeddingModel(model.eval(), None, StreamingArgs(64, batch_statistics="frozen"))
     views = torch.rand(1, 3, 96, 128)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 TAKES_OTHERS = False
 EPILOG = """\
-Makes pyramidal TIFFs of 3072 x 3072 pixels from photographs that scikit-image ships, labelled by marks that a thumbnail
+Makes pyramidal TIFFs of 1152 x 1152 pixels from photographs that scikit-image ships, labelled by marks that a thumbnail
 loses; then runs `widefield fit` and `widefield predict` on them, and on their thumbnails for comparison. Takes some
-five minutes on two cores, needs no GPU and downloads nothing.
+100 CPU-seconds, needs no GPU and downloads nothing.
 """
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from widefield.cli.missing import MissingExtraError
 
-SIDE = 3072
+SIDE = 1152
 """Height and width of an image, in pixels."""
 CLASSES = ("smooth", "speckled")
 CLUSTERS = 6

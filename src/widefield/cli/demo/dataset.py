@@ -12,7 +12,7 @@ import pyvips
 from widefield.cli.demo.composition import CLASSES, compose, load_photograph
 from widefield.images import open_image, thumbnail
 
-THUMBNAIL = 512
+THUMBNAIL = 192
 """Side of a thumbnail, in pixels."""
 SPACING = 0.5
 """Micrometres per pixel that the files state."""

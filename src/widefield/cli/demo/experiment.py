@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 MODEL = "resnet10_w16"
 STRIDE = 32
 """Pixels of the image per entry of the network's last map."""
-_TRAINING_IMAGES, _HELD_OUT_IMAGES = 32, 40
+_TRAINING_IMAGES, _HELD_OUT_IMAGES = 24, 16
 _EPOCHS = 3
 _SETTINGS = (
     "--model",
@@ -33,12 +33,10 @@ _SETTINGS = (
     "max",
     "--lr",
     "0.001",
-    "--trainer.accumulate_grad_batches",
-    "2",
     "--epochs",
     str(_EPOCHS),
     "--memory-budget",  # without it, all the memory that is free would be used to save time
-    "256MiB",
+    "64MiB",
 )
 _SHOWN = 6
 """Overlays in the report."""
