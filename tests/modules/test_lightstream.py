@@ -1,6 +1,7 @@
 """What users of lightstream write, trained by Lightning, equals the plain model trained by plain PyTorch."""
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,15 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import pyvips
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+import widefield.transforms as A
 from tests.fresh import fresh
+from widefield.models.resnet import StreamingResNet
 from widefield.modules import BaseModule, StreamingConstructor, StreamingModule
 from widefield.modules.constructor import without_effect
 from widefield.streaming import StreamingCNN
@@ -473,3 +477,51 @@ def test_names_that_lightstream_users_know() -> None:
     assert module.stream_network.module[0].training
     module.save_tile_cache_if_needed(overwrite=True)
     module.load_tile_cache_if_needed(use_tile_cache=False)
+
+
+def test_the_constructor_takes_its_arguments_in_the_order_of_lightstreams() -> None:
+    names = list(inspect.signature(StreamingConstructor).parameters)
+    assert names[:6] == ["model", "tile_size", "verbose", "deterministic", "saliency", "copy_to_gpu"]
+    assert names[6:11] == ["statistics_on_cpu", "normalize_on_gpu", "mean", "std", "tile_cache"]
+    assert names[11:13] == ["add_keep_modules", "before_streaming_init_callbacks"]
+    assert names[13] == "after_streaming_init_callbacks"
+
+
+def test_a_verbose_resnet_shows_what_lightstream_counts_as_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows and columns of a tile of 2880 that its border spoils: as many at the right as below, one more above and at the left."""
+    network = StreamingResNet("resnet18", 2880, num_classes=2, weights=None, verbose=True).stream_network
+    printed, layers = capsys.readouterr().out, network.plan((3, 2880, 2880)).layers
+    above = [2, 2, 3, 4, 5, 6, 4, 5, 3, 6, 7, 4, 5, 4, 6, 7, 4, 5, 4, 6, 7]
+    lost = [(layer.lost.top, layer.lost.left, layer.lost.bottom, layer.lost.right) for layer in layers]
+    assert lost == [(n, n, n - 1, n - 1) for n in above]
+    assert all(layer.module_path in printed for layer in layers)
+
+
+class Crops(Dataset):
+    """Pyvips images whose crops are turned, and made floats from 0 to 1, by our transforms."""
+
+    transforms = A.Compose([A.CropOrPad(80, 80), A.Flip(p=0.5), A.ToDtype("float", scale=True), A.ToTensor()])
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = np.random.default_rng(index).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+        return self.transforms(image=pyvips.Image.new_from_array(pixels))["image"], index % 2
+
+
+def test_a_head_alone_is_trained_in_mixed_precision_on_transformed_pyvips_images() -> None:
+    options: dict[str, Any] = {"num_classes": 2, "weights": None, "train_streaming_layers": False}
+    module = StreamingResNet("resnet18_w8", 64, loss_fn=nn.CrossEntropyLoss(), **options)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    loader = DataLoader(Crops())
+    image, _ = next(iter(loader))
+    assert image.shape == (1, 3, 80, 80) and 0.9 < image.max() <= 1
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    assert {"train_loss", "val_loss"} <= set(trainer.callback_metrics)
+    moved = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and {name.split(".")[0] for name in moved} == {"head"}
