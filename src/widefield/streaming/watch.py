@@ -207,7 +207,8 @@ class Watch(TorchFunctionMode):
         """What a model may ask PyTorch for without an operation on tensors."""
         for name in ("is_grad_enabled", "is_inference_mode_enabled"):
             yield patch.object(torch, name, self._noting(getattr(torch, name)))
-        yield patch.object(torch, "is_autocast_cpu_enabled", self._answering(torch.is_autocast_cpu_enabled))
+        cpu = self._answering(torch.is_autocast_enabled, CAPTURE_DEVICE.type)
+        yield patch.object(torch, "is_autocast_cpu_enabled", functools.partial(cpu, CAPTURE_DEVICE.type))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
