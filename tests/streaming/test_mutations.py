@@ -273,7 +273,7 @@ def assert_exact_or_refused(drawn: Any) -> None:
 
 @given(networks)
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=[Phase.generate]
+    max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=[Phase.generate]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_changed_network_is_exact_or_refused(drawn: Any) -> None:
