@@ -57,6 +57,7 @@ _LIBRARIES = frozenset(
     )
 )
 _MOST = 20_000
+_DEEPEST = 40  # and whatever lies deeper than this, in code that calls code, say
 _PLAIN = (bool, int, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # looked at one by one
@@ -195,6 +196,7 @@ class _Walk:
         self.containers: list[Any] = []
         self.names: list[tuple[Any, str]] = []  # of a class, or of a dict of globals
         self.caches: list[Any] = []
+        self._depth = 0
         self._seen: dict[int, int] = {}
         self._alive: list[object] = []  # so that no address is used twice during the walk
 
@@ -202,15 +204,21 @@ class _Walk:
         kind = type(value)
         if kind is float:
             return float, value.hex()  # nan is equal to itself
-        if kind in _PLAIN or isinstance(value, (Enum, PurePath)):
+        if isinstance(value, Enum):
+            return kind, value.name
+        if kind in _PLAIN or isinstance(value, PurePath):
             return kind, value
         if id(value) in self._seen:
             return "met before", self._seen[id(value)]
-        if len(self._alive) > _MOST:
+        if len(self._alive) > _MOST or self._depth > _DEEPEST:
             return _Same(value)
         self._seen[id(value)] = len(self._alive)
         self._alive.append(value)
-        return kind, self._contents(value)
+        self._depth += 1
+        try:
+            return kind, self._contents(value)
+        finally:
+            self._depth -= 1
 
     def _contents(self, value: Any) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
