@@ -10,6 +10,7 @@ them.
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections import deque
@@ -242,7 +243,7 @@ class _Walk:
         if isinstance(value, functools._lru_cache_wrapper):
             self.caches.append(value)
         wrapped = getattr(value, "__wrapped__", None) if callable(value) and not isinstance(value, type) else None
-        if isinstance(value, types.FunctionType) and not _in_library(value.__module__):
+        if isinstance(value, types.FunctionType) and not _installed(value.__module__):
             return (
                 self._code(value, value.__code__),
                 self(value.__defaults__),
@@ -252,7 +253,7 @@ class _Walk:
         if wrapped is not None:
             return self(wrapped)
         if isinstance(value, type):
-            return _Same(value) if _in_library(value.__module__) else self._class(value)
+            return _Same(value) if _installed(value.__module__) else self._class(value)
         if type(value).__module__ == f"{__package__}.module":  # it holds programs, which come and go
             return _Same(value)
         if isinstance(value, nn.Module):  # one that is no part of the module, in a list say
@@ -288,7 +289,7 @@ class _Walk:
 
     def _global(self, value: Any, names: tuple[str, ...]) -> Any:
         """A global; of a module of the user's own (`config.SCALE`) what the code may read of it."""
-        if not isinstance(value, types.ModuleType) or _in_library(value.__name__):
+        if not isinstance(value, types.ModuleType) or _installed(value.__name__):
             return self(value)
         return tuple(self(vars(value)[name]) for name in names if name in vars(value))
 
@@ -308,6 +309,13 @@ def _of_array(value: Any) -> tuple[Any, ...]:
 
 def _in_library(name: str | None) -> bool:
     return name is None or name.partition(".")[0] in _LIBRARIES
+
+
+@functools.cache
+def _installed(name: str | None) -> bool:
+    """True for code of installed packages, which counts by identity."""
+    file = getattr(sys.modules.get(name or ""), "__file__", None) or ""
+    return _in_library(name) or "site-packages" in file
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
