@@ -8,7 +8,7 @@ IMAGE_ENDINGS = (
     *(".bmp", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
     *(".btf", ".ndpi", ".qptiff", ".scn", ".svs", ".tf2", ".tf8"),  # TIFF and BigTIFF, mostly slides, by other names
 )
-"""How the names of image files end, in lower case; upper case counts too. Files beside an image (`scene.tif.aux.xml`,
+"""Endings of the names of image files, in lower case; upper case counts too. Files beside an image (`scene.tif.aux.xml`,
 `scene.tfw`, `scene.tif.ovr`) end otherwise."""
 
 

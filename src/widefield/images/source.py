@@ -10,7 +10,7 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 Alpha = Literal["drop", "keep"]
-"""What becomes of a last channel that the file marks as alpha."""
+"""Treatment of a last channel that the file marks as alpha."""
 
 Spacing = tuple[float, float]
 """Micrometres per pixel, (y, x)."""

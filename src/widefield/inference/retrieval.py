@@ -87,7 +87,7 @@ class ImageRetrievalInferencer:
         return found
 
     def _identity(self) -> dict[str, Any]:
-        """What the features depend on: images; weights, with the level, the alpha channel and the transforms."""
+        """Return what the features depend on: images; weights, with the level, the alpha channel and the transforms."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         images = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         digest = hashlib.sha256(repr((self.info.level, self.info.alpha, self.info.pipeline.description)).encode())

@@ -106,7 +106,7 @@ def left_by_forward(value: Any) -> bool:
 
 
 class Surroundings:
-    """What a module's forward may change outside of its tensors, as it is now: containers, attributes of objects, globals, caches.
+    """A record of what a module's forward may change outside of its tensors: containers, attributes of objects, globals, caches.
 
     `restore` puts all back that has changed, and returns what changed in words, with the values that came in. Modules' own
     attributes are left alone. Entries that were added to a dict or a set, as to a cache, are taken out again.

@@ -100,7 +100,7 @@ def verify(
             return _backward(seeded(call, at), module, at)
 
     def outputs(call: Callable[[Tensor], Any], again: bool) -> tuple[Run, Run]:
-        """Of two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
+        """Run two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
         with _restoring(module, frozen):
             attributes = _attributes(module)
             first = _backward(seeded(call, image), module, image, outputs_only=True)
@@ -150,7 +150,7 @@ def _backward(
     outputs_only: bool = False,
     wanted: dict[str, Tensor] | None = None,
 ) -> Run:
-    """What came out of a forward pass, and the gradients of its backward pass where gradients are enabled.
+    """Return the outputs of a forward pass, and the gradients of its backward pass where gradients are enabled.
 
     They are those of the image and the parameters, or of the tensors `wanted`.
     """

@@ -204,7 +204,7 @@ class Watch(TorchFunctionMode):
                 self._detached[id(x)] = x
 
     def _patched(self) -> Iterator[Any]:
-        """What a model may ask PyTorch for without an operation on tensors."""
+        """Yield patches of the functions by which a model asks PyTorch for something without an operation on tensors."""
         for name in ("is_grad_enabled", "is_inference_mode_enabled"):
             yield patch.object(torch, name, self._noting(getattr(torch, name)))
         cpu = self._answering(torch.is_autocast_enabled, CAPTURE_DEVICE.type)
@@ -228,7 +228,7 @@ class Watch(TorchFunctionMode):
         return asked
 
     def _answering(self, function: Callable[..., Any], *asked: Any) -> Callable[..., Any]:
-        """What `function(*asked)` was before the capture, for which autocast is switched off on its device."""
+        """Return a function that answers as `function(*asked)` did before the capture, which switches autocast off."""
         answer = function(*asked)
         return lambda *args: answer if args == asked and self._is_mine(sys._getframe(1)) else function(*args)
 

@@ -193,7 +193,7 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     rows_map, cols_map = (Transposed(*size) for size in sizes)
 
     def fit(full: Tensor, axis: int, span: Span) -> tuple[Tensor, int, int]:
-        """What of the full result of the inputs read falls on the span's outputs; how many of them lie before and after that."""
+        """Return the part of the full result that falls on the span's outputs, and how many outputs lie before and after it."""
         begin = span.first * stride[axis] - padding[axis]
         size = full.shape[axis + 2]
         low, high = clamp(span.start - begin, 0, size), clamp(span.stop - begin, 0, size)
