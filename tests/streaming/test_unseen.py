@@ -658,21 +658,78 @@ def test_checkpointed_parts_are_exact(reentrant: bool) -> None:
     assert_equal_results(StreamingCNN(net, 7, verify=False), net)
 
 
-def test_a_result_that_the_next_forward_pass_reads_is_refused() -> None:
-    def recurrent(net: Net, x: Tensor) -> Tensor:
-        net.last = x.mean((2, 3), keepdim=True) + getattr(net, "last", 0.0)
-        return net.b(x) * net.last
+def recurrent(net: Net, x: Tensor) -> Tensor:
+    net.last = x.mean((2, 3), keepdim=True) + getattr(net, "last", 0.0)
+    return net.b(x) * net.last
 
+
+def recurrent_by_dict(net: Net, x: Tensor) -> Tensor:
+    earlier = vars(net).get("last", 0.0)
+    net.last = x.mean((2, 3), keepdim=True) + earlier
+    return net.b(x) * net.last
+
+
+def recurrent_once_set(net: Net, x: Tensor) -> Tensor:
+    if not hasattr(net, "last"):
+        net.last = x.mean((2, 3), keepdim=True)
+    return net.b(x) * net.last
+
+
+def recurrent_from_init(net: Net, x: Tensor) -> Tensor:
+    earlier = net.moving
+    net.moving = net.moving + x.mean((2, 3), keepdim=True)
+    return net.b(x) * earlier
+
+
+@pytest.mark.parametrize("function", [recurrent, recurrent_by_dict, recurrent_once_set, recurrent_from_init])
+def test_a_result_that_the_next_forward_pass_reads_is_refused(function: Callable[[Net, Tensor], Tensor]) -> None:
+    net = Net(function)
+    net.moving = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(UnsupportedOpError, match="is read in forward before it is set"):
+        StreamingCNN(net, 7, unsupported="run_whole", verify=False)(IMAGE)
+
+
+def test_the_check_at_first_use_alone_finds_a_result_that_the_next_forward_pass_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undefended(monkeypatch)
     with pytest.raises(VerificationError, match="in the second forward pass"):
         StreamingCNN(Net(recurrent), 7, unsupported="run_whole")(IMAGE)
 
 
+def kept_for_a_width(net: Net, x: Tensor) -> Tensor:
+    if net.kept is None or net.kept.shape[-1] != x.shape[-1]:
+        net.kept = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+    return net.b(x * net.kept)
+
+
+def kept_from_the_first(net: Net, x: Tensor) -> Tensor:
+    if net.kept is None:
+        net.kept = torch.full((), 1 / x.shape[-1], dtype=x.dtype)
+    return net.b(x * net.kept)
+
+
+@pytest.mark.parametrize("function", [kept_for_a_width, kept_from_the_first])
+def test_constants_that_forward_keeps_for_the_next_pass_are_those_of_the_plain_module(
+    function: Callable[[Net, Tensor], Tensor],
+) -> None:
+    net, plain = Net(function), Net(function)
+    net.kept = plain.kept = None
+    streamed = StreamingCNN(net, 7, verify=False)
+    for image in (IMAGE, IMAGE[..., 3:], IMAGE[..., :5, :], IMAGE):
+        for _ in range(2):
+            assert relative_error(streamed(image).detach(), plain(image).detach()) < 1e-12
+            assert torch.equal(net.kept, plain.kept)
+
+
 def test_what_forward_leaves_without_gradients_does_not_count_as_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaves(net: Net, x: Tensor) -> Tensor:
-        net.last = {"map": x.relu()}
+        net.last = net.first = {"map": x.relu()}
         return net.b(x)
 
-    streamed = StreamingCNN(Net(leaves), 7)
+    net = Net(leaves)
+    net.first = None
+    streamed = StreamingCNN(net, 7)
     with torch.no_grad():
         streamed(IMAGE)
         monkeypatch.setattr("widefield.streaming.programs.capture", None)

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.fingerprint import Surroundings, left_by_forward
+from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
 from widefield.streaming.trace import Formula, Trace, formula
 from widefield.streaming.watch import PointwiseCall, Watch
 
@@ -143,17 +143,17 @@ class _Recorded(nn.Module):
             watch.left = tuple(found)
             return result, tuple(found.values())
 
-        self._record = record
+        self._record, self._read, self._derived = record, watch.read, watch.derived
 
     def forward(self, image: torch.Tensor) -> Any:
         return self._record(image)
 
-    def _run(self, image: torch.Tensor) -> tuple[Any, dict[tuple[str, str], Any]]:
+    def _run(self, image: torch.Tensor) -> tuple[Any, dict[tuple[str, str, bool], Any]]:
         before = [(path, part, dict(part.__dict__)) for path, part in self.module.named_modules()]
         registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
         buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
         result = self.module(image)
-        left: dict[tuple[str, str], Any] = {}
+        left: dict[tuple[str, str, bool], Any] = {}
         for path, part, own in before:
             if registered[path] != (*part._parameters.items(), *part._modules.items()):
                 raise UnsupportedOpError(
@@ -169,8 +169,16 @@ class _Recorded(nn.Module):
                 if key in own and value is own[key]:
                     continue
                 leaves = pytree.tree_leaves(value)
+                read = self._read(part, key, own.get(key, NOTHING))
+                if read and any(map(self._derived, leaves)):
+                    raise UnsupportedOpError(
+                        path,
+                        f"the attribute '{key}'",
+                        "is read in forward before it is set, so a forward pass depends on the one before it",
+                        "return the tensor and pass it to the next call from outside, or reset the attribute before it is read",
+                    )
                 if all(leaf is None or isinstance(leaf, _GIVEN_BACK) for leaf in leaves):
-                    left[path, key] = value
+                    left[path, key, read] = value
                 elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
                     raise UnsupportedOpError(
                         path,
@@ -337,8 +345,11 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
                 memo[id(value)] = empty(value)
     skeleton = copy.deepcopy(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):
-        for key in [key for key, value in original.__dict__.items() if left_by_forward(value)]:
-            del part.__dict__[key]
+        for key, value in original.__dict__.items():
+            if (before := before_forward(value)) is NOTHING:
+                del part.__dict__[key]
+            elif before is not value:
+                part.__dict__[key] = copy.deepcopy(before, memo)
         if not isinstance(part, _NormBase) or not part.track_running_stats:
             continue
         if batch_statistics and part.training and isinstance(part, _BatchNorm):

@@ -67,7 +67,8 @@ class Captured:
 
     `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
     to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
-    `attributes` are the modules' paths and the names of the attributes that forward has set: their values are the last outputs.
+    `attributes` are the attributes that forward has set, whose values are the last outputs: the path of the module, the name, and
+    whether forward reads it before it sets it.
     `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
     """
 
@@ -80,4 +81,4 @@ class Captured:
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
     synchronised: frozenset[str] = frozenset()
-    attributes: tuple[tuple[str, str], ...] = ()
+    attributes: tuple[tuple[str, str, bool], ...] = ()

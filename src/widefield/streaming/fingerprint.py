@@ -77,9 +77,10 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     for name, part in module.named_modules(remove_duplicate=False):
         norm = isinstance(part, _NormBase)
         settings = [
-            (key, walk(value))
+            (key, walk(before))
             for key, value in part.__dict__.items()
-            if key not in _MODULE_STATE and not (norm and key == "training") and not left_by_forward(value)
+            if key not in _MODULE_STATE and not (norm and key == "training")
+            if (before := before_forward(value)) is not NOTHING
         ]
         tensors = [
             (key, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
@@ -91,18 +92,23 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     return (*parts, *(walk(hook) for kind in everywhere for hook in kind.values()), torch.get_default_dtype())
 
 
-def mark_left(value: Any) -> Any:
-    """Return `value`, whose tensors streaming leaves in an attribute of a module because forward would."""
+class NOTHING:
+    """Stands for an attribute that is not there."""
+
+
+def mark_left(value: Any, before: Any) -> Any:
+    """Return `value`, whose tensors streaming leaves in an attribute of a module, instead of `before`, because forward would."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
-            leaf._left_by_forward = True  # type: ignore[attr-defined]
+            leaf._left_by_forward = before_forward(before)  # type: ignore[attr-defined]
     return value
 
 
-def left_by_forward(value: Any) -> bool:
-    """True if `value` holds such tensors and no others. They are results: a module is captured as if they were not there."""
+def before_forward(value: Any) -> Any:
+    """What an attribute held before forward left `value` there: `value` itself, if forward did not."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return bool(tensors) and all(hasattr(tensor, "_left_by_forward") for tensor in tensors)
+    before = [vars(tensor).get("_left_by_forward", value) for tensor in tensors]
+    return before[0] if before and all(one is before[0] for one in before) else value
 
 
 class Surroundings:

@@ -20,7 +20,7 @@ from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.fingerprint import mark_left
+from widefield.streaming.fingerprint import NOTHING, mark_left
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
 from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
@@ -191,8 +191,9 @@ class StreamingCNN(nn.Module):
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
         result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
-        for (path, name), value in zip(program.captured.attributes, left, strict=True):
-            setattr(self.module.get_submodule(path), name, mark_left(value))
+        for (path, name, read), value in zip(program.captured.attributes, left, strict=True):
+            part = self.module.get_submodule(path)
+            setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
         return result
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:

@@ -7,7 +7,8 @@ either answers such a question truly, or refuses by name, or notes what the capt
     refused         custom `autograd.Function`s, hooks on gradients, `backward` and `grad`, updates of detached tensors in
                     place, `.item()` of what depends on the image, generators, weights that are not the module's
     answered        the autocast state; a size as text
-    noted           whether `forward` looks at the grad mode: then the capture holds for one mode only (`mode_dependent`)
+    noted           whether `forward` looks at the grad mode: then the capture holds for one mode only (`mode_dependent`);
+                    which attributes of modules it reads, and what it finds there (`read`)
 
 Only what the model does counts: PyTorch's own tracing asks for all of this too.
 """
@@ -35,6 +36,7 @@ from torch.utils import checkpoint
 
 from widefield.streaming.captured import CAPTURE_DEVICE
 from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.fingerprint import NOTHING
 
 _TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 # Files that only pass a call on: it is asked by whoever calls them.
@@ -74,7 +76,7 @@ _VIEWS = frozenset(
 class Watch(TorchFunctionMode):
     """A context for one capture of `module`, see the page. Afterwards `mode_dependent` is known, and `derived` answers.
 
-    `left` is filled in by the capture: the paths and names of the attributes that forward has set.
+    `left` is filled in by the capture, see `Captured.attributes`.
 
     Args:
         module: the module that is captured; errors name its layers.
@@ -95,7 +97,8 @@ class Watch(TorchFunctionMode):
         # a gradient.
         self._constants: dict[int, Tensor] = {}
         self._detached: dict[int, Tensor] = {}
-        self.left: tuple[tuple[str, str], ...] = ()
+        self.left: tuple[tuple[str, str, bool], ...] = ()
+        self._read: dict[tuple[int, str], Any] = {}
         self._patches = ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -111,6 +114,13 @@ class Watch(TorchFunctionMode):
     def derived(self, value: Any) -> bool:
         """True for a tensor that depends on the image, on parameters or on buffers."""
         return isinstance(value, Tensor) and is_fake(value) and id(value) not in self._constants
+
+    def read(self, part: nn.Module, name: str, value: Any) -> bool:
+        """True if `value` (`NOTHING` for none) is what forward found when it first looked at the attribute `name` of `part`."""
+        reads = [self._read[id(part), name]] if (id(part), name) in self._read else []
+        if (id(part), "__dict__") in self._read:
+            reads.append(self._read[id(part), "__dict__"].get(name, NOTHING))
+        return any(found is value for found in reads)
 
     def refusal(self, op: str, reason: str, remedy: str) -> UnsupportedOpError:
         """Return the error for what the module does that is running now."""
@@ -213,6 +223,7 @@ class Watch(TorchFunctionMode):
             yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
+        yield patch.object(nn.Module, "__getattribute__", self._module_attribute, create=True)
         yield patch.object(checkpoint, "CheckpointFunction", Inlined)
         yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
 
@@ -251,6 +262,18 @@ class Watch(TorchFunctionMode):
                 )
             self.mode_dependent = True
             return found
+
+        return attribute
+
+    @property
+    def _module_attribute(self) -> Callable[[nn.Module, str], Any]:
+        """Note what code that is not PyTorch's finds in attributes of modules, a look at all of them too."""
+
+        def attribute(part: nn.Module, name: str) -> Any:
+            if not sys._getframe(1).f_code.co_filename.startswith((_TORCH, _OURS)):
+                own = object.__getattribute__(part, "__dict__")
+                self._read.setdefault((id(part), name), dict(own) if name == "__dict__" else own.get(name, NOTHING))
+            return object.__getattribute__(part, name)
 
         return attribute
 
