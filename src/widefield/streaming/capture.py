@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
+from widefield.streaming.functional import functional
 from widefield.streaming.trace import Formula, Trace, formula
 from widefield.streaming.watch import PointwiseCall, Watch
 
@@ -92,12 +93,13 @@ def _capture(
     batch_statistics: bool,
     symbolic: bool,
     image_requires_grad: bool,
+    sees_reads: bool = False,
 ) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
-    watch = Watch(skeleton, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"))
+    watch = Watch(skeleton, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"), sees_reads)
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
     recorded = _Recorded(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
@@ -106,7 +108,7 @@ def _capture(
             warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
             program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast is not None)
-            program = program.run_decompositions({})  # removes in-place updates, decomposes nothing
+            program = functional(program)
     except UnsupportedOpError:
         raise
     except Exception as error:
@@ -125,6 +127,10 @@ def _capture(
     finally:
         changes = surroundings.restore()
     _refuse_changes(changes, watch)
+    if watch.left and not sees_reads:  # slow, so only where forward sets attributes
+        return _capture(
+            module, shape, dtype, autocast, batch_statistics, symbolic, image_requires_grad, sees_reads=True
+        )
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
     captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=watch.left)
     return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)

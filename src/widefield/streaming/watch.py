@@ -83,10 +83,12 @@ class Watch(TorchFunctionMode):
         autocast: the dtype of the autocast that the module is to run under, None without. `x.float()` is then kept as an
             operation, even though it changes nothing in the capture, which is in float32.
         limit: the time (`time.thread_time`, seconds) at which the capture is given up with `TimeoutError`.
+        sees_reads: note which attributes of modules forward reads; every look at an attribute of any module is slower then.
     """
 
-    def __init__(self, module: nn.Module, autocast: torch.dtype | None, limit: float) -> None:
+    def __init__(self, module: nn.Module, autocast: torch.dtype | None, limit: float, sees_reads: bool) -> None:
         super().__init__()
+        self._sees_reads = sees_reads
         self.autocast = autocast
         self.limit = limit
         self.mode_dependent = False
@@ -128,8 +130,9 @@ class Watch(TorchFunctionMode):
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             running = frame.f_locals.get("self")
-            if not source and _by_model(frame) and not frame.f_code.co_filename.startswith(_TORCH):
-                source = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            file = frame.f_code.co_filename
+            if not source and _asks(file) and not file.startswith(_TORCH):
+                source = f"{file}:{frame.f_lineno}"
             if frame.f_code.co_name == "forward" and id(running) in self._paths:
                 path = self._paths[id(running)]
                 break
@@ -223,7 +226,8 @@ class Watch(TorchFunctionMode):
             yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
-        yield patch.object(nn.Module, "__getattribute__", self._module_attribute, create=True)
+        if self._sees_reads:
+            yield patch.object(nn.Module, "__getattribute__", self._module_attribute, create=True)
         yield patch.object(checkpoint, "CheckpointFunction", Inlined)
         yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
 
