@@ -103,7 +103,16 @@ class Weight(nn.Conv2d):
         return super().forward(x) * self.weight.mul_(2).sum()
 
 
-@pytest.mark.parametrize("layer", [Weight(3, 4, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3))])
+class Statistics(nn.BatchNorm2d):
+    """Updates its running statistics, whatever its mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
+@pytest.mark.parametrize(
+    "layer", [Statistics(3), Weight(3, 4, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3))]
+)
 def test_an_update_of_a_weight_or_of_the_image_is_refused(layer: nn.Module) -> None:
     with torch.no_grad(), pytest.raises(UnsupportedOpError, match="in-place update"):
         StreamingCNN(layer, 6)(torch.rand(1, 3, 17, 14))

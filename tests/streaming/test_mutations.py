@@ -248,7 +248,10 @@ def assert_exact_or_refused(drawn: Any) -> None:
     for change in ["nothing", *changes]:
         for one in (net, plain):
             torch.manual_seed(1)
-            CHANGES[change](one)
+            try:
+                CHANGES[change](one)
+            except (RuntimeError, ValueError):  # PyTorch refuses it: a hook on a frozen parameter, two kinds of pruning
+                return
         STATE.scale += 1
         for grads in (True, False):
             with torch.set_grad_enabled(grads):
@@ -260,6 +263,10 @@ def assert_exact_or_refused(drawn: Any) -> None:
                     assert (STATE.calls, STATE.seen) == (calls, [])
                     assert all(type(value) is Tensor for value in STATE.memo.values())
                     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+                    return
+                except ValueError:  # a module that cannot run
+                    with pytest.raises((TypeError, RuntimeError, ValueError)):
+                        plain(image)
                     return
                 expected = results(plain, plain, image)
                 for name in {**expected, **found}:

@@ -887,6 +887,9 @@ def test_a_forward_pass_that_is_never_the_same_is_refused() -> None:
         StreamingCNN(net, 7)(IMAGE)
 
 
-def test_random_numbers_of_python_are_refused() -> None:
-    with pytest.raises(VerificationError, match="differ from each other"):
-        StreamingCNN(Net(lambda net, x: x * random.random() * np.random.rand()), 7)(IMAGE)
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_python_and_numpy_are_refused_and_not_drawn(draw: Callable[[], float]) -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    with pytest.raises(UnsupportedOpError, match="changes the random state of"):
+        StreamingCNN(Net(lambda net, x: x * draw()), 7, verify=False)(IMAGE)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())

@@ -19,7 +19,7 @@ from widefield.streaming.graph import Program, Stage
 from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
 from widefield.streaming.rules.channels import explicit
 from widefield.streaming.rules.flat import seen_shape
-from widefield.streaming.rules.norms import batch_norm_of_tensor, statistics_of_batch, statistics_of_tensor
+from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch, statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import MODES
 from widefield.streaming.rules.rewriting import parts_of
@@ -172,7 +172,7 @@ class _Sorter:
     def _add_plain(self, node: Node) -> None:
         if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
             node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
-        if node.target is aten._native_batch_norm_legit.no_stats and node.pick in (None, 0):
+        if by_batch(node) and node.pick in (None, 0):
             for step in batch_norm_of_tensor(node, node.module_path in self.captured.synchronised):
                 self._add_plain(step)
             return

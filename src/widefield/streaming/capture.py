@@ -224,7 +224,7 @@ def _refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
                 "",
                 "forward",
                 f"changes {what}, which is no attribute of a module: the next forward pass may differ",
-                "keep such state in an attribute of the module, or change it outside of forward",
+                "keep such state in an attribute of the module, draw with torch, or change it outside of forward",
             )
 
 
@@ -344,10 +344,9 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty(tensor), tensor.requires_grad) if parameter else empty(tensor)
     for part in module.modules():
-        for value in pytree.tree_leaves(
-            list(part.__dict__.values())
-        ):  # weights that hooks recompute before each forward pass
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+        own = list(part.__dict__.values())
+        for value in pytree.tree_leaves([*own, *map(before_forward, own)]):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # results, pruned weights among them
                 memo[id(value)] = empty(value)
     skeleton = copy.deepcopy(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):

@@ -10,6 +10,7 @@ them.
 
 import copy
 import functools
+import random
 import sys
 import types
 import weakref
@@ -112,8 +113,9 @@ def before_forward(value: Any) -> Any:
 
 
 class Surroundings:
-    """A record of what a module's forward may change outside of its tensors: containers, attributes of objects, globals, caches.
+    """A record of what a module's forward may change outside of its tensors.
 
+    That is: containers, attributes of objects, globals, caches, and the random states of Python and NumPy.
     `restore` puts all back that has changed, and returns what changed in words, with the values that came in. Modules' own
     attributes are left alone. Entries that were added to a dict or a set, as to a cache, are taken out again.
     """
@@ -131,6 +133,7 @@ class Surroundings:
         self._containers = [(of, copy.copy(of)) for of in walk.containers]
         self._names = [(of, name, of[name] if isinstance(of, dict) else vars(of)[name]) for of, name in walk.names]
         self._caches = [(cached, cached.cache_info().misses) for cached in walk.caches]
+        self._random = random.getstate(), np.random.get_state(legacy=True)
 
     def restore(self) -> list[tuple[str, list[Any]]]:
         changes: list[tuple[str, list[Any]]] = []
@@ -159,6 +162,13 @@ class Surroundings:
         for cached, misses in self._caches:
             if cached.cache_info().misses != misses:
                 cached.cache_clear()
+        of_python, of_numpy = self._random
+        if random.getstate() != of_python:
+            changes.append(("the random state of Python", []))
+            random.setstate(of_python)
+        if not all(map(np.array_equal, np.random.get_state(legacy=True), of_numpy)):
+            changes.append(("the random state of NumPy", []))
+            np.random.set_state(of_numpy)
         return changes
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 # Operations that PyTorch breaks into others, and the engine knows as they are.
-_KNOWN = (aten.reshape.default, aten.flatten.using_ints, aten.dropout.default, aten.batch_norm.default)
+_KNOWN = (aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
@@ -48,6 +48,10 @@ def _stays(node: Node) -> bool:
     """True if PyTorch would keep the operation, in place or not."""
     if isinstance(node.target, HigherOrderOperator):
         return False
+    if node.target in (aten.batch_norm.default, aten.native_batch_norm.default):
+        return (
+            not node.args[5] or node.args[3] is None
+        )  # else it updates running statistics, which its schema does not tell
     if not isinstance(node.target, OpOverload) or node.target in _KNOWN or _is_update(node.target):
         return True
     return _is_preservable_cia_op(node.target) or not _is_cia_op(node.target)

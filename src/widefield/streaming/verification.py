@@ -11,14 +11,12 @@ before then: random states, buffers, modes, attributes of the modules, globals a
 """
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -314,7 +312,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
         if isinstance(part, _NormBase)
         for buffer in part.buffers()
     ]
-    states = random.getstate(), np.random.get_state()
     devices = list({p.device.index for p in module.parameters() if p.is_cuda})
     try:
         with ExitStack() as stack:
@@ -333,8 +330,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
         surroundings.restore()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         torch.clear_autocast_cache()
 
 

@@ -1,6 +1,7 @@
 """Normalisations by statistics of the whole image, or of the whole batch: the map times a scale plus a shift."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -34,15 +35,26 @@ def group_norm(node: Node, maps: Maps) -> list[Node] | None:
     return new.result(apply_affine, Ref(name), new.add("affine", scale_and_shift, args, (2, *kept(shape, space))))
 
 
+def by_batch(node: Node) -> bool:
+    """True for batch normalisation by the statistics of the batch."""
+    return node.target is aten._native_batch_norm_legit.no_stats or (
+        node.target is aten.batch_norm.default and bool(node.args[5])
+    )
+
+
+def _affine(node: Node) -> tuple[Any, Any, float]:
+    """Weight, bias and epsilon of a batch normalisation by the statistics of the batch."""
+    return node.args[1], node.args[2], node.args[7 if node.target is aten.batch_norm.default else 5]
+
+
 @rewrite(aten.batch_norm, aten._native_batch_norm_legit)
 def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
     """Batch normalisation by the statistics of the batch, or of the batches of all processes."""
     name = only_map(node, maps)
     shape = maps.shapes[name]
-    by_batch = node.args[5] if node.op == "aten.batch_norm" else getattr(node.target, "_overloadname", "") == "no_stats"
-    if not by_batch or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
+    if not by_batch(node) or min(maps.axes[name]) < 2 or node.pick not in (None, 0):
         return None
-    weight, bias, eps = node.args[1], node.args[2], node.args[7 if node.op == "aten.batch_norm" else 5]
+    weight, bias, eps = _affine(node)
     over = (0, *range(2, len(shape)))
     new, (mean, squares, count) = moments(node, maps, name, over)
     small, everywhere = kept(shape, over), node.module_path in maps.synchronised
@@ -53,7 +65,7 @@ def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
 
 def batch_norm_of_tensor(node: Node, everywhere: bool) -> list[Node]:
     """The same for a tensor that is no map: what is computed from reductions, or runs whole."""
-    weight, bias, eps = node.args[1], node.args[2], node.args[5]
+    weight, bias, eps = _affine(node)
     batch = replace(
         node, name=f"{node.name}@batch", target=statistics_of_tensor, args=(node.args[0], everywhere), pick=None
     )
