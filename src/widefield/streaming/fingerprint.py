@@ -133,7 +133,7 @@ class Surroundings:
         self._containers = [(of, copy.copy(of)) for of in walk.containers]
         self._names = [(of, name, of[name] if isinstance(of, dict) else vars(of)[name]) for of, name in walk.names]
         self._caches = [(cached, cached.cache_info().misses) for cached in walk.caches]
-        self._random = random.getstate(), np.random.get_state(legacy=True)
+        self._random: tuple[Any, Any] = random.getstate(), np.random.get_state(legacy=True)
 
     def restore(self) -> list[tuple[str, list[Any]]]:
         changes: list[tuple[str, list[Any]]] = []
@@ -166,7 +166,8 @@ class Surroundings:
         if random.getstate() != of_python:
             changes.append(("the random state of Python", []))
             random.setstate(of_python)
-        if not all(map(np.array_equal, np.random.get_state(legacy=True), of_numpy)):
+        numpys_now: Any = np.random.get_state(legacy=True)
+        if numpys_now[2:] != of_numpy[2:] or not np.array_equal(numpys_now[1], of_numpy[1]):
             changes.append(("the random state of NumPy", []))
             np.random.set_state(of_numpy)
         return changes
