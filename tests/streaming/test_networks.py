@@ -66,7 +66,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "mobilenet_v2": (lambda: tv.mobilenet_v2().features, ODD, 2),
     "vgg11_bn": (lambda: tv.vgg11_bn().features, (49, 67), 1),
     "densenet121": (lambda: tv.densenet121().features[:8], (65, 70), 1),
-    "regnet_x_400mf": (lambda: nn.Sequential(tv.regnet_x_400mf().stem, tv.regnet_x_400mf().trunk_output), (65, 70), 1),
     "hrnet": (lambda: timm.create_model("hrnet_w18_small", features_only=True), (96, 64), 1),
     "shufflenet": (lambda: nn.Sequential(*list(tv.shufflenet_v2_x0_5().children())[:-1]), ODD, 1),
     "unet": (UNet, (52, 44), 2),

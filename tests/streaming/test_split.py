@@ -18,7 +18,6 @@ MODELS = {
     "vgg11": lambda: tv.vgg11(num_classes=3),
     "convnext_tiny": lambda: tv.convnext_tiny(num_classes=3),
     "mobilenet_v2": lambda: tv.mobilenet_v2(num_classes=3),
-    "timm resnet18": lambda: timm.create_model("resnet18", num_classes=3),
     "timm convnext_atto": lambda: timm.create_model("convnext_atto", num_classes=3),
     "efficientnet, up to its first squeeze": lambda: timm.create_model("efficientnet_lite0", num_classes=3),
 }
