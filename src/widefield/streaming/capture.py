@@ -36,7 +36,7 @@ from widefield.streaming.watch import PointwiseCall, Watch
 
 _LOG = logging.getLogger(__name__)
 
-_SYMBOLIC_LIMIT = 10.0  # seconds of computing after which a trace with symbols is given up for one without
+_SYMBOLIC_LIMIT = 20.0  # seconds of computing after which a trace with symbols is given up for one without
 
 _ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threads
 

@@ -68,7 +68,7 @@ def _result_form(target: Any) -> OpOverload | None:
 
 
 def _is_simple(node: Node, holders: dict[Any, list[Node]]) -> bool:
-    """True if nothing else shares the memory that `node` updates, and the result has its dtype."""
+    """True if nothing before `node` shares the memory that it updates, and the result has its dtype."""
     (storage,) = _storages(node)
     first, *others = holders[storage]
     dtypes = {value.meta["val"].dtype for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)}
@@ -76,7 +76,7 @@ def _is_simple(node: Node, holders: dict[Any, list[Node]]) -> bool:
         _result_form(node.target) is not None
         and first.op == "call_function"
         and isinstance(first.meta["val"], Tensor)
-        and all(_is_update(other.target) and other.args[0] in holders[storage] for other in others)
+        and all(other > node or (_is_update(other.target) and other.args[0] in holders[storage]) for other in others)
         and dtypes == {node.meta["val"].dtype}
         and node.meta["val"].is_floating_point()
     )
