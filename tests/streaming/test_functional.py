@@ -116,3 +116,10 @@ class Statistics(nn.BatchNorm2d):
 def test_an_update_of_a_weight_or_of_the_image_is_refused(layer: nn.Module) -> None:
     with torch.no_grad(), pytest.raises(UnsupportedOpError, match="in-place update"):
         StreamingCNN(layer, 6)(torch.rand(1, 3, 17, 14))
+
+
+def test_a_model_in_evaluation_mode_draws_no_random_numbers() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.ReLU(inplace=True)).eval()
+    before = torch.get_rng_state()
+    StreamingCNN(net, 6)(torch.rand(1, 3, 17, 14, generator=torch.Generator()))
+    assert torch.equal(before, torch.get_rng_state())

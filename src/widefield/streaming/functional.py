@@ -37,6 +37,10 @@ def functional(program: ExportedProgram) -> ExportedProgram:
         assert isinstance(updated, Node)
         node.target = _result_form(node.target)
         updated.replace_all_uses_with(node, delete_user_cb=node.__lt__)
+    for node in nodes:
+        if node.target is aten.dropout.default and not node.args[2]:  # it gives what it gets
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
     return program
 
 
