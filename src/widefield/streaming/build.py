@@ -16,7 +16,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import identity
 from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
-from widefield.streaming.rules import REWRITES, RULES, Axes, Maps, Placed, Read, Reduction, place, swap_refs, unflatten
+from widefield.streaming.rules import REWRITES, Axes, Maps, Placed, Read, Reduction, op_of, place, swap_refs, unflatten
 from widefield.streaming.rules.channels import explicit
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch, statistics_of_batch, statistics_of_tensor
@@ -248,7 +248,7 @@ class _Sorter:
             sum(size_of(node) for node in plain if self.levels[node.name] == 0),
             sum(weight_size(name, self.maps, dtypes) for name in used),
             tuple(self.refused),
-            any("dropout" in node.op or "bernoulli" in node.op for node in live),
+            any(op.draws for op in (op_of(node.target) for node in live) if op is not None),
         )
 
     def _is_whole(self, node: Node, extents: set[tuple[int, int]]) -> bool:
@@ -270,6 +270,6 @@ class _Sorter:
 
 
 def _rule(node: Node) -> Any:
-    """The rule of a node's operator; that of pointwise operations for operators which PyTorch tags so."""
-    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return RULES.get(node.target) or (pointwise if tagged else None)
+    """The rule of a node's operator, None if there is none."""
+    op = op_of(node.target)
+    return op and op.place

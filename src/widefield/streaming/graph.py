@@ -16,7 +16,7 @@ import torch
 
 from widefield.streaming.captured import Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.rules import Axes, Placed, Reduction
+from widefield.streaming.rules import Axes, Op, Placed, Reduction
 from widefield.streaming.schedule import Flow
 
 
@@ -52,6 +52,11 @@ class Value:
             return 0
         height, width = self.shape[self.axes.rows], self.shape[self.axes.cols]
         return torch.Size(self.shape).numel() // (height * width) * self.dtype.itemsize
+
+    @property
+    def facts(self) -> Op:
+        """What is known of the operation that computes the map."""
+        return Op() if self.placed is None else self.placed.op
 
     @property
     def bytes(self) -> int:

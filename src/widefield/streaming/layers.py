@@ -103,7 +103,7 @@ class _Map:
     @property
     def is_layer(self) -> bool:
         """Whether it is read through windows. Convolutions are layers even if theirs are of one position."""
-        return self.value.op.startswith("aten.conv") or any(reach != _POINTWISE for _, reach in self.reads)
+        return self.value.facts.is_layer or any(reach != _POINTWISE for _, reach in self.reads)
 
 
 _POINTWISE = (IDENTITY, IDENTITY)

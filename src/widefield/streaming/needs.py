@@ -15,26 +15,6 @@ from widefield.streaming.graph import Stage
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-# Operations whose derivative needs neither what they read nor their result, and those that need their result alone. All others
-# need what they read.
-_NEED_NOTHING = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("add", "sub", "rsub", "neg", "cat", "stack", "clone", "to", "_to_copy", "detach", "roll", "flip", "index"),
-        *(
-            "constant_pad_nd",
-            "pad",
-            "reflection_pad2d",
-            "replication_pad2d",
-            "upsample_nearest2d",
-            "upsample_bilinear2d",
-        ),
-        *("upsample_bicubic2d", "_upsample_nearest_exact2d", "pixel_shuffle", "pixel_unshuffle"),
-    )
-)
-_NEED_RESULT = frozenset(
-    f"aten.{name}" for name in ("relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "_softmax", "log_softmax")
-)
 _INDEX_BYTES = 8  # per position of a maximum
 # Copies of a weight's gradient that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's.
 _GRADIENTS_OF_WEIGHTS = 3
@@ -67,10 +47,10 @@ class Needs:
         values = self.stage.values
         read = [value.rectified for value in values]
         for v, value in reversed(list(enumerate(values))):
-            if read[v] if value.view else value.op not in _NEED_NOTHING and value.op not in _NEED_RESULT:
+            if read[v] if value.view else "inputs" in value.facts.saves:
                 for source in value.sources:
                     read[source] = True
-        results = [value.op in _NEED_RESULT and not value.rectified for value in values]
+        results = ["result" in value.facts.saves and not value.rectified for value in values]
         return np.array(results), np.array(read), np.array([value.view for value in values])
 
     @cached_property
@@ -78,9 +58,9 @@ class Needs:
         """What derivatives need besides the maps, in bytes per position: positions of maxima, masks."""
         extra = np.zeros(len(self.stage.values))
         for v, value in enumerate(self.stage.values):
-            if value.op.startswith("aten.max_pool2d"):
+            if "indices" in value.facts.saves:
                 extra[v] = value.pixel_bytes / value.dtype.itemsize * _INDEX_BYTES
-            elif "dropout" in value.op:
+            elif "mask" in value.facts.saves:
                 extra[v] = value.pixel_bytes
         return extra
 
@@ -124,7 +104,7 @@ class Needs:
                 alive += np.maximum(sent - gradient[source], 0)
                 np.maximum(gradient[source], sent, out=gradient[source])
                 added = added + sent
-            if value.view or value.op == "aten.add":
+            if value.view or value.facts.sends_same:
                 added = 0.0
             weights = _GRADIENTS_OF_WEIGHTS * value.weight_bytes * some
             peak = np.maximum(peak, remaining[v] + others + np.maximum(arriving, own) + added + weights)

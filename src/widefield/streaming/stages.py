@@ -7,14 +7,8 @@ import torch
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.extents import identity
 from widefield.streaming.graph import Stage, Value
-from widefield.streaming.rules import RULES, Maps, Placed, Reduction
-from widefield.streaming.rules.norms import affine
-from widefield.streaming.rules.pointwise import channelwise, pointwise
+from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.rules.shapes import permute
-
-# Rules of operations that are cheaper to repeat than their result is to store; operators without a rule are pointwise.
-_CHEAP = (None, pointwise, channelwise, permute, affine)
 
 
 def cut(
@@ -82,9 +76,7 @@ def _follows(
     while name in placed and len({read.source for read in placed[name].reads}) == 1:
         read = placed[name].reads[0]
         height, width = maps.extent(read.source)
-        if (read.rows, read.cols) != (identity(height), identity(width)) or RULES.get(
-            by_name[name].target
-        ) not in _CHEAP:
+        if (read.rows, read.cols) != (identity(height), identity(width)) or not placed[name].op.cheap:
             return False
         name = read.source
         if name in stored:
@@ -140,16 +132,6 @@ def _stage(
     )
 
 
-# Operators whose result is a tensor of its own that their derivative does not need.
-_RECTIFIABLE = {
-    "aten.conv2d",
-    "aten.conv_transpose2d",
-    "aten.add",
-    "aten.batch_norm",
-    "aten._native_batch_norm_legit_no_training",
-}
-
-
 def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], leaving: set[str]) -> dict[str, str]:
     """Merge each ReLU into the op before it, if nobody else reads that op's result. Returns the merged op of each such ReLU.
 
@@ -161,10 +143,10 @@ def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], le
             readers[read.source] = readers.get(read.source, 0) + 1
     merged: dict[str, str] = {}
     for name in list(placed):
-        if by_name[name].op != "aten.relu":
+        if by_name[name].target is not torch.ops.aten.relu.default:
             continue
         source = placed[name].reads[0].source
-        if source in placed and source not in leaving and readers[source] == 1 and by_name[source].op in _RECTIFIABLE:
+        if source in placed and source not in leaving and readers[source] == 1 and placed[source].op.carries_relu:
             placed[name] = placed.pop(source)
             merged[name] = source
     return merged

@@ -108,6 +108,6 @@ def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[boo
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
         reached = own or any(moving[source] for source in value.sources)
-        still = value.reduction is None and (not value.dtype.is_floating_point or value.op == "aten.detach")
+        still = value.reduction is None and (not value.dtype.is_floating_point or value.facts.stops_gradients)
         moving.append(reached and not still)
     return moving

@@ -4,23 +4,33 @@ Operations over the whole image have a rewriting instead (`REWRITES`): reduction
 """
 
 from widefield.streaming.rules import channels, norms, pointwise, random, resize, shapes, whole, windows
-from widefield.streaming.rules.base import RULES, Axes, Maps, Placed, Read, Run, Work, place, swap_refs
+from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, Work, op_of, place, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
 from widefield.streaming.rules.rewriting import REWRITES
 
 __all__ = [
     "REWRITES",
-    "RULES",
     "Axes",
     "Maps",
+    "Op",
     "Placed",
     "Read",
     "Reduction",
     "Run",
     "Work",
+    "op_of",
     "place",
     "swap_refs",
     "unflatten",
 ]
-_ = (channels, norms, pointwise, random, resize, shapes, whole, windows)  # importing them fills RULES and REWRITES
+_ = (
+    channels,
+    norms,
+    pointwise,
+    random,
+    resize,
+    shapes,
+    whole,
+    windows,
+)  # importing them registers all operations and REWRITES

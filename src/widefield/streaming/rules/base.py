@@ -5,9 +5,9 @@ depend on the image), and returns a `Placed`: what the op reads along each axis,
 and how it runs on a tile. A rule that cannot do so exactly raises `node.refuse(reason, remedy)`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,36 @@ class Read:
     cols: AxisMap
 
 
+Saved = Literal["inputs", "result", "indices", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What the engine knows of an operation, whatever its arguments are.
+
+    Args:
+        place: the rule; None for reductions, which have none.
+        saves: what autograd keeps for the derivative: the maps that the operation reads, its result, the position of each maximum
+            (8 bytes per element), a mask like the result.
+        cheap: computing it again costs less than storing its result.
+        carries_relu: its result is a tensor of its own that its derivative does not need, so that a ReLU after it may be applied as
+            the result is written to its buffer.
+        sends_same: the gradients of what it reads are the gradient of its result, and take no memory of their own.
+        stops_gradients: its result does not require grad, whatever it reads.
+        draws: it takes random numbers.
+        is_layer: it is a layer of the network to its users even where it looks at one position only.
+    """
+
+    place: "Rule | None" = None
+    saves: frozenset[Saved] = frozenset(("inputs",))
+    cheap: bool = False
+    carries_relu: bool = False
+    sends_same: bool = False
+    stops_gradients: bool = False
+    draws: bool = False
+    is_layer: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """An op in a scan. `fresh`: autograd gives its input gradients as new tensors that nobody else holds."""
@@ -54,6 +84,7 @@ class Placed:
     axes: Axes
     run: Run
     fresh: bool = False
+    op: Op = Op()
 
 
 @dataclass
@@ -93,36 +124,44 @@ class Maps:
 
 
 Rule = Callable[[Node, Maps], Placed]
-RULES: dict[Any, Rule] = {}
+OPS: dict[Any, Op] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operators (all overloads of a packet, or single overloads)."""
+def rule(*targets: Any, saves: Iterable[Saved] = ("inputs",), **facts: bool) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators (all overloads of a packet, or single overloads), with the facts of `Op` about them.
+
+    A rule for operators of which different facts hold is decorated once for each kind.
+    """
 
     def register(function: Rule) -> Rule:
+        op = Op(function, frozenset(saves), **facts)
         for target in targets:
             if isinstance(target, torch._ops.OpOverloadPacket):
-                for overload in target.overloads():
-                    RULES[getattr(target, overload)] = function
+                OPS.update({getattr(target, overload): op for overload in target.overloads()})
             else:
-                RULES[target] = function
+                OPS[target] = op
         return function
 
     return register
 
 
+def op_of(target: Any) -> Op | None:
+    """Return what is known of an operator; of those that PyTorch tags as pointwise, it is known without being registered."""
+    tags = getattr(target, "tags", ())
+    elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    return OPS.get(target) or (OPS[torch.ops.aten.where.self] if elementwise else None)
+
+
 def place(node: Node, maps: Maps) -> Placed:
     """Apply the rule of `node`'s operator. Raises `UnsupportedOpError` where there is none."""
-    tags = getattr(node.target, "tags", ())
-    elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    found = RULES.get(node.target) or (RULES[torch.ops.aten.clone.default] if elementwise else None)
-    if found is None:
+    op = op_of(node.target)
+    if op is None or op.place is None:
         raise node.refuse(
             "has no streaming rule",
             "stream(model) runs such a layer on the whole map after streaming what comes before it; "
             "or end the streamed module before this layer, or replace the layer",
         )
-    placed = found(node, maps)
+    placed = replace(op.place(node, maps), op=op)
     planned = node.shape[placed.axes.rows], node.shape[placed.axes.cols]
     if any((read.rows.n_out, read.cols.n_out) != planned for read in placed.reads):
         raise node.refuse(

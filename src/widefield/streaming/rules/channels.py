@@ -32,7 +32,11 @@ def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
     return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
 
 
-@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.glu, aten.sort)
+@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, saves=("result",))
+@rule(aten.cumsum, saves=())
+@rule(aten.sort, saves=("indices",))
+@rule(aten.cumprod, saves=("inputs", "result"))
+@rule(aten.glu)
 def along(node: Node, maps: Maps) -> Placed:
     """Along one dimension, which stays."""
     name = only_map(node, maps)
@@ -43,21 +47,11 @@ def along(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(
-    *(
-        aten.mean,
-        aten.sum,
-        aten.amax,
-        aten.amin,
-        aten.prod,
-        aten.var,
-        aten.std,
-        aten.var_mean,
-        aten.std_mean,
-        aten.logsumexp,
-    ),
-    *(aten.linalg_vector_norm, aten.norm, aten.max, aten.min, aten.argmax, aten.argmin, aten.any, aten.all),
-)
+@rule(aten.mean, aten.sum, saves=())
+@rule(aten.amax, aten.amin, aten.prod, aten.std, aten.std_mean, aten.logsumexp, aten.norm, saves=("inputs", "result"))
+@rule(aten.linalg_vector_norm, saves=("inputs", "result"))
+@rule(aten.max, aten.min, saves=("indices",))
+@rule(aten.var, aten.var_mean, aten.argmax, aten.argmin, aten.any, aten.all)
 def reduction(node: Node, maps: Maps) -> Placed:
     """Over some dimensions, none of them height or width."""
     name = sources(node, maps)[0]

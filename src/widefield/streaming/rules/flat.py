@@ -15,7 +15,7 @@ import torch
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.rules.base import RULES, Maps, argument, dims, sources, swap_refs
+from widefield.streaming.rules.base import Maps, argument, dims, op_of, sources, swap_refs
 from widefield.streaming.rules.channels import as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.shapes import groups, permute, reshape
@@ -26,7 +26,8 @@ aten = torch.ops.aten
 def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
     """Nodes on maps with all dimensions apart that do what `node` does, and how many dimensions of the result are one in `node`."""
     names = sources(node, maps)
-    rule = RULES.get(node.target)
+    op = op_of(node.target)
+    rule = op and op.place
     if not maps.flat.keys() & set(names):
         found = _flattening(node, maps, names[0]) if rule is reshape else None
         return ([node], 0) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
@@ -43,7 +44,7 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
     if rule is reshape:
         shape, width = _reshaping(node, maps, names[0])
         return [_reshaped(node, names[0], shape)], width
-    if (rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ())) or rule is pointwise:
+    if rule is pointwise:
         return _elementwise(node, maps, names), width
     if node.op in ("aten.matmul", "aten.bmm"):
         node = as_einsum(node, [seen_shape(maps, ref.name) for ref in node.args[:2]])

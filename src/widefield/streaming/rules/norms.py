@@ -130,7 +130,7 @@ def apply_affine(x: Tensor, affine: Tensor) -> Tensor:
     return (x * affine[0] + affine[1]).to(x.dtype)
 
 
-@rule(apply_affine)
+@rule(apply_affine, cheap=True)
 def affine(node: Node, maps: Maps) -> Placed:
     """Position by position."""
     name, call = only_map(node, maps), caller(node, maps)

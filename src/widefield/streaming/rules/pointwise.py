@@ -12,10 +12,28 @@ from widefield.streaming.rules.base import Axes, Maps, Placed, Work, caller, onl
 aten = torch.ops.aten
 
 
-@rule(  # Pointwise operators that PyTorch does not tag so; the tagged ones come here without being listed.
-    *(aten.hardswish, aten.log_sigmoid, aten.softplus, aten.special_expm1, aten.square, aten.rsub, aten.floor_divide),
-    *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.clone, aten.alias, aten.detach, aten.contiguous),
-    *(aten.to, aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+# Operators that PyTorch tags as pointwise come here without being listed, where they save what they read.
+@rule(
+    *(aten.hardswish, aten.softplus, aten.square, aten.floor_divide),
+    *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.alias, aten.contiguous),
+    *(aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+    cheap=True,
+)
+@rule(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=(), cheap=True)
+@rule(aten.log_sigmoid, saves=("inputs", "mask"), cheap=True)
+@rule(aten.detach, saves=(), cheap=True, stops_gradients=True)
+@rule(aten.add, saves=(), cheap=True, carries_relu=True, sends_same=True)
+@rule(
+    *(aten.relu, aten.sigmoid, aten.tanh, aten.tan, aten.sqrt, aten.rsqrt, aten.reciprocal),
+    *(aten.exp, aten.exp2, aten.expm1, aten.special_expm1, aten.special_ndtri),
+    saves=("result",),
+    cheap=True,
+)
+@rule(
+    *(aten.sgn, aten.special_bessel_j1, aten.special_bessel_y1, aten.special_modified_bessel_i1, aten.special_i1),
+    *(aten.special_modified_bessel_k1, aten.special_i0e, aten.special_i1e, aten.special_erfcx, aten.special_log_ndtr),
+    saves=("inputs", "result"),
+    cheap=True,
 )
 def pointwise(node: Node, maps: Maps) -> Placed:
     """Broadcasting element by element; weights as large as the image are read tile by tile too."""
@@ -38,7 +56,8 @@ def pointwise(node: Node, maps: Maps) -> Placed:
     return _call(node, maps, axes)
 
 
-@rule(aten.batch_norm, aten._native_batch_norm_legit_no_training, aten.instance_norm, aten.prelu, aten._prelu_kernel)
+@rule(aten.batch_norm, aten._native_batch_norm_legit_no_training, cheap=True, carries_relu=True)
+@rule(aten.instance_norm, aten.prelu, aten._prelu_kernel, cheap=True)
 def channelwise(node: Node, maps: Maps) -> Placed:
     """Per-channel weights on dimension 1: stored statistics, affine parameters, slopes."""
     name = only_map(node, maps)

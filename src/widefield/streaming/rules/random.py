@@ -44,7 +44,7 @@ def _starts(ndim: int, axes: Sequence[int], work: Work) -> list[int]:
     return starts
 
 
-@rule(aten.native_dropout, aten.dropout)
+@rule(aten.native_dropout, aten.dropout, saves=("inputs", "mask"), draws=True)
 def dropout(node: Node, maps: Maps) -> Placed:
     """Zero each element with probability p, scale the others by 1 / (1 - p)."""
     name = only_map(node, maps)
@@ -63,7 +63,7 @@ def dropout(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), axes, run)
 
 
-@rule(aten.bernoulli.p)
+@rule(aten.bernoulli.p, draws=True)
 def bernoulli(node: Node, maps: Maps) -> Placed:
     """Ones with probability p, in the shape of a map (alpha dropout draws its mask so)."""
     name = only_map(node, maps)

@@ -26,7 +26,10 @@ _SIZES_COUNT: dict[str, Callable[[int], tuple[int, ...]]] = {
 }
 
 
-@rule(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d)
+@rule(
+    *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+    saves=(),
+)
 def interpolate(node: Node, maps: Maps) -> Placed:
     """F.interpolate in modes nearest, nearest-exact, bilinear and bicubic, to any size."""
     name = only_map(node, maps)

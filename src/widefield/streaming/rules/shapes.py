@@ -29,7 +29,7 @@ from widefield.streaming.rules.rewriting import Rewriting, rewrite
 aten = torch.ops.aten
 
 
-@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims)
+@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims, cheap=True)
 def permute(node: Node, maps: Maps) -> Placed:
     """Dimensions in another order."""
     name = only_map(node, maps)
@@ -169,16 +169,8 @@ def select(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(
-    aten.split,
-    aten.split_with_sizes,
-    aten.chunk,
-    aten.tensor_split,
-    aten.flip,
-    aten.roll,
-    aten.index_select,
-    aten.narrow,
-)
+@rule(aten.flip, aten.roll, saves=())
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.index_select, aten.narrow)
 def along_another_dimension(node: Node, maps: Maps) -> Placed:
     """Cutting or reordering a dimension other than height and width."""
     name = only_map(node, maps)
@@ -221,7 +213,8 @@ def from_the_start(index: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=index.device)[index]
 
 
-@rule(aten.cat, aten.stack, aten.slice_scatter)
+@rule(aten.cat, aten.stack, saves=())
+@rule(aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""
     names = sources(node, maps)
@@ -277,7 +270,7 @@ def _channels_first(node: Node, maps: Maps) -> str:
     return name
 
 
-@rule(aten.pixel_shuffle)
+@rule(aten.pixel_shuffle, saves=())
 def pixel_shuffle(node: Node, maps: Maps) -> Placed:
     """Depth to space: each position becomes a square of them."""
     name = _channels_first(node, maps)
@@ -293,7 +286,7 @@ def pixel_shuffle(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, repeat(height, factor), repeat(width, factor)),), maps.axes[name], run)
 
 
-@rule(aten.pixel_unshuffle)
+@rule(aten.pixel_unshuffle, saves=())
 def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
     """Space to depth: a square of positions becomes one."""
     name = _channels_first(node, maps)

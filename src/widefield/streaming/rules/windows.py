@@ -80,7 +80,7 @@ def _run_padded(
     return made
 
 
-@rule(aten.conv2d)
+@rule(aten.conv2d, carries_relu=True, is_layer=True)
 def convolution(node: Node, maps: Maps) -> Placed:
     """Convolution, cross-correlation form, with zero padding."""
     name = only_map(node, maps)
@@ -112,7 +112,7 @@ def convolution(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, fresh=True)
 
 
-@rule(aten.max_pool2d, aten.max_pool2d_with_indices)
+@rule(aten.max_pool2d, aten.max_pool2d_with_indices, saves=("inputs", "indices"))
 def max_pool(node: Node, maps: Maps) -> Placed:
     """Maximum of each window; the first in raster order wins a tie, as on the whole image."""
     name = only_map(node, maps)
@@ -177,7 +177,7 @@ def average_pool(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, fresh=True)
 
 
-@rule(aten.conv_transpose2d)
+@rule(aten.conv_transpose2d, carries_relu=True, is_layer=True)
 def transposed_convolution(node: Node, maps: Maps) -> Placed:
     """Transposed convolution: each input spreads over a window of outputs."""
     name = only_map(node, maps)
@@ -212,7 +212,7 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
 
 
-@rule(aten.pad, aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d)
+@rule(aten.pad, aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d, saves=())
 def pad(node: Node, maps: Maps) -> Placed:
     """Padding or cropping (negative amounts), of any dimension."""
     name = only_map(node, maps)
