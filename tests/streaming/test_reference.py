@@ -1,5 +1,8 @@
 """The reference scan, plain PyTorch and the engine agree."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,3 +67,8 @@ def test_the_reference_scan_holds_a_few_rows() -> None:
     net = Net()
     _, _, began = reference.forward(net.layers(), torch.rand(1, 3, 400, 23, dtype=torch.float64), 8)
     assert max(carry.rows.shape[2] for carries in began for carry in carries if carry.rows is not None) <= 5
+
+
+def test_the_picture_in_the_docs_is_what_the_reference_scan_does() -> None:
+    script = Path(__file__).parents[2] / "docs" / "pictures" / "scan.py"
+    assert script.with_suffix(".svg").read_text() == runpy.run_path(str(script))["svg"]()
