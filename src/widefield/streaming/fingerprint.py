@@ -106,7 +106,7 @@ def mark_left(value: Any, before: Any) -> Any:
 
 
 def before_forward(value: Any) -> Any:
-    """What an attribute held before forward left `value` there: `value` itself, if forward did not."""
+    """Return what an attribute held before forward left `value` there: `value` itself, if forward did not."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     before = [vars(tensor).get("_left_by_forward", value) for tensor in tensors]
     return before[0] if before and all(one is before[0] for one in before) else value

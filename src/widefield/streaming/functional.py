@@ -53,9 +53,8 @@ def _stays(node: Node) -> bool:
     if isinstance(node.target, HigherOrderOperator):
         return False
     if node.target in (aten.batch_norm.default, aten.native_batch_norm.default):
-        return (
-            not node.args[5] or node.args[3] is None
-        )  # else it updates running statistics, which its schema does not tell
+        # In training mode it updates running statistics, which its schema does not tell.
+        return not node.args[5] or node.args[3] is None
     if not isinstance(node.target, OpOverload) or node.target in _KNOWN or _is_update(node.target):
         return True
     return _is_preservable_cia_op(node.target) or not _is_cia_op(node.target)
@@ -73,12 +72,13 @@ def _result_form(target: Any) -> OpOverload | None:
 
 def _is_simple(node: Node, holders: dict[Any, list[Node]]) -> bool:
     """True if nothing before `node` shares the memory that it updates, and the result has its dtype."""
+    if _result_form(node.target) is None:
+        return False
     (storage,) = _storages(node)
     first, *others = holders[storage]
     dtypes = {value.meta["val"].dtype for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor)}
     return (
-        _result_form(node.target) is not None
-        and first.op == "call_function"
+        first.op == "call_function"
         and isinstance(first.meta["val"], Tensor)
         and all(other > node or (_is_update(other.target) and other.args[0] in holders[storage]) for other in others)
         and dtypes == {node.meta["val"].dtype}

@@ -55,7 +55,7 @@ class Value:
 
     @property
     def facts(self) -> Op:
-        """What is known of the operation that computes the map."""
+        """Return the facts about the operation that computes the map."""
         return Op() if self.placed is None else self.placed.op
 
     @property

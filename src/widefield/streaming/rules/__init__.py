@@ -24,13 +24,5 @@ __all__ = [
     "swap_refs",
     "unflatten",
 ]
-_ = (
-    channels,
-    norms,
-    pointwise,
-    random,
-    resize,
-    shapes,
-    whole,
-    windows,
-)  # importing them registers all operations and REWRITES
+# Importing them registers all operations and rewritings.
+_ = (channels, norms, pointwise, random, resize, shapes, whole, windows)

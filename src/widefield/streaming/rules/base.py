@@ -51,7 +51,7 @@ Saved = Literal["inputs", "result", "indices", "mask"]
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """What the engine knows of an operation, whatever its arguments are.
+    """Facts about an operation that hold whatever its arguments are; planner, stages and layers ask for them.
 
     Args:
         place: the rule; None for reductions, which have none.
