@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-_WITH_THE_CHECK = ("test_unseen", "test_mutations", "test_it_streams")
+_WITH_THE_CHECK = ("test_first_check", "test_functions_and_hooks", "test_effects", "test_mutations", "test_it_streams")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,196 @@
+"""Whatever forward reads counts: a change of it is noticed, and each branch is that of the pass that runs."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.streaming.exactness import relative_error
+from tests.streaming.unseen import IMAGE, Net, assert_equal_results
+from widefield.streaming import StreamingCNN
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float = 2.0
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
+class Configured(Net):
+    of_class: ClassVar[float] = 2.0
+
+
+SCALE, OUTER = 2.0, types.SimpleNamespace(scale=2.0)
+
+
+def scaled_by_a_global(x: Tensor) -> Tensor:
+    return x * SCALE * OUTER.scale
+
+
+def _closure() -> tuple[Callable[[Net, Tensor], Tensor], Callable[[], None]]:
+    scale = 2.0
+
+    def change() -> None:
+        nonlocal scale
+        scale = 5.0
+
+    return lambda net, x: x * scale, change
+
+
+def _set(holder: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch, Net], None]:
+    return lambda patch, net: patch.setattr(holder, name, value)
+
+
+CLOSED, CHANGE_CLOSED = _closure()
+ARRAY = np.full((4, 1, 1), 2.0)
+
+
+def _attribute(make: Callable[[], Any]) -> Callable[[Net], None]:
+    return lambda net: setattr(net, "cfg", make())
+
+
+# what forward does, how the module is prepared, what changes
+CHANGES: dict[str, tuple[Any, Any, Callable[[pytest.MonkeyPatch, Net], Any]]] = {
+    "namespace": (
+        lambda net, x: x * net.cfg.scale,
+        _attribute(lambda: types.SimpleNamespace(scale=2.0)),
+        lambda patch, net: setattr(net.cfg, "scale", 5.0),
+    ),
+    "dataclass": (
+        lambda net, x: x * net.cfg.scale,
+        _attribute(Settings),
+        lambda patch, net: setattr(net.cfg, "scale", 5.0),
+    ),
+    "slots": (lambda net, x: x * net.cfg.scale, _attribute(Slotted), lambda patch, net: setattr(net.cfg, "scale", 5.0)),
+    "deep": (
+        lambda net, x: x * net.cfg["a"][0].scale,
+        _attribute(lambda: {"a": [Settings()]}),
+        lambda patch, net: setattr(net.cfg["a"][0], "scale", 5.0),
+    ),
+    "array": (
+        lambda net, x: x * torch.from_numpy(net.cfg),
+        _attribute(lambda: np.full((4, 1, 1), 2.0)),
+        lambda patch, net: net.cfg.fill(5.0),
+    ),
+    "tensor past its version": (
+        lambda net, x: x * net.cfg,
+        _attribute(lambda: torch.full((4, 1, 1), 2.0).double()),
+        lambda patch, net: net.cfg.numpy().fill(5.0),
+    ),
+    "class attribute": (
+        lambda net, x: x * net.of_class,
+        lambda net: None,
+        _set(Configured, "of_class", 5.0),
+    ),
+    "global": (
+        lambda net, x: scaled_by_a_global(x),
+        lambda net: None,
+        lambda patch, net: patch.setitem(globals(), "SCALE", 5.0),
+    ),
+    "object in a global": (lambda net, x: scaled_by_a_global(x), lambda net: None, _set(OUTER, "scale", 5.0)),
+    "closure": (CLOSED, lambda net: None, lambda patch, net: CHANGE_CLOSED()),
+    "partial": (
+        lambda net, x: net.cfg(x),
+        _attribute(lambda: functools.partial(torch.mul, other=2.0)),
+        lambda patch, net: setattr(net, "cfg", functools.partial(torch.mul, other=5.0)),
+    ),
+    "method": (
+        lambda net, x: x * net.cfg.value(),
+        _attribute(lambda: types.SimpleNamespace(value=lambda: 2.0)),
+        lambda patch, net: setattr(net.cfg, "value", lambda: 5.0),
+    ),
+    "forward": (
+        lambda net, x: x,
+        lambda net: None,
+        lambda patch, net: setattr(net, "forward", types.MethodType(lambda self, x: self.a(x) * 5.0, net)),
+    ),
+    "not a number": (
+        lambda net, x: x * (2.0 if net.cfg != net.cfg else 5.0),
+        _attribute(lambda: float("nan")),
+        lambda patch, net: setattr(net, "cfg", 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_what_forward_reads_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, prepare, change = CHANGES[name]
+    net = Configured(function)
+    prepare(net)
+    streamed = StreamingCNN(net, 7, verify=False)
+    with torch.no_grad():
+        before = net(IMAGE)
+        assert relative_error(streamed(IMAGE), before) < 1e-12
+        change(monkeypatch, net)
+        assert relative_error(before, net(IMAGE)) > 0.1
+        assert relative_error(streamed(IMAGE), net(IMAGE)) < 1e-12
+
+
+def test_nothing_changed_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(lambda net, x: x * net.cfg.scale)
+    net.cfg = types.SimpleNamespace(scale=float("nan"), other=[np.ones(3), {1, 2}, torch.ones(3), object(), print])
+    streamed = StreamingCNN(net, 7, verify=False)
+    streamed(IMAGE)
+    monkeypatch.setattr("widefield.streaming.programs.capture", None)
+    streamed(IMAGE)
+
+
+# --- branches -----------------------------------------------------------------------------------------------------------------
+
+BRANCHES: dict[str, Callable[[Net, Tensor], Any]] = {
+    "grad mode": lambda net, x: x * (1 if torch.is_grad_enabled() else 2),
+    "requires_grad of a map": lambda net, x: x * (1 if x.requires_grad else 2),
+    "requires_grad of a weight": lambda net, x: x * (1 if net.gain.requires_grad else 2),
+    "is_leaf": lambda net, x: x * (1 if x.is_leaf else 2),
+    "training": lambda net, x: x * (1 if net.training else 2),
+    "dtype": lambda net, x: x * (1 if x.dtype == torch.float64 else 2),
+    "device": lambda net, x: x * (1 if x.device.type == "cpu" else 2),
+    "size as text": lambda net, x: x * (1 if str(x.shape[2]) == "21" else 2) * (1 if f"{x.shape[3]}" == "17" else 2),
+    "shape as text": lambda net, x: x * (1 if "21, 17" in str(tuple(x.shape)) else 2),
+    "size as an int": lambda net, x: x * (1 if int(x.shape[2]) == 21 else 2),
+    "autocast": lambda net, x: x * (2 if torch.is_autocast_enabled("cpu") else 1),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_are_those_of_the_pass_that_runs(name: str) -> None:
+    net = Net(BRANCHES[name])
+    streamed = StreamingCNN(net, 7, verify=False)
+    assert_equal_results(streamed, net)
+    net.eval().gain.requires_grad_(False)
+    assert_equal_results(streamed, net)
+    with torch.inference_mode():
+        assert relative_error(streamed(IMAGE), net(IMAGE)) < 1e-12
+
+
+def test_a_branch_on_the_image_requiring_grad_is_that_of_the_image() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * (1 if x.requires_grad else 2)
+
+    net = First()
+    streamed = StreamingCNN(net, 7, verify=False)
+    for image in (IMAGE, IMAGE.clone().requires_grad_(), IMAGE):
+        assert relative_error(streamed(image).detach(), net(image).detach()) < 1e-12
+
+
+def test_a_branch_on_autocast_is_taken_under_autocast() -> None:
+    net = Net(lambda net, x: x * (2 if torch.is_autocast_enabled("cpu") else 1)).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert relative_error(StreamingCNN(net, 7, verify=False)(IMAGE.float()), net(IMAGE.float())) < 0.02
