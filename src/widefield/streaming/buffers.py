@@ -26,14 +26,14 @@ from widefield.streaming.rules import Axes
 class Cut(NamedTuple):
     """A window of a buffer: rows `[top, bottom)` and columns `[left, right)` counted from the buffer's corner.
 
-    `fresh`: its gradient arrives as a tensor that nobody else holds, so others may be added into it.
+    `exclusive`: its gradient arrives as a tensor that nobody else holds, so others may be added into it.
     """
 
     top: int
     bottom: int
     left: int
     right: int
-    fresh: bool = False
+    exclusive: bool = False
 
 
 Pieces = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -68,11 +68,11 @@ def _assemble(pieces: Pieces, axes: Axes, rectify: bool) -> Tensor:
     buffer = empty_like(beside, shape)
     if left is not None:
         buffer.narrow(axes.cols, 0, kept_cols).copy_(left)
-    fresh = buffer.narrow(axes.cols, kept_cols, beside.shape[axes.cols])
+    beside_left = buffer.narrow(axes.cols, kept_cols, beside.shape[axes.cols])
     if above is not None:
-        fresh.narrow(axes.rows, 0, kept_rows).copy_(above)
+        beside_left.narrow(axes.rows, 0, kept_rows).copy_(above)
     if new is not None:
-        place = fresh.narrow(axes.rows, kept_rows, new.shape[axes.rows])
+        place = beside_left.narrow(axes.rows, kept_rows, new.shape[axes.rows])
         if rectify:
             torch.clamp_min(new, 0, out=place)
         else:
@@ -117,7 +117,7 @@ class _CutOut(torch.autograd.Function):
         axes, cuts = ctx.axes, ctx.cuts
         total, first = None, -1
         for k, (cut, grad) in enumerate(zip(cuts, grads, strict=True)):
-            if grad is not None and cut.fresh and grad.shape == ctx.shape:
+            if grad is not None and cut.exclusive and grad.shape == ctx.shape:
                 total, first = grad, k
                 break
         for k, (cut, grad) in enumerate(zip(cuts, grads, strict=True)):

@@ -58,7 +58,7 @@ def build(captured: Captured, *, allow_whole: bool) -> Program:
 class _Sorter:
     """The nodes so far: those in `placed` are maps and reductions, the others are plain. `levels` of nodes and reductions' parts.
 
-    `broadcast` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
+    `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
     """
 
     captured: Captured
@@ -67,7 +67,7 @@ class _Sorter:
     levels: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     placed: dict[str, Placed] = field(default_factory=dict)
-    broadcast: dict[str, str] = field(default_factory=dict)
+    expanded: dict[str, str] = field(default_factory=dict)
     refused: list[UnsupportedOpError] = field(default_factory=list)
     whole: set[str] = field(default_factory=set)
 
@@ -123,24 +123,24 @@ class _Sorter:
         if node.op == "aten.slice_scatter" and self.maps.shapes[node.args[1].name] == node.shape:  # all of it
             node = replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
         if node.op == "aten.expand" and source not in self.maps:
-            self.broadcast[node.name] = source
-        if node.op in ("aten.clone", "aten.contiguous") and source in self.broadcast:
-            self.broadcast[node.name] = self.broadcast[source]
-        if _rule(node) is reshape and source in self.broadcast:
+            self.expanded[node.name] = source
+        if node.op in ("aten.clone", "aten.contiguous") and source in self.expanded:
+            self.expanded[node.name] = self.expanded[source]
+        if _rule(node) is reshape and source in self.expanded:
             self._reshape_broadcast(node, source)
         if _rule(node) is pointwise:
             shapes = {name: seen_shape(self.maps, name) for name in node.refs}
-            for name in [name for name in shapes if name in self.broadcast]:
-                shapes[name] = seen_shape(self.maps, self.broadcast[name])
+            for name in [name for name in shapes if name in self.expanded]:
+                shapes[name] = seen_shape(self.maps, self.expanded[name])
                 if torch.broadcast_shapes(*shapes.values()) == node.shape:
-                    node = swap_refs(node, {name: self.broadcast[name]})
+                    node = swap_refs(node, {name: self.expanded[name]})
                 else:
                     shapes[name] = seen_shape(self.maps, name)
         return node
 
     def _reshape_broadcast(self, node: Node, source: str) -> None:
         """Reshape what was expanded before it is expanded: dimensions that stay as they are need not be written out."""
-        base = self.maps.shapes[self.broadcast[source]]
+        base = self.maps.shapes[self.expanded[source]]
         full = self.maps.shapes[source]
         base = (1,) * (len(full) - len(base)) + tuple(base)
         before, after = list(full), list(node.shape)
@@ -148,10 +148,10 @@ class _Sorter:
             if len(group_in) == len(group_out) == 1 and base[group_in[0]] == 1:
                 before[group_in[0]] = after[group_out[0]] = 1
         partly = replace(node, name=f"{node.name}@part", target=aten.expand.default, kwargs={}, pick=None)
-        self._add_plain(replace(partly, args=(Ref(self.broadcast[source]), before), shape=tuple(before)))
+        self._add_plain(replace(partly, args=(Ref(self.expanded[source]), before), shape=tuple(before)))
         small = replace(partly, name=f"{node.name}@small", target=aten.reshape.default, shape=tuple(after))
         self._add_plain(replace(small, args=(Ref(partly.name), after)))
-        self.broadcast[node.name] = small.name
+        self.expanded[node.name] = small.name
 
     def _add(self, node: Node) -> None:
         if isinstance(node.target, Reduction):
@@ -241,7 +241,7 @@ class _Sorter:
         return Program(
             replace(self.captured, outputs=outputs.args),
             tuple(items),
-            dict(self.maps.spread),
+            dict(self.maps.broadcast),
             tuple((node.module_path, node.name) for node in live if node.target in _OF_BATCH),
             streamed / max(1, streamed + whole),
             sum(map(size_of, of_image)),

@@ -102,7 +102,7 @@ class Stage:
 class Program:
     """A captured module as `items` to execute in order; see the module's page.
 
-    `spread` maps the name of a stage input that is a weight as large as the image to the weight's name and its whole shape.
+    `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name and its whole shape.
     `statistics` lists the batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the
     operations that run whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all
     plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
@@ -111,7 +111,7 @@ class Program:
 
     captured: Captured
     items: tuple[Node | Stage, ...]
-    spread: dict[str, tuple[str, tuple[int, ...]]]
+    broadcast: dict[str, tuple[str, tuple[int, ...]]]
     statistics: tuple[tuple[str, str], ...]
     streamed_fraction: float
     plain_bytes: int
@@ -140,7 +140,7 @@ class Program:
         """Bytes of their gradients that are there at a time. The image's and those of weights do not count."""
         if len(self.stages) == 1:
             return 0
-        given = {self.captured.image, *self.spread}
+        given = {self.captured.image, *self.broadcast}
         read = (
             sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
             for stage in self.stages
@@ -168,4 +168,4 @@ class Program:
         if isinstance(item, Node):
             return set(item.refs)
         names = {item.values[v].name for v in item.inputs}
-        return {*item.weights, *(self.spread[name][0] if name in self.spread else name for name in names)}
+        return {*item.weights, *(self.broadcast[name][0] if name in self.broadcast else name for name in names)}

@@ -92,9 +92,11 @@ class Grid:
         for (reader, k), rows, cols in zip(self.readers[v], row.reads, col.reads, strict=True):
             if rows is not None and cols is not None:
                 placed = self.stage.values[reader].placed
-                fresh = placed is not None and placed.fresh
+                exclusive = placed is not None and placed.exclusive
                 who.append((reader, k))
-                cuts.append(Cut(rows[0] - row.kept, rows[1] - row.kept, cols[0] - col.kept, cols[1] - col.kept, fresh))
+                cuts.append(
+                    Cut(rows[0] - row.kept, rows[1] - row.kept, cols[0] - col.kept, cols[1] - col.kept, exclusive)
+                )
         height, width = row.ready - row.kept, col.ready - col.kept
         below = row.keep < row.ready and col.new > 0
         right = col.keep < col.ready and height > 0

@@ -11,7 +11,7 @@ import numpy as np
 from widefield.streaming.extents import clamp
 from widefield.streaming.graph import Program, Value
 from widefield.streaming.grid import Grid
-from widefield.streaming.reach import IDENTITY, Reach, reach_of
+from widefield.streaming.receptive_field import IDENTITY, ReceptiveField, receptive_field_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ class _Map:
     """A map of any stage, and the maps that it reads: their numbers, and how along rows and columns."""
 
     value: Value
-    reads: tuple[tuple[int, tuple[Reach, Reach]], ...]
+    reads: tuple[tuple[int, tuple[ReceptiveField, ReceptiveField]], ...]
 
     @property
     def is_layer(self) -> bool:
         """Whether it is read through windows. Convolutions are layers even if theirs are of one position."""
-        return self.value.facts.is_layer or any(reach != _POINTWISE for _, reach in self.reads)
+        return self.value.facts.is_layer or any(field != _POINTWISE for _, field in self.reads)
 
 
 _POINTWISE = (IDENTITY, IDENTITY)
@@ -117,10 +117,10 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
         for value in stage.values:
             if value.name in number or value.reduction is not None:
                 continue  # left by an earlier stage, or computed there too; or no map
-            reaches = (tuple(map(reach_of, value.flow(axis).maps)) for axis in (0, 1))
+            fields = (tuple(map(receptive_field_of, value.flow(axis).maps)) for axis in (0, 1))
             sources = (number[stage.values[s].name] for s in value.sources)
             number[value.name] = len(maps)
-            maps.append(_Map(value, tuple(zip(sources, zip(*reaches, strict=True), strict=True))))
+            maps.append(_Map(value, tuple(zip(sources, zip(*fields, strict=True), strict=True))))
     return maps, number
 
 
@@ -130,11 +130,11 @@ def _strides_and_lost(maps: Sequence[_Map], image: int, axis: int) -> tuple[list
     lost: list[tuple[int, int]] = []
     for v, node in enumerate(maps):
         start, end, size = 0, 0, _size(node.value, axis)
-        for s, reaches in node.reads:
-            reach, (before, after) = reaches[axis], lost[s]
-            strides[v] = max(strides[v], strides[s] * reach.num / reach.den)
-            start = max(start, reach.start_after(before))
-            end = max(end, size - reach.stop_before(_size(maps[s].value, axis) - after))
+        for s, fields in node.reads:
+            field, (before, after) = fields[axis], lost[s]
+            strides[v] = max(strides[v], strides[s] * field.num / field.den)
+            start = max(start, field.start_after(before))
+            end = max(end, size - field.stop_before(_size(maps[s].value, axis) - after))
         lost.append((clamp(start, 0, size), clamp(end, 0, size)))
     return strides, lost
 
@@ -148,11 +148,11 @@ def _receptive_fields(maps: Sequence[_Map], image: int, layers: Sequence[int]) -
             middle = _size(maps[v].value, axis) // 2
             ends[v, axis, :, j] = middle, -middle
     for v in reversed(range(len(maps))):
-        for s, reaches in maps[v].reads:
+        for s, fields in maps[v].reads:
             read = ends[v]
-            if reaches != _POINTWISE:
-                num, den = (np.array([reach[k] for reach in reaches])[:, None, None] for k in (0, 1))
-                read = np.ceil((read * num + [[[reach.low], [-reach.high]] for reach in reaches]) / den)
+            if fields != _POINTWISE:
+                num, den = (np.array([field[k] for field in fields])[:, None, None] for k in (0, 1))
+                read = np.ceil((read * num + [[[field.low], [-field.high]] for field in fields]) / den)
             np.minimum(ends[s], read, out=ends[s])
     sizes = np.maximum(0, 1 - ends[image].sum(1)).astype(int)
     return [(int(height), int(width)) for height, width in sizes.T]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from widefield.streaming.needs import Array, Flags, Needs
+from widefield.streaming.memory_model import Array, Flags, MemoryModel
 from widefield.streaming.schedule import Schedule
 
 
@@ -63,7 +63,7 @@ class Axis:
 class Footprint:
     """The bytes of a stage that is scanned with these schedules, exactly."""
 
-    needs: Needs
+    needs: MemoryModel
     rows: Axis
     cols: Axis
     training: bool
@@ -92,7 +92,7 @@ class Footprint:
         return Cost(sum(self.carries.values()), _row_of_carries(self.needs, self.rows, self.cols), float(step[0, 0]))
 
 
-def estimates(needs: Needs, rows: Sequence[Axis], cols: Sequence[Axis], training: bool) -> list[list[Cost]]:
+def estimates(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis], training: bool) -> list[list[Cost]]:
     """The cost of each tile height with each width; of schedules that are not whole, in proportion."""
     kept = _kept(needs, rows, cols)
     weights = np.concatenate(kept)
@@ -120,13 +120,13 @@ def _largest(axes: Sequence[Axis], weights: Array) -> Array:
     return np.stack([axis.work[:, steps] for axis, steps in zip(axes, best, strict=True)], axis=1)
 
 
-def _kept(needs: Needs, rows: Sequence[Axis], cols: Sequence[Axis]) -> tuple[Array, Array]:
+def _kept(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis]) -> tuple[Array, Array]:
     """Bytes per position that autograd keeps of new positions and of buffers: (maps, rows, cols)."""
     down, across = (np.stack([axis.buffered for axis in axes], axis=1) for axes in (rows, cols))
     return needs.kept(down[:, :, None] | across[:, None, :])
 
 
-def _step(needs: Needs, largest: Array, kept: tuple[Array, Array], training: bool) -> Array:
+def _step(needs: MemoryModel, largest: Array, kept: tuple[Array, Array], training: bool) -> Array:
     """The peak of steps that compute and hold so many positions: (2 * maps, rows, cols) to (rows, cols)."""
     sizes = needs.sizes[:, None, None]
     new, held = _halves(largest)
@@ -144,6 +144,6 @@ def _saved_positions(rows: Sequence[Axis], cols: Sequence[Axis]) -> Array:
     return above[:, :, None] * widths + held[:, :, None] * beside[:, None, :]  # type: ignore[no-any-return]
 
 
-def _row_of_carries(needs: Needs, rows: Axis, cols: Axis) -> float:
+def _row_of_carries(needs: MemoryModel, rows: Axis, cols: Axis) -> float:
     """The largest row of carries: what one tile row hands to the next."""
     return float(((cols.sizes * needs.sizes) @ rows.carried).max(initial=0))

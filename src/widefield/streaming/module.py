@@ -26,7 +26,7 @@ from widefield.streaming.heap import watch
 from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import Scan, Wish, make_plan
+from widefield.streaming.planner import PlanRequest, Scan, make_plan
 from widefield.streaming.programs import Programs
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import refuse_transforms, scan
@@ -118,7 +118,7 @@ class StreamingCNN(nn.Module):
         self.enabled = True
         self.progress: Progress | None = None
         self._programs = Programs()
-        self._plans: WeakKeyDictionary[Program, dict[Wish, tuple[Plan, tuple[Scan, ...]]]] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[Program, dict[PlanRequest, tuple[Plan, tuple[Scan, ...]]]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": None, "_plans": None, "progress": None, "saliency_map": None}
@@ -166,7 +166,10 @@ class StreamingCNN(nn.Module):
                     sources.append(replace(source, channels=value.shape[1]))
                     inputs.append(image if isinstance(image, Tensor) else None)
                 else:
-                    tensor, home = _spread(program, value, values), None if value.name in program.spread else store
+                    tensor, home = (
+                        _broadcast_weight(program, value, values),
+                        None if value.name in program.broadcast else store,
+                    )
                     sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
                     inputs.append(tensor)
             weights = [_in_format(values[name], memory_format) for name in stage.weights]
@@ -365,10 +368,12 @@ class StreamingCNN(nn.Module):
         training = torch.is_grad_enabled() and (trains or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)
         copied = kernel is not None and not kernel.is_contiguous(memory_format=_memory_format(device, kernel.dtype))
-        wish = Wish(self.tile_size, self.memory_budget, device, self.maps, training, copied, len(program.stages))
-        if wish not in plans:
-            plans[wish] = make_plan(program, wish)
-        return plans[wish]
+        request = PlanRequest(
+            self.tile_size, self.memory_budget, device, self.maps, training, copied, len(program.stages)
+        )
+        if request not in plans:
+            plans[request] = make_plan(program, request)
+        return plans[request]
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""
@@ -503,11 +508,11 @@ def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) ->
     return result if node.pick is None else result[node.pick]
 
 
-def _spread(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
+def _broadcast_weight(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
     """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
-    if value.name not in program.spread:
+    if value.name not in program.broadcast:
         return values[value.name]
-    weight = values[program.spread[value.name][0]]
+    weight = values[program.broadcast[value.name][0]]
     return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
 
 

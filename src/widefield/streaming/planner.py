@@ -15,7 +15,7 @@ from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
-from widefield.streaming.needs import Needs
+from widefield.streaming.memory_model import MemoryModel
 from widefield.streaming.plan import Plan
 from widefield.streaming.schedule import schedules
 from widefield.streaming.store import PLACES, Place
@@ -33,7 +33,7 @@ _HEAP_EXCESS = (0.6, 1.25, 0.1)
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlanRequest:
     """What a plan has to heed. `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are
     wanted. `maps`: where maps between stages must live. `copied_weights`: the weights are copied into another memory format.
     `stages`: how many the program has.
@@ -65,40 +65,40 @@ class Scan:
     recorded: int
 
 
-def make_plan(program: Program, wish: Wish) -> tuple[Plan, tuple[Scan, ...]]:
+def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[Scan, ...]]:
     """The plan of a pass, and how each stage is scanned.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
     """
     height, width = program.captured.image_shape[2:]
-    limit, tile = wish.budget, None
-    if wish.tile is not None:
-        tile = (min(wish.tile[0], height), min(wish.tile[1] or width, width))
+    limit, tile = request.budget, None
+    if request.tile is not None:
+        tile = (min(request.tile[0], height), min(request.tile[1] or width, width))
     elif limit is None:
-        limit = int(SHARE_OF_FREE_MEMORY * free_memory(wish.device) / _processes(wish.device))
+        limit = int(SHARE_OF_FREE_MEMORY * free_memory(request.device) / _processes(request.device))
     options = [
         _Options(
             stage,
             program.captured.image,
-            [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), wish.device),
-            wish.training,
+            [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), request.device),
+            request.training,
         )
         for stage in program.stages
     ]
-    drafts = (_fitting(program, wish, options, places, limit) for places in _places(wish))
+    drafts = (_fitting(program, request, options, places, limit) for places in _places(request))
     draft = next((draft for draft in drafts if draft is not None), None)
     if draft is None:
-        smallest = [_smallest(program, wish, options, places) for places in _places(wish)]
+        smallest = [_smallest(program, request, options, places) for places in _places(request)]
         draft = min(smallest, key=lambda draft: draft.total)
-        if wish.budget is not None and draft.total > wish.budget:
+        if request.budget is not None and draft.total > request.budget:
             raise ValueError(
-                f"memory_budget of {format_bytes(wish.budget)} is too small for an image of shape {program.captured.image_shape}: "
-                f"the smallest that works is {format_bytes(draft.total + 2**20)} ({draft.total + 2**20} bytes, with "
+                f"memory_budget of {format_bytes(request.budget)} is too small for an image of shape "
+                f"{program.captured.image_shape}: the smallest that works is {format_bytes(draft.total + 2**20)} ({draft.total + 2**20} bytes, with "
                 f"tile_size={options[0].tiles[draft.choice[0]]})"
             )
         # Where nothing fits the share of the free memory, what needs least is tried.
-    spare = 0 if limit is None or not wish.training else max(0, limit - draft.total)
-    return _finished(program, wish, options, draft, spare, tile or options[0].tiles[draft.choice[0]])
+    spare = 0 if limit is None or not request.training else max(0, limit - draft.total)
+    return _finished(program, request, options, draft, spare, tile or options[0].tiles[draft.choice[0]])
 
 
 class _Options:
@@ -110,7 +110,7 @@ class _Options:
     def __init__(self, stage: Stage, image: str, tiles: Sequence[tuple[int, int]], training: bool) -> None:
         self.tiles = tiles
         self._flows = [[value.flow(axis) for value in stage.values] for axis in (0, 1)]
-        self._needs, self._training = Needs(stage, image), training
+        self._needs, self._training = MemoryModel(stage, image), training
         sizes = [list(dict.fromkeys(tile[axis] for tile in tiles)) for axis in (0, 1)]
         self._axes = [
             dict(zip(of, map(Axis, schedules(flows, of, GATE, _STEPS_OF_ESTIMATE)), strict=True))
@@ -131,14 +131,14 @@ class _Options:
         axis = self._axes[which][tile]
         return axis if axis.schedule.whole else Axis(*schedules(self._flows[which], [tile], GATE))
 
-    def sizes(self, wish: Wish, carries: Place) -> list[float]:
+    def sizes(self, request: PlanRequest, carries: Place) -> list[float]:
         """Memory that each tile needs beyond what depends on no tile."""
-        return [_size(cost, wish, carries) for cost in self.costs]
+        return [_size(cost, request, carries) for cost in self.costs]
 
 
-def _size(cost: Cost, wish: Wish, carries: Place) -> float:
-    saved = cost.carries if wish.training and carries == "device" else cost.row
-    return saved + cost.step * (1 + wish.heap_excess[0])
+def _size(cost: Cost, request: PlanRequest, carries: Place) -> float:
+    saved = cost.carries if request.training and carries == "device" else cost.row
+    return saved + cost.step * (1 + request.heap_excess[0])
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,12 @@ class _Draft:
 
 
 def _within(
-    program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
+    program: Program, request: PlanRequest, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
 ) -> _Draft:
     """The first options of all stages; while they exceed `limit`, the largest one gives way to a smaller one."""
-    at, sizes = [0] * len(options), [option.sizes(wish, places[1]) for option in options]
+    at, sizes = [0] * len(options), [option.sizes(request, places[1]) for option in options]
     while True:
-        draft = _draft(program, wish, at, [option.costs[k] for option, k in zip(options, at, strict=True)], *places)
+        draft = _draft(program, request, at, [option.costs[k] for option, k in zip(options, at, strict=True)], *places)
         if limit is None or draft.total <= limit:
             return draft
         for s in sorted(range(len(options)), key=lambda s: -sizes[s][at[s]]):
@@ -175,56 +175,63 @@ def _within(
 
 
 def _fitting(
-    program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
+    program: Program, request: PlanRequest, options: Sequence[_Options], places: tuple[Place, Place], limit: int | None
 ) -> _Draft | None:
     """`_within`, with exact costs; where the estimates were too low, again with less. None if nothing fits."""
     aim = limit
     for _ in range(3):
-        estimate = _within(program, wish, options, places, aim)
+        estimate = _within(program, request, options, places, aim)
         if aim is not None and estimate.total > aim:
             break
         exact = [option.footprint(k).cost for option, k in zip(options, estimate.choice, strict=True)]
-        draft = _draft(program, wish, estimate.choice, exact, *places)
+        draft = _draft(program, request, estimate.choice, exact, *places)
         if limit is None or aim is None or draft.total <= limit:
             return draft
         aim = int(aim * limit / draft.total * 0.98)
     return None
 
 
-def _smallest(program: Program, wish: Wish, options: Sequence[_Options], places: tuple[Place, Place]) -> _Draft:
+def _smallest(
+    program: Program, request: PlanRequest, options: Sequence[_Options], places: tuple[Place, Place]
+) -> _Draft:
     """The tiles that need least, found among those that seem to."""
     choice = []
     for option in options:
-        sizes = option.sizes(wish, places[1])
+        sizes = option.sizes(request, places[1])
         near = sorted(range(len(sizes)), key=lambda k: sizes[k])[:_NEAR]
-        choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, wish, places[1])))
+        choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, request, places[1])))
     costs = [option.footprint(k).cost for option, k in zip(options, choice, strict=True)]
-    return _draft(program, wish, choice, costs, *places)
+    return _draft(program, request, choice, costs, *places)
 
 
 def _draft(
-    program: Program, wish: Wish, choice: Sequence[int], costs: Sequence[Cost], maps: Place, carries: Place
+    program: Program, request: PlanRequest, choice: Sequence[int], costs: Sequence[Cost], maps: Place, carries: Place
 ) -> _Draft:
     row, step = max(cost.row for cost in costs), max(cost.step for cost in costs)
     saved = 0.0
-    if wish.training:
+    if request.training:
         saved = sum(cost.carries for cost in costs) if carries == "device" else row
-    kept = program.kept_bytes + program.gradient_bytes * wish.training
+    kept = program.kept_bytes + program.gradient_bytes * request.training
     sizes = {
-        "weights": program.combined_bytes + program.weight_bytes * (wish.copied_weights + wish.training),
+        "weights": program.combined_bytes + program.weight_bytes * (request.copied_weights + request.training),
         "carries": int(saved + row),
         "step": int(step),
         "recorded": 0,
         "outputs": program.output_bytes,
         "maps": kept if maps == "device" else 0,
         "plain": program.plain_bytes,
-        "allocator": int(step * wish.heap_excess[0]),
+        "allocator": int(step * request.heap_excess[0]),
     }
     return _Draft(tuple(choice), maps, carries, sizes, kept)
 
 
 def _finished(
-    program: Program, wish: Wish, options: Sequence[_Options], draft: _Draft, spare: int, tile: tuple[int, int]
+    program: Program,
+    request: PlanRequest,
+    options: Sequence[_Options],
+    draft: _Draft,
+    spare: int,
+    tile: tuple[int, int],
 ) -> tuple[Plan, tuple[Scan, ...]]:
     """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
 
@@ -233,12 +240,12 @@ def _finished(
     """
     footprints = [option.footprint(k) for option, k in zip(options, draft.choice, strict=True)]
     room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
-    if wish.training:
+    if request.training:
         total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
         there = max(0.0, draft.sizes["step"] - last.cost.step + float(last.recorded.max()))
         there += max(footprint.cost.row for footprint in footprints)
-        room = room / (1 + wish.heap_excess[1]) + (there if spare else 0.0)
+        room = room / (1 + request.heap_excess[1]) + (there if spare else 0.0)
         for s in reversed(range(len(footprints))):
             sums = np.cumsum(footprints[s].recorded.ravel()[::-1])
             recorded[s] = int(np.searchsorted(sums, room, side="right"))
@@ -247,13 +254,13 @@ def _finished(
             if recorded[s] < len(sums):
                 break
         draft.sizes["recorded"] = int(max(0.0, used - there))
-        draft.sizes["allocator"] += int(draft.sizes["recorded"] * wish.heap_excess[1])
+        draft.sizes["allocator"] += int(draft.sizes["recorded"] * request.heap_excess[1])
     grids = [
         make_grid(stage, option.tiles[k], footprint.rows.schedule, footprint.cols.schedule)
         for stage, option, k, footprint in zip(program.stages, options, draft.choice, footprints, strict=True)
     ]
     scans = [
-        Scan(grid, footprint.carries if wish.training else {}, count)
+        Scan(grid, footprint.carries if request.training else {}, count)
         for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
     ]
     plan = Plan(
@@ -273,11 +280,11 @@ def _finished(
     return plan, tuple(scans)
 
 
-def _places(wish: Wish) -> Iterator[tuple[Place, Place]]:
+def _places(request: PlanRequest) -> Iterator[tuple[Place, Place]]:
     """Where maps and carries could live, the fastest first."""
-    usable = [place for place in PLACES if not (place == "host" and wish.device.type == "cpu")]
+    usable = [place for place in PLACES if not (place == "host" and request.device.type == "cpu")]
     for place in usable:
-        yield wish.maps or place, place if wish.training else "device"
+        yield request.maps or place, place if request.training else "device"
 
 
 def _scaled(tile: tuple[int, int], stage: Stage, image: tuple[int, int]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from widefield.streaming.buffers import cut_out
 from widefield.streaming.graph import Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.job import Job
-from widefield.streaming.rules import Work
+from widefield.streaming.rules import TileContext
 from widefield.streaming.tape import Carry, Step, Tape, Windows, own
 
 Tiles = Iterator[list[Tensor | None]]  # of the stage inputs, step by step
@@ -74,9 +74,11 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *parts, *ctx.tape.take_pieces())
         ctx.set_materialize_grads(False)
         from_values = (*stage.outputs, *(v for v in stage.reductions for _ in stage.values[v].parts))
-        moving = ctx.tape.moving
-        still = [x for x, v in zip(outputs, from_values, strict=True) if not (moving[v] and x.is_floating_point())]
-        ctx.mark_non_differentiable(*still)
+        requires_grad = ctx.tape.requires_grad
+        constant = [
+            x for x, v in zip(outputs, from_values, strict=True) if not (requires_grad[v] and x.is_floating_point())
+        ]
+        ctx.mark_non_differentiable(*constant)
         return tuple(outputs)
 
     @staticmethod
@@ -122,16 +124,16 @@ def _forward(job: Job, reader: Tiles, weights: Sequence[Tensor], tape: Tape | No
                 keep = own if tape is None else tape.own
                 made, reduced, above[j], left = step(grid, i, j, above[j], left, tiles, by_name, job.seed, keep)
                 del tiles
-            for v, (windows, work) in reduced.items():
+            for v, (windows, context) in reduced.items():
                 reduction = stage.values[v].reduction
                 assert reduction is not None
-                gathered[v] = reduction.fold(gathered.get(v), [x.detach() for x in windows], work)
+                gathered[v] = reduction.fold(gathered.get(v), [x.detach() for x in windows], context)
             for v, tile in made.items():
                 if v not in outputs:
                     outputs[v] = job.new(v, stage.values[v].shape, tile)
                 job.tile_of(outputs[v], v, i, j).copy_(tile)
             del made, reduced
-            job.released((*outputs.values(), *(tape.slab.blocks.values() if tape else ())))
+            job.released((*outputs.values(), *(tape.arena.blocks.values() if tape else ())))
             if job.progress:
                 job.progress("forward", k + 1, grid.steps)
     parts = [part for v in stage.reductions for part in stage.values[v].reduction.finish(gathered[v])]  # type: ignore[union-attr]
@@ -184,10 +186,10 @@ def _backward(
                 for v, g in zip(stage.outputs, grads, strict=False)
                 if g is not None and v in recorded.made
             ]
-            for v, (windows, work) in recorded.reduced.items():
+            for v, (windows, context) in recorded.reduced.items():
                 reduction = stage.values[v].reduction
                 if reduction is not None and any(g is not None for g in part_grads[v]):
-                    pulled = reduction.pull(tuple(results[v]), windows, work, part_grads[v])
+                    pulled = reduction.pull(tuple(results[v]), windows, context, part_grads[v])
                     arriving += [(x, g) for x, g in pulled if x.requires_grad]
             recorded.reduced.clear()
             inputs = (*recorded.above.values(), *recorded.left.values(), *recorded.raws, *tape.leaves)
@@ -221,7 +223,10 @@ def _record(
     device = job.sources[0].device
     with torch.enable_grad():
         above, left = (
-            {v: x.detach().to(device, non_blocking=True).requires_grad_(tape.moving[v]) for v, x in carry.items()}
+            {
+                v: x.detach().to(device, non_blocking=True).requires_grad_(tape.requires_grad[v])
+                for v, x in carry.items()
+            }
             for carry in (above, left)
         )
         raws = [
@@ -263,11 +268,11 @@ def step(
                 new = _broadcast(value, tiles[v], row.new, col.new)
             else:
                 windows = [reads.pop((v, k)) for k in range(len(value.sources))]
-                work = Work(row.spans, col.spans, weights, seed)
+                context = TileContext(row.spans, col.spans, weights, seed)
                 if value.reduction is not None:
-                    reduced[v] = windows, work
+                    reduced[v] = windows, context
                     continue
-                new = value.placed.run(windows, work)
+                new = value.placed.run(windows, context)
                 del windows
             assert new is not None
             _check(value, new, row.new, col.new)

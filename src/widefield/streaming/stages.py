@@ -44,7 +44,7 @@ def cut(
                 if read.source not in needed:
                     needed.add(read.source)
                     stack.append(read.source)
-        order = [name for name in (captured.image, *maps.spread, *by_name) if name in inputs]
+        order = [name for name in (captured.image, *maps.broadcast, *by_name) if name in inputs]
         own = {name: placed[name] for name in by_name if name in needed and name not in inputs}
         stages[level] = _stage(maps, by_name, dtypes, order, own, leaving, frozenset(stored - wanted))
     return stages
@@ -98,7 +98,7 @@ def _stage(
     index = {name: v for v, name in enumerate(order)}
     values = []
     for name in inputs:
-        key = maps.spread[name][0] if name in maps.spread else name
+        key = maps.broadcast[name][0] if name in maps.broadcast else name
         values.append(Value(name, maps.shapes[name], dtypes[key], maps.axes[name]))
     for name, rule in placed.items():
         node = by_name[rectified.get(name, name)]
@@ -153,9 +153,9 @@ def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], le
 
 
 def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
-    """What a node reads that is neither a map nor, spread out to the image's size, read as one."""
-    spread = {maps.spread[read.source][0] for read in rule.reads if read.source in maps.spread}
-    return tuple(ref for ref in node.refs if ref not in maps and ref not in spread)
+    """What a node reads that is neither a map nor, broadcast to the image's size, read as one."""
+    broadcast = {maps.broadcast[read.source][0] for read in rule.reads if read.source in maps.broadcast}
+    return tuple(ref for ref in node.refs if ref not in maps and ref not in broadcast)
 
 
 def size_of(node: Node) -> int:

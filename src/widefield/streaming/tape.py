@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from widefield.streaming.carries import Slab
+from widefield.streaming.arena import Arena
 from widefield.streaming.graph import Stage
 from widefield.streaming.job import Job
-from widefield.streaming.rules import Work
+from widefield.streaming.rules import TileContext
 
 Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
-Windows = dict[int, tuple[list[Tensor], Work]]  # what a reduction reads, by the reduction's index
+Windows = dict[int, tuple[list[Tensor], TileContext]]  # what a reduction reads, by the reduction's index
 
 
 @dataclass
@@ -32,16 +32,16 @@ class Step:
 class Tape:
     """What the forward pass leaves for the backward pass, apart from tensors that autograd keeps.
 
-    `needed` says of each input and weight whether its gradient is. `moving` are the maps that depend on one of those. `leaves` sum
-    the tiles' gradients of the weights, in float32 or better: 256 tiles summed in bfloat16 are 3% off.
+    `needed` says of each input and weight whether its gradient is, and `requires_grad` of each map whether it depends on one of
+    those. `leaves` sum the tiles' gradients of the weights, in float32 or better: 256 tiles summed in bfloat16 are 3% off.
     """
 
     def __init__(self, job: Job, weights: Sequence[Tensor], needed: Sequence[bool]) -> None:
         n = len(job.sources)
         self.needed = tuple(needed)
         names = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
-        self.moving = _moving(job.grid.stage, names, needed[:n])
-        self.slab = Slab(job.carry_store, job.carry_sizes)
+        self.requires_grad = _requires_grad(job.grid.stage, names, needed[:n])
+        self.arena = Arena(job.carry_store, job.carry_sizes)
         self.layout: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.pieces: list[Tensor] = []
         self.steps: dict[int, Step] = {}
@@ -57,19 +57,21 @@ class Tape:
         ]
 
     def own(self, piece: Tensor) -> Tensor:
-        """A carry for the next step, not a view of the buffer that it was cut from; in the slab, if that is on the device."""
-        return self.slab.put(piece) if self.slab.store.place == "device" and not self.slab.holds(piece) else own(piece)
+        """A carry for the next step, not a view of the buffer that it was cut from; in the arena, if that is on the device."""
+        return (
+            self.arena.put(piece) if self.arena.store.place == "device" and not self.arena.holds(piece) else own(piece)
+        )
 
     def save(self, above: Carry, left: Carry) -> None:
         """Keep what a step has received."""
         self.layout.append((tuple(above), tuple(left)))
         pieces = (*above.values(), *left.values())
-        self.pieces += [x if self.slab.holds(x) else self.slab.put(x) for x in pieces]
+        self.pieces += [x if self.arena.holds(x) else self.arena.put(x) for x in pieces]
 
     def take_pieces(self) -> list[Tensor]:
         """All that was saved, which autograd keeps from now on."""
         pieces, self.pieces = self.pieces, []
-        self.slab = Slab(self.slab.store, {})
+        self.arena = Arena(self.arena.store, {})
         return pieces
 
     def carries(self, pieces: Sequence[Tensor]) -> list[tuple[Carry, Carry]]:
@@ -102,12 +104,12 @@ def own(piece: Tensor) -> Tensor:
     return piece.clone()
 
 
-def _moving(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[bool]:
+def _requires_grad(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[bool]:
     """Which maps depend on something that requires grad."""
-    moving: list[bool] = []
+    requires_grad: list[bool] = []
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
-        reached = own or any(moving[source] for source in value.sources)
-        still = value.reduction is None and (not value.dtype.is_floating_point or value.facts.stops_gradients)
-        moving.append(reached and not still)
-    return moving
+        reached = own or any(requires_grad[source] for source in value.sources)
+        constant = value.reduction is None and (not value.dtype.is_floating_point or value.facts.stops_gradients)
+        requires_grad.append(reached and not constant)
+    return requires_grad

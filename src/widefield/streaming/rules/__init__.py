@@ -4,7 +4,7 @@ Operations over the whole image have a rewriting instead (`REWRITES`): reduction
 """
 
 from widefield.streaming.rules import channels, norms, pointwise, random, resize, shapes, whole, windows
-from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, Work, op_of, place, swap_refs
+from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, TileContext, op_of, place, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
 from widefield.streaming.rules.rewriting import REWRITES
@@ -18,7 +18,7 @@ __all__ = [
     "Read",
     "Reduction",
     "Run",
-    "Work",
+    "TileContext",
     "op_of",
     "place",
     "swap_refs",

@@ -25,7 +25,7 @@ class Axes(NamedTuple):
     cols: int
 
 
-class Work(NamedTuple):
+class TileContext(NamedTuple):
     """One run of an op: what it computes and reads along both axes (one span per map read), and what it may use."""
 
     rows: tuple[Span, ...]
@@ -34,7 +34,7 @@ class Work(NamedTuple):
     seed: int
 
 
-Run = Callable[[Sequence[Tensor], Work], Tensor]
+Run = Callable[[Sequence[Tensor], TileContext], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An op in a scan. `fresh`: autograd gives its input gradients as new tensors that nobody else holds."""
+    """An op in a scan. `exclusive`: autograd gives its input gradients as new tensors that nobody else holds."""
 
     reads: tuple[Read, ...]
     axes: Axes
     run: Run
-    fresh: bool = False
+    exclusive: bool = False
     op: Op = Op()
 
 
@@ -91,14 +91,14 @@ class Placed:
 class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
 
-    `spread` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
+    `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
     names maps of which the model sees height and width in one dimension (see `rules.flat`), `synchronised` the paths of batch norm
     layers whose statistics are those of all processes.
     """
 
     axes: dict[str, Axes] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    spread: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    broadcast: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     flat: dict[str, int] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
@@ -115,12 +115,12 @@ class Maps:
         height, width = self.extent(name)
         return Read(name, identity(height), identity(width))
 
-    def spread_weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> str:
+    def broadcast_weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> str:
         """The name of the map that weight `name` becomes when broadcast to `shape`."""
-        spread = f"{name}@{'x'.join(map(str, shape))}@{axes.rows},{axes.cols}"
-        self.spread[spread] = (name, shape)
-        self.axes[spread], self.shapes[spread] = axes, shape
-        return spread
+        broadcast = f"{name}@{'x'.join(map(str, shape))}@{axes.rows},{axes.cols}"
+        self.broadcast[broadcast] = (name, shape)
+        self.axes[broadcast], self.shapes[broadcast] = axes, shape
+        return broadcast
 
 
 Rule = Callable[[Node, Maps], Placed]

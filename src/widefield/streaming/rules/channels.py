@@ -29,7 +29,9 @@ WITHOUT_DIM = {"mean", "sum", "var", "std", "var_mean", "std_mean", "max", "min"
 
 def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
     call = caller(node, maps)
-    return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
+    return Placed(
+        tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, context: call(tiles, context.weights)
+    )
 
 
 @rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, saves=("result",))

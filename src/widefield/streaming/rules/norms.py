@@ -134,7 +134,7 @@ def apply_affine(x: Tensor, affine: Tensor) -> Tensor:
 def affine(node: Node, maps: Maps) -> Placed:
     """Position by position."""
     name, call = only_map(node, maps), caller(node, maps)
-    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: call(tiles, context.weights))
 
 
 @rewrite(aten.layer_norm, aten.native_layer_norm)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from widefield.streaming.capture import overwrite
 from widefield.streaming.captured import Node
-from widefield.streaming.rules.base import Axes, Maps, Placed, Work, caller, only_map, rule, sources, swap_refs
+from widefield.streaming.rules.base import Axes, Maps, Placed, TileContext, caller, only_map, rule, sources, swap_refs
 
 aten = torch.ops.aten
 
@@ -50,9 +50,9 @@ def pointwise(node: Node, maps: Maps) -> Placed:
     for name in [name for name in node.refs if name not in maps]:
         shape = (1,) * (ndim - len(maps.shapes[name])) + maps.shapes[name]
         if shape[axes.rows] > 1 or shape[axes.cols] > 1:
-            spread = list(shape)
-            spread[axes.rows], spread[axes.cols] = height, width
-            node = swap_refs(node, {name: maps.spread_weight(name, axes, tuple(spread))})
+            full = list(shape)
+            full[axes.rows], full[axes.cols] = height, width
+            node = swap_refs(node, {name: maps.broadcast_weight(name, axes, tuple(full))})
     return _call(node, maps, axes)
 
 
@@ -69,8 +69,8 @@ def channelwise(node: Node, maps: Maps) -> Placed:
         return _call(node, maps, maps.axes[name])
     call = caller(node, maps)
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        normed = call(tiles, work.weights)
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        normed = call(tiles, context.weights)
         if normed.requires_grad and normed.shape[0] == 1:
             normed.register_hook(_with_plain_stride)
         return normed
@@ -90,7 +90,7 @@ def _with_plain_stride(grad: Tensor) -> Tensor:
 def _call(node: Node, maps: Maps, axes: Axes) -> Placed:
     call = caller(node, maps)
     reads = tuple(maps.read(name) for name in sources(node, maps))
-    return Placed(reads, axes, lambda tiles, work: call(tiles, work.weights))
+    return Placed(reads, axes, lambda tiles, context: call(tiles, context.weights))
 
 
 def _align(axes: Axes, ndim_in: int, ndim_out: int) -> Axes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node
-from widefield.streaming.rules.base import Maps, Placed, Work, argument, only_map, rule
+from widefield.streaming.rules.base import Maps, Placed, TileContext, argument, only_map, rule
 
 aten = torch.ops.aten
 _MASK = 0xFFFFFFFF
@@ -38,9 +38,9 @@ def keep_mask(
     return value < round(probability * (_MASK + 1))
 
 
-def _starts(ndim: int, axes: Sequence[int], work: Work) -> list[int]:
+def _starts(ndim: int, axes: Sequence[int], context: TileContext) -> list[int]:
     starts = [0] * ndim
-    starts[axes[0]], starts[axes[1]] = work.rows[0].start, work.cols[0].start
+    starts[axes[0]], starts[axes[1]] = context.rows[0].start, context.cols[0].start
     return starts
 
 
@@ -53,11 +53,11 @@ def dropout(node: Node, maps: Maps) -> Placed:
     p, train = float(node.args[1]), argument(node, 2, "train", True)
     axes = maps.axes[name]
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         tile = tiles[0]
         if train is False or p == 0.0:
             return tile
-        mask = keep_mask(1.0 - p, work.seed, node.name, tile.shape, _starts(tile.ndim, axes, work), tile.device)
+        mask = keep_mask(1.0 - p, context.seed, node.name, tile.shape, _starts(tile.ndim, axes, context), tile.device)
         return tile * (mask.to(tile.dtype) / (1.0 - p) if p < 1.0 else 0.0)
 
     return Placed((maps.read(name),), axes, run)
@@ -69,9 +69,9 @@ def bernoulli(node: Node, maps: Maps) -> Placed:
     name = only_map(node, maps)
     p, axes = float(node.args[1]), maps.axes[name]
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         tile = tiles[0]
-        starts = _starts(tile.ndim, axes, work)
-        return keep_mask(p, work.seed, node.name, tile.shape, starts, tile.device).to(tile.dtype)
+        starts = _starts(tile.ndim, axes, context)
+        return keep_mask(p, context.seed, node.name, tile.shape, starts, tile.device).to(tile.dtype)
 
     return Placed((maps.read(name),), axes, run)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widefield.streaming.extents import Span
-from widefield.streaming.rules.base import Axes, Work
+from widefield.streaming.rules.base import Axes, TileContext
 
 Parts = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
@@ -28,23 +28,23 @@ class Reduction(ABC):
     """See the module's page. `tiles` are windows of the maps that are reduced, all of the same positions."""
 
     @abstractmethod
-    def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any: ...
+    def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any: ...
     @abstractmethod
     def finish(self, state: Any) -> Parts: ...
     @abstractmethod
-    def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs: ...
+    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs: ...
 
 
 class _Local(Reduction):
     """`pull` by autograd through `local`."""
 
     @abstractmethod
-    def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
+    def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
         """See the module's page."""
 
-    def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs:
+    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
         with torch.enable_grad():
-            local = self.local(result, tiles, work)
+            local = self.local(result, tiles, context)
         return [(x, g.to(x.dtype)) for x, g in zip(local, grads, strict=True) if x is not None and g is not None]
 
 
@@ -55,29 +55,29 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Sum(_Local):
-    """The sum over all tiles of `part(tiles, work)`, a tensor of the same shape for every tile."""
+    """The sum over all tiles of `part(tiles, context)`, a tensor of the same shape for every tile."""
 
-    part: Callable[[Sequence[Tensor], Work], Tensor]
+    part: Callable[[Sequence[Tensor], TileContext], Tensor]
 
-    def fold(self, state: Tensor | None, tiles: Sequence[Tensor], work: Work) -> Tensor:
-        part = self.part(tiles, work)
+    def fold(self, state: Tensor | None, tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        part = self.part(tiles, context)
         part = part.to(precise(part.dtype))
         return part if state is None else state + part
 
     def finish(self, state: Tensor) -> Parts:
         return (state,)
 
-    def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
-        return (self.part(tiles, work).to(result[0].dtype),)
+    def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
+        return (self.part(tiles, context).to(result[0].dtype),)
 
 
 def sum_over(dims: Sequence[int], axes: Axes, extent: tuple[int, int]) -> Sum:
     """The sum over dimensions `dims`, which stay with size 1. They hold the height, the width or both."""
 
-    def part(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def part(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         tile = tiles[0]
         total = tile.sum(tuple(dims), keepdim=True, dtype=precise(tile.dtype) if tile.is_floating_point() else None)
-        for axis, span, size in zip(axes, (work.rows[0], work.cols[0]), extent, strict=True):
+        for axis, span, size in zip(axes, (context.rows[0], context.cols[0]), extent, strict=True):
             if axis not in dims:
                 total = _embed(total, axis, span.start, size)
         return total
@@ -87,15 +87,15 @@ def sum_over(dims: Sequence[int], axes: Axes, extent: tuple[int, int]) -> Sum:
 
 def sum_of_product(equation: str) -> Sum:
     """The sum over height and width of a product of maps, as an einsum `equation` whose result has neither."""
-    return Sum(lambda tiles, work: torch.einsum(equation, list(tiles)))
+    return Sum(lambda tiles, context: torch.einsum(equation, list(tiles)))
 
 
 def sum_of_cells(axes: Axes, extent: tuple[int, int], cells: tuple[int, int]) -> Sum:
     """Sums over a grid of cells, in place of height and width: the cells of PyTorch's adaptive pooling, which may overlap."""
 
-    def part(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def part(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         total = tiles[0].to(precise(tiles[0].dtype))
-        for axis, span, size, count in zip(axes, (work.rows[0], work.cols[0]), extent, cells, strict=True):
+        for axis, span, size, count in zip(axes, (context.rows[0], context.cols[0]), extent, cells, strict=True):
             if count == 1:
                 total = total.sum(axis, keepdim=True)
                 continue
@@ -138,7 +138,7 @@ class Moments(Reduction):
     dims: tuple[int, ...]
     count: int
 
-    def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
+    def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any:
         tile = tiles[0]
         n = prod(tile.shape[d] for d in self.dims)
         mean = tile.mean(self.dims, keepdim=True, dtype=precise(tile.dtype))
@@ -159,7 +159,7 @@ class Moments(Reduction):
         _, mean, squares, dtype = state
         return mean.to(precise(dtype)), squares.to(precise(dtype))
 
-    def pull(self, result: Parts, tiles: Sequence[Tensor], work: Work, grads: Grads) -> Pairs:
+    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
         """The mean has the gradient 1 / count at every position, the sum of squares 2 (x - mean)."""
         of_mean, of_squares = (torch.zeros_like(result[0]) if g is None else g for g in grads)
         slope = 2 * of_squares
@@ -178,7 +178,7 @@ class Maximum(_Local):
     dims: tuple[int, ...]
     sign: int = 1
 
-    def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
+    def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any:
         tile = tiles[0]
         best = (tile.amax if self.sign > 0 else tile.amin)(self.dims, keepdim=True)
         count = (tile == best).sum(self.dims, keepdim=True)
@@ -190,7 +190,7 @@ class Maximum(_Local):
     def finish(self, state: Any) -> Parts:
         return tuple(state)
 
-    def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
+    def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
         equal = tiles[0] == result[0]
         return (tiles[0] * equal).sum(self.dims, keepdim=True) / result[1].to(tiles[0].dtype), None
 
@@ -208,8 +208,8 @@ class FirstMaximum(_Local):
     cells: tuple[int, int]
     sign: int = 1
 
-    def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
-        tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), work.rows[0], work.cols[0]
+    def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any:
+        tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), context.rows[0], context.cols[0]
         if state is None:
             shape = (*tile.shape[:-2], *self.cells)
             state = (tile.new_zeros(shape), torch.full(shape, -1, dtype=torch.int64, device=tile.device))
@@ -232,8 +232,8 @@ class FirstMaximum(_Local):
     def finish(self, state: Any) -> Parts:
         return tuple(state)
 
-    def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
-        tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), work.rows[0], work.cols[0]
+    def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
+        tile, row, col = tiles[0].movedim(self.axes, (-2, -1)), context.rows[0], context.cols[0]
         y, x = result[1] // self.extent[1] - row.start, result[1] % self.extent[1] - col.start
         here = (y >= 0) & (y < row.size) & (x >= 0) & (x < col.size)
         index = torch.where(here, y * col.size + x, 0)
@@ -250,7 +250,7 @@ class ExpSum(_Local):
 
     dims: tuple[int, ...]
 
-    def fold(self, state: Any, tiles: Sequence[Tensor], work: Work) -> Any:
+    def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any:
         tile = tiles[0].to(precise(tiles[0].dtype))
         top = _finite(tile.amax(self.dims, keepdim=True))
         total = (tile - top).exp().sum(self.dims, keepdim=True)
@@ -262,7 +262,7 @@ class ExpSum(_Local):
     def finish(self, state: Any) -> Parts:
         return tuple(state)
 
-    def local(self, result: Parts, tiles: Sequence[Tensor], work: Work) -> tuple[Tensor | None, ...]:
+    def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
         return None, (tiles[0].to(result[0].dtype) - result[0]).exp().sum(self.dims, keepdim=True)
 
 

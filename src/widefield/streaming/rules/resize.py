@@ -8,7 +8,7 @@ from torch import Tensor
 
 from widefield.streaming.captured import Node
 from widefield.streaming.extents import Resample, Span
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, rule
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, argument, only_map, rule
 
 aten = torch.ops.aten
 
@@ -67,8 +67,8 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             )
     rows, cols = axes
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        return _resample(_resample(tiles[0], 2, rows, work.rows[0]), 3, cols, work.cols[0])
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        return _resample(_resample(tiles[0], 2, rows, context.rows[0]), 3, cols, context.cols[0])
 
     return Placed((Read(name, rows, cols),), Axes(2, 3), run)
 

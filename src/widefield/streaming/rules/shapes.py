@@ -15,7 +15,7 @@ from widefield.streaming.rules.base import (
     Maps,
     Placed,
     Read,
-    Work,
+    TileContext,
     argument,
     caller,
     dims,
@@ -37,7 +37,7 @@ def permute(node: Node, maps: Maps) -> Placed:
     # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
     order = list(node.target(torch.empty(tuple(range(ndim)), device="meta"), *node.args[1:], **node.kwargs).shape)
     axes = Axes(order.index(maps.axes[name].rows), order.index(maps.axes[name].cols))
-    return Placed((maps.read(name),), axes, lambda tiles, work: tiles[0].permute(order))
+    return Placed((maps.read(name),), axes, lambda tiles, context: tiles[0].permute(order))
 
 
 @rule(
@@ -84,9 +84,9 @@ def reshape(node: Node, maps: Maps) -> Placed:
             raise refuse_whole(node, "flattens")
     (rows, rows_map, rows_factor), (cols, cols_map, cols_factor) = found
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         shape = list(shape_out)
-        row, col = work.rows[0], work.cols[0]
+        row, col = context.rows[0], context.cols[0]
         shape[rows] = row.size if rows_factor == 1 else (row.last - row.first) * rows_factor
         shape[cols] = col.size if cols_factor == 1 else (col.last - col.first) * cols_factor
         full = tiles[0].reshape(shape)
@@ -125,7 +125,7 @@ def expand(node: Node, maps: Maps) -> Placed:
         sizes[axis] = -1 if node.op == "aten.expand" else 1
     repeats = node.op == "aten.repeat"
     return Placed(
-        (maps.read(name),), axes, lambda tiles, work: tiles[0].repeat(sizes) if repeats else tiles[0].expand(sizes)
+        (maps.read(name),), axes, lambda tiles, context: tiles[0].repeat(sizes) if repeats else tiles[0].expand(sizes)
     )
 
 
@@ -144,14 +144,14 @@ def take_slice(node: Node, maps: Maps) -> Placed:
     if dim not in axes:
         stop = start + (length - 1) * step + 1
         index = (slice(None),) * dim + (slice(start, stop, step),)
-        return Placed((read,), axes, lambda tiles, work: tiles[0][index])
+        return Placed((read,), axes, lambda tiles, context: tiles[0][index])
     window = Window(size, length, stride=step, padding=-start)
     along_rows = dim == axes.rows
     index = (slice(None),) * dim + (slice(None, None, step),)
     return Placed(
         (Read(name, window if along_rows else read.rows, read.cols if along_rows else window),),
         axes,
-        lambda tiles, work: tiles[0][index],
+        lambda tiles, context: tiles[0][index],
     )
 
 
@@ -165,7 +165,9 @@ def select(node: Node, maps: Maps) -> Placed:
         raise node.refuse("takes one row or column", "take a slice of length 1, or do it outside of the streamed part")
     call = caller(node, maps)
     return Placed(
-        (maps.read(name),), Axes(*(axis - (dim < axis) for axis in axes)), lambda tiles, work: call(tiles, work.weights)
+        (maps.read(name),),
+        Axes(*(axis - (dim < axis) for axis in axes)),
+        lambda tiles, context: call(tiles, context.weights),
     )
 
 
@@ -179,7 +181,7 @@ def along_another_dimension(node: Node, maps: Maps) -> Placed:
     if set(dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))) & set(maps.axes[name]):
         raise refuse_whole(node, "cuts or reorders")
     call = caller(node, maps)
-    return Placed((maps.read(name),), maps.axes[name], lambda tiles, work: call(tiles, work.weights))
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: call(tiles, context.weights))
 
 
 @rule(aten.unfold)
@@ -192,7 +194,7 @@ def windows(node: Node, maps: Maps) -> Placed:
         Window(n, node.shape[axis], size, step) if axis == dim else identity(n)
         for axis, n in zip(axes, maps.extent(name), strict=True)
     ]
-    return Placed((Read(name, *sides),), axes, lambda tiles, work: tiles[0].unfold(dim, size, step))
+    return Placed((Read(name, *sides),), axes, lambda tiles, context: tiles[0].unfold(dim, size, step))
 
 
 @rewrite(aten.index)
@@ -233,11 +235,13 @@ def join(node: Node, maps: Maps) -> Placed:
     items = list(node.args[0]) if isinstance(node.args[0], (list, tuple)) else list(node.args[:2])
     for k, item in enumerate(items):
         if isinstance(item, Ref) and item.name not in maps:
-            items[k] = Ref(maps.spread_weight(item.name, maps.axes[names[0]], maps.shapes[item.name]))
+            items[k] = Ref(maps.broadcast_weight(item.name, maps.axes[names[0]], maps.shapes[item.name]))
     args = (items, *node.args[1:]) if isinstance(node.args[0], (list, tuple)) else (*items, *node.args[2:])
     node = replace(node, args=args)
     call = caller(node, maps)
-    return Placed(tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, work: call(tiles, work.weights))
+    return Placed(
+        tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, context: call(tiles, context.weights)
+    )
 
 
 @rule(aten.select_scatter)
@@ -251,7 +255,7 @@ def put(node: Node, maps: Maps) -> Placed:
     if maps.axes[part] != tuple(axis - (dim < axis) for axis in axes):
         raise _different(node, maps)
     call = caller(node, maps)
-    return Placed((maps.read(whole), maps.read(part)), axes, lambda tiles, work: call(tiles, work.weights))
+    return Placed((maps.read(whole), maps.read(part)), axes, lambda tiles, context: call(tiles, context.weights))
 
 
 def _different(node: Node, maps: Maps) -> UnsupportedOpError:
@@ -277,9 +281,9 @@ def pixel_shuffle(node: Node, maps: Maps) -> Placed:
     factor = node.args[1]
     height, width = maps.extent(name)
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         full = torch.pixel_shuffle(tiles[0], factor)
-        row, col = work.rows[0], work.cols[0]
+        row, col = context.rows[0], context.cols[0]
         full = full.narrow(-2, row.start - row.first * factor, row.size)
         return full.narrow(-1, col.start - col.first * factor, col.size)
 
@@ -293,7 +297,7 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
     factor = node.args[1]
     height, width = maps.extent(name)
     read = Read(name, Window(height, height // factor, factor, factor), Window(width, width // factor, factor, factor))
-    return Placed((read,), maps.axes[name], lambda tiles, work: torch.pixel_unshuffle(tiles[0], factor))
+    return Placed((read,), maps.axes[name], lambda tiles, context: torch.pixel_unshuffle(tiles[0], factor))
 
 
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
@@ -301,5 +305,5 @@ def channel_shuffle(node: Node, maps: Maps) -> Placed:
     """Channels dealt out to groups."""
     name = _channels_first(node, maps)
     return Placed(
-        (maps.read(name),), maps.axes[name], lambda tiles, work: torch.channel_shuffle(tiles[0], node.args[1])
+        (maps.read(name),), maps.axes[name], lambda tiles, context: torch.channel_shuffle(tiles[0], node.args[1])
     )

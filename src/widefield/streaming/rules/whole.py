@@ -185,10 +185,12 @@ def variance(node: Node, maps: Maps) -> list[Node] | None:
     new, (mean, squares, count) = moments(node, maps, name, over)
     if node.pick == 1:
         return new.result(divide, mean, 1, node.shape, node.dtype)
-    return new.result(spread, squares, count - correction, "std" in node.op, node.shape, node.dtype)
+    return new.result(from_squared_deviations, squares, count - correction, "std" in node.op, node.shape, node.dtype)
 
 
-def spread(squares: Tensor, count: float, root: bool, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def from_squared_deviations(
+    squares: Tensor, count: float, root: bool, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """Variance or standard deviation from a sum of squared deviations."""
     value = squares / max(count, 0.0)
     return root_of_norm(value, 2.0, shape, dtype) if root else value.reshape(tuple(shape)).to(dtype)

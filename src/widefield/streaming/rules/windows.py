@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, Work, argument, only_map, refuse_whole, rule
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, argument, only_map, refuse_whole, rule
 
 aten = torch.ops.aten
 NCHW = Axes(2, 3)
@@ -63,18 +63,18 @@ def _padding(span: Span, read: Window) -> _Padding:
 
 
 def _run_padded(
-    tile: Tensor, work: Work, read: Read, value: float, run: Callable[[Tensor, tuple[int, int]], Tensor]
+    tile: Tensor, context: TileContext, read: Read, value: float, run: Callable[[Tensor, tuple[int, int]], Tensor]
 ) -> Tensor:
-    """`run(tile, padding)` for the outputs of `work`; padding that operators cannot add is `value`."""
+    """`run(tile, padding)` for the outputs of `context`; padding that operators cannot add is `value`."""
     assert isinstance(read.rows, Window) and isinstance(read.cols, Window)
     if tile.numel():
-        rows, cols = _padding(work.rows[0], read.rows), _padding(work.cols[0], read.cols)
+        rows, cols = _padding(context.rows[0], read.rows), _padding(context.cols[0], read.cols)
     else:  # windows of nothing but padding: operators refuse an empty tile
-        rows, cols = (_Padding(0, span.low, span.high) for span in (work.rows[0], work.cols[0]))
+        rows, cols = (_Padding(0, span.low, span.high) for span in (context.rows[0], context.cols[0]))
     if rows.low or rows.high or cols.low or cols.high:
         tile = F.pad(tile, (cols.low, cols.high, rows.low, rows.high), value=value)
     made = run(tile, (rows.native, cols.native))
-    for dim, skip, size in ((2, rows.skip, work.rows[0].size), (3, cols.skip, work.cols[0].size)):
+    for dim, skip, size in ((2, rows.skip, context.rows[0].size), (3, cols.skip, context.cols[0].size)):
         if made.shape[dim] != size:
             made = made.narrow(dim, skip, size)
     return made
@@ -101,15 +101,15 @@ def convolution(node: Node, maps: Maps) -> Placed:
     # in channels_last writes out of bounds for some channel counts (torch 2.15, 8 and 12 input channels, even sizes).
     subsampling = extent == [1, 1] and max(stride) > 1 and tuple(before) == (0, 0)
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        w, b = work.weights[weight], work.weights[bias.name] if isinstance(bias, Ref) else None
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        w, b = context.weights[weight], context.weights[bias.name] if isinstance(bias, Ref) else None
         if subsampling:
             return F.conv2d(tiles[0][:, :, :: stride[0], :: stride[1]], w, b, groups=groups)
         return _run_padded(
-            tiles[0], work, read, 0.0, lambda tile, native: F.conv2d(tile, w, b, stride, native, dilation, groups)
+            tiles[0], context, read, 0.0, lambda tile, native: F.conv2d(tile, w, b, stride, native, dilation, groups)
         )
 
-    return Placed((read,), NCHW, run, fresh=True)
+    return Placed((read,), NCHW, run, exclusive=True)
 
 
 @rule(aten.max_pool2d, aten.max_pool2d_with_indices, saves=("inputs", "indices"))
@@ -127,20 +127,24 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     read = _windows(maps, node, name, extent, stride, padding)
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         if (
             ceil_mode
-            or max(work.rows[0].low, work.rows[0].high) > padding[0]
-            or max(work.cols[0].low, work.cols[0].high) > padding[1]
+            or max(context.rows[0].low, context.rows[0].high) > padding[0]
+            or max(context.cols[0].low, context.cols[0].high) > padding[1]
         ):
-            rows, cols = work.rows[0], work.cols[0]
+            rows, cols = context.rows[0], context.cols[0]
             tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
             return F.max_pool2d(tile, kernel, stride, 0, dilation)
         return _run_padded(
-            tiles[0], work, read, -torch.inf, lambda tile, native: F.max_pool2d(tile, kernel, stride, native, dilation)
+            tiles[0],
+            context,
+            read,
+            -torch.inf,
+            lambda tile, native: F.max_pool2d(tile, kernel, stride, native, dilation),
         )
 
-    return Placed((read,), NCHW, run, fresh=True)
+    return Placed((read,), NCHW, run, exclusive=True)
 
 
 @rule(aten.avg_pool2d)
@@ -161,8 +165,8 @@ def average_pool(node: Node, maps: Maps) -> Placed:
         begins = [o * stride[axis] - padding[axis] for o in range(span.start, span.stop)]
         return [min(b + kernel[axis], sizes[axis] + pad) - max(b, -pad) for b in begins]
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        rows, cols = work.rows[0], work.cols[0]
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        rows, cols = context.rows[0], context.cols[0]
         tile = tiles[0]
         if rows.low or rows.high or cols.low or cols.high:
             tile = F.pad(tile, (cols.low, cols.high, rows.low, rows.high))
@@ -174,7 +178,7 @@ def average_pool(node: Node, maps: Maps) -> Placed:
         divisor = torch.tensor(row_counts, device=tile.device)[:, None] * torch.tensor(col_counts, device=tile.device)
         return F.avg_pool2d(tile, kernel, stride, divisor_override=1) / divisor.to(tile.dtype)
 
-    return Placed((read,), NCHW, run, fresh=True)
+    return Placed((read,), NCHW, run, exclusive=True)
 
 
 @rule(aten.conv_transpose2d, carries_relu=True, is_layer=True)
@@ -201,13 +205,13 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
         part = full if high - low == size else full.narrow(axis + 2, low, high - low)
         return part, before, span.size - before - (high - low)
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
-        full = F.conv_transpose2d(tiles[0], work.weights[weight], None, stride, 0, 0, groups, dilation)
-        full, top, bottom = fit(full, 0, work.rows[0])
-        full, left, right = fit(full, 1, work.cols[0])
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        full = F.conv_transpose2d(tiles[0], context.weights[weight], None, stride, 0, 0, groups, dilation)
+        full, top, bottom = fit(full, 0, context.rows[0])
+        full, left, right = fit(full, 1, context.cols[0])
         if top or bottom or left or right:
             full = F.pad(full, (left, right, top, bottom))
-        return full + work.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
+        return full + context.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
 
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
 
@@ -237,9 +241,9 @@ def pad(node: Node, maps: Maps) -> Placed:
         reflect = mode == "reflect"
         border = BorderPad(height, *low, reflect), BorderPad(width, *high, reflect)
 
-        def run_border(tiles: Sequence[Tensor], work: Work) -> Tensor:
-            tile = _gather(tiles[0], axes.rows, border[0], work.rows[0])
-            return _gather(tile, axes.cols, border[1], work.cols[0])
+        def run_border(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+            tile = _gather(tiles[0], axes.rows, border[0], context.rows[0])
+            return _gather(tile, axes.cols, border[1], context.cols[0])
 
         return Placed((Read(name, *border),), axes, run_border)
 
@@ -250,10 +254,10 @@ def pad(node: Node, maps: Maps) -> Placed:
     )
     others = [(0, 0) if d in axes else (before[d], after[d]) for d in range(ndim)]
 
-    def run(tiles: Sequence[Tensor], work: Work) -> Tensor:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         sides = list(others)
-        sides[axes.rows] = (work.rows[0].low, work.rows[0].high)
-        sides[axes.cols] = (work.cols[0].low, work.cols[0].high)
+        sides[axes.rows] = (context.rows[0].low, context.rows[0].high)
+        sides[axes.cols] = (context.cols[0].low, context.cols[0].high)
         flat = [amount for side in reversed(sides) for amount in side]
         return F.pad(tiles[0], flat, value=value or 0.0) if any(flat) else tiles[0]
 

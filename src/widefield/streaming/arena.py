@@ -17,7 +17,7 @@ _ALIGNMENT = 64  # bytes, of which the place of every piece is a multiple
 
 
 @dataclass
-class Slab:
+class Arena:
     """`put` copies a piece into the block. `sizes` says how many bytes of each dtype are expected; more is allocated if need be."""
 
     store: Store

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
 
 
-class Reach(NamedTuple):
+class ReceptiveField(NamedTuple):
     """Output `o` reads the inputs from `(num * o + low) / den`, rounded up, to `(num * o + high) / den`, rounded down."""
 
     num: int
@@ -27,32 +27,32 @@ class Reach(NamedTuple):
         return -((self.high - self.den * i) // self.num)
 
 
-IDENTITY = Reach(1, 1, 0, 0)
+IDENTITY = ReceptiveField(1, 1, 0, 0)
 
 
-def reach_of(axis: AxisMap) -> Reach:
-    """The reach of an op along an axis. Padding by reflection or repetition reads what lies beyond the border instead."""
+def receptive_field_of(axis: AxisMap) -> ReceptiveField:
+    """The receptive field of an op along an axis. Padding by reflection or repetition reads what lies beyond the border instead."""
     match axis:
         case Window():
-            return Reach(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)
+            return ReceptiveField(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)
         case Transposed():
             extent = max(axis.extent, axis.up)  # a gap after a window counts as part of it: all outputs read something
-            return Reach(1, axis.up, axis.padding - extent + 1, axis.padding)
+            return ReceptiveField(1, axis.up, axis.padding - extent + 1, axis.padding)
         case BorderPad():
-            return Reach(1, 1, -axis.before, -axis.before)
+            return ReceptiveField(1, 1, -axis.before, -axis.before)
         case Resample():
             return _resampling(axis)
-    raise TypeError(f"no reach is known of {type(axis).__name__}")
+    raise TypeError(f"no receptive field is known of {type(axis).__name__}")
 
 
-def _resampling(axis: Resample) -> Reach:
+def _resampling(axis: Resample) -> ReceptiveField:
     """Inputs less than 1 (linear) or 2 (cubic) away from the source position; the nearest one otherwise."""
     scale = Fraction(axis.scale).limit_denominator(1 << 20) or Fraction(axis.n_in)  # 0: corners aligned, and one output
     num, den = 2 * scale.numerator, 2 * scale.denominator
     half = scale.numerator  # source positions are num * o / den + half / den - 1 / 2, but for aligned corners
     if axis.mode.startswith("nearest"):
         shift = half if axis.mode == "nearest-exact" else 0
-        return Reach(num, den, shift - den + 1, shift)
+        return ReceptiveField(num, den, shift - den + 1, shift)
     shift = 0 if axis.align_corners else half - scale.denominator
     distance = den * (1 if axis.mode == "linear" else 2)
-    return Reach(num, den, shift - distance + 1, shift + distance - 1)
+    return ReceptiveField(num, den, shift - distance + 1, shift + distance - 1)

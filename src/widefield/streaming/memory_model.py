@@ -21,7 +21,7 @@ _GRADIENTS_OF_WEIGHTS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Needs:
+class MemoryModel:
     """Of one stage, `image` being the name of the image. Arrays have the stage's maps first; after them come as many tiles as are
     looked at together.
     """
@@ -73,14 +73,14 @@ class Needs:
         """The peak of a step without gradients, that computes and holds so many bytes of each map."""
         values = self.stage.values
         views = self._derivatives[2].reshape(-1, *[1] * (new.ndim - 1))
-        fresh, buffers = np.where(views, 0, new), np.where(held > new, held, 0)
-        stays = np.where(buffers > 0, buffers, fresh)
+        added, buffers = np.where(views, 0, new), np.where(held > new, held, 0)
+        stays = np.where(buffers > 0, buffers, added)
         gone = np.zeros_like(stays)
         last = {source: v for v, value in enumerate(values) for source in value.sources}
         for source, v in last.items():
             gone[v] += stays[source]
         alive = np.cumsum(stays - gone, axis=0) - (stays - gone)  # before each map
-        return (alive + fresh + buffers).max(0)  # type: ignore[no-any-return]
+        return (alive + added + buffers).max(0)  # type: ignore[no-any-return]
 
     def backward(self, new: Array, held: Array, kept: Array) -> Array:
         """The peak of a recorded step in its backward pass: what is `kept`, and the gradients that are alive at a time."""
