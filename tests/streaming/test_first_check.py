@@ -22,7 +22,7 @@ def undefended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_refuse_changes", lambda changes, watch: None)
     monkeypatch.setattr(Watch, "_refuse_lost", lambda *args: None)
     monkeypatch.setattr(Watch, "_patched", lambda watch: iter(()))
-    monkeypatch.setattr("widefield.streaming.module._VERIFIED", {})
+    monkeypatch.setattr("widefield.streaming.verification._VERIFIED", {})
 
 
 CAUGHT: dict[str, Callable[[], nn.Module]] = {
@@ -102,8 +102,8 @@ def test_the_check_restores_everything() -> None:
 
 def test_the_check_runs_once_for_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     net, runs = Net(lambda net, x: x.relu()), []
-    monkeypatch.setattr("widefield.streaming.module._VERIFIED", {})
-    monkeypatch.setattr("widefield.streaming.module.verify", lambda *args: runs.append(torch.is_grad_enabled()))
+    monkeypatch.setattr("widefield.streaming.verification._VERIFIED", {})
+    monkeypatch.setattr("widefield.streaming.verification.verify", lambda *args: runs.append(torch.is_grad_enabled()))
     streamed = StreamingCNN(net, 7)
     streamed(IMAGE), streamed(IMAGE), StreamingCNN(net, 5)(IMAGE[..., :15])
     with torch.no_grad():

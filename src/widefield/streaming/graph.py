@@ -63,6 +63,21 @@ class Value:
         """Bytes of the whole map."""
         return 0 if self.reduction is not None else torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def tile_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of a tile of the map."""
+        shape = list(self.shape)
+        shape[self.axes.rows], shape[self.axes.cols] = height, width
+        return tuple(shape)
+
+    def check_tile(self, tile: torch.Tensor, height: int, width: int) -> None:
+        """Raise RuntimeError if a rule has made another shape than planned, which would give wrong numbers downstream."""
+        planned = self.tile_shape(height, width)
+        if tuple(tile.shape) != planned:
+            raise RuntimeError(
+                f"{self.op} in layer '{self.module_path}' made a tile of shape {tuple(tile.shape)} where {planned} was "
+                "planned. This is a fault of Widefield: please report it with the model."
+            )
+
     def flow(self, axis: int) -> Flow:
         """The value along rows (axis 0) or columns (axis 1)."""
         maps = () if self.placed is None else tuple(read.cols if axis else read.rows for read in self.placed.reads)

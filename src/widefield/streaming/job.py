@@ -25,7 +25,8 @@ class Job:
 
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
     expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
-    `autocast` gives a context with the autocast state of the forward pass; `progress(phase, done, steps)` is told of each step.
+    `settings` gives a context with the forward pass's autocast state and determinism; `progress(phase, done, steps)` is told
+    of each step.
     """
 
     grid: Grid
@@ -37,21 +38,25 @@ class Job:
     carry_sizes: Mapping[torch.dtype, int]
     recorded: int
     heap: Heap | None
-    autocast: Callable[[], AbstractContextManager[Any]]
+    settings: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
 
     def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
         """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
         return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
 
-    def released(self, maps: Iterable[Tensor]) -> None:
-        """The step is done: pages of tensors in files need not stay in memory, nor does what the heap has too much."""
+    def step_done(self, phase: str, done: int, tensors: Iterable[Tensor]) -> None:
+        """Give memory back between two steps, `done` of them being done, and report progress.
+
+        Pages of `tensors`, and of inputs, that lie in files need not stay in memory; nor does what the heap has too much.
+        """
         if self.heap is not None:
             self.heap.trim()
-        if "file" not in (self.store.place, self.carry_store.place):
-            return
-        for x in (*maps, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
-            self.store.release(x)
+        if "file" in (self.store.place, self.carry_store.place):
+            for x in (*tensors, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
+                self.store.release(x)
+        if self.progress:
+            self.progress(phase, done, self.grid.steps)
 
     def tiles(self, steps: Iterable[tuple[int, int]]) -> Generator[list[Tensor | None]]:
         """The new tiles of the stage inputs in each of `steps`, as their sources give them.

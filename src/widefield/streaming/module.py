@@ -2,10 +2,7 @@
 
 import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,29 +10,25 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
-from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.execution import execute, fill, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
-from widefield.streaming.graph import Program, Stage, Value
-from widefield.streaming.heap import watch
+from widefield.streaming.graph import Program
 from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
-from widefield.streaming.job import Job, Progress
+from widefield.streaming.job import Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import PlanRequest, Scan, make_plan
 from widefield.streaming.programs import Programs
-from widefield.streaming.rules.random import keep_mask
-from widefield.streaming.scan import refuse_transforms, scan
-from widefield.streaming.store import PLACES, Place, Store
-from widefield.streaming.verification import SIZES, PlainFailsError, verify
+from widefield.streaming.store import PLACES, Place
+from widefield.streaming.verification import verify_at_first_use
 
 _LOG = logging.getLogger(__name__)
-_VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
-_MOST_VERIFIED = 32
 
 
 class StreamingCNN(nn.Module):
@@ -135,7 +128,7 @@ class StreamingCNN(nn.Module):
         if isinstance(image, (list, tuple)):
             return self._as_batch(image) if self.batch_statistics == "exact" and image else [self(one) for one in image]
         if self.enabled:
-            refuse_transforms([image, *self.parameters(), *self.buffers()])
+            _refuse_transforms([image, *self.parameters(), *self.buffers()])
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         if isinstance(image, Tensor):
@@ -143,61 +136,31 @@ class StreamingCNN(nn.Module):
         assert isinstance(image, (Tensor, LazyImage))
         if not self.enabled:
             return self._whole(Source(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
-        autocast = torch.is_autocast_enabled(device.type)
         trains = isinstance(image, Tensor) and image.requires_grad
         program = self._program(shape, dtype, device, trains)
         if self.verify:
-            self._verify(program, shape, dtype, device, trains)
+            verify_at_first_use(self, program, shape, dtype, device, trains)
         plan, scans = self._planned(program, device, trains)
-        seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
-        memory_format = _memory_format(device, dtype)
-        context = partial(_as_now, device.type, torch.get_autocast_dtype(device.type), autocast, self.deterministic)
-        store = Store(plan.map_place, self.scratch_dir)
-        heap = None
-        if self.memory_budget is not None and device.type == "cpu":
-            heap = watch(self.memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
-
-        def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
-            sources, inputs = [], []
-            for value in (stage.values[v] for v in stage.inputs):
-                if value.name == program.captured.image:
-                    pixels = image.detach() if isinstance(image, Tensor) else image
-                    source = Source(pixels, device, dtype, self.normalisation, memory_format=memory_format)
-                    sources.append(replace(source, channels=value.shape[1]))
-                    inputs.append(image if isinstance(image, Tensor) else None)
-                else:
-                    tensor, home = (
-                        _broadcast_weight(program, value, values),
-                        None if value.name in program.broadcast else store,
-                    )
-                    sources.append(Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home))
-                    inputs.append(tensor)
-            weights = [_in_format(values[name], memory_format) for name in stage.weights]
-            carries = Store(plan.carry_place, self.scratch_dir)
-            settings = (
-                found.carry_sizes if not autocast else {},
-                found.recorded,
-                heap,
-            )  # autocast gives pieces other dtypes
-            job = Job(found.grid, sources, stage.weights, seed, store, carries, *settings, context, self.progress)
-            with context():
-                return scan(job, inputs, weights)
-
-        values, remaining = self._bind(program, device), iter(scans)
-        for item, last_reads in zip(program.items, program.last_reads, strict=True):
-            if isinstance(item, Node):
-                values[item.name] = _run(item, values, device, seed)
-            else:
-                values.update(zip(item.made, run_stage(item, next(remaining)), strict=True))
-            for name in last_reads:
-                values.pop(name, None)
-        for path, name in program.statistics:
-            update_running_statistics(self.module.get_submodule(path), values[name])
-        result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
-        for (path, name, read), value in zip(program.captured.attributes, left, strict=True):
-            part = self.module.get_submodule(path)
-            setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
-        return result
+        source = Source(
+            image.detach() if isinstance(image, Tensor) else image,
+            device,
+            dtype,
+            self.normalisation,
+            memory_format=memory_format(device, dtype),
+        )
+        values = execute(
+            program,
+            plan,
+            scans,
+            source,
+            image if isinstance(image, Tensor) else None,
+            self._bind(program, device),
+            memory_budget=self.memory_budget,
+            scratch_dir=self.scratch_dir,
+            deterministic=self.deterministic,
+            progress=self.progress,
+        )
+        return self._finish(program, values)
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -214,6 +177,16 @@ class StreamingCNN(nn.Module):
     def enable(self) -> None:
         """Stream again."""
         self.enabled = True
+
+    def _finish(self, program: Program, values: dict[str, Any]) -> Any:
+        """The result among `values`; running statistics, and attributes that forward sets, are as the plain module leaves them."""
+        for path, name in program.statistics:
+            update_running_statistics(self.module.get_submodule(path), values[name])
+        result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+        for (path, name, read), value in zip(program.captured.attributes, left, strict=True):
+            part = self.module.get_submodule(path)
+            setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
+        return result
 
     def _whole(self, pixels: Tensor, dtype: torch.dtype) -> Any:
         """The plain module on a whole image, its norm layers as they are when it is streamed."""
@@ -288,73 +261,17 @@ class StreamingCNN(nn.Module):
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
         return self._programs.get(self.module, shape, dtype, autocast, exact, whole, trains)
 
-    def _verify(
-        self, program: Program, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trains: bool
-    ) -> None:
-        """Compare with the plain module on a small image, once for each kind of program and grad mode.
-
-        Raises VerificationError.
-        """
-        key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trains
-        synchronised = (
-            program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
+    def _alike(self, tile_size: tuple[int, int]) -> "StreamingCNN":
+        """The same module with other tiles, which shares what was captured and is not verified."""
+        other = StreamingCNN(
+            self.module, tile_size, batch_statistics=self.batch_statistics, unsupported=self.unsupported, verify=False
         )
-        if key in _VERIFIED or synchronised:  # processes would wait for each other
-            return
-        started = time.perf_counter()
-        sizes = sorted(SIZES, key=lambda size: not self._programs.holds(program, (*shape[:2], *size)))
-        if shape[2] * shape[3] <= 512**2:
-            sizes.append((shape[2], shape[3]))
-        reasons = []
-        for size in sizes:
-            pixels = torch.rand((*shape[:2], *size), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-            image = self.normalisation.unchecked(pixels, dtype).requires_grad_(trains)
-            small = StreamingCNN(
-                self.module,
-                (-(-size[0] // 2), -(-size[1] // 2)),
-                batch_statistics=self.batch_statistics,
-                unsupported=self.unsupported,
-                verify=False,
-            )
-            small._programs = self._programs
-            try:
-                own = self._program((*shape[:2], *size), dtype, device, trains)
-            except (UnsupportedOpError, ValueError) as error:  # at this size only
-                reasons.append(f"{size}: {error}")
-                continue
-            try:
-                verify(
-                    self.module,
-                    small,
-                    image,
-                    own,
-                    partial(self._on_whole_maps, own),
-                    self._norms_to_freeze(),
-                    torch.get_autocast_dtype(device.type).itemsize
-                    if torch.is_autocast_enabled(device.type)
-                    else dtype.itemsize,
-                )
-            except PlainFailsError as error:
-                reasons.append(f"{size}: {error}")
-                continue
-            _LOG.info("streamed results verified on %s pixels in %.1f s", size, time.perf_counter() - started)
-            break
-        else:
-            _LOG.warning("could not be verified on a small image: %.500s", "; ".join(reasons))
-        _VERIFIED[key] = None
-        while len(_VERIFIED) > _MOST_VERIFIED:
-            _VERIFIED.pop(next(iter(_VERIFIED)))
+        other._programs = self._programs
+        return other
 
-    def _on_whole_maps(self, program: Program, image: Tensor) -> dict[str, Tensor]:
-        """The captured operations on whole maps: the last result of each layer by its path, "" for the first output."""
-        values = {**self._bind(program, image.device), program.captured.image: image}
-        made: dict[str, Tensor] = {}
-        for node in program.captured.nodes:
-            values[node.name] = _run(node, values, image.device, seed=0)
-            names = node.module_path.split(".")
-            made.update({".".join(names[:k]): values[node.name] for k in range(1, len(names) + 1)})
-        made[""] = fill(program.captured.outputs[:1], values)[0]
-        return made
+    def _has_program(self, program: Program, shape: tuple[int, ...]) -> bool:
+        """True if a program for images of `shape` follows from what is captured already, as `program` did."""
+        return self._programs.holds(program, shape)
 
     def _norms_to_freeze(self) -> list[nn.Module]:
         """Norm layers in training mode that are evaluated with their running statistics nevertheless."""
@@ -367,7 +284,7 @@ class StreamingCNN(nn.Module):
         plans, parameters = self._plans.setdefault(program, {}), list(self.module.parameters())
         training = torch.is_grad_enabled() and (trains or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)
-        copied = kernel is not None and not kernel.is_contiguous(memory_format=_memory_format(device, kernel.dtype))
+        copied = kernel is not None and not kernel.is_contiguous(memory_format=memory_format(device, kernel.dtype))
         request = PlanRequest(
             self.tile_size, self.memory_budget, device, self.maps, training, copied, len(program.stages)
         )
@@ -474,58 +391,20 @@ class _Together(torch.autograd.Function):
         return grads
 
 
-@contextmanager
-def _as_now(device_type: str, autocast_dtype: torch.dtype, autocast: bool, deterministic: bool) -> Iterator[None]:
-    """The settings of the forward pass, for a part of it or of its backward pass."""
-    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        if deterministic:
-            torch.use_deterministic_algorithms(True)
-        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast):
-            yield
-    finally:
-        if deterministic:
-            torch.use_deterministic_algorithms(was, warn_only=warned)
-
-
 def _keep_saliency(network: "ref[StreamingCNN]", gradient: Tensor) -> None:
     if (found := network()) is not None:
         found.saliency_map = gradient.cpu()
 
 
-def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:
-    """One node outside of the scan, on whole tensors, by ordinary autograd."""
-    if (
-        node.target is torch.ops.aten.bernoulli.p
-    ):  # stochastic depth, channel dropout: drawn once, the same on every device
-        like = values[node.args[0].name]
-        return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)
-    args, kwargs = fill((node.args, node.kwargs), values)
-    args, kwargs = pytree.tree_map(
-        lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs)
+def _refuse_transforms(values: Iterable[Any]) -> None:
+    """Raise ValueError where derivatives would be lost: in torch.func's transforms, for `values` with forward-mode tangents."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        what = "called inside of a transform of torch.func (jvp, jacrev, grad, vmap, ...)"
+    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        what = "differentiated in forward mode: its image or a parameter is a dual tensor"
+    else:
+        return
+    raise ValueError(
+        f"a streamed network cannot be {what}. Use backward() or torch.autograd.grad() on its result, which stream; or the plain "
+        "module (StreamingCNN.module)."
     )
-    result = node.target(*args, **kwargs)
-    return result if node.pick is None else result[node.pick]
-
-
-def _broadcast_weight(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
-    """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
-    if value.name not in program.broadcast:
-        return values[value.name]
-    weight = values[program.broadcast[value.name][0]]
-    return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
-
-
-def fill(structure: Any, values: dict[str, Any]) -> Any:
-    """`structure` with every `Ref` replaced by its value."""
-    return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)
-
-
-def _memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last where convolutions are faster in it, and a strip of a map is one block of memory."""
-    fast = dtype in (torch.float32, torch.bfloat16, torch.float16) if device.type == "cpu" else dtype.itemsize == 2
-    return torch.channels_last if fast else torch.contiguous_format
-
-
-def _in_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 else weight

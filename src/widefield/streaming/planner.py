@@ -93,8 +93,8 @@ def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[Scan,
         if request.budget is not None and draft.total > request.budget:
             raise ValueError(
                 f"memory_budget of {format_bytes(request.budget)} is too small for an image of shape "
-                f"{program.captured.image_shape}: the smallest that works is {format_bytes(draft.total + 2**20)} ({draft.total + 2**20} bytes, with "
-                f"tile_size={options[0].tiles[draft.choice[0]]})"
+                f"{program.captured.image_shape}: the smallest that works is {format_bytes(draft.total + 2**20)} "
+                f"({draft.total + 2**20} bytes, with tile_size={options[0].tiles[draft.choice[0]]})"
             )
         # Where nothing fits the share of the free memory, what needs least is tried.
     spare = 0 if limit is None or not request.training else max(0, limit - draft.total)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +17,36 @@ Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
 Windows = dict[int, tuple[list[Tensor], TileContext]]  # what a reduction reads, by the reduction's index
 
 
+class Made(NamedTuple):
+    """What a step makes: new tiles of the maps that leave the stage, new windows that its reductions read, and the carries."""
+
+    outputs: Carry
+    reduced: Windows
+    below: Carry
+    right: Carry
+
+
 @dataclass
-class Step:
+class Recorded:
     """A recorded step: leaves of autograd (the carries received, the new tiles of the inputs) and where gradients enter."""
 
     above: Carry
     left: Carry
     raws: list[Tensor | None]
-    made: dict[int, GradientEdge]
+    outputs: dict[int, GradientEdge]
     below: dict[int, GradientEdge]
     right: dict[int, GradientEdge]
     reduced: Windows
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors of this step alone whose gradients may be wanted."""
+        return [x for x in (*self.above.values(), *self.left.values(), *self.raws) if x is not None]
+
+    def handed_on(self, grad_below: Carry, grad_right: Carry) -> list[tuple[GradientEdge, Tensor]]:
+        """Return the gradients that later steps have left for the carries handed on, and where each enters."""
+        both = (self.below, grad_below), (self.right, grad_right)
+        return [(edges[v], grad) for edges, grads in both for v, grad in grads.items() if v in edges]
 
 
 class Tape:
@@ -40,11 +60,12 @@ class Tape:
         n = len(job.sources)
         self.needed = tuple(needed)
         names = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
-        self.requires_grad = _requires_grad(job.grid.stage, names, needed[:n])
+        self.stage = job.grid.stage
+        self.requires_grad = _requires_grad(self.stage, names, needed[:n])
         self.arena = Arena(job.carry_store, job.carry_sizes)
         self.layout: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.pieces: list[Tensor] = []
-        self.steps: dict[int, Step] = {}
+        self.steps: dict[int, Recorded] = {}
         self.leaves = self._new_leaves(weights) if job.recorded else []
 
     def _new_leaves(self, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -58,9 +79,20 @@ class Tape:
 
     def own(self, piece: Tensor) -> Tensor:
         """A carry for the next step, not a view of the buffer that it was cut from; in the arena, if that is on the device."""
-        return (
-            self.arena.put(piece) if self.arena.store.place == "device" and not self.arena.holds(piece) else own(piece)
-        )
+        fits = self.arena.store.place == "device" and not self.arena.holds(piece)
+        return self.arena.put(piece) if fits else compact(piece)
+
+    def keep(self, k: int, recorded: Recorded, made: Made) -> Made:
+        """Keep step `k` for the backward pass; return what it has made, with carries for the next steps."""
+        self.steps[k] = recorded
+        below, right = ({v: self.own(x.detach()) for v, x in of.items()} for of in (made.below, made.right))
+        return Made(made.outputs, made.reduced, below, right)
+
+    def constant(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of the scan's results that depend on nothing that requires grad, or have no gradient."""
+        values = (*self.stage.outputs, *(v for v in self.stage.reductions for _ in self.stage.values[v].parts))
+        zipped = zip(results, values, strict=True)
+        return [x for x, v in zipped if not (self.requires_grad[v] and x.is_floating_point())]
 
     def save(self, above: Carry, left: Carry) -> None:
         """Keep what a step has received."""
@@ -97,7 +129,7 @@ class Tape:
         return [None if leaf.grad is None else leaf.grad.to(weight.dtype) for leaf, weight in zipped]
 
 
-def own(piece: Tensor) -> Tensor:
+def compact(piece: Tensor) -> Tensor:
     """A carry of the forward pass without the buffer that it was cut from, which a view would keep alive."""
     if torch.is_grad_enabled() or piece.untyped_storage().nbytes() <= 1.25 * piece.nbytes:
         return piece

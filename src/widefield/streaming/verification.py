@@ -11,10 +11,12 @@ before then: random states, buffers, modes, attributes of the modules, globals a
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -25,11 +27,15 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.streaming.captured import Node
-from widefield.streaming.errors import VerificationError
+from widefield.streaming.errors import UnsupportedOpError, VerificationError
+from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
 from widefield.streaming.graph import Program
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.watch import Inlined
+
+if TYPE_CHECKING:
+    from widefield.streaming.module import StreamingCNN
 
 _LOG = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -43,8 +49,68 @@ _OF_ROUNDING = 100
 _FLOOR = 1e-3  # gradients are compared with at least this share of the largest one: that of a bias before a norm layer is noise
 
 
+_VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
+_MOST_VERIFIED = 32
+
+
 class PlainFailsError(Exception):
     """The plain module does not run on an image of this size."""
+
+
+def verify_at_first_use(
+    network: "StreamingCNN",
+    program: Program,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    trains: bool,
+) -> None:
+    """Compare `network` with its plain module on a small image, once for each kind of program and grad mode.
+
+    Args:
+        network: the streamed module.
+        program: what it executes on an image of `shape` (N, C, H, W).
+        shape: that of the image that it is called on; the small one has as many channels.
+        dtype: of the image that the module is given.
+        device: where the module is.
+        trains: the image requires grad.
+
+    Raises:
+        VerificationError: they differ by more than rounding explains.
+    """
+    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trains
+    synchronised = (
+        program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+    if key in _VERIFIED or synchronised:  # processes would wait for each other
+        return
+    started = time.perf_counter()
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    sizes = sorted(SIZES, key=lambda size: not network._has_program(program, (*shape[:2], *size)))
+    if shape[2] * shape[3] <= 512**2:
+        sizes.append((shape[2], shape[3]))
+    reasons = []
+    for size in sizes:
+        small = network._alike((-(-size[0] // 2), -(-size[1] // 2)))
+        pixels = torch.rand((*shape[:2], *size), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        image = network.normalisation.unchecked(pixels, dtype).requires_grad_(trains)
+        try:
+            own = small._program((*shape[:2], *size), dtype, device, trains)
+        except (UnsupportedOpError, ValueError) as error:  # at this size only
+            reasons.append(f"{size}: {error}")
+            continue
+        try:
+            verify(small, image, own, autocast.itemsize)
+        except PlainFailsError as error:
+            reasons.append(f"{size}: {error}")
+            continue
+        _LOG.info("streamed results verified on %s pixels in %.1f s", size, time.perf_counter() - started)
+        break
+    else:
+        _LOG.warning("could not be verified on a small image: %.500s", "; ".join(reasons))
+    _VERIFIED[key] = None
+    while len(_VERIFIED) > _MOST_VERIFIED:
+        _VERIFIED.pop(next(iter(_VERIFIED)))
 
 
 @dataclass(frozen=True)
@@ -56,30 +122,20 @@ class Run:
     gradients: dict[str, Tensor]
 
 
-def verify(
-    module: nn.Module,
-    streamed: Callable[[Tensor], Any],
-    image: Tensor,
-    program: Program,
-    on_whole_maps: Callable[[Tensor], dict[str, Tensor]],
-    frozen: Sequence[nn.Module],
-    digits: int,
-) -> None:
-    """Compare `streamed(image)` with `module(image)`, outputs and gradients.
+def verify(streamed: "StreamingCNN", image: Tensor, program: Program, digits: int) -> None:
+    """Compare `streamed(image)` with `streamed.module(image)`, outputs and gradients.
 
     Args:
-        module: the plain module.
-        streamed: the same, streamed.
+        streamed: the streamed module.
         image: what both are called on, (N, C, H, W).
         program: what `streamed` executes on it.
-        on_whole_maps: executes what was captured on whole maps; returns the last map that each layer makes, by its path.
-        frozen: norm layers of `module` to be run in evaluation mode.
         digits: bytes of the dtype that numbers are computed in, which says how equal they are to be.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
         PlainFailsError: the plain module raises on this image.
     """
+    module, frozen = streamed.module, streamed._norms_to_freeze()
     masks = _masks_of(program)
 
     def seeded(call: Callable[[Tensor], Any], at: Tensor) -> Any:
@@ -127,7 +183,8 @@ def verify(
         usual = min(_OF_ROUNDING * max(_errors(run(module, shaken), expected).values()), most)
     if error > usual:
         with _restoring(module, frozen):
-            where = _where_it_begins(module, lambda: seeded(module, image), lambda: on_whole_maps(image), usual)
+            captured = partial(on_whole_maps, program, image, streamed._bind(program, image.device))
+            where = _where_it_begins(module, lambda: seeded(module, image), captured, usual)
         raise _difference(module, found, expected, "gives another result", _UNSEEN, where)
 
 

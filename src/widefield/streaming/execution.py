@@ -1,0 +1,155 @@
+"""A program, executed on one image: scans, and plain operations before, between and after them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
+from widefield.streaming.graph import Program, Stage, Value
+from widefield.streaming.heap import watch
+from widefield.streaming.image import Source
+from widefield.streaming.job import Job, Progress
+from widefield.streaming.plan import Plan
+from widefield.streaming.planner import Scan
+from widefield.streaming.rules.random import keep_mask
+from widefield.streaming.scan import scan
+from widefield.streaming.store import Store
+
+
+def execute(
+    program: Program,
+    plan: Plan,
+    scans: Sequence[Scan],
+    image: Source,
+    leaf: Tensor | None,
+    values: dict[str, Any],
+    *,
+    memory_budget: int | None,
+    scratch_dir: str | None,
+    deterministic: bool,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Run `program` on `image` by ordinary autograd; return what its outputs and statistics are made of, by name.
+
+    Args:
+        program: scans and plain operations.
+        plan: where maps and carries live.
+        scans: how each stage is scanned.
+        image: where the image is read.
+        leaf: the tensor behind it, for autograd; None for an image that is read lazily.
+        values: parameters, buffers and constants by name; each goes when its last reader is done.
+        memory_budget: bytes, within which the heap of the CPU is kept.
+        scratch_dir: folder for files; None: the system's.
+        deterministic: run with deterministic algorithms only.
+        progress: called as progress(phase, steps done, steps of the scan).
+    """
+    device = image.device
+    autocast = torch.is_autocast_enabled(device.type)
+    settings = partial(_settings, device.type, torch.get_autocast_dtype(device.type), autocast, deterministic)
+    seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
+    store = Store(plan.map_place, scratch_dir)
+    heap = None
+    if memory_budget is not None and device.type == "cpu":
+        heap = watch(memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
+
+    def source_of(value: Value) -> tuple[Source, Tensor | None]:
+        if value.name == program.captured.image:
+            return replace(image, channels=value.shape[1]), leaf
+        tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
+        return Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
+
+    def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
+        sources, inputs = zip(*(source_of(stage.values[v]) for v in stage.inputs), strict=True)
+        job = Job(
+            grid=found.grid,
+            sources=sources,
+            weight_names=stage.weights,
+            seed=seed,
+            store=store,
+            carry_store=Store(plan.carry_place, scratch_dir),
+            carry_sizes={} if autocast else found.carry_sizes,  # autocast gives pieces other dtypes
+            recorded=found.recorded,
+            heap=heap,
+            settings=settings,
+            progress=progress,
+        )
+        with settings():
+            return scan(job, inputs, [_in_format(values[name], image.memory_format) for name in stage.weights])
+
+    remaining = iter(scans)
+    for item, last_reads in zip(program.items, program.last_reads, strict=True):
+        if isinstance(item, Node):
+            values[item.name] = _run(item, values, device, seed)
+        else:
+            values.update(zip(item.made, run_stage(item, next(remaining)), strict=True))
+        for name in last_reads:
+            values.pop(name, None)
+    return values
+
+
+def on_whole_maps(program: Program, image: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
+    """Run what was captured on whole maps: the last result of each layer by its path, "" for the first output."""
+    values = {**values, program.captured.image: image}
+    made: dict[str, Tensor] = {}
+    for node in program.captured.nodes:
+        values[node.name] = _run(node, values, image.device, seed=0)
+        names = node.module_path.split(".")
+        made.update({".".join(names[:k]): values[node.name] for k in range(1, len(names) + 1)})
+    made[""] = fill(program.captured.outputs[:1], values)[0]
+    return made
+
+
+def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) -> Any:
+    """One node outside of the scan, on whole tensors, by ordinary autograd."""
+    if node.target is torch.ops.aten.bernoulli.p:  # stochastic depth, channel dropout: the same on every device
+        like = values[node.args[0].name]
+        return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)
+    args, kwargs = fill((node.args, node.kwargs), values)
+    args, kwargs = pytree.tree_map(
+        lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs)
+    )
+    result = node.target(*args, **kwargs)
+    return result if node.pick is None else result[node.pick]
+
+
+def _stage_input(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
+    """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
+    if value.name not in program.broadcast:
+        return values[value.name]
+    weight = values[program.broadcast[value.name][0]]
+    return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
+
+
+def fill(structure: Any, values: dict[str, Any]) -> Any:
+    """`structure` with every `Ref` replaced by its value."""
+    return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)
+
+
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Channels last where convolutions are faster in it, and a strip of a map is one block of memory."""
+    fast = dtype in (torch.float32, torch.bfloat16, torch.float16) if device.type == "cpu" else dtype.itemsize == 2
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def _in_format(weight: Tensor, memory_format: torch.memory_format | None) -> Tensor:
+    return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 and memory_format else weight
+
+
+@contextmanager
+def _settings(device_type: str, autocast_dtype: torch.dtype, autocast: bool, deterministic: bool) -> Iterator[None]:
+    """The settings of the forward pass, for a part of it or of its backward pass."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast):
+            yield
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(was, warn_only=warned)

@@ -1,0 +1,90 @@
+"""What a scan gives, put together from its tiles, and the gradients that enter and leave its backward pass."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from widefield.streaming.graph import Stage
+from widefield.streaming.job import Job
+from widefield.streaming.tape import Made, Recorded
+
+
+class Results:
+    """The output maps, written tile by tile, and the reductions, gathered over the tiles."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.maps: dict[int, Tensor] = {}
+        self.gathered: dict[int, Any] = {}
+
+    def add(self, made: Made, i: int, j: int) -> None:
+        """Take what step (i, j) has made."""
+        values = self.job.grid.stage.values
+        for v, (windows, context) in made.reduced.items():
+            reduction = values[v].reduction
+            assert reduction is not None
+            self.gathered[v] = reduction.fold(self.gathered.get(v), [x.detach() for x in windows], context)
+        for v, tile in made.outputs.items():
+            if v not in self.maps:
+                self.maps[v] = self.job.new(v, values[v].shape, tile)
+            self.job.tile_of(self.maps[v], v, i, j).copy_(tile)
+
+    def finished(self) -> list[Tensor]:
+        """Return the output maps, then the parts of the reductions."""
+        stage = self.job.grid.stage
+        maps = [self.maps[v] for v in stage.outputs]
+        reductions = ((stage.values[v].reduction, self.gathered[v]) for v in stage.reductions)
+        return maps + [part for reduction, gathered in reductions if reduction for part in reduction.finish(gathered)]
+
+
+@dataclass(frozen=True)
+class ResultGradients:
+    """The gradients of output maps by their number, and of reductions: the parts that came out, and the gradient of each."""
+
+    maps: dict[int, Tensor]
+    reductions: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]
+
+    @staticmethod
+    def of(stage: Stage, parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> "ResultGradients":
+        """Return `grads`, given for the output maps and then for the `parts` of all reductions, sorted."""
+        maps = {v: grad for v, grad in zip(stage.outputs, grads, strict=False) if grad is not None}
+        given = iter(zip(parts, grads[len(stage.outputs) :], strict=True))
+        reductions = {}
+        for v in stage.reductions:
+            found = [next(given) for _ in stage.values[v].parts]
+            if any(grad is not None for _, grad in found):
+                reductions[v] = tuple(part for part, _ in found), tuple(grad for _, grad in found)
+        return ResultGradients(maps, reductions)
+
+    def at(self, job: Job, recorded: Recorded, i: int, j: int) -> Iterator[tuple[Tensor | GradientEdge, Tensor]]:
+        """The gradients that enter step (i, j), and where: what its reductions read is not needed after that."""
+        for v, grad in self.maps.items():
+            if v in recorded.outputs:
+                yield recorded.outputs[v], job.tile_of(grad, v, i, j).to(job.sources[0].device)
+        for v, (parts, grads) in self.reductions.items():
+            reduction = job.grid.stage.values[v].reduction
+            if reduction is not None and v in recorded.reduced:
+                pulled = reduction.pull(parts, *recorded.reduced[v], grads)
+                yield from ((x, grad) for x, grad in pulled if x.requires_grad)
+        recorded.reduced.clear()
+
+
+class InputGradients:
+    """The gradients of the stage inputs, summed up tile by tile; None in `wholes` where none is needed."""
+
+    def __init__(self, job: Job, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self.job = job
+        self.wholes = [
+            source.zeros_like(x) if need and x is not None else None
+            for source, x, need in zip(job.sources, inputs, needed, strict=False)
+        ]
+
+    def add(self, raws: Sequence[Tensor | None], i: int, j: int) -> None:
+        """Add the gradients of the tiles of step (i, j)."""
+        inputs = self.job.grid.stage.inputs
+        for source, raw, whole, v in zip(self.job.sources, raws, self.wholes, inputs, strict=True):
+            if raw is not None and whole is not None and raw.grad is not None:
+                source.region(whole, *self.job.region(v, i, j)).add_(raw.grad)
