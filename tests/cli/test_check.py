@@ -69,6 +69,15 @@ def test_a_model_that_is_not_exact_is_exit_code_1(
     assert "What to do" in shown
 
 
+def test_an_explanation_tells_what_each_pass_makes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"{file}:model", "--explain", *FAST]) == 0
+    shown = capsys.readouterr().out
+    passes = ["capture", "fold", "normal form", "place", "live", "levels", "stages"]
+    found = [line.split(":")[0] for line in shown.splitlines() if "operations, " in line]
+    assert found == passes
+    assert "stage 0: from image to " in shown
+
+
 def test_the_result_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{file}:model", "--json", "--tile-size", "100", *FAST]) == 0
     result = json.loads(capsys.readouterr().out)

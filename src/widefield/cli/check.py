@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan-size", type=size, default=(8192, 8192), metavar="HxW", help="planned for (default: 8192x8192)"
     )
     add_plan(parser)
+    parser.add_argument(
+        "--explain", action="store_true", help="tell what each pass over the model's operations makes, and every layer"
+    )
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> int:
@@ -27,7 +30,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     import json
 
     from widefield.cli.find_model import find_model, image_channels
-    from widefield.streaming.check import check
+    from widefield.streaming.check import check, explain
 
     model = find_model(arguments.model)
     channels = arguments.channels or image_channels(arguments.model, model)
@@ -38,5 +41,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
         plan_tile_size=arguments.tile_size,
         memory_budget=arguments.memory_budget,
     )
-    print(json.dumps({"model": arguments.model, **result.as_dict()}, indent=2) if arguments.json else result)
+    told = {"explanation": explain(model, (channels, *arguments.size))} if arguments.explain and result.stages else {}
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, **result.as_dict(), **told}, indent=2))
+    else:
+        print(result, *told.values(), sep="\n\n")
     return 0 if result.exact else 1

@@ -1,275 +1,209 @@
-"""A captured module, taken apart into stages and plain operations.
+"""From a captured module to a program, in passes. Each is a function of a graph that gives a graph, and every graph can be printed.
 
-Every value gets a level. What is computed from the image by local operations has level 0; what is computed from a reduction
-over maps of level n is of level n + 1, and so are the maps that depend on it. Stage n computes the maps of level n.
+capture       the operations as torch.export gives them, for one image size
+fold          batch norms by stored statistics are folded into the convolution before them
+normal form   operators that differ only in how they are written become one
+place         each operation becomes a map, a reduction over the whole image, or a plain operation
+live          what no output needs is dropped
+levels        what is computed from the image by local operations has level 0; what is computed from a reduction over maps of
+level n is of level n + 1, and so are the maps that depend on it
+stages        the maps of a level are computed by one scan
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import torch
 
-from widefield.streaming.captured import Captured, Node, Ref
+from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.extents import identity
 from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.graph import Program, Stage
-from widefield.streaming.rules import REWRITES, Axes, Maps, Placed, Read, Reduction, op_of, place, swap_refs, unflatten
-from widefield.streaming.rules.channels import explicit
-from widefield.streaming.rules.flat import seen_shape
-from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch, statistics_of_batch, statistics_of_tensor
-from widefield.streaming.rules.pointwise import pointwise
-from widefield.streaming.rules.resize import MODES
+from widefield.streaming.normal_form import normal_form
+from widefield.streaming.placing import Placing
+from widefield.streaming.rules import Maps, Placed, Reduction, op_of
+from widefield.streaming.rules.norms import statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.rules.shapes import groups, reshape
 from widefield.streaming.stages import cut, is_view, size_of, weight_size
 
-aten = torch.ops.aten
-
-# Factories that take only dtype and device from their first argument.
-_FACTORIES: dict[Any, Callable[..., torch.Tensor]] = {
-    aten.new_empty.default: aten.empty.memory_format,
-    aten.new_zeros.default: aten.zeros.default,
-    aten.new_ones.default: aten.ones.default,
-    aten.new_full.default: aten.full.default,
-}
-# Operators that are others under the name of a reduction.
-_NAMESAKES: dict[Any, Any] = {aten.max.other: aten.maximum.default, aten.min.other: aten.minimum.default}
 _OF_BATCH = (statistics_of_batch, statistics_of_tensor)
-# Operators that take only the shape from their second argument.
-_SHAPED_LIKE: dict[str, Any] = {
-    "aten.view_as": aten.reshape.default,
-    "aten.reshape_as": aten.reshape.default,
-    "aten.expand_as": aten.expand.default,
-}
 
 
-def build(captured: Captured, *, allow_whole: bool) -> Program:
-    """Take `captured` apart. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
-    sorter = _Sorter(captured, allow_whole)
-    for node in fold_batch_norms(captured):
-        sorter.add(node)
-    return sorter.program()
+@dataclass(frozen=True)
+class Graph:
+    """A forward pass on its way to a program; what later passes make is empty before.
 
-
-@dataclass
-class _Sorter:
-    """The nodes so far: those in `placed` are maps and reductions, the others are plain. `levels` of nodes and reductions' parts.
-
-    `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
+    `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
+    `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. `whole` are plain nodes that
+    depend on a whole map, because of the operations `refused`.
     """
 
     captured: Captured
-    allow_whole: bool
+    nodes: tuple[Node, ...]
+    outputs: Node
     maps: Maps = field(default_factory=Maps)
-    levels: dict[str, int] = field(default_factory=dict)
-    nodes: dict[str, Node] = field(default_factory=dict)
-    placed: dict[str, Placed] = field(default_factory=dict)
-    expanded: dict[str, str] = field(default_factory=dict)
-    refused: list[UnsupportedOpError] = field(default_factory=list)
-    whole: set[str] = field(default_factory=set)
+    placed: Mapping[str, Placed] = field(default_factory=dict)
+    refused: tuple[UnsupportedOpError, ...] = ()
+    whole: frozenset[str] = frozenset()
+    levels: Mapping[str, int] = field(default_factory=dict)
+    stages: Mapping[int, Stage] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
-        self.maps.axes[self.captured.image] = Axes(2, 3)
-        self.maps.synchronised = self.captured.synchronised
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every value."""
+        given = {name: dtype for name, (_, dtype) in self.captured.shapes.items()}
+        return given | {node.name: node.dtype for node in self.nodes}
 
-    def add(self, node: Node) -> None:
-        """Sort a captured node."""
-        node = self._normal_form(node)
-        if not any(name in self.maps for name in node.refs):
-            self._add(node)
-            return
-        try:
-            if node.dtype.is_complex:  # the gradients of complex maps would be lost, and no rule takes |x|^2 for x * x
-                raise node.refuse(
-                    f"makes a complex map ({node.dtype}), and only real ones are streamed",
-                    "compute with the real and the imaginary part as two real maps; "
-                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
-                )
-            steps, flattened = unflatten(node, self.maps)
-            rewrite = REWRITES.get(steps[-1].target)
-            last = (rewrite and rewrite(steps[-1], self.maps)) or [steps[-1]]
-            for step in (*steps[:-1], *last):
-                self._add(step)
-        except UnsupportedOpError as error:
-            if not self.allow_whole:
-                raise
-            self.refused.append(error)
-            self._add_plain(self._on_whole_maps(node))
-        else:
-            if flattened:
-                self.maps.flat[node.name] = flattened
+    def __str__(self) -> str:
+        """One line for each node."""
+        rows = [self._row(node) for node in self.nodes]
+        widths = [max((len(row[k]) for row in rows), default=0) for k in range(len(rows[0]) if rows else 0)]
+        return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
-    def _normal_form(self, node: Node) -> Node:
-        """Operators that only look at another tensor's shape or dtype, and broadcasting written out, in a form without it."""
-        if node.target in _FACTORIES:
-            given = {key: value for key, value in node.kwargs.items() if value is not None}
-            kwargs = {"dtype": node.dtype, "device": torch.device("cpu"), **given}
-            return replace(node, target=_FACTORIES[node.target], args=node.args[1:], kwargs=kwargs)
-        if node.op == "aten.einsum":
-            equation = explicit(node.args[0], [len(seen_shape(self.maps, operand.name)) for operand in node.args[1]])
-            node = replace(node, args=(equation, *node.args[1:]))
-        if node.target in _NAMESAKES:
-            node = replace(node, target=_NAMESAKES[node.target])
-        if node.op in _SHAPED_LIKE:
-            node = replace(node, target=_SHAPED_LIKE[node.op], args=(node.args[0], list(node.shape)), kwargs={})
-        source = next(iter(node.refs), "")
-        small = source not in self.maps and self.maps.shapes.get(source, ())[-2:] == (1, 1)
-        if node.op in MODES and small:  # one pixel, resized
-            node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
-        if node.op == "aten.slice_scatter" and self.maps.shapes[node.args[1].name] == node.shape:  # all of it
-            node = replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
-        if node.op == "aten.expand" and source not in self.maps:
-            self.expanded[node.name] = source
-        if node.op in ("aten.clone", "aten.contiguous") and source in self.expanded:
-            self.expanded[node.name] = self.expanded[source]
-        if _rule(node) is reshape and source in self.expanded:
-            self._reshape_broadcast(node, source)
-        if _rule(node) is pointwise:
-            shapes = {name: seen_shape(self.maps, name) for name in node.refs}
-            for name in [name for name in shapes if name in self.expanded]:
-                shapes[name] = seen_shape(self.maps, self.expanded[name])
-                if torch.broadcast_shapes(*shapes.values()) == node.shape:
-                    node = swap_refs(node, {name: self.expanded[name]})
-                else:
-                    shapes[name] = seen_shape(self.maps, name)
-        return node
+    def _row(self, node: Node) -> tuple[str, ...]:
+        kind = "reduction" if isinstance(node.target, Reduction) else "map" if node.name in self.placed else "plain"
+        level = f"level {self.levels[node.name]}" if self.levels.get(node.name) else ""
+        op = type(node.target).__name__ if isinstance(node.target, Reduction) else node.op
+        shape = " x ".join(map(str, node.shape))
+        return node.name, op, shape, kind if self.placed else "", level, node.module_path
 
-    def _reshape_broadcast(self, node: Node, source: str) -> None:
-        """Reshape what was expanded before it is expanded: dimensions that stay as they are need not be written out."""
-        base = self.maps.shapes[self.expanded[source]]
-        full = self.maps.shapes[source]
-        base = (1,) * (len(full) - len(base)) + tuple(base)
-        before, after = list(full), list(node.shape)
-        for group_in, group_out in groups(full, node.shape):
-            if len(group_in) == len(group_out) == 1 and base[group_in[0]] == 1:
-                before[group_in[0]] = after[group_out[0]] = 1
-        partly = replace(node, name=f"{node.name}@part", target=aten.expand.default, kwargs={}, pick=None)
-        self._add_plain(replace(partly, args=(Ref(self.expanded[source]), before), shape=tuple(before)))
-        small = replace(partly, name=f"{node.name}@small", target=aten.reshape.default, shape=tuple(after))
-        self._add_plain(replace(small, args=(Ref(partly.name), after)))
-        self.expanded[node.name] = small.name
 
-    def _add(self, node: Node) -> None:
+def build(captured: Captured, *, allow_whole: bool) -> Program:
+    """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
+    *_, (_, graph) = passes(captured, allow_whole=allow_whole)
+    return _program(graph)
+
+
+def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Graph]]:
+    """Each pass by name, with the graph that it made; see the module's page."""
+    graph = Graph(captured, captured.nodes, Node("", tuple, captured.outputs, {}, (), torch.float32))
+    yield "capture", graph
+    row: dict[str, Callable[[Graph], Graph]] = {
+        "fold": _fold,
+        "normal form": _normal_form,
+        "place": partial(_place, allow_whole=allow_whole),
+        "live": _live,
+        "levels": _levels,
+        "stages": _stages,
+    }
+    for name, function in row.items():
+        graph = function(graph)
+        yield name, graph
+
+
+def explain(captured: Captured, *, allow_whole: bool) -> str:
+    """Return what each pass made: the lines that are new in its graph, and the stages at the end."""
+    text, before = [], set[str]()
+    for name, graph in passes(captured, allow_whole=allow_whole):
+        lines = str(graph).splitlines()
+        changed = [line for line in lines if " ".join(line.split()) not in before]
+        text += [
+            f"{name}: {len(lines)} operations, {len(changed)} of them new or changed",
+            *(f"  {x}" for x in changed),
+        ]
+        before = {" ".join(line.split()) for line in lines}
+    for level, stage in sorted(graph.stages.items()):
+        names = [stage.values[v].name for v in stage.inputs], [stage.values[v].name for v in stage.outputs]
+        gathered = [part for v in stage.reductions for part in stage.values[v].parts]
+        text.append(f"stage {level}: from {', '.join(names[0])} to {', '.join((*names[1], *gathered))}, by way of")
+        text.append("  " + ", ".join(value.name for value in stage.values if value.placed is not None))
+    return "\n".join(text)
+
+
+def _fold(graph: Graph) -> Graph:
+    return replace(graph, nodes=fold_batch_norms(graph.captured))
+
+
+def _normal_form(graph: Graph) -> Graph:
+    shapes = {name: shape for name, (shape, _) in graph.captured.shapes.items()}
+    shapes |= {node.name: node.shape for node in graph.nodes}
+    return replace(graph, nodes=tuple(normal_form(node, shapes) for node in graph.nodes))
+
+
+def _place(graph: Graph, allow_whole: bool) -> Graph:
+    placing = Placing(graph.captured, allow_whole)
+    for node in graph.nodes:
+        placing.add(node)
+    outputs = placing.on_whole_maps(graph.outputs)
+    return replace(
+        graph,
+        nodes=tuple(placing.nodes.values()),
+        outputs=outputs,
+        maps=placing.maps,
+        placed=placing.placed,
+        refused=tuple(placing.refused),
+        whole=frozenset(placing.whole),
+    )
+
+
+def _live(graph: Graph) -> Graph:
+    needed, live = set(graph.outputs.refs), []
+    for node in reversed(graph.nodes):
+        parts = parts_of(node) if isinstance(node.target, Reduction) else (node.name,)
+        if not needed.isdisjoint(parts):
+            needed.update(node.refs)
+            live.append(node)
+    if all(is_view(node) for node in live if node.name in graph.placed):
+        first = graph.refused[0] if graph.refused else None
+        raise UnsupportedOpError(
+            first.module_path if first else "",
+            first.op if first else "forward",
+            "is the first operation on the image, so that nothing is left to stream",
+            "run this model as it is, without streaming",
+        )
+    return replace(graph, nodes=tuple(live[::-1]))
+
+
+def _levels(graph: Graph) -> Graph:
+    levels: dict[str, int] = {}
+    for node in graph.nodes:
+        # A plain operation comes after the scan that computes a map which it reads.
+        after = (levels.get(name, 0) + (name in graph.maps and node.name not in graph.placed) for name in node.refs)
+        levels[node.name] = max(after, default=0)
         if isinstance(node.target, Reduction):
-            self._add_reduction(node)
-        elif any(name in self.maps for name in node.refs):
-            found = place(node, self.maps)
-            if 0 in (node.shape[found.axes.rows], node.shape[found.axes.cols]):
-                raise node.refuse(
-                    f"makes an empty map of shape {node.shape}",
-                    "pass a larger image, or leave this output out where it is empty",
-                )
-            self.placed[node.name] = found
-            self.maps.axes[node.name] = found.axes
-            self._record(node, max(self._level(name) for name in node.refs))
-        else:
-            self._add_plain(node)
-
-    def _add_plain(self, node: Node) -> None:
-        if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
-            node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
-        if by_batch(node) and node.pick in (None, 0):
-            for step in batch_norm_of_tensor(node, node.module_path in self.captured.synchronised):
-                self._add_plain(step)
-            return
-        if any(name in self.maps or name in self.whole for name in node.refs):
-            self.whole.add(node.name)
-        self._record(node, max((self._level(name) + (name in self.maps) for name in node.refs), default=0))
-
-    def _add_reduction(self, node: Node) -> None:
-        if node.name in self.nodes:
-            return
-        height, width = self.maps.extent(node.refs[0])
-        reads = tuple(Read(name, identity(height), identity(width)) for name in node.refs)
-        self.placed[node.name] = Placed(reads, Axes(0, 1), lambda tiles, work: tiles[0])
-        level = max(self._level(name) for name in node.refs)
-        self._record(replace(node, shape=(height, width)), level)
-        for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
-            self.levels[part] = level + 1
-            self.maps.shapes[part] = shape
-
-    def _on_whole_maps(self, node: Node) -> Node:
-        """`node` with flattened maps as the model sees them."""
-        for name in self.maps.flat.keys() & set(node.refs):
-            whole = f"{name}@whole"
-            if whole not in self.nodes:
-                shape = seen_shape(self.maps, name)
-                made = replace(self.nodes[name], name=whole, target=aten.reshape.default, args=(Ref(name), list(shape)))
-                self._add_plain(replace(made, kwargs={}, pick=None, shape=shape))
-            node = swap_refs(node, {name: whole})
-        return node
-
-    def _record(self, node: Node, level: int) -> None:
-        self.nodes[node.name] = node
-        self.levels[node.name] = level
-        self.maps.shapes[node.name] = node.shape
-
-    def _level(self, name: str) -> int:
-        return self.levels.get(name, 0)
-
-    def program(self) -> Program:
-        """All that the outputs need, as a list of stages and plain operations."""
-        outputs = self._on_whole_maps(Node("", tuple, self.captured.outputs, {}, (), torch.float32))
-        live = self._live(set(outputs.refs))
-        plain = [node for node in live if node.name not in self.placed]
-        maps = [node for node in live if node.name in self.placed]
-        if all(is_view(node) for node in maps):
-            first = self.refused[0] if self.refused else None
-            raise UnsupportedOpError(
-                first.module_path if first else "",
-                first.op if first else "forward",
-                "is the first operation on the image, so that nothing is left to stream",
-                "run this model as it is, without streaming",
-            )
-        wanted = {name for node in (*plain, outputs) for name in node.refs if name in self.maps}
-        dtypes = {name: dtype for name, (_, dtype) in self.captured.shapes.items()}
-        dtypes |= {name: node.dtype for name, node in self.nodes.items()}
-        stages = cut(self.captured, self.maps, self.levels, self.placed, maps, wanted, dtypes)
-        items: list[Node | Stage] = []
-        for level in range(max(self.levels.values()) + 1):
-            items += [node for node in plain if self.levels[node.name] == level]
-            items += [stages[level]] if level in stages else []
-        used = {name for stage in stages.values() for name in stage.weights}
-        streamed = sum(size_of(node) for node in maps if not isinstance(node.target, Reduction))
-        of_image = [node for node in plain if self.levels[node.name] > 0]
-        extents = {self.maps.extent(name) for name in self.maps.axes} - {(1, 1)}
-        whole = sum(size_of(node) for node in of_image if self._is_whole(node, extents))
-        return Program(
-            replace(self.captured, outputs=outputs.args),
-            tuple(items),
-            dict(self.maps.broadcast),
-            tuple((node.module_path, node.name) for node in live if node.target in _OF_BATCH),
-            streamed / max(1, streamed + whole),
-            sum(map(size_of, of_image)),
-            sum(size_of(node) for node in plain if self.levels[node.name] == 0),
-            sum(weight_size(name, self.maps, dtypes) for name in used),
-            tuple(self.refused),
-            any(op.draws for op in (op_of(node.target) for node in live) if op is not None),
-        )
-
-    def _is_whole(self, node: Node, extents: set[tuple[int, int]]) -> bool:
-        """Whether a plain node depends on a whole map, or has one of these `extents` of what scans have reduced."""
-        return node.name in self.whole or any(
-            height * width in node.shape or (height, width) in itertools.pairwise(node.shape)
-            for height, width in extents
-        )
-
-    def _live(self, needed: set[str]) -> list[Node]:
-        """The nodes that `needed` depend on, in order."""
-        live = []
-        for node in reversed(self.nodes.values()):
-            parts = parts_of(node) if isinstance(node.target, Reduction) else (node.name,)
-            if not needed.isdisjoint(parts):
-                needed.update(node.refs)
-                live.append(node)
-        return live[::-1]
+            levels.update(dict.fromkeys(parts_of(node), levels[node.name] + 1))
+    return replace(graph, levels=levels)
 
 
-def _rule(node: Node) -> Any:
-    """The rule of a node's operator, None if there is none."""
-    op = op_of(node.target)
-    return op and op.place
+def _stages(graph: Graph) -> Graph:
+    maps = [node for node in graph.nodes if node.name in graph.placed]
+    plain = [node for node in graph.nodes if node.name not in graph.placed]
+    wanted = {name for node in (*plain, graph.outputs) for name in node.refs if name in graph.maps}
+    stages = cut(graph.captured, graph.maps, graph.levels, graph.placed, maps, wanted, graph.dtypes)
+    return replace(graph, stages=stages)
+
+
+def _program(graph: Graph) -> Program:
+    maps, levels = graph.maps, graph.levels
+    plain = [node for node in graph.nodes if node.name not in graph.placed]
+    items: list[Node | Stage] = []
+    for level in range(max(levels.values()) + 1):
+        items += [node for node in plain if levels[node.name] == level]
+        items += [graph.stages[level]] if level in graph.stages else []
+    used = {name for stage in graph.stages.values() for name in stage.weights}
+    streamed = sum(size_of(n) for n in graph.nodes if n.name in graph.placed and not isinstance(n.target, Reduction))
+    of_image = [node for node in plain if levels[node.name] > 0]
+    extents = {maps.extent(name) for name in maps.axes} - {(1, 1)}
+    whole = sum(size_of(node) for node in of_image if _is_whole(node, graph.whole, extents))
+    dtypes = graph.dtypes
+    return Program(
+        captured=replace(graph.captured, outputs=graph.outputs.args),
+        items=tuple(items),
+        broadcast=dict(maps.broadcast),
+        statistics=tuple((node.module_path, node.name) for node in graph.nodes if node.target in _OF_BATCH),
+        streamed_fraction=streamed / max(1, streamed + whole),
+        plain_bytes=sum(map(size_of, of_image)),
+        combined_bytes=sum(size_of(node) for node in plain if levels[node.name] == 0),
+        weight_bytes=sum(weight_size(name, maps, dtypes) for name in used),
+        refused=graph.refused,
+        random=any(op.draws for op in (op_of(node.target) for node in graph.nodes) if op is not None),
+    )
+
+
+def _is_whole(node: Node, whole: frozenset[str], extents: set[tuple[int, int]]) -> bool:
+    """True if a plain node depends on a whole map, or has one of these `extents` of what scans have reduced."""
+    return node.name in whole or any(
+        height * width in node.shape or (height, width) in itertools.pairwise(node.shape) for height, width in extents
+    )

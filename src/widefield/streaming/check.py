@@ -16,9 +16,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.build import explain as explain_passes
+from widefield.streaming.capture import capture
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
+from widefield.streaming.rules.base import OPS
 
 TOLERANCE = 1e-10  # relative, in float64: what the same numbers summed in another order stay far below
 # In a model that amplifies rounding (deep, with random weights) they do not. Then this times what plain PyTorch's own results
@@ -41,15 +44,6 @@ _MEANING: dict[Verdict, str] = {
     "refused": "it cannot be streamed",
     "WRONG": "streamed results differ from those of the whole image; please report this as a bug",
 }
-
-# Operations that tokens are made by or go through: where attention begins. Windows are cut out by views, too; of all other
-# operations on a flattened image, the reason says so.
-_TOKEN_OPS = frozenset(
-    (
-        *("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "einsum", "scaled_dot_product_attention", "softmax"),
-        *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "unfold", "im2col"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -207,6 +201,24 @@ def check(
     )
 
 
+def explain(model: nn.Module, shape: Sequence[int]) -> str:
+    """Return how a model becomes scans: what each pass over its operations makes, and the layers; the model is left as it is.
+
+    Args:
+        model: as for `check`.
+        shape: (channels, height, width) of an image, or (N, channels, height, width).
+
+    Raises:
+        UnsupportedOpError: the model cannot be streamed at all.
+    """
+    full = (1,) * (4 - len(shape)) + tuple(shape)
+    model = _copy(model).eval()
+    dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    captured = capture(model, full, dtype, symbolic=False).at(*full[2:])  # type: ignore[arg-type]
+    assert captured is not None
+    return f"{explain_passes(captured, allow_whole=True)}\n\n{stream(model).plan(full)}"
+
+
 @dataclass(frozen=True)
 class _Result:
     """Outputs of a model: their tensors and structure; gradients of the image (key "") and of the parameters by name.
@@ -298,7 +310,9 @@ def _verdict(errors: dict[str, float], rounding: dict[str, float], plan: Plan) -
 
 
 def _on_tokens(error: UnsupportedOpError) -> bool:
-    return error.op.rpartition(".")[2] in _TOKEN_OPS or "flattened image" in error.reason
+    # Windows are cut out by views, too; of all other operations on a flattened image, the reason says so.
+    named = {f"aten.{target._opname}" for target, op in OPS.items() if op.on_tokens}
+    return error.op in named or "flattened image" in error.reason
 
 
 def _plan(model: nn.Module, shape: Sequence[int] | None, tile_size: Any, budget: Any) -> tuple[Plan | None, str]:

@@ -7,6 +7,7 @@ and how it runs on a tile. A rule that cannot do so exactly raises `node.refuse(
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,7 +55,9 @@ class Op:
     """Facts about an operation that hold whatever its arguments are; planner, stages and layers ask for them.
 
     Args:
-        place: the rule; None for reductions, which have none.
+        place: the rule; None where there is none.
+        rewrite: how it becomes reductions and local operations where it is one over the whole image.
+        flat: how it looks on maps with height and width apart, where the model has flattened them (see `rules.flat`).
         saves: what autograd keeps for the derivative: the maps that the operation reads, its result, the position of each maximum
             (8 bytes per element), a mask like the result.
         cheap: computing it again costs less than storing its result.
@@ -64,9 +67,12 @@ class Op:
         stops_gradients: its result does not require grad, whatever it reads.
         draws: it takes random numbers.
         is_layer: it is a layer of the network to its users even where it looks at one position only.
+        on_tokens: tokens are made by it or go through it: where attention begins.
     """
 
     place: "Rule | None" = None
+    rewrite: "Rewrite | None" = None
+    flat: "Flat | None" = None
     saves: frozenset[Saved] = frozenset(("inputs",))
     cheap: bool = False
     carries_relu: bool = False
@@ -74,6 +80,7 @@ class Op:
     stops_gradients: bool = False
     draws: bool = False
     is_layer: bool = False
+    on_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +131,39 @@ class Maps:
 
 
 Rule = Callable[[Node, Maps], Placed]
+# The nodes to put in the place of one, the last of which has its name; None where the operation is local.
+Rewrite = Callable[[Node, Maps], list[Node] | None]
+# Likewise for a node that reads flattened maps, by name, and how many dimensions of the result the model sees as one.
+Flat = Callable[[Node, Maps, list[str]], tuple[list[Node], int]]
 OPS: dict[Any, Op] = {}
 
 
-def rule(*targets: Any, saves: Iterable[Saved] = ("inputs",), **facts: bool) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operators (all overloads of a packet, or single overloads), with the facts of `Op` about them.
+def declare(*targets: Any, **facts: Any) -> None:
+    """Note facts of `Op` about ATen operators: all overloads of a packet, or single overloads."""
+    for target in targets:
+        packet = isinstance(target, torch._ops.OpOverloadPacket)
+        for overload in (getattr(target, name) for name in target.overloads()) if packet else (target,):
+            OPS[overload] = replace(OPS.get(overload, Op()), **facts)
+
+
+def rule(*targets: Any, saves: Iterable[Saved] = ("inputs",), **facts: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators, with the facts of `Op` about them.
 
     A rule for operators of which different facts hold is decorated once for each kind.
     """
 
     def register(function: Rule) -> Rule:
-        op = Op(function, frozenset(saves), **facts)
-        for target in targets:
-            if isinstance(target, torch._ops.OpOverloadPacket):
-                OPS.update({getattr(target, overload): op for overload in target.overloads()})
-            else:
-                OPS[target] = op
+        declare(*targets, place=function, saves=frozenset(saves), **facts)
+        return function
+
+    return register
+
+
+def rewrite(*targets: Any, **facts: Any) -> Callable[[Rewrite], Rewrite]:
+    """Register how ATen operators are rewritten, with the facts of `Op` about them."""
+
+    def register(function: Rewrite) -> Rewrite:
+        declare(*targets, rewrite=function, **facts)
         return function
 
     return register
@@ -213,6 +237,21 @@ def dims(node: Node, value: Any, ndim: int) -> tuple[int, ...]:
     if value is None or (isinstance(value, (list, tuple)) and not value):
         return tuple(range(ndim))
     return tuple(d % ndim for d in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def groups(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[tuple[range, range]]:
+    """The finest cut of both shapes into runs of dimensions with equal products."""
+    groups, i, j = [], 0, 0
+    while i < len(shape_in) or j < len(shape_out):
+        i1, j1 = min(i + 1, len(shape_in)), min(j + 1, len(shape_out))
+        while prod(shape_in[i:i1]) != prod(shape_out[j:j1]):
+            if prod(shape_in[i:i1]) < prod(shape_out[j:j1]):
+                i1 += 1
+            else:
+                j1 += 1
+        groups.append((range(i, i1), range(j, j1)))
+        i, j = i1, j1
+    return groups
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

@@ -7,6 +7,7 @@ from string import ascii_letters
 import torch
 
 from widefield.streaming.captured import Node, Ref
+from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
     Maps,
@@ -34,11 +35,15 @@ def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
     )
 
 
-@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, saves=("result",))
-@rule(aten.cumsum, saves=())
+@rule(
+    *(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax),
+    saves=("result",),
+    flat=flat.along(1, whole=True, keeps_shape=True),
+)
+@rule(aten.cumsum, saves=(), flat=flat.along(1))
 @rule(aten.sort, saves=("indices",))
-@rule(aten.cumprod, saves=("inputs", "result"))
-@rule(aten.glu)
+@rule(aten.cumprod, saves=("inputs", "result"), flat=flat.along(1))
+@rule(aten.glu, flat=flat.along(1, default=-1))
 def along(node: Node, maps: Maps) -> Placed:
     """Along one dimension, which stays."""
     name = only_map(node, maps)
@@ -49,11 +54,17 @@ def along(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(aten.mean, aten.sum, saves=())
-@rule(aten.amax, aten.amin, aten.prod, aten.std, aten.std_mean, aten.logsumexp, aten.norm, saves=("inputs", "result"))
-@rule(aten.linalg_vector_norm, saves=("inputs", "result"))
-@rule(aten.max, aten.min, saves=("indices",))
-@rule(aten.var, aten.var_mean, aten.argmax, aten.argmin, aten.any, aten.all)
+@rule(aten.mean, aten.sum, saves=(), flat=flat.along(1, whole=True))
+@rule(
+    *(aten.amax, aten.amin, aten.std, aten.std_mean, aten.logsumexp),
+    saves=("inputs", "result"),
+    flat=flat.along(1, whole=True),
+)
+@rule(aten.prod, saves=("inputs", "result"))
+@rule(aten.linalg_vector_norm, aten.norm, saves=("inputs", "result"), flat=flat.along(2, whole=True))
+@rule(aten.max, aten.min, saves=("indices",), flat=flat.along(1, whole=True))
+@rule(aten.var, aten.var_mean, aten.argmax, aten.argmin, flat=flat.along(1, whole=True))
+@rule(aten.any, aten.all)
 def reduction(node: Node, maps: Maps) -> Placed:
     """Over some dimensions, none of them height or width."""
     name = sources(node, maps)[0]
@@ -72,7 +83,8 @@ def reduction(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, axes)
 
 
-@rule(aten.layer_norm, aten.native_layer_norm, aten.rms_norm)
+@rule(aten.layer_norm, flat=flat.normalised)
+@rule(aten.native_layer_norm, aten.rms_norm)
 def layer_norm(node: Node, maps: Maps) -> Placed:
     """Over the last dimensions of the map, none of them height or width."""
     name = only_map(node, maps)
@@ -82,7 +94,7 @@ def layer_norm(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(aten.linear)
+@rule(aten.linear, flat=flat.linear)
 def linear(node: Node, maps: Maps) -> Placed:
     """Map (..., C) times a weight: the last dimension is contracted."""
     name = only_map(node, maps)
@@ -91,7 +103,11 @@ def linear(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(aten.matmul, aten.bmm)
+def _flat_matmul(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    return flat.contraction(as_einsum(node, [flat.seen_shape(maps, ref.name) for ref in node.args[:2]]), maps, names)
+
+
+@rule(aten.matmul, aten.bmm, flat=_flat_matmul)
 def matmul(node: Node, maps: Maps) -> Placed:
     """A product of matrices that are not the height and the width."""
     return einsum(as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]]), maps)
@@ -120,7 +136,7 @@ def explicit(equation: str, ndims: Sequence[int]) -> str:
     return f"{','.join(terms)}->{right.replace('...', dots)}"
 
 
-@rule(aten.einsum)
+@rule(aten.einsum, flat=flat.contraction)
 def einsum(node: Node, maps: Maps) -> Placed:
     """Maps and weights: neither height nor width is summed over or shared with a weight."""
     equation, operands = node.args[:2]

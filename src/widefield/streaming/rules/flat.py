@@ -5,7 +5,7 @@ other rule has to know. A map's shape in `Maps` is the one with all dimensions a
 model sees as one: height, width, and any that stand before them (3 for tokens of the whole batch, (N * H * W, C)).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from string import ascii_letters
@@ -15,10 +15,7 @@ import torch
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.rules.base import Maps, argument, dims, op_of, sources, swap_refs
-from widefield.streaming.rules.channels import as_einsum
-from widefield.streaming.rules.pointwise import pointwise
-from widefield.streaming.rules.shapes import groups, permute, reshape
+from widefield.streaming.rules.base import Flat, Maps, argument, declare, dims, groups, op_of, place, sources, swap_refs
 
 aten = torch.ops.aten
 
@@ -27,39 +24,20 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
     """Nodes on maps with all dimensions apart that do what `node` does, and how many dimensions of the result are one in `node`."""
     names = sources(node, maps)
     op = op_of(node.target)
-    rule = op and op.place
+    flat = None if op is None else op.flat
     if not maps.flat.keys() & set(names):
-        found = _flattening(node, maps, names[0]) if rule is reshape else None
+        found = _flattening(node, maps, names[0]) if flat is reshaping else None
         return ([node], 0) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
-    if (
-        len({(maps.flat.get(name), maps.shapes[name][_position(maps, name) :][: _width(maps, name)]) for name in names})
-        > 1
-    ):
+    shapes = {(maps.flat.get(n), maps.shapes[n][_position(maps, n) :][: _width(maps, n)]) for n in names}
+    if len(shapes) > 1:
         raise node.refuse(
             "combines maps of a flattened image that are flattened in different ways: "
             + ", ".join(str(maps.shapes[name]) for name in names),
             "flatten the same dimensions of all of them",
         )
-    width = _width(maps, names[0])
-    if rule is reshape:
-        shape, width = _reshaping(node, maps, names[0])
-        return [_reshaped(node, names[0], shape)], width
-    if rule is pointwise:
-        return _elementwise(node, maps, names), width
-    if node.op in ("aten.matmul", "aten.bmm"):
-        node = as_einsum(node, [seen_shape(maps, ref.name) for ref in node.args[:2]])
-    if node.op == "aten.einsum":
-        nodes, stays = _einsum(node, maps, names)
-        return nodes, width if stays else 0
-    if rule is permute:
-        numbers = torch.empty(tuple(range(len(seen_shape(maps, names[0])))), device="meta")
-        order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
-        node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
-    translated = _TRANSLATIONS.get(node.op)
-    if translated is None:
+    if flat is None:
         raise _refuse(node, "works along")
-    nodes, stays = translated(node, maps, names)
-    return nodes, width if stays else 0
+    return flat(node, maps, names)
 
 
 def _refuse(node: Node, what: str) -> UnsupportedOpError:
@@ -117,15 +95,16 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
 def _flattening_one_position(node: Node, maps: Maps) -> tuple[tuple[int, ...], int] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
     try:
-        reshape(node, maps)
+        place(node, maps)
     except UnsupportedOpError:
         ones = [d for d, size in enumerate(node.shape) if size == 1]
         return ((*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2) if ones else None
     return None
 
 
-def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]:
-    """For a reshape of a flattened map: the result's shape with all dimensions apart, and how many are one (0: none)."""
+def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """A reshape that leaves the flattened dimension whole, or merges it with those before it, or takes these off again."""
+    name = names[0]
     p, shape = _position(maps, name), seen_shape(maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
     if any(shape[d] > 1 for d in group_in if d > p):
@@ -147,10 +126,10 @@ def _reshaping(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int]
         at = end
     if at < width:
         raise _refuse(node, "cuts")
-    return (*result, *node.shape[group_out[-1] + 1 :]), merged
+    return [_reshaped(node, name, (*result, *node.shape[group_out[-1] + 1 :]))], merged
 
 
-def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
+def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
     """Weights that are as large as the image are cut in as many dimensions as well."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
     from_the_end = len(seen_shape(maps, names[0])) - p
@@ -165,10 +144,10 @@ def _elementwise(node: Node, maps: Maps, names: list[str]) -> list[Node]:
         nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
         node = swap_refs(node, {name: nodes[-1].name})
     shapes = [maps.shapes[name] for name in sources(node, maps)] + [n.shape for n in nodes]
-    return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))]
+    return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))], width
 
 
-def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def contraction(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
     """The letter of the flattened dimension becomes two."""
     equation, operands = node.args[:2]
     terms = equation.split("->")[0].split(",")
@@ -181,7 +160,7 @@ def _einsum(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]
     letter = letters.pop()
     node = replace(node, args=(equation.replace(letter, "".join((letter, *spare))), operands))
     flat = letter in equation.split("->")[1]
-    return [_with_shape(node, maps) if flat else node], flat
+    return [_with_shape(node, maps) if flat else node], _width(maps, names[0]) if flat else 0
 
 
 def _cut_weights(node: Node, maps: Maps, like: str) -> tuple[Node, list[Node]]:
@@ -209,10 +188,15 @@ def _with_shape(node: Node, maps: Maps, more: Sequence[Node] = ()) -> Node:
     return replace(node, shape=tuple((result if node.pick is None else result[node.pick]).shape))
 
 
-def _along(position: int, name: str = "dim", default: Any = None, whole: bool = False) -> Callable[..., Any]:
-    """A translation of operators with dimensions at argument `position`; `whole`: they may include the flattened one."""
+def along(
+    position: int, name: str = "dim", default: Any = None, whole: bool = False, keeps_shape: bool = False
+) -> Flat:
+    """For operators with dimensions at argument `position`; `whole`: they may include the flattened one.
 
-    def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+    `keeps_shape`: it is still there in the result then.
+    """
+
+    def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
         p, width, ndim = _position(maps, names[0]), _width(maps, names[0]), len(seen_shape(maps, names[0]))
         value = argument(node, position, name, default)
         many = isinstance(value, (list, tuple)) or value is None
@@ -231,28 +215,30 @@ def _along(position: int, name: str = "dim", default: Any = None, whole: bool = 
         elif len(node.args) <= position:
             args = list(node.args)
         node = replace(node, args=tuple(args), kwargs=kwargs)
-        stays = p not in given or node.op in _KEEPS_SHAPE
+        stays = p not in given or keeps_shape
         if p in given:
             shape = maps.shapes[names[0]] if stays else node.shape
-            return [replace(node, shape=shape)], stays
+            return [replace(node, shape=shape)], width if stays else 0
         apart_weights: list[Node] = []
         if node.op == "aten.cat":
             node, apart_weights = _cut_weights(node, maps, names[0])
-        return [*apart_weights, _with_shape(node, maps, apart_weights)], True
+        return [*apart_weights, _with_shape(node, maps, apart_weights)], width
 
     return translate
 
 
-_KEEPS_SHAPE = {"aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax"}
-
-
-def _permute(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def permuted(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """Dimensions in another order."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
+    # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
+    numbers = torch.empty(tuple(range(len(seen_shape(maps, names[0])))), device="meta")
+    order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
+    node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
     order = [e for d in node.args[1] for e in (range(p, p + width) if d == p else (_apart(d, p, width),))]
-    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], True
+    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], width
 
 
-def _sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
     """`expand` and `repeat`."""
     sizes, kept = list(node.args[1]), -1 if node.op == "aten.expand" else 1
     p = _position(maps, names[0]) + len(sizes) - len(seen_shape(maps, names[0]))
@@ -262,26 +248,28 @@ def _sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
         _with_shape(
             replace(node, args=(node.args[0], [*sizes[:p], *[kept] * _width(maps, names[0]), *sizes[p + 1 :]])), maps
         )
-    ], True
+    ], _width(maps, names[0])
 
 
-def _index(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def indexed(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """Picking by index along another dimension."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
     indices = list(node.args[1])
     if indices[p : p + 1] not in ([], [None]):
         raise _refuse(node, "picks by index among")
     indices[p:p] = [None] * (width - 1)
-    return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], True
+    return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], _width(maps, names[0])
 
 
-def _pad(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def padded(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
     """Of the dimensions behind the flattened one."""
     if len(node.args[1]) // 2 >= len(seen_shape(maps, names[0])) - _position(maps, names[0]):
         raise _refuse(node, "pads")
-    return [_with_shape(node, maps)], True
+    return [_with_shape(node, maps)], _width(maps, names[0])
 
 
-def _pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """A convolution with a kernel of one position, as one over height and width."""
     weight = node.args[1].name
     shape, groups_of = maps.shapes[weight], argument(node, 6, "groups", 1)
     strides = (*dims(node, argument(node, 3, "stride", 1), 99), *dims(node, argument(node, 4, "padding", 0), 99))
@@ -296,34 +284,38 @@ def _pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[No
     args = (node.args[0], Ref(apart.name), argument(node, 2, "bias"), [1, 1], [0, 0], [1, 1], groups_of)
     height, width = maps.extent(names[0])
     made = replace(node, target=aten.conv2d.default, args=args, kwargs={}, shape=(*node.shape[:2], height, width))
-    return [apart, made], True
+    return [apart, made], _width(maps, names[0])
 
 
-def _layer_norm(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def normalised(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """Normalisation over dimensions behind the flattened one."""
     p, ndim = _position(maps, names[0]), len(seen_shape(maps, names[0]))
     if p >= ndim - len(node.args[1]):
         raise _refuse(node, "normalises over")
-    return [_with_shape(node, maps)], True
+    return [_with_shape(node, maps)], _width(maps, names[0])
 
 
-def _linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """A product along the last dimension, which is not the flattened one."""
     if _position(maps, names[0]) == len(seen_shape(maps, names[0])) - 1 or names != [node.args[0].name]:
         raise _refuse(node, "multiplies along")
-    return [_with_shape(node, maps)], True
+    return [_with_shape(node, maps)], _width(maps, names[0])
 
 
-def _channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
     """Operators that know dimensions 0 and 1 only."""
     if _position(maps, names[0]) < 2:
         raise _refuse(node, "takes for channels")
-    return [replace(node, shape=maps.shapes[names[0]])], True
+    return [replace(node, shape=maps.shapes[names[0]])], _width(maps, names[0])
 
 
-def _unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
-    return [replace(node, shape=maps.shapes[names[0]])], True
+def unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """Whatever keeps the shape."""
+    return [replace(node, shape=maps.shapes[names[0]])], _width(maps, names[0])
 
 
-def _pool(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
+def pooled(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    """Pooling to one position."""
     p = _position(maps, names[0])
     if list(node.args[1]) != [1] or p != len(seen_shape(maps, names[0])) - 1:
         raise _refuse(node, "pools along")
@@ -331,40 +323,12 @@ def _pool(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], bool]:
         replace(
             node, target=aten.mean.dim, args=(node.args[0], list(range(p, p + _width(maps, names[0]))), True), kwargs={}
         )
-    ], False
+    ], 0
 
 
-_TRANSLATIONS: dict[str, Callable[[Node, Maps, list[str]], tuple[list[Node], bool]]] = {
-    **{
-        f"aten.{op}": _along(1, whole=True)
-        for op in ("softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp")
-    },
-    **{f"aten.{op}": _along(1, whole=True) for op in ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin")},
-    **{f"aten.{op}": _along(1, whole=True) for op in ("var", "std", "var_mean", "std_mean")},
-    **{f"aten.{op}": _along(2, whole=True) for op in ("linalg_vector_norm", "norm")},
-    **{
-        f"aten.{op}": _along(1, default=0)
-        for op in ("select", "slice", "index_select", "narrow", "unbind", "cat", "stack")
-    },
-    **{f"aten.{op}": _along(2, default=0) for op in ("split", "split_with_sizes", "chunk", "tensor_split")},
-    **{f"aten.{op}": _along(1) for op in ("cumsum", "cumprod")},
-    "aten.unfold": _along(1, name="dimension"),
-    "aten.flip": _along(1, name="dims"),
-    "aten.glu": _along(1, default=-1),
-    "aten.permute": _permute,
-    "aten.expand": _sizes,
-    "aten.repeat": _sizes,
-    "aten.index": _index,
-    "aten.pad": _pad,
-    "aten.constant_pad_nd": _pad,
-    "aten.conv1d": _pointwise_conv1d,
-    "aten.layer_norm": _layer_norm,
-    "aten.linear": _linear,
-    **{
-        f"aten.{op}": _channels_second for op in ("batch_norm", "instance_norm", "group_norm", "prelu", "_prelu_kernel")
-    },
-    "aten._native_batch_norm_legit_no_training": _channels_second,
-    "aten._native_batch_norm_legit": _channels_second,
-    **{f"aten.{op}": _unchanged for op in ("dropout", "native_dropout", "bernoulli")},
-    "aten.adaptive_avg_pool1d": _pool,
-}
+declare(
+    *(aten.matmul, aten.mm, aten.bmm, aten.baddbmm, aten.addmm, aten.linear, aten.einsum, aten.softmax),
+    *(aten.scaled_dot_product_attention, aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten),
+    *(aten.permute, aten.transpose, aten.unfold, aten.im2col),
+    on_tokens=True,
+)

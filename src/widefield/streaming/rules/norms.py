@@ -8,14 +8,16 @@ from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_reduce
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.rules.base import Maps, Placed, argument, caller, only_map, rule
+from widefield.streaming.rules import flat
+from widefield.streaming.rules.base import Maps, Placed, argument, caller, only_map, rewrite, rule
 from widefield.streaming.rules.reductions import precise
-from widefield.streaming.rules.rewriting import kept, moments, rewrite
+from widefield.streaming.rules.rewriting import kept, moments
 
 aten = torch.ops.aten
 
 
-@rewrite(aten.instance_norm, aten.group_norm, aten.native_group_norm)
+@rewrite(aten.instance_norm, aten.group_norm, flat=flat.channels_second)
+@rewrite(aten.native_group_norm)
 def group_norm(node: Node, maps: Maps) -> list[Node] | None:
     """Instance and group normalisation by the image's own statistics."""
     name = only_map(node, maps)
@@ -47,7 +49,7 @@ def _affine(node: Node) -> tuple[Any, Any, float]:
     return node.args[1], node.args[2], node.args[7 if node.target is aten.batch_norm.default else 5]
 
 
-@rewrite(aten.batch_norm, aten._native_batch_norm_legit)
+@rewrite(aten.batch_norm, aten._native_batch_norm_legit, flat=flat.channels_second)
 def batch_norm(node: Node, maps: Maps) -> list[Node] | None:
     """Batch normalisation by the statistics of the batch, or of the batches of all processes."""
     name = only_map(node, maps)

@@ -1,39 +1,41 @@
 """Operations that compute every position from the same position of their inputs."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from widefield.streaming.capture import overwrite
 from widefield.streaming.captured import Node
+from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import Axes, Maps, Placed, TileContext, caller, only_map, rule, sources, swap_refs
 
 aten = torch.ops.aten
 
 
+_pointwise = partial(rule, cheap=True, flat=flat.elementwise)
+
+
 # Operators that PyTorch tags as pointwise come here without being listed, where they save what they read.
-@rule(
+@_pointwise(
     *(aten.hardswish, aten.softplus, aten.square, aten.floor_divide),
     *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.alias, aten.contiguous),
     *(aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
-    cheap=True,
 )
-@rule(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=(), cheap=True)
-@rule(aten.log_sigmoid, saves=("inputs", "mask"), cheap=True)
-@rule(aten.detach, saves=(), cheap=True, stops_gradients=True)
-@rule(aten.add, saves=(), cheap=True, carries_relu=True, sends_same=True)
-@rule(
+@_pointwise(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=())
+@_pointwise(aten.log_sigmoid, saves=("inputs", "mask"))
+@_pointwise(aten.detach, saves=(), stops_gradients=True)
+@_pointwise(aten.add, saves=(), carries_relu=True, sends_same=True)
+@_pointwise(
     *(aten.relu, aten.sigmoid, aten.tanh, aten.tan, aten.sqrt, aten.rsqrt, aten.reciprocal),
     *(aten.exp, aten.exp2, aten.expm1, aten.special_expm1, aten.special_ndtri),
     saves=("result",),
-    cheap=True,
 )
-@rule(
+@_pointwise(
     *(aten.sgn, aten.special_bessel_j1, aten.special_bessel_y1, aten.special_modified_bessel_i1, aten.special_i1),
     *(aten.special_modified_bessel_k1, aten.special_i0e, aten.special_i1e, aten.special_erfcx, aten.special_log_ndtr),
     saves=("inputs", "result"),
-    cheap=True,
 )
 def pointwise(node: Node, maps: Maps) -> Placed:
     """Broadcasting element by element; weights as large as the image are read tile by tile too."""
@@ -56,8 +58,11 @@ def pointwise(node: Node, maps: Maps) -> Placed:
     return _call(node, maps, axes)
 
 
-@rule(aten.batch_norm, aten._native_batch_norm_legit_no_training, cheap=True, carries_relu=True)
-@rule(aten.instance_norm, aten.prelu, aten._prelu_kernel, cheap=True)
+_channelwise = partial(rule, cheap=True, flat=flat.channels_second)
+
+
+@_channelwise(aten.batch_norm, aten._native_batch_norm_legit_no_training, carries_relu=True)
+@_channelwise(aten.instance_norm, aten.prelu, aten._prelu_kernel)
 def channelwise(node: Node, maps: Maps) -> Placed:
     """Per-channel weights on dimension 1: stored statistics, affine parameters, slopes."""
     name = only_map(node, maps)

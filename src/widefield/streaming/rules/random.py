@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node
+from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import Maps, Placed, TileContext, argument, only_map, rule
 
 aten = torch.ops.aten
@@ -44,7 +45,7 @@ def _starts(ndim: int, axes: Sequence[int], context: TileContext) -> list[int]:
     return starts
 
 
-@rule(aten.native_dropout, aten.dropout, saves=("inputs", "mask"), draws=True)
+@rule(aten.native_dropout, aten.dropout, saves=("inputs", "mask"), draws=True, flat=flat.unchanged)
 def dropout(node: Node, maps: Maps) -> Placed:
     """Zero each element with probability p, scale the others by 1 / (1 - p)."""
     name = only_map(node, maps)
@@ -63,7 +64,7 @@ def dropout(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), axes, run)
 
 
-@rule(aten.bernoulli.p, draws=True)
+@rule(aten.bernoulli.p, draws=True, flat=flat.unchanged)
 def bernoulli(node: Node, maps: Maps) -> Placed:
     """Ones with probability p, in the shape of a map (alpha dropout draws its mask so)."""
     name = only_map(node, maps)

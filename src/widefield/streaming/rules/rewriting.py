@@ -12,20 +12,6 @@ from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules.base import Maps
 from widefield.streaming.rules.reductions import Moments, Reduction, Sum
 
-Rewrite = Callable[[Node, Maps], list[Node] | None]
-REWRITES: dict[Any, Rewrite] = {}
-
-
-def rewrite(*packets: Any) -> Callable[[Rewrite], Rewrite]:
-    """Register a rewriting of ATen operators, all overloads."""
-
-    def register(function: Rewrite) -> Rewrite:
-        for packet in packets:
-            REWRITES.update({getattr(packet, overload): function for overload in packet.overloads()})
-        return function
-
-    return register
-
 
 class Rewriting:
     """The nodes that take the place of `node`, as they are added."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Window, identity, repeat
+from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
     Maps,
@@ -19,17 +19,19 @@ from widefield.streaming.rules.base import (
     argument,
     caller,
     dims,
+    groups,
     only_map,
     refuse_whole,
+    rewrite,
     rule,
     sources,
 )
-from widefield.streaming.rules.rewriting import Rewriting, rewrite
+from widefield.streaming.rules.rewriting import Rewriting
 
 aten = torch.ops.aten
 
 
-@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims, cheap=True)
+@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims, cheap=True, flat=flat.permuted)
 def permute(node: Node, maps: Maps) -> Placed:
     """Dimensions in another order."""
     name = only_map(node, maps)
@@ -50,6 +52,7 @@ def permute(node: Node, maps: Maps) -> Placed:
     aten.flatten,
     aten.view_as,
     aten.reshape_as,
+    flat=flat.reshaping,
 )
 def reshape(node: Node, maps: Maps) -> Placed:
     """A new shape, as long as height and width stay apart from each other.
@@ -97,22 +100,7 @@ def reshape(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), Axes(rows, cols), run)
 
 
-def groups(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[tuple[range, range]]:
-    """The finest cut of both shapes into runs of dimensions with equal products."""
-    groups, i, j = [], 0, 0
-    while i < len(shape_in) or j < len(shape_out):
-        i1, j1 = min(i + 1, len(shape_in)), min(j + 1, len(shape_out))
-        while prod(shape_in[i:i1]) != prod(shape_out[j:j1]):
-            if prod(shape_in[i:i1]) < prod(shape_out[j:j1]):
-                i1 += 1
-            else:
-                j1 += 1
-        groups.append((range(i, i1), range(j, j1)))
-        i, j = i1, j1
-    return groups
-
-
-@rule(aten.expand, aten.repeat)
+@rule(aten.expand, aten.repeat, flat=flat.sizes)
 def expand(node: Node, maps: Maps) -> Placed:
     """Repetition along dimensions other than height and width."""
     name = only_map(node, maps)
@@ -129,7 +117,7 @@ def expand(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.slice)
+@rule(aten.slice, flat=flat.along(1, default=0))
 def take_slice(node: Node, maps: Maps) -> Placed:
     """A range with a step, along any dimension."""
     name = only_map(node, maps)
@@ -155,7 +143,7 @@ def take_slice(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.select, aten.unbind)
+@rule(aten.select, aten.unbind, flat=flat.along(1, default=0))
 def select(node: Node, maps: Maps) -> Placed:
     """One index of a dimension, which goes."""
     name = only_map(node, maps)
@@ -171,8 +159,10 @@ def select(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.flip, aten.roll, saves=())
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.index_select, aten.narrow)
+@rule(aten.flip, saves=(), flat=flat.along(1, name="dims"))
+@rule(aten.roll, saves=())
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, flat=flat.along(2, default=0))
+@rule(aten.index_select, aten.narrow, flat=flat.along(1, default=0))
 def along_another_dimension(node: Node, maps: Maps) -> Placed:
     """Cutting or reordering a dimension other than height and width."""
     name = only_map(node, maps)
@@ -184,7 +174,7 @@ def along_another_dimension(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: call(tiles, context.weights))
 
 
-@rule(aten.unfold)
+@rule(aten.unfold, flat=flat.along(1, name="dimension"))
 def windows(node: Node, maps: Maps) -> Placed:
     """Overlapping windows of a dimension, as a dimension of their own at the end."""
     name = only_map(node, maps)
@@ -197,7 +187,7 @@ def windows(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, *sides),), axes, lambda tiles, context: tiles[0].unfold(dim, size, step))
 
 
-@rewrite(aten.index)
+@rewrite(aten.index, flat=flat.indexed)
 def pick(node: Node, maps: Maps) -> list[Node]:
     """A list of indices, the same for every image, along one dimension that is neither height nor width."""
     name = only_map(node, maps)
@@ -215,7 +205,7 @@ def from_the_start(index: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=index.device)[index]
 
 
-@rule(aten.cat, aten.stack, saves=())
+@rule(aten.cat, aten.stack, saves=(), flat=flat.along(1, default=0))
 @rule(aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""

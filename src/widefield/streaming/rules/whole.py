@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.rules.base import Maps, argument, dims, only_map, rule, sources
+from widefield.streaming.rules import flat
+from widefield.streaming.rules.base import Maps, argument, declare, dims, only_map, rewrite, rule, sources
 from widefield.streaming.rules.channels import WITHOUT_DIM, as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import (
@@ -25,7 +26,7 @@ from widefield.streaming.rules.reductions import (
     sum_of_product,
     sum_over,
 )
-from widefield.streaming.rules.rewriting import Rewriting, kept, moments, rewrite
+from widefield.streaming.rules.rewriting import Rewriting, kept, moments
 
 aten = torch.ops.aten
 
@@ -91,6 +92,9 @@ def _first_maximum(
 
 
 _SMALL = 16  # cells of so many rows and columns are pooled as windows: the result is a map
+
+
+declare(aten.adaptive_avg_pool1d, flat=flat.pooled)
 
 
 @rewrite(aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)

@@ -12,7 +12,19 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, argument, only_map, refuse_whole, rule
+from widefield.streaming.rules import flat
+from widefield.streaming.rules.base import (
+    Axes,
+    Maps,
+    Placed,
+    Read,
+    TileContext,
+    argument,
+    declare,
+    only_map,
+    refuse_whole,
+    rule,
+)
 
 aten = torch.ops.aten
 NCHW = Axes(2, 3)
@@ -78,6 +90,9 @@ def _run_padded(
         if made.shape[dim] != size:
             made = made.narrow(dim, skip, size)
     return made
+
+
+declare(aten.conv1d, flat=flat.pointwise_conv1d)
 
 
 @rule(aten.conv2d, carries_relu=True, is_layer=True)
@@ -216,7 +231,8 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
 
 
-@rule(aten.pad, aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d, saves=())
+@rule(aten.pad, aten.constant_pad_nd, saves=(), flat=flat.padded)
+@rule(aten.reflection_pad2d, aten.replication_pad2d, saves=())
 def pad(node: Node, maps: Maps) -> Placed:
     """Padding or cropping (negative amounts), of any dimension."""
     name = only_map(node, maps)

@@ -1,0 +1,165 @@
+"""Each operation in its place: a map that is computed tile by tile, a reduction of maps, or a plain operation."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from widefield.streaming.captured import Captured, Node, Ref
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.extents import identity
+from widefield.streaming.rules import Axes, Maps, Placed, Read, Reduction, op_of, place, swap_refs, unflatten
+from widefield.streaming.rules.base import groups
+from widefield.streaming.rules.flat import seen_shape
+from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
+from widefield.streaming.rules.pointwise import pointwise
+from widefield.streaming.rules.resize import interpolate
+from widefield.streaming.rules.rewriting import parts_of
+from widefield.streaming.rules.shapes import reshape
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Placing:
+    """The nodes so far: those in `placed` are maps and reductions, the others are plain.
+
+    `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
+    """
+
+    captured: Captured
+    allow_whole: bool
+    maps: Maps = field(default_factory=Maps)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    placed: dict[str, Placed] = field(default_factory=dict)
+    expanded: dict[str, str] = field(default_factory=dict)
+    refused: list[UnsupportedOpError] = field(default_factory=list)
+    whole: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
+        self.maps.axes[self.captured.image] = Axes(2, 3)
+        self.maps.synchronised = self.captured.synchronised
+
+    def add(self, node: Node) -> None:
+        """Place a captured node; what cannot be streamed runs on whole maps if that is allowed: UnsupportedOpError."""
+        node = self._without_broadcasting(node)
+        if not any(name in self.maps for name in node.refs):
+            self._add(node)
+            return
+        try:
+            if node.dtype.is_complex:  # the gradients of complex maps would be lost, and no rule takes |x|^2 for x * x
+                raise node.refuse(
+                    f"makes a complex map ({node.dtype}), and only real ones are streamed",
+                    "compute with the real and the imaginary part as two real maps; "
+                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
+                )
+            steps, flattened = unflatten(node, self.maps)
+            op = op_of(steps[-1].target)
+            last = (op and op.rewrite and op.rewrite(steps[-1], self.maps)) or [steps[-1]]
+            for step in (*steps[:-1], *last):
+                self._add(step)
+        except UnsupportedOpError as error:
+            if not self.allow_whole:
+                raise
+            self.refused.append(error)
+            self._add_plain(self.on_whole_maps(node))
+        else:
+            if flattened:
+                self.maps.flat[node.name] = flattened
+
+    def _without_broadcasting(self, node: Node) -> Node:
+        """`node` reading what was expanded as it was before, where the operation broadcasts by itself."""
+        source = next(iter(node.refs), "")
+        if source not in self.maps:
+            if _rule(node) is interpolate and self.maps.shapes.get(source, ())[-2:] == (1, 1):  # one pixel, resized
+                node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
+            if node.target is aten.expand.default:
+                self.expanded[node.name] = source
+        if source in self.expanded:
+            if node.target in (aten.clone.default, aten.contiguous.default):
+                self.expanded[node.name] = self.expanded[source]
+            if _rule(node) is reshape:
+                self._reshape_expanded(node, source)
+        if _rule(node) is pointwise:
+            shapes = {name: seen_shape(self.maps, name) for name in node.refs}
+            for name in [name for name in shapes if name in self.expanded]:
+                shapes[name] = seen_shape(self.maps, self.expanded[name])
+                if torch.broadcast_shapes(*shapes.values()) == node.shape:
+                    node = swap_refs(node, {name: self.expanded[name]})
+                else:
+                    shapes[name] = seen_shape(self.maps, name)
+        return node
+
+    def _reshape_expanded(self, node: Node, source: str) -> None:
+        """Reshape what was expanded before it is expanded: dimensions that stay as they are need not be written out."""
+        base = self.maps.shapes[self.expanded[source]]
+        full = self.maps.shapes[source]
+        base = (1,) * (len(full) - len(base)) + tuple(base)
+        before, after = list(full), list(node.shape)
+        for group_in, group_out in groups(full, node.shape):
+            if len(group_in) == len(group_out) == 1 and base[group_in[0]] == 1:
+                before[group_in[0]] = after[group_out[0]] = 1
+        partly = replace(node, name=f"{node.name}@part", target=aten.expand.default, kwargs={}, pick=None)
+        self._add_plain(replace(partly, args=(Ref(self.expanded[source]), before), shape=tuple(before)))
+        small = replace(partly, name=f"{node.name}@small", target=aten.reshape.default, shape=tuple(after))
+        self._add_plain(replace(small, args=(Ref(partly.name), after)))
+        self.expanded[node.name] = small.name
+
+    def _add(self, node: Node) -> None:
+        if isinstance(node.target, Reduction):
+            self._add_reduction(node)
+        elif any(name in self.maps for name in node.refs):
+            found = place(node, self.maps)
+            if 0 in (node.shape[found.axes.rows], node.shape[found.axes.cols]):
+                raise node.refuse(
+                    f"makes an empty map of shape {node.shape}",
+                    "pass a larger image, or leave this output out where it is empty",
+                )
+            self.placed[node.name] = found
+            self.maps.axes[node.name] = found.axes
+            self._record(node)
+        else:
+            self._add_plain(node)
+
+    def _add_plain(self, node: Node) -> None:
+        if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
+            node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
+        if by_batch(node) and node.pick in (None, 0):
+            for step in batch_norm_of_tensor(node, node.module_path in self.captured.synchronised):
+                self._add_plain(step)
+            return
+        if any(name in self.maps or name in self.whole for name in node.refs):
+            self.whole.add(node.name)
+        self._record(node)
+
+    def _add_reduction(self, node: Node) -> None:
+        if node.name in self.nodes:
+            return
+        height, width = self.maps.extent(node.refs[0])
+        reads = tuple(Read(name, identity(height), identity(width)) for name in node.refs)
+        self.placed[node.name] = Placed(reads, Axes(0, 1), lambda tiles, work: tiles[0])
+        self._record(replace(node, shape=(height, width)))
+        for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
+            self.maps.shapes[part] = shape
+
+    def on_whole_maps(self, node: Node) -> Node:
+        """`node` with flattened maps as the model sees them."""
+        for name in self.maps.flat.keys() & set(node.refs):
+            whole = f"{name}@whole"
+            if whole not in self.nodes:
+                shape = seen_shape(self.maps, name)
+                made = replace(self.nodes[name], name=whole, target=aten.reshape.default, args=(Ref(name), list(shape)))
+                self._add_plain(replace(made, kwargs={}, pick=None, shape=shape))
+            node = swap_refs(node, {name: whole})
+        return node
+
+    def _record(self, node: Node) -> None:
+        self.nodes[node.name] = node
+        self.maps.shapes[node.name] = node.shape
+
+
+def _rule(node: Node) -> Any:
+    """The rule of a node's operator, None if there is none."""
+    op = op_of(node.target)
+    return op and op.place
