@@ -1,10 +1,16 @@
-"""`import widefield` is light; that imports point one way is a check of `lint-imports`."""
+"""`import widefield` is light, shows few names, and its errors have one root. `lint-imports` checks that imports point one way."""
 
+import ast
+import builtins
+import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+SOURCE = Path(importlib.util.find_spec("widefield").origin).parent
 LOADED = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
@@ -21,9 +27,46 @@ def test_importing_a_part_loads_only_what_it_needs(module, unwanted):
     assert not unwanted & set(result.stdout.split())
 
 
-def test_every_public_name_says_where_it_comes_from():
+def test_few_names_are_shown_and_others_can_be_imported():
     import widefield
 
-    assert set(dir(widefield)) == set(widefield.__all__)
+    assert dir(widefield) == widefield.__all__
+    assert len(widefield.__all__) <= 16
+    assert widefield.open_image is importlib.import_module("widefield.images").open_image
+    assert widefield.METHODS is importlib.import_module("widefield.pretraining").METHODS
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'; it has .*open_image"):
         _ = widefield.nothing
+
+
+@pytest.mark.parametrize("stub", sorted(SOURCE.rglob("__init__.pyi")), ids=lambda stub: stub.parent.name)
+def test_every_name_of_a_stub_is_where_the_stub_says(stub):
+    tree = ast.parse(stub.read_text(encoding="utf-8"))
+    homes = [(line.module, name.name) for line in tree.body if isinstance(line, ast.ImportFrom) for name in line.names]
+    for module, name in homes:
+        if module.startswith("widefield"):
+            path = SOURCE.joinpath(*module.split(".")[1:])
+            files = [path.with_suffix(".py"), path / "__init__.pyi", path / "__init__.py"]
+            text = next(file for file in files if file.is_file()).read_text(encoding="utf-8")
+            assert re.search(rf"\b{name}\b", text), f"{name} is not in {module}"
+
+
+def test_every_error_of_ours_has_the_root_and_what_users_did_is_a_built_in_error_too():
+    """Found in the source, so that an error in a module that nothing imports counts too."""
+    kinds = {
+        name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    bases = {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def descend(name: str) -> set[str]:
+        return {name}.union(*(descend(base) for base in bases.get(name, ()) if base != name))
+
+    errors = {name: descend(name) for name in bases if not descend(name).isdisjoint(kinds)}
+    assert len(errors) > 10
+    assert not [name for name, above in errors.items() if "WidefieldError" not in above]
+    alone = {name for name, above in errors.items() if above.isdisjoint({"ValueError", "OSError", "ImportError"})}
+    assert alone == {"WidefieldError", "UnsupportedOpError", "VerificationError", "PlainFailsError"}

@@ -1,54 +1,40 @@
 """Widefield: train and run vision models on images of any size, exactly, in the memory you have.
 
-Names load their part of the library on first use (PEP 562), so ``import widefield`` is instant and imports no torch.
+Names load their part of the library on first use (PEP 562), so ``import widefield`` is instant and imports no torch. The names,
+and where they are, stand in ``__init__.pyi``, which editors and mypy read as well. ``__all__`` are those that most programs need;
+the others that lightstream, LightlyTrain and MMPretrain have at their top can be imported from here too.
 """
 
+import ast
 import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "StreamingCNN": "streaming",
-    "UnsupportedOpError": "streaming",
-    "Plan": "streaming",
-    "stream": "streaming",
-    "split": "streaming",
-    "calibrate_batch_norm": "streaming",
-    "open_image": "images",
-    "BaseModule": "modules",
-    "StreamingModule": "modules",
-    "ImageNetClassifier": "modules",
-    "StreamingConstructor": "modules",
-    "AtomicCheckpointIO": "modules",
-    "RandomState": "modules",
-    "StreamingResNet": "models.resnet",
-    "split_resnet": "models.resnet",
-    "StreamingConvNeXt": "models.convnext",
-    "StreamingConvnext": "models.convnext",
-    "StreamingTimm": "models.streaming_timm",
-    "MODELS": "registry",
-    "FeatureExtractor": "inference",
-    "ImageClassificationInferencer": "inference",
-    "ImageRetrievalInferencer": "inference",
-    "get_model": "inference",
-    "inference_model": "inference",
-    "list_models": "inference",
-    "METHODS": "pretraining",
-    "embed": "pretraining",
-    "export": "pretraining",
-    "pretrain": "pretraining",
-    "train": "pretraining",
-}
 
-__all__ = sorted([*_HOME, "__version__"])
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose names load their module on first use.
+
+    Args:
+        package: Its `__name__`.
+        file: Its `__file__`, beside which `__init__.pyi` imports the names. `__all__` are all of them, unless it says which.
+    """
+    homes, public = {}, None
+    for line in ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8")).body:
+        if isinstance(line, ast.ImportFrom):
+            homes |= {name.name: str(line.module) for name in line.names}
+        elif isinstance(line, ast.Assign):
+            public = ast.literal_eval(line.value)
+    shown = sorted(homes) if public is None else public
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(shown)}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return get, lambda: shown, shown
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'widefield' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"widefield.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.evaluation import evaluate
-from widefield.cli.missing import MissingExtraError
 from widefield.cli.prediction import draw, explain, for_each, image_files, overlay_paths
 from widefield.cli.run_arguments import read_run
 from widefield.cli.sections import SECTIONS
 from widefield.cli.user_code import import_user_code
 from widefield.components.metrics.confusion_matrix import ConfusionMatrix
 from widefield.config import load, override
+from widefield.errors import MissingExtraError
 from widefield.images import open_image
 from widefield.inference.features import features_of
 from widefield.inference.info import info_of

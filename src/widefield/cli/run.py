@@ -9,12 +9,14 @@ from types import ModuleType
 from rich.console import Console
 from rich.logging import RichHandler
 
-from widefield.cli.missing import MissingExtraError
+from widefield.errors import WidefieldError
 
 console = Console(stderr=True, highlight=False)
 """Where log lines, progress bars and errors of the command line go."""
 
 _log = logging.getLogger(__name__)
+_USERS_ERRORS = (OSError, ValueError, WidefieldError)
+"""Errors whose message tells the user what to do, so that no traceback is needed."""
 
 
 def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
@@ -26,7 +28,7 @@ def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, other
             _fail(verb, "interrupted")
             return 130
         except Exception as error:
-            if isinstance(error, BrokenPipeError) or not isinstance(error, _users_errors()):
+            if isinstance(error, BrokenPipeError) or not isinstance(error, _USERS_ERRORS):
                 raise
             _log.debug("the error came from here", exc_info=True)
             _fail(verb, str(error))
@@ -54,13 +56,6 @@ def _logging(level: int) -> Iterator[None]:
         ours.handlers, ours.level, ours.propagate = before
         for logger, former in zip(theirs, levels, strict=True):
             logger.setLevel(former)
-
-
-def _users_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message tells the user what to do, so that no traceback is needed."""
-    from widefield.streaming import UnsupportedOpError
-
-    return (OSError, ValueError, MissingExtraError, UnsupportedOpError)
 
 
 def _fail(verb: str, message: str) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from widefield.errors import WidefieldError
+
 Path = tuple[str, ...]
 """Keys from the top down; an index of a list is a key too."""
 
 
-class ConfigError(ValueError):
+class ConfigError(WidefieldError, ValueError):
     """A configuration that cannot be used. Each line of the message names a path, what was given, and what was expected."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from widefield.errors import WidefieldError
 from widefield.images import is_image_name
 
 SPLITS = ("train", "val", "test")
@@ -14,7 +15,7 @@ _SHOWN = 10
 """Names listed in an error before "and N more"."""
 
 
-class LabelError(ValueError):
+class LabelError(WidefieldError, ValueError):
     """A label table that cannot be used; the message names the file, the row or the images, and what to do."""
 
 

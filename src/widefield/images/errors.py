@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from widefield.errors import WidefieldError
 
-class ImageReadError(OSError):
+
+class ImageReadError(WidefieldError, OSError):
     """A file cannot be read as an image: unsupported, truncated or corrupt.
 
     The message names the file and the reason. It is raised when the file is opened, or when the damaged part is read.

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from widefield.errors import WidefieldError
+
 _SECONDS = 10.0
 """Between two looks at the losses of a GPU, each of which waits for the steps that are under way."""
 _BATCHES = 50
@@ -17,7 +19,7 @@ _BATCHES = 50
 _NEVER = torch.iinfo(torch.int64).max
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(WidefieldError, ValueError):
     """A loss, a weight or the state of an optimizer became NaN or infinite, so training cannot go on.
 
     Attributes:

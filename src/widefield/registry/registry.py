@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from widefield.errors import WidefieldError
 from widefield.registry.arguments import arguments_of
 from widefield.registry.description import split_description
 from widefield.registry.imports import import_object
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-class UnknownNameError(KeyError, ValueError):
+class UnknownNameError(WidefieldError, KeyError, ValueError):
     """A registry has no component called `name`."""
 
     __str__ = Exception.__str__  # that of KeyError shows the message in quotes
@@ -28,7 +29,7 @@ class UnknownNameError(KeyError, ValueError):
         self.name = name
 
 
-class DuplicateNameError(KeyError, ValueError):
+class DuplicateNameError(WidefieldError, KeyError, ValueError):
     """A name is taken."""
 
     __str__ = Exception.__str__

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from widefield.components.data_sample import DataSample
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
+from widefield.errors import WidefieldError
 
 
-class NoMapError(ValueError):
+class NoMapError(WidefieldError, ValueError):
     """A layer whose output says nothing of places in the image."""
 
 

@@ -1,4 +1,4 @@
-"""The engine: any image size, exactly, in the memory you have. Imports torch and nothing else of Widefield."""
+"""The engine: any image size, exactly, in the memory you have. Imports torch, and of Widefield the root of its errors alone."""
 
 from widefield.streaming.calibration import calibrate_batch_norm
 from widefield.streaming.errors import UnsupportedOpError, VerificationError

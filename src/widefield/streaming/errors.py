@@ -1,7 +1,9 @@
 """The engine's own exceptions."""
 
+from widefield.errors import WidefieldError
 
-class UnsupportedOpError(Exception):
+
+class UnsupportedOpError(WidefieldError):
     """The model holds an operation that cannot be streamed. Raised before any pixel is computed.
 
     `module_path` is the dotted name of the module that runs the operation ("" for the model itself), `op` its name, `reason` why

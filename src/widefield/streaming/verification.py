@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from widefield.errors import WidefieldError
 from widefield.streaming.captured import Node
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.execution import on_whole_maps
@@ -53,7 +54,7 @@ _VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the
 _MOST_VERIFIED = 32
 
 
-class PlainFailsError(Exception):
+class PlainFailsError(WidefieldError):
     """The plain module does not run on an image of this size."""
 
 

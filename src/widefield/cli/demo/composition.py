@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from widefield.cli.missing import MissingExtraError
+from widefield.errors import MissingExtraError
 
 SIDE = 1152
 """Height and width of an image, in pixels."""

@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from typing import Any
+
+from widefield.errors import WidefieldError
+from widefield.images import open_image
+from widefield.inference import FeatureExtractor as FeatureExtractor
+from widefield.inference import ImageClassificationInferencer as ImageClassificationInferencer
+from widefield.inference import ImageRetrievalInferencer as ImageRetrievalInferencer
+from widefield.inference import get_model, list_models
+from widefield.inference import inference_model as inference_model
+from widefield.models.convnext import StreamingConvNeXt as StreamingConvNeXt
+from widefield.models.convnext import StreamingConvnext as StreamingConvnext
+from widefield.models.resnet import StreamingResNet as StreamingResNet
+from widefield.models.resnet import split_resnet as split_resnet
+from widefield.models.streaming_timm import StreamingTimm as StreamingTimm
+from widefield.modules import AtomicCheckpointIO as AtomicCheckpointIO
+from widefield.modules import BaseModule as BaseModule
+from widefield.modules import ImageNetClassifier as ImageNetClassifier
+from widefield.modules import RandomState as RandomState
+from widefield.modules import StreamingConstructor as StreamingConstructor
+from widefield.modules import StreamingModule
+from widefield.pretraining import METHODS as METHODS
+from widefield.pretraining import embed, export, pretrain
+from widefield.pretraining import train as train
+from widefield.registry import MODELS
+from widefield.streaming import Plan as Plan
+from widefield.streaming import StreamingCNN, UnsupportedOpError, calibrate_batch_norm, split, stream
+
+__version__: str
+__all__ = [
+    "MODELS",
+    "StreamingCNN",
+    "StreamingModule",
+    "UnsupportedOpError",
+    "WidefieldError",
+    "__version__",
+    "calibrate_batch_norm",
+    "embed",
+    "export",
+    "get_model",
+    "list_models",
+    "open_image",
+    "pretrain",
+    "split",
+    "stream",
+]
+
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]: ...
