@@ -15,7 +15,7 @@ from skimage import data, io
 from tests.data.cifar_files import CIFAR10_NAMES, write_cifar10
 from tests.small_images import write_image
 from widefield.data import CIFAR10, CIFAR100, DATASETS, TRANSFORMS, AnnotationFile, Datasets, ImageFolder, LabelError
-from widefield.images import LazyImage
+from widefield.images import ImageFile
 from widefield.registry.data_index import _TORCHVISION
 
 
@@ -41,7 +41,7 @@ def test_the_classes_of_a_folder_are_its_sorted_sub_folders(tmp_path: Path, capl
     assert found.class_names == theirs.classes == ["ant", "bird"]
     assert [(str(file), found.label(k)) for k, file in enumerate(found.files)] == theirs.samples
     picture, sample = found[3]
-    assert isinstance(picture, LazyImage)
+    assert isinstance(picture, ImageFile)
     assert sample.gt_label.tolist() == [1]
     assert (sample.sample_idx, sample.img_path) == (3, str(tmp_path / "bird" / "deep" / "1.png"))
     (tmp_path / "cat").mkdir()
@@ -149,7 +149,7 @@ def batch(transforms: list[dict[str, Any]], root: Path, **options: Any) -> Any:
 def test_batches_suit_classifiers_and_self_supervised_models(tmp_path: Path) -> None:
     write_classes(tmp_path)
     inputs, samples = batch([], tmp_path)
-    assert all(isinstance(one, LazyImage) for one in inputs)
+    assert all(isinstance(one, ImageFile) for one in inputs)
     assert len(inputs) == len(samples) == 3
     inputs, _ = batch([{"type": "RandomHorizontalFlip"}], tmp_path)
     assert (inputs.shape, inputs.dtype) == ((3, 3, 20, 24), torch.uint8)

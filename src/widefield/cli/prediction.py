@@ -17,7 +17,7 @@ from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
-from widefield.images import IMAGE_ENDINGS, LazyImage, images_below, open_image, thumbnail
+from widefield.images import IMAGE_ENDINGS, ImageFile, images_below, open_image, thumbnail
 from widefield.inference.info import ModelInfo, info_of
 from widefield.inference.models import load_trained
 from widefield.inference.prediction import labels_of, predict_samples
@@ -36,7 +36,7 @@ _THUMBNAIL = 1024
 class Prediction:
     """What was predicted for one image."""
 
-    image: LazyImage
+    image: ImageFile
     scores: tuple[float, ...]
     """A probability per class, or the similarity with each item of a collection."""
     labels: tuple[int, ...]
@@ -145,7 +145,7 @@ def _append(table: Path, row: dict[str, object], begins: bool) -> None:
         writer.writerow(row)
 
 
-def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views: AveragedViews | None) -> Prediction:
+def _predict(model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None) -> Prediction:
     picture = info.pipeline(image)
     found = explain(model, picture)
     if found is None or views is not None:
@@ -159,7 +159,7 @@ def _predict(model: Any, info: ModelInfo, image: LazyImage, overlay: Path, views
     names = ", ".join(info.names(len(scores))[label] for label in labels)
     top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
     draw(overlay, image, picture, found[1].numpy(), f"{image.path.name}: {names}{top}")
-    is_whole = isinstance(picture, LazyImage)
+    is_whole = isinstance(picture, ImageFile)
     place = peak(found[1].numpy(), image.shape[1:]) if is_whole else None
     return Prediction(image, tuple(scores.tolist()), labels, place, overlay)
 
@@ -184,7 +184,7 @@ def explain(
         return None
 
 
-def draw(path: Path, image: LazyImage, picture: Picture, evidence: np.ndarray, title: str) -> None:
+def draw(path: Path, image: ImageFile, picture: Picture, evidence: np.ndarray, title: str) -> None:
     """An overlay on the whole image, or on what the transforms made of it."""
     if isinstance(picture, Tensor):
         under = _as_rgb(picture)

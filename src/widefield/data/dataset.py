@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from widefield.data.labels import LabelledImage
-from widefield.images import Alpha, LazyImage, open_image
+from widefield.images import Alpha, ImageFile, open_image
 
-Batch = tuple[list[LazyImage], Tensor]
+Batch = tuple[list[ImageFile], Tensor]
 """Lazy images, of any sizes, and their class indices: an integer tensor of shape (N,)."""
 
 
-class ImageDataset(Dataset[tuple[LazyImage, int]]):
+class ImageDataset(Dataset[tuple[ImageFile, int]]):
     """Pairs (lazy image, class index). Opening an image reads its header only.
 
     Args:
@@ -30,15 +30,15 @@ class ImageDataset(Dataset[tuple[LazyImage, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[LazyImage, int]:
+    def __getitem__(self, index: int) -> tuple[ImageFile, int]:
         image = self.images[index]
         return open_image(image.path, self.level, alpha=self.alpha), image.label
 
-    def __iter__(self) -> Iterator[tuple[LazyImage, int]]:
+    def __iter__(self) -> Iterator[tuple[ImageFile, int]]:
         return (self[index] for index in range(len(self)))
 
 
-def collate(pairs: Sequence[tuple[LazyImage, int]]) -> Batch:
+def collate(pairs: Sequence[tuple[ImageFile, int]]) -> Batch:
     """A batch of the pairs that an `ImageDataset` gives; no pixels are read."""
     return [image for image, _ in pairs], torch.tensor([label for _, label in pairs])
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
-from widefield.images import LazyImage
+from widefield.images import ImageFile
 from widefield.registry import ComponentOf, Range, arguments_of, split_description
 from widefield.registry.data_index import TRANSFORMS
 
 Transform = Callable[[Any], Any]
 TransformsConfig = Annotated[list[dict[str, Any]] | None, ComponentOf(TRANSFORMS)]
-Picture = Tensor | LazyImage
+Picture = Tensor | ImageFile
 """A tensor (C, H, W), or an image that is read lazily."""
 
 

@@ -2,15 +2,15 @@
 
 from widefield.images.errors import ImageReadError
 from widefield.images.files import IMAGE_ENDINGS, images_below, is_image_name
-from widefield.images.image import LazyImage, open_image
+from widefield.images.image import ImageFile, open_image
 from widefield.images.source import Alpha, warn_of_dropped_alpha
 from widefield.images.thumbnail import thumbnail
 
 __all__ = [
     "IMAGE_ENDINGS",
     "Alpha",
+    "ImageFile",
     "ImageReadError",
-    "LazyImage",
     "images_below",
     "is_image_name",
     "open_image",

@@ -19,7 +19,7 @@ _PHOTO_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _NPY_MAGIC = b"\x93NUMPY"
 
 
-class LazyImage:
+class ImageFile:
     """One level of an image file; only the regions that are asked for are read. Made by `open_image`.
 
     It pickles as its path and level (a worker process opens the file anew), survives a fork, and any number of threads
@@ -48,7 +48,7 @@ class LazyImage:
         self.spacing, self.channels, self.alpha, self._source = spacing, channels, alpha, source
 
     def __repr__(self) -> str:
-        return f"LazyImage(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
+        return f"ImageFile(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,7 +87,7 @@ class LazyImage:
 
 def open_image(
     path: str | Path, level: int = 0, channels: ChannelAxis | None = None, alpha: Alpha = "drop"
-) -> LazyImage:
+) -> ImageFile:
     """Open a PNG, JPEG, TIFF, BigTIFF or `.npy` file for reading region by region; no pixels are read yet.
 
     The format is told by the file's content, not by its name. Pixels keep the type they are stored in (8 or 16 bits,
@@ -124,7 +124,7 @@ def open_image(
     if path.is_dir():
         raise cannot_read(path, "it is a folder; give the path of an image file")
     opened = _open(path, level, channels, alpha)
-    return LazyImage(path, level, opened.levels, opened.spacing, channels, alpha, opened.source)
+    return ImageFile(path, level, opened.levels, opened.spacing, channels, alpha, opened.source)
 
 
 def _open(path: Path, level: int, channels: ChannelAxis | None, alpha: Alpha) -> OpenedLevel:

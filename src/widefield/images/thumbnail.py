@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from widefield.images.image import LazyImage, open_image
+from widefield.images.image import ImageFile, open_image
 
 STRIP_BYTES = 16 * 2**20
 """Bytes of the image that are read at a time."""
 
 
-def thumbnail(image: LazyImage, size: int) -> np.ndarray:
+def thumbnail(image: ImageFile, size: int) -> np.ndarray:
     """The entire image as an RGB picture whose long side is at most `size` pixels; never enlarged.
 
     Each pixel is the mean of the pixels that it covers, taken from the smallest level that has enough of them and read
@@ -20,7 +20,7 @@ def thumbnail(image: LazyImage, size: int) -> np.ndarray:
 
     Raises:
         ValueError: `size` is below 1.
-        ImageReadError: As in `LazyImage.read`.
+        ImageReadError: As in `ImageFile.read`.
     """
     if size < 1:
         raise ValueError(f"size={size} of a thumbnail; expected at least 1 pixel")
@@ -34,7 +34,7 @@ def thumbnail(image: LazyImage, size: int) -> np.ndarray:
     return _as_rgb(_box_mean(image, target), image.dtype)
 
 
-def _box_mean(image: LazyImage, target: tuple[int, int]) -> np.ndarray:
+def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
     """Means over the boxes that a grid of `target` (height, width) cuts the image into; float64 (channels, *target)."""
     channels, height, width = image.shape
     rows, columns = (np.arange(n + 1) * full // n for n, full in zip(target, (height, width), strict=True))

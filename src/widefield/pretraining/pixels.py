@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from widefield.images import ImageReadError, LazyImage, open_image, warn_of_dropped_alpha
+from widefield.images import ImageFile, ImageReadError, open_image, warn_of_dropped_alpha
 
 _BY_WIDEFIELD = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\x93NUMPY")
 _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
@@ -50,7 +50,7 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
         return with_channels(_by_pillow(path, file, num_channels, reduction), num_channels, str(path), alpha=True)
 
 
-def open_lazily(path: Path, num_channels: int, level: int = 0) -> LazyImage:
+def open_lazily(path: Path, num_channels: int, level: int = 0) -> ImageFile:
     """Open a file as `open_image` does; a channel that is marked as alpha is kept where it is one of `num_channels`."""
     image = open_image(path, level, alpha="keep")
     return image if image.shape[0] == num_channels else open_image(path, level)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from widefield.images import ImageReadError, LazyImage, open_image, thumbnail
+from widefield.images import ImageFile, ImageReadError, open_image, thumbnail
 from widefield.pretraining.pixels import open_lazily, with_channels
 
 THUMBNAIL = 512
@@ -125,7 +125,7 @@ def otsu(values: np.ndarray) -> int:
     return int(np.nan_to_num(between).argmax())
 
 
-def _level_and_side(image: LazyImage, args: SlideArgs) -> tuple[int, int]:
+def _level_and_side(image: ImageFile, args: SlideArgs) -> tuple[int, int]:
     """The level to read, and the side of a patch in its pixels."""
     if args.spacing is None:
         level = args.level or 0
