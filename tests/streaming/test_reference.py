@@ -69,6 +69,8 @@ def test_the_reference_scan_holds_a_few_rows() -> None:
     assert max(carry.rows.shape[2] for carries in began for carry in carries if carry.rows is not None) <= 5
 
 
-def test_the_picture_in_the_docs_is_what_the_reference_scan_does() -> None:
+def test_the_pictures_in_the_docs_are_what_the_reference_scan_does() -> None:
     script = Path(__file__).parents[2] / "docs" / "pictures" / "scan.py"
-    assert script.with_suffix(".svg").read_text() == runpy.run_path(str(script))["svg"]()
+    drawn = runpy.run_path(str(script))
+    assert script.with_suffix(".svg").read_text() == drawn["still"]()
+    assert script.with_name("scan-animated.svg").read_text() == drawn["animated"]()
