@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.build import explain as explain_passes
 from widefield.streaming.capture import capture
+from widefield.streaming.comparison import Outcome, contiguous_gradient, errors_of, outcome
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
@@ -176,7 +177,8 @@ def check(
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         reason = str(error).strip() or "an assertion about its input"
         raise ValueError(f"the model cannot run on an image of shape {full}: {reason}") from error
-    if not all(t.isfinite().all() for t in (*expected.tensors, *expected.gradients.values()) if t.is_floating_point()):
+    tensors = [x for x in (*expected[0].leaves, *expected[0].gradients.values()) if isinstance(x, Tensor)]
+    if not all(x.isfinite().all() for x in tensors if x.is_floating_point()):
         raise ValueError(
             f"the plain model gives infinities or NaN for a random image of shape {full}; check its weights"
         )
@@ -219,74 +221,29 @@ def explain(model: nn.Module, shape: Sequence[int]) -> str:
     return f"{explain_passes(captured, allow_whole=True)}\n\n{stream(model).plan(full)}"
 
 
-@dataclass(frozen=True)
-class _Result:
-    """Outputs of a model: their tensors and structure; gradients of the image (key "") and of the parameters by name.
-
-    `inference` are the tensors of a second forward pass, without gradients.
-    """
-
-    tensors: tuple[Tensor, ...]
-    inference: tuple[Tensor, ...]
-    others: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    gradients: dict[str, Tensor]
-
-
-def _run(model: nn.Module, image: Tensor, seed: int) -> _Result:
-    """One forward and backward pass, and a forward pass without gradients."""
+def _run(model: nn.Module, image: Tensor, seed: int) -> tuple[Outcome, Outcome]:
+    """Return the outcome of a forward and backward pass, and of a forward pass without gradients."""
     image = image.detach().clone().requires_grad_()
     module = model.module if isinstance(model, StreamingCNN) else model
     with torch.enable_grad():
-        leaves, spec = pytree.tree_flatten(model(image))
-    generator = torch.Generator().manual_seed(seed + 1)
-    terms = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
-            weighting = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-            terms.append((leaf * weighting.to(leaf.device, leaf.dtype)).sum())
-    if terms:
-        torch.stack(terms).sum().backward()
-    named = {"": image, **dict(module.named_parameters())}
-    gradients = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+        trained = outcome(model(image), module, image, seed=seed)
     with torch.no_grad():
-        again = pytree.tree_leaves(model(image.detach()))
-    tensors, inference = (tuple(x.detach() for x in of if isinstance(x, Tensor)) for of in (leaves, again))
-    return _Result(tensors, inference, tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)), spec, gradients)
+        return trained, outcome(model(image.detach()), module, image, outputs_only=True)
 
 
-def _compare(found: _Result, expected: _Result) -> tuple[dict[str, float], str]:
-    """The largest relative error of each kind, and the parameter with the largest."""
-    same = found.spec == expected.spec and found.others == expected.others
-    pairs = zip(found.tensors, expected.tensors, strict=False)
-    outputs = max((_error(f, e, _size(e)) for f, e in pairs), default=0.0) if same else torch.inf
-    pairs = zip(found.inference, expected.inference, strict=False)
-    inference = max((_error(f, e, _size(e)) for f, e in pairs), default=0.0) if same else torch.inf
-    largest = max((_size(gradient) for name, gradient in expected.gradients.items() if name), default=0.0)
-    gradients: dict[str, float] = {}
-    for name in {**expected.gradients, **found.gradients}:
-        f, e = found.gradients.get(name), expected.gradients.get(name)
-        f = torch.zeros_like(e) if f is None and e is not None else f  # no gradient and a zero gradient mean the same
-        e = torch.zeros_like(f) if e is None and f is not None else e
-        assert f is not None and e is not None
-        gradients[name] = _error(f, e, max(_size(e), _FLOOR * largest) if name else _size(e))
-    image = gradients.pop("", 0.0)
+def _compare(found: Sequence[Outcome], expected: Sequence[Outcome]) -> tuple[dict[str, float], str]:
+    """Return the largest relative error of each kind, and the parameter with the largest."""
+    of_outputs = []
+    for f, e in zip(found, expected, strict=True):
+        same = [getattr(x, "dtype", None) for x in f.leaves] == [getattr(x, "dtype", None) for x in e.leaves]
+        errors = errors_of(f, e, torch.inf, _FLOOR) if same else {"dtypes": torch.inf}
+        of_outputs.append(max((error for what, error in errors.items() if "gradient" not in what), default=0.0))
+    gradients = errors_of(found[0], expected[0], torch.inf, _FLOOR)
+    gradients = {what.removeprefix("gradient of "): x for what, x in gradients.items() if what.startswith("gradient")}
+    image = gradients.pop("the image", 0.0)
     worst = max(gradients, key=lambda name: gradients[name], default="")
-    errors = {"outputs": outputs, "outputs without gradients": inference}
-    errors |= {"image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}
-    return errors, worst
-
-
-def _size(tensor: Tensor) -> float:
-    return (tensor if tensor.is_complex() else tensor.double()).abs().max().item() if tensor.numel() else 0.0
-
-
-def _error(found: Tensor, expected: Tensor, size: float) -> float:
-    """The largest difference relative to `size`; infinite for another shape or dtype, and for what is not finite."""
-    if found.shape != expected.shape or found.dtype != expected.dtype or not found.isfinite().all():
-        return torch.inf
-    difference = _size(found - expected if found.is_complex() else found.double() - expected.double())
-    return difference / max(size, 1e-300) if difference else 0.0
+    errors = {"outputs": of_outputs[0], "outputs without gradients": of_outputs[1]}
+    return errors | {"image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}, worst
 
 
 def _shaken(model: nn.Module, image: Tensor, generator: torch.Generator) -> tuple[nn.Module, Tensor]:
@@ -347,13 +304,8 @@ def _reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     reference = _copy(model).to(dtype).eval()
     for part in reference.modules():
         if isinstance(part, _NormBase):
-            part.register_forward_hook(_contiguous_gradient)
+            part.register_forward_hook(contiguous_gradient)
     return reference
-
-
-def _contiguous_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda gradient: gradient.contiguous())
 
 
 class _Casts(TorchFunctionMode):

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from widefield.streaming.batch_norm import update_running_statistics
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import execute, fill, memory_format
@@ -25,6 +24,7 @@ from widefield.streaming.job import Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import PlanRequest, Scan, make_plan
 from widefield.streaming.programs import Programs
+from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.verification import verify_at_first_use
 

@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -22,12 +21,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
 from widefield.streaming.captured import Node
+from widefield.streaming.comparison import Outcome, contiguous_gradient, error_of, errors_of, outcome
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
@@ -47,7 +46,6 @@ SIZES = ((67, 75), (64, 96), (96, 128), (128, 160), (224, 224), (256, 256), (384
 _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
 # Times what the plain result changes by when the image changes a little, in its values and its memory format.
 _OF_ROUNDING = 100
-_FLOOR = 1e-3  # gradients are compared with at least this share of the largest one: that of a bias before a norm layer is noise
 
 
 _VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
@@ -114,15 +112,6 @@ def verify_at_first_use(
         _VERIFIED.pop(next(iter(_VERIFIED)))
 
 
-@dataclass(frozen=True)
-class Run:
-    """Outputs of a module (all leaves, and their structure) and gradients by name ("" for the image)."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    gradients: dict[str, Tensor]
-
-
 def verify(streamed: "StreamingCNN", image: Tensor, program: Program, digits: int) -> None:
     """Compare `streamed(image)` with `streamed.module(image)`, outputs and gradients.
 
@@ -147,41 +136,41 @@ def verify(streamed: "StreamingCNN", image: Tensor, program: Program, digits: in
         with _Masks(masks, seed), ExitStack() as stack:
             for part in module.modules():
                 if isinstance(part, _NormBase):
-                    stack.callback(part.register_forward_hook(_with_plain_gradient).remove)
+                    stack.callback(part.register_forward_hook(contiguous_gradient).remove)
             return call(at)
 
-    def run(call: Callable[[Tensor], Any], at: Tensor) -> Run:
+    def run(call: Callable[[Tensor], Any], at: Tensor) -> Outcome:
         with _restoring(module, frozen):
-            return _backward(seeded(call, at), module, at)
+            return outcome(seeded(call, at), module, at)
 
-    def outputs(call: Callable[[Tensor], Any], again: bool) -> tuple[Run, Run]:
+    def outputs(call: Callable[[Tensor], Any], again: bool) -> tuple[Outcome, Outcome]:
         """Run two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
         with _restoring(module, frozen):
             attributes = _attributes(module)
-            first = _backward(seeded(call, image), module, image, outputs_only=True)
+            first = outcome(seeded(call, image), module, image, outputs_only=True)
             if again:
                 _put_back(attributes)
-            return first, _backward(seeded(call, image), module, image, outputs_only=True)
+            return first, outcome(seeded(call, image), module, image, outputs_only=True)
 
     usual, most = _TOLERANCE[digits]
     try:
         first, second = outputs(module, again=True)
     except Exception as failure:
         raise PlainFailsError(f"{type(failure).__name__}: {failure}") from failure
-    if max(_errors(second, first).values(), default=0.0) > usual:
+    if max(errors_of(second, first).values(), default=0.0) > usual:
         raise _difference(module, second, first, "forward passes on the same image differ from each other", _STATE)
     if program.captured.attributes:
         plain, tiled = outputs(module, again=False)[1], outputs(streamed, again=False)[1]
-        if max(_errors(tiled, plain).values(), default=0.0) > usual:
+        if max(errors_of(tiled, plain).values(), default=0.0) > usual:
             raise _difference(module, tiled, plain, "gives another result in the second forward pass", _UNSEEN)
     expected, found = run(module, image), run(streamed, image)
-    errors = _errors(found, expected)
+    errors = errors_of(found, expected)
     error = max(errors.values(), default=0.0)
     if usual < error <= most:
         signs = torch.randint(0, 2, image.shape, generator=torch.Generator().manual_seed(0)).to(image) * 2 - 1
         shaken = image.detach() * (1 + 8 * torch.finfo(image.dtype).eps * signs)
         shaken = shaken.contiguous(memory_format=torch.channels_last).requires_grad_(image.requires_grad)
-        usual = min(_OF_ROUNDING * max(_errors(run(module, shaken), expected).values()), most)
+        usual = min(_OF_ROUNDING * max(errors_of(run(module, shaken), expected).values()), most)
     if error > usual:
         with _restoring(module, frozen):
             captured = partial(on_whole_maps, program, image, streamed._bind(program, image.device))
@@ -199,75 +188,11 @@ _UNSEEN = (
 )
 
 
-def _backward(
-    result: Any,
-    module: nn.Module,
-    image: Tensor,
-    outputs_only: bool = False,
-    wanted: dict[str, Tensor] | None = None,
-) -> Run:
-    """Return the outputs of a forward pass, and the gradients of its backward pass where gradients are enabled.
-
-    They are those of the image and the parameters, or of the tensors `wanted`.
-    """
-    leaves, spec = pytree.tree_flatten(result)
-    generator = torch.Generator().manual_seed(1)
-    terms = [
-        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).sum()
-        for leaf in leaves
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-    ]
-    named = {"": image, **dict(module.named_parameters())} if wanted is None else wanted
-    wanted = {name: x for name, x in named.items() if x.requires_grad and torch.is_grad_enabled() and not outputs_only}
-    gradients: dict[str, Tensor] = {}
-    if terms and wanted:
-        total = torch.stack([term.double() for term in terms]).sum()
-        found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-        gradients = {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
-    return Run(tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves), spec, gradients)
-
-
-def _errors(found: Run, expected: Run) -> dict[str, float]:
-    """Relative differences: of outputs by "output 0", of gradients by "gradient of NAME"."""
-    if found.spec != expected.spec:
-        return {"structure of the result": torch.inf}
-    errors: dict[str, float] = {}
-    for k, (f, e) in enumerate(zip(found.leaves, expected.leaves, strict=True)):
-        if isinstance(f, Tensor) and isinstance(e, Tensor):
-            errors[f"output {k}"] = _error(f, e)
-        else:
-            errors[f"output {k}"] = 0.0 if isinstance(f, type(e)) and f == e else torch.inf
-    largest = max((_norm(g) for name, g in expected.gradients.items() if name), default=0.0)
-    for name in {**expected.gradients, **found.gradients}:
-        f, e = found.gradients.get(name), expected.gradients.get(name)
-        given = f if f is not None else e
-        assert given is not None
-        f, e = (torch.zeros_like(given) if x is None else x for x in (f, e))  # none and zero mean the same
-        errors[f"gradient of {name or 'the image'}"] = _error(f, e, _FLOOR * largest if name else 0.0)
-    return errors
-
-
-def _error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    if found.shape != expected.shape:
-        return torch.inf
-    if not expected.is_floating_point():
-        return (found != expected).double().mean().item() if found.numel() else 0.0
-    f, e = found.double(), expected.double()
-    if not torch.equal(f.isfinite(), e.isfinite()):
-        return torch.inf
-    difference = _norm((f - e).nan_to_num(0.0, 0.0, 0.0))
-    return difference / max(_norm(e.nan_to_num(0.0, 0.0, 0.0)), floor, 1e-300) if difference else 0.0
-
-
-def _norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x.double()).item() if x.numel() else 0.0
-
-
 def _difference(
-    module: nn.Module, found: Run, expected: Run, what: str, remedy: str, where: str = ""
+    module: nn.Module, found: Outcome, expected: Outcome, what: str, remedy: str, where: str = ""
 ) -> VerificationError:
     """The error for a difference, with the two numbers that differ most."""
-    errors = _errors(found, expected)
+    errors = errors_of(found, expected)
     worst = max(errors, key=lambda name: errors[name])
     f: Any = found.spec
     e: Any = expected.spec
@@ -311,17 +236,17 @@ def _where_it_begins(
         found = captured()
         both = [path for path in made if path in found and found[path].shape == made[path].shape]
         for path in both:
-            if _error(found[path].detach(), made[path].detach()) > tolerance:
+            if error_of(found[path].detach(), made[path].detach()) > tolerance:
                 return f"; it begins at the result of layer '{path}'"
         ours, theirs = (
-            _backward(outputs, module, torch.zeros(()), wanted={path: maps[path] for path in both}).gradients
+            outcome(outputs, module, torch.zeros(()), wanted={path: maps[path] for path in both}).gradients
             for outputs, maps in ((found[""], found), (result, made))
         )
     except Exception as error:  # no more than an explanation is lost
         _LOG.debug("where it begins is not known: %s", error)
         return ""
     for path in reversed(both):
-        if path in theirs and (path not in ours or _error(ours[path], theirs[path]) > tolerance):
+        if path in theirs and (path not in ours or error_of(ours[path], theirs[path]) > tolerance):
             return f"; it begins between the result of layer '{path}' and the output, in the gradient"
     return ""
 
@@ -389,12 +314,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
                     buffer.copy_(value)
         surroundings.restore()
         torch.clear_autocast_cache()
-
-
-def _with_plain_gradient(layer: nn.Module, inputs: Any, output: Any) -> None:
-    """On the CPU, PyTorch's batch norm is wrong for a gradient of a single image with a small first stride (torch 2.15)."""
-    if isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda gradient: gradient.contiguous())
 
 
 def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:

@@ -1,0 +1,107 @@
+"""Two passes of a module, compared: all outputs, and the gradients of a random weighting of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outputs of a module (all leaves, and their structure) and gradients by name ("" for the image)."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    gradients: dict[str, Tensor]
+
+
+def outcome(
+    result: Any,
+    module: nn.Module,
+    image: Tensor,
+    outputs_only: bool = False,
+    wanted: dict[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Outcome:
+    """Return the outputs of a forward pass, and the gradients of its backward pass where gradients are enabled.
+
+    Args:
+        result: what `module` gives for `image`.
+        module: whose parameters' gradients are taken, of a weighting of all outputs that is drawn by `seed`.
+        image: whose gradient is taken, if it requires one.
+        outputs_only: take no gradients.
+        wanted: tensors by name whose gradients are taken in place of those.
+        seed: another seed gives other weights.
+    """
+    leaves, spec = pytree.tree_flatten(result)
+    generator = torch.Generator().manual_seed(seed + 1)
+    terms = [
+        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).sum()
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+    ]
+    named = {"": image, **dict(module.named_parameters())} if wanted is None else wanted
+    wanted = {name: x for name, x in named.items() if x.requires_grad and torch.is_grad_enabled() and not outputs_only}
+    gradients: dict[str, Tensor] = {}
+    if terms and wanted:
+        total = torch.stack([term.double() for term in terms]).sum()
+        found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+        gradients = {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
+    return Outcome(tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves), spec, gradients)
+
+
+def errors_of(found: Outcome, expected: Outcome, order: float = 2, floor: float = 1e-3) -> dict[str, float]:
+    """Return relative differences: of outputs by "output 0", of gradients by "gradient of NAME".
+
+    Args:
+        found: what is compared.
+        expected: what it should be.
+        order: of the norm, 2 or infinity.
+        floor: gradients are compared with at least this share of the largest one: that of a bias before a norm layer is noise.
+    """
+    if found.spec != expected.spec:
+        return {"structure of the result": torch.inf}
+    errors: dict[str, float] = {}
+    for k, (f, e) in enumerate(zip(found.leaves, expected.leaves, strict=True)):
+        if isinstance(f, Tensor) and isinstance(e, Tensor):
+            errors[f"output {k}"] = error_of(f, e, order)
+        else:
+            errors[f"output {k}"] = 0.0 if isinstance(f, type(e)) and f == e else torch.inf
+    largest = max((_norm(g, order) for name, g in expected.gradients.items() if name), default=0.0)
+    for name in {**expected.gradients, **found.gradients}:
+        f, e = found.gradients.get(name), expected.gradients.get(name)
+        given = f if f is not None else e
+        assert given is not None
+        f, e = (torch.zeros_like(given) if x is None else x for x in (f, e))  # none and zero mean the same
+        errors[f"gradient of {name or 'the image'}"] = error_of(f, e, order, floor * largest if name else 0.0)
+    return errors
+
+
+def error_of(found: Tensor, expected: Tensor, order: float = 2, floor: float = 0.0) -> float:
+    """Return the norm of a difference relative to that of `expected`, but at least to `floor`; infinite for another shape.
+
+    Of numbers that are not floating it is the share that differs.
+    """
+    if found.shape != expected.shape:
+        return torch.inf
+    if found.is_complex() and expected.is_complex():
+        found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
+    if not expected.is_floating_point():
+        return (found != expected).double().mean().item() if found.numel() else 0.0
+    f, e = found.double(), expected.double()
+    if not torch.equal(f.isfinite(), e.isfinite()):
+        return torch.inf
+    difference = _norm((f - e).nan_to_num(0.0, 0.0, 0.0), order)
+    return difference / max(_norm(e.nan_to_num(0.0, 0.0, 0.0), order), floor, 1e-300) if difference else 0.0
+
+
+def _norm(x: Tensor, order: float) -> float:
+    return torch.linalg.vector_norm(x.double(), order).item() if x.numel() else 0.0
+
+
+def contiguous_gradient(layer: nn.Module, inputs: Any, output: Any) -> None:
+    """On the CPU, PyTorch's batch norm is wrong for a gradient of a single image with a small first stride (torch 2.15)."""
+    if isinstance(output, Tensor) and output.requires_grad:
+        output.register_hook(lambda gradient: gradient.contiguous())
