@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyvips
@@ -82,10 +82,32 @@ class Step(ABC):
         """`__call__` with the kinds of the data by name."""
 
 
-class Transform(Step):
-    """A transform that draws its parameters anew at each call; subclasses are frozen dataclasses."""
+if TYPE_CHECKING:  # type checkers see the fields that __init_subclass__ adds as arguments that are given by name
 
-    always_apply: bool
+    @dataclass(frozen=True, kw_only=True)
+    class _Applied(Step):
+        always_apply: bool = False
+        p: float = 0.5
+
+else:
+    _Applied = Step
+
+
+class Transform(_Applied):
+    """A transform that draws its parameters anew at each call; subclasses are frozen dataclasses.
+
+    Each has two more arguments, behind its own.
+
+    Args:
+        always_apply: Apply it whatever `p` is.
+        p: Probability that it is applied.
+    """
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        """Add both as the last fields, with these defaults, or else those of the class above."""
+        cls.__annotations__ = {**vars(cls).get("__annotations__", {}), "always_apply": bool, "p": float}
+        for name, value in (("always_apply", False), ("p", 0.5)):
+            setattr(cls, name, defaults.get(name, getattr(cls, name, value)))
 
     def run(self, data: Data, kinds: Mapping[str, str], force: bool) -> Data:
         check_data(data, kinds)

@@ -27,8 +27,6 @@ class RandomBrightnessContrast(Transform):
         brightness_limit: Range (lowest, highest) of what is added, as a fraction of full scale; a number v stands for (-v, v).
         contrast_limit: Range of the factor minus 1; a number v stands for (-v, v).
         brightness_by_max: False: the brightness is a fraction of the mean of the image instead, which is read for it.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -37,8 +35,6 @@ class RandomBrightnessContrast(Transform):
     brightness_limit: float | Sequence[float] = 0.2
     contrast_limit: float | Sequence[float] = 0.2
     brightness_by_max: bool = True
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +59,6 @@ class RandomGamma(Transform):
     Args:
         gamma_limit: Range (lowest, highest) of the power in percent: 100 changes nothing, more darkens.
         eps: Without effect.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -72,8 +66,6 @@ class RandomGamma(Transform):
 
     gamma_limit: Sequence[float] = (80, 120)
     eps: None = None
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,8 +91,6 @@ class HueSaturationValue(Transform):
     Args:
         hue_shift_limit: Range (lowest, highest) of the shift; a number v stands for (-v, v).
         sat_shift_limit, val_shift_limit: The same for saturation and value.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: an image that has neither 1 nor 3 channels.
@@ -109,8 +99,6 @@ class HueSaturationValue(Transform):
     hue_shift_limit: float | Sequence[float] = 20
     sat_shift_limit: float | Sequence[float] = 30
     val_shift_limit: float | Sequence[float] = 20
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,8 +134,6 @@ class HEDShift(Transform):
     Args:
         h_shift_limit: Range (lowest, highest) of what is added to haematoxylin; a number v stands for (-v, v).
         e_shift_limit, d_shift_limit: The same for eosin and DAB.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: an image that has not 3 channels.
@@ -156,8 +142,6 @@ class HEDShift(Transform):
     h_shift_limit: float | Sequence[float] = 0.03
     e_shift_limit: float | Sequence[float] = 0.03
     d_shift_limit: float | Sequence[float] = 0.03
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,14 +23,12 @@ DIRECTIONS = (
 
 
 @dataclass(frozen=True)
-class Crop(Transform):
+class Crop(Transform, p=1.0):
     """Cuts out a fixed region.
 
     Args:
         x_min, y_min: First column and row, in pixels.
         x_max, y_max: Behind the last column and row, in pixels.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An empty region or an argument out of range. When called: the region reaches outside of the image.
@@ -40,8 +38,6 @@ class Crop(Transform):
     y_min: int = 0
     x_max: int = 1024
     y_max: int = 1024
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,13 +54,11 @@ class Crop(Transform):
 
 
 @dataclass(frozen=True)
-class CenterCrop(Transform):
+class CenterCrop(Transform, p=1.0):
     """Cuts out the middle.
 
     Args:
         height, width: Size of the result, in pixels.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: the image is smaller.
@@ -72,8 +66,6 @@ class CenterCrop(Transform):
 
     height: int
     width: int
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,26 +77,8 @@ class CenterCrop(Transform):
 
 
 @dataclass(frozen=True)
-class RandomCrop(Transform):
-    """Cuts out a region whose position is drawn evenly.
-
-    Args:
-        height, width: Size of the result, in pixels.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
-
-    Raises:
-        ValueError: An argument out of range. When called: the image is smaller.
-    """
-
-    height: int
-    width: int
-    always_apply: bool = False
-    p: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size(height=self.height, width=self.width)
+class RandomCrop(CenterCrop):
+    """Cuts out a region whose position is drawn evenly; arguments and errors are those of `CenterCrop`."""
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         rows, columns = _room(self, image)
@@ -112,14 +86,12 @@ class RandomCrop(Transform):
 
 
 @dataclass(frozen=True)
-class CropOrPad(Transform):
+class CropOrPad(Transform, p=1.0):
     """Cuts or pads each axis to a size. New pixels of images are white: full scale, which is 1 for floats.
 
     Args:
         height, width: Size of the result, in pixels.
         direction: Where the image stays: "centre", or a direction of the compass such as "north-west", the top left.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -128,8 +100,6 @@ class CropOrPad(Transform):
     height: int
     width: int
     direction: str = "centre"
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +129,7 @@ class Position(Enum):
 
 
 @dataclass(frozen=True)
-class PadIfNeeded(Transform):
+class PadIfNeeded(Transform, p=1.0):
     """Pads each axis to a least size, or to a multiple.
 
     Args:
@@ -170,8 +140,6 @@ class PadIfNeeded(Transform):
             image), "mirror".
         value: Of new pixels, in the image's own units, for all channels or one each; None for 0.
         mask_value: The same for masks.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range, or both or none of size and divisor. When called: as many values as fit no image.
@@ -187,8 +155,6 @@ class PadIfNeeded(Transform):
     border_mode: str = "background"
     value: Fill | None = None
     mask_value: Fill | None = None
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,7 +185,7 @@ def _cut(y: int, x: int, height: int, width: int) -> Change:
     return both(lambda image: image.crop(x, y, width, height))
 
 
-def _room(crop: CenterCrop | RandomCrop, image: pyvips.Image) -> tuple[int, int]:
+def _room(crop: CenterCrop, image: pyvips.Image) -> tuple[int, int]:
     """How many rows and columns the image has more than the crop. Raises ValueError if it has fewer."""
     room = image.height - crop.height, image.width - crop.width
     if min(room) < 0:

@@ -19,15 +19,12 @@ class NoOp(Transform):
         p: Its weight within `OneOf` and `SomeOf`.
     """
 
-    always_apply: bool = False
-    p: float = 0.5
-
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         return Change(_same)
 
 
 @dataclass(frozen=True)
-class Lambda(Transform):
+class Lambda(Transform, p=1.0):
     """Applies functions of the user's.
 
     Give functions with a name, not `lambda`, to a `DataLoader` that starts workers by spawning: they have to pickle.
@@ -38,8 +35,6 @@ class Lambda(Transform):
         keypoint: Not supported; only None.
         bbox: Not supported; only None.
         name: Shown by `repr`.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         TypeError: What should be a function is none.
@@ -51,8 +46,6 @@ class Lambda(Transform):
     keypoint: None = None
     bbox: None = None
     name: str | None = None
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

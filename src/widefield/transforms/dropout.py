@@ -20,8 +20,6 @@ class CoarseDropout(Transform):
         min_holes, min_height, min_width: The least, in the same units; None for as many and as large as the most.
         fill_value: Of filled pixels, in the image's own units, for all channels or one each.
         mask_fill_value: The same for masks; None leaves masks.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: a rectangle larger than the image, or as many values as fit no image.
@@ -35,8 +33,6 @@ class CoarseDropout(Transform):
     min_width: float | None = None
     fill_value: Fill = 0
     mask_fill_value: Fill | None = None
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +86,6 @@ class ChannelDropout(Transform):
     Args:
         channel_drop_range: (lowest, highest) number of channels.
         fill_value: Of filled channels, in the image's own units.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: no channel of the image might be left.
@@ -99,8 +93,6 @@ class ChannelDropout(Transform):
 
     channel_drop_range: Sequence[int] = (1, 1)
     fill_value: float = 0
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,16 +17,12 @@ class Blur(Transform):
 
     Args:
         blur_limit: Range (lowest, highest) of the side in pixels, drawn in steps of 2; a number v stands for (3, v).
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
     """
 
     blur_limit: int | Sequence[int] = 7
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,25 +39,8 @@ class Blur(Transform):
 
 
 @dataclass(frozen=True)
-class MedianBlur(Transform):
-    """Medians over a square of odd side, per channel.
-
-    Args:
-        blur_limit: Range (lowest, highest) of the side in pixels, drawn in steps of 2; a number v stands for (3, v).
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
-
-    Raises:
-        ValueError: An argument out of range.
-    """
-
-    blur_limit: int | Sequence[int] = 7
-    always_apply: bool = False
-    p: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _sides(self.blur_limit)
+class MedianBlur(Blur):
+    """Medians over a square of odd side, per channel; arguments and errors are those of `Blur`."""
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         side = random.choice(_sides(self.blur_limit))
@@ -76,8 +55,6 @@ class GaussianBlur(Transform):
         sigma_limit: Range (lowest, highest) of its standard deviation in pixels; a number v stands for (0, v). The default does
             nothing.
         min_amplitude: The Gaussian is cut off where it falls below this fraction of its peak.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -85,8 +62,6 @@ class GaussianBlur(Transform):
 
     sigma_limit: float | Sequence[float] = 0
     min_amplitude: float = 0.2
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,8 +86,6 @@ class Sharpen(Transform):
     Args:
         alpha: Range (lowest, highest) of the share of the sharpened image, from 0 to 1; a number v stands for (0, v).
         lightness: Range of the factor of the pixel itself in it: 1 keeps the brightness; a number v stands for (0, v).
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -120,8 +93,6 @@ class Sharpen(Transform):
 
     alpha: float | Sequence[float] = (0.2, 0.5)
     lightness: float | Sequence[float] = (0.5, 1.0)
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +116,6 @@ class GaussNoise(Transform):
             for (0, v).
         mean: Its mean, for values from 0 to 255.
         per_channel: Draw it for each channel; otherwise all channels get the same.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -155,8 +124,6 @@ class GaussNoise(Transform):
     var_limit: float | Sequence[float] = (10.0, 50.0)
     mean: float = 0
     per_channel: bool = True
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

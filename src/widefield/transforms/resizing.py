@@ -13,15 +13,13 @@ KERNELS = ("nearest", "linear", "cubic", "mitchell", "lanczos2", "lanczos3")
 
 
 @dataclass(frozen=True)
-class Resize(Transform):
+class Resize(Transform, p=1.0):
     """Resizes to a height and width; shrinking averages, as far as the kernel goes.
 
     Args:
         height, width: Size of the result, in pixels.
         interpolation: Kernel for images, of `pyvips.enums.Kernel`: "nearest", "linear", "cubic", "mitchell", "lanczos2",
             "lanczos3".
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -30,8 +28,6 @@ class Resize(Transform):
     height: int
     width: int
     interpolation: str = "linear"
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +45,6 @@ class RandomScale(Transform):
     Args:
         scale_limit: Range (lowest, highest) of the factor minus 1; a number v stands for (-v, v).
         interpolation: Kernel for images, as for `Resize`.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -58,8 +52,6 @@ class RandomScale(Transform):
 
     scale_limit: float | Sequence[float] = 0.1
     interpolation: str = "linear"
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,14 +66,12 @@ class RandomScale(Transform):
 
 
 @dataclass(frozen=True)
-class LongestMaxSize(Transform):
+class LongestMaxSize(Transform, p=1.0):
     """Resizes so that the longer side has a given length, with the aspect kept.
 
     Args:
         max_size: The length in pixels, or several of which one is drawn.
         interpolation: Kernel for images, as for `Resize`.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -89,8 +79,6 @@ class LongestMaxSize(Transform):
 
     max_size: int | Sequence[int] = 1024
     interpolation: str = "linear"
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,28 +91,8 @@ class LongestMaxSize(Transform):
 
 
 @dataclass(frozen=True)
-class SmallestMaxSize(Transform):
-    """Resizes so that the shorter side has a given length, with the aspect kept.
-
-    Args:
-        max_size: The length in pixels, or several of which one is drawn.
-        interpolation: Kernel for images, as for `Resize`.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
-
-    Raises:
-        ValueError: An argument out of range.
-    """
-
-    max_size: int | Sequence[int] = 1024
-    interpolation: str = "linear"
-    always_apply: bool = False
-    p: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("interpolation", self.interpolation, KERNELS)
-        _lengths(self.max_size)
+class SmallestMaxSize(LongestMaxSize):
+    """Resizes so that the shorter side has a given length; arguments and errors are those of `LongestMaxSize`."""
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         length = random.choice(_lengths(self.max_size))

@@ -17,15 +17,13 @@ DTYPES = {"uchar": "uint8", "ushort": "uint16", "float": "float32", "double": "f
 
 
 @dataclass(frozen=True)
-class ToDtype(Transform):
+class ToDtype(Transform, p=1.0):
     """Converts images to another type of pixels; masks stay.
 
     Args:
         dtype: "uchar" (uint8), "ushort" (uint16), "float" (float32) or "double" (float64).
         scale: Map full scale to full scale: the maximum of an integer type to 1 of a float type, and back. Otherwise values are
             kept. Integers are rounded and clipped.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An unknown dtype, or an argument out of range.
@@ -33,8 +31,6 @@ class ToDtype(Transform):
 
     dtype: str
     scale: bool
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,15 +50,13 @@ class ToDtype(Transform):
 
 
 @dataclass(frozen=True)
-class Normalize(Transform):
+class Normalize(Transform, p=1.0):
     """Makes floats `(image - mean) / std` of images, per channel; masks stay. The image is not scaled to 0..1 before.
 
     A network of this library that was given a `mean` and `std`, as the ImageNet models are, does this itself.
 
     Args:
         mean, std: One number per channel, or one for all, in the image's own units.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: `std` is not positive, or an argument out of range. When called: as many numbers as fit no image.
@@ -70,8 +64,6 @@ class Normalize(Transform):
 
     mean: Sequence[float] | float
     std: Sequence[float] | float
-    always_apply: bool = False
-    p: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +93,7 @@ class Normalize(Transform):
 
 
 @dataclass(frozen=True)
-class ToTensor(Transform):
+class ToTensor(Transform, always_apply=True, p=1.0):
     """Reads the pixels: the last transform, and the only one that decodes.
 
     Images become contiguous tensors of shape (channels, height, width), masks of one channel (height, width) and other masks
@@ -109,8 +101,6 @@ class ToTensor(Transform):
 
     Args:
         transpose_mask: Give masks of several channels the shape (channels, height, width) instead.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range.
@@ -118,8 +108,6 @@ class ToTensor(Transform):
     """
 
     transpose_mask: bool = False
-    always_apply: bool = True
-    p: float = 1.0
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         def mask_tensor(mask: pyvips.Image) -> Tensor:

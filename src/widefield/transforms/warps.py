@@ -36,8 +36,6 @@ class Rotate(Transform):
         mask_value: Of new pixels of masks.
         rotate_method: Without effect: it is about bounding boxes.
         crop_border: Cut out the largest upright rectangle without new pixels.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range. When called: as many values as fit no image.
@@ -49,8 +47,6 @@ class Rotate(Transform):
     mask_value: Fill = 0
     rotate_method: str = "largest_box"
     crop_border: bool = False
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,8 +91,6 @@ class Affine(Transform):
         fit_output: Let the canvas hold just the whole result, wherever it was shifted.
         keep_ratio: Scale both axes alike.
         rotate_method: Without effect: it is about bounding boxes.
-        always_apply: Apply it whatever `p` is.
-        p: Probability that it is applied.
 
     Raises:
         ValueError: An argument out of range, or two kinds of shift. When called: as many values as fit no image.
@@ -115,8 +109,6 @@ class Affine(Transform):
     fit_output: bool = False
     keep_ratio: bool = False
     rotate_method: str = "largest_box"
-    always_apply: bool = False
-    p: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
