@@ -1,50 +1,101 @@
 """The index of components is what the components are."""
 
-import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 import widefield.components
-from widefield.registry import COMPONENTS, MODELS, arguments_of
+from widefield.components.metrics import METRICS
+from widefield.pretraining import METHODS
+from widefield.registry import DATASETS, MODELS, TRANSFORMS, Entry, arguments_of, index, registered_in
 
+PARTS = '''"""Parts."""
+
+import base
+
+
+class Plane(base.Base):
+    """Not registered."""
+
+
+@PARTS.register_module(replaceable=True)
+class Saw(Plane):
+    """Cuts.
+
+    More of it.
+    """
+
+    def cut(self):
+        class Inside: ...
+
+
+@OTHERS.register_module()
+class Other(Plane):
+    """Of another registry."""
+
+
+@PARTS.register_module(["hammer", "mallet"], aliases="maul", kind="heavy")
+class Hammer(Plane):
+    """Hits."""
+
+    @property
+    def weight(self):
+        return 1
+'''
+
+REGISTRIES = {"MODELS": MODELS, "DATASETS": DATASETS, "TRANSFORMS": TRANSFORMS, "METRICS": METRICS, "METHODS": METHODS}
 REGISTERED = """
-import importlib, json, pkgutil
-import widefield.components
-from widefield.registry import MODELS
-for module in pkgutil.walk_packages(widefield.components.__path__, "widefield.components."):
-    importlib.import_module(module.name)
-print(json.dumps({name: held.entry.target for name, held in MODELS._registered.items()}))
+import dataclasses, importlib, json, pkgutil
+import widefield.components, widefield.data, widefield.pretraining.methods
+for package in (widefield.components, widefield.data, widefield.pretraining.methods):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+from widefield.components.metrics import METRICS
+from widefield.pretraining import METHODS
+from widefield.registry import DATASETS, MODELS, TRANSFORMS
+print(json.dumps({
+    registry: [dataclasses.asdict(held.entry) for held in globals()[registry]._registered.values()]
+    for registry in ("MODELS", "DATASETS", "TRANSFORMS", "METRICS", "METHODS")
+}))
 """
 
 
-def registered() -> dict[str, str]:
-    """Names of all components that our files register, and where they are, found by importing every file."""
+def test_the_index_read_from_the_source_is_what_importing_the_source_registers() -> None:
     # In a process of its own: other tests replace components.
     result = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=True)
-    return json.loads(result.stdout)
+    for name, registered in json.loads(result.stdout).items():
+        index = [entry for entry in REGISTRIES[name].index.values() if entry.target.startswith("widefield.")]
+        assert sorted(map(str, index)) == sorted(str(Entry(**entry)) for entry in registered)
 
 
-def test_the_index_has_every_registered_component_and_no_other() -> None:
-    assert {entry.name: entry.target for entry in COMPONENTS} == registered()
+def test_decorators_are_read_with_all_that_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_PACKAGE", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "base.py").write_text('class Base:\n    """A base."""\n\n    component_kind = "tool"\n')
+    (tmp_path / "room" / "parts.py").write_text(PARTS)
+    assert registered_in("PARTS", "room") == [
+        Entry("Saw", "widefield.room.parts:Saw", "tool", "Cuts.", replaceable=True),
+        Entry("hammer", "widefield.room.parts:Hammer", "heavy", "Hits."),
+        Entry("mallet", "widefield.room.parts:Hammer", "heavy", "another name of hammer"),
+        Entry("maul", "widefield.room.parts:Hammer", "heavy", "another name of hammer"),
+    ]
 
 
-@pytest.mark.parametrize("entry", COMPONENTS, ids=lambda entry: entry.name)
-def test_an_entry_says_what_the_component_says_of_itself(entry) -> None:
+@pytest.mark.parametrize("entry", MODELS.index.values(), ids=lambda entry: entry.name)
+def test_a_component_is_a_module_in_the_folder_of_its_kind(entry) -> None:
     component = MODELS.get(entry.name)
     assert isinstance(component, type)
     assert issubclass(component, nn.Module)
-    assert entry.kind == component.component_kind
-    assert entry.summary == (inspect.getdoc(component) or "").partition("\n")[0]
     assert entry.target.split(".")[2] == {"loss": "losses"}.get(entry.kind, f"{entry.kind}s")
     assert not arguments_of(component).open, "every argument can be checked"
 
 
 def test_names_of_the_package_load_their_part_on_first_use() -> None:
-    assert {entry.name for entry in COMPONENTS} < set(dir(widefield.components))
+    assert set(MODELS.index) < set(dir(widefield.components))
     assert all(getattr(widefield.components, name) is not None for name in widefield.components.__all__)
     assert widefield.components.ResNet is MODELS.get("ResNet")
     with pytest.raises(AttributeError, match="ResNet_CIFAR"):

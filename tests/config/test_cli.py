@@ -9,7 +9,7 @@ import pytest
 from widefield.cli import main
 from widefield.config import load
 from widefield.inference.names import NARROW_RESNETS, model_names
-from widefield.registry import COMPONENTS
+from widefield.registry import MODELS
 
 MY_MODELS = """\
 import torch.nn as nn
@@ -88,7 +88,7 @@ def test_lists_and_help_import_no_torch() -> None:
 def test_components_are_listed_with_kind_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "components"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines} >= {entry.name for entry in COMPONENTS}
+    assert {line.split()[0] for line in lines} >= set(MODELS.index)
     assert main(["list", "components", "res*", "--kind", "backbone"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ResNet", "backbone"], ["ResNet_CIFAR", "backbone"]]

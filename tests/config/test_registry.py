@@ -43,7 +43,7 @@ class Strict(Part):
 
 @pytest.fixture
 def parts() -> Registry:
-    parts = Registry("part", [Entry("Counter", "collections:Counter", "tool", "Counts.")])
+    parts = Registry("part", lambda: [Entry("Counter", "collections:Counter", "tool", "Counts.")])
     parts.register_module()(Part)
     parts.register_module(module=Strict, name=["Strict", "Tight"], aliases="Narrow")
     return parts
@@ -126,7 +126,7 @@ def test_a_definition_that_is_run_again_replaces_itself_but_another_of_its_name_
 
 
 def test_a_replaced_component_of_the_index_stays_replaced_when_its_module_is_imported() -> None:
-    parts = Registry("part", [Entry("Part", f"{Part.__module__}:Part")])
+    parts = Registry("part", lambda: [Entry("Part", f"{Part.__module__}:Part")])
     parts.register_module(name="Part", module=Strict, force=True)
     parts.register_module(module=Part)
     assert parts.get("Part") is Strict
@@ -136,9 +136,9 @@ def test_a_replaced_component_of_the_index_stays_replaced_when_its_module_is_imp
 def test_a_component_that_tutorials_have_users_write_gives_way_to_theirs(
     imported: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = Registry("part", [Entry("Part", f"{Part.__module__}:Part", replaceable=True)])
+    parts = Registry("part", lambda: [Entry("Part", f"{Part.__module__}:Part", replaceable=True)])
     if imported:
-        parts.register_module(module=Part)
+        parts.register_module(module=Part, replaceable=True)
     parts.register_module(name="Part", module=Strict)
     parts.register_module(module=Part)
     assert parts.get("Part") is Strict

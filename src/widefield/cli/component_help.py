@@ -41,8 +41,7 @@ def component_help(name: str) -> str:
     """
     from widefield.components.metrics import METRICS
     from widefield.config.expected import describe
-    from widefield.registry import MODELS, arguments_of
-    from widefield.registry.data_index import DATASETS, TRANSFORMS
+    from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of
     from widefield.registry.docs import argument_docs, description
 
     registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)

@@ -9,8 +9,8 @@ from widefield.cli.user_code import add_imports, import_user_code
 LIGHT = True
 TAKES_OTHERS = False
 _REGISTRIES = {
-    "datasets": "widefield.registry.data_index:DATASETS",
-    "transforms": "widefield.registry.data_index:TRANSFORMS",
+    "datasets": "widefield.registry:DATASETS",
+    "transforms": "widefield.registry:TRANSFORMS",
     "methods": "widefield.pretraining.methods:METHODS",
     "metrics": "widefield.components.metrics:METRICS",
 }

@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 from widefield.components.metrics import METRICS
 from widefield.config import Section, Sections
-from widefield.registry import MODELS, ComponentOf, Range
-from widefield.registry.data_index import DATASETS
+from widefield.registry import DATASETS, MODELS, ComponentOf, Range
 
 _NOT_NEGATIVE, _POSITIVE, _OR_ENDLESS = Range(0), Range(1), Range(-1)
 

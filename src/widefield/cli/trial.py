@@ -15,8 +15,7 @@ from widefield.config import Config, build, find_class
 from widefield.config.check import Problem
 from widefield.config.config import Path
 from widefield.config.expected import component_of, written
-from widefield.registry import MODELS, arguments_of, split_description
-from widefield.registry.data_index import DATASETS, TRANSFORMS
+from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of, split_description
 
 _WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", "callbacks")
 """Arguments of the trainer that write to disk or change settings of torch when it is made."""

@@ -1,33 +1,34 @@
 """Components that configurations put together: backbones, necks, heads, losses.
 
-Names load their part on first use (PEP 562). To add one, write its file in the folder of its kind and enter it in
-`widefield.registry.index`; users register theirs in files of their own.
+Names load their part on first use (PEP 562). To add one, write its file in the folder of its kind, under the decorator
+`@MODELS.register_module()`.
 """
 
 import importlib
 from typing import Any
 
-from widefield.registry import COMPONENTS
+from widefield.registry import MODELS
 
 _HOME = {
-    "BaseModel": f"{__name__}.models.base_model",
-    "BaseModule": f"{__name__}.base_module",
-    "BaseSelfSupervisor": f"{__name__}.models.base_self_supervisor",
-    "DataSample": f"{__name__}.data_sample",
-    "build_conv_layer": f"{__name__}.layers.conv",
-    "build_norm_layer": f"{__name__}.layers.norm",
-    "weighted_loss": f"{__name__}.losses.reduction",
-    **{entry.name: entry.target.partition(":")[0] for entry in COMPONENTS if entry.target.startswith(__name__)},
+    "BaseModel": "models.base_model",
+    "BaseModule": "base_module",
+    "BaseSelfSupervisor": "models.base_self_supervisor",
+    "DataSample": "data_sample",
+    "build_conv_layer": "layers.conv",
+    "build_norm_layer": "layers.norm",
+    "weighted_loss": "losses.reduction",
 }
-
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    if name == "__all__":
+        return __dir__()
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in MODELS.index:
+        return getattr(importlib.import_module(MODELS.index[name].target.partition(":")[0]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_HOME, *MODELS.index])

@@ -10,7 +10,7 @@ from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_la
 from widefield.data.module import LabelledImages
 from widefield.data.pipeline import MultiView, Pipeline
 from widefield.data.split import stratified_split
-from widefield.registry.data_index import DATASETS, TRANSFORMS
+from widefield.registry import DATASETS, TRANSFORMS
 
 __all__ = [
     "CIFAR10",

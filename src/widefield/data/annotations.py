@@ -8,9 +8,10 @@ from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
 from widefield.images import Alpha, open_image
-from widefield.registry import Range
+from widefield.registry import DATASETS, Range
 
 
+@DATASETS.register_module()
 class AnnotationFile(DescribedDataset):
     """Image files that a text file names, with their labels.
 

@@ -12,6 +12,7 @@ from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
+from widefield.registry import DATASETS
 
 _SIDE = 32
 _ALLOWED = {
@@ -24,6 +25,7 @@ _ALLOWED = {
 """What makes an array: modules of NumPy by their last part, for their home differs from one version to the next."""
 
 
+@DATASETS.register_module()
 class CIFAR10(DescribedDataset):
     """CIFAR-10: 32 x 32 pixels, ten classes (Krizhevsky, 2009).
 
@@ -83,6 +85,7 @@ class CIFAR10(DescribedDataset):
         return self._labels[index]
 
 
+@DATASETS.register_module()
 class CIFAR100(CIFAR10):
     """CIFAR-100: 32 x 32 pixels, a hundred classes.
 

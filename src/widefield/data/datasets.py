@@ -12,12 +12,12 @@ from widefield.components.data_sample import DataSample
 from widefield.data.dataset import EpochShuffle
 from widefield.data.described import Item
 from widefield.data.labels import LabelError
-from widefield.registry import ComponentOf, Range
-from widefield.registry.data_index import DATASETS
+from widefield.registry import DATASETS, ComponentOf, Range
 
 DatasetConfig = Annotated[Dataset | dict[str, Any], ComponentOf(DATASETS, "dataset")]
 
 
+@DATASETS.register_module()
 class Datasets(pl.LightningDataModule):
     """Data sets for training, validation and test, and the batches made of them.
 

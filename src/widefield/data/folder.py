@@ -9,11 +9,12 @@ from widefield.data.described import DescribedDataset
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
 from widefield.images import IMAGE_ENDINGS, Alpha, images_below, open_image
-from widefield.registry import Range
+from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
 
 
+@DATASETS.register_module()
 class ImageFolder(DescribedDataset):
     """Image files of a folder, with a class for each of its sub-folders.
 

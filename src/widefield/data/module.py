@@ -12,11 +12,12 @@ from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
 from widefield.data.labels import LabelError, LabelledImage, read_labels
 from widefield.data.split import stratified_split
 from widefield.images import Alpha
-from widefield.registry import Range
+from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
 
 
+@DATASETS.register_module()
 class LabelledImages(pl.LightningDataModule):
     """Labelled images of a folder, split into training, validation and test images.
 
@@ -39,6 +40,8 @@ class LabelledImages(pl.LightningDataModule):
         LabelError: The label table cannot be used, or no images are left to train on.
         ValueError: A level that an image doesn't have, or an argument out of range.
     """
+
+    component_kind = "data module"
 
     def __init__(
         self,

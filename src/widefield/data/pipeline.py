@@ -11,8 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
 from widefield.images import ImageFile
-from widefield.registry import ComponentOf, Range, arguments_of, split_description
-from widefield.registry.data_index import TRANSFORMS
+from widefield.registry import TRANSFORMS, ComponentOf, Range, arguments_of, split_description
 
 Transform = Callable[[Any], Any]
 TransformsConfig = Annotated[list[dict[str, Any]] | None, ComponentOf(TRANSFORMS)]
@@ -44,6 +43,7 @@ class Pipeline:
         return tuple(map(_plain, picture)) if isinstance(picture, tuple) else _plain(picture)
 
 
+@TRANSFORMS.register_module()
 class MultiView:
     """Several random views of an image.
 

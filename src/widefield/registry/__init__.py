@@ -1,23 +1,37 @@
-"""Components by name. `MODELS` is the registry of all of them: backbones, necks, heads, losses, target generators, models.
+"""Components by name. `MODELS` is the registry of backbones, necks, heads, losses, target generators and models.
 
 Imports nothing heavy; a component is imported when it is asked for. An installed package brings components of its own by entry
 points of the group `widefield.components`: a name, and `package.module:Class`.
 """
 
+from functools import partial
+
 from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of
 from widefield.registry.description import ComponentOf, split_description
 from widefield.registry.imports import absolute_place, import_module_or_file, import_object
-from widefield.registry.index import COMPONENTS
+from widefield.registry.index import Entry, registered_in, transforms
 from widefield.registry.near import near_names, suggestion
 from widefield.registry.ranges import Range
-from widefield.registry.registry import DuplicateNameError, Entry, Registry, UnknownNameError
+from widefield.registry.registry import DuplicateNameError, Registry, UnknownNameError
 
-MODELS = Registry("component", COMPONENTS, group="widefield.components", sequence="torch.nn:Sequential")
+MODELS = Registry(
+    "component",
+    partial(registered_in, "MODELS", "components"),
+    group="widefield.components",
+    sequence="torch.nn:Sequential",
+)
+
+DATASETS = Registry("dataset", partial(registered_in, "DATASETS", "data"), group="widefield.datasets")
+"""Data sets, and data modules over them."""
+
+TRANSFORMS = Registry("transform", transforms, group="widefield.transforms")
+"""Changes of an image between a data set and the model."""
 
 __all__ = [
-    "COMPONENTS",
+    "DATASETS",
     "MODELS",
     "REQUIRED",
+    "TRANSFORMS",
     "Argument",
     "Arguments",
     "ComponentOf",
@@ -31,6 +45,7 @@ __all__ = [
     "import_module_or_file",
     "import_object",
     "near_names",
+    "registered_in",
     "split_description",
     "suggestion",
 ]

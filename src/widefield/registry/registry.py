@@ -13,6 +13,7 @@ from widefield.errors import WidefieldError
 from widefield.registry.arguments import arguments_of
 from widefield.registry.description import split_description
 from widefield.registry.imports import import_object
+from widefield.registry.index import Entry, as_names, entries_of
 from widefield.registry.near import suggestion
 
 _log = logging.getLogger(__name__)
@@ -36,19 +37,6 @@ class DuplicateNameError(WidefieldError, KeyError, ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What is known of a component without importing it."""
-
-    name: str
-    target: str
-    """`package.module:Name`"""
-    kind: str = ""
-    summary: str = ""
-    replaceable: bool = False
-    """Whether a user's component of that name takes its place without being forced to."""
-
-
-@dataclass(frozen=True)
 class _Registered:
     component: Callable[..., Any]
     entry: Entry
@@ -64,16 +52,20 @@ class Registry:
 
     Args:
         name: What it holds, in the singular, for messages.
-        index: Components that are imported on first use.
+        index: Gives the components that are imported on first use; called when a name is first looked for.
         group: The group of entry points in which installed packages name components of theirs.
         sequence: What makes one component of several, as an import path; a list of descriptions is built with it.
     """
 
     def __init__(
-        self, name: str, index: Iterable[Entry] = (), group: str | None = None, sequence: str | None = None
+        self,
+        name: str,
+        index: Callable[[], Iterable[Entry]] = tuple,
+        group: str | None = None,
+        sequence: str | None = None,
     ) -> None:
         self.name = name
-        self._index = {entry.name: entry for entry in index}
+        self._read_index = index
         self._group = group
         self._sequence = sequence
         self._registered: dict[str, _Registered] = {}
@@ -82,7 +74,7 @@ class Registry:
         return f"Registry({self.name!r}, {len(self.names())} names)"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._registered or name in self._index or name in self._plugins
+        return name in self._registered or name in self.index or name in self._plugins
 
     def register_module(
         self,
@@ -92,6 +84,7 @@ class Registry:
         *,
         aliases: str | Iterable[str] = (),
         kind: str | None = None,
+        replaceable: bool = False,
     ) -> Any:
         """Register a class or function: as a decorator, `@MODELS.register_module()`, or by a call with `module=`.
 
@@ -101,6 +94,7 @@ class Registry:
             module: What to register; None returns a decorator.
             aliases: More names for it.
             kind: What kind of component it is; by default its class attribute `component_kind`, if it has one.
+            replaceable: Another component may be registered under the name without `force`.
 
         Raises:
             DuplicateNameError: The name is taken by something else, and `force` is False.
@@ -110,7 +104,7 @@ class Registry:
         place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         if callable(name):
             raise TypeError("the decorator needs its parentheses: write @MODELS.register_module()")
-        names = [*_as_names(name, "name"), *_as_names(aliases, "aliases")]
+        names = [*as_names(name, "name"), *as_names(aliases, "aliases")]
 
         def register(component: C) -> C:
             if not callable(component):
@@ -118,7 +112,10 @@ class Registry:
             if name is None and not hasattr(component, "__name__"):
                 raise TypeError(f"{component!r} has no name of its own; give one with name=")
             all_names = names if name is not None else [component.__name__, *names]
-            entries = self._entries_of(component, all_names, kind)
+            attribute = getattr(component, "__qualname__", type(component).__name__)  # a partial has none
+            own_kind = getattr(component, "component_kind", "") if kind is None else kind
+            target = f"{component.__module__}:{attribute}"
+            entries = entries_of(all_names, target, own_kind, component.__doc__, replaceable)
             if not force:
                 entries = [entry for entry in entries if not self._is_replaced(entry)]
                 for entry in entries:
@@ -140,7 +137,7 @@ class Registry:
         """
         if name in self._registered:
             return self._registered[name].component
-        target = self._index[name].target if name in self._index else self._plugin_target(name)
+        target = self.index[name].target if name in self.index else self._plugin_target(name)
         if target is None and ("." in name or ":" in name):
             target = name
         if target is None:
@@ -201,7 +198,7 @@ class Registry:
         if not any(wildcard in pattern for wildcard in "*?["):
             pattern = f"*{pattern}*"
         plugins = {name: found[0] for name, found in self._plugins.items()}
-        all_entries = plugins | self._index | {name: held.entry for name, held in self._registered.items()}
+        all_entries = plugins | self.index | {name: held.entry for name, held in self._registered.items()}
         return [
             entry
             for name, entry in sorted(all_entries.items(), key=lambda item: item[0].lower())
@@ -210,48 +207,41 @@ class Registry:
 
     def kind(self, name: str) -> str:
         """The kind of the component called `name`, an empty text where it is not known."""
-        if name in self._registered or name in self._index:
-            return (self._registered[name].entry if name in self._registered else self._index[name]).kind
+        if name in self._registered or name in self.index:
+            return (self._registered[name].entry if name in self._registered else self.index[name]).kind
         return str(getattr(self.get(name), "component_kind", ""))
-
-    def _entries_of(self, component: Callable[..., Any], names: list[str], kind: str | None) -> list[Entry]:
-        attribute = getattr(component, "__qualname__", type(component).__name__)  # a partial has none
-        target = f"{component.__module__}:{attribute}"
-        kind = getattr(component, "component_kind", "") if kind is None else kind
-        summary = (component.__doc__ or "").strip().partition("\n")[0]
-        first, *aliases = names
-        return [
-            Entry(first, target, kind, summary),
-            *(Entry(alias, target, kind, f"another name of {first}") for alias in aliases),
-        ]
 
     def _refuse_duplicate(self, entry: Entry, place: str, component: Callable[..., Any]) -> None:
         name = entry.name
-        indexed = self._index.get(name)
         if name in self._registered:
             held = self._registered[name]
             if held.component is component or (held.entry.target == entry.target and held.place == place):
                 return  # the same definition, run again
-            holder, where = held.entry.target, held.place
+            holder, where = held.entry, held.place
         else:
-            known = indexed or next(iter(self._plugins.get(name, [])), None)
+            known = self.index.get(name) or next(iter(self._plugins.get(name, [])), None)
             if known is None or known.target == entry.target:
                 return
-            holder, where = known.target, "part of Widefield" if indexed else known.summary
-        if indexed is not None and indexed.replaceable and holder == indexed.target:
-            _log.warning("the %s %r of %s takes the place of %s", self.name, name, place, holder)
+            holder, where = known, "part of Widefield" if name in self.index else known.summary
+        if holder.replaceable:
+            _log.warning("the %s %r of %s takes the place of %s", self.name, name, place, holder.target)
             return
         raise DuplicateNameError(
-            f"the {self.name} {name!r} exists already: {holder} ({where}); choose another name, "
+            f"the {self.name} {name!r} exists already: {holder.target} ({where}); choose another name, "
             f"or replace it with register_module(force=True)"
         )
 
     def _is_replaced(self, entry: Entry) -> bool:
-        """Whether a component of the index is imported only now that something else was put in its place."""
-        indexed, held = self._index.get(entry.name), self._registered.get(entry.name)
+        """True if a component of the index is imported only now that something else was put in its place."""
+        indexed, held = self.index.get(entry.name), self._registered.get(entry.name)
         if indexed is None or held is None:
             return False
         return indexed.target == entry.target != held.entry.target
+
+    @cached_property
+    def index(self) -> dict[str, Entry]:
+        """The components that Widefield brings, by name."""
+        return {entry.name: entry for entry in self._read_index()}
 
     @cached_property
     def _plugins(self) -> dict[str, list[Entry]]:
@@ -268,11 +258,3 @@ class Registry:
             holders = ", ".join(f"{entry.target} ({entry.summary})" for entry in found)
             raise DuplicateNameError(f"several packages have a {self.name} {name!r}: {holders}; give the import path")
         return found[0].target if found else None
-
-
-def _as_names(names: Any, argument: str) -> list[str]:
-    names = [] if names is None else [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"{argument} must be a text or a list of texts, got {name!r}")
-    return names

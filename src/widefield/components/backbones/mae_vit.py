@@ -12,7 +12,7 @@ from widefield.components.layers.position import sincos_position_embedding
 from widefield.registry import MODELS
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class MAEViT(VisionTransformer):
     """Vision transformer that sees a random part of the patches, the encoder of MAE.
 

@@ -11,7 +11,7 @@ from widefield.components.layers.norm import build_norm_layer
 from widefield.registry import MODELS
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class ResNet_CIFAR(ResNet):
     """ResNet for images of 32 x 32 pixels: a 3 x 3 stem of stride 1, and no pooling behind it.
 

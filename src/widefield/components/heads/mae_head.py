@@ -12,7 +12,7 @@ from widefield.registry import MODELS
 _EPS = 1e-6
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class MAEPretrainHead(BaseModule):
     """Compares predicted patches with those of the image, for masked autoencoders.
 

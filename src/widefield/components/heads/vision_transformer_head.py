@@ -12,7 +12,7 @@ from widefield.components.layers.activation import ActivationConfig, build_activ
 from widefield.registry import MODELS
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class VisionTransformerClsHead(ClsHead):
     """Classification of the class token by one linear layer, or by two with an activation between them.
 

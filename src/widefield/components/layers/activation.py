@@ -8,7 +8,7 @@ from widefield.registry import ComponentOf, Entry, Registry
 
 ACTIVATIONS = Registry(
     "activation",
-    [
+    lambda: [
         Entry("ELU", "torch.nn:ELU"),
         Entry("GELU", "torch.nn:GELU"),
         Entry("HSwish", "torch.nn:Hardswish"),

@@ -8,7 +8,7 @@ from widefield.registry import Entry, Registry
 
 CONVS = Registry(
     "convolution",
-    [
+    lambda: [
         Entry("Conv1d", "torch.nn:Conv1d"),
         Entry("Conv2d", "torch.nn:Conv2d"),
         Entry("Conv3d", "torch.nn:Conv3d"),

@@ -8,7 +8,7 @@ from widefield.registry import Entry, Registry
 
 NORMS = Registry(
     "norm layer",
-    [
+    lambda: [
         Entry("BN", "torch.nn:BatchNorm2d", "bn"),
         Entry("BN1d", "torch.nn:BatchNorm1d", "bn"),
         Entry("BN2d", "torch.nn:BatchNorm2d", "bn"),

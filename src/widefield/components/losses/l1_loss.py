@@ -19,7 +19,7 @@ def l1_loss(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).abs()
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class L1Loss(nn.Module):
     """Absolute difference of predictions and targets.
 

@@ -4,9 +4,10 @@ Metrics are those of torchmetrics: `update(preds, target)`, `compute()`, `reset(
 imported before a metric is asked for.
 """
 
-from widefield.registry import Registry
-from widefield.registry.index import METRIC_ENTRIES
+from functools import partial
 
-METRICS = Registry("metric", METRIC_ENTRIES, group="widefield.metrics")
+from widefield.registry import Registry, registered_in
+
+METRICS = Registry("metric", partial(registered_in, "METRICS", "components/metrics"), group="widefield.metrics")
 
 __all__ = ["METRICS"]

@@ -20,8 +20,7 @@ from widefield.components.preprocessors.batch_augments import BatchAugmentsConfi
 from widefield.components.preprocessors.cls_preprocessor import with_augments
 from widefield.config import check_description
 from widefield.images import images_below, open_image
-from widefield.registry import MODELS, ComponentOf, arguments_of, import_object, suggestion
-from widefield.registry.data_index import DATASETS
+from widefield.registry import DATASETS, MODELS, ComponentOf, arguments_of, import_object, suggestion
 
 EncoderConfig = Annotated[nn.Module | dict[str, Any] | list[dict[str, Any]], ComponentOf(MODELS)]
 Similarity = Callable[[Tensor, Tensor], Tensor]

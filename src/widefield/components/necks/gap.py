@@ -9,7 +9,7 @@ from widefield.components.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 
-@MODELS.register_module()
+@MODELS.register_module(replaceable=True)
 class GlobalAveragePooling(BaseModule):
     """The average of each channel over all positions.
 

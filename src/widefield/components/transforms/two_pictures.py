@@ -8,11 +8,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
+from widefield.registry import TRANSFORMS
 from widefield.streaming import LazyImage
 
 Interpolation = Literal["bilinear", "bicubic"]
 
 
+@TRANSFORMS.register_module()
 class RandomResizedCropAndInterpolationWithTwoPic:
     """A random crop, as that of Inception, resized twice: for the model and for the target generator.
 

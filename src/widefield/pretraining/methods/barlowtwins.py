@@ -7,11 +7,13 @@ from lightly.models.modules.heads import BarlowTwinsProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Weight, joint
 from widefield.pretraining.methods.byol import ASYMMETRIC
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
+@METHODS.register_module("barlowtwins")
 class BarlowTwins(Method):
     """Makes the cross-correlation of the two views' embeddings the identity.
 

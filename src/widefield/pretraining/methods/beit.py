@@ -13,6 +13,7 @@ from widefield.components.necks.beitv2_neck import BEiTV2Neck
 from widefield.components.target_generators.dalle_encoder import DALLEEncoder
 from widefield.components.target_generators.vqkd import VQKD
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method, Run, Share
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
@@ -23,6 +24,7 @@ DALLE_STRIDE = 8
 """Pixels of a visual token of DALL-E's encoder."""
 
 
+@METHODS.register_module("beit")
 class BEiT(Method):
     """Predicts the visual tokens of hidden patches, which a target generator makes that was trained before.
 

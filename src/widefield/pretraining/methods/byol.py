@@ -8,6 +8,7 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Share, follow, momentum_copy, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, SecondView, Solarize, TransformArgs
@@ -20,6 +21,7 @@ ASYMMETRIC = TransformArgs(
 """The views of BYOL, which Barlow Twins has too."""
 
 
+@METHODS.register_module("byol")
 class BYOL(Method):
     """Predicts what a slowly moving copy of the model says of the other view of the image.
 

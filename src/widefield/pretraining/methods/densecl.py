@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
@@ -26,6 +27,7 @@ from widefield.pretraining.methods.base import (
 from widefield.pretraining.methods.moco import MoCo
 
 
+@METHODS.register_module("densecl")
 class DenseCL(Method):
     """MoCo, and the same for every position of the map, whose partner is the most similar position of the other view.
 

@@ -11,6 +11,7 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
@@ -42,6 +43,7 @@ SMALL, LARGE = 20_000, 1_000_000
 """Numbers of images between which momentum and temperature of the teacher go from one value to another."""
 
 
+@METHODS.register_module("dino")
 class DINO(Method):
     """All views predict what a slowly moving copy, the teacher, says of the global ones; the teacher is what is exported.
 

@@ -10,6 +10,7 @@ from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
@@ -45,6 +46,7 @@ MOMENTUM = 0.992
 """Of the teacher at the start, in long runs."""
 
 
+@METHODS.register_module("dinov2")
 class DINOv2(Method):
     """DINO on class tokens, iBOT on hidden patches, and class tokens kept apart; the teacher is what is exported.
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
@@ -27,6 +28,7 @@ from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, Rand
 from widefield.pretraining.wrapping import wrap
 
 
+@METHODS.register_module("distillation")
 class Distillation(Method):
     """Learns to see images as a teacher does: which other images are alike, and which positions of an image are.
 

@@ -8,11 +8,13 @@ from lightly.models.modules.heads import LeJEPAProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Weight, by_size
 from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
+@METHODS.register_module("lejepa")
 class LeJEPA(Method):
     """All views come near to the mean of the global ones, and embeddings near to a normal distribution; no copy, no queue.
 

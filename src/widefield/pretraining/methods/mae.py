@@ -11,12 +11,14 @@ from widefield.components.layers.position import Resolution, sincos_position_emb
 from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
 from widefield.components.necks.mae_neck import MAEPretrainDecoder
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Share
 from widefield.pretraining.methods.transformers import opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import RandomResize, TransformArgs
 
 
+@METHODS.register_module("mae")
 class MAE(Method):
     """Predicts the pixels of patches that the model did not see from those that it saw.
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
 from widefield.components.target_generators.hog_generator import HOGGenerator
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method, Run
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import RandomResize, TransformArgs
 
 
+@METHODS.register_module("maskfeat")
 class MaskFeat(Method):
     """Predicts histograms of oriented gradients of hidden patches.
 

@@ -8,6 +8,7 @@ from lightly.models.modules.heads import MoCoProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
@@ -23,6 +24,7 @@ from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, RandomResize, TransformArgs
 
 
+@METHODS.register_module("moco")
 class MoCo(Method):
     """Tells a view of an image from a queue of other images, as a slowly moving copy of the model sees them.
 

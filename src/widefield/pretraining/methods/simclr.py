@@ -8,10 +8,12 @@ from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Temperature
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
+@METHODS.register_module("simclr")
 class SimCLR(Method):
     """Tells two views of an image from the views of all other images of the batch.
 

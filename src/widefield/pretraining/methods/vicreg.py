@@ -7,11 +7,13 @@ from lightly.models.modules.heads import VICRegProjectionHead
 from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, Method, Run, Weight
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, Solarize, TransformArgs
 
 
+@METHODS.register_module("vicreg")
 class VICReg(Method):
     """Brings the views of an image together while every number of the embedding keeps its variance and none repeats another.
 
