@@ -181,4 +181,4 @@ def test_values_against_annotations(annotation: Any, right: list[Any], wrong: li
     assert [value for value in right if check_value(value, annotation)] == []
     assert [value for value in wrong if not check_value(value, annotation)] == []
     if words:
-        assert check_value(wrong[0], annotation)[0][1].endswith(f"expected {words}")
+        assert str(check_value(wrong[0], annotation)[0][1]).endswith(f"expected {words}")

@@ -1,5 +1,7 @@
 """Views: sizes, ranges, what they depend on, and the operations against torchvision's."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -11,6 +13,7 @@ from skimage import data
 from torchvision.transforms.v2 import functional as F
 
 from widefield.pretraining import METHODS
+from widefield.pretraining.optimizers import SGD
 from widefield.pretraining.pixel_ops import blur, shift_hue
 from widefield.pretraining.settings import Errors, updated
 from widefield.pretraining.transform_args import (
@@ -138,6 +141,20 @@ def test_other_numbers_of_channels_turn_off_what_is_for_colours() -> None:
     assert [view.shape[0] for view in Views(args)(torch.rand(4, 64, 64), Random(0))] == [4, 4]
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomFlip(2), r"^horizontal_prob: got 2, expected a number, from 0 to 1$"),
+        (lambda: SGD(lr=math.inf), "lr: got inf, expected a number, at least 0"),
+        (lambda: GaussianBlur(sigmas=(2.0, 1.0)), "low <= high"),
+        (lambda: TransformArgs(num_channels=0, num_views=0), "num_channels: got 0.*; num_views: got 0"),
+    ],
+)
+def test_settings_made_in_python_are_checked_too(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def change(method: str, changes: dict[str, Any]) -> tuple[TransformArgs, list[str]]:
     errors = Errors()
     return updated(args_of(method), changes, "transform_args", errors), errors
@@ -161,17 +178,26 @@ def test_a_dictionary_changes_only_what_it_names_and_none_turns_off() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"imagesize": 3}, "no key 'imagesize'; did you mean image_size?"),
+        (
+            {"imagesize": 3},
+            "transform_args.imagesize: transform_args has no argument 'imagesize'; did you mean image_size?",
+        ),
         (
             {"image_size": "224"},
-            "transform_args.image_size must be an integer or (an integer, an integer), got '224' (str)",
+            "transform_args.image_size: got '224', expected int, at least 1 or a list of 2 (int",
         ),
-        ({"image_size": True}, "transform_args.image_size must be an integer"),
-        ({"random_flip": 0.5}, "transform_args.random_flip must be a dictionary with keys among"),
-        ({"random_flip": {"horizontal_prob": 2}}, "horizontal_prob=2 is no probability"),
-        ({"normalize": None}, "transform_args.normalize must be"),
+        ({"image_size": True}, "transform_args.image_size: got True, expected int"),
+        (
+            {"random_flip": 0.5},
+            "transform_args.random_flip: got 0.5, expected a dictionary with keys among horizontal_prob, vertical_prob or None",
+        ),
+        (
+            {"random_flip": {"horizontal_prob": 2}},
+            "transform_args.random_flip.horizontal_prob: got 2, expected a number, from 0 to 1",
+        ),
+        ({"normalize": None}, "transform_args.normalize: got None, expected a dictionary with keys among mean, std"),
         ({"normalize": {"std": [0.1, 0.2]}}, "mean has 3 and std 2 values"),
-        ({"channel_drop": {"num_channels_keep": 1}}, "missing 1 required"),
+        ({"channel_drop": {"num_channels_keep": 1}}, "transform_args.channel_drop: channel_drop needs weight_drop"),
     ],
 )
 def test_errors_say_where(changes: dict[str, Any], message: str) -> None:

@@ -5,8 +5,9 @@ value with the constructor it is meant for, `build` makes the model, `write_yaml
 """
 
 from widefield.config.build import build
-from widefield.config.check import check_arguments, check_description, check_value, find_class
-from widefield.config.config import Config, ConfigError, Origin
+from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
+from widefield.config.config import Config, ConfigError, Origin, dotted
+from widefield.config.expected import Mismatch
 from widefield.config.load import load
 from widefield.config.merge import merge
 from widefield.config.overrides import override
@@ -17,7 +18,9 @@ from widefield.config.yaml_text import read_yaml, write_yaml
 __all__ = [
     "Config",
     "ConfigError",
+    "Mismatch",
     "Origin",
+    "Problem",
     "Section",
     "Sections",
     "build",
@@ -25,6 +28,7 @@ __all__ = [
     "check_config",
     "check_description",
     "check_value",
+    "dotted",
     "find_class",
     "load",
     "merge",

@@ -9,20 +9,20 @@ from enum import Enum
 from typing import Annotated, Any, Literal, NewType, TypeVar
 
 from widefield.config.config import Path
-from widefield.config.expected import MAPPINGS, SEQUENCES, UNIONS, NoneType, component_of, describe, range_of, written
+from widefield.config.expected import MAPPINGS, SEQUENCES, UNIONS, Mismatch, NoneType, component_of, range_of
 from widefield.registry import (
     MODELS,
     Argument,
     ComponentOf,
     arguments_of,
     import_object,
-    near_names,
     split_description,
     suggestion,
+    wrong_names,
 )
 
-Problem = tuple[Path, str]
-_SHOWN = 60
+Problem = tuple[Path, str | Mismatch]
+"""Where something is wrong, and what."""
 
 
 def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
@@ -34,7 +34,7 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
     if isinstance(annotation, NewType):
         annotation = annotation.__supertype__
     if typing.is_typeddict(annotation):
-        is_dictionary = isinstance(value, dict)
+        is_dictionary = isinstance(value, Mapping)
         return check_arguments(annotation, value, path) if is_dictionary else _mismatch(value, annotation, path)
     component = component_of(annotation)
     if component is not None:
@@ -97,26 +97,14 @@ def check_arguments(
         given: Arguments that the caller adds; they cannot be in `arguments`.
         also: More names, with their types, that the caller takes out.
     """
-    known = arguments_of(function)
-    accepted = {name: argument.annotation for name, argument in known.named.items() if name not in given}
-    accepted |= also or {}
-    title = getattr(function, "__name__", str(function))
-    problems: list[Problem] = []
+    known = arguments_of(function).named
+    annotations = {name: _with_default(argument) for name, argument in known.items()} | dict(also or {})
+    wrong = wrong_names(function, arguments, given, also or {})
+    unknown = {at[0] for at, _ in wrong if at}
+    problems: list[Problem] = [((*path, *at), message) for at, message in wrong]
     for name, value in arguments.items():
-        here = (*path, str(name))
-        if name in accepted:
-            problems += check_value(value, _with_default(accepted[name], known.named.get(name)), here)
-        elif not known.open or name in given:
-            problems.append((here, f"{title} has no argument {name!r}; {suggestion(str(name), accepted)}"))
-        else:
-            problems += _check_untyped(value, here)
-    missing = [
-        argument.name
-        for argument in known.named.values()
-        if argument.required and argument.name not in arguments and argument.name not in given
-    ]
-    if missing:
-        problems.append((path, f"{title} needs {', '.join(missing)}"))
+        if str(name) not in unknown:
+            problems += check_value(value, annotations.get(name, Any), (*path, str(name)))
     return problems
 
 
@@ -142,21 +130,15 @@ def _subclasses(base: type) -> list[type]:
     return [base, *(known for one in direct for known in _subclasses(one))]
 
 
-def _with_default(annotation: Any, argument: Argument | None) -> Any:
-    """`x: int = None` takes None."""
-    if argument is None or argument.default is not None or annotation is Any:
-        return annotation
-    return annotation | None if isinstance(annotation, type) else annotation
+def _with_default(argument: Argument) -> Any:
+    """Return the annotation of an argument; `x: int = None` takes None."""
+    annotation = argument.annotation
+    takes_none = argument.default is None and isinstance(annotation, type) and annotation is not Any
+    return annotation | None if takes_none else annotation
 
 
 def _mismatch(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    shown = written(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-    near = []
-    if isinstance(value, str) and typing.get_origin(annotation) is Literal:
-        near = near_names(value, filter(lambda choice: isinstance(choice, str), typing.get_args(annotation)))
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return [(path, f"got {shown}, expected {describe(annotation)}{hint}")]
+    return [(path, Mismatch(value, annotation))]
 
 
 def _is_plain(value: Any, annotation: type) -> bool:
@@ -166,10 +148,10 @@ def _is_plain(value: Any, annotation: type) -> bool:
 
 
 def _check_marked(value: Any, annotation: Any, component: ComponentOf, path: Path) -> list[Problem]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         known = component.typed or {"type", "class_path"} & value.keys()
         return check_description(value, component, path) if known else []
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
         if check_value([], annotation, path):
             return _mismatch(value, Annotated[annotation, component], path)
         return [
@@ -192,7 +174,7 @@ def _check_untyped(value: Any, path: Path) -> list[Problem]:
     """Descriptions inside of what no annotation describes, if their type is a component's name."""
     if isinstance(value, (list, tuple)):
         return [problem for k, item in enumerate(value) for problem in _check_untyped(item, (*path, str(k)))]
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return []
     if isinstance(value.get("type"), str) and value["type"] in MODELS:
         return check_description(value, ComponentOf(MODELS), path)
@@ -200,7 +182,7 @@ def _check_untyped(value: Any, path: Path) -> list[Problem]:
 
 
 def _check_items(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, collections.abc.Sequence) or isinstance(value, str):
         return _mismatch(value, annotation, path)
     types = typing.get_args(annotation)
     if (typing.get_origin(annotation) or annotation) is tuple and types[1:] != (Ellipsis,) and types:
@@ -216,7 +198,7 @@ def _check_items(value: Any, annotation: Any, path: Path) -> list[Problem]:
 
 
 def _check_mapping(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return _mismatch(value, annotation, path)
     _, item_type = typing.get_args(annotation) or (Any, Any)
     if item_type is Any:
@@ -231,7 +213,9 @@ def _check_callable(value: Any, annotation: Any, path: Path) -> list[Problem]:
         except (ValueError, ImportError) as error:
             return [(path, str(error))]
     return (
-        [] if callable(value) or (isinstance(value, dict) and "type" in value) else _mismatch(value, annotation, path)
+        []
+        if callable(value) or (isinstance(value, Mapping) and "type" in value)
+        else _mismatch(value, annotation, path)
     )
 
 
@@ -242,7 +226,7 @@ def _check_instance(value: Any, annotation: type, path: Path) -> list[Problem]:
         return [] if isinstance(value, str) else _mismatch(value, annotation, path)
     if issubclass(annotation, Enum):
         return [] if value in annotation.__members__ else _mismatch(value, annotation, path)
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return _mismatch(value, annotation, path)
     if "type" not in value and "class_path" not in value:
         if dataclasses.is_dataclass(annotation):

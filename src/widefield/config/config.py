@@ -42,7 +42,7 @@ class Config:
         """Where the value at `path` was written, or the nearest branch that holds it."""
         return next((self.origins[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.origins), None)
 
-    def error(self, problems: Iterable[tuple[Path, str]]) -> ConfigError:
+    def error(self, problems: Iterable[tuple[Path, object]]) -> ConfigError:
         """The error for problems, each a path and what is wrong there."""
         lines = []
         for path, message in problems:

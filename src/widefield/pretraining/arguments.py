@@ -1,16 +1,16 @@
 """The arguments of `widefield.train`: checked all together, before anything is read or written."""
 
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+from widefield.config import check_value
 from widefield.pretraining.callbacks import CallbackArgs
 from widefield.pretraining.dataset import OnBadImage
 from widefield.pretraining.embedding import StreamingArgs
@@ -18,11 +18,11 @@ from widefield.pretraining.loggers import LoggerArgs
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method
 from widefield.pretraining.optimizers import OptimArgs
-from widefield.pretraining.settings import Errors, fitted, updated
+from widefield.pretraining.settings import Count, Errors, updated, values_for
 from widefield.pretraining.settings import arguments as arguments_of_call
 from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.transform_args import TransformArgs
-from widefield.registry import UnknownNameError, arguments_of, suggestion
+from widefield.registry import Range, UnknownNameError, suggestion
 
 _TRAINER_ARGUMENTS = {
     "accelerator": "accelerator",
@@ -51,24 +51,25 @@ _LOADER_ARGUMENTS = {
 }
 
 MAX_WORKERS = 8
+Workers = Annotated[int, Range(0)] | Literal["auto"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arguments:
     """What the user gave, of the right types; see `widefield.train`."""
 
     out: Path
     data: Any
     model: Any
-    method: str
+    method: str = "simclr"
     method_args: dict[str, Any] | None
-    embed_dim: int | None
-    epochs: int | Literal["auto"]
-    batch_size: int
-    gradient_accumulation_steps: int
-    num_workers: int | Literal["auto"]
+    embed_dim: Count | None
+    epochs: Annotated[int, Range(0)] | Literal["auto"]
+    batch_size: Count
+    gradient_accumulation_steps: Count
+    num_workers: Workers
     devices: int | str | list[int]
-    num_nodes: int
+    num_nodes: Count
     resume_interrupted: bool
     checkpoint: Path | None
     overwrite: bool
@@ -76,15 +77,15 @@ class Arguments:
     strategy: Any
     precision: Any
     float32_matmul_precision: Literal["auto", "highest", "high", "medium"]
-    seed: int
+    seed: Annotated[int, Range(0)]
     on_bad_image: OnBadImage
-    loggers: dict[str, Any] | None
-    callbacks: dict[str, Any] | None
-    optim: str
+    loggers: LoggerArgs | None
+    callbacks: CallbackArgs | None
+    optim: str = "auto"
     optim_args: dict[str, Any] | None
     transform_args: dict[str, Any] | None
-    slides: dict[str, Any] | None
-    streaming: dict[str, Any] | None
+    slides: SlideArgs | None
+    streaming: StreamingArgs | None
     loader_args: dict[str, Any] | None
     trainer_args: dict[str, Any] | None
     model_args: dict[str, Any] | None
@@ -103,8 +104,6 @@ class Settings:
     optim: OptimArgs
     loggers: LoggerArgs
     callbacks: CallbackArgs
-    slides: SlideArgs | None
-    streaming: StreamingArgs | None
 
     def as_yaml(self, longest: int | None = None) -> str:
         """The settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
@@ -123,17 +122,11 @@ def parse(given: Mapping[str, Any]) -> Settings:
         ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.
     """
     errors = Errors()
-    arguments = arguments_of_call(Arguments, given, "widefield.train")
+    arguments = arguments_of_call(Arguments, given, errors)
     method = _method(arguments.method, errors)
-    _check_numbers(arguments, errors)
-    _check_names(arguments.trainer_args, Trainer.__init__, _TRAINER_ARGUMENTS, "trainer_args", errors)
-    _check_names(arguments.loader_args, DataLoader.__init__, _LOADER_ARGUMENTS, "loader_args", errors)
-    loggers = updated(LoggerArgs(), arguments.loggers, "loggers", errors)
-    callbacks = updated(CallbackArgs(), arguments.callbacks, "callbacks", errors)
-    slides = None if arguments.slides is None else updated(SlideArgs(), arguments.slides, "slides", errors)
-    streaming = None
-    if arguments.streaming is not None:
-        streaming = updated(StreamingArgs(), arguments.streaming, "streaming", errors)
+    _check_resuming(arguments, errors)
+    _check_passed_on(Trainer, arguments.trainer_args or {}, _TRAINER_ARGUMENTS, "trainer_args", errors)
+    _check_passed_on(DataLoader, arguments.loader_args or {}, _LOADER_ARGUMENTS, "loader_args", errors)
     transforms = updated(method.transforms, arguments.transform_args, "transform_args", errors)
     if transforms.num_views < method.transforms.num_views:
         errors.append(
@@ -144,7 +137,7 @@ def parse(given: Mapping[str, Any]) -> Settings:
     if transforms.local_view is not None and not method.takes_local_views:
         errors.append(f"transform_args.local_view: {arguments.method} takes no local views; leave it out")
     optim = _optim(method, arguments, errors)
-    method_args = _method_args(method, arguments, errors)
+    method_args = values_for(method, arguments.method_args or {}, "method_args", errors, given=("embedding", "run"))
     errors.raise_if_any("widefield.train")
     assert optim is not None
     epochs = 100 if arguments.epochs == "auto" else int(arguments.epochs)
@@ -157,10 +150,8 @@ def parse(given: Mapping[str, Any]) -> Settings:
         auto_workers(os.cpu_count(), _devices(arguments.devices)) if workers == "auto" else int(workers),
         transforms.for_channels(),
         optim,
-        loggers,
-        callbacks,
-        slides,
-        streaming,
+        arguments.loggers or LoggerArgs(),
+        arguments.callbacks or CallbackArgs(),
     )
 
 
@@ -191,45 +182,25 @@ def _method(name: str, errors: Errors) -> type[Method]:
     return found
 
 
-def _check_numbers(arguments: Arguments, errors: Errors) -> None:
-    least = {
-        "batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "num_workers": 0,
-        "num_nodes": 1,
-        "embed_dim": 1,
-        "epochs": 0,
-        "seed": 0,
-    }
-    for name, low in least.items():
-        value = getattr(arguments, name)
-        if isinstance(value, int) and value < low:
-            errors.append(f"{name}={value} must be at least {low}")
+def _check_resuming(arguments: Arguments, errors: Errors) -> None:
     if arguments.resume_interrupted and arguments.checkpoint is not None:
         errors.append("checkpoint begins a new run and resume_interrupted goes on with one; give one of them")
     if arguments.resume_interrupted and arguments.overwrite:
         errors.append("overwrite removes the run that resume_interrupted goes on with; give one of them")
     if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
         errors.append(f"checkpoint: {arguments.checkpoint} does not exist")
-    for name in ("trainer_args", "loader_args"):
-        given = getattr(arguments, name) or {}
-        for key in ("max_steps", "batch_size"):
-            if key in given and (not isinstance(given[key], int) or given[key] < 1):
-                errors.append(f"{name}.{key}={given[key]!r} must be an integer of at least 1")
 
 
-def _check_names(
-    given: Mapping[str, Any] | None, function: Any, ours: Mapping[str, str | None], where: str, errors: Errors
+def _check_passed_on(
+    function: Any, given: Mapping[str, Any], ours: Mapping[str, str | None], where: str, errors: Errors
 ) -> None:
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
-    for name in given or ():
-        if name in ours:
-            instead = ours[name]
-            errors.append(
-                f"{where}.{name} is set by {f'the argument {instead}' if instead else 'Widefield'}; leave it out here"
-            )
-        elif name not in known:
-            errors.append(f"{where} has no key {name!r}; {suggestion(name, known)}")
+    for name in ours.keys() & given.keys():
+        by = f"the argument {ours[name]}" if ours[name] else "Widefield"
+        errors.append(f"{where}.{name} is set by {by}; leave it out here")
+    values_for(function, {name: given[name] for name in given if name not in ours}, where, errors, given=("dataset",))
+    for name in ("max_steps", "batch_size"):
+        if name in given:
+            errors.add(check_value(given[name], Count, (where, name)))
 
 
 def _optim(method: type[Method], arguments: Arguments, errors: Errors) -> OptimArgs | None:
@@ -239,21 +210,6 @@ def _optim(method: type[Method], arguments: Arguments, errors: Errors) -> OptimA
         errors.append(f"optim={arguments.optim!r}; {suggestion(arguments.optim, ['auto', *names])}")
         return None
     return updated(optim, arguments.optim_args, "optim_args", errors)
-
-
-def _method_args(method: type[Method], arguments: Arguments, errors: Errors) -> dict[str, Any]:
-    constructor: Any = method
-    known = {name: one for name, one in arguments_of(constructor).named.items() if name not in ("embedding", "run")}
-    values = {}
-    for name, value in (arguments.method_args or {}).items():
-        if name not in known:
-            errors.append(f"method_args has no key {name!r}; {suggestion(name, known)}")
-        else:
-            values[name] = fitted(value, known[name].annotation, None, f"method_args.{name}", errors)
-    for name, argument in known.items():
-        if argument.required and name not in values:
-            errors.append(f"method_args.{name} is missing, which {arguments.method} needs")
-    return values
 
 
 def _plain(value: Any, longest: int | None) -> Any:

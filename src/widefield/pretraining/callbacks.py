@@ -15,6 +15,7 @@ from widefield.pretraining.dataset import BadImage, Batch
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.observe import Quality, QualityArgs, Report, ReportArgs
 from widefield.pretraining.out import OutFolder
+from widefield.pretraining.settings import Count
 from widefield.pretraining.stopping import SaveLast
 from widefield.writing import write_torch_file
 
@@ -51,11 +52,7 @@ class EarlyStoppingArgs:
 class ExportArgs:
     """Writes the weights of the model."""
 
-    every_n_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        if self.every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={self.every_n_epochs} must be at least 1")
+    every_n_epochs: Count = 1
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from widefield.pretraining.arguments import auto_workers
+from widefield.pretraining.arguments import Workers, auto_workers
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.dataset import BadImage
 from widefield.pretraining.embedding import StreamingArgs
@@ -21,9 +21,10 @@ from widefield.pretraining.embedding_files import EmbeddingFormat, check_format,
 from widefield.pretraining.out import check_file
 from widefield.pretraining.own_size import Look, embed_at_own_size
 from widefield.pretraining.pictures import Pictures, normalized
-from widefield.pretraining.settings import Errors, arguments, updated
+from widefield.pretraining.settings import Count, Errors, arguments
 from widefield.pretraining.source import Files, ImageSource, make_source
-from widefield.pretraining.transform_args import Normalize, size_of
+from widefield.pretraining.transform_args import Normalize, Size
+from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +35,11 @@ class _Arguments:
     data: Any
     checkpoint: Path
     format: EmbeddingFormat
-    image_size: int | tuple[int, int] | None
-    level: int
-    streaming: dict[str, Any] | None
-    batch_size: int
-    num_workers: int | Literal["auto"]
+    image_size: Size | None
+    level: Annotated[int, Range(0)]
+    streaming: StreamingArgs | None
+    batch_size: Count
+    num_workers: Workers
     accelerator: str
     overwrite: bool
     precision: str
@@ -88,29 +89,24 @@ def embed(
         FileNotFoundError: There is no such checkpoint.
         ValueError: An argument cannot be used, or no image can be read; what is at `out` is as it was.
     """
-    given = arguments(_Arguments, locals(), "widefield.embed")
+    errors = Errors()
+    given = arguments(_Arguments, locals(), errors)
+    errors.raise_if_any("widefield.embed")
     workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
-    bounds = (("batch_size", given.batch_size, 1), ("num_workers", workers, 0), ("level", given.level, 0))
-    for name, value, least in bounds:
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if given.image_size is not None:
-        size_of(given.image_size, "image_size")
-        if given.level:
-            raise ValueError(f"level={given.level} is for image_size=None, which takes images as they are")
-    streamed = _streaming(given.streaming)
+    if given.image_size is not None and given.level:
+        raise ValueError(f"level={given.level} is for image_size=None, which takes images as they are")
     check_file(given.out, given.overwrite)
     check_format(given.format)
     found = Checkpoint.read(given.checkpoint)
     fabric = _fabric(given.accelerator, given.precision)
-    vectors = _Vectors(found.embedding_model(given.model, streamed)).eval()
+    vectors = _Vectors(found.embedding_model(given.model, given.streaming)).eval()
     model = fabric.setup_module(vectors)
     with torch.inference_mode():
         if given.image_size is None:
             source = make_source(given.data, found.num_channels, None, None)
             look = Look.of(found, next((p.dtype for p in vectors.parameters()), torch.float32))
             indices, embeddings = embed_at_own_size(
-                model, source, look, given.level, streamed is not None, fabric.device
+                model, source, look, given.level, given.streaming is not None, fabric.device
             )
         else:
             views = found.views(given.image_size)
@@ -145,15 +141,6 @@ def _fabric(accelerator: str, precision: Any) -> Fabric:
         return Fabric(accelerator=accelerator, devices=1, precision=precision)
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(f"accelerator={accelerator!r} and precision={precision!r} cannot be used: {error}") from error
-
-
-def _streaming(given: dict[str, Any] | None) -> StreamingArgs | None:
-    if given is None:
-        return None
-    errors = Errors()
-    streaming = updated(StreamingArgs(), given, "streaming", errors)
-    errors.raise_if_any("widefield.embed")
-    return streaming
 
 
 def _embed(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widefield.pretraining.checkpoint import Checkpoint, Part, part_of
 from widefield.pretraining.out import check_file
-from widefield.pretraining.settings import arguments
+from widefield.pretraining.settings import Errors, arguments
 from widefield.writing import replacing, write_torch_file
 
 ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors"]
@@ -53,7 +53,9 @@ def export(
         FileNotFoundError: There is no such checkpoint.
         ValueError: An argument cannot be used; what is at `out` is as it was.
     """
-    given = arguments(_Arguments, locals(), "widefield.export")
+    errors = Errors()
+    given = arguments(_Arguments, locals(), errors)
+    errors.raise_if_any("widefield.export")
     check_file(given.out, given.overwrite)
     if given.format == "package_default" and given.part != "model":
         raise ValueError(

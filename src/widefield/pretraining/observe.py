@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest,
 from widefield.pretraining.sheet import decoded, sheet
 from widefield.pretraining.source import Files
 from widefield.pretraining.views import whole_image
+from widefield.registry import Range
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
@@ -44,11 +45,7 @@ class QualityArgs:
     """
 
     labels: Path | None = None
-    images: int = 512
-
-    def __post_init__(self) -> None:
-        if self.images < 4:
-            raise ValueError(f"images={self.images} must be at least 4")
+    images: Annotated[int, Range(4)] = 512
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Optimizers by name, and which weights decay."""
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -11,24 +10,17 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value:g} must be a number of at least 0")
+from widefield.pretraining.settings import Checked, NotNegative
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Checked):
     """Stochastic gradient descent with momentum."""
 
     name: ClassVar[str] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    lr: NotNegative = 0.1
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 1e-4
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
@@ -36,17 +28,14 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Checked):
     """Adam with decoupled weight decay."""
 
     name: ClassVar[str] = "adamw"
-    lr: float = 1e-3
+    lr: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        _not_negative(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
@@ -54,16 +43,13 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class LARS:
+class LARS(Checked):
     """SGD whose steps are scaled layer by layer (You et al., https://arxiv.org/abs/1708.03888), for large batches."""
 
     name: ClassVar[str] = "lars"
-    lr: float = 0.2
-    momentum: float = 0.9
-    weight_decay: float = 1e-6
-
-    def __post_init__(self) -> None:
-        _not_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    lr: NotNegative = 0.2
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 1e-6
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, with the learning rate `lr`; `fused` counts for nothing here."""

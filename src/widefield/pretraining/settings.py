@@ -1,182 +1,129 @@
-"""Settings as frozen dataclasses: made of dictionaries, every key and type checked, all errors of a call collected."""
+"""Settings as frozen dataclasses: made of dictionaries, every key and value checked, all errors of a call collected."""
 
-import difflib
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from widefield.registry import suggestion
+from widefield.config import Mismatch, Problem, check_value, dotted
+from widefield.config.expected import MAPPINGS, UNIONS
+from widefield.registry import Range, arguments_of, wrong_names
 
 T = TypeVar("T")
+Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
 
 
 class Errors(list[str]):
     """What is wrong with the arguments of a call, a line each."""
 
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Append a line for each problem."""
+        for path, message in problems:
+            self.append(f"{dotted(path)}: {message.in_python() if isinstance(message, Mismatch) else message}")
+
     def raise_if_any(self, call: str) -> None:
-        """Raises ValueError with all of them."""
+        """Raise ValueError with all of them."""
         if self:
             count = "1 error" if len(self) == 1 else f"{len(self)} errors"
             raise ValueError("\n".join([f"{count} in the arguments of {call}:", *(f"  {line}" for line in self)]))
 
 
-def arguments(kind: type[T], given: Mapping[str, Any], call: str) -> T:
-    """A `kind`, a dataclass with a field for every argument of `call`, of the arguments `given` by name.
+class Checked:
+    """The base class of a dataclass whose fields are compared with their annotations when it is made.
 
     Raises:
-        ValueError: An argument is of the wrong type; a line for each.
+        ValueError: A field does not fit.
     """
-    errors = Errors()
-    kinds = typing.get_type_hints(kind)
-    values = {name: fitted(given[name], hint, None, name, errors) for name, hint in kinds.items()}
-    errors.raise_if_any(call)
-    return kind(**values)
+
+    def __post_init__(self) -> None:
+        errors = Errors()
+        kind: Any = type(self)
+        for name, argument in arguments_of(kind).named.items():
+            errors.add(check_value(getattr(self, name), argument.annotation, (name,)))
+        if errors:
+            raise ValueError("; ".join(errors))
+
+
+def arguments(kind: type[T], given: Mapping[str, Any], errors: Errors) -> T:
+    """Return a `kind`, a dataclass with a field for every argument of a call, of the arguments `given` by name.
+
+    A field has its default, or None, where `errors` gets a line that what was given is of the wrong type or out of range.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return kind(
+        **{name: _fitted(given[name], hint, getattr(kind, name, None), name, errors) for name, hint in hints.items()}
+    )
 
 
 def updated(default: T, changes: Any, where: str, errors: Errors) -> T:
-    """`default`, a frozen dataclass, with `changes` by name; None changes nothing.
+    """Return `default`, a frozen dataclass, with `changes` by name; None changes nothing.
 
     A nested dictionary changes only what it names; None in it turns the entry off where the type has None.
     """
-    if changes is None:
-        return default
-    if not isinstance(changes, Mapping):
-        errors.append(f"{where} must be a dictionary, got {_shown(changes)}")
-        return default
-    kinds = typing.get_type_hints(type(default))
-    values = {}
-    for name, value in changes.items():
-        path = f"{where}.{name}"
-        if name not in kinds:
-            errors.append(f"{where} has no key {name!r}; {suggestion(str(name), kinds)}")
-            continue
-        before = len(errors)
-        result = fitted(value, kinds[name], getattr(default, name), path, errors)
-        if len(errors) == before:
-            values[name] = result
-    try:
-        return replace(default, **values)  # type: ignore[type-var]
-    except ValueError as error:
-        errors.append(f"{where}: {error}")
-        return default
+    return default if changes is None else _fitted(changes, type(default), default, where, errors)
 
 
-def made(kind: type[T], given: Any, where: str, errors: Errors) -> T | None:
-    """A `kind`, a dataclass, of the dictionary `given`; None if it cannot be made, which `errors` says."""
-    if not isinstance(given, Mapping):
-        errors.append(f"{where} must be a dictionary, got {_shown(given)}")
-        return None
-    kinds = typing.get_type_hints(kind)
-    values, before = {}, len(errors)
-    for name, value in given.items():
-        if name not in kinds:
-            errors.append(f"{where} has no key {name!r}; {suggestion(str(name), kinds)}")
-        else:
-            values[name] = fitted(value, kinds[name], None, f"{where}.{name}", errors)
-    if len(errors) > before:
-        return None
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        errors.append(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}")
-        return None
+def values_for(
+    function: Any,
+    changes: Mapping[str, Any],
+    where: str,
+    errors: Errors,
+    default: Any = None,
+    given: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return the values of the arguments `changes` for `function`, each of the type that its annotation says.
 
-
-def fitted(value: Any, kind: Any, default: Any, where: str, errors: Errors) -> Any:
-    """`value` as a `kind`, a type annotation: lists become tuples, integers floats, dictionaries dataclasses."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if is_dataclass(option) and isinstance(value, Mapping):
-            if isinstance(default, option):  # type: ignore[arg-type]
-                return updated(default, value, where, errors)
-            return made(option, value, where, errors)  # type: ignore[arg-type]
-    for option in options:
-        found, result = _as(value, option)
-        if found:
-            return result
-    if get_origin(kind) is Literal and isinstance(value, str):
-        choices = [str(choice) for choice in get_args(kind)]
-        near = difflib.get_close_matches(value, choices, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(repr, choices))}"
-        errors.append(f"{where}={value!r}; {hint}")
-        return default
-    errors.append(f"{where} must be {described(kind)}, got {_shown(value)}")
-    return default
-
-
-def described(kind: Any) -> str:
-    """A type annotation in words."""
-    if get_origin(kind) is Annotated:
-        return f"{described(kind.__origin__)}, {' '.join(map(str, kind.__metadata__))}"
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(described(option) for option in get_args(kind))
-    if get_origin(kind) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(kind))
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)
-        if inner[-1] is Ellipsis:
-            return f"a list of {described(inner[0]).removeprefix('an ').removeprefix('a ')}s"
-        return f"({', '.join(described(part) for part in inner)})"
-    if is_dataclass(kind):
-        names = ", ".join(field.name for field in fields(kind))
-        return f"a dictionary with keys among {names}"
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "True or False",
-        str: "a text",
-        dict: "a dictionary",
-        type(None): "None",
-        Path: "a path",
+    Args:
+        function: What will be called.
+        changes: By name.
+        where: What the user calls the dictionary.
+        errors: Where a line for each wrong name and value is appended.
+        default: An object whose attributes are the arguments that `changes` leaves out; None if there are none.
+        given: Arguments that the caller adds.
+    """
+    known = arguments_of(function).named
+    names = changes if default is None else {**known, **changes}
+    wrong = wrong_names(function, names, given, title=where.rpartition(".")[2])
+    errors.add(((where, *at), message) for at, message in wrong)
+    return {
+        name: _fitted(value, known[name].annotation, getattr(default, name, None), f"{where}.{name}", errors)
+        for name, value in changes.items()
+        if name in known
     }
-    return words.get(get_origin(kind) or kind, str(getattr(kind, "__name__", kind)))
 
 
-def _as(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Whether `value` is a `kind`, and as one."""
-    origin = get_origin(kind)
+def _fitted(value: Any, kind: Any, default: Any, where: str, errors: Errors) -> Any:
+    """Return `value` as its annotation says, and `default` if it does not fit."""
     if kind is Any:
-        return True, value
+        return value
+    for option in get_args(kind) if get_origin(kind) in UNIONS else (kind,):
+        if is_dataclass(option) and isinstance(value, Mapping):
+            before, base = len(errors), default if isinstance(default, option) else None  # type: ignore[arg-type]
+            values = values_for(option, value, where, errors, base)
+            if len(errors) > before:
+                return default
+            try:
+                return option(**values) if base is None else replace(base, **values)  # type: ignore[operator]
+            except ValueError as error:
+                errors.append(f"{where}: {error}")
+                return default
+    problems = check_value(value, kind, (where,))
+    errors.add(problems)
+    return default if problems else _converted(value, kind)
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """Return a value that fits its annotation with tuples for lists, floats for integers and paths for texts."""
+    origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        found, result = _as(value, kind.__origin__)
-        return found and all(result in bounds for bounds in kind.__metadata__), result
-    if origin is Literal:
-        return value in get_args(kind), value
+        return _converted(value, inner[0])
+    if origin in UNIONS:
+        return _converted(value, next(option for option in inner if not check_value(value, option)))
     if origin is tuple:
-        return _as_tuple(value, get_args(kind))
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool), value if value is None else _float(
-            value
-        )
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if kind is Path:
-        return isinstance(value, (str, Path)), value if not isinstance(value, str) else Path(value)
-    target = origin or kind
-    if target in (dict, Mapping):
-        return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else value
-    return isinstance(target, type) and isinstance(value, target), value
-
-
-def _float(value: Any) -> Any:
-    return float(value) if isinstance(value, (int, float)) else value
-
-
-def _as_tuple(value: Any, inner: tuple[Any, ...]) -> tuple[bool, Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return False, value
-    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-    if len(kinds) != len(value):
-        return False, value
-    parts = [_as(part, kind) for part, kind in zip(value, kinds, strict=True)]
-    return all(found for found, _ in parts), tuple(part for _, part in parts)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+        return tuple(map(_converted, value, inner[:1] * len(value) if inner[-1] is Ellipsis else inner))
+    if kind is float or kind is Path:
+        return kind(value)
+    return dict(value) if origin in MAPPINGS else value

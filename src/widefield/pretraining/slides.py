@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from widefield.images import ImageFile, ImageReadError, open_image, thumbnail
 from widefield.pretraining.pixels import open_lazily, with_channels
+from widefield.pretraining.settings import Count
 
 THUMBNAIL = 512
 """Long side of the picture in which tissue is looked for, in pixels."""
@@ -29,16 +30,13 @@ class SlideArgs:
         foreground: Only where there is tissue.
     """
 
-    patch_size: int = 512
-    patches_per_slide: int = 64
+    patch_size: Count = 512
+    patches_per_slide: Count = 64
     level: int | None = None
     spacing: float | None = None
     foreground: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "patches_per_slide"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.level is not None and self.spacing is not None:
             raise ValueError(f"level={self.level} and spacing={self.spacing:g} were both given; give one of them")
         if self.spacing is not None and not self.spacing > 0:

@@ -186,7 +186,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
     if given.checkpoint is not None:
         load_checkpoint(wrapper, given.checkpoint)
-    embedding = EmbeddingModel(wrapper, given.embed_dim, settings.streaming)
+    embedding = EmbeddingModel(wrapper, given.embed_dim, settings.given.streaming)
     numbers = dry_run(embedding, settings.transforms.num_channels, dataset.views.sizes)
     _check_first_image(dataset)
 
@@ -235,7 +235,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
 
 def _dataset(settings: Settings, folder: OutFolder) -> ViewDataset:
     given, views = settings.given, Views(settings.transforms)
-    source = make_source(given.data, settings.transforms.num_channels, views.reduction, settings.slides, folder.views)
+    source = make_source(given.data, settings.transforms.num_channels, views.reduction, given.slides, folder.views)
     return ViewDataset(source, views, given.seed, given.on_bad_image)
 
 
@@ -308,7 +308,7 @@ def _trainer(settings: Settings, folder: OutFolder, labels: Labels | None) -> pl
         callbacks.append(RichProgressBar(theme=RichProgressBarTheme(metrics_format=".4g")))
     plugins = [AtomicCheckpointIO(), *_as_list(options.pop("plugins", None))]
     several = _several_devices(given.devices, given.num_nodes, given.accelerator)
-    if several and settings.streaming is not None:
+    if several and settings.given.streaming is not None:
         _log.warning("streamed models on several devices: batch norms take the statistics of each device alone")
     elif several and "sync_batchnorm" not in options:
         synced = sync_options(on_cpu=_is_cpu(given.accelerator))

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from widefield.pretraining.settings import Checked, Count, NotNegative, Share
+from widefield.registry import Range
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value:g} is no probability; expected 0 to 1")
+Size = Count | tuple[Count, Count]
+"""Pixels of a square, or (height, width)."""
 
 
 @dataclass(frozen=True)
-class RandomResize:
+class RandomResize(Checked):
     """A random part of the image, resized: its share of the area, and its width / height."""
 
     min_scale: float = 0.08
@@ -21,6 +24,7 @@ class RandomResize:
     max_ratio: float = 4 / 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.min_scale <= self.max_scale <= 1:
             raise ValueError(
                 f"min_scale={self.min_scale:g} and max_scale={self.max_scale:g} must satisfy 0 < min <= max <= 1"
@@ -32,46 +36,34 @@ class RandomResize:
 
 
 @dataclass(frozen=True)
-class RandomFlip:
+class RandomFlip(Checked):
     """Mirrors the view."""
 
-    horizontal_prob: float = 0.5
-    vertical_prob: float = 0.0
-
-    def __post_init__(self) -> None:
-        _probability("horizontal_prob", self.horizontal_prob)
-        _probability("vertical_prob", self.vertical_prob)
+    horizontal_prob: Share = 0.5
+    vertical_prob: Share = 0.0
 
 
 @dataclass(frozen=True)
-class RandomRotation:
+class RandomRotation(Checked):
     """Turns the view by an angle drawn from -degrees to degrees; what comes in from outside is black."""
 
-    prob: float = 0.5
-    degrees: float = 90
-
-    def __post_init__(self) -> None:
-        _probability("prob", self.prob)
-        if not 0 <= self.degrees <= 180:
-            raise ValueError(f"degrees={self.degrees:g} must be 0 to 180")
+    prob: Share = 0.5
+    degrees: Annotated[float, Range(0, 180)] = 90
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(Checked):
     """Changes brightness, contrast, saturation and hue, in random order, by up to `strength` times these values."""
 
-    prob: float = 0.8
-    strength: float = 1.0
-    brightness: float = 0.8
-    contrast: float = 0.8
-    saturation: float = 0.8
-    hue: float = 0.2
+    prob: Share = 0.8
+    strength: NotNegative = 1.0
+    brightness: NotNegative = 0.8
+    contrast: NotNegative = 0.8
+    saturation: NotNegative = 0.8
+    hue: NotNegative = 0.2
 
     def __post_init__(self) -> None:
-        _probability("prob", self.prob)
-        for name in ("strength", "brightness", "contrast", "saturation", "hue"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name):g} must be at least 0")
+        super().__post_init__()
         if self.strength * self.hue > 0.5:
             raise ValueError(
                 f"strength * hue = {self.strength * self.hue:g} must be at most 0.5, half of the colour circle"
@@ -79,43 +71,39 @@ class ColorJitter:
 
 
 @dataclass(frozen=True)
-class GaussianBlur:
+class GaussianBlur(Checked):
     """Blurs the view with a standard deviation drawn between the two `sigmas`, in pixels."""
 
-    prob: float = 0.5
+    prob: Share = 0.5
     sigmas: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
-        _probability("prob", self.prob)
+        super().__post_init__()
         if not 0 <= self.sigmas[0] <= self.sigmas[1]:
             raise ValueError(f"sigmas={self.sigmas} must satisfy 0 <= low <= high")
 
 
 @dataclass(frozen=True)
-class Solarize:
+class Solarize(Checked):
     """Inverts values from `threshold` on, which is a share of full intensity."""
 
-    prob: float = 0.2
+    prob: Share = 0.2
     threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        _probability("prob", self.prob)
 
 
 @dataclass(frozen=True)
-class ChannelDrop:
+class ChannelDrop(Checked):
     """Keeps `num_channels_keep` channels, drawn by weight, and sets the others to 0."""
 
-    num_channels_keep: int
-    weight_drop: tuple[float, ...]
+    num_channels_keep: Count
+    weight_drop: tuple[NotNegative, ...]
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_channels_keep <= len(self.weight_drop):
+        super().__post_init__()
+        if self.num_channels_keep > len(self.weight_drop):
             raise ValueError(
-                f"num_channels_keep={self.num_channels_keep} must be 1 to {len(self.weight_drop)}, the number of weight_drop"
+                f"num_channels_keep={self.num_channels_keep} must be at most {len(self.weight_drop)}, the number of weight_drop"
             )
-        if any(not (weight >= 0 and math.isfinite(weight)) for weight in self.weight_drop):
-            raise ValueError(f"weight_drop={self.weight_drop} must be numbers of at least 0")
         droppable, drops = sum(w > 0 for w in self.weight_drop), len(self.weight_drop) - self.num_channels_keep
         if drops > droppable:
             raise ValueError(f"{drops} channels are to be dropped, but only {droppable} have a weight_drop above 0")
@@ -149,22 +137,17 @@ class SecondView:
 
 
 @dataclass(frozen=True)
-class LocalViews:
+class LocalViews(Checked):
     """Small views of small parts; in all else they are like the first view."""
 
-    num_views: int = 6
-    view_size: int | tuple[int, int] = 96
+    num_views: Count = 6
+    view_size: Size = 96
     random_resize: RandomResize = field(default_factory=lambda: RandomResize(0.05, 0.14))
     gaussian_blur: GaussianBlur | None = field(default_factory=GaussianBlur)
 
-    def __post_init__(self) -> None:
-        if self.num_views < 1:
-            raise ValueError(f"num_views={self.num_views} must be at least 1; local_view=None turns local views off")
-        size_of(self.view_size, "view_size")
-
 
 @dataclass(frozen=True)
-class TransformArgs:
+class TransformArgs(Checked):
     """How the views of an image are drawn.
 
     Attributes:
@@ -176,35 +159,29 @@ class TransformArgs:
         local_view: Views beside the global ones.
     """
 
-    image_size: int | tuple[int, int] = 224
-    num_channels: int = 3
+    image_size: Size = 224
+    num_channels: Count = 3
     value_range: tuple[float, float] | None = None
     channel_drop: ChannelDrop | None = None
     random_resize: RandomResize | None = field(default_factory=RandomResize)
     random_flip: RandomFlip | None = field(default_factory=RandomFlip)
     random_rotation: RandomRotation | None = None
     color_jitter: ColorJitter | None = field(default_factory=ColorJitter)
-    random_gray_scale: float | None = 0.2
+    random_gray_scale: Share | None = 0.2
     gaussian_blur: GaussianBlur | None = field(default_factory=GaussianBlur)
     solarize: Solarize | None = None
     normalize: Normalize = field(default_factory=Normalize)
-    num_views: int = 2
+    num_views: Count = 2
     global_view_1: SecondView | None = None
     local_view: LocalViews | None = None
 
     def __post_init__(self) -> None:
-        size_of(self.image_size, "image_size")
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels={self.num_channels} must be at least 1")
-        if self.num_views < 1:
-            raise ValueError(f"num_views={self.num_views} must be at least 1")
+        super().__post_init__()
         values = len(self.normalize.mean)
         if values > self.num_channels and self.normalize != Normalize():
             raise ValueError(
                 f"normalize has a mean and std of {values} channels and num_channels is {self.num_channels}"
             )
-        if self.random_gray_scale is not None:
-            _probability("random_gray_scale", self.random_gray_scale)
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range={self.value_range} must be (low, high) with low < high")
         if self.channel_drop is not None and len(self.channel_drop.weight_drop) != self.num_channels:
@@ -221,9 +198,6 @@ class TransformArgs:
         return replace(args, color_jitter=None, random_gray_scale=None, solarize=None, global_view_1=second)
 
 
-def size_of(size: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """(height, width) of a number or a pair; ValueError for less than a pixel."""
-    pair = (size, size) if isinstance(size, int) else size
-    if min(pair) < 1:
-        raise ValueError(f"{name}={size} must be at least 1 pixel")
-    return pair
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of a `Size`."""
+    return (size, size) if isinstance(size, int) else size

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from widefield.pretraining.changes import Changes, change, draw
-from widefield.pretraining.transform_args import TransformArgs, size_of
+from widefield.pretraining.transform_args import TransformArgs, pair
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Views:
     def each(self) -> tuple[View, ...]:
         """The views, in order."""
         args = self.args
-        first = View(size_of(args.image_size, "image_size"), args)
+        first = View(pair(args.image_size), args)
         views = [first] * args.num_views
         if args.global_view_1 is not None and args.num_views > 1:
             second = args.global_view_1
@@ -90,7 +90,7 @@ class Views:
         if args.local_view is not None:
             local = args.local_view
             changed = replace(args, random_resize=local.random_resize, gaussian_blur=local.gaussian_blur)
-            views += [View(size_of(local.view_size, "view_size"), changed)] * local.num_views
+            views += [View(pair(local.view_size), changed)] * local.num_views
         return tuple(views)
 
     def reduction(self, height: int, width: int) -> float:

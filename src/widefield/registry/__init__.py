@@ -6,12 +6,16 @@ points of the group `widefield.components`: a name, and `package.module:Class`.
 
 from functools import partial
 
-from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of
-from widefield.registry.description import ComponentOf, split_description
-from widefield.registry.imports import absolute_place, import_module_or_file, import_object
+from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of, wrong_names
+from widefield.registry.description import ComponentOf, Range, split_description
+from widefield.registry.imports import (
+    absolute_place,
+    import_module_or_file,
+    import_object,
+    near_names,
+    suggestion,
+)
 from widefield.registry.index import Entry, registered_in, transforms
-from widefield.registry.near import near_names, suggestion
-from widefield.registry.ranges import Range
 from widefield.registry.registry import DuplicateNameError, Registry, UnknownNameError
 
 MODELS = Registry(
@@ -48,4 +52,5 @@ __all__ = [
     "registered_in",
     "split_description",
     "suggestion",
+    "wrong_names",
 ]

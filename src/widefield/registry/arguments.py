@@ -4,10 +4,12 @@ import ast
 import inspect
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from widefield.registry.imports import suggestion
 
 REQUIRED: Any = inspect.Parameter.empty
 """The default of an argument that has none."""
@@ -26,7 +28,7 @@ class Argument:
 
     @property
     def required(self) -> bool:
-        """Whether it has no default."""
+        """True if it has no default."""
         return self.default is REQUIRED
 
 
@@ -41,7 +43,7 @@ class Arguments:
 
 @cache
 def arguments_of(component: Callable[..., Any]) -> Arguments:
-    """The arguments of a class or function, those that reach a base class through `**kwargs` included; of a TypedDict its keys.
+    """Return the arguments of a class or function with those that reach a base class through `**kwargs`; of a TypedDict its keys.
 
     `super().__init__(depth, style="x", **kwargs)` hands on what the base class takes, less what is given there already.
     """
@@ -70,6 +72,36 @@ def arguments_of(component: Callable[..., Any]) -> Arguments:
             return Arguments(_in_order(named), True)
         given |= _given_to_base(call, owner, component.__mro__)
     return Arguments(_in_order(named), False)
+
+
+def wrong_names(
+    component: Callable[..., Any],
+    names: Collection[str],
+    given: Collection[str] = (),
+    also: Iterable[str] = (),
+    title: str | None = None,
+) -> list[tuple[tuple[str, ...], str]]:
+    """Return what is wrong with a call of `component` that has arguments of these names.
+
+    Args:
+        component: A class or function.
+        names: The names.
+        given: Arguments that the caller adds; they cannot be among the names.
+        also: More names, which the caller takes out.
+        title: The name of the component for messages; by default its own.
+
+    Returns:
+        A path and a message each: (name,) where the component has no such argument, () where it needs others.
+    """
+    known = arguments_of(component)
+    title = title or getattr(component, "__name__", str(component))
+    accepted = [*(name for name in known.named if name not in given), *also]
+    unknown = [name for name in names if name not in accepted and (not known.open or name in given)]
+    wrong: list[tuple[tuple[str, ...], str]] = [
+        ((str(name),), f"{title} has no argument {name!r}; {suggestion(str(name), accepted)}") for name in unknown
+    ]
+    missing = [one.name for one in known.named.values() if one.required and one.name not in {*names, *given}]
+    return [*wrong, ((), f"{title} needs {', '.join(missing)}")] if missing else wrong
 
 
 def _is_made_by_new(component: type) -> bool:

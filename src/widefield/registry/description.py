@@ -1,4 +1,4 @@
-"""A component written as plain data: `{type: NAME, argument: value, ...}`."""
+"""Components written as plain data, `{type: NAME, argument: value, ...}`, and marks of annotations that say what is taken."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +27,23 @@ class ComponentOf:
     given: tuple[str, ...] = ()
     also: Mapping[str, Any] = field(default_factory=dict, hash=False)
     typed: bool = True
+
+
+@dataclass(frozen=True)
+class Range:
+    """Marks an annotation: numbers given for the argument are finite, and from `least` to `most`.
+
+    `Annotated[int, Range(1)]` takes 1 and more. Arguments and configurations are checked against it before anything is built.
+    """
+
+    least: float
+    most: float = float("inf")
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and value != float("inf")
+
+    def __str__(self) -> str:
+        return f"at least {self.least}" if self.most == float("inf") else f"from {self.least} to {self.most}"
 
 
 def split_description(description: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

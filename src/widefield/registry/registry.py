@@ -10,11 +10,10 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from widefield.errors import WidefieldError
-from widefield.registry.arguments import arguments_of
+from widefield.registry.arguments import wrong_names
 from widefield.registry.description import split_description
-from widefield.registry.imports import import_object
+from widefield.registry.imports import import_object, suggestion
 from widefield.registry.index import Entry, as_names, entries_of
-from widefield.registry.near import suggestion
 
 _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callable[..., Any])
@@ -172,16 +171,8 @@ class Registry:
             return description
         name, arguments = split_description({**defaults, **description})
         component = self.get(name) if isinstance(name, str) else name
-        known = arguments_of(component)
-        title = getattr(component, "__name__", str(name))
-        for argument in arguments:
-            if argument not in known.named and not known.open:
-                raise TypeError(f"{title} has no argument {argument!r}; {suggestion(argument, known.named)}")
-        missing = [
-            argument.name for argument in known.named.values() if argument.required and argument.name not in arguments
-        ]
-        if missing:
-            raise TypeError(f"{title} needs {', '.join(missing)}")
+        for _, message in wrong_names(component, arguments):
+            raise TypeError(message)
         return component(**arguments)
 
     def names(self, kind: str | None = None) -> list[str]:
