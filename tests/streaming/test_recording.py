@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
+from widefield.streaming.arena import Arena
 from widefield.streaming.planner import make_plan
+from widefield.streaming.store import Store
 
 
 def net() -> nn.Sequential:
@@ -177,3 +179,13 @@ def test_a_backward_pass_that_fails_changes_no_gradient(tmp_path: Path) -> None:
     for a, b in zip(before, gradients(module), strict=True):
         assert torch.equal(a, b)
     assert not list(tmp_path.iterdir())
+
+
+def test_carries_whose_size_nobody_knows_lie_in_few_blocks_and_are_copied_once() -> None:
+    arena = Arena(Store(), {})
+    given = [torch.rand(1, 3, 2, k + 1) for k in range(64)]
+    pieces = [arena.put(piece) for piece in given]
+    assert len(arena.blocks[torch.float32]) < 12
+    assert all(map(arena.holds, pieces))
+    assert not arena.holds(given[0])
+    assert all(torch.equal(piece, other) for piece, other in zip(pieces, given, strict=True))

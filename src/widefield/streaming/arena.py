@@ -1,7 +1,7 @@
 """Where the carries of a whole pass are kept.
 
-One block of memory, so that small long-lived pieces leave no holes between the large short-lived tensors of the steps. It lies
-where its store says: on the device, in host memory or in a file.
+Large blocks of memory, so that small long-lived pieces leave no holes between the large short-lived tensors of the steps. They lie
+where their store says: on the device, in host memory or in a file.
 """
 
 from collections.abc import Mapping
@@ -14,32 +14,34 @@ from widefield.streaming.buffers import in_channels_last
 from widefield.streaming.store import Store
 
 _ALIGNMENT = 64  # bytes, of which the place of every piece is a multiple
+_GROWTH = 1 << 26  # bytes of a further block, at most; where less is there, as much again
 
 
 @dataclass
 class Arena:
-    """`put` copies a piece into the block. `sizes` says how many bytes of each dtype are expected; more is allocated if need be."""
+    """`put` copies a piece into a block. `sizes` says how many bytes of each dtype are expected: that is the first block of it."""
 
     store: Store
     sizes: Mapping[torch.dtype, int]
-    blocks: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    used: dict[torch.dtype, int] = field(default_factory=dict)
+    blocks: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
+    used: dict[torch.dtype, int] = field(default_factory=dict)  # elements of the last block
 
     def put(self, piece: Tensor) -> Tensor:
-        """A copy of `piece` in the block, in its memory format."""
+        """Return a copy of `piece` in a block, in its memory format."""
         dtype, count = piece.dtype, piece.numel()
-        block, start = self.blocks.get(dtype), self.used.get(dtype, 0)
-        if block is None or start + count > block.numel():
-            size = count if block is not None else max(count, self.sizes.get(dtype, 0) // dtype.itemsize)
-            block, start = self.store.empty((size,), piece.new_empty(0)), 0
-            self.blocks[dtype] = block
+        blocks, start = self.blocks.setdefault(dtype, []), self.used.get(dtype, 0)
+        if not blocks or start + count > blocks[-1].numel():
+            there = sum(block.nbytes for block in blocks)
+            size = min(there, _GROWTH) if blocks else self.sizes.get(dtype, 0)
+            blocks.append(self.store.empty((max(count, size // dtype.itemsize),), piece.new_empty(0)))
+            start = 0
         self.used[dtype] = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
-        return _shaped(block.narrow(0, start, count), piece).copy_(piece)
+        return _shaped(blocks[-1].narrow(0, start, count), piece).copy_(piece)
 
     def holds(self, piece: Tensor) -> bool:
-        """Whether `piece` is in the block already."""
-        block = self.blocks.get(piece.dtype)
-        return block is not None and piece.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+        """True if `piece` is in a block already."""
+        address = piece.untyped_storage().data_ptr()
+        return any(block.untyped_storage().data_ptr() == address for block in self.blocks.get(piece.dtype, ()))
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ fold          batch norms by stored statistics are folded into the convolution b
 normal form   operators that differ only in how they are written become one
 place         each operation becomes a map, a reduction over the whole image, or a plain operation
 live          what no output needs is dropped
-levels        what is computed from the image by local operations has level 0; what is computed from a reduction over maps of
-level n is of level n + 1, and so are the maps that depend on it
+levels        by which scan a map can be computed: local operations keep the level, what a reduction gives is one level up
 stages        the maps of a level are computed by one scan
 """
 
@@ -51,6 +50,16 @@ class Graph:
     stages: Mapping[int, Stage] = field(default_factory=dict)
 
     @property
+    def plain(self) -> list[Node]:
+        """The plain operations."""
+        return [node for node in self.nodes if node.name not in self.placed]
+
+    @property
+    def streamed(self) -> list[Node]:
+        """The maps and reductions."""
+        return [node for node in self.nodes if node.name in self.placed]
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every value."""
         given = {name: dtype for name, (_, dtype) in self.captured.shapes.items()}
@@ -77,10 +86,11 @@ def build(captured: Captured, *, allow_whole: bool) -> Program:
 
 
 def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Graph]]:
-    """Each pass by name, with the graph that it made; see the module's page."""
-    graph = Graph(captured, captured.nodes, Node("", tuple, captured.outputs, {}, (), torch.float32))
+    """Each pass by name, with the graph that it made, in the order of the module's docstring."""
+    outputs = Node("", tuple, captured.outputs, {}, (), torch.float32)  # no operation, but it reads what is returned
+    graph = Graph(captured=captured, nodes=captured.nodes, outputs=outputs)
     yield "capture", graph
-    row: dict[str, Callable[[Graph], Graph]] = {
+    functions: dict[str, Callable[[Graph], Graph]] = {
         "fold": _fold,
         "normal form": _normal_form,
         "place": partial(_place, allow_whole=allow_whole),
@@ -88,7 +98,7 @@ def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Grap
         "levels": _levels,
         "stages": _stages,
     }
-    for name, function in row.items():
+    for name, function in functions.items():
         graph = function(graph)
         yield name, graph
 
@@ -105,9 +115,8 @@ def explain(captured: Captured, *, allow_whole: bool) -> str:
         ]
         before = {" ".join(line.split()) for line in lines}
     for level, stage in sorted(graph.stages.items()):
-        names = [stage.values[v].name for v in stage.inputs], [stage.values[v].name for v in stage.outputs]
-        gathered = [part for v in stage.reductions for part in stage.values[v].parts]
-        text.append(f"stage {level}: from {', '.join(names[0])} to {', '.join((*names[1], *gathered))}, by way of")
+        inputs = [stage.values[v].name for v in stage.inputs]
+        text.append(f"stage {level}: from {', '.join(inputs)} to {', '.join(stage.made)}, by way of")
         text.append("  " + ", ".join(value.name for value in stage.values if value.placed is not None))
     return "\n".join(text)
 
@@ -126,7 +135,7 @@ def _place(graph: Graph, allow_whole: bool) -> Graph:
     placing = Placing(graph.captured, allow_whole)
     for node in graph.nodes:
         placing.add(node)
-    outputs = placing.on_whole_maps(graph.outputs)
+    outputs = placing.unflattened(graph.outputs)
     return replace(
         graph,
         nodes=tuple(placing.nodes.values()),
@@ -145,7 +154,8 @@ def _live(graph: Graph) -> Graph:
         if not needed.isdisjoint(parts):
             needed.update(node.refs)
             live.append(node)
-    if all(is_view(node) for node in live if node.name in graph.placed):
+    graph = replace(graph, nodes=tuple(live[::-1]))
+    if all(map(is_view, graph.streamed)):
         first = graph.refused[0] if graph.refused else None
         raise UnsupportedOpError(
             first.module_path if first else "",
@@ -153,7 +163,7 @@ def _live(graph: Graph) -> Graph:
             "is the first operation on the image, so that nothing is left to stream",
             "run this model as it is, without streaming",
         )
-    return replace(graph, nodes=tuple(live[::-1]))
+    return graph
 
 
 def _levels(graph: Graph) -> Graph:
@@ -168,22 +178,20 @@ def _levels(graph: Graph) -> Graph:
 
 
 def _stages(graph: Graph) -> Graph:
-    maps = [node for node in graph.nodes if node.name in graph.placed]
-    plain = [node for node in graph.nodes if node.name not in graph.placed]
-    wanted = {name for node in (*plain, graph.outputs) for name in node.refs if name in graph.maps}
-    stages = cut(graph.captured, graph.maps, graph.levels, graph.placed, maps, wanted, graph.dtypes)
+    wanted = {name for node in (*graph.plain, graph.outputs) for name in node.refs if name in graph.maps}
+    stages = cut(graph.captured, graph.maps, graph.levels, graph.placed, graph.streamed, wanted, graph.dtypes)
     return replace(graph, stages=stages)
 
 
 def _program(graph: Graph) -> Program:
     maps, levels = graph.maps, graph.levels
-    plain = [node for node in graph.nodes if node.name not in graph.placed]
+    plain = graph.plain
     items: list[Node | Stage] = []
     for level in range(max(levels.values()) + 1):
         items += [node for node in plain if levels[node.name] == level]
         items += [graph.stages[level]] if level in graph.stages else []
     used = {name for stage in graph.stages.values() for name in stage.weights}
-    streamed = sum(size_of(n) for n in graph.nodes if n.name in graph.placed and not isinstance(n.target, Reduction))
+    streamed = sum(size_of(node) for node in graph.streamed if not isinstance(node.target, Reduction))
     of_image = [node for node in plain if levels[node.name] > 0]
     extents = {maps.extent(name) for name in maps.axes} - {(1, 1)}
     whole = sum(size_of(node) for node in of_image if _is_whole(node, graph.whole, extents))

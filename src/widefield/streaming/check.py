@@ -198,8 +198,17 @@ def check(
         with casts:
             rounding = _compare(_run(*_shaken(_reference(model, dtype), image, generator), seed), expected)[0]
     return Check(
-        *(_verdict(errors, rounding, small), full, small.tile_size, errors, worst, small.stages),
-        *(small.streamed_fraction, small.refused, plan, no_plan, rounding),
+        verdict=_verdict(errors, rounding, small),
+        image_shape=full,
+        tile_size=small.tile_size,
+        errors=errors,
+        worst_parameter=worst,
+        stages=small.stages,
+        streamed_fraction=small.streamed_fraction,
+        refused=small.refused,
+        plan=plan,
+        no_plan=no_plan,
+        rounding=rounding,
     )
 
 

@@ -1,4 +1,4 @@
-"""A program, executed on one image: scans, and plain operations before, between and after them."""
+"""A program, executed on one image: stage_plans, and plain operations before, between and after them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from widefield.streaming.heap import watch
 from widefield.streaming.image import Source
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import Scan
+from widefield.streaming.planner import StagePlan
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store
@@ -25,7 +25,7 @@ from widefield.streaming.store import Store
 def execute(
     program: Program,
     plan: Plan,
-    scans: Sequence[Scan],
+    stage_plans: Sequence[StagePlan],
     image: Source,
     leaf: Tensor | None,
     values: dict[str, Any],
@@ -38,9 +38,9 @@ def execute(
     """Run `program` on `image` by ordinary autograd; return what its outputs and statistics are made of, by name.
 
     Args:
-        program: scans and plain operations.
+        program: stage_plans and plain operations.
         plan: where maps and carries live.
-        scans: how each stage is scanned.
+        stage_plans: how each stage is scanned.
         image: where the image is read.
         leaf: the tensor behind it, for autograd; None for an image that is read lazily.
         values: parameters, buffers and constants by name; each goes when its last reader is done.
@@ -64,17 +64,17 @@ def execute(
         tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
         return Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
 
-    def run_stage(stage: Stage, found: Scan) -> tuple[Tensor, ...]:
+    def run_stage(stage: Stage, plan_of_stage: StagePlan) -> tuple[Tensor, ...]:
         sources, inputs = zip(*(source_of(stage.values[v]) for v in stage.inputs), strict=True)
         job = Job(
-            grid=found.grid,
+            grid=plan_of_stage.grid,
             sources=sources,
             weight_names=stage.weights,
             seed=seed,
             store=store,
             carry_store=Store(plan.carry_place, scratch_dir),
-            carry_sizes={} if autocast else found.carry_sizes,  # autocast gives pieces other dtypes
-            recorded=found.recorded,
+            carry_sizes={} if autocast else plan_of_stage.carry_sizes,  # autocast gives pieces other dtypes
+            recorded=plan_of_stage.recorded,
             heap=heap,
             settings=settings,
             progress=progress,
@@ -82,7 +82,7 @@ def execute(
         with settings():
             return scan(job, inputs, [_in_format(values[name], image.memory_format) for name in stage.weights])
 
-    remaining = iter(scans)
+    remaining = iter(stage_plans)
     for item, last_reads in zip(program.items, program.last_reads, strict=True):
         if isinstance(item, Node):
             values[item.name] = _run(item, values, device, seed)
@@ -122,7 +122,7 @@ def _stage_input(program: Program, value: Value, values: dict[str, Any]) -> Tens
     """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
     if value.name not in program.broadcast:
         return values[value.name]
-    weight = values[program.broadcast[value.name][0]]
+    weight = values[program.broadcast[value.name]]
     return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
 
 

@@ -50,7 +50,7 @@ class Span:
 
 
 class AxisMap(Protocol):
-    """See the module's page."""
+    """See the module's docstring."""
 
     @property
     def n_in(self) -> int: ...

@@ -115,18 +115,18 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A captured module as `items` to execute in order; see the module's page.
+    """A captured module as `items` to execute in order; see the module's docstring.
 
-    `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name and its whole shape.
-    `statistics` lists the batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the
-    operations that run whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all
-    plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
-    those of all weights that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's size.
+    `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name. `statistics` lists the
+    batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the operations that run
+    whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all plain operations make
+    of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are those of all weights
+    that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
     """
 
     captured: Captured
     items: tuple[Node | Stage, ...]
-    broadcast: dict[str, tuple[str, tuple[int, ...]]]
+    broadcast: dict[str, str]
     statistics: tuple[tuple[str, str], ...]
     streamed_fraction: float
     plain_bytes: int
@@ -183,4 +183,4 @@ class Program:
         if isinstance(item, Node):
             return set(item.refs)
         names = {item.values[v].name for v in item.inputs}
-        return {*item.weights, *(self.broadcast[name][0] if name in self.broadcast else name for name in names)}
+        return {*item.weights, *(self.broadcast.get(name, name) for name in names)}

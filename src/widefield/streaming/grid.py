@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from widefield.streaming.buffers import Cut
 from widefield.streaming.extents import Span
@@ -33,16 +34,24 @@ class AxisStep:
         return self.ready - self.done
 
 
+class Cuts(NamedTuple):
+    """The windows that are cut out of a buffer: those of the `readers`, then the pieces for below and right, if they are kept."""
+
+    readers: list[tuple[int, int]]
+    windows: list[Cut]
+    keep_below: bool
+    keep_right: bool
+
+
 @dataclass(frozen=True)
 class Grid:
-    """The steps of a scan of `stage` with tiles of `tile` = (height, width) pixels of the image.
+    """The steps of a scan of `stage`.
 
     `readers[v]` lists who reads map v: pairs of (map, which of its sources). `rows[i][v]` and `cols[j][v]` say what happens in
     tile row i and tile column j, both counted from 0.
     """
 
     stage: Stage
-    tile: tuple[int, int]
     row_schedule: Schedule
     col_schedule: Schedule
     readers: tuple[tuple[tuple[int, int], ...], ...] = field(repr=False)
@@ -65,29 +74,27 @@ class Grid:
         """Tile row and column of each step."""
         return [(i, j) for i in range(len(self.rows)) for j in range(len(self.cols))]
 
-    def _steps(self, plan: Schedule) -> tuple[tuple[AxisStep, ...], ...]:
+    def _steps(self, schedule: Schedule) -> tuple[tuple[AxisStep, ...], ...]:
         return tuple(
-            tuple(self._axis_step(plan, v, t) for v in range(len(self.stage.values))) for t in range(1, plan.steps + 1)
+            tuple(self._axis_step(schedule, v, t) for v in range(len(self.stage.values)))
+            for t in range(1, schedule.steps + 1)
         )
 
-    def _axis_step(self, plan: Schedule, v: int, t: int) -> AxisStep:
-        ready, kept = plan.ready[v], plan.kept[v]
+    def _axis_step(self, schedule: Schedule, v: int, t: int) -> AxisStep:
+        ready, kept = schedule.ready[v], schedule.kept[v]
         reads: list[Range | None] = []
         for reader, k in self.readers[v]:
-            if plan.ready[reader][t] == plan.ready[reader][t - 1]:
+            if schedule.ready[reader][t] == schedule.ready[reader][t - 1]:
                 reads.append(None)
             else:
-                span = plan.span(reader, k, t)
+                span = schedule.span(reader, k, t)
                 reads.append((span.first, span.last))
-        sources = range(len(plan.flows[v].sources)) if ready[t] > ready[t - 1] else ()
-        spans = tuple(plan.span(v, k, t) for k in sources)
+        sources = range(len(schedule.flows[v].sources)) if ready[t] > ready[t - 1] else ()
+        spans = tuple(schedule.span(v, k, t) for k in sources)
         return AxisStep(kept[t - 1], ready[t - 1], ready[t], kept[t], spans, tuple(reads))
 
-    def cuts(self, v: int, row: AxisStep, col: AxisStep) -> tuple[list[tuple[int, int]], list[Cut], bool, bool]:
-        """What is cut out of map v's buffer in a step: who reads, the windows, and whether pieces are kept below and right.
-
-        The windows of the readers come first, then the piece for the tile row below, then the one for the tile to the right.
-        """
+    def cuts(self, v: int, row: AxisStep, col: AxisStep) -> Cuts:
+        """What is cut out of map v's buffer in a step."""
         who, cuts = [], []
         for (reader, k), rows, cols in zip(self.readers[v], row.reads, col.reads, strict=True):
             if rows is not None and cols is not None:
@@ -104,13 +111,13 @@ class Grid:
             cuts.append(Cut(row.keep - row.kept, height, col.done - col.kept, width))
         if right:
             cuts.append(Cut(0, height, col.keep - col.kept, width))
-        return who, cuts, below, right
+        return Cuts(who, cuts, below, right)
 
 
-def make_grid(stage: Stage, tile: tuple[int, int], rows: Schedule, cols: Schedule) -> Grid:
-    """The steps of these two schedules of `stage`, which are for tiles of `tile` = (height, width)."""
+def make_grid(stage: Stage, rows: Schedule, cols: Schedule) -> Grid:
+    """The steps of these two schedules of `stage`."""
     readers: list[list[tuple[int, int]]] = [[] for _ in stage.values]
     for v, value in enumerate(stage.values):
         for k, source in enumerate(value.sources):
             readers[source].append((v, k))
-    return Grid(stage, tile, rows, cols, tuple(map(tuple, readers)))
+    return Grid(stage, rows, cols, tuple(map(tuple, readers)))

@@ -152,7 +152,7 @@ class Source:
         """Zeros for the gradient of the whole input `tensor`."""
         return torch.zeros_like(tensor) if self.store is None else self.store.zeros(tuple(tensor.shape), tensor)
 
-    def region(self, whole: Tensor, y: int, x: int, height: int, width: int) -> Tensor:
+    def view(self, whole: Tensor, y: int, x: int, height: int, width: int) -> Tensor:
         """A region of `data`, or of its gradient, as a view. What has height or width 1 is meant for all rows or columns."""
         for dim, start, size in zip(self.dims, (y, x), (height, width), strict=True):
             whole = whole if whole.shape[dim] == 1 else whole.narrow(dim, start, size)
@@ -160,12 +160,12 @@ class Source:
 
     def read(self, y: int, x: int, height: int, width: int) -> Tensor:
         """A raw tile on the scan's device."""
-        return self.place(self.fetch(y, x, height, width))
+        return self.to_device(self.fetch(y, x, height, width))
 
     def fetch(self, y: int, x: int, height: int, width: int) -> Tensor:
         """A raw tile where it can be moved to the scan's device from: what a thread in the background can do."""
         if isinstance(self.data, Tensor):
-            return self.region(self.data, y, x, height, width)
+            return self.view(self.data, y, x, height, width)
         pixels = self.data.read(y, x, height, width)
         call = f"{self.data!r}.read({y}, {x}, {height}, {width})"
         planned = (self.channels or self.data.shape[0], height, width)
@@ -185,7 +185,7 @@ class Source:
         tile = tile[None].to(self.dtype if tile.is_floating_point() else tile.dtype)
         return tile.pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile
 
-    def place(self, tile: Tensor) -> Tensor:
+    def to_device(self, tile: Tensor) -> Tensor:
         """What `fetch` gave, on the scan's device."""
         return tile.to(self.device, non_blocking=True)
 

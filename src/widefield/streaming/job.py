@@ -41,6 +41,11 @@ class Job:
     settings: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
 
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self.sources[0].device
+
     def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
         """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
         return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
@@ -61,10 +66,11 @@ class Job:
     def tiles(self, steps: Iterable[tuple[int, int]]) -> Generator[list[Tensor | None]]:
         """The new tiles of the stage inputs in each of `steps`, as their sources give them.
 
-        Of an image that is read lazily, the next tile is read in the background while a step is computed. To be closed.
+        Of an image that is read lazily, the next tile is read in the background while a step is computed. Close this generator:
+        that ends the reader's thread.
         """
         if all(isinstance(source.data, Tensor) for source in self.sources):
-            yield from (self._place(self._fetch(i, j)) for i, j in steps)
+            yield from (self._to_device(self._fetch(i, j)) for i, j in steps)
             return
         reader = ThreadPoolExecutor(1, "widefield-reader")
         coming: deque[Future[list[Tensor | None]]] = deque()
@@ -72,28 +78,29 @@ class Job:
             for i, j in steps:
                 coming.append(reader.submit(self._fetch, i, j))
                 if len(coming) > 1:
-                    yield self._place(coming.popleft().result())
+                    yield self._to_device(coming.popleft().result())
             while coming:
-                yield self._place(coming.popleft().result())
+                yield self._to_device(coming.popleft().result())
         finally:
             reader.shutdown(cancel_futures=True)
 
     def _fetch(self, i: int, j: int) -> list[Tensor | None]:
+        """The new tiles of step (i, j) where they can be moved to the device from; None where there is none."""
         raws: list[Tensor | None] = []
         for v, source in zip(self.grid.stage.inputs, self.sources, strict=True):
-            y, x, height, width = self.region(v, i, j)
+            y, x, height, width = self.box(v, i, j)
             raws.append(source.fetch(y, x, height, width) if height and width else None)
         return raws
 
-    def _place(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if raw is None else source.place(raw) for source, raw in zip(self.sources, raws, strict=True)]
+    def _to_device(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if raw is None else source.to_device(raw) for source, raw in zip(self.sources, raws, strict=True)]
 
-    def region(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
+    def box(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
         """Where map v's new tile of step (i, j) lies: y, x, height, width."""
         row, col = self.grid.rows[i][v], self.grid.cols[j][v]
         return row.done, col.done, row.new, col.new
 
     def tile_of(self, whole: Tensor, v: int, i: int, j: int) -> Tensor:
         """The part of map v that step (i, j) computes, in a tensor of the whole map's size."""
-        axes, (y, x, height, width) = self.grid.stage.values[v].axes, self.region(v, i, j)
+        axes, (y, x, height, width) = self.grid.stage.values[v].axes, self.box(v, i, j)
         return whole.narrow(axes.rows, y, height).narrow(axes.cols, x, width)

@@ -1,6 +1,5 @@
 """The module that users hold: a network that streams the images it is called on."""
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -22,13 +21,11 @@ from widefield.streaming.graph import Program
 from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
 from widefield.streaming.job import Progress
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import PlanRequest, Scan, make_plan
+from widefield.streaming.planner import PlanRequest, StagePlan, make_plan
 from widefield.streaming.programs import Programs
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.verification import verify_at_first_use
-
-_LOG = logging.getLogger(__name__)
 
 
 class StreamingCNN(nn.Module):
@@ -60,7 +57,14 @@ class StreamingCNN(nn.Module):
         copy_to_gpu: move an image tensor to the device of the module as a whole, not tile by tile.
         unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
             all that depends on it, on whole maps.
-        verify: at the first call, and whenever the module or its mode has changed, compare with the plain module on a small image.
+        verify: at the first call, and again for another batch size, dtype, mode or structure of the module, compare with the plain
+            module on a small image.
+
+    Attributes:
+        module: the module that was given.
+        saliency_map: see `saliency`.
+        progress: a function that is called as progress(phase, steps done, steps) after each step; None.
+        enabled: False after `disable()`.
 
     Raises:
         UnsupportedOpError: at the first call, before any pixel is computed, naming the layer that cannot be streamed.
@@ -111,7 +115,9 @@ class StreamingCNN(nn.Module):
         self.enabled = True
         self.progress: Progress | None = None
         self._programs = Programs()
-        self._plans: WeakKeyDictionary[Program, dict[PlanRequest, tuple[Plan, tuple[Scan, ...]]]] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[Program, dict[PlanRequest, tuple[Plan, tuple[StagePlan, ...]]]] = (
+            WeakKeyDictionary()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": None, "_plans": None, "progress": None, "saliency_map": None}
@@ -132,15 +138,15 @@ class StreamingCNN(nn.Module):
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         if isinstance(image, Tensor):
-            image = self._watched(image.to(device) if self.copy_to_gpu else image)
+            image = self._with_saliency_hook(image.to(device) if self.copy_to_gpu else image)
         assert isinstance(image, (Tensor, LazyImage))
         if not self.enabled:
             return self._whole(Source(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
-        trains = isinstance(image, Tensor) and image.requires_grad
-        program = self._program(shape, dtype, device, trains)
+        image_requires_grad = isinstance(image, Tensor) and image.requires_grad
+        program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
-            verify_at_first_use(self, program, shape, dtype, device, trains)
-        plan, scans = self._planned(program, device, trains)
+            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
+        plan, stage_plans = self._planned(program, device, image_requires_grad)
         source = Source(
             image.detach() if isinstance(image, Tensor) else image,
             device,
@@ -151,7 +157,7 @@ class StreamingCNN(nn.Module):
         values = execute(
             program,
             plan,
-            scans,
+            stage_plans,
             source,
             image if isinstance(image, Tensor) else None,
             self._bind(program, device),
@@ -182,8 +188,8 @@ class StreamingCNN(nn.Module):
         """The result among `values`; running statistics, and attributes that forward sets, are as the plain module leaves them."""
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
-        result, left = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
-        for (path, name, read), value in zip(program.captured.attributes, left, strict=True):
+        result, attributes = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+        for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
             part = self.module.get_submodule(path)
             setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
         return result
@@ -199,8 +205,8 @@ class StreamingCNN(nn.Module):
             for part in frozen:
                 part.training = True
 
-    def _watched(self, image: Tensor) -> Tensor:
-        """`image`, whose gradient becomes `saliency_map` if that is wanted."""
+    def _with_saliency_hook(self, image: Tensor) -> Tensor:
+        """`image`, or a view or leaf of it whose gradient becomes `saliency_map`, if that is wanted."""
         if not (self.saliency and torch.is_grad_enabled() and image.is_floating_point()):
             return image
         image = image.view_as(image) if image.requires_grad else image.detach().requires_grad_()
@@ -243,11 +249,11 @@ class StreamingCNN(nn.Module):
         return self._planned(self._program(full, dtype, device), device)[0]
 
     def _program(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trains: bool = False
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, image_requires_grad: bool = False
     ) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed.
 
-        `trains`: the image requires grad.
+        `image_requires_grad`: the image requires grad.
         """
         for path, part in self.module.named_modules():
             if isinstance(part, StreamingCNN):
@@ -259,12 +265,17 @@ class StreamingCNN(nn.Module):
                 )
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
-        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, trains)
+        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad)
 
     def _alike(self, tile_size: tuple[int, int]) -> "StreamingCNN":
-        """The same module with other tiles, which shares what was captured and is not verified."""
+        """The same module with other tiles, for images that are normalised already; it shares what was captured."""
         other = StreamingCNN(
-            self.module, tile_size, batch_statistics=self.batch_statistics, unsupported=self.unsupported, verify=False
+            self.module,
+            tile_size,
+            batch_statistics=self.batch_statistics,
+            deterministic=self.deterministic,
+            unsupported=self.unsupported,
+            verify=False,
         )
         other._programs = self._programs
         return other
@@ -279,14 +290,22 @@ class StreamingCNN(nn.Module):
             return []
         return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
 
-    def _planned(self, program: Program, device: torch.device, trains: bool = False) -> tuple[Plan, tuple[Scan, ...]]:
-        """The plan for the current grad mode; `trains`: even if no parameter requires grad."""
+    def _planned(
+        self, program: Program, device: torch.device, image_requires_grad: bool = False
+    ) -> tuple[Plan, tuple[StagePlan, ...]]:
+        """The plan for the current grad mode; `image_requires_grad`: if no parameter does, too."""
         plans, parameters = self._plans.setdefault(program, {}), list(self.module.parameters())
-        training = torch.is_grad_enabled() and (trains or any(p.requires_grad for p in parameters))
+        training = torch.is_grad_enabled() and (image_requires_grad or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)
         copied = kernel is not None and not kernel.is_contiguous(memory_format=memory_format(device, kernel.dtype))
         request = PlanRequest(
-            self.tile_size, self.memory_budget, device, self.maps, training, copied, len(program.stages)
+            tile=self.tile_size,
+            budget=self.memory_budget,
+            device=device,
+            maps=self.maps,
+            training=training,
+            copied_weights=copied,
+            stages=len(program.stages),
         )
         if request not in plans:
             plans[request] = make_plan(program, request)
@@ -297,8 +316,8 @@ class StreamingCNN(nn.Module):
         tensors: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         tensors.update(self.module.named_buffers(remove_duplicate=False))
         if torch.is_grad_enabled():
-            training = [key for key in set(program.captured.bound.values()) if tensors[key].requires_grad]
-            tensors.update(zip(training, _Together.apply(*(tensors[key] for key in training)), strict=True))
+            learned = [key for key in set(program.captured.bound.values()) if tensors[key].requires_grad]
+            tensors.update(zip(learned, _Together.apply(*(tensors[key] for key in learned)), strict=True))
         values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
         values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
         return values
@@ -361,7 +380,7 @@ def stream(
 ) -> StreamingCNN:
     """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
 
-    `stream(torchvision.models.resnet18())(image)` returns logits. Arguments as for `StreamingCNN`.
+    `stream(torchvision.models.resnet18())(image)` returns logits. `StreamingCNN` explains the arguments, and has some more.
     """
     return StreamingCNN(
         model,

@@ -1,14 +1,15 @@
 """Each operation in its place: a map that is computed tile by tile, a reduction of maps, or a plain operation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from widefield.streaming.captured import Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.extents import identity
-from widefield.streaming.rules import Axes, Maps, Placed, Read, Reduction, op_of, place, swap_refs, unflatten
+from widefield.streaming.rules import Axes, Maps, Placed, Reduction, TileContext, op_of, place, swap_refs, unflatten
 from widefield.streaming.rules.base import groups
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
@@ -42,8 +43,10 @@ class Placing:
         self.maps.synchronised = self.captured.synchronised
 
     def add(self, node: Node) -> None:
-        """Place a captured node; what cannot be streamed runs on whole maps if that is allowed: UnsupportedOpError."""
-        node = self._without_broadcasting(node)
+        """Place a captured node; what cannot be streamed runs on whole maps, or raises UnsupportedOpError if none may."""
+        node = self._note_expansion(node)
+        if _rule(node) is pointwise:
+            node = self._read_unexpanded(node)
         if not any(name in self.maps for name in node.refs):
             self._add(node)
             return
@@ -55,24 +58,25 @@ class Placing:
                     "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
                 )
             steps, flattened = unflatten(node, self.maps)
-            op = op_of(steps[-1].target)
-            last = (op and op.rewrite and op.rewrite(steps[-1], self.maps)) or [steps[-1]]
-            for step in (*steps[:-1], *last):
-                self._add(step)
+            *before, last = steps
+            op = op_of(last.target)
+            rewritten = op.rewrite(last, self.maps) if op is not None and op.rewrite is not None else None
+            for each in (*before, *(rewritten or [last])):
+                self._add(each)
         except UnsupportedOpError as error:
             if not self.allow_whole:
                 raise
             self.refused.append(error)
-            self._add_plain(self.on_whole_maps(node))
+            self._add_plain(self.unflattened(node))
         else:
             if flattened:
                 self.maps.flat[node.name] = flattened
 
-    def _without_broadcasting(self, node: Node) -> Node:
-        """`node` reading what was expanded as it was before, where the operation broadcasts by itself."""
+    def _note_expansion(self, node: Node) -> Node:
+        """Return `node`, an expansion to the size of a map for one that resizes a single position; what expands is noted."""
         source = next(iter(node.refs), "")
         if source not in self.maps:
-            if _rule(node) is interpolate and self.maps.shapes.get(source, ())[-2:] == (1, 1):  # one pixel, resized
+            if _rule(node) is interpolate and self.maps.shapes.get(source, ())[-2:] == (1, 1):
                 node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
             if node.target is aten.expand.default:
                 self.expanded[node.name] = source
@@ -81,14 +85,19 @@ class Placing:
                 self.expanded[node.name] = self.expanded[source]
             if _rule(node) is reshape:
                 self._reshape_expanded(node, source)
-        if _rule(node) is pointwise:
-            shapes = {name: seen_shape(self.maps, name) for name in node.refs}
-            for name in [name for name in shapes if name in self.expanded]:
-                shapes[name] = seen_shape(self.maps, self.expanded[name])
-                if torch.broadcast_shapes(*shapes.values()) == node.shape:
-                    node = swap_refs(node, {name: self.expanded[name]})
-                else:
-                    shapes[name] = seen_shape(self.maps, name)
+        return node
+
+    def _read_unexpanded(self, node: Node) -> Node:
+        """An elementwise `node` that reads what was expanded as it was before: it broadcasts by itself.
+
+        `x * gate.expand_as(x)` reads `gate` (N, C, 1, 1), so that no tensor as large as the map is made of it.
+        """
+        shapes = {name: seen_shape(self.maps, name) for name in node.refs}
+        for name in [name for name in shapes if name in self.expanded]:
+            small = seen_shape(self.maps, self.expanded[name])
+            if torch.broadcast_shapes(*({**shapes, name: small}).values()) == node.shape:
+                shapes[name] = small
+                node = swap_refs(node, {name: self.expanded[name]})
         return node
 
     def _reshape_expanded(self, node: Node, source: str) -> None:
@@ -136,14 +145,13 @@ class Placing:
     def _add_reduction(self, node: Node) -> None:
         if node.name in self.nodes:
             return
-        height, width = self.maps.extent(node.refs[0])
-        reads = tuple(Read(name, identity(height), identity(width)) for name in node.refs)
-        self.placed[node.name] = Placed(reads, Axes(0, 1), lambda tiles, work: tiles[0])
-        self._record(replace(node, shape=(height, width)))
+        reads = tuple(map(self.maps.read, node.refs))
+        self.placed[node.name] = Placed(reads, Axes(0, 1), _gathered)
+        self._record(replace(node, shape=self.maps.extent(node.refs[0])))
         for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
             self.maps.shapes[part] = shape
 
-    def on_whole_maps(self, node: Node) -> Node:
+    def unflattened(self, node: Node) -> Node:
         """`node` with flattened maps as the model sees them."""
         for name in self.maps.flat.keys() & set(node.refs):
             whole = f"{name}@whole"
@@ -157,6 +165,10 @@ class Placing:
     def _record(self, node: Node) -> None:
         self.nodes[node.name] = node
         self.maps.shapes[node.name] = node.shape
+
+
+def _gathered(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+    raise AssertionError("a reduction is gathered over all tiles, and not computed on one")
 
 
 def _rule(node: Node) -> Any:

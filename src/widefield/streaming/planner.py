@@ -57,7 +57,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Scan:
+class StagePlan:
     """How one stage is scanned: its `grid`, the bytes of carries that it saves, how many of its last steps are recorded."""
 
     grid: Grid
@@ -65,7 +65,7 @@ class Scan:
     recorded: int
 
 
-def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[Scan, ...]]:
+def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[StagePlan, ...]]:
     """The plan of a pass, and how each stage is scanned.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
@@ -232,7 +232,7 @@ def _finished(
     draft: _Draft,
     spare: int,
     tile: tuple[int, int],
-) -> tuple[Plan, tuple[Scan, ...]]:
+) -> tuple[Plan, tuple[StagePlan, ...]]:
     """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
 
     What the last step needs is there anyhow: it is the first in the backward pass, and without recording it would be recomputed
@@ -256,28 +256,28 @@ def _finished(
         draft.sizes["recorded"] = int(max(0.0, used - there))
         draft.sizes["allocator"] += int(draft.sizes["recorded"] * request.heap_excess[1])
     grids = [
-        make_grid(stage, option.tiles[k], footprint.rows.schedule, footprint.cols.schedule)
-        for stage, option, k, footprint in zip(program.stages, options, draft.choice, footprints, strict=True)
+        make_grid(stage, footprint.rows.schedule, footprint.cols.schedule)
+        for stage, footprint in zip(program.stages, footprints, strict=True)
     ]
-    scans = [
-        Scan(grid, footprint.carries if request.training else {}, count)
+    stage_plans = [
+        StagePlan(grid, footprint.carries if request.training else {}, count)
         for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
     ]
     plan = Plan(
-        program.captured.image_shape,  # type: ignore[arg-type]
-        tile,
-        sum(grid.steps for grid in grids),
-        MappingProxyType(draft.sizes),
-        1 + (1 - used / total) / 3 if total else 1.0,
-        layers_of(program, grids),
-        program.streamed_fraction,
-        len(program.stages),
-        draft.map_bytes,
-        draft.maps,
-        draft.carries,
-        program.refused,
+        image_shape=program.captured.image_shape,  # type: ignore[arg-type]
+        tile_size=tile,
+        steps=sum(grid.steps for grid in grids),
+        predicted_bytes=MappingProxyType(draft.sizes),
+        predicted_overhead=1 + (1 - used / total) / 3 if total else 1.0,
+        layers=layers_of(program, grids),
+        streamed_fraction=program.streamed_fraction,
+        stages=len(program.stages),
+        map_bytes=draft.map_bytes,
+        map_place=draft.maps,
+        carry_place=draft.carries,
+        refused=program.refused,
     )
-    return plan, tuple(scans)
+    return plan, tuple(stage_plans)
 
 
 def _places(request: PlanRequest) -> Iterator[tuple[Place, Place]]:

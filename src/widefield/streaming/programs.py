@@ -18,7 +18,7 @@ _KEPT_TRACES = 8  # traces that are kept of all that were needed
 
 
 class Programs:
-    """See the module's page. `get` notices when the module has changed in a way that matters."""
+    """See the module's docstring. `get` notices when the module has changed in a way that matters."""
 
     def __init__(self) -> None:
         self._traces: dict[Any, list[tuple[Any, Trace]]] = {}

@@ -49,7 +49,7 @@ class ResultGradients:
 
     @staticmethod
     def of(stage: Stage, parts: Sequence[Tensor], grads: Sequence[Tensor | None]) -> "ResultGradients":
-        """Return `grads`, given for the output maps and then for the `parts` of all reductions, sorted."""
+        """Return `grads`, which are those of the output maps and then of the `parts` of all reductions, by map and by reduction."""
         maps = {v: grad for v, grad in zip(stage.outputs, grads, strict=False) if grad is not None}
         given = iter(zip(parts, grads[len(stage.outputs) :], strict=True))
         reductions = {}
@@ -60,16 +60,15 @@ class ResultGradients:
         return ResultGradients(maps, reductions)
 
     def at(self, job: Job, recorded: Recorded, i: int, j: int) -> Iterator[tuple[Tensor | GradientEdge, Tensor]]:
-        """The gradients that enter step (i, j), and where: what its reductions read is not needed after that."""
+        """Return where a gradient enters step (i, j), and the gradient."""
         for v, grad in self.maps.items():
             if v in recorded.outputs:
-                yield recorded.outputs[v], job.tile_of(grad, v, i, j).to(job.sources[0].device)
+                yield recorded.outputs[v], job.tile_of(grad, v, i, j).to(job.device)
         for v, (parts, grads) in self.reductions.items():
             reduction = job.grid.stage.values[v].reduction
             if reduction is not None and v in recorded.reduced:
                 pulled = reduction.pull(parts, *recorded.reduced[v], grads)
                 yield from ((x, grad) for x, grad in pulled if x.requires_grad)
-        recorded.reduced.clear()
 
 
 class InputGradients:
@@ -79,7 +78,7 @@ class InputGradients:
         self.job = job
         self.wholes = [
             source.zeros_like(x) if need and x is not None else None
-            for source, x, need in zip(job.sources, inputs, needed, strict=False)
+            for source, x, need in zip(job.sources, inputs, needed, strict=True)
         ]
 
     def add(self, raws: Sequence[Tensor | None], i: int, j: int) -> None:
@@ -87,4 +86,4 @@ class InputGradients:
         inputs = self.job.grid.stage.inputs
         for source, raw, whole, v in zip(self.job.sources, raws, self.wholes, inputs, strict=True):
             if raw is not None and whole is not None and raw.grad is not None:
-                source.region(whole, *self.job.region(v, i, j)).add_(raw.grad)
+                source.view(whole, *self.job.box(v, i, j)).add_(raw.grad)

@@ -13,8 +13,9 @@ recomputed, and no gradient formula appears here: what autograd can differentiat
 What is needed of the whole image (the mean of a map, say) is a reduction, gathered while the tiles pass. It is a result of the scan
 like the output maps, and a later scan uses it; in the backward pass its gradient enters every tile.
 
-Around it are policies: which steps are recorded in the forward pass already, because there is memory for them, and need not be
-recomputed (`tape`); where tiles are read, and what is done between two steps (`job`); where results are kept (`results`).
+Around it are policies: what a forward pass leaves for its backward pass, some last steps whole, which are not recomputed then
+(`tape`); where tiles are read, where maps and carries are kept, what is done between two steps (`job`); how tiles become results
+(`results`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ def scan(job: Job, inputs: Sequence[Tensor | None], weights: Sequence[Tensor]) -
 
 
 class _Scan(torch.autograd.Function):
+    """The whole scan as one operation of autograd."""
+
     @staticmethod
     def forward(ctx: Any, job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights = [tensor.detach() for tensor in tensors[len(job.sources) :] if tensor is not None]
@@ -90,20 +93,20 @@ def _forward(job: Job, tiles: Tiles, weights: Sequence[Tensor], tape: Tape | Non
     for k, (i, j) in enumerate(grid.order):
         left = left if j else {}
         if tape is not None:
-            tape.save(above[j], left)
+            tape.save_received(above[j], left)
         if tape is not None and k >= grid.steps - job.recorded:
             # Hooks of the caller on saved tensors, those of torch.utils.checkpoint say, are not meant for this graph. Nor is
             # the check for updates in place: later carries are written beside those that it has saved, in the same block.
             with saved_tensors_hooks(lambda x: x, lambda x: x):
-                made = tape.keep(k, *_record(job, tape, i, j, above[j], left, next(tiles), weights))
+                made = tape.keep_recorded(k, *_record(job, tape, i, j, above[j], left, next(tiles), weights))
         else:
             prepared = [source.prepare(raw) for source, raw in zip(job.sources, next(tiles), strict=True)]
-            made = step(grid, i, j, above[j], left, prepared, by_name, job.seed, tape.own if tape else compact)
+            made = step(grid, i, j, above[j], left, prepared, by_name, job.seed, tape.new_carry if tape else compact)
             del prepared
         above[j], left = made.below, made.right
         results.add(made, i, j)
         del made
-        job.step_done("forward", k + 1, (*results.maps.values(), *(tape.arena.blocks.values() if tape else ())))
+        job.step_done("forward", k + 1, (*results.maps.values(), *(tape.arena_blocks() if tape else ())))
     return results.finished()
 
 
@@ -120,7 +123,7 @@ def _backward(
     Returns the gradients of `tensors` (inputs, then weights) where needed, None elsewhere.
     """
     grid, weights = job.grid, [x for x in tensors[len(job.sources) :] if x is not None]
-    input_grads = InputGradients(job, tensors, tape.needed)
+    input_grads = InputGradients(job, tensors[: len(job.sources)], tape.inputs_needed)
     tape.start(weights)
     grad_below: list[Carry] = [{} for _ in grid.cols]
     grad_right: Carry = {}
@@ -130,9 +133,10 @@ def _backward(
         recorded = tape.steps.pop(k, None)
         if recorded is None:
             recorded = _record(job, tape, i, j, above, left, next(tiles), weights)[0]
-        used = [*above.values(), *left.values()][:1]
+        received = [*above.values(), *left.values()]
         del above, left
         arriving = [*recorded.handed_on(grad_below[j], grad_right), *result_grads.at(job, recorded, i, j)]
+        recorded.reduced.clear()  # what the reductions read is not needed any more
         wanted = [x for x in (*recorded.leaves, *tape.leaves) if x.requires_grad]
         if arriving:
             torch.autograd.backward([x for x, _ in arriving], [g for _, g in arriving], inputs=wanted)  # type: ignore[arg-type]
@@ -141,7 +145,7 @@ def _backward(
         grad_right = {v: x.grad for v, x in recorded.left.items() if x.grad is not None}
         input_grads.add(recorded.raws, i, j)
         del recorded
-        job.step_done("backward", grid.steps - k, (*(g for g in input_grads.wholes if g is not None), *used))
+        job.step_done("backward", grid.steps - k, (*(g for g in input_grads.wholes if g is not None), *received))
     return [*input_grads.wholes, *tape.take_gradients(weights)]
 
 
@@ -156,13 +160,15 @@ def _record(
     weights: Sequence[Tensor],
 ) -> tuple[Recorded, Made]:
     """Run step (i, j) with gradients recorded; return what its backward pass needs, and what it makes."""
-    device = job.sources[0].device
     with torch.enable_grad():
         above, left = (
-            {v: x.detach().to(device, non_blocking=True).requires_grad_(tape.requires_grad[v]) for v, x in of.items()}
+            {
+                v: x.detach().to(job.device, non_blocking=True).requires_grad_(tape.requires_grad[v])
+                for v, x in of.items()
+            }
             for of in (above, left)
         )
-        zipped = zip(raws, tape.needed, strict=False)
+        zipped = zip(raws, tape.inputs_needed, strict=True)
         raws = [x.detach().requires_grad_() if x is not None and need else x for x, need in zipped]
         prepared = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
         made = step(job.grid, i, j, above, left, prepared, tape.weights(job, weights), job.seed, compact)
@@ -209,17 +215,17 @@ def step(
             value.check_tile(new, row.new, col.new)
             if v in stage.outputs:
                 made.outputs[v] = new = new.relu_() if value.rectified else new
-        readers, cuts, keep_below, keep_right = grid.cuts(v, row, col)
-        if not cuts:
+        cuts = grid.cuts(v, row, col)
+        if not cuts.windows:
             continue
         rectify = value.rectified and v not in made.outputs
-        parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts, rectify))
+        parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts.windows, rectify))
         del new
-        if keep_right:
+        if cuts.keep_right:
             made.right[v] = keep(parts.pop())
-        if keep_below:
+        if cuts.keep_below:
             made.below[v] = keep(parts.pop())
-        reads.update(zip(readers, parts, strict=True))
+        reads.update(zip(cuts.readers, parts, strict=True))
         del parts
     return made
 

@@ -29,7 +29,7 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's page) for `t` in `0 ... steps`.
+    """The scan along one axis: `ready[v][t]` and `kept[v][t]` (see the module's docstring) for `t` in `0 ... steps`.
 
     `ready_array` and `kept_array` are the same as arrays (maps, steps + 1). One that is not `whole` is the beginning of
     a schedule with about `parts` times as many steps.

@@ -98,7 +98,7 @@ def _stage(
     index = {name: v for v, name in enumerate(order)}
     values = []
     for name in inputs:
-        key = maps.broadcast[name][0] if name in maps.broadcast else name
+        key = maps.broadcast.get(name, name)
         values.append(Value(name, maps.shapes[name], dtypes[key], maps.axes[name]))
     for name, rule in placed.items():
         node = by_name[rectified.get(name, name)]
@@ -106,29 +106,29 @@ def _stage(
         weights = _weights(node, rule, maps)
         values.append(
             Value(
-                name,
-                node.shape,
-                node.dtype,
-                rule.axes,
-                rule,
-                tuple(index[read.source] for read in rule.reads),
-                weights,
-                node.module_path,
-                node.op,
-                is_view(node),
-                name in rectified,
-                reduction,
-                parts_of(node) if reduction else (),
-                sum(weight_size(name, maps, dtypes) for name in weights),
+                name=name,
+                shape=node.shape,
+                dtype=node.dtype,
+                axes=rule.axes,
+                placed=rule,
+                sources=tuple(index[read.source] for read in rule.reads),
+                weights=weights,
+                module_path=node.module_path,
+                op=node.op,
+                view=is_view(node),
+                rectified=name in rectified,
+                reduction=reduction,
+                parts=parts_of(node) if reduction else (),
+                weight_bytes=sum(weight_size(name, maps, dtypes) for name in weights),
             )
         )
     return Stage(
-        tuple(values),
-        tuple(range(len(inputs))),
-        tuple(index[name] for name in leaving),
-        tuple(v for v, value in enumerate(values) if value.reduction is not None),
-        tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
-        frozenset(index[name] for name in leaving if name in stored),
+        values=tuple(values),
+        inputs=tuple(range(len(inputs))),
+        outputs=tuple(index[name] for name in leaving),
+        reductions=tuple(v for v, value in enumerate(values) if value.reduction is not None),
+        weights=tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
+        stored=frozenset(index[name] for name in leaving if name in stored),
     )
 
 
@@ -154,7 +154,7 @@ def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], le
 
 def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
     """What a node reads that is neither a map nor, broadcast to the image's size, read as one."""
-    broadcast = {maps.broadcast[read.source][0] for read in rule.reads if read.source in maps.broadcast}
+    broadcast = {maps.broadcast[read.source] for read in rule.reads if read.source in maps.broadcast}
     return tuple(ref for ref in node.refs if ref not in maps and ref not in broadcast)
 
 

@@ -13,14 +13,15 @@ from widefield.streaming.graph import Stage
 from widefield.streaming.job import Job
 from widefield.streaming.rules import TileContext
 
-Carry = dict[int, Tensor]  # what is kept of a map, by the map's index
+ByMap = dict[int, Tensor]  # by the index of a map
+Carry = ByMap  # what is kept of each map for a later step, or its gradient
 Windows = dict[int, tuple[list[Tensor], TileContext]]  # what a reduction reads, by the reduction's index
 
 
 class Made(NamedTuple):
     """What a step makes: new tiles of the maps that leave the stage, new windows that its reductions read, and the carries."""
 
-    outputs: Carry
+    outputs: ByMap
     reduced: Windows
     below: Carry
     right: Carry
@@ -52,16 +53,17 @@ class Recorded:
 class Tape:
     """What the forward pass leaves for the backward pass, apart from tensors that autograd keeps.
 
-    `needed` says of each input and weight whether its gradient is, and `requires_grad` of each map whether it depends on one of
-    those. `leaves` sum the tiles' gradients of the weights, in float32 or better: 256 tiles summed in bfloat16 are 3% off.
+    `inputs_needed` and `weights_needed` say of each input and weight whether its gradient is, and `requires_grad` of each map
+    whether it depends on one of those. `leaves` sum the tiles' gradients of the weights, in float32 or better: 256 tiles summed
+    in bfloat16 are 3% off.
     """
 
     def __init__(self, job: Job, weights: Sequence[Tensor], needed: Sequence[bool]) -> None:
         n = len(job.sources)
-        self.needed = tuple(needed)
-        names = {name for name, need in zip(job.weight_names, needed[n:], strict=True) if need}
+        self.inputs_needed, self.weights_needed = tuple(needed[:n]), tuple(needed[n:])
+        names = {name for name, need in zip(job.weight_names, self.weights_needed, strict=True) if need}
         self.stage = job.grid.stage
-        self.requires_grad = _requires_grad(self.stage, names, needed[:n])
+        self.requires_grad = _requires_grad(self.stage, names, self.inputs_needed)
         self.arena = Arena(job.carry_store, job.carry_sizes)
         self.layout: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.pieces: list[Tensor] = []
@@ -69,24 +71,23 @@ class Tape:
         self.leaves = self._new_leaves(weights) if job.recorded else []
 
     def _new_leaves(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        needed = self.needed[len(self.needed) - len(weights) :]
         return [
             weight.detach()
             .to(torch.promote_types(weight.dtype, torch.float32) if need else weight.dtype)
             .requires_grad_(need)
-            for weight, need in zip(weights, needed, strict=True)
+            for weight, need in zip(weights, self.weights_needed, strict=True)
         ]
 
-    def own(self, piece: Tensor) -> Tensor:
+    def new_carry(self, piece: Tensor) -> Tensor:
         """A carry for the next step, not a view of the buffer that it was cut from; in the arena, if that is on the device."""
         fits = self.arena.store.place == "device" and not self.arena.holds(piece)
         return self.arena.put(piece) if fits else compact(piece)
 
-    def keep(self, k: int, recorded: Recorded, made: Made) -> Made:
+    def keep_recorded(self, k: int, recorded: Recorded, made: Made) -> Made:
         """Keep step `k` for the backward pass; return what it has made, with carries for the next steps."""
         self.steps[k] = recorded
-        below, right = ({v: self.own(x.detach()) for v, x in of.items()} for of in (made.below, made.right))
-        return Made(made.outputs, made.reduced, below, right)
+        below, right = ({v: self.new_carry(x.detach()) for v, x in of.items()} for of in (made.below, made.right))
+        return made._replace(below=below, right=right)
 
     def constant(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Return those of the scan's results that depend on nothing that requires grad, or have no gradient."""
@@ -94,7 +95,7 @@ class Tape:
         zipped = zip(results, values, strict=True)
         return [x for x, v in zipped if not (self.requires_grad[v] and x.is_floating_point())]
 
-    def save(self, above: Carry, left: Carry) -> None:
+    def save_received(self, above: Carry, left: Carry) -> None:
         """Keep what a step has received."""
         self.layout.append((tuple(above), tuple(left)))
         pieces = (*above.values(), *left.values())
@@ -103,8 +104,12 @@ class Tape:
     def take_pieces(self) -> list[Tensor]:
         """All that was saved, which autograd keeps from now on."""
         pieces, self.pieces = self.pieces, []
-        self.arena = Arena(self.arena.store, {})
+        self.arena = Arena(self.arena.store, {})  # the blocks are held by the pieces alone, and go with them
         return pieces
+
+    def arena_blocks(self) -> list[Tensor]:
+        """Return the memory in which carries lie."""
+        return [block for blocks in self.arena.blocks.values() for block in blocks]
 
     def carries(self, pieces: Sequence[Tensor]) -> list[tuple[Carry, Carry]]:
         """What each step has received, of all that was saved."""

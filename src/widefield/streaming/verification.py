@@ -1,4 +1,4 @@
-"""Trust, but verify: a module that is streamed for the first time is run once, streamed and plain, on a small image.
+"""Trust, but verify: a module that is streamed for the first time is run, streamed and plain, on a small image.
 
 Compared are all outputs and, where gradients are enabled, the gradients of a random weighting of them with respect to every
 parameter (and the image, if it requires grad), in the module's own dtype and modes, under the caller's autocast and grad mode.
@@ -6,7 +6,8 @@ Random numbers are the same in both: the plain run is given the masks of the str
 relative to the plain result. Above a tolerance that fits the dtype they are compared with what the plain result itself changes
 by when the image is rounded differently.
 
-The plain run, twice, is that of the user's module, so that hooks, caches and whatever else it holds take part. Everything is as
+The plain runs (two forward passes, and one with its backward pass) are of the user's module, so that hooks, caches and whatever
+else it holds take part. Everything is as
 before then: random states, buffers, modes, attributes of the modules, globals and caches. No `.grad` is touched.
 """
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# Sizes that are tried, in this order: odd ones first, then what networks with a fixed stride or window ask for.
+# Sizes that are tried, those with a program first: odd ones, then what networks with a fixed stride or window ask for.
 SIZES = ((67, 75), (64, 96), (96, 128), (128, 160), (224, 224), (256, 256), (384, 384), (512, 512))
 # Relative differences by the bytes of the dtype: those that rounding alone explains, and those that it never does.
 _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
@@ -48,7 +49,9 @@ _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
 _OF_ROUNDING = 100
 
 
-_VERIFIED: dict[Any, None] = {}  # kinds of programs that were compared with the plain module, the oldest first
+_VERIFIED: dict[
+    Any, None
+] = {}  # kinds of programs that were compared with the plain module, those used last at the end
 _MOST_VERIFIED = 32
 
 
@@ -62,9 +65,9 @@ def verify_at_first_use(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-    trains: bool,
+    image_requires_grad: bool,
 ) -> None:
-    """Compare `network` with its plain module on a small image, once for each kind of program and grad mode.
+    """Compare `network` with its plain module on a small image, once for each batch size, dtype, structure and grad mode.
 
     Args:
         network: the streamed module.
@@ -72,19 +75,22 @@ def verify_at_first_use(
         shape: that of the image that it is called on; the small one has as many channels.
         dtype: of the image that the module is given.
         device: where the module is.
-        trains: the image requires grad.
+        image_requires_grad: the image requires grad.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trains
+    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), image_requires_grad
     synchronised = (
         program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
     )
-    if key in _VERIFIED or synchronised:  # processes would wait for each other
+    if synchronised:  # processes would wait for each other
+        return
+    if key in _VERIFIED:
+        _VERIFIED[key] = _VERIFIED.pop(key)
         return
     started = time.perf_counter()
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    computed_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
     sizes = sorted(SIZES, key=lambda size: not network._has_program(program, (*shape[:2], *size)))
     if shape[2] * shape[3] <= 512**2:
         sizes.append((shape[2], shape[3]))
@@ -92,14 +98,14 @@ def verify_at_first_use(
     for size in sizes:
         small = network._alike((-(-size[0] // 2), -(-size[1] // 2)))
         pixels = torch.rand((*shape[:2], *size), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        image = network.normalisation.unchecked(pixels, dtype).requires_grad_(trains)
+        image = network.normalisation.unchecked(pixels, dtype).requires_grad_(image_requires_grad)
         try:
-            own = small._program((*shape[:2], *size), dtype, device, trains)
+            own = small._program((*shape[:2], *size), dtype, device, image_requires_grad)
         except (UnsupportedOpError, ValueError) as error:  # at this size only
             reasons.append(f"{size}: {error}")
             continue
         try:
-            verify(small, image, own, autocast.itemsize)
+            verify(small, image, own, computed_in.itemsize)
         except PlainFailsError as error:
             reasons.append(f"{size}: {error}")
             continue
@@ -112,14 +118,14 @@ def verify_at_first_use(
         _VERIFIED.pop(next(iter(_VERIFIED)))
 
 
-def verify(streamed: "StreamingCNN", image: Tensor, program: Program, digits: int) -> None:
+def verify(streamed: "StreamingCNN", image: Tensor, program: Program, itemsize: int) -> None:
     """Compare `streamed(image)` with `streamed.module(image)`, outputs and gradients.
 
     Args:
         streamed: the streamed module.
         image: what both are called on, (N, C, H, W).
         program: what `streamed` executes on it.
-        digits: bytes of the dtype that numbers are computed in, which says how equal they are to be.
+        itemsize: bytes of the dtype that numbers are computed in, which says how equal they are to be.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
@@ -152,7 +158,7 @@ def verify(streamed: "StreamingCNN", image: Tensor, program: Program, digits: in
                 _put_back(attributes)
             return first, outcome(seeded(call, image), module, image, outputs_only=True)
 
-    usual, most = _TOLERANCE[digits]
+    usual, most = _TOLERANCE[itemsize]
     try:
         first, second = outputs(module, again=True)
     except Exception as failure:
@@ -220,7 +226,7 @@ def _where_it_begins(
 ) -> str:
     """In words, the first layer whose result is another in the capture, or the last whose gradient is; "" if none is.
 
-    A capture that agrees on whole maps was streamed wrongly.
+    If the capture agrees on whole maps, the fault is in the streaming, and the answer is "".
     """
     made: dict[str, Tensor] = {}
     with ExitStack() as stack:

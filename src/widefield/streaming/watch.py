@@ -74,7 +74,7 @@ _VIEWS = frozenset(
 
 
 class Watch(TorchFunctionMode):
-    """A context for one capture of `module`, see the page. Afterwards `mode_dependent` is known, and `derived` answers.
+    """A context for one capture of `module`, see its docstring. Afterwards `mode_dependent` is known, and `derived` answers.
 
     `left` is filled in by the capture, see `Captured.attributes`.
 

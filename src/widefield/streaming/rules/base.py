@@ -105,7 +105,7 @@ class Maps:
 
     axes: dict[str, Axes] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    broadcast: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    broadcast: dict[str, str] = field(default_factory=dict)
     flat: dict[str, int] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
@@ -125,7 +125,7 @@ class Maps:
     def broadcast_weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> str:
         """The name of the map that weight `name` becomes when broadcast to `shape`."""
         broadcast = f"{name}@{'x'.join(map(str, shape))}@{axes.rows},{axes.cols}"
-        self.broadcast[broadcast] = (name, shape)
+        self.broadcast[broadcast] = name
         self.axes[broadcast], self.shapes[broadcast] = axes, shape
         return broadcast
 

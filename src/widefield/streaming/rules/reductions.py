@@ -25,7 +25,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Reduction(ABC):
-    """See the module's page. `tiles` are windows of the maps that are reduced, all of the same positions."""
+    """See the module's docstring. `tiles` are windows of the maps that are reduced, all of the same positions."""
 
     @abstractmethod
     def fold(self, state: Any, tiles: Sequence[Tensor], context: TileContext) -> Any: ...
@@ -40,7 +40,7 @@ class _Local(Reduction):
 
     @abstractmethod
     def local(self, result: Parts, tiles: Sequence[Tensor], context: TileContext) -> tuple[Tensor | None, ...]:
-        """See the module's page."""
+        """See the module's docstring."""
 
     def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
         with torch.enable_grad():
