@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 VERBS = {
     "fit": "train a classifier on whole images with one label each",
@@ -54,12 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others and not module.TAKES_OTHERS:
         parser.error(f"unknown arguments: {' '.join(others)}")
     if getattr(module, "LIGHT", False):
-        from widefield.cli.light import run_light
-
-        return run_light(verb, module, arguments, others)
+        return _run_light(verb, module, arguments, others)
     from widefield.cli.run import run_verb
 
     return run_verb(verb, module, arguments, others)
+
+
+def _run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
+    """Run a verb that has to answer at once: no logging, and nothing imported that it does not need itself."""
+    try:
+        return int(module.run(arguments, others) or 0)
+    except (OSError, ValueError) as error:
+        if arguments.verbose or isinstance(error, BrokenPipeError):
+            raise
+        print(f"widefield {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def script() -> int:

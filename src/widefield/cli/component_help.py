@@ -1,7 +1,10 @@
 """`widefield help`: the arguments of a component, or of a verb."""
 
 import argparse
+import inspect
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 from widefield.cli.user_code import add_imports, import_user_code
 
@@ -42,7 +45,6 @@ def component_help(name: str) -> str:
     from widefield.components.metrics import METRICS
     from widefield.config.expected import describe
     from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of
-    from widefield.registry.docs import argument_docs, description
 
     registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)
     component = registry.get(name)
@@ -51,7 +53,7 @@ def component_help(name: str) -> str:
     lines = [
         f"{name}{kind}: {component.__module__}.{component.__qualname__}",
         "",
-        description(component),
+        _description(component),
         "",
         "arguments:",
     ]
@@ -59,7 +61,7 @@ def component_help(name: str) -> str:
     for argument in arguments.named.values():
         default = "required" if argument.required else f"default {_short(argument.default)}"
         lines.append(f"  {argument.name}: {describe(argument.annotation)} ({default})")
-        docs = argument_docs(argument.owner).get(argument.name, "")
+        docs = _argument_docs(argument.owner).get(argument.name, "")
         lines += textwrap.wrap(docs, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if arguments.open:
         lines.append("  ... and others, which it hands on")
@@ -76,3 +78,25 @@ def _short(default: object) -> str:
     except yaml.YAMLError:
         return repr(default)
     return text.removesuffix("...\n").strip()
+
+
+def _description(component: Callable[..., Any]) -> str:
+    """Return the docstring of `component` without its sections."""
+    parsed = _parsed(component)
+    return "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))
+
+
+def _argument_docs(component: Callable[..., Any]) -> dict[str, str]:
+    """Return what the docstring of `component` says of each argument; `mean, std:` says the same of both."""
+    return {
+        name.strip(): " ".join((entry.description or "").split())
+        for entry in _parsed(component).params
+        for name in entry.arg_name.split(",")
+    }
+
+
+def _parsed(component: Callable[..., Any]) -> Any:
+    from docstring_parser import DocstringStyle, parse
+
+    own = component.__doc__ if isinstance(component, type) else inspect.getdoc(component)
+    return parse(inspect.cleandoc(own or ""), DocstringStyle.GOOGLE)

@@ -1,14 +1,12 @@
 """From what is written on the command line to a model: `file.py:name`, `package.module:name`, `timm/NAME`, `torchvision/NAME`."""
 
-import difflib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from widefield.models.names import TIMM_PREFIX, unknown_model
-from widefield.registry import import_module_or_file
+from widefield.registry import import_module_or_file, suggestion
 
 TORCHVISION_PREFIX = "torchvision/"
 
@@ -34,7 +32,7 @@ def find_model(text: str) -> nn.Module:
     found: Any = import_module_or_file(place)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{place} has no {name!r}; {_near(part, _models_in(found))}")
+            raise ValueError(f"{place} has no {name!r}; {suggestion(part, _models_in(found))}")
         found = getattr(found, part)
     return _make(found, text)
 
@@ -93,9 +91,3 @@ def _models_in(holder: Any) -> list[str]:
         for name, value in vars(holder).items()
         if not name.startswith("_") and (isinstance(value, nn.Module) or callable(value))
     ]
-
-
-def _near(name: str, choices: Iterable[str]) -> str:
-    choices = list(choices)
-    near = difflib.get_close_matches(name, choices, n=5, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(choices)[:12]) or 'none'}"

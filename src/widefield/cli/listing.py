@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         rows = [(name, summary) for name, _, summary in _components(arguments.pattern, "model")]
         rows += [(name,) for name in model_names() if matches(name, arguments.pattern)]
     else:
-        from widefield.config.ready import ready_configs, summary
+        from widefield.config.load import ready_configs, summary
 
         rows = [(name, summary(name)) for name in fnmatch.filter(ready_configs(), _wildcards(arguments.pattern))]
     if not rows:

@@ -11,9 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from widefield.config import Config
-from widefield.config.class_paths import with_types
-from widefield.config.config import dotted
+from widefield.config import Config, dotted
+from widefield.config.merge import with_types
 
 Settings = dict[str, Any]
 """A configuration with all defaults, as nested plain data."""

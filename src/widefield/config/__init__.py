@@ -8,10 +8,9 @@ from widefield.config.build import build
 from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
 from widefield.config.config import Config, ConfigError, Origin, dotted
 from widefield.config.expected import Mismatch
-from widefield.config.load import load
+from widefield.config.load import load, ready_configs
 from widefield.config.merge import merge
 from widefield.config.overrides import override
-from widefield.config.ready import ready_configs
 from widefield.config.sections import Section, Sections, check_config
 from widefield.config.yaml_text import read_yaml, write_yaml
 

@@ -1,18 +1,18 @@
-"""Read configuration files, with the files they are based on."""
+"""Read configuration files, with the files they are based on; those that come with Widefield are read by name."""
 
 from pathlib import Path as FilePath
 from typing import Any
 
-from widefield.config.class_paths import with_types
 from widefield.config.config import Config, ConfigError, Path
 from widefield.config.expected import written
-from widefield.config.merge import IMPORTS, clashes, merge, settles
+from widefield.config.merge import IMPORTS, clashes, merge, settles, with_types
 from widefield.config.python_file import read_python
-from widefield.config.ready import FOLDER, ready_configs
 from widefield.config.yaml_text import read_yaml
 from widefield.registry import absolute_place, suggestion
 
 BASE = "_base_"
+FOLDER = FilePath(__file__).parent.parent / "configs"
+"""Where the configurations are that come with Widefield."""
 _READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}
 
 
@@ -27,6 +27,17 @@ def load(*files: FilePath | str) -> Config:
     for file in files:
         config = merge(config, _load(_found(FilePath(file)), ()))
     return config
+
+
+def ready_configs() -> list[str]:
+    """Return the sorted names of the configurations that come with Widefield; `load` takes a name in the place of a file."""
+    return sorted(file.stem for file in FOLDER.glob("[!_]*.yaml"))
+
+
+def summary(name: str) -> str:
+    """Return what a ready configuration is for, its first line."""
+    with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
 
 
 def _found(file: FilePath) -> FilePath:

@@ -1,8 +1,8 @@
-"""What becomes of a configuration when another one is laid over it."""
+"""What becomes of a configuration when another one is laid over it, and of the way in which Lightning describes a component."""
 
 from typing import Any
 
-from widefield.config.config import Config, Path
+from widefield.config.config import Config, Path, dotted
 from widefield.config.expected import written
 
 DELETE = "_delete_"
@@ -94,3 +94,40 @@ def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Conf
             raise whole.error([(here, f"there is no item {key} in a list of {len(base)}; the first item is 0")])
         merged[int(key)] = _merge(base[int(key)], value, here, whole, replaced)
     return merged
+
+
+def with_types(config: Config) -> Config:
+    """Return `config` with every `{class_path: X, init_args: {...}}` written as `{type: X, ...}`.
+
+    Raises:
+        ConfigError: There are other keys beside these.
+    """
+    origins = {}
+    for path, origin in config.origins.items():
+        keys = ("type" if key == "class_path" else key for key in path if key not in ("init_args", "dict_kwargs"))
+        origins[tuple(keys)] = origin
+    return Config(_typed(config.data, (), config), origins)
+
+
+def _typed(value: Any, path: Path, config: Config) -> Any:
+    if isinstance(value, list):
+        return [_typed(item, (*path, str(k)), config) for k, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    value = {key: _typed(item, (*path, str(key)), config) for key, item in value.items()}
+    if not {"class_path", "init_args"} & set(value):
+        return value
+    others = set(value) - {"class_path", "init_args", "dict_kwargs", DELETE}
+    if others:
+        raise config.error(
+            [(path, f"{', '.join(map(str, others))} beside class_path; arguments stand under init_args")]
+        )
+    typed: dict[Any, Any] = {"type": value.pop("class_path")} if "class_path" in value else {}
+    for key, item in value.items():
+        if key == DELETE:
+            typed[key] = item
+        elif isinstance(item, dict):
+            typed |= item
+        elif item is not None:
+            raise config.error([((*path, key), f"got {written(item)}, expected the arguments of {dotted(path)}")])
+    return typed

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 
 from widefield.config.check import find_class
-from widefield.config.class_paths import with_types
 from widefield.config.config import Config, ConfigError, Origin, Path
 from widefield.config.expected import MAPPINGS, component_of, written
-from widefield.config.merge import DELETE, merge
+from widefield.config.merge import DELETE, merge, with_types
 from widefield.config.sections import Section, Sections, unknown_section
 from widefield.config.yaml_text import parse_value
 from widefield.registry import MODELS, REQUIRED, Argument, Arguments, arguments_of, suggestion

@@ -23,7 +23,7 @@ def list_models(pattern: str = "*", exclude: str | Iterable[str] = ()) -> list[s
             nothing.
         exclude: Patterns of names to leave out.
     """
-    from widefield.config.ready import ready_configs
+    from widefield.config import ready_configs
 
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
     return [

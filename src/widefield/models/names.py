@@ -1,11 +1,11 @@
 """Names of models: what there is, and what was probably meant."""
 
-import difflib
 from collections.abc import Iterable
 
 import torchvision.models
 
 from widefield.models.narrow_resnet import NARROW_RESNETS
+from widefield.registry import suggestion
 
 TORCHVISION_RESNETS = tuple(
     torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
@@ -15,8 +15,5 @@ TIMM_PREFIX = "timm/"
 
 
 def unknown_model(name: str, choices: Iterable[str]) -> ValueError:
-    """The error for a model name that is not among `choices`; it names the nearest ones."""
-    choices = list(choices)
-    near = difflib.get_close_matches(name, choices, n=5, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(choices[:12])}, ..."
-    return ValueError(f"there is no model {name!r}; {hint}")
+    """Return the error for a model name that is not among `choices`; it names the nearest ones."""
+    return ValueError(f"there is no model {name!r}; {suggestion(name, choices)}")

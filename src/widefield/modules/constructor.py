@@ -1,6 +1,5 @@
 """`StreamingConstructor`: a streamed network from the arguments that users of lightstream know."""
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from widefield.registry import suggestion
 from widefield.streaming import StreamingCNN
 
 _logger = logging.getLogger(__name__)
@@ -63,9 +63,8 @@ class StreamingConstructor:
         self.before_streaming_init_callbacks = _callbacks("before", before_streaming_init_callbacks)
         self.after_streaming_init_callbacks = _callbacks("after", after_streaming_init_callbacks)
         if unknown := sorted(options.keys() - _OPTIONS):
-            near = difflib.get_close_matches(unknown[0], _OPTIONS | set(_ARGUMENTS), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_OPTIONS))}"
-            raise TypeError(f"there is no argument {unknown[0]!r}; {hint}")
+            known = _OPTIONS | set(_ARGUMENTS)
+            raise TypeError(f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], known)}")
         self.options = {
             "tile_size": tile_size,
             "deterministic": deterministic,
