@@ -1,4 +1,4 @@
-"""What the verbs that look at a model share: how it is named, and sizes. Imports nothing heavy: `--help` needs it."""
+"""Arguments of the verbs that look at a model: its name, and sizes. Imports nothing heavy: `--help` needs it."""
 
 import argparse
 import re

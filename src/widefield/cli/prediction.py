@@ -34,13 +34,13 @@ _THUMBNAIL = 1024
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was predicted for one image."""
+    """The prediction for one image."""
 
     image: ImageFile
     scores: tuple[float, ...]
     """A probability per class, or the similarity with each item of a collection."""
     labels: tuple[int, ...]
-    """Of several where the head predicts several."""
+    """Several where the head predicts several."""
     peak: tuple[int, int] | None
     """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
     overlay: Path | None

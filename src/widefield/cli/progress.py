@@ -36,7 +36,7 @@ class TileTask:
 
 
 def streamed_network(model: Any) -> StreamingCNN | None:
-    """What streams in a model, if something does: the trunk, or a backbone."""
+    """Return the part of a model that is streamed, the trunk or a backbone, if there is one."""
     if isinstance(model, BaseModule):
         return model.stream_network
     network: StreamingCNN | None = getattr(getattr(model, "backbone", None), "streamed", None)

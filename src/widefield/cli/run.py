@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from widefield.errors import WidefieldError
 
 console = Console(stderr=True, highlight=False)
-"""Where log lines, progress bars and errors of the command line go."""
+"""The console for log lines, progress bars and errors of the command line."""
 
 _log = logging.getLogger(__name__)
 _USERS_ERRORS = (OSError, ValueError, WidefieldError)

@@ -1,4 +1,4 @@
-"""Which trained model a verb is about: the folder of its run, or a configuration with a checkpoint. Imports nothing heavy."""
+"""Arguments that name a trained model: the folder of its run, or a configuration with a checkpoint. Imports nothing heavy."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a training step needs at its peak."""
+"""Peak memory of a training step."""
 
 from typing import Any
 

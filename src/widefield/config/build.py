@@ -24,7 +24,7 @@ def build(config: Config, path: Path, registry: Registry = MODELS) -> Any:
 
 
 def _innermost(description: Any, path: Path, registry: Registry) -> tuple[Path, Exception] | None:
-    """The first part of `description`, from the inside out, that cannot be built by itself, and why.
+    """Return the first part of `description`, from the inside out, that cannot be built by itself, and why.
 
     Components build their own parts, so an error of a part comes without the path to it.
     """
@@ -38,7 +38,7 @@ def _innermost(description: Any, path: Path, registry: Registry) -> tuple[Path, 
 
 
 def _unknown(value: Any, path: Path, name: str) -> Path:
-    """Where inside of `value` the type `name` stands."""
+    """Return the path inside of `value` at which the type `name` stands."""
     return next((where for where, part in _inside_out(value, path) if part.get("type") == name), path)
 
 

@@ -22,11 +22,11 @@ from widefield.registry import (
 )
 
 Problem = tuple[Path, str | Mismatch]
-"""Where something is wrong, and what."""
+"""A path, and what is wrong there."""
 
 
 def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
-    """What is wrong with `value` for an argument annotated so; nothing where the annotation says nothing.
+    """Return what is wrong with `value` for an argument annotated so; nothing where the annotation says nothing.
 
     YAML has no tuples and no enumerations: a list does for any sequence, the name of a member for the member. Where a class is
     expected, `{type: NAME, ...}` describes an instance.
@@ -66,7 +66,7 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
 
 
 def check_description(description: Any, component: ComponentOf, path: Path = ()) -> list[Problem]:
-    """What is wrong with the description of a component: its name, its kind, its arguments."""
+    """Return what is wrong with the description of a component: its name, its kind, its arguments."""
     try:
         name, arguments = split_description(description)
         found = component.registry.get(name, component.kind) if isinstance(name, str) else name
@@ -88,7 +88,7 @@ def check_arguments(
     given: tuple[str, ...] = (),
     also: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
-    """What is wrong with `arguments` for `function` (or a class): names it does not take, values of another type, what lacks.
+    """Return what is wrong with `arguments` for a function or class: unknown names, values of another type, missing arguments.
 
     Args:
         function: What will be called.
@@ -109,7 +109,7 @@ def check_arguments(
 
 
 def find_class(name: str, base: type) -> type:
-    """The class called `name`: by its import path, or by its name alone if it is a loaded subclass of `base`.
+    """Return the class called `name`: by its import path, or by its name alone if it is a loaded subclass of `base`.
 
     Raises:
         ValueError: There is none.
@@ -161,7 +161,7 @@ def _check_marked(value: Any, annotation: Any, component: ComponentOf, path: Pat
 
 
 def _check_union(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    """Nothing if one of the alternatives fits; else the problem of the one that fits best, which is wrong further inside."""
+    """Return nothing if an alternative fits; else the problems of the one that fits best, which are further inside."""
     choices = typing.get_args(annotation)
     attempts = [check_value(value, one, path) for one in choices]
     if not all(attempts):
@@ -171,7 +171,7 @@ def _check_union(value: Any, annotation: Any, path: Path) -> list[Problem]:
 
 
 def _check_untyped(value: Any, path: Path) -> list[Problem]:
-    """Descriptions inside of what no annotation describes, if their type is a component's name."""
+    """Check descriptions inside of a value without annotation if their type is the name of a component."""
     if isinstance(value, (list, tuple)):
         return [problem for k, item in enumerate(value) for problem in _check_untyped(item, (*path, str(k)))]
     if not isinstance(value, Mapping):

@@ -16,7 +16,7 @@ class ConfigError(WidefieldError, ValueError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written."""
+    """The file and line in which a value was written."""
 
     place: str
     """A file, or the override itself."""
@@ -39,11 +39,11 @@ class Config:
     origins: Mapping[Path, Origin] = field(default_factory=dict)
 
     def origin(self, path: Path) -> Origin | None:
-        """Where the value at `path` was written, or the nearest branch that holds it."""
+        """Return the place where the value at `path` was written, or the nearest branch that holds it."""
         return next((self.origins[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.origins), None)
 
     def error(self, problems: Iterable[tuple[Path, object]]) -> ConfigError:
-        """The error for problems, each a path and what is wrong there."""
+        """Return the error for problems, each a path and what is wrong there."""
         lines = []
         for path, message in problems:
             origin = self.origin(path)
@@ -52,5 +52,5 @@ class Config:
 
 
 def dotted(path: Path) -> str:
-    """`path` as users write it."""
+    """Return `path` as users write it."""
     return ".".join(path) or "the configuration"

@@ -12,12 +12,12 @@ from widefield.registry import absolute_place, suggestion
 
 BASE = "_base_"
 FOLDER = FilePath(__file__).parent.parent / "configs"
-"""Where the configurations are that come with Widefield."""
+"""The folder of the configurations that come with Widefield."""
 _READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}
 
 
 def load(*files: FilePath | str) -> Config:
-    """The configuration in a YAML or Python file, laid over those that its `_base_` names; of several files, each over the last.
+    """Return the configuration in a YAML or Python file, over those that its `_base_` names; of several files, each over the last.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -81,7 +81,7 @@ def _read(file: FilePath, below: tuple[FilePath, ...]) -> Config:
 
 
 def _short(file: FilePath) -> str:
-    """The path from the working directory, if the file is below it."""
+    """Return the path from the working directory, if the file is below it."""
     return str(file.relative_to(FilePath.cwd())) if file.is_relative_to(FilePath.cwd()) else str(file)
 
 

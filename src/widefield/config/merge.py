@@ -1,4 +1,4 @@
-"""What becomes of a configuration when another one is laid over it, and of the way in which Lightning describes a component."""
+"""Configurations laid over each other, and descriptions in Lightning's form turned into ours."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def clashes(first: Any, second: Any, path: Path = ()) -> list[Path]:
 
 
 def settles(data: Any, path: Path) -> bool:
-    """Whether `data`, laid over a configuration, decides the value at `path`."""
+    """Return True if `data`, laid over a configuration, decides the value at `path`."""
     for key in path:
         if not isinstance(data, dict) or data.get(DELETE):
             return True

@@ -20,7 +20,7 @@ _UNKNOWN = Arguments({}, False)
 
 
 def override(config: Config, texts: Iterable[str], sections: Sections) -> Config:
-    """`config` with values of the form `path=value`, where the value is YAML.
+    """Return `config` with values of the form `path=value`, where the value is YAML.
 
     A path leads over keys, indices of lists and arguments that the constructors have, whether the configuration has them or not.
     A value that changes a `type` counts first, wherever it stands, and drops the arguments of the old type.
@@ -68,7 +68,7 @@ def _value(text: str) -> Any:
 
 
 def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Sections) -> Config:
-    """`config` with the dictionaries and lists on the way to `path` that so far stand only among the defaults of arguments."""
+    """Return `config` with the dictionaries and lists on the way to `path` that so far are only defaults of arguments."""
     key, *rest = path
     if key not in sections:
         raise whole.error([((key,), unknown_section(key, sections))])
@@ -115,7 +115,7 @@ def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Pa
 
 
 def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
-    """The arguments of what `node` describes; none if it describes nothing that is known."""
+    """Return the arguments of what `node` describes; none if it describes nothing that is known."""
     try:
         if isinstance(annotation, Section):
             function = annotation.resolve(node)
@@ -139,14 +139,14 @@ def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
 
 
 def _open_to_users(arguments: Arguments, given: tuple[str, ...], also: Mapping[str, Any]) -> Arguments:
-    """Without those that whoever calls the class adds, with those that it takes out."""
+    """Return `arguments` without those that the caller of the class adds, and with those that it takes out."""
     named = {name: argument for name, argument in arguments.named.items() if name not in given}
     others = {name: Argument(name, annotation, None, object) for name, annotation in also.items()}
     return Arguments({**named, **others}, arguments.open)
 
 
 def _class_in(annotation: Any) -> type:
-    """The class that a dictionary given for `annotation`, or in a list given for it, describes an instance of."""
+    """Return the class that a dictionary given for `annotation`, or in a list given for it, describes an instance of."""
     if isinstance(annotation, type):
         return annotation
     classes = (_class_in(one) for one in typing.get_args(annotation))

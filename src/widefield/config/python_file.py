@@ -39,7 +39,7 @@ def read_python(text: str, place: str) -> Config:
 
 
 def _plain(value: Any, path: Path, place: str) -> Any:
-    """`value` with lists for tuples and texts for paths."""
+    """Return `value` with lists for tuples and texts for paths."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, FilePath):

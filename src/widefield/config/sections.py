@@ -33,7 +33,7 @@ class Section:
     several: bool = False
 
     def resolve(self, value: Mapping[str, Any]) -> Any:
-        """The class that `value` describes, or None where it names no type and there is no default.
+        """Return the class that `value` describes, or None where it names no type and there is no default.
 
         Raises:
             ValueError: There is no such class.
@@ -48,7 +48,7 @@ class Section:
         return find_class(name, import_object(self.base))
 
     def check(self, value: Any, path: Path) -> list[Problem]:
-        """What is wrong with `value`."""
+        """Return what is wrong with `value`."""
         if self.several and isinstance(value, list):
             return [problem for k, one in enumerate(value) for problem in self.check(one, (*path, str(k)))]
         if not isinstance(value, dict):
@@ -68,7 +68,7 @@ class Section:
         return [*check_arguments(function, arguments, path, self.given, self.also), *self._outside(arguments, path)]
 
     def _outside(self, arguments: Mapping[str, Any], path: Path) -> list[Problem]:
-        """The numbers that are out of range."""
+        """Return the numbers that are out of range."""
         given = {name: arguments.get(name) for name in self.ranges}
         return [
             ((*path, name), f"got {written(value)}, expected a number, {self.ranges[name]}")
@@ -106,5 +106,5 @@ def check_config(config: Config, sections: Sections) -> None:
 
 
 def unknown_section(key: str, sections: Sections) -> str:
-    """The message about a top-level key that does not exist."""
+    """Return the message about a top-level key that does not exist."""
     return f"no such key; {suggestion(key, sections)} (begin the name of a helper variable with an underscore)"

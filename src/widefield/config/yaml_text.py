@@ -43,7 +43,7 @@ for _tag, (_pattern, _first) in _CORE.items():
 
 
 def read_yaml(text: str, place: str) -> Config:
-    """The configuration in `text`.
+    """Return the configuration in `text`.
 
     Args:
         text: A mapping, or nothing.
@@ -72,12 +72,12 @@ def read_yaml(text: str, place: str) -> Config:
 
 
 def parse_value(text: str) -> Any:
-    """The value that `text` writes in YAML; raises yaml.YAMLError if it is none."""
+    """Return the value that `text` writes in YAML; raises yaml.YAMLError if it is none."""
     return yaml.load(text, _Loader)  # a safe loader
 
 
 def write_yaml(data: dict[str, Any]) -> str:
-    """`data` as text that `read_yaml` reads to the same data."""
+    """Return `data` as text that `read_yaml` reads to the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -56,7 +56,7 @@ Workers = Annotated[int, Range(0)] | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the user gave, of the right types; see `widefield.train`."""
+    """The arguments of `widefield.train` as the user gave them, of the right types."""
 
     out: Path
     data: Any
@@ -93,7 +93,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the arguments mean."""
+    """The settings of a run that follow from the arguments."""
 
     given: Arguments
     method: type[Method]
@@ -106,7 +106,7 @@ class Settings:
     callbacks: CallbackArgs
 
     def as_yaml(self, longest: int | None = None) -> str:
-        """The settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
+        """Return the settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
         given = {name: getattr(self.given, name) for name in Arguments.__dataclass_fields__}
         made = {
             name: getattr(self, name) for name in type(self).__dataclass_fields__ if name not in ("given", "method")
@@ -116,7 +116,7 @@ class Settings:
 
 
 def parse(given: Mapping[str, Any]) -> Settings:
-    """The settings of a call with the arguments `given` by name.
+    """Return the settings of a call with the arguments `given` by name.
 
     Raises:
         ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run."""
+"""Callbacks of a run."""
 
 import csv
 import logging
@@ -87,7 +87,7 @@ class DeviceStatsArgs:
 
 @dataclass(frozen=True)
 class CallbackArgs:
-    """Which callbacks there are; None turns one off."""
+    """The callbacks of a run; None turns one off."""
 
     learning_rate_monitor: LearningRateArgs | None = field(default_factory=LearningRateArgs)
     early_stopping: EarlyStoppingArgs | None = field(default_factory=EarlyStoppingArgs)

@@ -1,4 +1,4 @@
-"""Where numbers of a run go."""
+"""Loggers of a run."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ class JsonlArgs:
 
 @dataclass(frozen=True)
 class LoggerArgs:
-    """Which loggers there are; None turns one off. TensorBoard is on where it is installed.
+    """The loggers of a run; None turns one off. TensorBoard is on where it is installed.
 
     The dictionaries are arguments of Lightning's logger of that name.
     """
@@ -34,7 +34,7 @@ class LoggerArgs:
 
 
 def has_tensorboard() -> bool:
-    """Whether a TensorBoard logger can be made."""
+    """Return True if a TensorBoard logger can be made."""
     return any(importlib.util.find_spec(name) is not None for name in ("tensorboard", "tensorboardX"))
 
 

@@ -23,7 +23,7 @@ class SGD(Checked):
     weight_decay: NotNegative = 1e-4
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
+        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
         return torch.optim.SGD(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
 
 
@@ -38,7 +38,7 @@ class AdamW(Checked):
     weight_decay: NotNegative = 0.01
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
+        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
         return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
 
 
@@ -52,7 +52,7 @@ class LARS(Checked):
     weight_decay: NotNegative = 1e-6
 
     def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """The optimizer of parameter groups, with the learning rate `lr`; `fused` counts for nothing here."""
+        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` counts for nothing here."""
         return LightlyLARS(groups, **{**asdict(self), "lr": lr})
 
 
@@ -83,7 +83,7 @@ def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
 
 @dataclass(frozen=True)
 class Optim:
-    """How a method is optimised unless the user says otherwise.
+    """Settings by which a method is optimised unless the user says otherwise.
 
     Attributes:
         choices: Every optimizer that can be named, with the method's values for it; the first is the default.
@@ -98,11 +98,11 @@ class Optim:
     clip: float | None = None
 
     def named(self, name: str) -> OptimArgs | None:
-        """The values for the optimizer called `name` or "auto"; None if there is none of the name."""
+        """Return the values for the optimizer called `name` or "auto"; None if there is none of the name."""
         return next((one for one in self.choices if name in ("auto", one.name)), None)
 
     def scaled(self, lr: float, batch_size: int) -> float:
-        """The learning rate for batches of `batch_size`."""
+        """Return the learning rate for batches of `batch_size`."""
         ratio = batch_size / self.reference_batch
         return lr * (ratio if self.scaling == "linear" else ratio**0.5)
 
@@ -113,7 +113,7 @@ def parameter_groups(
     scale: Callable[[nn.Parameter], float] = lambda parameter: 1.0,
     frozen: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """What trains in `module`, in groups: weights, and what does not decay, both for every learning rate.
+    """Return the parameters of `module` that train, in groups: those that decay and those that do not, for each learning rate.
 
     Biases, the weights of norm layers, scales per channel, tokens and embeddings of positions do not decay.
 
@@ -142,7 +142,7 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def warmup_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LambdaLR:
-    """Linear warm-up, then a cosine down to a thousandth, step by step."""
+    """Return a schedule that warms up linearly, then goes down to a thousandth as a cosine, step by step."""
 
     def scale(step: int) -> float:
         return cosine_warmup_schedule(

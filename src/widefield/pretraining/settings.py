@@ -17,7 +17,7 @@ Share = Annotated[float, Range(0, 1)]
 
 
 class Errors(list[str]):
-    """What is wrong with the arguments of a call, a line each."""
+    """Errors in the arguments of a call, a line each."""
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Append a line for each problem."""

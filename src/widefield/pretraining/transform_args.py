@@ -1,4 +1,4 @@
-"""What `transform_args` may say: how the views of an image are drawn. Every method has defaults of its own."""
+"""The settings `transform_args`, by which the views of an image are drawn. Every method has defaults of its own."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -130,7 +130,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class SecondView:
-    """How the second of the global views differs from the first."""
+    """The settings in which the second of the global views differs from the first."""
 
     gaussian_blur: GaussianBlur | None
     solarize: Solarize | None
@@ -148,7 +148,7 @@ class LocalViews(Checked):
 
 @dataclass(frozen=True)
 class TransformArgs(Checked):
-    """How the views of an image are drawn.
+    """Settings by which the views of an image are drawn.
 
     Attributes:
         image_size: Pixels of a global view, a number or (height, width).
@@ -190,7 +190,7 @@ class TransformArgs(Checked):
             )
 
     def for_channels(self) -> "TransformArgs":
-        """Without what `num_channels` turns off, and with a mean and std for every channel."""
+        """Return these settings without what `num_channels` turns off, and with a mean and std for every channel."""
         args = replace(self, normalize=self.normalize.repeated(self.num_channels))
         if self.num_channels == 3:
             return args

@@ -34,11 +34,11 @@ class Argument:
 
 @dataclass(frozen=True)
 class Arguments:
-    """All arguments of a component, in the order in which they are written, subclasses first."""
+    """All arguments of a component in the order in which they are written, subclasses first."""
 
     named: dict[str, Argument]
     open: bool
-    """Whether names beside these are taken too, because `**kwargs` go somewhere that cannot be followed."""
+    """True if names beside these are taken too, because `**kwargs` go somewhere that cannot be followed."""
 
 
 @cache
@@ -116,7 +116,7 @@ def _in_order(named: dict[str, Argument]) -> dict[str, Argument]:
 def _own(
     function: Callable[..., Any], owner: Callable[..., Any], skip: int = 0
 ) -> tuple[dict[str, Argument], str | None]:
-    """What `function` declares, and the name of its `**kwargs`."""
+    """Return the arguments that `function` declares, and the name of its `**kwargs`."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[skip:]
     except (TypeError, ValueError):  # some builtins have no signature
@@ -140,7 +140,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _super_call(constructor: Callable[..., Any], variadic: str) -> ast.Call | None:
-    """The call `super().__init__(..., **kwargs)` in the source of a constructor, if that is where its `**kwargs` go."""
+    """Return the call `super().__init__(..., **kwargs)` in the source of a constructor, if that is where its `**kwargs` go."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
     except (OSError, TypeError, SyntaxError):

@@ -47,7 +47,7 @@ class Range:
 
 
 def split_description(description: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The type (a name, or a class or function) and the arguments; Lightning's class_path and init_args are taken too.
+    """Return the type (a name, or a class or function) and the arguments; Lightning's class_path and init_args are taken too.
 
     Raises:
         TypeError: There is no type, or one that cannot be a type.

@@ -13,7 +13,7 @@ _SHOWN = 40
 
 
 def import_object(target: str) -> Any:
-    """The object that `target` names: `package.module:Name.attribute`, or the same with dots alone.
+    """Return the object that `target` names: `package.module:Name.attribute`, or the same with dots alone.
 
     Raises:
         ValueError: There is no such module, or no such name in it.
@@ -71,7 +71,7 @@ def import_module_or_file(place: str) -> ModuleType:
 
 
 def absolute_place(place: str, folder: Path) -> str:
-    """A module or file, given from within `folder`, so that it can be imported from anywhere.
+    """Return a module or file, given from within `folder`, so that it can be imported from anywhere.
 
     That is the file, or the file of a module if it lies below `folder`; other modules stay as they are.
     """
@@ -85,7 +85,7 @@ def absolute_place(place: str, folder: Path) -> str:
 
 
 def _module_of(path: Path) -> tuple[str, Path]:
-    """The name of the module in a file, and the folder from which it has this name."""
+    """Return the name of the module in a file, and the folder from which it has this name."""
     parts = [] if path.name == "__init__.py" else [path.stem]
     folder = path.parent
     while (folder / "__init__.py").is_file():
@@ -126,7 +126,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def near_names(name: str, choices: Iterable[str]) -> list[str]:
-    """The names among `choices` that `name` may be a slip of, the nearest first; case counts for nothing."""
+    """Return the names among `choices` that `name` may be a slip of, the nearest first; case counts for nothing."""
     spellings: dict[str, str] = {}
     for choice in choices:
         spellings.setdefault(choice.lower(), choice)
@@ -141,7 +141,7 @@ def near_names(name: str, choices: Iterable[str]) -> list[str]:
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
-    """A clause for an error message: the near names among `choices`, or all of them where none is near."""
+    """Return a clause for an error message: the near names among `choices`, or all of them where none is near."""
     choices = sorted(choices)
     near = near_names(name, choices)
     if near:

@@ -1,4 +1,4 @@
-"""What is known of components without importing them. That of Widefield's own is read from their source."""
+"""Names, kinds and summaries of components, read from their source without importing them."""
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping

@@ -125,7 +125,7 @@ class Registry:
         return register if module is None else register(module)
 
     def get(self, name: str, kind: str | None = None) -> Callable[..., Any]:
-        """The component called `name`.
+        """Return the component called `name`.
 
         Args:
             name: As it was registered, or an import path.
@@ -176,11 +176,11 @@ class Registry:
         return component(**arguments)
 
     def names(self, kind: str | None = None) -> list[str]:
-        """All names, sorted; of one kind, those of no known kind left out."""
+        """Return all names, sorted; of one kind, those of no known kind left out."""
         return [entry.name for entry in self.entries(kind=kind)]
 
     def entries(self, pattern: str = "*", kind: str | None = None) -> list[Entry]:
-        """What is known of the components whose name matches `pattern`, by name; nothing is imported.
+        """Return what is known of the components whose name matches `pattern`, by name; nothing is imported.
 
         Args:
             pattern: With `*`, `?` and `[...]`, or a part of the name; case counts for nothing.
@@ -197,7 +197,7 @@ class Registry:
         ]
 
     def kind(self, name: str) -> str:
-        """The kind of the component called `name`, an empty text where it is not known."""
+        """Return the kind of the component called `name`, an empty text where it is not known."""
         if name in self._registered or name in self.index:
             return (self._registered[name].entry if name in self._registered else self.index[name]).kind
         return str(getattr(self.get(name), "component_kind", ""))
@@ -223,7 +223,7 @@ class Registry:
         )
 
     def _is_replaced(self, entry: Entry) -> bool:
-        """True if a component of the index is imported only now that something else was put in its place."""
+        """Return True if a component of the index is imported only now that something else was put in its place."""
         indexed, held = self.index.get(entry.name), self._registered.get(entry.name)
         if indexed is None or held is None:
             return False
