@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tests.components.test_models_self_supervised import CNN, MASKS, MODEL, NORM
 from widefield import RandomState
 from widefield.cli import main
-from widefield.cli.sections import SECTIONS
+from widefield.cli.fit_sections import SECTIONS
 from widefield.components import BaseSelfSupervisor, DataSample
 from widefield.config import Config, build, check_config
 from widefield.registry import MODELS

@@ -17,7 +17,7 @@ import pytest
 
 from tests.small_images import write_folder, write_image
 from widefield.cli import VERBS, main
-from widefield.cli.sections import SECTIONS
+from widefield.cli.fit_sections import SECTIONS
 from widefield.registry import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-mmpretrain.md"

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from tests.small_images import write_folder
 from widefield.cli import main
-from widefield.cli.sections import SECTIONS
+from widefield.cli.fit_sections import SECTIONS
 from widefield.config import build, check_config, load, override
 from widefield.registry import MODELS
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, others: list[str]) -> int:
     """Print or check the configuration."""
-    from widefield.cli.sections import SECTIONS
+    from widefield.cli.fit_sections import SECTIONS
     from widefield.config import ConfigError, check_config, load, override, write_yaml
 
     flags = [text for text in others if text.startswith("--") and "=" not in text]

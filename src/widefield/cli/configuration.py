@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from widefield.cli.sections import SECTIONS
+from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.trial import try_out
 from widefield.cli.user_code import import_user_code
 from widefield.config import Config, check_config, load, override

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from widefield.cli.sections import SECTIONS
+from widefield.cli.fit_sections import SECTIONS
 from widefield.config import Config, Section
 from widefield.config.expected import MAPPINGS, component_of
 from widefield.registry import MODELS, Registry, arguments_of, import_object

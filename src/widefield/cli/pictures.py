@@ -14,9 +14,9 @@ from torch import Tensor
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.evaluation import evaluate
+from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.prediction import draw, explain, for_each, image_files, overlay_paths
 from widefield.cli.run_arguments import read_run
-from widefield.cli.sections import SECTIONS
 from widefield.cli.user_code import import_user_code
 from widefield.components.metrics.confusion_matrix import ConfusionMatrix
 from widefield.config import load, override

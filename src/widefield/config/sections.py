@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
 from widefield.config.config import Config, Path
-from widefield.config.expected import written
+from widefield.config.expected import Mismatch
 from widefield.registry import ComponentOf, Range, import_object, suggestion
 
 
@@ -52,7 +52,7 @@ class Section:
         if self.several and isinstance(value, list):
             return [problem for k, one in enumerate(value) for problem in self.check(one, (*path, str(k)))]
         if not isinstance(value, dict):
-            return [(path, f"got {written(value)}, expected a dictionary")]
+            return [(path, Mismatch(value, dict))]
         if self._is_component(value.get("type")):
             assert self.component is not None
             return [*check_description(value, self.component, path), *self._outside(value, path)]
@@ -71,7 +71,7 @@ class Section:
         """Return the numbers that are out of range."""
         given = {name: arguments.get(name) for name in self.ranges}
         return [
-            ((*path, name), f"got {written(value)}, expected a number, {self.ranges[name]}")
+            ((*path, name), Mismatch(value, Annotated[float, self.ranges[name]]))
             for name, value in given.items()
             if isinstance(value, (int, float)) and value not in self.ranges[name]
         ]
