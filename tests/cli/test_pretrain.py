@@ -101,7 +101,7 @@ def test_a_method_in_a_file_is_imported(file: str, images: Path, tmp_path: Path)
         (["epoch=3", "--model", "torchvision/resnet18"], "there is no argument 'epoch'; did you mean epochs?"),
         (["--model", "torchvision/resnet18", "epochs"], "got 'epochs', expected key=value"),
         (["--model", "torchvision/resnet18", "epochs.x=1", "--epochs=2"], "epochs has the value 2 already"),
-        (["--model", "torchvision/resnet18", "optim_args.rate=1"], "optim_args has no argument 'rate'"),
+        (["--model", "torchvision/resnet18", "optim_args.rate=1"], "optim_args.rate: SGD has no argument 'rate'"),
         (["--model", "torchvision/resnet18", "batch_size=four"], "batch_size: got 'four', expected int"),
         (["--model", "nowhere.py:Net"], "nowhere.py; there are none"),
         ([], "give --model"),
@@ -119,4 +119,4 @@ def test_what_is_wrong_is_told_in_a_line(
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods", "sim*"]) == 0
     shown: Any = capsys.readouterr().out
-    assert shown.startswith("simclr  method  Tells views of an image")
+    assert shown.startswith("simclr  method  Tells two views of an image")

@@ -180,7 +180,7 @@ def test_a_dictionary_changes_only_what_it_names_and_none_turns_off() -> None:
     [
         (
             {"imagesize": 3},
-            "transform_args.imagesize: transform_args has no argument 'imagesize'; did you mean image_size?",
+            "transform_args.imagesize: TransformArgs has no argument 'imagesize'; did you mean image_size?",
         ),
         (
             {"image_size": "224"},
@@ -197,7 +197,7 @@ def test_a_dictionary_changes_only_what_it_names_and_none_turns_off() -> None:
         ),
         ({"normalize": None}, "transform_args.normalize: got None, expected a dictionary with keys among mean, std"),
         ({"normalize": {"std": [0.1, 0.2]}}, "mean has 3 and std 2 values"),
-        ({"channel_drop": {"num_channels_keep": 1}}, "transform_args.channel_drop: channel_drop needs weight_drop"),
+        ({"channel_drop": {"num_channels_keep": 1}}, "transform_args.channel_drop: ChannelDrop needs weight_drop"),
     ],
 )
 def test_errors_say_where(changes: dict[str, Any], message: str) -> None:

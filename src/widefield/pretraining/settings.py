@@ -86,8 +86,7 @@ def values_for(
     """
     known = arguments_of(function).named
     names = changes if default is None else {**known, **changes}
-    wrong = wrong_names(function, names, given, title=where.rpartition(".")[2])
-    errors.add(((where, *at), message) for at, message in wrong)
+    errors.add(((where, *at), message) for at, message in wrong_names(function, names, given))
     return {
         name: _fitted(value, known[name].annotation, getattr(default, name, None), f"{where}.{name}", errors)
         for name, value in changes.items()

@@ -79,7 +79,6 @@ def wrong_names(
     names: Collection[str],
     given: Collection[str] = (),
     also: Iterable[str] = (),
-    title: str | None = None,
 ) -> list[tuple[tuple[str, ...], str]]:
     """Return what is wrong with a call of `component` that has arguments of these names.
 
@@ -88,13 +87,12 @@ def wrong_names(
         names: The names.
         given: Arguments that the caller adds; they cannot be among the names.
         also: More names, which the caller takes out.
-        title: The name of the component for messages; by default its own.
 
     Returns:
         A path and a message each: (name,) where the component has no such argument, () where it needs others.
     """
     known = arguments_of(component)
-    title = title or getattr(component, "__name__", str(component))
+    title = getattr(component, "__name__", str(component))
     accepted = [*(name for name in known.named if name not in given), *also]
     unknown = [name for name in names if name not in accepted and (not known.open or name in given)]
     wrong: list[tuple[tuple[str, ...], str]] = [
