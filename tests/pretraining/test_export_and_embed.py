@@ -335,7 +335,7 @@ def test_of_a_pyramid_the_smallest_level_that_is_large_enough_is_read(tmp_path: 
         ({"batch_size": 0}, "batch_size: got 0, expected int, at least 1"),
         ({"num_workers": "two"}, "num_workers: got 'two', expected int, at least 0 or 'auto'"),
         ({"image_size": (16,)}, "image_size: got \\(16,\\), expected int, at least 1 or a list of 2"),
-        ({"image_size": 0}, "image_size: got 0, expected int, at least 1 or"),
+        ({"image_size": 0}, "image_size: got 0, expected int, at least 1$"),
         ({"level": 1}, r"level=1 is for image_size=None"),
         ({"image_size": None, "level": 7}, r"none of the images can be used; .* has 1 levels and level=7"),
         ({"streaming": {"tile": 7}}, r"streaming\.tile: StreamingArgs has no argument 'tile'"),

@@ -161,12 +161,16 @@ def _check_marked(value: Any, annotation: Any, component: ComponentOf, path: Pat
 
 
 def _check_union(value: Any, annotation: Any, path: Path) -> list[Problem]:
-    """Return nothing if an alternative fits; else the problems of the one that fits best, which are further inside."""
+    """Return nothing if an alternative fits; else the problems of the one that fits best: those further inside, or a range."""
     choices = typing.get_args(annotation)
     attempts = [check_value(value, one, path) for one in choices]
     if not all(attempts):
         return []
-    inside = [attempt for attempt, one in zip(attempts, choices, strict=True) if attempt != _mismatch(value, one, path)]
+    inside = [
+        attempt
+        for attempt, one in zip(attempts, choices, strict=True)
+        if attempt != _mismatch(value, one, path) or (range_of(one) and not check_value(value, one.__origin__))
+    ]
     return min(inside, key=len) if inside else _mismatch(value, annotation, path)
 
 
