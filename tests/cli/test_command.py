@@ -40,9 +40,9 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytes
 def test_the_process_begins_again_only_where_the_c_library_needs_it(tunables: str) -> None:
     code = (
         "import os, sys\n"
-        "from widefield.cli import environment\n"
-        "if sys.argv[1]: environment._glibc = lambda: (2, int(sys.argv[1]))\n"
-        "environment.set_up()\n"
+        "from widefield import cli\n"
+        "if sys.argv[1]: cli._glibc = lambda: (2, int(sys.argv[1]))\n"
+        "cli._set_up_environment()\n"
         "print(os.environ['GLIBC_TUNABLES'], os.environ['OMP_WAIT_POLICY'])"
     )
     found = {}

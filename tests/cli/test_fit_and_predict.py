@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.small_images import write_folder, write_image
-from widefield.cli import main, prediction
+from widefield.cli import main, predict_images
 from widefield.cli.history import History
 
 EPOCHS = 2
@@ -159,7 +159,7 @@ def test_rows_are_on_disk_when_a_prediction_is_interrupted(
         if path.name.startswith("im2"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prediction, "draw", interrupt)
+    monkeypatch.setattr(predict_images, "draw", interrupt)
     images = str(folder / "images")
     assert main(["predict", "--checkpoint", str(run / "best.ckpt"), images, "--out", str(tmp_path)]) == 130
     assert [Path(row["image"]).name for row in read_csv(tmp_path / "predictions.csv")] == ["im0.tif", "im1.tif"]

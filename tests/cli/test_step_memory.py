@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from widefield.cli.step_memory import StepMemory
+from widefield.cli.history import StepMemory
 from widefield.reports import PeakMemory
 
 

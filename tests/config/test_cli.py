@@ -105,7 +105,7 @@ def test_models_are_listed_as_their_libraries_list_them(capsys: pytest.CaptureFi
     import timm
     import torchvision
 
-    from widefield.models.narrow_resnet import NARROW_RESNETS as MADE
+    from widefield.models.networks import NARROW_RESNETS as MADE
 
     assert tuple(MADE) == NARROW_RESNETS
     expected = {f"timm/{name}" for name in timm.list_models()}

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from widefield.cli import main
-from widefield.cli.resuming import check_resumed
+from widefield.cli.fit_resuming import check_resumed
 from widefield.components.data_sample import DataSample
 from widefield.components.heads.linear_head import LinearClsHead
 from widefield.components.heads.vision_transformer_head import VisionTransformerClsHead

@@ -19,10 +19,9 @@ from widefield.images import ImageReadError
 from widefield.pretraining import METHODS
 from widefield.pretraining.arguments import auto_workers
 from widefield.pretraining.dataset import EpochOrder, Index, ViewDataset, collate
-from widefield.pretraining.files import find_images
 from widefield.pretraining.pixels import as_tensor, read_pixels
 from widefield.pretraining.slides import SlideArgs, draw_region, foreground, read_patch, tissue
-from widefield.pretraining.source import Files, Items, Slides, make_source
+from widefield.pretraining.source import Files, Items, Slides, find_images, make_source
 from widefield.pretraining.transform_args import RandomResize, RandomRotation, TransformArgs
 from widefield.pretraining.views import Views
 

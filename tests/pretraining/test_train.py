@@ -25,7 +25,7 @@ from tests.pretraining.tiny import (
     train,
     write_images,
 )
-from widefield.modules.finite import NotFiniteError
+from widefield.modules.runs import NotFiniteError
 from widefield.pretraining import METHODS, Method, training
 from widefield.pretraining.out import OutFolder
 from widefield.registry import MODELS

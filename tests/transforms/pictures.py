@@ -3,7 +3,7 @@
 import numpy as np
 import pyvips
 
-from widefield.transforms.pixels import read
+from widefield.transforms.reading import read
 
 DTYPES = ("uint8", "uint16", "float32")
 

@@ -24,8 +24,9 @@ VERBS = {
     "demo": "make a small set of large images, train on them, predict, and write a report",
 }
 
-_FILES = {"list": "listing", "help": "component_help"}
-"""Modules of verbs whose own names are those of builtins, which an imported module would hide here."""
+_FILES = {"list": "listing", "help": "component_help", "validate": "test"}
+"""Modules of verbs that are not named after them: names of builtins, which an imported module would hide here, and `validate`."""
+_TUNABLE = "glibc.malloc.tcache_count"
 _BROKEN_PIPE = 141
 """Exit code of what shells see end by SIGPIPE."""
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--verbose", action="store_true", help="show debug messages, and the traceback of an error")
+    parser.set_defaults(verb=verb)
     module.add_arguments(parser)
     arguments, others = parser.parse_known_args(rest)
     if others and not module.TAKES_OTHERS:
@@ -76,9 +78,7 @@ def _run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, oth
 
 def script() -> int:
     """The installed command: `main` in an environment that suits it."""
-    from widefield.cli.environment import set_up
-
-    set_up()
+    _set_up_environment()
     try:
         try:
             return main()
@@ -87,6 +87,41 @@ def script() -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as in `widefield list models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _BROKEN_PIPE
+
+
+def _run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
+    """Run a verb that has to answer at once: no logging, and nothing imported that it does not need itself."""
+    try:
+        return int(module.run(arguments, others) or 0)
+    except (OSError, ValueError) as error:
+        if arguments.verbose or isinstance(error, BrokenPipeError):
+            raise
+        print(f"widefield {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _set_up_environment() -> None:
+    """Set the variables that torch or the C library read at their start, unless the user has set them.
+
+    Where the C library must know one from its start, the process begins again, once.
+    """
+    # OpenMP's threads spin while they wait, which slows torch down thirtyfold when another process wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _TUNABLE not in tunables and _glibc() < (2, 38):  # see widefield.streaming.heap
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=0")))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _glibc() -> tuple[int, ...]:
+    """Return the version of the GNU C library, a very high one where the system has another."""
+    try:
+        _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()  # "glibc 2.36"
+        return tuple(int(part) for part in version.split("."))
+    except (AttributeError, ValueError, OSError):
+        return (sys.maxsize,)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Make the model, data and trainer that a configuration describes."""
+"""Model, data and trainer, made of a configuration."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from widefield.cli.progress import StreamingProgress
 from widefield.components.metrics import METRICS
 from widefield.config import Config, write_yaml
 from widefield.data import LabelledImages
+from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
-from widefield.inference.views import AveragedViews
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import configure_optimizers
@@ -136,7 +136,7 @@ def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> 
 
 
 def ignore_irrelevant_warnings() -> None:
-    """Ignore deprecations among other libraries, and advice of Lightning that is wrong for lazily read images."""
+    """Ignore deprecations among libraries, and Lightning's advice that is wrong for lazily read images."""
     warnings.simplefilter("ignore", DeprecationWarning)
     for message in (
         ".*does not have many workers.*",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from widefield.models.names import TIMM_PREFIX, unknown_model
+from widefield.models.networks import TIMM_PREFIX, unknown_model
 from widefield.registry import import_module_or_file, suggestion
 
 TORCHVISION_PREFIX = "torchvision/"
@@ -19,7 +19,7 @@ def find_model(text: str) -> nn.Module:
         FileNotFoundError: its file is not there.
     """
     if text.startswith(TIMM_PREFIX):
-        from widefield.models.plain import make_timm
+        from widefield.models.networks import make_timm
 
         return make_timm(text, 1000, None)
     if text.startswith(TORCHVISION_PREFIX):

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     from jsonargparse import ArgumentError
 
     from widefield.cli.configuration import read_configuration
-    from widefield.cli.training import train
+    from widefield.cli.fit_run import train
     from widefield.config import ConfigError
 
     try:

@@ -1,12 +1,8 @@
 """`widefield plan`: arguments."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from widefield.cli.model_arguments import MODELS, add_model, add_plan, size
-
-if TYPE_CHECKING:
-    pass
 
 TAKES_OTHERS = False
 EPILOG = f"""\

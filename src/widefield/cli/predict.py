@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Predict as the arguments say."""
-    from widefield.cli.prediction import predict
-    from widefield.inference.views import AveragedViews
+    from widefield.cli.predict_images import predict
+    from widefield.inference.averaged_views import AveragedViews
 
     import_user_code(arguments.imports)
     predict(

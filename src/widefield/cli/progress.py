@@ -36,7 +36,7 @@ class TileTask:
 
 
 def streamed_network(model: Any) -> StreamingCNN | None:
-    """Return the part of a model that is streamed, the trunk or a backbone, if there is one."""
+    """Return the streamed part of a model, its trunk or its backbone, if there is one."""
     if isinstance(model, BaseModule):
         return model.stream_network
     network: StreamingCNN | None = getattr(getattr(model, "backbone", None), "streamed", None)
@@ -82,13 +82,7 @@ class StreamingProgress(ProgressBar):
         )
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *others: int
     ) -> None:
         self._show("validation", batch_idx + 1, sum(trainer.num_val_batches))
 

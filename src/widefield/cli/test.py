@@ -1,4 +1,4 @@
-"""`widefield test`: arguments."""
+"""`widefield test` and `widefield validate`: arguments."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ TAKES_OTHERS = True
 EPILOG = """\
 Shows the loss, and the metrics under `metrics` in the configuration, such as `metrics=[{type: Accuracy, topk: [1, 5]}]`.
 Entries of the configuration can be given as for `widefield fit`: `data.batch_size=8`, `trainer.precision=bf16-mixed`.
-Without test images the validation images are taken; `test` then shows what `fit` showed at its end.
+Without test images, `test` takes the validation images and shows what `fit` showed at its end.
 """
 
 
@@ -23,20 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Test as the arguments say."""
-    evaluate_verb(arguments, others, "test")
-
-
-def evaluate_verb(arguments: argparse.Namespace, others: list[str], phase: str) -> None:
-    """Do what `phase` names, "test" or "validate", and show the numbers."""
-    from widefield.cli.evaluation import evaluate, show, write_json
-    from widefield.inference.views import AveragedViews
+    """Test or validate, as `arguments.verb` says, and show the numbers."""
+    from widefield.cli.evaluate import evaluate, show, write_json
+    from widefield.inference.averaged_views import AveragedViews
 
     views = None if arguments.tta is None else AveragedViews.parse(arguments.tta)
     config, checkpoint = read_run(arguments, others)
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {arguments.out} does not exist")
-    numbers = evaluate(config, checkpoint, phase, views)
+    numbers = evaluate(config, checkpoint, arguments.verb, views)
     print(show(numbers))
     if arguments.out is not None:
         write_json(arguments.out, numbers)

@@ -1,6 +1,5 @@
 """The page that a training run leaves."""
 
-import io
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from widefield.data import LabelledImages
 from widefield.models import Classifier
 from widefield.reports import Page, plain_step_bytes
+from widefield.reports.figures import as_png
 
 
 def write_training_report(
@@ -59,6 +59,4 @@ def _curves(rows: list[dict[str, float]]) -> bytes:
                 axes.plot([row["epoch"] for row in rows], [row.get(name) for row in rows], marker=".", label=name)
         axes.set_xlabel("epoch")
         axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)

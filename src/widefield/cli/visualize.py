@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Draw as the arguments say."""
-    from widefield.cli import pictures
+    from widefield.cli import draw
 
     if arguments.picture == "cam" and others:
         raise ValueError(f"unknown arguments: {' '.join(others)}")
-    getattr(pictures, f"draw_{arguments.picture}")(arguments, others)
+    getattr(draw, f"draw_{arguments.picture}")(arguments, others)
 
 
 def _cam(parser: argparse.ArgumentParser) -> None:

@@ -2,14 +2,12 @@
 
 from widefield.data.annotations import AnnotationFile
 from widefield.data.cifar import CIFAR10, CIFAR100
-from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
 from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import DescribedDataset
 from widefield.data.folder import ImageFolder
+from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate, stratified_split
 from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_labels
-from widefield.data.module import LabelledImages
 from widefield.data.pipeline import MultiView, Pipeline
-from widefield.data.split import stratified_split
 from widefield.registry import DATASETS, TRANSFORMS
 
 __all__ = [

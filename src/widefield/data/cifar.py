@@ -22,7 +22,7 @@ _ALLOWED = {
     "multiarray._reconstruct": np.empty(0).__reduce_ex__(2)[0],
     "numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],
 }
-"""What makes an array: modules of NumPy by their last part, for their home differs from one version to the next."""
+"""The functions that rebuild an array; modules of NumPy by their last part, as their home differs between versions."""
 
 
 @DATASETS.register_module()

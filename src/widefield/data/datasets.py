@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from widefield.components.data_sample import DataSample
-from widefield.data.dataset import EpochShuffle
 from widefield.data.described import Item
+from widefield.data.labelled_images import EpochShuffle
 from widefield.data.labels import LabelError
 from widefield.registry import DATASETS, ComponentOf, Range
 

@@ -1,4 +1,4 @@
-"""What data sets that a configuration describes have in common."""
+"""The base class of data sets that a configuration describes."""
 
 from abc import abstractmethod
 from typing import Any

@@ -54,8 +54,8 @@ def read_labels(labels: str | Path, images: str | Path) -> LabelTable:
             ambiguous, or there are fewer than two classes.
     """
     labels, images = Path(labels), Path(images)
-    files = _FileIndex.of(images)
-    rows = _read_rows(labels)
+    files = FilesByName(_files_in(images), images)
+    rows = read_rows(labels)
     _refuse_missing(labels, images, [row for row in rows if not files.matches(row.image)])
     found = [(row, _only_match(labels, row, files)) for row in rows]
     _refuse_duplicates(labels, found)
@@ -66,45 +66,64 @@ def read_labels(labels: str | Path, images: str | Path) -> LabelTable:
     return LabelTable(tuple(LabelledImage(path, index[row.label], row.split) for row, path in found), class_names)
 
 
-class _Row(NamedTuple):
+class LabelRow(NamedTuple):
+    """A row of a label table: the number of its line, and its entries."""
+
     number: int
     image: str
     label: str
     split: str | None
 
 
-@dataclass(frozen=True)
-class _FileIndex:
-    """The files of a folder by their name and by their name without extension, relative to the folder."""
+class FilesByName:
+    """Files by their path and by their path without extension.
 
-    by_name: dict[str, list[Path]]
+    Args:
+        files: The files.
+        folder: The folder from which their paths count; None takes them as they are.
+    """
 
-    @classmethod
-    def of(cls, folder: Path) -> "_FileIndex":
-        if not folder.exists():
-            raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
-        if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if not files:
-            raise LabelError(f"the folder of images {folder} is empty; check --images")
-        by_name: dict[str, list[Path]] = {}
-        for path in files:
-            relative = path.relative_to(folder)
-            for key in {relative.as_posix(), relative.with_suffix("").as_posix()}:
-                by_name.setdefault(key, []).append(path)
-        return cls(by_name)
+    def __init__(self, files: Iterable[Path], folder: Path | None) -> None:
+        self._by_name: dict[str, list[Path]] = {}
+        for file in files:
+            path = file if folder is None else file.relative_to(folder)
+            for key in {path.as_posix(), path.with_suffix("").as_posix()}:
+                self._by_name.setdefault(key, []).append(file)
 
     def matches(self, name: str) -> list[Path]:
         """Return the files that `name` may mean: one of exactly that name, else image files that share the stem, else others."""
-        candidates = self.by_name.get(name, [])
-        exact = [path for path in candidates if path.name == name.rpartition("/")[2]]
+        candidates = self._by_name.get(Path(name).as_posix(), [])
+        exact = [path for path in candidates if path.name == Path(name).name]
         return exact or [path for path in candidates if is_image_name(path.name)] or candidates
 
 
-def _read_rows(labels: Path) -> list[_Row]:
+def _files_in(folder: Path) -> list[Path]:
+    """Return all files below a folder, image files or not, but for hidden ones."""
+    if not folder.exists():
+        raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise LabelError(f"the folder of images {folder} is empty; check --images")
+    return files
+
+
+def read_rows(labels: Path, unlabelled: bool = False) -> list[LabelRow]:
+    """Return the rows of a CSV file with the columns `image` and `label`, and optionally `split`; others are ignored.
+
+    Args:
+        labels: The CSV file (UTF-8, comma separated, one header row).
+        unlabelled: Leave out rows whose label is empty, which are an error otherwise.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        LabelError: A column is missing, a row is incomplete, or there are no rows.
+    """
     if not labels.is_file():
-        raise FileNotFoundError(f"the label table {labels} does not exist; check --labels")
+        raise FileNotFoundError(
+            f"{labels} does not exist; give a label table, a CSV file with the columns image and label"
+        )
     try:
         with labels.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -114,9 +133,13 @@ def _read_rows(labels: Path) -> list[_Row]:
                 if needed not in columns:
                     raise LabelError(
                         f"{labels} has no column {needed!r}; its columns are {', '.join(columns) or '(none)'}. "
-                        "The first row must name at least image and label, separated by a comma"
+                        "The first row must have the columns image and label, separated by a comma"
                     )
-            rows = [_parse_row(labels, reader.line_num, record, "split" in columns) for record in reader]
+            rows = [
+                _parse_row(labels, reader.line_num, record, "split" in columns)
+                for record in reader
+                if not unlabelled or (record["label"] or "").strip()
+            ]
     except UnicodeDecodeError as error:
         raise LabelError(f"{labels} is not UTF-8 text ({error.reason}); save it as a UTF-8 CSV file") from None
     if not rows:
@@ -124,24 +147,24 @@ def _read_rows(labels: Path) -> list[_Row]:
     return rows
 
 
-def _parse_row(labels: Path, number: int, record: dict[str, str | None], has_split: bool) -> _Row:
+def _parse_row(labels: Path, number: int, record: dict[str, str | None], has_split: bool) -> LabelRow:
     image, label, split = ((record.get(name) or "").strip() for name in ("image", "label", "split"))
     for name, value in (("image", image), ("label", label)):
         if not value:
             raise LabelError(f"{labels}, line {number}: the {name} is empty; fill it in or remove the row")
     if has_split and split not in SPLITS:
         raise LabelError(f"{labels}, line {number}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    return _Row(number, image, label, split or None)
+    return LabelRow(number, image, label, split or None)
 
 
-def _refuse_missing(labels: Path, images: Path, rows: Sequence[_Row]) -> None:
+def _refuse_missing(labels: Path, images: Path, rows: Sequence[LabelRow]) -> None:
     if rows:
         names = ", ".join(f"{row.image} (line {row.number})" for row in rows[:_SHOWN])
         more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         raise LabelError(f"{labels} names {len(rows)} image(s) that are not in {images}: {names}{more}")
 
 
-def _only_match(labels: Path, row: _Row, files: _FileIndex) -> Path:
+def _only_match(labels: Path, row: LabelRow, files: FilesByName) -> Path:
     matches = files.matches(row.image)
     if len(matches) > 1:
         names = ", ".join(path.name for path in matches)
@@ -151,7 +174,7 @@ def _only_match(labels: Path, row: _Row, files: _FileIndex) -> Path:
     return matches[0]
 
 
-def _refuse_duplicates(labels: Path, found: Sequence[tuple[_Row, Path]]) -> None:
+def _refuse_duplicates(labels: Path, found: Sequence[tuple[LabelRow, Path]]) -> None:
     path, count = Counter(path for _, path in found).most_common(1)[0]
     if count > 1:
         numbers = ", ".join(str(row.number) for row, other in found if other == path)

@@ -3,7 +3,7 @@
 from widefield.images.errors import ImageReadError
 from widefield.images.files import IMAGE_ENDINGS, images_below, is_image_name
 from widefield.images.image import ImageFile, open_image
-from widefield.images.source import Alpha, warn_of_dropped_alpha
+from widefield.images.pixel_source import Alpha, warn_of_dropped_alpha
 from widefield.images.thumbnail import thumbnail
 
 __all__ = [

@@ -1,16 +1,19 @@
 """`open_image` and the image it returns."""
 
 import operator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyvips
 
+from widefield.images.decoded import DecodedPixels
 from widefield.images.errors import cannot_read
 from widefield.images.numpy_map import open_npy
-from widefield.images.photo import open_photo
-from widefield.images.source import Alpha, OpenedLevel, PixelSource, Spacing
+from widefield.images.pixel_source import Alpha, OpenedLevel, PixelSource, Spacing, check_level, warn_of_dropped_alpha
 from widefield.images.tiff import open_tiff
+from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
 ChannelAxis = Literal["first", "last"]
 
@@ -141,3 +144,26 @@ def _open(path: Path, level: int, channels: ChannelAxis | None, alpha: Alpha) ->
     if not start:
         raise cannot_read(path, "the file is empty")
     raise cannot_read(path, "its content is none of PNG, JPEG, TIFF, BigTIFF and .npy; convert it to one of these")
+
+
+def open_photo(path: Path, level: int, alpha: Alpha) -> OpenedLevel:
+    """Open a PNG or JPEG file; see `open_image` for the errors."""
+    (image,) = _open_planes(path, "keep")
+    levels = ((image.height, image.width),)
+    check_level(level, levels, path)
+    if image.hasalpha() and alpha == "drop":
+        warn_of_dropped_alpha(path, image.bands)
+        image = _without_alpha(image)
+    shape = (image.bands, image.height, image.width)
+    return OpenedLevel(levels, None, DecodedPixels(path, shape, dtype_of(image), partial(_open_planes, path, alpha)))
+
+
+def _open_planes(path: Path, alpha: Alpha) -> tuple[pyvips.Image]:
+    # not at warnings: libpng and libjpeg warn of harmless colour profiles and stray bytes, which cameras do write
+    with kept_out_of_cache():
+        image = load(path, "sequential", fail_on="error")
+        return (_without_alpha(image) if image.hasalpha() and alpha == "drop" else image,)
+
+
+def _without_alpha(image: pyvips.Image) -> pyvips.Image:
+    return image.extract_band(0, n=image.bands - 1)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from widefield.images.errors import cannot_read
-from widefield.images.source import OpenedLevel, check_level
+from widefield.images.pixel_source import OpenedLevel, check_level
 
 MAX_CHANNELS = 32
 """An axis longer than this is not taken for the channels unless the caller says so."""
@@ -29,7 +29,7 @@ class MappedPixels:
     """Shape in the file: two axes (height, width), or three."""
     stored_dtype: np.dtype
     channels_last: bool
-    """Whether a third axis is the last one; not used for two."""
+    """True if a third axis is the last one; not used for two."""
     fortran_order: bool = False
 
     @property

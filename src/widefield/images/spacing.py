@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import tifffile
 
-from widefield.images.source import Spacing
+from widefield.images.pixel_source import Spacing
 
 _MICROMETRES = {
     "nm": 1e-3,

@@ -34,7 +34,7 @@ class TiledPixels:
     """Opens the images for random access."""
     _lock: Any = field(default_factory=Lock, repr=False)
     _planes: list[pyvips.Image] = field(default_factory=list, repr=False)
-    """What `open_planes` gave; empty before the first read and after a failure."""
+    """Results of `open_planes`; empty before the first read and after a failure."""
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         """Array (channels, height, width)."""

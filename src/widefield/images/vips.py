@@ -109,6 +109,6 @@ def forget_errors() -> None:
 
 
 def describe(error: pyvips.Error) -> str:
-    """What libvips says in its last words, in one line."""
+    """Return the last messages of libvips in one line."""
     lines = dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip())
     return "; ".join(lines) or error.message

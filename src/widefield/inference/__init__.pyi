@@ -1,3 +1,4 @@
+from widefield.inference.averaged_views import AveragedViews as AveragedViews
 from widefield.inference.classification import ImageClassificationInferencer as ImageClassificationInferencer
 from widefield.inference.classification import inference_model as inference_model
 from widefield.inference.evaluation import Evaluation as Evaluation
@@ -8,4 +9,3 @@ from widefield.inference.models import get_model as get_model
 from widefield.inference.names import list_models as list_models
 from widefield.inference.prediction import predict_samples as predict_samples
 from widefield.inference.retrieval import ImageRetrievalInferencer as ImageRetrievalInferencer
-from widefield.inference.views import AveragedViews as AveragedViews

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
+from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.features import as_list, as_model
 from widefield.inference.info import ModelInfo, info_of
 from widefield.inference.models import Name
 from widefield.inference.prediction import Image, as_picture, predict_samples
-from widefield.inference.views import AveragedViews
 
 
 class ImageClassificationInferencer:
-    """Says of which classes images are.
+    """Predicts the classes of images.
 
     Args:
         model: A model, or what `get_model` takes: the folder of a run, a checkpoint, a configuration.
@@ -73,7 +73,7 @@ class ImageClassificationInferencer:
 
 
 def inference_model(model: nn.Module | Name, image: Image) -> Any:
-    """What `model` says of one image: a classifier the dictionary of `ImageClassificationInferencer`, a retriever its matches.
+    """Return the prediction of `model` for one image: the dictionary of `ImageClassificationInferencer`, or a retriever's matches.
 
     Raises:
         ValueError: The model predicts nothing.

@@ -15,8 +15,8 @@ from widefield.components.metrics.multi_label import MultiLabelMetric
 from widefield.components.metrics.retrieval_average_precision import RetrievalAveragePrecision
 from widefield.components.metrics.retrieval_recall import RetrievalRecall
 from widefield.components.models.image_classifier import ImageClassifier
+from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.prediction import predict_samples
-from widefield.inference.views import AveragedViews
 
 _OF_SEVERAL = (MultiLabelMetric, AveragePrecision, RetrievalRecall, RetrievalAveragePrecision)
 
@@ -46,32 +46,15 @@ class Evaluation(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         with trainer.precision_plugin.forward_context():
             self._update(pl_module, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        with trainer.precision_plugin.forward_context():
-            self._update(pl_module, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "val")

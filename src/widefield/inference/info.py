@@ -1,4 +1,4 @@
-"""What a trained model has to be told of images, and of its classes."""
+"""Data that belong to a trained model beside its weights: class names, and how images are read."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from widefield.images import Alpha
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What belongs to a model beside its weights.
+    """Class names of a model, and how its images are read.
 
     Attributes:
         class_names: Names of the classes; None where they have none.
@@ -31,7 +31,7 @@ class ModelInfo:
 
 
 def info_of(model: nn.Module) -> ModelInfo:
-    """What `get_model` found out about `model`; of a model that came another way, what it says itself."""
+    """Return the info that `get_model` attached to `model`, or else what the model itself has."""
     found = model.__dict__.get("_info")
     if isinstance(found, ModelInfo):
         return found

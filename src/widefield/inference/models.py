@@ -16,9 +16,7 @@ from widefield.inference.info import ModelInfo, set_info
 from widefield.inference.names import model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
-from widefield.models.names import TIMM_PREFIX
-from widefield.models.narrow_resnet import NARROW_RESNETS
-from widefield.models.plain import make_resnet, make_timm, make_torchvision
+from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
 from widefield.registry import MODELS, import_module_or_file, suggestion
 
 Name = str | Path | Config | Mapping[str, Any]

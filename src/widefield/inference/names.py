@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 NARROW_RESNETS = ("resnet10_w16", "resnet18_w8", "resnet18_w16", "resnet18_w32")
-"""Those of `widefield.models.narrow_resnet`, which needs torch."""
+"""Those of `widefield.models.networks`, which needs torch."""
 
 _TIMM = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _TORCHVISION = re.compile(
@@ -34,13 +34,13 @@ def list_models(pattern: str = "*", exclude: str | Iterable[str] = ()) -> list[s
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the name of a model, or its part behind the slash, fits a pattern; one without wildcards is a part of a name."""
+    """True if the name of a model, or its part behind the slash, fits a pattern; one without wildcards is a part of a name."""
     pattern = (pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*").lower()
     return any(fnmatch.fnmatchcase(one.lower(), pattern) for one in (name, name.rpartition("/")[2]))
 
 
 def model_names() -> list[str]:
-    """What MODEL may be on the command line, beside models in files: `timm/NAME`, `torchvision/NAME`, names of narrow ResNets."""
+    """Return the names that MODEL may be on the command line: `timm/NAME`, `torchvision/NAME`, names of narrow ResNets."""
     timm = (found[1] for text in _files("timm") for found in _TIMM.finditer(text))
     torchvision = (found[1] or found[2] for text in _files("torchvision") for found in _TORCHVISION.finditer(text))
     return [

@@ -1,4 +1,4 @@
-"""What a model predicts for images, whichever kind of model it is."""
+"""Predictions for images by any kind of model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from widefield.components.models.base_model import BaseModel
 from widefield.data.datasets import as_batch
 from widefield.data.pipeline import Picture, whole
 from widefield.images import open_image
+from widefield.inference.averaged_views import AveragedViews, averaged
 from widefield.inference.info import ModelInfo
-from widefield.inference.views import AveragedViews, averaged
 from widefield.modules import BaseModule as StreamedModule
 
 Image = str | Path | np.ndarray | Picture

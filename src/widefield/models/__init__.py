@@ -2,8 +2,7 @@
 
 from widefield.models.classifier import Classifier, read_checkpoint
 from widefield.models.convnext import StreamingConvNeXt
-from widefield.models.names import RESNETS
-from widefield.models.plain import make_model
+from widefield.models.networks import RESNETS, make_model
 from widefield.models.resnet import StreamingResNet
 from widefield.models.streaming_timm import StreamingTimm
 from widefield.models.weights import load_weights

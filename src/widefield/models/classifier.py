@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from widefield.models.names import TIMM_PREFIX
-from widefield.models.plain import make_model
+from widefield.models.networks import TIMM_PREFIX, make_model
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
-from widefield.models.torch_file import read_torch_file
+from widefield.models.weights import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 from widefield.streaming import split
@@ -77,19 +76,11 @@ class Classifier(ImageNetClassifier):
         )
         self.class_names = list(class_names)
         self.model_name = model_name
-        self.save_hyperparameters(
-            {
-                "model_name": model_name,
-                "class_names": self.class_names,
-                "pooling": pooling,
-                "train_streaming_layers": train_streaming_layers,
-                "mean": [float(value) for value in mean],
-                "std": [float(value) for value in std],
-                "value_range": None if value_range is None else [float(value) for value in value_range],
-                "lr": lr,
-                "weight_decay": weight_decay,
-            },
-            logger=False,
+        self.save_plain_hyperparameters(
+            model_name=model_name,
+            class_names=self.class_names,
+            pooling=pooling,
+            train_streaming_layers=train_streaming_layers,
         )
 
     def plain_state_dict(self) -> dict[str, Tensor]:

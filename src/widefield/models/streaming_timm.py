@@ -4,10 +4,9 @@ from typing import Any
 
 from torchmetrics import Metric, MetricCollection
 
-from widefield.models.hyperparameters import save_plainly
-from widefield.models.plain import Weights, make_timm
+from widefield.models.networks import Weights, make_timm
 from widefield.modules import ImageNetClassifier
-from widefield.modules.base import Loss
+from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
 
 
@@ -41,6 +40,9 @@ class StreamingTimm(ImageNetClassifier):
         options = {name: settings[name] for name in ("mean", "std") if name in settings} | options
         trunk, head = split(net)
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
-        save_plainly(
-            self, model_name=model_name, num_classes=num_classes, train_streaming_layers=train_streaming_layers
+        self.save_plain_hyperparameters(
+            weights=None,
+            model_name=model_name,
+            num_classes=num_classes,
+            train_streaming_layers=train_streaming_layers,
         )

@@ -1,13 +1,13 @@
-"""Weights from a file into a plain network."""
+"""Weights and checkpoints from files, read so that they can execute nothing."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from widefield.models.torch_file import read_torch_file
 
 _log = logging.getLogger(__name__)
 
@@ -66,3 +66,22 @@ def _classifier_keys(net: nn.Module) -> list[str]:
     """Keys of the last linear layer."""
     linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
     return [key for key in net.state_dict() if linear and key.rpartition(".")[0] == linear[-1]]
+
+
+def read_torch_file(path: Path) -> Any:
+    """The content of a file of tensors and plain data, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such file, or it is truncated, or it holds other objects.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what the unpickler raises on a foreign file is anything: KeyError, EOFError, ...
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain data saved by torch ({type(error).__name__}: {reason}); "
+            "it is another kind of file, or truncated"
+        ) from error

@@ -63,8 +63,9 @@ class StreamingConstructor:
         self.before_streaming_init_callbacks = _callbacks("before", before_streaming_init_callbacks)
         self.after_streaming_init_callbacks = _callbacks("after", after_streaming_init_callbacks)
         if unknown := sorted(options.keys() - _OPTIONS):
-            known = _OPTIONS | set(_ARGUMENTS)
-            raise TypeError(f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], known)}")
+            raise TypeError(
+                f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], _OPTIONS | set(_ARGUMENTS))}"
+            )
         self.options = {
             "tile_size": tile_size,
             "deterministic": deterministic,

@@ -17,7 +17,7 @@ from widefield.registry import arguments_of, import_object, split_description
 Description = Mapping[str, Any]
 """`{type: AdamW, lr: 0.001}`, or with `class_path` and `init_args`."""
 _TIMING = ("begin", "end", "by_epoch", "convert_to_iter_based")
-"""What stands among the arguments of a schedule and is meant for `make_schedule`."""
+"""Entries among the arguments of a schedule that `make_schedule` itself uses."""
 _DURATIONS = ("total_iters", "T_max", "T_0", "step_size", "total_steps", "milestones")
 """Arguments of torch's schedules that count epochs or steps."""
 
@@ -74,7 +74,7 @@ def make_schedule(
 
 
 def counts_steps(description: Description | Sequence[Description]) -> bool:
-    """Whether schedules go on with each step, see `make_schedule`."""
+    """True if schedules go on with each step, see `make_schedule`."""
     given = [split_description(one)[1] for one in _listed(description)]
     return any(not one.get("by_epoch", True) or one.get("convert_to_iter_based", False) for one in given)
 
@@ -85,7 +85,7 @@ def configure_optimizers(
     lr_scheduler: Description | Sequence[Description] | None,
     options: ParameterOptions | None,
 ) -> Any:
-    """What a model's method of that name gives, made of descriptions."""
+    """Return the result of a model's method of that name, made of descriptions."""
     made = make_optimizer(optimizer, model, options)
     if not lr_scheduler:
         return made

@@ -15,7 +15,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Factors:
-    """Of the learning rate, and of the weight decay."""
+    """Factors of the learning rate and of the weight decay."""
 
     lr_mult: Factor = 1.0
     decay_mult: Factor = 1.0
@@ -23,7 +23,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class ParameterOptions:
-    """Which parameters learn slower or decay less, as MMEngine's `paramwise_cfg` says it.
+    """Learning rates and weight decays by kind of parameter, as in MMEngine's `paramwise_cfg`.
 
     Of a parameter's decay the first of these decides that knows it: custom keys, norm layers, biases, parameters of one axis.
 

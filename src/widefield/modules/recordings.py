@@ -25,7 +25,7 @@ class _Recorded:
     brought: Tensor | None = None
 
     def increment(self) -> Tensor:
-        """What has to be brought now."""
+        """Return the gradient that has to be brought now."""
         assert self.gradient is not None
         return self.gradient if self.brought is None else self.gradient - self.brought
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from widefield.models.torch_file import read_torch_file
+from widefield.models.weights import read_torch_file
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.module import KEY
 from widefield.pretraining.transform_args import Normalize, TransformArgs

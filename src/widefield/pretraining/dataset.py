@@ -90,7 +90,7 @@ class ViewDataset(Dataset[Sample]):
         return Sample(name, views, [Changes()] * len(views), bad)
 
     def image(self, index: Index) -> tuple[str, Tensor, list[BadImage], Random]:
-        """What views of `index` are drawn from: name and pixels (C, H, W) of an image, the bad ones before it, a generator.
+        """Return name and pixels (C, H, W) of the image of `index`, the bad images before it, and a generator for its views.
 
         Raises:
             ImageReadError: The image is bad, with `on_bad_image="raise"`, or too many in its place are.

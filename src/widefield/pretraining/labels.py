@@ -1,12 +1,12 @@
 """Labels of images, if there are any: training does not see them, they tell how good its embeddings are."""
 
-import csv
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from widefield.data.labels import FilesByName, LabelError, read_rows
 from widefield.pretraining.source import ImageSource, Items
 
 Labels = tuple[str | None, ...]
@@ -51,17 +51,15 @@ def _targets(source: Items) -> Labels | None:
 
 
 def _from_table(paths: list[Path], folder: Path | None, table: Path) -> Labels:
-    if not table.is_file():
-        raise ValueError(f"callbacks.quality.labels: {table} does not exist")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"image", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"callbacks.quality.labels: {table} must have the columns image and label")
-        labels = {Path(row["image"]): row["label"] for row in reader if row["label"]}
-    found = tuple(labels.get(path) or (folder and labels.get(path.relative_to(folder))) or None for path in paths)
-    if len(set(found) - {None}) < 2:
+    try:
+        rows = read_rows(table, unlabelled=True)
+    except (LabelError, OSError) as error:
+        raise ValueError(f"callbacks.quality.labels: {error}") from error
+    places = [FilesByName(paths, place) for place in {None, folder}]
+    labels = {path: row.label for row in rows for files in places for path in files.matches(row.image)}
+    if len(set(labels.values())) < 2:
         raise ValueError(
-            f"callbacks.quality.labels: {table} has labels of {sum(map(bool, found))} of the {len(paths)} images, and two classes "
+            f"callbacks.quality.labels: {table} has labels of {len(labels)} of the {len(paths)} images, and two classes "
             "are needed; its column image must hold paths in the folder of the data"
         )
-    return found
+    return tuple(labels.get(path) for path in paths)

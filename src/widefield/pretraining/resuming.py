@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from widefield.models.torch_file import read_torch_file
+from widefield.models.weights import read_torch_file
 from widefield.pretraining.arguments import Settings
 from widefield.pretraining.module import KEY
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from widefield.images import ImageReadError
-from widefield.models.torch_file import read_torch_file
+from widefield.models.weights import read_torch_file
 from widefield.modules import AtomicCheckpointIO, NotFiniteError
 from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import Export, StopAfter, make_callbacks

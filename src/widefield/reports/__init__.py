@@ -1,12 +1,10 @@
 """Heatmaps and reports."""
 
-from widefield.reports.activation import class_activation, peak
 from widefield.reports.confusion import save_confusion_matrix
-from widefield.reports.grad_cam import NoMapError, grad_cam
+from widefield.reports.grad_cam import NoMapError, class_activation, grad_cam, peak
 from widefield.reports.memory import PeakMemory, plain_step_bytes
-from widefield.reports.overlay import save_overlay
+from widefield.reports.overlay import ScaleBar, save_overlay, scale_bar
 from widefield.reports.page import Page
-from widefield.reports.scale_bar import ScaleBar, scale_bar
 from widefield.reports.schedule import learning_rates, save_schedule
 from widefield.reports.tsne import save_points, tsne
 

@@ -1,5 +1,7 @@
 """A heatmap laid over a thumbnail, with a scale bar and a colour bar."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
 
-from widefield.reports.activation import peak
-from widefield.reports.scale_bar import scale_bar
+from widefield.reports.grad_cam import peak
 
 _DPI = 150
 _HEIGHT_INCHES = 6.0
@@ -88,3 +89,36 @@ def _draw_scale_bar(axes: Axes, height: int, width: int, spacing: tuple[float, f
         color="white",
         bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0},
     )
+
+
+_STEPS = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class ScaleBar:
+    """A bar of `pixels` image pixels, labelled `text`."""
+
+    pixels: float
+    text: str
+
+
+def scale_bar(width: int, spacing: float | None) -> ScaleBar:
+    """The longest bar of 1, 2 or 5 times a power of ten that is at most a quarter of the image.
+
+    Args:
+        width: Of the image, in pixels.
+        spacing: Micrometres per pixel, along x; None labels the bar in pixels.
+    """
+    unit = 1.0 if spacing is None else spacing
+    longest = width * unit / 4
+    power = 10.0 ** math.floor(math.log10(longest))
+    length = max(step * power for step in _STEPS if step * power <= longest)
+    return ScaleBar(length / unit, _text(length, in_pixels=spacing is None))
+
+
+def _text(length: float, in_pixels: bool) -> str:
+    if in_pixels:
+        return f"{length:g} px"
+    if length >= 1000:
+        return f"{length / 1000:g} mm"
+    return f"{length:g} µm"

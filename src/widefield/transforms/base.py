@@ -1,4 +1,4 @@
-"""What every transform is: data by name in, data by name out, a change drawn at random between."""
+"""The base classes of transforms: data by name in, data by name out, a change drawn at random between."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ ImageFunction = Callable[[pyvips.Image], Any]
 
 @dataclass(frozen=True)
 class Change:
-    """What a transform has drawn for one call.
+    """The change that a transform has drawn for one call.
 
     Attributes:
         image: Applied to images.
@@ -118,7 +118,7 @@ class Transform(_Applied):
 
     @abstractmethod
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        """What this call does, for data whose image is `image`."""
+        """Return the change of this call, for data whose image is `image`."""
 
 
 def new_random() -> Random:

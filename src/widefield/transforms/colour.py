@@ -9,7 +9,7 @@ import numpy as np
 import pyvips
 
 from widefield.transforms.base import Change, Transform
-from widefield.transforms.pixels import mean, shared
+from widefield.transforms.reading import mean, shared
 from widefield.transforms.values import as_colour, as_format, check_range, full_scale, interval, uniform
 
 RGB_OF_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])

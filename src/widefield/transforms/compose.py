@@ -230,7 +230,7 @@ def _weights(transforms: Sequence[AnyTransform]) -> list[float]:
 
 
 def _check_weights(group: Group) -> int:
-    """How many of its transforms can be drawn; ValueError if none can."""
+    """Return how many of its transforms can be drawn; ValueError if none can."""
     possible = sum(weight > 0 for weight in _weights(group.transforms))
     if not possible:
         raise ValueError(

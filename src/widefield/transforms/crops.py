@@ -119,7 +119,7 @@ class CropOrPad(Transform, p=1.0):
 
 
 class Position(Enum):
-    """Where an image stays in a padded one."""
+    """Place of an image in a padded one."""
 
     CENTER = "centre"
     TOP_LEFT = "north-west"
@@ -186,7 +186,7 @@ def _cut(y: int, x: int, height: int, width: int) -> Change:
 
 
 def _room(crop: CenterCrop, image: pyvips.Image) -> tuple[int, int]:
-    """How many rows and columns the image has more than the crop. Raises ValueError if it has fewer."""
+    """Return how many rows and columns the image has more than the crop. Raises ValueError if it has fewer."""
     room = image.height - crop.height, image.width - crop.width
     if min(room) < 0:
         raise _outside(f"{type(crop).__name__} of height {crop.height} and width {crop.width}", image)

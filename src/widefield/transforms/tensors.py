@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from widefield.transforms.base import Change, Transform
-from widefield.transforms.pixels import read
+from widefield.transforms.reading import read
 from widefield.transforms.values import FLOATS, FULL_SCALE, as_format, full_scale
 
 DTYPES = {"uchar": "uint8", "ushort": "uint16", "float": "float32", "double": "float64"}

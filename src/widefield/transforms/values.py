@@ -22,7 +22,7 @@ FULL_SCALE = {
 FLOATS = ("float", "double")
 
 BORDERS = ("black", "copy", "repeat", "mirror", "white", "background")
-"""How libvips makes pixels outside of an image."""
+"""Ways in which libvips makes pixels outside of an image."""
 
 Fill = float | Sequence[float]
 """Value of new pixels in the image's own units: for all channels, or one each."""

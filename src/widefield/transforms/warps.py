@@ -259,7 +259,7 @@ class _LinearMap:
 
 
 def _centre(interpolation: str) -> float:
-    """What is added to positions: libvips rounds them down for the nearest pixel."""
+    """Return the offset of positions: libvips rounds them down for the nearest pixel."""
     return 0.5 if interpolation == "nearest" else 0.0
 
 

@@ -5,12 +5,10 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from widefield.models.hyperparameters import save_plainly
-from widefield.models.names import unknown_model
-from widefield.models.plain import Weights, make_timm, make_torchvision, new_linear
+from widefield.models.networks import Weights, make_timm, make_torchvision, new_linear, unknown_model
 from widefield.modules import ImageNetClassifier
-from widefield.modules.base import Loss
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
 
 _TORCHVISION = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
@@ -63,8 +61,8 @@ class StreamingConvNeXt(ImageNetClassifier):
         trunk, head = split(net)
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
-        save_plainly(
-            self,
+        self.save_plain_hyperparameters(
+            weights=None,
             model_name=model_name,
             num_classes=num_classes,
             train_streaming_layers=train_streaming_layers,

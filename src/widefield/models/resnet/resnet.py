@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchvision.models import ResNet
 
-from widefield.models.hyperparameters import save_plainly
-from widefield.models.names import RESNETS, unknown_model
-from widefield.models.plain import Weights, make_resnet, new_linear
+from widefield.models.networks import RESNETS, Weights, make_resnet, new_linear, unknown_model
 from widefield.modules import ImageNetClassifier
-from widefield.modules.base import Loss
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.streaming_module import Loss
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
@@ -104,8 +102,8 @@ class StreamingResNet(ImageNetClassifier):
         options = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **options}
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
         self._trunk_names = names
-        save_plainly(
-            self,
+        self.save_plain_hyperparameters(
+            weights=None,
             model_name=name,
             num_classes=num_classes,
             train_streaming_layers=train_streaming_layers,

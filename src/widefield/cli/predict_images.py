@@ -18,10 +18,10 @@ from widefield.components.models.image_to_image_retriever import ImageToImageRet
 from widefield.config import load
 from widefield.data.pipeline import Picture
 from widefield.images import IMAGE_ENDINGS, ImageFile, images_below, open_image, thumbnail
+from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.info import ModelInfo, info_of
 from widefield.inference.models import load_trained
 from widefield.inference.prediction import labels_of, predict_samples
-from widefield.inference.views import AveragedViews
 from widefield.models import Classifier
 from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay
 
@@ -40,7 +40,7 @@ class Prediction:
     scores: tuple[float, ...]
     """A probability per class, or the similarity with each item of a collection."""
     labels: tuple[int, ...]
-    """Several where the head predicts several."""
+    """Indices of the predicted classes: one, or several where the head predicts several."""
     peak: tuple[int, int] | None
     """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
     overlay: Path | None

@@ -11,9 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
-from widefield.cli.history import History
-from widefield.cli.resuming import Optimization, check_resumed, optimization_of, settings_of
-from widefield.cli.step_memory import StepMemory
+from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
+from widefield.cli.history import History, StepMemory
 from widefield.cli.training_report import write_training_report
 from widefield.components.base_module import BaseModule as Component
 from widefield.components.models.base_model import BaseModel
@@ -21,7 +20,7 @@ from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
-from widefield.models.torch_file import read_torch_file
+from widefield.models.weights import read_torch_file
 from widefield.modules import BaseModule as StreamedModule
 from widefield.modules import FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm

@@ -1,22 +1,35 @@
-"""Plain networks by name, before they are split and streamed."""
+"""Plain networks by name, before they are split and streamed: torchvision's, narrow ResNets, and timm's."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.error import URLError
 
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import ResNet, WeightsEnum
+from torchvision.models.resnet import BasicBlock
 
-from widefield.models.names import RESNETS, TIMM_PREFIX, unknown_model
-from widefield.models.narrow_resnet import NARROW_RESNETS, NarrowResNet
 from widefield.models.weights import load_weights
+from widefield.registry import suggestion
 
 Weights: TypeAlias = str | Path | WeightsEnum | None
 _ELSEWHERE = ("hf_hub:", "hf-hub:", "local-dir:")  # where else timm finds models
+NARROW_RESNETS: dict[str, tuple[tuple[int, int, int, int], int]] = {
+    "resnet10_w16": ((1, 1, 1, 1), 16),
+    "resnet18_w8": ((2, 2, 2, 2), 8),
+    "resnet18_w16": ((2, 2, 2, 2), 16),
+    "resnet18_w32": ((2, 2, 2, 2), 32),
+}
+"""Name -> blocks per stage, channels of the first stage."""
+TORCHVISION_RESNETS = tuple(
+    torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
+)
+RESNETS = (*TORCHVISION_RESNETS, *NARROW_RESNETS)
+TIMM_PREFIX = "timm/"
 
 
-def make_resnet(name: str, num_classes: int, weights: Weights) -> ResNet | NarrowResNet:
+def make_resnet(name: str, num_classes: int, weights: Weights) -> "ResNet | NarrowResNet":
     """A torchvision ResNet with the last layer of its weights, or a narrow one with `num_classes` outputs.
 
     Args:
@@ -110,3 +123,50 @@ def _no_download(name: str, error: Exception) -> OSError:
         f"the pretrained weights of {name} could not be downloaded ({error}); "
         "fetch the file by other means and give its path as weights, or give none for random weights"
     )
+
+
+def unknown_model(name: str, choices: Iterable[str]) -> ValueError:
+    """Return the error for a model name that is not among `choices`; it names the nearest ones."""
+    return ValueError(f"there is no model {name!r}; {suggestion(name, choices)}")
+
+
+class NarrowResNet(nn.Module):
+    """A ResNet of basic blocks, laid out and named as torchvision's `resnet18`, with `width` instead of 64 channels.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015, table 1; each stage doubles the channels.
+
+    Args:
+        blocks: Number of blocks of each of the four stages.
+        width: Channels of the first stage.
+        num_classes: Outputs of the last layer.
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int], width: int, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(width, width, blocks[0], stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks[1], stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks[2], stride=2)
+        self.layer4 = _stage(4 * width, 8 * width, blocks[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8 * width, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, 3, H, W)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    first = BasicBlock(inputs, outputs, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))

@@ -1,16 +1,19 @@
-"""Training that ends where its numbers end: no checkpoint is kept of weights that are NaN or infinite."""
+"""Runs that can be trusted: they end where their numbers end, resume as if unbroken, and write checkpoints whole or not at all."""
 
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from widefield.errors import WidefieldError
+from widefield.writing import write_torch_file
 
 _SECONDS = 10.0
 """Between two looks at the losses of a GPU, each of which waits for the steps that are under way."""
@@ -133,3 +136,39 @@ def _is_among_best(callback: ModelCheckpoint, trainer: Trainer, current: Any = N
     if isinstance(current, Tensor) and not bool(current.isfinite()):
         return False
     return type(callback).check_monitor_top_k(callback, trainer, current)
+
+
+class RandomState(Callback):
+    """Keeps the state of torch's default generators in the checkpoint and restores it when training starts again.
+
+    With a checkpoint of the end of an epoch, dropout and the order of a shuffled `DataLoader` go on as in an unbroken run.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None:
+            return
+        torch.set_rng_state(self._restored["cpu"])
+        if len(self._restored["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(self._restored["cuda"])
+        self._restored = None
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place, then rename it: a process killed while writing leaves the old one intact.
+
+    Checkpoints hold tensors and plain data only and are read with `weights_only=True`.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError(f"AtomicCheckpointIO takes no storage_options, got {storage_options!r}; omit them")
+        write_torch_file(checkpoint, Path(path))

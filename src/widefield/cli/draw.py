@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
-from widefield.cli.evaluation import evaluate
+from widefield.cli.evaluate import evaluate
 from widefield.cli.fit_sections import SECTIONS
-from widefield.cli.prediction import draw, explain, for_each, image_files, overlay_paths
+from widefield.cli.predict_images import draw, explain, for_each, image_files, overlay_paths
 from widefield.cli.run_arguments import read_run
 from widefield.cli.user_code import import_user_code
 from widefield.components.metrics.confusion_matrix import ConfusionMatrix
@@ -99,7 +99,7 @@ def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
 
 
 def draw_confusion(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Draw the confusion matrix."""
+    """Draw the confusion matrix of the test images."""
     config, checkpoint = read_run(arguments, others)
     numbers = evaluate(config, checkpoint, "test", more=[ConfusionMatrix()])
     matrix = np.array(numbers["test_confusion_matrix/result"])

@@ -1,4 +1,4 @@
-"""What a format's reader hands to `open_image`: where the pixels of the chosen level come from."""
+"""The result of a format's reader for `open_image`: the source of the pixels of the chosen level."""
 
 import logging
 from dataclasses import dataclass

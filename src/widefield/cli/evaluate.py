@@ -12,8 +12,8 @@ from torchmetrics import Metric
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.config import Config
-from widefield.inference.views import AveragedViews
-from widefield.models.torch_file import read_torch_file
+from widefield.inference.averaged_views import AveragedViews
+from widefield.models.weights import read_torch_file
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)

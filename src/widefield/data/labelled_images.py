@@ -1,20 +1,75 @@
-"""A folder of images and a label table as a Lightning data module."""
+"""Labelled images of a folder: the Lightning data module, its data sets of lazily read images, and the seeded split."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widefield.data.dataset import Batch, EpochShuffle, ImageDataset, collate
 from widefield.data.labels import LabelError, LabelledImage, read_labels
-from widefield.data.split import stratified_split
-from widefield.images import Alpha
+from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
+Batch = tuple[list[ImageFile], Tensor]
+"""Lazy images, of any sizes, and their class indices: an integer tensor of shape (N,)."""
+
+
+class ImageDataset(Dataset[tuple[ImageFile, int]]):
+    """Pairs (lazy image, class index). Opening an image reads its header only.
+
+    Args:
+        images: What to open.
+        level: Level of the pyramid, 0 the largest.
+        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
+    """
+
+    def __init__(self, images: Sequence[LabelledImage], level: int = 0, alpha: Alpha = "drop") -> None:
+        self.images = tuple(images)
+        self.level = level
+        self.alpha = alpha
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[ImageFile, int]:
+        image = self.images[index]
+        return open_image(image.path, self.level, alpha=self.alpha), image.label
+
+    def __iter__(self) -> Iterator[tuple[ImageFile, int]]:
+        return (self[index] for index in range(len(self)))
+
+
+def collate(pairs: Sequence[tuple[ImageFile, int]]) -> Batch:
+    """A batch of the pairs that an `ImageDataset` gives; no pixels are read."""
+    return [image for image, _ in pairs], torch.tensor([label for _, label in pairs])
+
+
+class EpochShuffle(Sampler[int]):
+    """A random order that depends on the seed and the epoch alone, so a resumed run sees what an unbroken one sees.
+
+    Lightning calls `set_epoch` before every epoch.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
 @DATASETS.register_module()
@@ -120,3 +175,28 @@ def _split(images: tuple[LabelledImage, ...], val_fraction: float, seed: int) ->
         splits["train"] = [candidates[index] for index in train]
         splits["val"] = [candidates[index] for index in val]
     return splits
+
+
+def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of `labels` for training and for validation, each in ascending order.
+
+    Of each class, `fraction` of its images (rounded, at least one of each side where the class has two or more) go to
+    validation. The same labels, fraction and seed give the same split.
+
+    Raises:
+        ValueError: `fraction` is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the validation fraction is {fraction}; it must be at least 0 and below 1")
+    if fraction == 0:
+        return list(range(len(labels))), []
+    generator = np.random.default_rng(seed)
+    validation: list[int] = []
+    for label in sorted(set(labels)):
+        members = np.flatnonzero(np.asarray(labels) == label)
+        count = round(fraction * len(members))
+        if len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        validation.extend(generator.permutation(members)[:count].tolist())
+    chosen = set(validation)
+    return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)

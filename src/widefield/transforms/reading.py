@@ -1,4 +1,4 @@
-"""Where a pipeline of libvips is evaluated.
+"""Evaluation of a pipeline of libvips.
 
 `Region.fetch` computes in the calling thread. `numpy`, `avg` and `write_to_memory` would start libvips' thread pool, after
 which a forked process (a DataLoader worker on Linux) hangs at its own first use of the pool. Some operations of libvips use the
@@ -23,7 +23,7 @@ SHARED_TILES = 32
 
 
 def opened_sequentially(image: pyvips.Image) -> bool:
-    """Whether the file can be decoded from top to bottom only."""
+    """True if the file can be decoded from top to bottom only."""
     return bool(image.get_typeof("vips-sequential"))
 
 
