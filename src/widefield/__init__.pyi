@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from widefield.cli.fit import fit
 from widefield.errors import WidefieldError
 from widefield.images import open_image
 from widefield.inference import FeatureExtractor as FeatureExtractor
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate_batch_norm",
     "embed",
     "export",
+    "fit",
     "get_model",
     "list_models",
     "open_image",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import widefield
 from tests.small_images import write_folder, write_image
 from widefield.cli import main, predict_images
 from widefield.cli.history import History
@@ -40,6 +41,22 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     assert fit(folder, out) == 0
     return out
+
+
+def test_fit_in_python_trains_as_the_command_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "widefield.cli.fit_run.train", lambda config, left, resume: seen.append((config.data, left, resume))
+    )
+    fit(folder, tmp_path / "out", "--trainer.precision", "bf16-mixed")
+    places = {"out": tmp_path / "out", "images": folder / "images", "labels": str(folder / "labels.csv")}
+    options: dict[str, Any] = {"model": "resnet10_w16", "epochs": EPOCHS, "tile_size": 48, "seed": 7}
+    widefield.fit(**places, **options, **{"trainer.precision": "bf16-mixed"})
+    assert seen[0] == seen[1]
+    with pytest.raises(ValueError, match="epoch"):
+        widefield.fit(**places, epoch=3)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

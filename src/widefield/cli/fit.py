@@ -1,7 +1,10 @@
-"""`widefield fit`: arguments, and how they become a Lightning configuration."""
+"""`widefield fit`, on the command line and in Python: arguments, and how they become a Lightning configuration."""
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from widefield.cli.user_code import add_imports
 
@@ -51,8 +54,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_imports(parser)
 
 
+def fit(
+    out: str | Path,
+    images: str | Path | None = None,
+    labels: str | Path | None = None,
+    model: str | None = None,
+    *,
+    config: str | Path | Sequence[str | Path] = (),
+    imports: Sequence[str] = (),
+    resume: bool = False,
+    **entries: Any,
+) -> Path:
+    """Train a classifier on whole images with one label each, as `widefield fit` does.
+
+    Args:
+        out: Folder of the checkpoints, the configuration and the report.
+        images: Folder of image files.
+        labels: CSV file with the columns image, label and maybe split.
+        model: resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME.
+        config: Configuration to start from, YAML or Python, or several, each over the last.
+        imports: Python files (or modules) with components of yours.
+        resume: Continue the run in `out`.
+        entries: The other flags of the command by their names (`epochs=3`, `memory_budget="2GiB"`), and entries of the
+            configuration by their paths (`**{"trainer.precision": "bf16-mixed"}`).
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        ValueError, OSError, UnsupportedOpError: What was given cannot be used; the message says why.
+    """
+    from widefield.cli.configuration import SHORTCUTS
+
+    flags = {name: entries.pop(name) for name in (*SHORTCUTS, "seed") if name in entries}
+    flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
+    places = {name: None if place is None else Path(place) for name, place in (("images", images), ("labels", labels))}
+    files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
+    arguments = argparse.Namespace(
+        out=Path(out), model=model, config=files, imports=list(imports), resume=resume, **places, **flags
+    )
+    return _train(arguments, [f"{path}={json.dumps(value, default=str)}" for path, value in entries.items()])
+
+
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """Train as the arguments say; `others` are entries of the configuration."""
+    _train(arguments, others)
+
+
+def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
     from jsonargparse import ArgumentError
 
     from widefield.cli.configuration import read_configuration
@@ -61,7 +110,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
     try:
         config, left = read_configuration(arguments, _files(arguments), others)
-        train(config, left, resume=arguments.resume)
+        return train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
         raise ValueError(_in_shortcuts(str(error))) from error
 
