@@ -63,19 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_verb(verb, module, arguments, others)
 
 
-def _run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
-    """Run a verb that has to answer at once: no logging, and nothing imported that it does not need itself."""
-    try:
-        return int(module.run(arguments, others) or 0)
-    except (OSError, ValueError) as error:
-        if arguments.verbose or isinstance(error, BrokenPipeError):
-            raise
-        print(f"widefield {verb}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 def script() -> int:
     """The installed command: `main` in an environment that suits it."""
     _set_up_environment()
