@@ -21,7 +21,7 @@ from widefield.components import (
     TimmBackbone,
     VisionTransformer,
 )
-from widefield.components.backbones.streaming import StreamableBackbone, StreamingOptions
+from widefield.components.backbones.base_backbone import StreamableBackbone, StreamingOptions
 from widefield.config.check import check_description
 from widefield.registry import MODELS, ComponentOf
 from widefield.streaming import StreamingCNN

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components import BEiTPretrainViT, BEiTViT, MAEViT, MaskFeatViT, VisionTransformer
-from widefield.components.layers.position import RelativePositionBias, sincos_position_embedding
+from widefield.components.layers.transformer_layers import RelativePositionBias, sincos_position_embedding
 
 TINY = {"embed_dims": 24, "num_layers": 3, "num_heads": 4, "feedforward_channels": 40}
 SMALL = {"arch": TINY, "img_size": 32, "patch_size": 8}

@@ -21,7 +21,7 @@ from widefield.components import (
     PixelReconstructionLoss,
     weighted_loss,
 )
-from widefield.components.losses.labels import label_scores
+from widefield.components.losses.label_losses import label_scores
 from widefield.components.losses.reduction import weight_reduce_loss
 from widefield.registry import MODELS
 

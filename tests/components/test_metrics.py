@@ -16,13 +16,14 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from widefield.components.metrics import METRICS
-from widefield.components.metrics.accuracy import Accuracy
-from widefield.components.metrics.average_precision import AveragePrecision
-from widefield.components.metrics.confusion_matrix import ConfusionMatrix
-from widefield.components.metrics.multi_label import MultiLabelMetric
-from widefield.components.metrics.retrieval_average_precision import RetrievalAveragePrecision
-from widefield.components.metrics.retrieval_recall import RetrievalRecall
-from widefield.components.metrics.single_label import SingleLabelMetric
+from widefield.components.metrics.classification_metrics import (
+    Accuracy,
+    AveragePrecision,
+    ConfusionMatrix,
+    MultiLabelMetric,
+    SingleLabelMetric,
+)
+from widefield.components.metrics.retrieval_metrics import RetrievalAveragePrecision, RetrievalRecall
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from widefield.components import VQKD, BaseModule, DALLEEncoder, HOGGenerator
 from widefield.components.target_generators.base_target_generator import BaseTargetGenerator
-from widefield.components.target_generators.vqkd import CosineQuantizer
+from widefield.components.target_generators.visual_tokens import CosineQuantizer
 from widefield.registry import MODELS
 
 

@@ -16,8 +16,7 @@ from torch import nn
 from widefield.cli import main
 from widefield.cli.fit_resuming import check_resumed
 from widefield.components.data_sample import DataSample
-from widefield.components.heads.linear_head import LinearClsHead
-from widefield.components.heads.vision_transformer_head import VisionTransformerClsHead
+from widefield.components.heads.classification_heads import LinearClsHead, VisionTransformerClsHead
 from widefield.components.initializers import Pretrained
 from widefield.registry import MODELS
 

@@ -10,12 +10,10 @@ from torch.nn import functional as F
 
 from tests.pretraining.tiny import TinyWrapper, train, write_images
 from tests.pretraining.tiny_vit import ARCH, check_a_run, check_refusals, images, make, own_vit, timm_vit
-from widefield.components.backbones.beit_vit import BEiTPretrainViT
-from widefield.components.backbones.maskfeat_vit import MaskFeatViT
+from widefield.components.backbones.masked_transformers import BEiTPretrainViT, MaskFeatViT
 from widefield.components.backbones.vision_transformer import VisionTransformer
-from widefield.components.target_generators.dalle_encoder import DALLEEncoder
 from widefield.components.target_generators.hog_generator import HOGGenerator
-from widefield.components.target_generators.vqkd import VQKD
+from widefield.components.target_generators.visual_tokens import VQKD, DALLEEncoder
 from widefield.pretraining import METHODS, EmbeddingModel, Run
 from widefield.pretraining.methods.transformers import OwnTransformer, TimmTransformer, block_masks
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tests.pretraining.tiny import SMALL, TinyWrapper, train, write_images
+from widefield.components.models.contrastive_models import follow
 from widefield.pretraining import METHODS, EmbeddingModel, Run
-from widefield.pretraining.methods.base import follow, queue_size, rising
+from widefield.pretraining.methods.base import Queue, queue_length, rising
 from widefield.pretraining.optimizers import parameter_groups, warmup_and_cosine
 
 
@@ -50,9 +51,18 @@ def test_a_moving_copy_follows_and_a_momentum_rises() -> None:
 
 
 def test_a_queue_is_smaller_than_the_data() -> None:
-    assert [queue_size(None, size, 8192) for size in (2, 10, 1000, 10**6)] == [1, 4, 256, 8192]
+    assert [queue_length(None, size, 8192) for size in (2, 10, 1000, 10**6)] == [1, 4, 256, 8192]
     with pytest.raises(ValueError, match="queue_size=100 must be above 0 and below the number of images, 100"):
         make("moco", 100, queue_size=100)
+
+
+def test_a_queue_goes_on_at_its_beginning_where_it_ends() -> None:
+    queue = Queue(3, 2)
+    for keys in (torch.full((2, 2), 1.0), torch.full((2, 2), 2.0)):
+        queue(keys, update=True)
+    assert queue.bank[:, 0].tolist() == [2, 1, 2] and queue.bank_ptr.tolist() == [1]
+    queue(torch.arange(5.0)[:, None].expand(5, 2), update=True)
+    assert queue.bank[:, 0].tolist() == [2, 3, 4] and queue.bank_ptr.tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["moco", "densecl", "distillation"])

@@ -18,7 +18,7 @@ from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.predict_images import draw, explain, for_each, image_files, overlay_paths
 from widefield.cli.run_arguments import read_run
 from widefield.cli.user_code import import_user_code
-from widefield.components.metrics.confusion_matrix import ConfusionMatrix
+from widefield.components.metrics.classification_metrics import ConfusionMatrix
 from widefield.config import load, override
 from widefield.errors import MissingExtraError
 from widefield.images import open_image

@@ -14,8 +14,8 @@ _HOME = {
     "BaseModule": "base_module",
     "BaseSelfSupervisor": "models.base_self_supervisor",
     "DataSample": "data_sample",
-    "build_conv_layer": "layers.conv",
-    "build_norm_layer": "layers.norm",
+    "build_conv_layer": "layers.described",
+    "build_norm_layer": "layers.described",
     "weighted_loss": "losses.reduction",
 }
 

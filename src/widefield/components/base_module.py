@@ -1,12 +1,30 @@
 """The base class of components: a module whose weights are initialised by description."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from widefield.components.annotations import InitConfig
 from widefield.components.initializers import INITIALIZERS, Pretrained
+from widefield.components.layers.described import CONVS, NORMS
+from widefield.registry import MODELS, ComponentOf
+
+BackboneConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "backbone")]
+NeckConfig = Annotated[nn.Module | dict[str, Any] | list[dict[str, Any]], ComponentOf(MODELS, "neck")]
+HeadConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "head")]
+LossConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "loss")]
+InitConfig = Annotated[dict[str, Any] | list[dict[str, Any]] | None, ComponentOf(INITIALIZERS)]
+ConvConfig = Annotated[
+    dict[str, Any] | None,
+    ComponentOf(
+        CONVS,
+        given=("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    ),
+]
+NormConfig = Annotated[
+    dict[str, Any],
+    ComponentOf(NORMS, given=("num_features", "num_channels", "normalized_shape"), also={"requires_grad": bool}),
+]
 
 
 class BaseModule(nn.Module):
@@ -57,3 +75,18 @@ def _init_parts(module: nn.Module) -> None:
             part.init_weights()
         else:
             _init_parts(part)
+
+
+class LossHead(BaseModule):
+    """A head, which knows its loss.
+
+    Args:
+        loss: The loss or its description.
+        init_cfg: See `BaseModule`.
+    """
+
+    component_kind = "head"
+
+    def __init__(self, loss: LossConfig, init_cfg: InitConfig = None) -> None:
+        super().__init__(init_cfg)
+        self.loss_module = MODELS.build(loss)

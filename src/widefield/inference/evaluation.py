@@ -9,11 +9,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from widefield.components.data_sample import DataSample
-from widefield.components.heads.multi_label_cls_head import MultiLabelClsHead
-from widefield.components.metrics.average_precision import AveragePrecision
-from widefield.components.metrics.multi_label import MultiLabelMetric
-from widefield.components.metrics.retrieval_average_precision import RetrievalAveragePrecision
-from widefield.components.metrics.retrieval_recall import RetrievalRecall
+from widefield.components.heads.classification_heads import MultiLabelClsHead
+from widefield.components.metrics.classification_metrics import AveragePrecision, MultiLabelMetric
+from widefield.components.metrics.retrieval_metrics import RetrievalAveragePrecision, RetrievalRecall
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.prediction import predict_samples

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from widefield.components.data_sample import DataSample
-from widefield.components.heads.multi_label_cls_head import MultiLabelClsHead
+from widefield.components.heads.classification_heads import MultiLabelClsHead
 from widefield.components.models.base_model import BaseModel
 from widefield.data.datasets import as_batch
 from widefield.data.pipeline import Picture, whole

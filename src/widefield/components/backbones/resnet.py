@@ -1,18 +1,135 @@
-"""ResNet."""
+"""ResNet, and its form for small images."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
-from widefield.components.annotations import ConvConfig, InitConfig, NormConfig
-from widefield.components.backbones.residual import BasicBlock, Bottleneck, ResidualBlock, Style
-from widefield.components.backbones.streaming import StreamableBackbone, StreamingOptions
+from widefield.components.backbones.base_backbone import (
+    StreamableBackbone,
+    StreamingOptions,
+    check_drop_path_rate,
+    check_frozen_stages,
+)
+from widefield.components.base_module import ConvConfig, InitConfig, NormConfig
 from widefield.components.errors import WrongArgumentError
-from widefield.components.layers.conv import build_conv_layer
-from widefield.components.layers.norm import build_norm_layer
+from widefield.components.layers.described import build_conv_layer, build_norm_layer
 from widefield.registry import MODELS, Range
+
+Style = Literal["pytorch", "caffe"]
+
+
+class ResidualBlock(nn.Module):
+    """A residual branch beside a shortcut, and a ReLU over their sum.
+
+    Args:
+        in_channels: Of the block's input.
+        out_channels: Of its output.
+        expansion: Channels of the output per channel inside.
+        stride: Of the block.
+        dilation: Of its 3 x 3 convolutions.
+        downsample: The shortcut; None passes the input on.
+        style: Which convolution of a bottleneck has the stride: the 3 x 3 ("pytorch") or the first ("caffe").
+        with_cp: Recompute the branch in the backward pass instead of keeping its activations.
+        conv_cfg: See `build_conv_layer`.
+        norm_cfg: See `build_norm_layer`.
+        drop_path_rate: Probability with which the branch of an image is left out in training.
+    """
+
+    default_expansion: int
+    convolutions: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        style: Style = "pytorch",
+        with_cp: bool = False,
+        conv_cfg: dict[str, Any] | None = None,
+        norm_cfg: dict[str, Any] = {"type": "BN"},  # noqa: B006  # read, never written
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conv_cfg = conv_cfg
+        self.norm_cfg = norm_cfg
+        self.with_cp = with_cp
+        self._make_branch(in_channels, out_channels // expansion, out_channels, stride, dilation, style)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate else nn.Identity()
+
+    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
+        raise NotImplementedError
+
+    def _branch(self, x: Tensor) -> Tensor:
+        for number in range(1, self.convolutions):
+            x = self.relu(self._convolved(number, x))
+        return self._convolved(self.convolutions, x)
+
+    def _convolved(self, number: int, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(number)(getattr(self, f"conv{number}")(x))
+        return result
+
+    def _add(self, number: int, before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
+        """Add the convolution `number` and its norm layer."""
+        padding = dilation * (kernel // 2)
+        conv = build_conv_layer(
+            self.conv_cfg, before, after, kernel, stride=stride, padding=padding, dilation=dilation, bias=False
+        )
+        self.add_module(f"conv{number}", conv)
+        name, norm = build_norm_layer(self.norm_cfg, after, postfix=number)
+        self.add_module(name, norm)
+        setattr(self, f"norm{number}_name", name)
+
+    def norm(self, number: int) -> nn.Module:
+        """The norm layer behind the convolution `number`."""
+        return cast(nn.Module, getattr(self, getattr(self, f"norm{number}_name")))
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm layer at the end of the branch."""
+        return self.norm(self.convolutions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the block."""
+        branch = (
+            checkpoint(self._branch, x, use_reentrant=False) if self.with_cp and x.requires_grad else self._branch(x)
+        )
+        shortcut = x if self.downsample is None else self.downsample(x)
+        result: Tensor = self.relu(self.drop_path(branch) + shortcut)
+        return result
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3 x 3 convolutions."""
+
+    default_expansion = 1
+    convolutions = 2
+
+    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
+        self._add(1, before, inside, 3, stride, dilation)
+        self._add(2, inside, after, 3)
+
+
+class Bottleneck(ResidualBlock):
+    """A 3 x 3 convolution of few channels between two of 1 x 1."""
+
+    default_expansion = 4
+    convolutions = 3
+
+    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
+        first, second = (1, stride) if style == "pytorch" else (stride, 1)
+        self._add(1, before, inside, 1, first)
+        self._add(2, inside, inside, 3, second, dilation)
+        self._add(3, inside, after, 1)
+
 
 _ARCHITECTURES: dict[int, tuple[type[ResidualBlock], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -83,7 +200,20 @@ class ResNet(StreamableBackbone):
         streaming: StreamingOptions | None = None,
     ) -> None:
         super().__init__(streaming, init_cfg)
-        _check(depth, num_stages, strides, dilations, out_indices, style, frozen_stages, drop_path_rate)
+        if depth not in _ARCHITECTURES:
+            raise WrongArgumentError(f"depth={depth} is not one of {', '.join(map(str, _ARCHITECTURES))}")
+        if not 1 <= num_stages <= 4:
+            raise WrongArgumentError(f"num_stages={num_stages} is not one of 1, 2, 3, 4")
+        if not (len(strides) >= num_stages <= len(dilations)):
+            raise WrongArgumentError(
+                f"strides={strides} and dilations={dilations} must have one for each of {num_stages} stages"
+            )
+        if not out_indices or not all(0 <= stage < num_stages for stage in out_indices):
+            raise WrongArgumentError(f"out_indices={tuple(out_indices)} must be stages from 0 to {num_stages - 1}")
+        if style not in ("pytorch", "caffe"):
+            raise WrongArgumentError(f"style={style!r} is not one of 'pytorch', 'caffe'")
+        check_frozen_stages(frozen_stages, -1, num_stages)
+        check_drop_path_rate(drop_path_rate)
         self.depth = depth
         self.out_indices = tuple(out_indices)
         self.style = style
@@ -122,13 +252,16 @@ class ResNet(StreamableBackbone):
                 self._stem_conv(in_channels, half, 2), self._stem_conv(half, half), self._stem_conv(half, base_channels)
             )
         else:
-            self.conv1 = build_conv_layer(
-                self.conv_cfg, in_channels, base_channels, kernel_size=7, stride=2, padding=3, bias=False
-            )
-            self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, base_channels, postfix=1)
-            self.add_module(self.norm1_name, norm1)
-            self.relu = nn.ReLU(inplace=True)
+            self._make_stem_conv(in_channels, base_channels, kernel_size=7, stride=2)
         self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def _make_stem_conv(self, in_channels: int, channels: int, kernel_size: int, stride: int) -> None:
+        self.conv1 = build_conv_layer(
+            self.conv_cfg, in_channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, channels, postfix=1)
+        self.add_module(self.norm1_name, norm1)
+        self.relu = nn.ReLU(inplace=True)
 
     @property
     def norm1(self) -> nn.Module:
@@ -185,31 +318,21 @@ class ResNet(StreamableBackbone):
         return nn.Sequential(*pool, conv, build_norm_layer(self.norm_cfg, after)[1])
 
 
-def _check(
-    depth: int,
-    num_stages: int,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    out_indices: Sequence[int],
-    style: str,
-    frozen_stages: int,
-    drop_path_rate: float,
-) -> None:
-    if depth not in _ARCHITECTURES:
-        raise WrongArgumentError(f"depth={depth} is not one of {', '.join(map(str, _ARCHITECTURES))}")
-    if not 1 <= num_stages <= 4:
-        raise WrongArgumentError(f"num_stages={num_stages} is not one of 1, 2, 3, 4")
-    if not (len(strides) >= num_stages <= len(dilations)):
-        raise WrongArgumentError(
-            f"strides={strides} and dilations={dilations} must have one for each of {num_stages} stages"
-        )
-    if not out_indices or not all(0 <= stage < num_stages for stage in out_indices):
-        raise WrongArgumentError(f"out_indices={tuple(out_indices)} must be stages from 0 to {num_stages - 1}")
-    if style not in ("pytorch", "caffe"):
-        raise WrongArgumentError(f"style={style!r} is not one of 'pytorch', 'caffe'")
-    if not -1 <= frozen_stages <= num_stages:
-        raise WrongArgumentError(
-            f"frozen_stages={frozen_stages} must be from -1 (nothing) to {num_stages} (all stages)"
-        )
-    if not 0 <= drop_path_rate < 1:
-        raise WrongArgumentError(f"drop_path_rate={drop_path_rate} must be a probability below 1")
+@MODELS.register_module(replaceable=True)
+class ResNet_CIFAR(ResNet):
+    """ResNet for images of 32 x 32 pixels: a 3 x 3 stem of stride 1, and no pooling behind it.
+
+    Args:
+        depth: See `ResNet`.
+        deep_stem: Not to be had here.
+        kwargs: Those of `ResNet`.
+    """
+
+    def __init__(self, depth: Literal[18, 34, 50, 101, 152], deep_stem: bool = False, **kwargs: Any) -> None:
+        if deep_stem:
+            raise WrongArgumentError("ResNet_CIFAR do not support deep_stem")
+        super().__init__(depth, deep_stem=deep_stem, **kwargs)
+
+    def _make_stem_layer(self, in_channels: int, base_channels: int) -> None:
+        self._make_stem_conv(in_channels, base_channels, kernel_size=3, stride=1)
+        self.maxpool = nn.Identity()

@@ -7,9 +7,13 @@ import timm
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from widefield.components.annotations import InitConfig
-from widefield.components.backbones.stages import check_frozen_stages, parse_out_indices
-from widefield.components.backbones.streaming import StreamableBackbone, StreamingOptions
+from widefield.components.backbones.base_backbone import (
+    StreamableBackbone,
+    StreamingOptions,
+    check_frozen_stages,
+    parse_out_indices,
+)
+from widefield.components.base_module import InitConfig
 from widefield.components.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 

@@ -1,20 +1,29 @@
 """Vision transformer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from widefield.components.annotations import InitConfig, NormConfig
-from widefield.components.backbones.base_backbone import BaseBackbone
-from widefield.components.backbones.stages import check_drop_path_rate, check_frozen_stages, parse_out_indices
-from widefield.components.backbones.streaming import StreamingOptions
+from widefield.components.backbones.base_backbone import (
+    BaseBackbone,
+    StreamingOptions,
+    check_drop_path_rate,
+    check_frozen_stages,
+    parse_out_indices,
+)
+from widefield.components.base_module import InitConfig, NormConfig
 from widefield.components.errors import WrongArgumentError
-from widefield.components.layers.attention import QKVBias, TransformerEncoderLayer
-from widefield.components.layers.norm import build_norm_layer
-from widefield.components.layers.patch_embed import PatchEmbed
-from widefield.components.layers.position import Resolution, resize_position_embedding
+from widefield.components.layers.described import build_norm_layer
+from widefield.components.layers.transformer_layers import (
+    PatchEmbed,
+    QKVBias,
+    Resolution,
+    TransformerEncoderLayer,
+    replace_masked,
+    resize_position_embedding,
+)
 from widefield.registry import MODELS, suggestion
 
 OutType = Literal["cls_token", "raw", "featmap", "avg_featmap"]
@@ -173,17 +182,26 @@ class VisionTransformer(BaseBackbone):
         return cast(nn.Module, getattr(self, self.norm2_name))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.encode(*self.tokens(x))
+
+    def tokens(
+        self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, Resolution]:
+        """Return the class token, if there is one, and the tokens of patches with their positions, (N, 1 + L, C), and their grid.
+
+        Args:
+            x: Images (N, channels, H, W).
+            mask: (N, rows, columns) or (N, L), 1 or True where `mask_token` stands for a patch; None masks none.
+            mask_token: (1, 1, C), needed with a mask.
+        """
         x, resolution = self.patch_embed(x)
-        return self.encode(self.add_positions(self.add_cls_token(x), resolution), resolution)
-
-    def add_cls_token(self, x: Tensor) -> Tensor:
-        """Tokens of patches (N, L, C) behind the class token, if there is one."""
-        return x if self.cls_token is None else torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-
-    def add_positions(self, x: Tensor, resolution: Resolution) -> Tensor:
-        """`x`, the class token and tokens of `resolution` patches, with their position embedding."""
+        if mask is not None:
+            assert mask_token is not None
+            x = replace_masked(x, mask, mask_token)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         positions = self.position_embedding(resolution)
-        return x if positions is None else x + positions
+        return (x if positions is None else x + positions), resolution
 
     def position_embedding(self, resolution: Resolution) -> Tensor | None:
         """The position embedding (1, 1 + L, C) for `resolution` patches; None where there is none."""
@@ -197,18 +215,23 @@ class VisionTransformer(BaseBackbone):
         """What each layer adds to its attention (heads, 1 + L, 1 + L), or None."""
         return (None,) * self.num_layers
 
-    def encode(self, x: Tensor, resolution: Resolution) -> tuple[Tensor, ...]:
-        """The outputs of the layers `out_indices` for tokens (N, 1 + L, C), as `out_type` says."""
+    def layer_outputs(self, x: Tensor, resolution: Resolution | None) -> Iterator[Tensor]:
+        """Yield what every layer makes of tokens (N, 1 + L, C), the last one normalised.
+
+        Args:
+            x: Tokens, see `tokens`; some patches may be left out.
+            resolution: Rows and columns of patches; None if some were left out, so that their attention gets no bias.
+        """
         x = self.pre_norm(self.drop_after_pos(x))
-        outs = []
-        biases = self.attention_biases(resolution)
-        for index, (layer, bias) in enumerate(zip(self.layers, biases, strict=True)):
+        biases = [None] * self.num_layers if resolution is None else self.attention_biases(resolution)
+        for index, (layer, bias) in enumerate(zip(self.layers, biases, strict=True), 1):
             x = layer(x, bias)
-            if index == self.num_layers - 1:
-                x = self.norm1(x)
-            if index in self.out_indices:
-                outs.append(self._as_out_type(x, resolution))
-        return tuple(outs)
+            yield self.norm1(x) if index == self.num_layers else x
+
+    def encode(self, x: Tensor, resolution: Resolution) -> tuple[Tensor, ...]:
+        """Return the outputs of the layers `out_indices` for tokens (N, 1 + L, C), as `out_type` says."""
+        outs = enumerate(self.layer_outputs(x, resolution))
+        return tuple(self._as_out_type(out, resolution) for index, out in outs if index in self.out_indices)
 
     def init_weights(self) -> None:
         super().init_weights()

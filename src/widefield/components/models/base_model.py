@@ -8,15 +8,26 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from widefield.components.annotations import InitConfig
-from widefield.components.base_module import BaseModule
+from widefield.components.base_module import BaseModule, InitConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
-from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
+from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig
 from widefield.registry import MODELS
 
 
-class BaseModel(BaseModule, LightningModule):
+class _KeepsArguments(LightningModule):
+    """Keeps the arguments of the outermost constructor, which alone make the same model again.
+
+    A class of its own, for jsonargparse takes the arguments of a class that has a `__new__` from that.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__new__(cls)
+        model.__dict__["_call"] = (args, kwargs)
+        return model
+
+
+class BaseModel(BaseModule, _KeepsArguments):
     """A model that gives its losses by name: a subclass writes `loss`, and Lightning does the rest.
 
     A batch is `(inputs, targets)`, or a dictionary with `inputs` and maybe `data_samples`. Inputs are images as a tensor
@@ -31,6 +42,7 @@ class BaseModel(BaseModule, LightningModule):
         init_cfg: See `BaseModule`.
         lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
         weight_decay: Its weight decay.
+        pretrained: A checkpoint; short for `init_cfg={type: Pretrained, checkpoint: ...}`.
     """
 
     component_kind = "model"
@@ -40,20 +52,15 @@ class BaseModel(BaseModule, LightningModule):
     log_dict: Any  # this and the next are Lightning's; mypy does not see them
     save_hyperparameters: Any
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Keep the arguments of the outermost constructor, which alone make the same model again."""
-        model = super().__new__(cls)
-        model.__dict__["_call"] = (args, kwargs)
-        return model
-
     def __init__(
         self,
         data_preprocessor: PreprocessorConfig | None = None,
         init_cfg: InitConfig = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        pretrained: str | None = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(init_cfg if pretrained is None else {"type": "Pretrained", "checkpoint": pretrained})
         args, kwargs = self.__dict__.pop("_call")
         self.save_hyperparameters(_plain_arguments(type(self), args, kwargs), logger=False)
         self.lr = lr
@@ -63,8 +70,29 @@ class BaseModel(BaseModule, LightningModule):
             described = {"type": self.default_preprocessor, **described}
         self.data_preprocessor = MODELS.build(described)
 
+    def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: str = "tensor") -> Any:
+        """Return what `mode` names: features ("tensor"), losses ("loss"), or of a model that predicts samples ("predict").
+
+        Args:
+            inputs: Images, or views of them, as the data preprocessor gives them.
+            data_samples: One for each image; losses need them.
+            mode: One of these.
+        """
+        if mode == "tensor":
+            return self.extract_feat(inputs)
+        if mode == "loss":
+            return self.loss(inputs, data_samples or ())
+        predict: Any = getattr(self, "predict", None)
+        if mode == "predict" and predict is not None:
+            return predict(inputs, data_samples)
+        raise RuntimeError(f'Invalid mode "{mode}".')
+
+    def extract_feat(self, inputs: Any) -> Any:
+        """Return the features of images (N, C, H, W)."""
+        raise NotImplementedError
+
     def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
-        """Losses and other numbers by name; those whose name contains "loss" are summed and minimised."""
+        """Return losses and other numbers by name; those whose name contains "loss" are summed and minimised."""
         raise NotImplementedError
 
     def preprocess(self, batch: Any, training: bool = False) -> tuple[Any, list[DataSample]]:
@@ -207,12 +235,13 @@ def _plain_arguments(model: type, args: tuple[Any, ...], kwargs: dict[str, Any])
             given |= value
         else:
             given[name] = value
-    return {name: value for name, value in given.items() if _is_plain(value)}
+    return {name: value for name, value in given.items() if is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """True if a value is made of dictionaries, lists, numbers and text alone."""
     if isinstance(value, dict):
-        return all(map(_is_plain, [*value, *value.values()]))
+        return all(map(is_plain, [*value, *value.values()]))
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or type(value) in (bool, int, float, str)

@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from widefield.components.annotations import BackboneConfig, HeadConfig, InitConfig, NeckConfig
+from widefield.components.base_module import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import backbone_features, neck_features, streams
-from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
-from widefield.components.preprocessors.cls_preprocessor import with_augments
+from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.registry import MODELS
 
 Stage = Literal["backbone", "neck", "pre_logits"]
-Mode = Literal["tensor", "loss", "predict"]
 
 
 @MODELS.register_module()
@@ -28,13 +26,10 @@ class ImageClassifier(BaseModel):
         backbone: Gives a tuple of maps.
         neck: What follows it; several make a sequence.
         head: Gives scores and losses.
-        pretrained: A checkpoint; short for `init_cfg={type: Pretrained, checkpoint: ...}`.
         train_cfg: Short for the `batch_augments` of the data preprocessor: `{augments: [{type: Mixup, alpha: 0.8}], probs: [0.5]}`.
         data_preprocessor: Normalises images; without a type a `ClsDataPreprocessor`. It learns from the head how many classes there
             are, if it needs to know.
-        init_cfg: See `BaseModule`.
-        lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
-        weight_decay: Its weight decay.
+        kwargs: Those of `BaseModel`.
     """
 
     def __init__(
@@ -42,38 +37,22 @@ class ImageClassifier(BaseModel):
         backbone: BackboneConfig,
         neck: NeckConfig | None = None,
         head: HeadConfig | None = None,
-        pretrained: str | None = None,
+        *,
         train_cfg: BatchAugmentsConfig | None = None,
         data_preprocessor: PreprocessorConfig | None = None,
-        init_cfg: InitConfig = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        **kwargs: Any,
     ) -> None:
-        if pretrained is not None:
-            init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         built_head: Any = None if head is None else MODELS.build(head)
-        data_preprocessor = with_augments(data_preprocessor, train_cfg, getattr(built_head, "num_classes", None))
-        super().__init__(data_preprocessor, init_cfg, lr, weight_decay)
+        described = with_augments(data_preprocessor, train_cfg, getattr(built_head, "num_classes", None))
+        super().__init__(data_preprocessor=described, **kwargs)
         self.backbone = MODELS.build(backbone)
         self.neck = None if neck is None else MODELS.build(neck)
         self.head = built_head
 
-    def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: Mode = "tensor") -> Any:
-        """What `mode` names: the head's scores (without a head the features), the losses, or samples with predictions.
-
-        Args:
-            inputs: Images, see the class.
-            data_samples: One for each image; losses need them.
-            mode: "tensor", "loss" or "predict".
-        """
-        if mode == "tensor":
-            features = self.extract_feat(inputs)
-            return features if self.head is None else self.head(features)
-        if mode == "loss":
-            return self.loss(inputs, data_samples or ())
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise RuntimeError(f'Invalid mode "{mode}".')
+    def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: str = "tensor") -> Any:
+        """Return what `mode` names, see `BaseModel`; "tensor" are the head's scores, without a head the features."""
+        result = super().forward(inputs, data_samples, mode)
+        return self.head(result) if mode == "tensor" and self.head is not None else result
 
     def extract_feat(self, inputs: Any, stage: Stage = "neck") -> Any:
         """Features (a tuple) behind the backbone or the neck, or those (a tensor) that the head's last layer gets.

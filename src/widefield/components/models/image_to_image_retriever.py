@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from widefield.components.annotations import HeadConfig, InitConfig
+from widefield.components.base_module import HeadConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel, as_sample, split_batch
 from widefield.components.models.features import backbone_features, neck_features, streams
-from widefield.components.preprocessors.base_preprocessor import PreprocessorConfig
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
-from widefield.components.preprocessors.cls_preprocessor import with_augments
+from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.config import check_description
+from widefield.data.datasets import as_batch
 from widefield.images import images_below, open_image
 from widefield.registry import DATASETS, MODELS, ComponentOf, arguments_of, import_object, suggestion
 
@@ -42,15 +43,12 @@ class ImageToImageRetriever(BaseModel):
             batch_size: 4, ...}`; a folder of images, which are taken in the order of their paths; a file of features, as
             `dump_prototype` writes it; or a tensor of features (M, C). Where samples have a `sample_idx`, it is their row.
         head: Gives losses, for training.
-        pretrained: A checkpoint; short for `init_cfg={type: Pretrained, checkpoint: ...}`.
         similarity_fn: "cosine_similarity", or a function of features (N, C) and (M, C), itself or its import path, that gives
             similarities (N, M).
         train_cfg: Short for the `batch_augments` of the data preprocessor, see `ImageClassifier`.
         data_preprocessor: Normalises images; without a type a `ClsDataPreprocessor`.
         topk: How many labels are predicted; -1 is all.
-        init_cfg: See `BaseModule`.
-        lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
-        weight_decay: Its weight decay.
+        kwargs: Those of `BaseModel`.
     """
 
     prototype_vecs: Tensor | None
@@ -60,20 +58,16 @@ class ImageToImageRetriever(BaseModel):
         image_encoder: EncoderConfig,
         prototype: DataLoader | dict[str, Any] | str | os.PathLike[str] | Tensor,
         head: HeadConfig | None = None,
-        pretrained: str | None = None,
+        *,
         similarity_fn: str | Similarity = "cosine_similarity",
         train_cfg: BatchAugmentsConfig | None = None,
         data_preprocessor: PreprocessorConfig | None = None,
         topk: int = -1,
-        init_cfg: InitConfig = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        **kwargs: Any,
     ) -> None:
-        if pretrained is not None:
-            init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         built_head: Any = None if head is None else MODELS.build(head)
-        data_preprocessor = with_augments(data_preprocessor, train_cfg, getattr(built_head, "num_classes", None))
-        super().__init__(data_preprocessor, init_cfg, lr, weight_decay)
+        described = with_augments(data_preprocessor, train_cfg, getattr(built_head, "num_classes", None))
+        super().__init__(data_preprocessor=described, **kwargs)
         if topk != -1 and topk < 1:
             raise WrongArgumentError(f"topk={topk} must be positive, or -1 for all")
         self.image_encoder = MODELS.build(image_encoder)
@@ -83,22 +77,6 @@ class ImageToImageRetriever(BaseModel):
         self.topk = topk
         self.register_buffer("prototype_vecs", None, persistent=False)
         self._is_prepared = False
-
-    def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: str = "tensor") -> Any:
-        """What `mode` names: features ("tensor"), the losses ("loss"), or samples with predictions ("predict").
-
-        Args:
-            inputs: Images (N, C, H, W), or lazily read ones in a list for an encoder whose backbone streams.
-            data_samples: One for each image; losses need them.
-            mode: One of these.
-        """
-        if mode == "tensor":
-            return self.extract_feat(inputs)
-        if mode == "loss":
-            return self.loss(inputs, data_samples or ())
-        if mode == "predict":
-            return self.predict(inputs, data_samples)
-        raise RuntimeError(f'Invalid mode "{mode}".')
 
     def extract_feat(self, inputs: Any) -> Tensor:
         """The features (N, C) of images.
@@ -237,7 +215,7 @@ class ImageToImageRetriever(BaseModel):
         rows: list[int] = []
         vectors = []
         for batch in batches:
-            inputs, samples = self.preprocess(_to_device(batch, self.device))
+            inputs, samples = self.preprocess(move_data_to_device(batch, self.device))
             rows += [int(sample.get("sample_idx", len(rows) + k)) for k, sample in enumerate(samples)]
             vectors.append(self.extract_feat(inputs))
         if not rows:
@@ -305,23 +283,11 @@ def _loader(description: Mapping[str, Any]) -> DataLoader:
 def _collate(items: Sequence[Any]) -> dict[str, Any]:
     """The batch of items (picture, target), or `{inputs: ..., data_samples: ...}`; pictures of one size make one tensor."""
     pictures, targets = zip(*map(split_batch, items), strict=True)
-    is_batch = all(isinstance(one, Tensor) for one in pictures) and len({one.shape for one in pictures}) == 1
     samples = [DataSample() if target is None else as_sample(target) for target in targets]
-    return {"inputs": torch.stack(pictures) if is_batch else list(pictures), "data_samples": samples}
+    return {"inputs": as_batch(list(pictures)), "data_samples": samples}
 
 
 def _images(folder: Path) -> Iterable[Any]:
     """Batches of one image each, of all image files in a folder, in the order of their paths."""
     for path in images_below(folder):
         yield {"inputs": [open_image(path)]}
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors moved."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_to_device(value, device) for value in batch]
-    return batch

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.components.annotations import InitConfig
-from widefield.components.base_module import BaseModule
+from widefield.components.base_module import BaseModule, InitConfig
 from widefield.components.errors import WrongArgumentError
 
 

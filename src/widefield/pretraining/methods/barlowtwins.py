@@ -6,15 +6,16 @@ from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules.heads import BarlowTwinsProjectionHead
 from torch import Tensor
 
+from widefield.components.models.contrastive_models import joint
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Weight, joint
+from widefield.pretraining.methods.base import Count, PairMethod, Run, Weight
 from widefield.pretraining.methods.byol import ASYMMETRIC
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
 @METHODS.register_module("barlowtwins")
-class BarlowTwins(Method):
+class BarlowTwins(PairMethod):
     """Makes the cross-correlation of the two views' embeddings the identity.
 
     Zbontar et al., Barlow Twins: self-supervised learning via redundancy reduction, https://arxiv.org/abs/2103.03230
@@ -27,8 +28,6 @@ class BarlowTwins(Method):
 
     transforms = ASYMMETRIC
     optim = Optim((LARS(0.2, 0.9, 1.5e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
-    most_views = 2
-    takes_local_views = False
 
     def __init__(
         self,

@@ -1,15 +1,15 @@
 """What a method of pretraining is."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-import torch
-from lightly.utils.dist import gather, world_size
+from lightly.models.modules.memory_bank import MemoryBankModule
+from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
+from widefield.components.models.contrastive_models import enqueue, joint
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
 from widefield.pretraining.transform_args import Normalize, TransformArgs
@@ -106,19 +106,11 @@ class Method(nn.Module):
         return start
 
 
-def momentum_copy(module: nn.Module) -> Any:
-    """A copy that no gradient trains, but `follow`."""
-    return copy.deepcopy(module).requires_grad_(False)
+class PairMethod(Method):
+    """A method that compares two global views of each image."""
 
-
-@torch.no_grad()
-def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
-    """Move the second of every pair towards the first: copy = momentum * copy + (1 - momentum) * module.
-
-    Unlike `lightly.models.utils.update_momentum` it leaves a weight that is equal in both exactly as it is.
-    """
-    for module, moving in pairs:
-        torch._foreach_lerp_(list(moving.parameters()), list(module.parameters()), 1.0 - momentum)
+    most_views = 2
+    takes_local_views = False
 
 
 def for_run(momentum: float, steps: int) -> float:
@@ -130,26 +122,28 @@ def for_run(momentum: float, steps: int) -> float:
 
 
 def rising(step: int, steps: int, start: float) -> float:
-    """A momentum that rises from `start` to 1 as half a cosine."""
-    share = min(step, steps) / max(steps, 1)
-    return 1 - (1 - start) * (math.cos(math.pi * share) + 1) / 2
+    """Return a momentum that rises from `start` to 1 as half a cosine."""
+    return cosine_schedule(min(step, steps), steps + 1, start, 1.0)
 
 
-def joint(batch: Tensor) -> Tensor:
-    """The batches (B, ...) of all processes, one after the other, with gradients.
+class Queue(MemoryBankModule):
+    """lightly's memory bank of keys of all processes, which stands in checkpoints and goes on at its beginning where it ends.
 
-    A loss of it, averaged over the processes as DistributedDataParallel does, has the gradient of one process on all of them.
+    Args:
+        size: Keys.
+        dim: Width of a key.
     """
-    return torch.cat(gather(batch)) if world_size() > 1 else batch
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__((size, dim))
+        for name in ("bank", "bank_ptr"):
+            self.register_buffer(name, getattr(self, name), persistent=True)
+
+    def _dequeue_and_enqueue(self, batch: Tensor) -> None:
+        enqueue(self.bank, self.bank_ptr, joint(batch))
 
 
-def persistent_queue(bank: nn.Module) -> None:
-    """Have a memory bank of lightly in the state dict, so that a resumed run goes on with it."""
-    for name in ("bank", "bank_ptr"):
-        bank.register_buffer(name, getattr(bank, name), persistent=True)
-
-
-def queue_size(size: int | None, dataset_size: int, largest: int) -> int:
+def queue_length(size: int | None, dataset_size: int, largest: int) -> int:
     """`size`, or by default a power of two of at most half the images.
 
     Raises:

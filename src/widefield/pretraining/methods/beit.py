@@ -1,23 +1,23 @@
 """BEiT, versions 1 and 2."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widefield.components.heads.beitv1_head import BEiTV1Head
-from widefield.components.layers.position import Resolution
-from widefield.components.necks.beitv2_neck import BEiTV2Neck
-from widefield.components.target_generators.dalle_encoder import DALLEEncoder
-from widefield.components.target_generators.vqkd import VQKD
+from widefield.components.heads.self_supervised_heads import BEiTV1Head
+from widefield.components.layers.transformer_layers import Resolution
+from widefield.components.necks.masked_necks import BEiTV2Neck
+from widefield.components.target_generators.visual_tokens import VQKD, DALLEEncoder
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Method, Run, Share
-from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
+from widefield.pretraining.methods.base import Run, Share
+from widefield.pretraining.methods.transformers import MaskedMethod, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
-from widefield.pretraining.transform_args import ColorJitter, TransformArgs
+from widefield.pretraining.transform_args import ColorJitter
 from widefield.registry import MODELS
 
 DALLE_STRIDE = 8
@@ -25,7 +25,7 @@ DALLE_STRIDE = 8
 
 
 @METHODS.register_module("beit")
-class BEiT(Method):
+class BEiT(MaskedMethod):
     """Predicts the visual tokens of hidden patches, which a target generator makes that was trained before.
 
     Cross-entropy over the hidden patches. With DALLEEncoder it is version 1 (Bao et al., https://arxiv.org/abs/2106.08254), with
@@ -44,12 +44,7 @@ class BEiT(Method):
         ValueError: The model is something else, or the target generator is unknown or has no weights.
     """
 
-    transforms = TransformArgs(
-        color_jitter=ColorJitter(1.0, 1.0, 0.4, 0.4, 0.4, 0.0),
-        random_gray_scale=None,
-        gaussian_blur=None,
-        num_views=1,
-    )
+    transforms = replace(MaskedMethod.transforms, color_jitter=ColorJitter(1.0, 1.0, 0.4, 0.4, 0.4, 0.0))
     optim = Optim(
         (AdamW(1.5e-3, (0.9, 0.98), weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), 2048, clip=3.0
     )
@@ -65,11 +60,10 @@ class BEiT(Method):
         mask_ratio: Share = 0.4,
         early_layers: int | None = None,
     ) -> None:
-        super().__init__(embedding, run)
-        model = self.transformer = opened(embedding, "beit")
+        super().__init__(embedding, run, "beit", mask_ratio)
+        model = self.transformer
         generator = _made(target_generator)
         self.companions = (generator,)
-        self.mask_ratio = share(mask_ratio)
         self.mask_token = mask_token(model)
         self.head = BEiTV1Head(model.width, _vocabulary(generator), {"type": "CrossEntropyLoss"})
         self.head.init_weights()
@@ -89,7 +83,7 @@ class BEiT(Method):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        losses = torch.stack([self._of_view(view) for view in views]).mean(0)
+        losses = torch.stack([self.of_view(view) for view in views]).mean(0)
         if self.neck is None:
             return {"loss": losses[0]}
         return {
@@ -98,10 +92,10 @@ class BEiT(Method):
             "train_loss/class_token": losses[1].detach(),
         }
 
-    def _of_view(self, images: Tensor) -> Tensor:
+    def of_view(self, images: Tensor) -> Tensor:
         """The loss of version 1, or both of version 2, (1,) or (2,)."""
         grid, prefix = self.transformer.grid(images), self.transformer.prefix
-        mask = torch.stack(block_masks(grid, [self.mask_ratio] * len(images))).to(images.device)
+        mask = self.masks(images, grid)
         layers = self.transformer.layers(self.transformer.tokens(images, mask, self.mask_token), grid)
         targets, mask = self.targets(images, grid), mask.flatten(1)
         if self.neck is None:

@@ -7,9 +7,10 @@ from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
+from widefield.components.models.contrastive_models import follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Share, follow, momentum_copy, rising
+from widefield.pretraining.methods.base import Count, PairMethod, Run, Share, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, SecondView, Solarize, TransformArgs
 
@@ -22,7 +23,7 @@ ASYMMETRIC = TransformArgs(
 
 
 @METHODS.register_module("byol")
-class BYOL(Method):
+class BYOL(PairMethod):
     """Predicts what a slowly moving copy of the model says of the other view of the image.
 
     Grill et al., Bootstrap your own latent, https://arxiv.org/abs/2006.07733
@@ -35,8 +36,6 @@ class BYOL(Method):
 
     transforms = ASYMMETRIC
     optim = Optim((LARS(0.45, 0.9, 1e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
-    most_views = 2
-    takes_local_views = False
 
     def __init__(
         self,

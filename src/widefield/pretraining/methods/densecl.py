@@ -1,34 +1,23 @@
 """DenseCL."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import DenseCLProjectionHead
-from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import select_most_similar
 from torch import Tensor
 from torch.nn import functional as F
 
+from widefield.components.models.contrastive_models import compare_with_queue, follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import (
-    Count,
-    Method,
-    Run,
-    Share,
-    Temperature,
-    Weight,
-    follow,
-    momentum_copy,
-    persistent_queue,
-    queue_size,
-)
+from widefield.pretraining.methods.base import Count, Queue, Run, Weight
 from widefield.pretraining.methods.moco import MoCo
 
 
 @METHODS.register_module("densecl")
-class DenseCL(Method):
+class DenseCL(MoCo):
     """MoCo, and the same for every position of the map, whose partner is the most similar position of the other view.
 
     Wang et al., Dense contrastive learning for self-supervised visual pre-training, https://arxiv.org/abs/2011.09157
@@ -36,16 +25,9 @@ class DenseCL(Method):
     Args:
         embedding, run: See `Method`.
         hidden_dim, output_dim: Width of the two projection heads, and of what they make.
-        temperature: Of the similarities.
-        momentum: Of the moving copy.
         dense_weight: Share of the loss of positions.
-        queue_size: Images that are remembered; None: a power of two of at most half the images, at most 65536.
+        kwargs: Those of `MoCo`.
     """
-
-    transforms = MoCo.transforms
-    optim = MoCo.optim
-    most_views = 2
-    takes_local_views = False
 
     def __init__(
         self,
@@ -53,30 +35,18 @@ class DenseCL(Method):
         run: Run,
         hidden_dim: Count = 2048,
         output_dim: Count = 128,
-        temperature: Temperature = 0.2,
-        momentum: Share = 0.999,
         dense_weight: Weight = 0.5,
-        queue_size: Count | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(embedding, run)
-        self.momentum, self.temperature, self.dense_weight = momentum, temperature, dense_weight
-        self.head = DenseCLProjectionHead(run.embedding_dim, hidden_dim, output_dim)
+        super().__init__(embedding, run, hidden_dim, output_dim, **kwargs)
+        self.dense_weight = dense_weight
         self.dense_head = DenseCLProjectionHead(embedding.channels, hidden_dim, output_dim)
-        self.key_embedding = momentum_copy(embedding)
-        self.key_head, self.key_dense_head = momentum_copy(self.head), momentum_copy(self.dense_head)
-        size = _size(queue_size, run.dataset_size, 65536), output_dim
-        self.criterion = NTXentLoss(temperature, size, gather_distributed=True)
-        self.dense_queue = MemoryBankModule(size, gather_distributed=True)
-        persistent_queue(self.criterion.memory_bank)
-        persistent_queue(self.dense_queue)
+        self.key_dense_head = momentum_copy(self.dense_head)
+        self.dense_queue = Queue(len(self.criterion.memory_bank.bank), output_dim)
 
     def before_step(self, step: int) -> None:
-        pairs = [
-            (self.embedding, self.key_embedding),
-            (self.head, self.key_head),
-            (self.dense_head, self.key_dense_head),
-        ]
-        follow(pairs, self.momentum)
+        super().before_step(step)
+        follow([(self.dense_head, self.key_dense_head)], self.momentum)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         query, query_map, query_dense = _project(self.embedding, self.head, self.dense_head, views[0])
@@ -94,10 +64,8 @@ class DenseCL(Method):
     def _dense_loss(self, query: Tensor, partner: Tensor, keys: Tensor) -> Tensor:
         """Cross-entropy of every position (B, N, D) with its partner among means of other images, formula (2) of the paper."""
         query, partner = F.normalize(query, dim=-1), F.normalize(partner, dim=-1)
-        _, others = self.dense_queue(F.normalize(keys.mean(1), dim=-1), update=query.requires_grad)
-        positive = (query * partner).sum(-1, keepdim=True)
-        logits = torch.cat([positive, query @ others], dim=-1).flatten(0, 1) / self.temperature
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+        _, queue = self.dense_queue(F.normalize(keys.mean(1), dim=-1), update=query.requires_grad)
+        return self.criterion.loss(*compare_with_queue(query.flatten(0, 1), partner.flatten(0, 1), queue))
 
 
 def _project(
@@ -108,6 +76,3 @@ def _project(
     positions = embedding.maps(features).flatten(2).transpose(1, 2)
     projected = dense_head(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
     return head(embedding.pooled(features).flatten(1)), positions.detach(), projected
-
-
-_size = queue_size  # the argument has the same name

@@ -10,6 +10,7 @@ from lightly.models.modules.heads import DINOProjectionHead
 from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
+from widefield.components.models.contrastive_models import follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
@@ -20,9 +21,7 @@ from widefield.pretraining.methods.base import (
     Steps,
     Temperature,
     by_size,
-    follow,
     for_run,
-    momentum_copy,
     rising,
 )
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim

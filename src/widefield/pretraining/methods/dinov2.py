@@ -1,14 +1,14 @@
 """DINOv2."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
-from lightly.utils.scheduler import linear_warmup_schedule
+from lightly.utils.scheduler import cosine_schedule, linear_warmup_schedule
 from torch import Tensor, nn
 
+from widefield.components.models.contrastive_models import follow, joint, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
@@ -20,10 +20,7 @@ from widefield.pretraining.methods.base import (
     Temperature,
     Weight,
     by_size,
-    follow,
     for_run,
-    joint,
-    momentum_copy,
     rising,
 )
 from widefield.pretraining.methods.dino import output_dim_for, projection_head
@@ -177,8 +174,8 @@ class DINOv2(Method):
         return parameter_groups(self, weight_decay, scale, list(self.embedding.parameters()))
 
     def weight_decay(self, start: float, step: int) -> float:
-        share = (1 - math.cos(math.pi * min(step, self.run.steps) / max(self.run.steps, 1))) / 2
-        return start * (1 + (self.weight_decay_growth - 1) * share)
+        steps = self.run.steps
+        return cosine_schedule(min(step, steps), steps + 1, start, start * self.weight_decay_growth)
 
     def exported(self) -> EmbeddingModel:
         teacher: EmbeddingModel = self.teacher_embedding

@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightly.models.modules.memory_bank import MemoryBankModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from widefield.components.models.contrastive_models import joint
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import (
     Count,
     Method,
+    Queue,
     Run,
     Temperature,
     Weight,
-    joint,
-    persistent_queue,
-    queue_size,
+    queue_length,
 )
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
@@ -89,9 +88,7 @@ class Distillation(Method):
         for layer in (self.head, self.local_head):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        size = _size(queue_size, run.dataset_size, 8192)
-        self.queue = MemoryBankModule((size, dim), gather_distributed=True)
-        persistent_queue(self.queue)
+        self.queue = Queue(queue_length(queue_size, run.dataset_size, 8192), dim)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         images = torch.cat([_mixed(view) for view in views])
@@ -131,6 +128,3 @@ class Distillation(Method):
 def _mixed(images: Tensor) -> Tensor:
     share = torch.rand((), device=images.device)
     return share * images + (1 - share) * images[torch.randperm(len(images), device=images.device)]
-
-
-_size = queue_size  # the argument has the same name

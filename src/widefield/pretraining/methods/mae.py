@@ -1,25 +1,25 @@
 """Masked autoencoders."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from widefield.components.heads.mae_head import MAEPretrainHead
-from widefield.components.layers.position import Resolution, sincos_position_embedding
-from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
-from widefield.components.necks.mae_neck import MAEPretrainDecoder
+from widefield.components.heads.self_supervised_heads import MAEPretrainHead
+from widefield.components.layers.transformer_layers import Resolution, leave_out, sincos_position_embedding
+from widefield.components.losses.reconstruction_losses import PixelReconstructionLoss
+from widefield.components.necks.masked_necks import MAEPretrainDecoder
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Share
-from widefield.pretraining.methods.transformers import opened, share
+from widefield.pretraining.methods.base import Count, Run, Share
+from widefield.pretraining.methods.transformers import MaskedMethod
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
-from widefield.pretraining.transform_args import RandomResize, TransformArgs
+from widefield.pretraining.transform_args import RandomResize
 
 
 @METHODS.register_module("mae")
-class MAE(Method):
+class MAE(MaskedMethod):
     """Predicts the pixels of patches that the model did not see from those that it saw.
 
     He et al., Masked autoencoders are scalable vision learners, https://arxiv.org/abs/2111.06377: the mean squared difference over
@@ -35,13 +35,7 @@ class MAE(Method):
         ValueError: The model is something else.
     """
 
-    transforms = TransformArgs(
-        random_resize=RandomResize(0.2, 1.0),
-        color_jitter=None,
-        random_gray_scale=None,
-        gaussian_blur=None,
-        num_views=1,
-    )
+    transforms = replace(MaskedMethod.transforms, random_resize=RandomResize(0.2, 1.0))
     optim = Optim((AdamW(1.5e-4, (0.9, 0.95), weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)))
 
     def __init__(
@@ -54,33 +48,26 @@ class MAE(Method):
         decoder_depth: Count = 8,
         decoder_heads: Count = 16,
     ) -> None:
-        super().__init__(embedding, run)
-        model = self.transformer = opened(embedding, "mae")
+        super().__init__(embedding, run, "mae", mask_ratio)
+        model = self.transformer
         if model.needs_all_patches:
             raise ValueError(
                 f"{type(model.model).__name__} has biases of relative positions, so no patch can be left out; use a "
                 "VisionTransformer without, or method='beit'"
             )
-        self.mask_ratio = share(mask_ratio)
         self.decoder = Decoder(model.patch_size, model.channels, model.width, decoder_dim, decoder_depth, decoder_heads)
         self.head = MAEPretrainHead(PixelReconstructionLoss("L2"), norm_pix, model.patch_size, model.channels)
 
-    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        return {"loss": torch.stack([self._of_view(view) for view in views]).mean()}
-
-    def _of_view(self, images: Tensor) -> Tensor:
+    def of_view(self, images: Tensor) -> Tensor:
         grid, prefix = self.transformer.grid(images), self.transformer.prefix
         tokens = self.transformer.tokens(images)
-        patches = tokens[:, prefix:]
-        order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)
-        place = order.argsort(dim=1)
-        kept = max(1, round(patches.shape[1] * (1 - self.mask_ratio)))
-        seen = patches.gather(1, order[:, :kept, None].expand(-1, -1, patches.shape[2]))
+        kept = max(1, round(grid[0] * grid[1] * (1 - self.mask_ratio)))
+        seen, mask, place = leave_out(tokens[:, prefix:], kept)
         latent = self.transformer.layers(torch.cat([tokens[:, :prefix], seen], dim=1), None)[-1]
         visible = latent[:, prefix:]
         first = latent[:, :1] if self.transformer.has_class_token else visible.mean(1, keepdim=True)
         predicted = self.decoder.on(grid)(torch.cat([first, visible], dim=1), place)  # without registers
-        return self.head.loss(predicted, images, (place >= kept).to(predicted.dtype))
+        return self.head.loss(predicted, images, mask)
 
 
 class Decoder(MAEPretrainDecoder):

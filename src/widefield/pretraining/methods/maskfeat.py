@@ -1,22 +1,21 @@
 """MaskFeat."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from widefield.components.losses.pixel_reconstruction_loss import PixelReconstructionLoss
+from widefield.components.losses.reconstruction_losses import PixelReconstructionLoss
 from widefield.components.target_generators.hog_generator import HOGGenerator
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Method, Run
-from widefield.pretraining.methods.transformers import block_masks, mask_token, opened, share
+from widefield.pretraining.methods.base import Run
+from widefield.pretraining.methods.transformers import MaskedMethod, mask_token
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
-from widefield.pretraining.transform_args import RandomResize, TransformArgs
+from widefield.pretraining.transform_args import RandomResize
 
 
 @METHODS.register_module("maskfeat")
-class MaskFeat(Method):
+class MaskFeat(MaskedMethod):
     """Predicts histograms of oriented gradients of hidden patches.
 
     Wei et al., Masked feature prediction for self-supervised visual pre-training, https://arxiv.org/abs/2112.09133: the mean
@@ -33,36 +32,26 @@ class MaskFeat(Method):
         ValueError: The model is something else.
     """
 
-    transforms = TransformArgs(
-        random_resize=RandomResize(0.5, 1.0),
-        color_jitter=None,
-        random_gray_scale=None,
-        gaussian_blur=None,
-        num_views=1,
-    )
+    transforms = replace(MaskedMethod.transforms, random_resize=RandomResize(0.5, 1.0))
     optim = Optim((AdamW(2e-4, weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), clip=0.02)
 
     def __init__(
         self, embedding: EmbeddingModel, run: Run, mask_ratio: float = 0.4, nbins: int = 9, cell: int | None = None
     ) -> None:
-        super().__init__(embedding, run)
-        model = self.transformer = opened(embedding, "maskfeat")
+        super().__init__(embedding, run, "maskfeat", mask_ratio)
+        model = self.transformer
         side = model.patch_size
         pool = max(1, side // 2) if cell is None else cell
         self.companions = (HOGGenerator(nbins, pool, gaussian_window=side, patch_size=side),)
-        self.mask_ratio = share(mask_ratio)
         self.mask_token = mask_token(model)
         self.head = nn.Linear(model.width, model.channels * nbins * (side // pool) ** 2)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.criterion = PixelReconstructionLoss("L2")
 
-    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        return {"loss": torch.stack([self._of_view(view) for view in views]).mean()}
-
-    def _of_view(self, images: Tensor) -> Tensor:
+    def of_view(self, images: Tensor) -> Tensor:
         grid = self.transformer.grid(images)
-        mask = torch.stack(block_masks(grid, [self.mask_ratio] * len(images))).to(images.device)
+        mask = self.masks(images, grid)
         tokens = self.transformer.tokens(images, mask, self.mask_token)
         predicted = self.head(self.transformer.layers(tokens, grid)[-1][:, self.transformer.prefix :])
         targets = self.companions[0](images).to(predicted.dtype)

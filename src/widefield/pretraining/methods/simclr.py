@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 
 import torch
-from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor
+from torch.nn import functional as F
 
+from widefield.components.heads.self_supervised_heads import ContrastiveHead
+from widefield.components.models.contrastive_models import compare_in_batch
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Temperature
+from widefield.pretraining.methods.base import Count, PairMethod, Run, Temperature
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
 
 @METHODS.register_module("simclr")
-class SimCLR(Method):
+class SimCLR(PairMethod):
     """Tells two views of an image from the views of all other images of the batch.
 
     Chen et al., A simple framework for contrastive learning of visual representations, https://arxiv.org/abs/2002.05709
@@ -26,8 +28,6 @@ class SimCLR(Method):
     """
 
     optim = Optim((SGD(0.3, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01), LARS(0.3, 0.9, 1e-6)))
-    most_views = 2
-    takes_local_views = False
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(embedding, run)
         self.head = SimCLRProjectionHead(run.embedding_dim, hidden_dim, output_dim)
-        self.criterion = NTXentLoss(temperature, gather_distributed=True)
+        self.criterion = ContrastiveHead(temperature=temperature)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        first, second = self.head(self.embedding.vectors(torch.cat(list(views)))).chunk(2)
-        return {"loss": self.criterion(first, second)}
+        first, second = F.normalize(self.head(self.embedding.vectors(torch.cat(list(views))))).chunk(2)
+        return {"loss": self.criterion.loss(*compare_in_batch(first, second))}

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from widefield.components.backbones.beit_vit import BEiTViT
+from widefield.components.backbones.masked_transformers import BEiTViT
 from widefield.components.backbones.vision_transformer import VisionTransformer
-from widefield.components.layers.masking import replace_masked
-from widefield.components.layers.position import Resolution
+from widefield.components.layers.transformer_layers import Resolution, replace_masked
 from widefield.components.transforms.masks import BEiTMaskGenerator
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.methods.base import Method, Run
+from widefield.pretraining.transform_args import TransformArgs
 
 LEAST_BLOCK = 16
 """Patches of the smallest block that is masked, on grids that are large enough (Bao et al., 2021)."""
@@ -130,21 +132,11 @@ class OwnTransformer(Transformer):
         self.needs_all_patches = isinstance(model, BEiTViT)
 
     def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        patches, grid = self.model.patch_embed(images)
-        if mask is not None:
-            assert mask_token is not None
-            patches = replace_masked(patches, mask, mask_token)
-        tokens = self.model.add_positions(self.model.add_cls_token(patches), grid)
-        result: Tensor = self.model.pre_norm(self.model.drop_after_pos(tokens))
-        return result
+        tokens: Tensor = self.model.tokens(images, mask, mask_token)[0]
+        return tokens
 
     def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
-        biases = [None] * self.depth if grid is None else self.model.attention_biases(grid)
-        outs = []
-        for layer, bias in zip(self.model.layers, biases, strict=True):
-            tokens = layer(tokens, bias)
-            outs.append(tokens)
-        return [*outs[:-1], self.model.norm1(tokens)]
+        return list(self.model.layer_outputs(tokens, grid))
 
     def depth_of(self, name: str) -> int:
         depth: int = self.model.get_layer_depth(name)[0]
@@ -194,13 +186,6 @@ def mask_token(transformer: Transformer) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(weight.new_empty(1, 1, transformer.width), std=0.02))
 
 
-def share(mask_ratio: float) -> float:
-    """`mask_ratio`; ValueError unless it is above 0 and below 1."""
-    if not 0 < mask_ratio < 1:
-        raise ValueError(f"method_args.mask_ratio={mask_ratio} must be above 0 and below 1")
-    return mask_ratio
-
-
 def block_masks(grid: Resolution, shares: Sequence[float]) -> list[Tensor]:
     """For every share a mask (rows, columns), True in blocks that hold this share of the patches, but at least one patch."""
     masks = []
@@ -209,3 +194,36 @@ def block_masks(grid: Resolution, shares: Sequence[float]) -> list[Tensor]:
         least = min(LEAST_BLOCK, max(1, count // 4))
         masks.append(BEiTMaskGenerator(grid, count, least)().bool())
     return masks
+
+
+class MaskedMethod(Method):
+    """A method that hides patches of views from a vision transformer; a subclass writes `of_view`.
+
+    Args:
+        embedding, run: See `Method`.
+        name: Its name, for messages.
+        mask_ratio: Share of the patches that are hidden.
+
+    Raises:
+        ValueError: The model is something else, or the share is not above 0 and below 1.
+    """
+
+    transforms = TransformArgs(color_jitter=None, random_gray_scale=None, gaussian_blur=None, num_views=1)
+
+    def __init__(self, embedding: EmbeddingModel, run: Run, name: str, mask_ratio: float) -> None:
+        super().__init__(embedding, run)
+        self.transformer = opened(embedding, name)
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"method_args.mask_ratio={mask_ratio} must be above 0 and below 1")
+        self.mask_ratio = mask_ratio
+
+    def masks(self, images: Tensor, grid: Resolution) -> Tensor:
+        """Return masks (B, rows, columns) in blocks, True for hidden patches."""
+        return torch.stack(block_masks(grid, [self.mask_ratio] * len(images))).to(images.device)
+
+    def of_view(self, images: Tensor) -> Tensor:
+        """Return the loss of one view (B, C, H, W) of each image."""
+        raise NotImplementedError
+
+    def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        return {"loss": torch.stack([self.of_view(view) for view in views]).mean()}

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Weight
+from widefield.pretraining.methods.base import Count, PairMethod, Run, Weight
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, Solarize, TransformArgs
 
 
 @METHODS.register_module("vicreg")
-class VICReg(Method):
+class VICReg(PairMethod):
     """Brings the views of an image together while every number of the embedding keeps its variance and none repeats another.
 
     Bardes et al., VICReg: variance-invariance-covariance regularization, https://arxiv.org/abs/2105.04906
@@ -27,8 +27,6 @@ class VICReg(Method):
 
     transforms = TransformArgs(color_jitter=ColorJitter(0.8, 1.0, 0.4, 0.4, 0.2, 0.1), solarize=Solarize(0.1))
     optim = Optim((LARS(0.3, 0.9, 1e-6), SGD(0.05, 0.9, 1e-4), AdamW(1e-3, weight_decay=0.01)))
-    most_views = 2
-    takes_local_views = False
 
     def __init__(
         self,

@@ -1,0 +1,155 @@
+"""MobileNets and EfficientNet, with the layers and weights of torchvision."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torchvision import models
+
+from widefield.components.backbones.base_backbone import (
+    SequentialBackbone,
+    check_drop_path_rate,
+    check_frozen_stages,
+)
+from widefield.components.base_module import NormConfig
+from widefield.components.errors import WrongArgumentError
+from widefield.components.layers.described import build_norm_layer
+from widefield.registry import MODELS, suggestion
+
+_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
+"""Of the stages of MobileNetV2."""
+
+
+def _norm_layer(norm_cfg: NormConfig) -> Callable[[int], nn.Module]:
+    return lambda channels: build_norm_layer(norm_cfg, channels)[1]
+
+
+@MODELS.register_module()
+class MobileNetV2(SequentialBackbone):
+    """MobileNetV2: seven stages of inverted residuals and a last convolution.
+
+    Sandler et al., 2018, https://arxiv.org/abs/1801.04381. The layers are torchvision's, whose checkpoints load.
+
+    Args:
+        widen_factor: Multiplies the channels of every layer; of the last one only above 1.
+        out_indices: What is returned: maps of the stages (0 to 6) and of the last convolution (7).
+        frozen_stages: The stem (0) and this many stages do not train; -1 freezes nothing.
+        norm_cfg: Type and options of the norm layers.
+        kwargs: Those of `SequentialBackbone`.
+    """
+
+    def __init__(
+        self,
+        widen_factor: float = 1.0,
+        out_indices: int | Sequence[int] = (7,),
+        frozen_stages: int = -1,
+        norm_cfg: NormConfig = {"type": "BN"},  # noqa: B006  # read, never written
+        **kwargs: Any,
+    ) -> None:
+        if widen_factor <= 0:
+            raise WrongArgumentError(f"widen_factor={widen_factor} must be positive")
+        check_frozen_stages(frozen_stages, -1, len(_BLOCKS))
+
+        net = models.MobileNetV2(num_classes=1, width_mult=widen_factor, norm_layer=_norm_layer(norm_cfg))
+        ends = [1 + sum(_BLOCKS[: stage + 1]) for stage in range(len(_BLOCKS))]
+        frozen_layers = 0 if frozen_stages < 0 else [1, *ends][frozen_stages]
+        ends.append(len(net.features))
+        super().__init__(net.features, ends, out_indices, frozen_layers, **kwargs)
+        self.widen_factor = widen_factor
+        self.frozen_stages = frozen_stages
+
+
+_MOBILENETS = {
+    "small": (models.mobilenet_v3_small, 1.0),
+    "small_075": (models.mobilenet_v3_small, 0.75),
+    "small_050": (models.mobilenet_v3_small, 0.5),
+    "large": (models.mobilenet_v3_large, 1.0),
+}
+
+
+@MODELS.register_module()
+class MobileNetV3(SequentialBackbone):
+    """MobileNetV3: inverted residuals with squeeze-and-excitation and hard swish.
+
+    Howard et al., 2019, https://arxiv.org/abs/1905.02244. The layers are torchvision's, whose checkpoints load.
+
+    Args:
+        arch: The network; `small_075` and `small_050` have that share of the channels.
+        out_indices: What is returned: maps of the stem (0), of the blocks, and of the last convolution (12 of the small ones, 16 of
+            the large one), which is what None returns.
+        frozen_stages: The stem and this many blocks behind it do not train; -1 freezes nothing.
+        norm_cfg: Type and options of the norm layers.
+        kwargs: Those of `SequentialBackbone`.
+    """
+
+    def __init__(
+        self,
+        arch: Literal["small", "small_075", "small_050", "large"] = "small",
+        out_indices: int | Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_cfg: NormConfig = {"type": "BN", "eps": 0.001, "momentum": 0.01},  # noqa: B006  # read, never written
+        **kwargs: Any,
+    ) -> None:
+        if arch not in _MOBILENETS:
+            raise WrongArgumentError(f"arch={arch!r} is unknown; {suggestion(str(arch), _MOBILENETS)}")
+
+        make, width = _MOBILENETS[arch]
+        features = make(weights=None, num_classes=1, width_mult=width, norm_layer=_norm_layer(norm_cfg)).features
+        check_frozen_stages(frozen_stages, -1, len(features) - 1)
+        ends = range(1, len(features) + 1)
+        out_indices = -1 if out_indices is None else out_indices
+        super().__init__(features, ends, out_indices, frozen_stages + 1, **kwargs)
+        self.arch = arch
+        self.frozen_stages = frozen_stages
+
+
+_EFFICIENTNETS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
+_ENDS = (1, 2, 3, 4, 6, 8, 9)
+"""Layers of torchvision's up to the end of each stage: a stage ends where the resolution changes next."""
+
+
+@MODELS.register_module()
+class EfficientNet(SequentialBackbone):
+    """EfficientNet b0 to b7: a stem, five stages, and a last convolution.
+
+    Tan and Le, 2019, https://arxiv.org/abs/1905.11946. The layers are torchvision's, whose checkpoints load; they pad as PyTorch
+    does. `TimmBackbone` has those that pad as TensorFlow does (`tf_efficientnet_b0`), the edge networks and EfficientNetV2.
+
+    Args:
+        arch: The network.
+        drop_path_rate: Probability with which an image skips a block in training; it grows linearly towards this.
+        out_indices: What is returned: maps of the stem (0), of the stages (1 to 5: a half, a quarter, ... of the image's size) and
+            of the last convolution (6).
+        frozen_stages: How many of these seven, from the stem on, do not train.
+        norm_cfg: Type and options of the norm layers; None takes those that torchvision's checkpoint was trained with.
+        kwargs: Those of `SequentialBackbone`.
+    """
+
+    def __init__(
+        self,
+        arch: Literal["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7"] = "b0",
+        drop_path_rate: float = 0.0,
+        out_indices: int | Sequence[int] = (6,),
+        frozen_stages: int = 0,
+        norm_cfg: NormConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if arch not in _EFFICIENTNETS:
+            raise WrongArgumentError(
+                f"arch={arch!r} is not one of {', '.join(_EFFICIENTNETS)}; TimmBackbone has other EfficientNets, "
+                "such as tf_efficientnet_b8, efficientnet_es and tf_efficientnetv2_s"
+            )
+        check_drop_path_rate(drop_path_rate)
+        check_frozen_stages(frozen_stages, 0, len(_ENDS))
+        options: dict[str, Any] = {}
+        if norm_cfg is not None:
+            options["norm_layer"] = _norm_layer(norm_cfg)
+        net: nn.Module = models.get_model(
+            f"efficientnet_{arch}", weights=None, num_classes=1, stochastic_depth_prob=drop_path_rate, **options
+        )
+        features = net.get_submodule("features")
+        assert isinstance(features, nn.Sequential)
+        frozen_layers = [0, *_ENDS][frozen_stages]
+        super().__init__(features, _ENDS, out_indices, frozen_layers, **kwargs)
+        self.arch = arch
+        self.frozen_stages = frozen_stages

@@ -1,0 +1,156 @@
+"""Necks that pool and project features."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from widefield.components.base_module import BaseModule, InitConfig, NormConfig
+from widefield.components.errors import WrongArgumentError
+from widefield.components.layers.described import ActivationConfig, build_activation_layer, build_norm_layer
+from widefield.registry import MODELS
+
+
+def last_features(inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """The features of the last stage: the last of several, or the tensor itself.
+
+    Raises:
+        TypeError: The inputs are neither tensors nor a tensor.
+    """
+    last = inputs[-1] if isinstance(inputs, (tuple, list)) and inputs else inputs
+    if not isinstance(last, Tensor):
+        raise TypeError(f"the inputs of a neck are a tuple of tensors or a tensor, not {type(inputs).__name__}")
+    return last
+
+
+@MODELS.register_module(replaceable=True)
+class GlobalAveragePooling(BaseModule):
+    """The average of each channel over all positions.
+
+    Args:
+        dim: Axes of position: 1, 2 or 3.
+    """
+
+    component_kind = "neck"
+
+    def __init__(self, dim: Literal[1, 2, 3] = 2) -> None:
+        super().__init__()
+        if dim not in (1, 2, 3):
+            raise WrongArgumentError(f"dim={dim} is not one of 1, 2, 3")
+        self.dim = dim
+
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """Of a map (N, C, ...) its averages (N, C); of a tuple of maps a tuple."""
+        if isinstance(inputs, tuple):
+            return tuple(self._pool(one) for one in inputs)
+        if isinstance(inputs, Tensor):
+            return self._pool(inputs)
+        raise TypeError(f"the inputs of a neck are a tuple of tensors or a tensor, not a {type(inputs).__name__}")
+
+    def _pool(self, one: Tensor) -> Tensor:
+        if one.ndim != self.dim + 2:
+            raise ValueError(f"a map has the shape {tuple(one.shape)}; with dim={self.dim} it has {self.dim + 2} axes")
+        return one.flatten(2).mean(2)
+
+
+@MODELS.register_module()
+class LinearNeck(BaseModule):
+    """A linear layer, a norm and an activation, of the features of the last stage.
+
+    Args:
+        in_channels: Channels of the features.
+        out_channels: Channels of the result.
+        gap_dim: Axes of position, 1, 2 or 3, that are averaged first; 0 averages nothing.
+        norm_cfg: Type and options of the norm layer; None for none.
+        act_cfg: Type and options of the activation; None for none.
+        init_cfg: See `BaseModule`.
+    """
+
+    component_kind = "neck"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        gap_dim: Literal[0, 1, 2, 3] = 0,
+        norm_cfg: NormConfig | None = {"type": "BN1d"},  # noqa: B006  # read, never written
+        act_cfg: ActivationConfig = None,
+        init_cfg: InitConfig = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if gap_dim not in (0, 1, 2, 3):
+            raise WrongArgumentError(f"gap_dim={gap_dim} is not one of 0, 1, 2, 3")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.gap = GlobalAveragePooling(gap_dim) if gap_dim else nn.Identity()
+        self.fc = nn.Linear(in_channels, out_channels)
+        self.norm = nn.Identity() if norm_cfg is None else build_norm_layer(norm_cfg, out_channels)[1]
+        self.act = build_activation_layer(act_cfg)
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor]:
+        """Of features (..., in_channels), or with `gap_dim` of maps (N, in_channels, ...), a tuple with (..., out_channels).
+
+        A norm of batches sees each token of (B, L, in_channels) as one more vector.
+        """
+        x = self.fc(self.gap(last_features(inputs)))
+        return (self.act(self.norm(x.flatten(0, -2)).view(x.shape)),)
+
+
+@MODELS.register_module()
+class NonLinearNeck(BaseModule):
+    """The projection of contrastive learning: linear layers with norms, and ReLU between them, fc-bn-[relu-fc-bn]*.
+
+    Chen et al., 2020 (SimCLR), https://arxiv.org/abs/2002.05709.
+
+    Args:
+        in_channels: Channels of the features.
+        hid_channels: Channels between the layers.
+        out_channels: Channels of the result.
+        num_layers: Linear layers.
+        with_bias: Whether all but the last have a bias.
+        with_last_bn: Whether a norm follows the last.
+        with_last_bn_affine: Whether that norm has weights.
+        with_last_bias: Whether the last has a bias.
+        with_avg_pool: Average maps over their positions first.
+        norm_cfg: Type and options of the norm layers. By default they are synchronised, for the statistics of one process tell
+            which images make a pair; torch does that on GPUs alone, so several processes on CPUs need BN1d.
+        init_cfg: See `BaseModule`.
+    """
+
+    component_kind = "neck"
+
+    def __init__(
+        self,
+        in_channels: int,
+        hid_channels: int,
+        out_channels: int,
+        num_layers: int = 2,
+        with_bias: bool = False,
+        with_last_bn: bool = True,
+        with_last_bn_affine: bool = True,
+        with_last_bias: bool = False,
+        with_avg_pool: bool = True,
+        norm_cfg: NormConfig = {"type": "SyncBN"},  # noqa: B006  # read, never written
+        init_cfg: InitConfig = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if num_layers < 1:
+            raise WrongArgumentError(f"num_layers={num_layers} must be positive")
+        self.avgpool = GlobalAveragePooling() if with_avg_pool else None
+        channels = [in_channels, *[hid_channels] * (num_layers - 1), out_channels]
+        self.layers = nn.Sequential()
+        for k in range(num_layers):
+            is_last = k == num_layers - 1
+            if k:
+                self.layers.append(nn.ReLU())
+            self.layers.append(nn.Linear(channels[k], channels[k + 1], with_last_bias if is_last else with_bias))
+            if not is_last:
+                self.layers.append(build_norm_layer(norm_cfg, channels[k + 1])[1])
+            elif with_last_bn:
+                last_cfg = norm_cfg if with_last_bn_affine else {**norm_cfg, "affine": False}
+                self.layers.append(build_norm_layer(last_cfg, out_channels)[1])
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor]:
+        """Of maps (N, in_channels, H, W), or without the pooling of vectors (N, in_channels), a tuple with (N, out_channels)."""
+        x = last_features(inputs)
+        return (self.layers(x if self.avgpool is None else self.avgpool(x)),)
