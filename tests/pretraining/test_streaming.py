@@ -13,7 +13,7 @@ from tests.pretraining.tiny import SMALL, TinyWrapper, exported, train, write_im
 from widefield import UnsupportedOpError
 from widefield.pretraining import METHODS, EmbeddingModel, Run, wrap
 from widefield.pretraining.embedding import StreamingArgs
-from widefield.pretraining.known_models import PartsInARow
+from widefield.pretraining.wrapping import PartsInARow
 
 
 class WithToken(TinyWrapper):

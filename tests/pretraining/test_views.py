@@ -13,8 +13,8 @@ from skimage import data
 from torchvision.transforms.v2 import functional as F
 
 from widefield.pretraining import METHODS
+from widefield.pretraining.changes import blur, shift_hue
 from widefield.pretraining.optimizers import SGD
-from widefield.pretraining.pixel_ops import blur, shift_hue
 from widefield.pretraining.settings import Errors, updated
 from widefield.pretraining.transform_args import (
     ChannelDrop,

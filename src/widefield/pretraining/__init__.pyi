@@ -1,10 +1,10 @@
+from widefield.pretraining.checkpoint import export as export
 from widefield.pretraining.embed_images import embed as embed
 from widefield.pretraining.embedding import EmbeddingModel as EmbeddingModel
-from widefield.pretraining.exporting import export as export
 from widefield.pretraining.methods import METHODS as METHODS
 from widefield.pretraining.methods.base import Method as Method
 from widefield.pretraining.methods.base import Run as Run
 from widefield.pretraining.training import pretrain as pretrain
 from widefield.pretraining.training import train as train
-from widefield.pretraining.wrapper import ModelWrapper as ModelWrapper
+from widefield.pretraining.wrapping import ModelWrapper as ModelWrapper
 from widefield.pretraining.wrapping import wrap as wrap

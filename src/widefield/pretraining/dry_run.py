@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.wrapping import evaluating
 
 BATCH = 2
 ENOUGH = 256
@@ -26,21 +27,15 @@ def dry_run(embedding: EmbeddingModel, channels: int, sizes: Sequence[tuple[int,
     """
     wrapper: Any = embedding.wrapped_model
     _check_model(wrapper)
-    modes = [(part, part.training) for part in embedding.modules()]
-    embedding.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            numbers: dict[tuple[int, int], int] = {}
-            for size in dict.fromkeys(sizes):
-                small = tuple(min(n, ENOUGH) for n in size)
-                pooled = _run(embedding, channels, small)  # type: ignore[arg-type]
-                if small != size and pooled.shape[2:] != (1, 1):
-                    pooled = _run(embedding, channels, size)
-                numbers[size] = pooled[0].numel()
-                _check_gradients(wrapper, pooled)
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    numbers: dict[tuple[int, int], int] = {}
+    with evaluating(embedding), torch.random.fork_rng(devices=[]):
+        for size in dict.fromkeys(sizes):
+            small = tuple(min(n, ENOUGH) for n in size)
+            pooled = _run(embedding, channels, small)  # type: ignore[arg-type]
+            if small != size and pooled.shape[2:] != (1, 1):
+                pooled = _run(embedding, channels, size)
+            numbers[size] = pooled[0].numel()
+            _check_gradients(wrapper, pooled)
     if len(set(numbers.values())) > 1:
         counts = ", ".join(f"{count} of a view of {h} x {w}" for (h, w), count in numbers.items())
         raise ValueError(

@@ -29,16 +29,7 @@ class StreamingArgs:
 
     def stream(self, module: nn.Module) -> StreamingCNN:
         """`module`, streamed."""
-        return StreamingCNN(
-            module,
-            self.tile_size,
-            memory_budget=self.memory_budget,
-            batch_statistics=self.batch_statistics,
-            maps=self.maps,
-            scratch_dir=self.scratch_dir,
-            unsupported=self.unsupported,
-            verify=self.verify,
-        )
+        return StreamingCNN(module, **vars(self))
 
 
 class FeaturesOf(nn.Module):

@@ -1,5 +1,6 @@
 """What tells the user that a run works: the quality of embeddings while it trains, its views, a page at the end."""
 
+import io
 import json
 import logging
 import math
@@ -10,22 +11,55 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
-from widefield.pretraining.dataset import BadImage, Index, ViewDataset, seeded
+from widefield.pretraining.dataset import BadImage, Index, Pictures, ViewDataset, normalized, seeded
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.out import OutFolder
-from widefield.pretraining.pictures import Pictures, normalized
 from widefield.pretraining.quality import effective_rank, knn_accuracy, nearest, spread
-from widefield.pretraining.sheet import decoded, sheet
 from widefield.pretraining.source import Files
-from widefield.pretraining.views import whole_image
+from widefield.pretraining.views import to_unit, whole_image
+from widefield.pretraining.wrapping import evaluating
 from widefield.registry import Range
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
+CELL, GAP = 112, 4
+"""Longest side of a picture, and the space between two, in pixels."""
+
+
+def sheet(rows: Sequence[Sequence[Tensor]]) -> bytes:
+    """A PNG of rows of pictures (C, H, W), uint8 or floats from 0 to 1: their first three channels, or the first one as grey."""
+    step = CELL + GAP
+    canvas = np.full((step * len(rows) + GAP, step * max(map(len, rows)) + GAP, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            small = _small(picture)
+            top, left = GAP + y * step, GAP + x * step
+            canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decoded(png: bytes) -> np.ndarray:
+    """uint8 (height, width, 3) of a PNG of colours."""
+    return np.array(Image.open(io.BytesIO(png)))
+
+
+def _small(picture: Tensor) -> np.ndarray:
+    """uint8 (height, width, 3) of at most a cell."""
+    shown = to_unit(picture[:3] if len(picture) >= 3 else picture[:1], None).expand(3, -1, -1)
+    scale = CELL / max(shown.shape[1:])
+    size = [max(1, round(side * scale)) for side in shown.shape[1:]]
+    resized = F.resize(shown, size, antialias=True).clamp(0, 1) * 255
+    return resized.round().to(torch.uint8).permute(1, 2, 0).numpy()
+
 
 LONGEST, BATCH = 256, 32
 """Longest side of the pictures in pixels, and how many go through the model together."""
@@ -131,14 +165,18 @@ class Quality(Callback):
         if self.sample is None:
             return None
         embedding = pl_module.method.exported()
-        modes = [(part, part.training) for part in embedding.modules()]
         device = pl_module.device
         cuda = [device] if device.type == "cuda" else []
         pictures = self.sample.pictures
         found = []
         try:
-            with torch.no_grad(), torch.random.fork_rng(cuda), seeded(0, 0), trainer.precision_plugin.forward_context():
-                embedding.eval()
+            with (
+                evaluating(embedding),
+                torch.no_grad(),
+                torch.random.fork_rng(cuda),
+                seeded(0, 0),
+                trainer.precision_plugin.forward_context(),
+            ):
                 for start in range(0, len(pictures), BATCH):
                     images = normalized(pictures[start : start + BATCH], pl_module.recipe.transforms.normalize, device)
                     vectors = embedding.vectors(trainer.precision_plugin.convert_input(images))
@@ -148,9 +186,6 @@ class Quality(Callback):
             _log.warning("quality is not measured, because the model cannot embed pictures of %s: %s", shape, error)
             self.sample = None
             return None
-        finally:
-            for part, mode in modes:
-                part.training = mode
         return torch.cat(found)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:

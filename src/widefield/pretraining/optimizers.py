@@ -14,46 +14,56 @@ from widefield.pretraining.settings import Checked, NotNegative
 
 
 @dataclass(frozen=True)
-class SGD(Checked):
+class _Optimizer(Checked):
+    """The arguments of an optimizer."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Any]
+    takes_fused: ClassVar[bool] = True
+
+    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """Return the optimizer of parameter groups, with the learning rate `lr`.
+
+        `fused` updates each weight in one pass, where there is such an update.
+        """
+        options = {**asdict(self), "lr": lr, **({"fused": fused or None} if self.takes_fused else {})}
+        optimizer: torch.optim.Optimizer = self.kind(groups, **options)
+        return optimizer
+
+
+@dataclass(frozen=True)
+class SGD(_Optimizer):
     """Stochastic gradient descent with momentum."""
 
-    name: ClassVar[str] = "sgd"
+    name = "sgd"
+    kind = torch.optim.SGD
     lr: NotNegative = 0.1
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-4
 
-    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
-        return torch.optim.SGD(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
-
 
 @dataclass(frozen=True)
-class AdamW(Checked):
+class AdamW(_Optimizer):
     """Adam with decoupled weight decay."""
 
-    name: ClassVar[str] = "adamw"
+    name = "adamw"
+    kind = torch.optim.AdamW
     lr: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: NotNegative = 1e-8
     weight_decay: NotNegative = 0.01
 
-    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` updates each weight in one pass."""
-        return torch.optim.AdamW(groups, **{**asdict(self), "lr": lr}, fused=fused or None)
-
 
 @dataclass(frozen=True)
-class LARS(Checked):
+class LARS(_Optimizer):
     """SGD whose steps are scaled layer by layer (You et al., https://arxiv.org/abs/1708.03888), for large batches."""
 
-    name: ClassVar[str] = "lars"
+    name = "lars"
+    kind = LightlyLARS
+    takes_fused = False
     lr: NotNegative = 0.2
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-6
-
-    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
-        """Return the optimizer of parameter groups, with the learning rate `lr`; `fused` counts for nothing here."""
-        return LightlyLARS(groups, **{**asdict(self), "lr": lr})
 
 
 OptimArgs = SGD | AdamW | LARS

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 try:
@@ -16,56 +15,33 @@ except ImportError:  # not on Windows
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class OutFolder:
-    """The folder of a run."""
+    """The folder of a run.
 
-    path: Path
+    Attributes:
+        path: The folder.
+        checkpoints: Where checkpoints lie.
+        last: The latest checkpoint.
+        exported: The weights of the model as they were exported last.
+        metrics: What was logged, a JSON object per line.
+        log: What was said.
+        config: The arguments of the run.
+        bad_images: Images that could not be read; only there if there are any.
+        views: A picture of views as they are drawn for training.
+        report: A page on the run.
+    """
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
-        return self.path / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        """The latest checkpoint."""
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def exported(self) -> Path:
-        """The weights of the model as they were exported last."""
-        return self.path / "exported_models" / "exported_last.pt"
-
-    @property
-    def metrics(self) -> Path:
-        """What was logged, a JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """What was said."""
-        return self.path / "train.log"
-
-    @property
-    def config(self) -> Path:
-        """The arguments of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def bad_images(self) -> Path:
-        """Images that could not be read; only there if there are any."""
-        return self.path / "bad_images.csv"
-
-    @property
-    def views(self) -> Path:
-        """A picture of views as they are drawn for training."""
-        return self.path / "augmented_views.png"
-
-    @property
-    def report(self) -> Path:
-        """A page on the run."""
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.exported = path / "exported_models" / "exported_last.pt"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.config = path / "config.yaml"
+        self.bad_images = path / "bad_images.csv"
+        self.views = path / "augmented_views.png"
+        self.report = path / "report.html"
 
     def check(self, overwrite: bool, resume: bool) -> None:
         """Raises ValueError if the folder cannot be used for the run; changes nothing."""

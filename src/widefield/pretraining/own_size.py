@@ -11,7 +11,7 @@ from torch import Tensor
 
 from widefield.images import ImageReadError
 from widefield.pretraining.checkpoint import Checkpoint
-from widefield.pretraining.pictures import normalized
+from widefield.pretraining.dataset import normalized
 from widefield.pretraining.pixels import open_lazily, read_pixels, with_channels
 from widefield.pretraining.source import Files, ImageSource, reading
 from widefield.pretraining.transform_args import Normalize

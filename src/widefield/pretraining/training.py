@@ -28,8 +28,8 @@ from widefield.images import ImageReadError
 from widefield.models.weights import read_torch_file
 from widefield.modules import AtomicCheckpointIO, NotFiniteError
 from widefield.pretraining.arguments import Settings, parse
-from widefield.pretraining.callbacks import Export, StopAfter, make_callbacks
-from widefield.pretraining.checkpoint import named_model
+from widefield.pretraining.callbacks import TERMINATED, Export, StopAfter, leave_signals, make_callbacks
+from widefield.pretraining.checkpoint import Checkpoint, named_model
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel
@@ -40,7 +40,6 @@ from widefield.pretraining.module import KEY, Pretraining, Recipe
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.resuming import Resumed, settings_of
 from widefield.pretraining.source import make_source
-from widefield.pretraining.stopping import TERMINATED, leave_signals
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
 from widefield.pretraining.wrapping import to_training_mode, wrap
@@ -210,19 +209,19 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     loader_args = {"num_workers": settings.num_workers, **defaults, **loader_args}
     _check_loader(dataset, loader_args)
     recipe = Recipe(
-        given.method,
-        settings.transforms,
-        settings.optim,
-        settings.method.optim.scaled(settings.optim.lr, optimized),
-        round(min(10 / max(settings.epochs, 1), 0.1) * steps),  # of what max_steps leaves
-        steps,
-        given.seed,
-        batch_size,
-        loader_args,
-        named_model(given.model, given.model_args),
+        method=given.method,
+        transforms=settings.transforms,
+        optim=settings.optim,
+        lr=settings.method.optim.scaled(settings.optim.lr, optimized),
+        warmup_steps=round(min(10 / max(settings.epochs, 1), 0.1) * steps),  # of what max_steps leaves
+        steps=steps,
+        seed=given.seed,
+        batch_size=batch_size,
+        loader_args=loader_args,
+        named_model=named_model(given.model, given.model_args),
         # torch does not choose it itself on a CPU; Lightning could not clip gradients then in mixed precision
-        on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision),
-        settings_of(settings, batch_size, len(dataset)),
+        fused=on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision),
+        settings=settings_of(settings, batch_size, len(dataset)),
     )
     module = Pretraining(method, recipe, dataset)
     module.configure_optimizers()  # raises ValueError for what an optimizer does not take
@@ -373,11 +372,8 @@ def load_checkpoint(wrapper: Any, path: Path) -> None:
     content = read_torch_file(path)
     target = wrapper.get_model()
     if isinstance(content, dict) and KEY in content:
-        prefix = content[KEY]["wrapped_model"]
         target = wrapper
-        content = {
-            key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
-        }
+        content = Checkpoint(path, content[KEY], content["state_dict"]).weights("wrapped_model")
     try:
         target.load_state_dict(content)
     except (RuntimeError, TypeError) as error:

@@ -1,25 +1,154 @@
-"""From whatever the user calls a model to a wrapper."""
+"""Wrappers: their contract, those of models that are known, and which of them a model gets."""
 
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import densenet, mnasnet, regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
 
 from widefield.components import BaseModule
-from widefield.pretraining.known_models import (
-    Backbone,
-    DenseNetLike,
-    KnownModel,
-    PartsInARow,
-    ResNetLike,
-    Timm,
-    channels_of_maps,
-)
-from widefield.pretraining.wrapper import ModelWrapper, is_wrapper, missing_methods
 from widefield.registry import MODELS, near_names
+
+
+class KnownModel(nn.Module):
+    """A wrapper whose maps are averaged over all positions, or whose class token stands for the image."""
+
+    def __init__(self, model: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self._model = model
+        self._feature_dim = feature_dim
+
+    def get_model(self) -> nn.Module:
+        return self._model
+
+    def forward_features(self, x: Tensor) -> dict[str, Any]:
+        """{"features": (B, C, H, W)} of images (B, channels, height, width)."""
+        return {"features": self.maps(x)}
+
+    def forward_pool(self, x: dict[str, Any]) -> dict[str, Any]:
+        """{"pooled_features": (B, C, 1, 1)}"""
+        token = x.get("cls_token")
+        pooled = x["features"].mean((2, 3), keepdim=True) if token is None else token[:, :, None, None]
+        return {"pooled_features": pooled}
+
+    def feature_dim(self) -> int:
+        return self._feature_dim
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The last map (B, C, H, W)."""
+        raise NotImplementedError
+
+
+RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+class PartsInARow(KnownModel):
+    """A model whose parts of the names `parts`, one after the other, make its last map."""
+
+    def __init__(self, model: nn.Module, feature_dim: int, parts: tuple[str, ...]) -> None:
+        super().__init__(model, feature_dim)
+        self._parts = parts
+
+    def maps(self, x: Tensor) -> Tensor:
+        for part in self._parts:
+            x = getattr(self._model, part)(x)
+        return x
+
+
+class DenseNetLike(PartsInARow):
+    """torchvision's DenseNet, whose last ReLU is no part of it."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        return super().maps(x).relu()
+
+
+class Timm(KnownModel):
+    """A timm model: maps are brought to (B, C, H, W), class tokens stand beside them as "cls_token" (B, C)."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)["features"]  # type: ignore[no-any-return]
+
+    def forward_features(self, x: Tensor) -> dict[str, Any]:
+        out: Tensor = self._model.forward_features(x)  # type: ignore[operator]
+        if out.ndim == 3:
+            return self._from_tokens(out, x)
+        last = getattr(self._model, "output_fmt", "NCHW") == "NHWC" or (
+            out.shape[1] != self._feature_dim and out.shape[-1] == self._feature_dim
+        )
+        return {"features": out.permute(0, 3, 1, 2) if last else out}
+
+    def _from_tokens(self, tokens: Tensor, x: Tensor) -> dict[str, Any]:
+        prefix = int(getattr(self._model, "num_prefix_tokens", 0))
+        patches = tokens[:, prefix:]
+        height, width = x.shape[-2:]
+        rows = max(1, round(math.sqrt(patches.shape[1] * height / width)))
+        maps = patches.transpose(1, 2).reshape(len(x), -1, rows, patches.shape[1] // rows)
+        has_class = prefix > 0 and getattr(self._model, "cls_token", None) is not None
+        return {"features": maps, **({"cls_token": tokens[:, 0]} if has_class else {})}
+
+
+class Backbone(KnownModel):
+    """A backbone of `widefield.components`: its last map."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        out = self._model(x)
+        return out[-1] if isinstance(out, tuple) else out
+
+
+def channels_of_maps(wrapper: KnownModel, in_channels: int, side: int = 64) -> int:
+    """Channels of the maps that `wrapper` makes, asked of the model itself; nothing of it changes."""
+    device = next((p.device for p in wrapper.parameters()), torch.device("cpu"))
+    with evaluating(wrapper), torch.no_grad():
+        return wrapper.maps(torch.zeros(1, in_channels, side, side, device=device)).shape[1]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its parts back into its own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+METHODS_OF_A_WRAPPER = ("get_model", "forward_features", "forward_pool", "feature_dim")
+
+
+@runtime_checkable
+class ModelWrapper(Protocol):
+    """What `widefield.train` asks of a model, beside being a `torch.nn.Module`."""
+
+    def get_model(self) -> nn.Module:
+        """The model whose weights are exported."""
+
+    def forward_features(self, x: Tensor) -> dict[str, Any]:
+        """Features of images (B, C, H_in, W_in): a dict with "features" (B, feature_dim, H_out, W_out), and whatever else
+        `forward_pool` needs.
+        """
+
+    def forward_pool(self, x: dict[str, Any]) -> dict[str, Any]:
+        """Pools the whole dict of `forward_features`: a dict with "pooled_features" (B, feature_dim, H_out, W_out)."""
+
+    def feature_dim(self) -> int:
+        """Channels of "features" and of "pooled_features"."""
+
+
+def missing_methods(model: object) -> list[str]:
+    """The methods of a wrapper that `model` lacks."""
+    return [name for name in METHODS_OF_A_WRAPPER if not callable(getattr(model, name, None))]
+
+
+def is_wrapper(model: object) -> bool:
+    """Whether `model` can be pretrained as it is."""
+    return isinstance(model, nn.Module) and isinstance(model, ModelWrapper)
+
 
 Wrapped = Any
 """A `torch.nn.Module` that is a `ModelWrapper`, which Python's types cannot say."""
@@ -90,8 +219,8 @@ def _known(model: nn.Module) -> KnownModel | None:
         return Timm(model, int(model.num_features))  # type: ignore[arg-type]
     if isinstance(model, BaseModule) and getattr(model, "component_kind", "") == "backbone":
         return _measured(model, Backbone(model, 0))
-    if isinstance(model, resnet.ResNet) or all(hasattr(model, part) for part in ResNetLike.PARTS):
-        return _measured(model, ResNetLike(model, 0))
+    if isinstance(model, resnet.ResNet) or all(hasattr(model, part) for part in RESNET_PARTS):
+        return _measured(model, PartsInARow(model, 0, RESNET_PARTS))
     if isinstance(model, vision_transformer.VisionTransformer):
         return None  # torchvision's takes one image size only; timm's takes all
     if isinstance(model, densenet.DenseNet):
