@@ -14,3 +14,7 @@ class MissingExtraError(WidefieldError, ImportError):
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         super().__init__(f"{feature} needs {package}, which is not installed; run: pip install 'widefield[{extra}]'")
+
+
+class WrongArgumentError(WidefieldError, ValueError, AssertionError):
+    """An argument has a value that the component cannot work with. Also an AssertionError, which users of MMPretrain expect."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 from widefield.registry import Registry, suggestion
 
 _log = logging.getLogger(__name__)

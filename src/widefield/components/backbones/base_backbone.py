@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield.components.base_module import BaseModule, InitConfig
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 from widefield.registry import suggestion
 from widefield.streaming import StreamingCNN
 

@@ -16,7 +16,7 @@ from widefield.components.backbones.base_backbone import (
     parse_out_indices,
 )
 from widefield.components.base_module import InitConfig
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
 _STAGES = 4

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.backbones.vision_transformer import OutType, VisionTransformer, new_tokens
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.transformer_layers import (
     QKVBias,
     RelativePositionBias,
@@ -15,6 +14,7 @@ from widefield.components.layers.transformer_layers import (
     leave_out,
     sincos_position_embedding,
 )
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

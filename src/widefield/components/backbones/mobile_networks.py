@@ -12,8 +12,8 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
 )
 from widefield.components.base_module import NormConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import build_norm_layer
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
 _BLOCKS = (1, 2, 3, 4, 3, 3, 1)

@@ -15,8 +15,8 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
 )
 from widefield.components.base_module import ConvConfig, InitConfig, NormConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import build_conv_layer, build_norm_layer
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, Range
 
 Style = Literal["pytorch", "caffe"]

@@ -14,7 +14,6 @@ from widefield.components.backbones.base_backbone import (
     parse_out_indices,
 )
 from widefield.components.base_module import InitConfig, NormConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import build_norm_layer
 from widefield.components.layers.transformer_layers import (
     PatchEmbed,
@@ -24,6 +23,7 @@ from widefield.components.layers.transformer_layers import (
     replace_masked,
     resize_position_embedding,
 )
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
 OutType = Literal["cls_token", "raw", "featmap", "avg_featmap"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from widefield.components.base_module import InitConfig, LossConfig, LossHead
 from widefield.components.data_sample import DataSample
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import ActivationConfig, build_activation_layer
 from widefield.components.metrics.classification_metrics import Accuracy, as_topk
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 Features = Tensor | Sequence[Tensor]

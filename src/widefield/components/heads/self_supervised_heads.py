@@ -7,7 +7,7 @@ from lightly.models.utils import normalize_mean_var, patchify, unpatchify
 from torch import Tensor, nn
 
 from widefield.components.base_module import InitConfig, LossConfig, LossHead, NeckConfig
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import build_norm_layer
+from widefield.errors import WrongArgumentError
 
 Resolution = tuple[int, int]
 """Rows and columns of tokens."""

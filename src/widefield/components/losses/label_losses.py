@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.losses.reduction import WeightedLoss
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 _MODES = ("original", "classy_vision", "multi_label")

@@ -5,9 +5,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.losses.label_losses import label_scores
 from widefield.components.losses.reduction import WeightedLoss, masked_mean
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

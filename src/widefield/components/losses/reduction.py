@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 
 Reduction = Literal["none", "mean", "sum"]
 

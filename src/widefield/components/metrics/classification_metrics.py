@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.metrics import METRICS
+from widefield.errors import WrongArgumentError
 
 Average = Literal["macro", "micro"] | None
 Thresholds = float | None | Sequence[float | None]

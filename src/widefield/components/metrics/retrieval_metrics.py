@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.metrics import METRICS
 from widefield.components.metrics.classification_metrics import MeanMetric, as_topk
+from widefield.errors import WrongArgumentError
 
 
 class RankingMetric(MeanMetric):

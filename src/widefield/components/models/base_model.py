@@ -10,8 +10,8 @@ from torch import Tensor
 
 from widefield.components.base_module import BaseModule, InitConfig
 from widefield.components.data_sample import DataSample
-from widefield.components.errors import WrongArgumentError
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from widefield.components.base_module import BackboneConfig, HeadConfig, NeckConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
 
 TargetGeneratorConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "target_generator")]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 
 
 def streams(backbone: nn.Module) -> bool:

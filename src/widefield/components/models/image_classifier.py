@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from widefield.components.base_module import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.data_sample import DataSample
-from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import backbone_features, neck_features, streams
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 Stage = Literal["backbone", "neck", "pre_logits"]

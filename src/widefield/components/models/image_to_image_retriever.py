@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 
 from widefield.components.base_module import HeadConfig
 from widefield.components.data_sample import DataSample
-from widefield.components.errors import WrongArgumentError
 from widefield.components.models.base_model import BaseModel, as_sample, split_batch
 from widefield.components.models.features import backbone_features, neck_features, streams
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.config import check_description
 from widefield.data.datasets import as_batch
+from widefield.errors import WrongArgumentError
 from widefield.images import images_below, open_image
 from widefield.registry import DATASETS, MODELS, ComponentOf, arguments_of, import_object, suggestion
 

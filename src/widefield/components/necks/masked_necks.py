@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.base_module import BaseModule, InitConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.transformer_layers import TransformerEncoderLayer, sincos_position_embedding
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from widefield.components.base_module import BaseModule, InitConfig, NormConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.layers.described import ActivationConfig, build_activation_layer, build_norm_layer
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 from widefield.registry import ComponentOf, Registry
 
 BATCH_AUGMENTS = Registry("batch augmentation")

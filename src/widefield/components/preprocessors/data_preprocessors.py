@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.data_sample import DataSample
-from widefield.components.errors import WrongArgumentError
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig, RandomBatchAugment
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
 from widefield.streaming.image import Normalisation
 

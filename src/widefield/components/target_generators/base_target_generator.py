@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from widefield.components.base_module import BaseModule, InitConfig
-from widefield.components.errors import WrongArgumentError
+from widefield.errors import WrongArgumentError
 
 
 class BaseTargetGenerator(BaseModule):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from widefield.components.errors import WrongArgumentError
 from widefield.components.target_generators.base_target_generator import BaseTargetGenerator
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 

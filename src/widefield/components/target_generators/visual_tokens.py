@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.base_module import BackboneConfig, InitConfig
-from widefield.components.errors import WrongArgumentError
 from widefield.components.target_generators.base_target_generator import PretrainedTargetGenerator
+from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 _WIDTHS = (1, 2, 4, 8)
