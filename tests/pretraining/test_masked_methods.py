@@ -15,7 +15,7 @@ from widefield.components.backbones.vision_transformer import VisionTransformer
 from widefield.components.target_generators.hog_generator import HOGGenerator
 from widefield.components.target_generators.visual_tokens import VQKD, DALLEEncoder
 from widefield.pretraining import METHODS, EmbeddingModel, Run
-from widefield.pretraining.methods.transformers import OwnTransformer, TimmTransformer, block_masks
+from widefield.pretraining.methods.transformers import OwnTransformer, Transformer, block_masks
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -57,7 +57,7 @@ def test_what_cannot_hide_patches_is_refused(method: str, tmp_path: Path, data: 
 def test_transformers_that_are_opened_compute_what_they_did_before() -> None:
     pixels = images(2, 24)
     for model in (timm_vit(reg_tokens=2), timm_vit(class_token=False, global_pool="avg")):
-        opened = TimmTransformer(model.eval())
+        opened = Transformer(model.eval())
         tokens = opened.layers(opened.tokens(pixels), (6, 6))
         assert len(tokens) == 3
         torch.testing.assert_close(tokens[-1], model.forward_features(pixels))

@@ -19,7 +19,7 @@ LEAST_BLOCK = 16
 
 
 class Transformer:
-    """The parts of a vision transformer.
+    """The parts of a vision transformer of timm.
 
     Attributes:
         patch_size: Side of a patch, in pixels.
@@ -32,20 +32,16 @@ class Transformer:
         needs_all_patches: No patch can be left out, because attention knows the place of a token from its number.
     """
 
-    patch_size: int
-    channels: int
-    width: int
-    heads: int
-    depth: int
-    prefix: int
-    has_class_token: bool
-    needs_all_patches: bool
-
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.patch_size, self.channels = model.patch_embed.patch_size[0], model.patch_embed.proj.in_channels
+        self.width, self.depth = model.embed_dim, len(model.blocks)
+        self.heads = model.blocks[0].attn.num_heads
+        self.prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
+        self.needs_all_patches = False
 
     def grid(self, images: Tensor) -> Resolution:
-        """Rows and columns of patches of images (B, C, H, W).
+        """Return rows and columns of patches of images (B, C, H, W).
 
         Raises:
             ValueError: Patches do not fill the images.
@@ -59,45 +55,13 @@ class Transformer:
         return height // self.patch_size, width // self.patch_size
 
     def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """Tokens (B, prefix + L, width) with their positions; `mask_token` (1, 1, width) stands for patches of `mask`.
+        """Return tokens (B, prefix + L, width) with their positions; `mask_token` (1, 1, width) stands for patches of `mask`.
 
         Args:
             images: (B, C, H, W).
             mask: (B, rows, columns), 1 or True where a patch is masked; None masks none.
             mask_token: Needed with a mask.
         """
-        raise NotImplementedError
-
-    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
-        """What every layer makes of `tokens` (B, N, width), the last one normalised.
-
-        Args:
-            tokens: Of `tokens`, some left out or not.
-            grid: Of the patches; None if some were left out.
-        """
-        raise NotImplementedError
-
-    def depth_of(self, name: str) -> int:
-        """How deep a parameter of the model lies: 0 is the embedding, k + 1 is layer k, and `depth` + 1 what follows."""
-        raise NotImplementedError
-
-    def shared_bias(self, grid: Resolution) -> Tensor | None:
-        """What all layers add to their attention, (heads, 1 + L, 1 + L); None where they share nothing."""
-        return None
-
-
-class TimmTransformer(Transformer):
-    """timm's `VisionTransformer`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.patch_size, self.channels = model.patch_embed.patch_size[0], model.patch_embed.proj.in_channels
-        self.width, self.depth = model.embed_dim, len(model.blocks)
-        self.heads = model.blocks[0].attn.num_heads
-        self.prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
-        self.needs_all_patches = False
-
-    def tokens(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         patches: Tensor = self.model.patch_embed(images)
         if mask is not None:
             assert mask_token is not None
@@ -107,6 +71,12 @@ class TimmTransformer(Transformer):
         return result
 
     def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
+        """Return what every layer makes of `tokens` (B, N, width), the last one normalised.
+
+        Args:
+            tokens: Of `tokens`, some left out or not.
+            grid: Of the patches; None if some were left out.
+        """
         outs = []
         for block in self.model.blocks:
             tokens = block(tokens)
@@ -114,17 +84,22 @@ class TimmTransformer(Transformer):
         return [*outs[:-1], self.model.norm(tokens)]
 
     def depth_of(self, name: str) -> int:
+        """Return how deep a parameter lies: 0 is the embedding, k + 1 is layer k, and `depth` + 1 what follows."""
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         is_embedding = name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"))
         return 0 if is_embedding else self.depth + 1
 
+    def shared_bias(self, grid: Resolution) -> Tensor | None:
+        """Return what all layers add to their attention, (heads, 1 + L, 1 + L); None where they share nothing."""
+        return None
+
 
 class OwnTransformer(Transformer):
-    """Widefield's `VisionTransformer` and what is derived from it."""
+    """The parts of Widefield's `VisionTransformer`, and of what is derived from it."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        super().__init__(model)
+        self.model = model
         self.width, self.heads, self.depth = model.embed_dims, model.num_heads, model.num_layers
         projection: Any = model.patch_embed.projection
         self.patch_size, self.channels = projection.kernel_size[0], projection.in_channels
@@ -171,7 +146,7 @@ def opened(embedding: EmbeddingModel, method: str, class_token: bool = False) ->
         )
     if not isinstance(embedding.embed_head, nn.Identity):
         raise ValueError(f"embed_dim: {method} trains the tokens of the transformer; leave embed_dim out")
-    transformer = TimmTransformer(model) if isinstance(model, TimmViT) else OwnTransformer(model)
+    transformer = Transformer(model) if isinstance(model, TimmViT) else OwnTransformer(model)
     if class_token and not transformer.has_class_token:
         raise ValueError(f"method={method!r} needs a class token, and this {type(model).__name__} has none")
     return transformer
