@@ -41,7 +41,7 @@ class BaseModule(nn.Module):
     """
 
     default_init_cfg: ClassVar[Sequence[dict[str, Any]]] = ()
-    """What initialises the class if nothing is given."""
+    """Descriptions that initialise the class if nothing is given."""
 
     def __init__(self, init_cfg: InitConfig = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class BaseModule(nn.Module):
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether weights come from a checkpoint, so that no other initialisation matters."""
+        """True if weights come from a checkpoint, so that no other initialisation matters."""
         return any(isinstance(initializer, Pretrained) for initializer in self._initializers())
 
     def init_weights(self) -> None:

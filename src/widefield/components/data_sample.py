@@ -1,4 +1,4 @@
-"""What is known of one image, and what was predicted for it."""
+"""Labels and predictions of one image."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -53,7 +53,7 @@ class Initializer:
         raise NotImplementedError
 
     needs_fans = False
-    """Whether `fill` needs a weight of two axes or more."""
+    """True if `fill` needs a weight of two axes or more."""
 
     def _set(self, part: nn.Module, named: bool) -> None:
         weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
@@ -76,7 +76,7 @@ class Initializer:
 
 
 def _warn_of_unknown(names: set[str], module: nn.Module) -> None:
-    """Of class names that neither a part of `module` has nor a layer of torch: they set nothing, so most likely they are slips."""
+    """Warn of class names that neither a part of `module` has nor a layer of torch: they set nothing, so they may be slips."""
     own = {owner.__name__ for part in module.modules() for owner in type(part).__mro__}
     for name in sorted(names - own - _LAYERS):
         _log.warning(

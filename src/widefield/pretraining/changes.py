@@ -57,7 +57,7 @@ def blur(images: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 class Changes(NamedTuple):
-    """What is done to a view, in this order; by default nothing.
+    """Changes of a view, in this order; by default none.
 
     Attributes:
         angle: Turned, by degrees.

@@ -28,7 +28,7 @@ _PUBLISHED_WEIGHTS = ("weights", "pretrained")
 
 
 def named_model(model: Any, model_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a checkpoint keeps to make the model anew: its name and arguments, if it has a name and they are plain data.
+    """Return what makes the model anew: its name and arguments, if it has a name and they are plain data; else None.
 
     Which published weights it began with is left out: it gets those of the checkpoint.
     """
@@ -38,7 +38,7 @@ def named_model(model: Any, model_args: Mapping[str, Any] | None) -> dict[str, A
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint of `widefield.train` holds of the model that is exported.
+    """The part of a checkpoint of `widefield.train` that is of the exported model.
 
     Attributes:
         path: The file.

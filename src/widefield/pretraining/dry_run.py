@@ -12,7 +12,7 @@ from widefield.pretraining.wrapping import evaluating
 BATCH = 2
 ENOUGH = 256
 ERRORS = (RuntimeError, AssertionError, AttributeError, LookupError, TypeError)
-"""What a wrapper may raise of views that do not suit it; a ValueError says so itself."""
+"""Errors that a wrapper may raise of views that do not suit it; a ValueError says so itself."""
 """A view with a longer side than this is tried smaller first: where pooling leaves one position, its size does not matter."""
 
 

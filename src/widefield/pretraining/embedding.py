@@ -11,7 +11,7 @@ from widefield.streaming import StreamingCNN
 
 @dataclass(frozen=True)
 class StreamingArgs:
-    """How the wrapper's `forward_features` is streamed, so that views may be of any size; see `StreamingCNN`.
+    """Options of streaming the wrapper's `forward_features`, so that views may be of any size; see `StreamingCNN`.
 
     Attributes:
         memory_budget: Of one pass through the wrapper; the passes of a step, for each view or size of views, are held together.
@@ -40,7 +40,7 @@ class FeaturesOf(nn.Module):
         self.wrapper = wrapper
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        """What the wrapper makes of images (B, C, H, W)."""
+        """Return what the wrapper makes of images (B, C, H, W)."""
         return self.wrapper.forward_features(x)  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ one CPU thread, forward and backward, takes 0.83 of the time at 224 pixels, 0.96
 
 
 def allows_channels_last(model: nn.Module) -> bool:
-    """Whether views may be given to `model` with their channels together.
+    """True if views may be given to `model` with their channels together.
 
     oneDNN in torch 2.15 writes beyond its memory in the backward pass of strided 1x1 convolutions of few such channels.
     """
@@ -45,12 +45,12 @@ def in_fastest_layout(views: Tensor) -> Tensor:
 
 
 KEY = "widefield"
-"""What a checkpoint says of us stands under this key."""
+"""The key of a checkpoint under which our part stands."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained.
+    """The settings of a method's training.
 
     Attributes:
         method: Its name.
@@ -179,5 +179,5 @@ class Pretraining(pl.LightningModule):
         self.batches = checkpoint[KEY]["batches"]
 
     def _prefix(self, module: nn.Module) -> str | None:
-        """What the names of the weights of `module` begin with in our state dict; None if it is no part of us."""
+        """Return the beginning of the names of the weights of `module` in our state dict; None if it is no part of us."""
         return next((f"{name}." for name, part in self.named_modules() if part is module), None)

@@ -1,4 +1,4 @@
-"""What tells the user that a run works: the quality of embeddings while it trains, its views, a page at the end."""
+"""Signs that a run works: the quality of embeddings while it trains, its views, a page at the end."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def _small(picture: Tensor) -> np.ndarray:
 LONGEST, BATCH = 256, 32
 """Longest side of the pictures in pixels, and how many go through the model together."""
 SHARE = 10
-"""Of so many images that are trained on, one is embedded, which costs about a fiftieth of the time."""
+"""Images that are trained on for each one that is embedded, which costs about a fiftieth of the time."""
 COLLAPSED_SPREAD, COLLAPSED_RANK = 0.02, 1.5
 """Below one of these, embeddings say next to nothing of their images."""
 
@@ -189,7 +189,7 @@ class Quality(Callback):
         return torch.cat(found)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, float]:
-        """What is logged at `step`; nothing, where embeddings are none or no numbers."""
+        """Log the quality at `step` and return it; nothing, where embeddings are none or no numbers."""
         embeddings = self.embeddings(trainer, pl_module)
         if self.sample is None or embeddings is None or not bool(embeddings.isfinite().all()):
             return {}

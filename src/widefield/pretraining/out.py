@@ -57,7 +57,7 @@ class OutFolder:
 
     @contextmanager
     def as_it_was(self, if_true: Callable[[], bool]) -> Iterator[None]:
-        """Where an error ends this block and `if_true` holds, a folder that was empty is so again, and a new one is gone.
+        """Empty the folder again, or remove a new one, if an error ends this block and `if_true` holds.
 
         Not after an OSError, such as a full disk: what is said of it there is needed.
         """

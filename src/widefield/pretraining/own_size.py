@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Look:
-    """How a model sees pixels."""
+    """The pixels that a model takes."""
 
     num_channels: int
     value_range: tuple[float, float] | None

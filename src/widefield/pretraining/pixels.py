@@ -17,7 +17,7 @@ _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 
 
 Reduction = Callable[[int, int], float]
-"""How many times smaller an image of a height and width may be decoded."""
+"""A function of height and width: how many times smaller an image may be decoded."""
 
 
 def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What embeddings say of a model that is trained without labels."""
+"""Measures of the embeddings of a model that is trained without labels."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the vote of neighbours, as in Caron et al. (2021)."""
+"""Number of neighbours that vote, and the temperature of their vote, as in Caron et al. (2021)."""
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -21,7 +21,7 @@ def effective_rank(embeddings: Tensor) -> float:
 
 
 def spread(embeddings: Tensor) -> float:
-    """How far the directions of embeddings (N, D) differ, 0 to about 1: 0 if all are one, near 1 if they are independent.
+    """Return the spread of the directions of embeddings (N, D), 0 to about 1: 0 if all are one, near 1 if they are independent.
 
     The root of the mean squared distance of unit vectors from their mean. It falls to 0 in a collapse; Chen and He, Exploring
     simple Siamese representation learning, https://arxiv.org/abs/2011.10566, section 4.1.

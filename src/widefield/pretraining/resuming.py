@@ -1,4 +1,4 @@
-"""Whether a run can go on with a checkpoint: its settings and its weights must be those of the run that wrote it."""
+"""Checks of a checkpoint before a run goes on with it: settings and weights must be those of the run that wrote it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from widefield.pretraining.module import KEY
 
 @dataclass(frozen=True)
 class Resumed:
-    """What is known of the checkpoint that a run goes on with.
+    """Facts of the checkpoint that a run goes on with.
 
     Attributes:
         epoch, step: Where it was written.
@@ -78,7 +78,7 @@ class Resumed:
 
 
 def settings_of(settings: Settings, batch_size: int, images: int) -> dict[str, Any]:
-    """What must not change when a run is resumed, as plain data: another value would be ignored, or spoil the schedules."""
+    """Return the settings of a run that is resumed which must not change: another value would be ignored, or spoil schedules."""
     given = settings.given
     return {
         "images": images,

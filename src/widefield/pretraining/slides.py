@@ -20,7 +20,7 @@ THUMBNAIL = 512
 
 @dataclass(frozen=True)
 class SlideArgs:
-    """How patches are drawn from slides.
+    """Settings of drawing patches from slides.
 
     Attributes:
         patch_size: Side of a patch in pixels of the level, or at the spacing; views are cropped from it.
@@ -97,7 +97,7 @@ def foreground(path: Path) -> tuple[int, int, tuple[tuple[int, int], ...]]:
 
 
 def tissue(picture: np.ndarray) -> np.ndarray:
-    """Where an RGB picture (H, W, 3) of uint8 shows tissue: bool (H, W).
+    """Return a mask (H, W), True where an RGB picture (H, W, 3) of uint8 shows tissue.
 
     Stained tissue is colourful on a background that is not: Otsu's threshold of max - min over the channels. In a picture
     without colours it is what differs from the most frequent grey.

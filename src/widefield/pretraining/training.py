@@ -422,7 +422,7 @@ def _without_traceback(error: Exception) -> str:
 
 
 def _left(folder: OutFolder) -> str:
-    """How to go on with a run that has ended too soon."""
+    """Return how to go on with a run that has ended too soon."""
     try:
         step = read_torch_file(folder.last)["global_step"]
     except FileNotFoundError:
@@ -437,7 +437,7 @@ def _seed(seed: int) -> None:
 
 
 def _is_rank_zero() -> bool:
-    """Whether this process leads, or is not (yet) one of several."""
+    """True if this process leads, or is not (yet) one of several."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return all(int(os.environ.get(name, "0") or 0) == 0 for name in names)
 
@@ -471,7 +471,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """What cannot be written on a full disk is left out: the console has it."""
+    """A log file that leaves out what cannot be written on a full disk: the console has it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

@@ -15,7 +15,7 @@ from widefield.pretraining.transform_args import TransformArgs, pair
 
 @dataclass(frozen=True)
 class View:
-    """How one view is drawn; `args.local_view` and `args.global_view_1` count for nothing here."""
+    """One view and how it is drawn; `args.local_view` and `args.global_view_1` count for nothing here."""
 
     size: tuple[int, int]
     """(height, width) in pixels."""
@@ -94,7 +94,7 @@ class Views:
         return tuple(views)
 
     def reduction(self, height: int, width: int) -> float:
-        """How many times smaller an image may be, and still no crop be smaller than its view; at least 1."""
+        """Return how many times smaller an image may be so that no crop is smaller than its view; at least 1."""
         factors = []
         for view in self.each:
             resize = view.args.random_resize

@@ -123,7 +123,7 @@ METHODS_OF_A_WRAPPER = ("get_model", "forward_features", "forward_pool", "featur
 
 @runtime_checkable
 class ModelWrapper(Protocol):
-    """What `widefield.train` asks of a model, beside being a `torch.nn.Module`."""
+    """The methods that `widefield.train` asks of a model, which is a `torch.nn.Module`."""
 
     def get_model(self) -> nn.Module:
         """The model whose weights are exported."""
@@ -146,7 +146,7 @@ def missing_methods(model: object) -> list[str]:
 
 
 def is_wrapper(model: object) -> bool:
-    """Whether `model` can be pretrained as it is."""
+    """True if `model` can be pretrained as it is."""
     return isinstance(model, nn.Module) and isinstance(model, ModelWrapper)
 
 

@@ -1,4 +1,4 @@
-"""What backbones share: streaming, stages, and parts that do not train."""
+"""Base classes of backbones: streaming, stages, and parts that do not train."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ class BaseBackbone(BaseModule):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingOptions:
-    """How a backbone streams; in a configuration a dictionary of some of these, such as `{tile_size: 2048}`.
+    """Options of streaming a backbone; in a configuration a dictionary of some of these, such as `{tile_size: 2048}`.
 
     Each means what it means for `widefield.streaming.StreamingCNN`. Normalising the image is not the backbone's task.
     """

@@ -96,7 +96,7 @@ class MAEViT(VisionTransformer):
 
 
 def _kept(length: int, mask_ratio: float) -> int:
-    """How many of `length` tokens are kept: rounded down, but 10 (1 - 0.9) is 1, whatever floating-point numbers make of it."""
+    """Return how many tokens are kept: rounded down, but 10 (1 - 0.9) is 1, whatever floating-point numbers make of it."""
     kept = int(round(length * (1 - mask_ratio), 6))
     if not 1 <= kept <= length:
         raise WrongArgumentError(

@@ -17,7 +17,7 @@ from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
 _BLOCKS = (1, 2, 3, 4, 3, 3, 1)
-"""Of the stages of MobileNetV2."""
+"""Blocks of each stage of MobileNetV2."""
 
 
 def _norm_layer(norm_cfg: NormConfig) -> Callable[[int], nn.Module]:

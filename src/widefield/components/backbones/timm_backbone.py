@@ -97,7 +97,7 @@ class TimmBackbone(StreamableBackbone):
 
 
 def _up_to(module: nn.Module, path: str) -> Iterator[nn.Module]:
-    """What is defined in `module` before the part at `path`, and that part."""
+    """Yield the parts of `module` that are defined before the one at `path`, and that one."""
     name, _, rest = path.partition(".")
     for child_name, child in module.named_children():
         if child_name == name:

@@ -173,12 +173,12 @@ class VisionTransformer(BaseBackbone):
 
     @property
     def norm1(self) -> nn.Module:
-        """What normalises the output of the last layer."""
+        """The norm layer behind the last layer."""
         return cast(nn.Module, getattr(self, self.norm1_name))
 
     @property
     def norm2(self) -> nn.Module:
-        """What normalises the average of the patches, with `out_type="avg_featmap"`."""
+        """The norm layer behind the average of the patches, with `out_type="avg_featmap"`."""
         return cast(nn.Module, getattr(self, self.norm2_name))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ class VisionTransformer(BaseBackbone):
         return (x if positions is None else x + positions), resolution
 
     def position_embedding(self, resolution: Resolution) -> Tensor | None:
-        """The position embedding (1, 1 + L, C) for `resolution` patches; None where there is none."""
+        """Return the position embedding (1, 1 + L, C) for `resolution` patches; None where there is none."""
         if self.pos_embed is None:
             return None
         return resize_position_embedding(
@@ -212,7 +212,7 @@ class VisionTransformer(BaseBackbone):
         )
 
     def attention_biases(self, resolution: Resolution) -> Sequence[Tensor | None]:
-        """What each layer adds to its attention (heads, 1 + L, 1 + L), or None."""
+        """Return the bias of each layer's attention, (heads, 1 + L, 1 + L) or None."""
         return (None,) * self.num_layers
 
     def layer_outputs(self, x: Tensor, resolution: Resolution | None) -> Iterator[Tensor]:
@@ -256,7 +256,7 @@ class VisionTransformer(BaseBackbone):
                 yield self.norm2
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """How deep the parameter `param_name` lies, and how many depths there are, for learning rates that fall with depth.
+        """Return the depth of a parameter and the number of depths, for learning rates that fall with depth.
 
         The embedding has depth 0, layer k has depth k + 1, and whatever follows or does not begin with `prefix` the last.
         """

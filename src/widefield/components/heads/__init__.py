@@ -1,1 +1,1 @@
-"""What turns features into scores and a loss."""
+"""Heads, which turn features into scores and a loss."""

@@ -1,4 +1,4 @@
-"""How good predictions are. `METRICS` is the registry of metrics; each computes a dictionary of named values.
+"""Metrics of predictions. `METRICS` is the registry of metrics; each computes a dictionary of named values.
 
 Metrics are those of torchmetrics: `update(preds, target)`, `compute()`, `reset()`, and sums over all processes. Nothing heavy is
 imported before a metric is asked for.

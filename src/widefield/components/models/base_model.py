@@ -1,4 +1,4 @@
-"""What models of components share: they are components, and Lightning trains them."""
+"""The base class of models of components: they are components, and Lightning trains them."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ class BaseModel(BaseModule, _KeepsArguments):
         raise NotImplementedError
 
     def preprocess(self, batch: Any, training: bool = False) -> tuple[Any, list[DataSample]]:
-        """Inputs and samples of a batch, see the class, as `loss` gets them.
+        """Return inputs and samples of a batch, see the class, as `loss` gets them.
 
         Args:
             batch: On the device of the model; lazily read images are moved there.
@@ -118,7 +118,7 @@ class BaseModel(BaseModule, _KeepsArguments):
 
     @property
     def reads_tiles(self) -> bool:
-        """Whether lazily read images are left to the backbone, which reads them tile by tile."""
+        """True if lazily read images are left to the backbone, which reads them tile by tile."""
         return False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -145,7 +145,7 @@ class BaseModel(BaseModule, _KeepsArguments):
 
 
 def total_loss(numbers: Mapping[str, Any]) -> Tensor:
-    """The sum of the means of all numbers whose name contains "loss"; a list of tensors counts as the sum of their means."""
+    """Return the sum of the means of all numbers whose name contains "loss"; a list of tensors counts as the sum of their means."""
     losses = [value for name, value in numbers.items() if "loss" in name]
     if not losses:
         raise ValueError(
@@ -155,7 +155,7 @@ def total_loss(numbers: Mapping[str, Any]) -> Tensor:
 
 
 def read_images(images: Sequence[Any]) -> Tensor:
-    """Lazily read images of one size as a tensor (N, C, H, W) of their type.
+    """Return lazily read images of one size as a tensor (N, C, H, W) of their type.
 
     Raises:
         ValueError: Their sizes differ.
@@ -194,7 +194,7 @@ def _number(value: Any) -> Any:
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a batch, see `BaseModel`; targets are None where there are none."""
+    """Return inputs and targets of a batch, see `BaseModel`; targets are None where there are none."""
     if isinstance(batch, Mapping) and "inputs" in batch:
         return batch["inputs"], batch.get("data_samples")
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
@@ -212,20 +212,20 @@ def _are_lazy(inputs: Any) -> bool:
 
 
 def _count(inputs: Any) -> int:
-    """How many images there are: of views, those of the first."""
+    """Return the number of images: of views, those of the first."""
     views = isinstance(inputs, (list, tuple)) and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
     return len(inputs[0] if views else inputs)
 
 
 def as_sample(target: Any) -> DataSample:
-    """A target, a `DataSample` or class indices, as a sample."""
+    """Return a target, a `DataSample` or class indices, as a sample."""
     if isinstance(target, DataSample):
         return target
     return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
 
 def _plain_arguments(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor that are plain data, with their defaults."""
+    """Return the arguments of a constructor that are plain data, with their defaults."""
     signature = inspect.signature(model.__init__)  # type: ignore[misc]
     bound = signature.bind(None, *args, **kwargs)
     bound.apply_defaults()

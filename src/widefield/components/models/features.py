@@ -10,12 +10,12 @@ from widefield.errors import WrongArgumentError
 
 
 def streams(backbone: nn.Module) -> bool:
-    """Whether a backbone computes its maps tile by tile."""
+    """True if a backbone computes its maps tile by tile."""
     return getattr(backbone, "streamed", None) is not None
 
 
 def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module) -> Any:
-    """What the backbone gives for a tensor of images (N, C, H, W), for a lazily read image, or, in a list, for each of several.
+    """Return what the backbone gives for images (N, C, H, W), for a lazily read image, or, in a list, for each of several.
 
     A tensor is taken as it is. Lazily read images are normalised as the data preprocessor says, tile by tile.
 
@@ -45,7 +45,7 @@ def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module)
 
 
 def neck_features(neck: nn.Module | None, features: Any, of_list: bool) -> Any:
-    """What the neck gives for features of the backbone, as one batch.
+    """Return what the neck gives for features of the backbone, as one batch.
 
     Maps of one size are one batch to the neck. Otherwise it gets those of one image after the other.
 

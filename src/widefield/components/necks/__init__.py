@@ -1,1 +1,1 @@
-"""What stands between a backbone and a head."""
+"""Necks, which stand between a backbone and a head."""

@@ -70,7 +70,7 @@ class MAEPretrainDecoder(BaseModule):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predictions (B, L, D) of all L patches.
+        """Return predictions (B, L, D) of all L patches.
 
         Args:
             x: Tokens (B, 1 + K, embed_dim): that of the class, then those of the K patches that were seen.
@@ -160,7 +160,7 @@ class BEiTV2Neck(BaseModule):
                     last.div_(math.sqrt(2 * k))
 
     def forward(self, inputs: Sequence[Tensor], rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features (B, L, D) of the patches: those of the backbone, and those from the class token.
+        """Return features (B, L, D) of the patches: those of the backbone, and those from the class token.
 
         Args:
             inputs: Tokens (B, 1 + L, D) of the early and of the final layer, that of the class first.

@@ -12,7 +12,7 @@ from widefield.registry import MODELS
 
 
 def last_features(inputs: Tensor | Sequence[Tensor]) -> Tensor:
-    """The features of the last stage: the last of several, or the tensor itself.
+    """Return the features of the last stage: the last of several, or the tensor itself.
 
     Raises:
         TypeError: The inputs are neither tensors nor a tensor.
@@ -40,7 +40,7 @@ class GlobalAveragePooling(BaseModule):
         self.dim = dim
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """Of a map (N, C, ...) its averages (N, C); of a tuple of maps a tuple."""
+        """Return the averages (N, C) of a map (N, C, ...); of a tuple of maps a tuple."""
         if isinstance(inputs, tuple):
             return tuple(self._pool(one) for one in inputs)
         if isinstance(inputs, Tensor):
@@ -88,7 +88,7 @@ class LinearNeck(BaseModule):
         self.act = build_activation_layer(act_cfg)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor]:
-        """Of features (..., in_channels), or with `gap_dim` of maps (N, in_channels, ...), a tuple with (..., out_channels).
+        """Return a tuple with (..., out_channels) of features (..., in_channels), or with `gap_dim` of maps (N, in_channels, ...).
 
         A norm of batches sees each token of (B, L, in_channels) as one more vector.
         """
@@ -151,6 +151,6 @@ class NonLinearNeck(BaseModule):
                 self.layers.append(build_norm_layer(last_cfg, out_channels)[1])
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor]:
-        """Of maps (N, in_channels, H, W), or without the pooling of vectors (N, in_channels), a tuple with (N, out_channels)."""
+        """Return a tuple with (N, out_channels) of maps (N, in_channels, H, W), or without pooling of vectors (N, in_channels)."""
         x = last_features(inputs)
         return (self.layers(x if self.avgpool is None else self.avgpool(x)),)

@@ -1,4 +1,4 @@
-"""From a batch as data loaders give it to what a model computes on."""
+"""Data preprocessors: from the batch of a data loader to the input of a model."""
 
 import copy
 import logging
@@ -229,7 +229,7 @@ class SelfSupDataPreprocessor(BaseDataPreprocessor):
 
 
 def is_views(inputs: Any) -> bool:
-    """Whether inputs are a list of batches, not one batch."""
+    """True if inputs are a list of batches, not one batch."""
     return isinstance(inputs, (list, tuple)) and all(isinstance(view, Tensor) and view.ndim == 4 for view in inputs)
 
 

@@ -1,1 +1,1 @@
-"""What self-supervised learning predicts."""
+"""Target generators, which make what self-supervised learning predicts."""

@@ -1,4 +1,4 @@
-"""What target generators share: they never learn, and those that were trained need their weights."""
+"""Base classes of target generators: they never learn, and those that were trained need their weights."""
 
 from typing import Any
 

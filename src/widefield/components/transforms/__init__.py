@@ -1,4 +1,4 @@
-"""What is drawn for each image of masked image modelling, for data sets and models alike."""
+"""Masks and crops of masked image modelling, drawn for each image, for data sets and models alike."""
 
 from widefield.components.transforms.masks import MASK_GENERATORS, BEiTMaskGenerator, RandomMaskGenerator
 from widefield.components.transforms.two_pictures import RandomResizedCropAndInterpolationWithTwoPic

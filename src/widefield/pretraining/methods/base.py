@@ -1,4 +1,4 @@
-"""What a method of pretraining is."""
+"""The base class of methods of pretraining, and what several of them use."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Temperature = Annotated[float, Range(1e-4)]
 
 @dataclass(frozen=True)
 class Run:
-    """What a method is told of the run that it is made for.
+    """Facts of the run that a method is made for.
 
     Attributes:
         embedding_dim: Numbers in a pooled embedding.

@@ -40,7 +40,7 @@ MASKED_SHARES = (0.1, 0.5)
 """Smallest and largest share of hidden patches in a view that has any; half of the global views do."""
 
 MOMENTUM = 0.992
-"""Of the teacher at the start, in long runs."""
+"""Momentum of the teacher at the start, in long runs."""
 
 
 @METHODS.register_module("dinov2")

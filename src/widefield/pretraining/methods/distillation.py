@@ -108,14 +108,14 @@ class Distillation(Method):
         }
 
     def _whole(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Of embeddings (B, D)."""
+        """Return the loss of embeddings (B, D)."""
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         _, remembered = self.queue(teacher, update=student.requires_grad)
         others = torch.cat([joint(teacher).T, remembered], dim=1)
         return self._divergence(student @ others, teacher @ others)
 
     def _local(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Of positions (B, N, D)."""
+        """Return the loss of positions (B, N, D)."""
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         ours, theirs = (x @ x.transpose(1, 2) for x in (student, teacher))
         return self._divergence(ours.flatten(0, 1), theirs.flatten(0, 1))
