@@ -6,11 +6,7 @@ from typing import Any, Literal
 from torch import nn
 from torchvision import models
 
-from widefield.components.backbones.base_backbone import (
-    SequentialBackbone,
-    check_drop_path_rate,
-    check_frozen_stages,
-)
+from widefield.components.backbones.base_backbone import SequentialBackbone, check_drop_path_rate, check_frozen_stages
 from widefield.components.base_module import NormConfig
 from widefield.components.layers.described import build_norm_layer
 from widefield.errors import WrongArgumentError

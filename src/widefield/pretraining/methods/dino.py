@@ -13,17 +13,7 @@ from torch import Tensor, nn
 from widefield.components.models.contrastive_models import follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import (
-    Count,
-    Method,
-    Run,
-    Share,
-    Steps,
-    Temperature,
-    by_size,
-    for_run,
-    rising,
-)
+from widefield.pretraining.methods.base import Count, Method, Run, Share, Steps, Temperature, by_size, for_run, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,

@@ -13,15 +13,7 @@ from widefield.components.models.contrastive_models import joint
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import (
-    Count,
-    Method,
-    Queue,
-    Run,
-    Temperature,
-    Weight,
-    queue_length,
-)
+from widefield.pretraining.methods.base import Count, Method, Queue, Run, Temperature, Weight, queue_length
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
 from widefield.pretraining.wrapping import wrap

@@ -11,15 +11,7 @@ from widefield.components.heads.self_supervised_heads import ContrastiveHead
 from widefield.components.models.contrastive_models import compare_with_queue, follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import (
-    Count,
-    PairMethod,
-    Queue,
-    Run,
-    Share,
-    Temperature,
-    queue_length,
-)
+from widefield.pretraining.methods.base import Count, PairMethod, Queue, Run, Share, Temperature, queue_length
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, RandomResize, TransformArgs
 
