@@ -91,7 +91,7 @@ class Arguments:
     model_args: dict[str, Any] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run that follow from the arguments."""
 
@@ -140,18 +140,17 @@ def parse(given: Mapping[str, Any]) -> Settings:
     method_args = values_for(method, arguments.method_args or {}, "method_args", errors, given=("embedding", "run"))
     errors.raise_if_any("widefield.train")
     assert optim is not None
-    epochs = 100 if arguments.epochs == "auto" else int(arguments.epochs)
     workers = arguments.num_workers
     return Settings(
-        arguments,
-        method,
-        method_args,
-        epochs,
-        auto_workers(os.cpu_count(), _devices(arguments.devices)) if workers == "auto" else int(workers),
-        transforms.for_channels(),
-        optim,
-        arguments.loggers or LoggerArgs(),
-        arguments.callbacks or CallbackArgs(),
+        given=arguments,
+        method=method,
+        method_args=method_args,
+        epochs=100 if arguments.epochs == "auto" else arguments.epochs,
+        num_workers=auto_workers(os.cpu_count(), _devices(arguments.devices)) if workers == "auto" else workers,
+        transforms=transforms.for_channels(),
+        optim=optim,
+        loggers=arguments.loggers or LoggerArgs(),
+        callbacks=arguments.callbacks or CallbackArgs(),
     )
 
 
