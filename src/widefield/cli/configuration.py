@@ -85,7 +85,7 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
 
 
 def _takes_seed(data: dict[str, Any]) -> bool:
-    """True if the data module has a seed of its own; of an unknown one the check of the configuration says what is wrong."""
+    """Return True if the data module has a seed; an unknown module has none, and the check of the configuration refuses it."""
     try:
         return "seed" in arguments_of(SECTIONS["data"].resolve(data)).named
     except (ValueError, ImportError):

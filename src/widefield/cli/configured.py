@@ -1,4 +1,4 @@
-"""Model, data and trainer, made of a configuration."""
+"""Make the model, data and trainer that a configuration describes."""
 
 import warnings
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> 
 
 
 def ignore_irrelevant_warnings() -> None:
-    """Ignore deprecations among libraries, and Lightning's advice that is wrong for lazily read images."""
+    """Ignore deprecations among other libraries, and advice of Lightning that is wrong for lazily read images."""
     warnings.simplefilter("ignore", DeprecationWarning)
     for message in (
         ".*does not have many workers.*",

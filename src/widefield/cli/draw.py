@@ -99,7 +99,7 @@ def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
 
 
 def draw_confusion(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Draw the confusion matrix of the test images."""
+    """Draw the confusion matrix."""
     config, checkpoint = read_run(arguments, others)
     numbers = evaluate(config, checkpoint, "test", more=[ConfusionMatrix()])
     matrix = np.array(numbers["test_confusion_matrix/result"])

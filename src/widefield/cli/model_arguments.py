@@ -1,4 +1,4 @@
-"""Arguments of the verbs `check` and `plan`: a model, and sizes. Imports nothing heavy: `--help` needs it."""
+"""Arguments of the verbs that look at a model: its name, and sizes. Imports nothing heavy: `--help` needs it."""
 
 import argparse
 import re

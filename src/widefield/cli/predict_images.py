@@ -40,7 +40,7 @@ class Prediction:
     scores: tuple[float, ...]
     """A probability per class, or the similarity with each item of a collection."""
     labels: tuple[int, ...]
-    """Indices of the predicted classes: one, or several where the head predicts several."""
+    """Several where the head predicts several."""
     peak: tuple[int, int] | None
     """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
     overlay: Path | None

@@ -36,7 +36,7 @@ class TileTask:
 
 
 def streamed_network(model: Any) -> StreamingCNN | None:
-    """Return the streamed part of a model, its trunk or its backbone, if there is one."""
+    """Return the part of a model that is streamed, the trunk or a backbone, if there is one."""
     if isinstance(model, BaseModule):
         return model.stream_network
     network: StreamingCNN | None = getattr(getattr(model, "backbone", None), "streamed", None)

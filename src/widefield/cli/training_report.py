@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from widefield.data import LabelledImages
@@ -52,7 +51,6 @@ def mebibytes(size: int) -> str:
 
 def _curves(rows: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(8, 3), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, kind in zip(figure.subplots(1, 2), ("loss", ""), strict=True):
         for name in rows[0]:
             if name != "epoch" and name.endswith("loss") == bool(kind):

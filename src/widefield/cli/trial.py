@@ -1,4 +1,4 @@
-"""A trial of a configuration before any data is read: its parts are made once, as constructors refuse more than their types say."""
+"""Make all that a configuration describes once before any data is read: constructors refuse more than their types say."""
 
 import logging
 import warnings
@@ -44,7 +44,7 @@ def _of(config: Config, key: str) -> Any:
 
 
 def _attempt(make: Callable[[dict[str, Any]], Any], arguments: Mapping[str, Any], path: Path) -> list[Problem]:
-    """Return the problem if `make` fails with `arguments`: the one without which it does not fail, or else all."""
+    """Return what is wrong if `make` fails with `arguments`: the argument without which it does not, or else all."""
     given = dict(arguments)
     message = _failure(make, given)
     if message is None:
@@ -77,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _transforms(config: Config) -> Iterator[Problem]:
-    """Yield the problems of the transforms of described data sets."""
+    """Yield problems of the transforms of described data sets."""
     from widefield.data.pipeline import Pipeline
 
     for name, one in _of(config, "data").items():
@@ -118,7 +118,7 @@ def _trainer(config: Config) -> Iterator[Problem]:
 
 
 def _describes(value: Any) -> bool:
-    """True if the value describes an object, which Lightning's parser makes."""
+    """Return True if the value describes an object, which Lightning's parser makes."""
     return isinstance(value, dict) or (isinstance(value, list) and any(map(_describes, value)))
 
 
@@ -128,7 +128,7 @@ def _instance(description: Mapping[str, Any], base: type) -> Any:
 
 
 def _optimization(config: Config, model: nn.Module | None) -> Iterator[Problem]:
-    """Yield the problems of the optimizer, with the parameters of the model if there is one already, and of the schedule."""
+    """Yield problems of the optimizer, for the parameters of the model if there is one already, and of the schedule."""
     from widefield.modules.optimization import make_optimizer, make_schedule
     from widefield.modules.parameter_options import ParameterOptions
 

@@ -63,9 +63,8 @@ class StreamingConstructor:
         self.before_streaming_init_callbacks = _callbacks("before", before_streaming_init_callbacks)
         self.after_streaming_init_callbacks = _callbacks("after", after_streaming_init_callbacks)
         if unknown := sorted(options.keys() - _OPTIONS):
-            raise TypeError(
-                f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], _OPTIONS | set(_ARGUMENTS))}"
-            )
+            known = _OPTIONS | set(_ARGUMENTS)
+            raise TypeError(f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], known)}")
         self.options = {
             "tile_size": tile_size,
             "deterministic": deterministic,

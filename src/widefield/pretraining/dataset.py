@@ -91,7 +91,7 @@ class ViewDataset(Dataset[Sample]):
         return Sample(name, views, [Changes()] * len(views), bad)
 
     def image(self, index: Index) -> tuple[str, Tensor, list[BadImage], Random]:
-        """Return name and pixels (C, H, W) of the image of `index`, the bad images before it, and a generator for its views.
+        """Return what views of `index` are drawn from: name and pixels (C, H, W), the bad images before it, a generator.
 
         Raises:
             ImageReadError: The image is bad, with `on_bad_image="raise"`, or too many in its place are.

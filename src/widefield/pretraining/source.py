@@ -1,4 +1,4 @@
-"""Sources of images by number: files, slides, or a dataset of the user's."""
+"""Sources of images: files, slides or a dataset of the user's, all by number."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence

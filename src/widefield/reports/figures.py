@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from widefield.writing import replacing
@@ -13,7 +12,6 @@ from widefield.writing import replacing
 def new_figure(width: float = 6.0, height: float = 4.5) -> tuple[Figure, Axes]:
     """An empty figure of `width` x `height` inches with one pair of axes, which needs no display."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 

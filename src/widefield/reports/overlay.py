@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
@@ -42,7 +41,6 @@ def save_overlay(
     figure = Figure(
         figsize=(max(4.0, _HEIGHT_INCHES * width / height) + 1.2, _HEIGHT_INCHES), dpi=_DPI, layout="constrained"
     )
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
