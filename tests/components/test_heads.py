@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components import (
-    BaseModule,
     BEiTV1Head,
     BEiTV2Head,
     ClsHead,
+    Component,
     ContrastiveHead,
     DataSample,
     LatentPredictHead,
@@ -217,7 +217,7 @@ def test_the_pretraining_head_of_a_user_works() -> None:
     """The page's example, under another name."""
 
     @MODELS.register_module()
-    class PretrainHeadOfAUser(BaseModule):
+    class PretrainHeadOfAUser(Component):
         def __init__(self, loss: dict, norm_pix: bool = False, patch_size: int = 16) -> None:
             super().__init__()
             self.patch_size = patch_size

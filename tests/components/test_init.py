@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from widefield.components import BaseModule
+from widefield.components import Component
 
 
-class Part(BaseModule):
+class Part(Component):
     def __init__(self, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
         self.conv = nn.Conv2d(64, 128, 3)
@@ -20,7 +20,7 @@ class Part(BaseModule):
         self.fc = nn.Linear(128, 256)
 
 
-class Whole(BaseModule):
+class Whole(Component):
     def __init__(self, init_cfg: Any = None, part_cfg: Any = None) -> None:
         super().__init__(init_cfg)
         self.parts = nn.ModuleList([nn.Sequential(Part(part_cfg))])

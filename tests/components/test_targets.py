@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from widefield.components import VQKD, BaseModule, DALLEEncoder, HOGGenerator
+from widefield.components import VQKD, Component, DALLEEncoder, HOGGenerator
 from widefield.components.target_generators.base_target_generator import BaseTargetGenerator
 from widefield.components.target_generators.visual_tokens import CosineQuantizer
 from widefield.registry import MODELS
 
 
-class TinyEncoder(BaseModule):
+class TinyEncoder(Component):
     """A map of patches with a batch norm and dropout, which change in training mode."""
 
     def __init__(self, embed_dims: int = 8, out_type: str = "featmap") -> None:

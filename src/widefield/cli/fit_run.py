@@ -14,15 +14,14 @@ from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, 
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.history import History, StepMemory
 from widefield.cli.training_report import write_training_report
-from widefield.components.base_module import BaseModule as Component
+from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.inference.models import BEST, CONFIG, LAST
 from widefield.models import Classifier
 from widefield.models.weights import read_torch_file
-from widefield.modules import BaseModule as StreamedModule
-from widefield.modules import FiniteTraining, NotFiniteError, RandomState
+from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class FitCLI(ConfiguredCLI):
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
-        logs_loss = isinstance(self.model, (StreamedModule, BaseModel))
+        logs_loss = isinstance(self.model, (BaseModule, BaseModel))
         measured = logs_loss and len(getattr(self.datamodule, "val_set", ())) > 0
         options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
         if not measured:

@@ -11,8 +11,8 @@ from widefield.registry import MODELS
 
 _HOME = {
     "BaseModel": "models.base_model",
-    "BaseModule": "base_module",
     "BaseSelfSupervisor": "models.base_self_supervisor",
+    "Component": "component",
     "DataSample": "data_sample",
     "build_conv_layer": "layers.described",
     "build_norm_layer": "layers.described",

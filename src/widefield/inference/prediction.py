@@ -16,7 +16,7 @@ from widefield.data.pipeline import Picture, whole
 from widefield.images import open_image
 from widefield.inference.averaged_views import AveragedViews, averaged
 from widefield.inference.info import ModelInfo
-from widefield.modules import BaseModule as StreamedModule
+from widefield.modules import BaseModule
 
 Image = str | Path | np.ndarray | Picture
 """A file, pixels (H, W, C) or (H, W) as an array, a tensor (C, H, W), or an image that is read lazily."""
@@ -77,7 +77,7 @@ def _predicted(model: Any, pictures: Sequence[Picture]) -> list[DataSample]:
         inputs = inputs.to(model.device)
     elif isinstance(inputs[0], Tensor):
         inputs = [one.to(model.device) for one in inputs]
-    if isinstance(model, StreamedModule):
+    if isinstance(model, BaseModule):
         return [
             DataSample().set_pred_score(score).set_pred_label(score.argmax()) for score in model.predict_step(inputs, 0)
         ]
@@ -86,7 +86,7 @@ def _predicted(model: Any, pictures: Sequence[Picture]) -> list[DataSample]:
 
 
 def _predicts(model: object) -> bool:
-    return isinstance(model, StreamedModule) or (isinstance(model, BaseModel) and hasattr(model, "predict"))
+    return isinstance(model, BaseModule) or (isinstance(model, BaseModel) and hasattr(model, "predict"))
 
 
 def labels_of(score: Tensor, head: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models import densenet, mnasnet, regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
 
-from widefield.components import BaseModule
+from widefield.components.component import Component
 from widefield.registry import MODELS, near_names
 
 
@@ -217,7 +217,7 @@ def _known(model: nn.Module) -> KnownModel | None:
     package = next((c.__module__.partition(".")[0] for c in type(model).__mro__ if c.__module__[:4] == "timm"), "")
     if package == "timm" and hasattr(model, "forward_features"):
         return Timm(model, int(model.num_features))  # type: ignore[arg-type]
-    if isinstance(model, BaseModule) and getattr(model, "component_kind", "") == "backbone":
+    if isinstance(model, Component) and getattr(model, "component_kind", "") == "backbone":
         return _measured(model, Backbone(model, 0))
     if isinstance(model, resnet.ResNet) or all(hasattr(model, part) for part in RESNET_PARTS):
         return _measured(model, PartsInARow(model, 0, RESNET_PARTS))

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widefield.components.base_module import BaseModule, InitConfig
+from widefield.components.component import Component, InitConfig
 from widefield.errors import WrongArgumentError
 from widefield.registry import suggestion
 from widefield.streaming import StreamingCNN
 
 
-class BaseBackbone(BaseModule):
+class BaseBackbone(Component):
     """A feature extractor: `forward` gives a tuple of maps, one for each of `out_indices`."""
 
     component_kind = "backbone"
@@ -91,7 +91,7 @@ class StreamableBackbone(BaseBackbone):
 
     Args:
         streaming: See `StreamingOptions`; None computes whole images.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     streamed: StreamingCNN | None = None
@@ -165,7 +165,7 @@ class SequentialBackbone(StreamableBackbone):
         frozen_layers: How many of the first layers do not train.
         norm_eval: Batch norms stay in evaluation mode; their affine weights train.
         streaming: See `StreamableBackbone`.
-        init_cfg: See `BaseModule`; None keeps what torchvision initialises with.
+        init_cfg: See `Component`; None keeps what torchvision initialises with.
     """
 
     def __init__(

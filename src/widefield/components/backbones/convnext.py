@@ -15,7 +15,7 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
     parse_out_indices,
 )
-from widefield.components.base_module import InitConfig
+from widefield.components.component import InitConfig
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
@@ -53,7 +53,7 @@ class ConvNeXt(StreamableBackbone):
         frozen_stages: How many stages, from the stem on, do not train.
         gap_before_final_norm: Return the normalised averages over all positions (N, C), not the normalised maps (N, C, H, W).
         streaming: See `StreamableBackbone`.
-        init_cfg: See `BaseModule`; None keeps what timm initialises with.
+        init_cfg: See `Component`; None keeps what timm initialises with.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from widefield.components.backbones.base_backbone import (
     check_drop_path_rate,
     check_frozen_stages,
 )
-from widefield.components.base_module import ConvConfig, InitConfig, NormConfig
+from widefield.components.component import ConvConfig, InitConfig, NormConfig
 from widefield.components.layers.described import build_conv_layer, build_norm_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, Range
@@ -166,7 +166,7 @@ class ResNet(StreamableBackbone):
         with_cp: Recompute the blocks in the backward pass instead of keeping their activations.
         zero_init_residual: Each block begins as the identity: the weight of its last norm layer is 0.
         drop_path_rate: Probability with which an image skips the last block in training; it grows linearly from the first block on.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
         streaming: Compute the maps tile by tile; see `StreamingOptions`.
     """
 

@@ -13,7 +13,7 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
     parse_out_indices,
 )
-from widefield.components.base_module import InitConfig
+from widefield.components.component import InitConfig
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
@@ -34,7 +34,7 @@ class TimmBackbone(StreamableBackbone):
         norm_eval: Batch norms stay in evaluation mode; their affine weights train.
         options: More arguments of the network, such as `{drop_path_rate: 0.1}` or `{img_size: 256}`.
         streaming: See `StreamableBackbone`; for networks of convolutions.
-        init_cfg: See `BaseModule`; None keeps timm's weights.
+        init_cfg: See `Component`; None keeps timm's weights.
 
     Raises:
         OSError: The weights cannot be fetched or read.

@@ -13,7 +13,7 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
     parse_out_indices,
 )
-from widefield.components.base_module import InitConfig, NormConfig
+from widefield.components.component import InitConfig, NormConfig
 from widefield.components.layers.described import build_norm_layer
 from widefield.components.layers.transformer_layers import (
     PatchEmbed,
@@ -69,7 +69,7 @@ class VisionTransformer(BaseBackbone):
         layer_scale_init_value: What each branch's output is multiplied by at first, per channel; 0 leaves the factor out.
         pre_norm: Normalise the tokens before the first layer, as CLIP does.
         streaming: Not to be had: each token depends on all others.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
 
     Attributes:
         patch_resolution: Rows and columns of patches of an image of `img_size`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield.components.base_module import InitConfig, LossConfig, LossHead
+from widefield.components.component import InitConfig, LossConfig, LossHead
 from widefield.components.data_sample import DataSample
 from widefield.components.layers.described import ActivationConfig, build_activation_layer
 from widefield.components.metrics.classification_metrics import Accuracy, as_topk
@@ -83,7 +83,7 @@ class ClsHead(ScoreHead):
             the losses of torch do not.
         topk: For which k the accuracy is computed.
         cal_acc: Whether it is computed in training.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class MultiLabelClsHead(ScoreHead):
         loss: Called as `loss(score, target, avg_factor=N)` with targets (N, C) of 0 and 1 and the number N of images.
         thr: Classes of at least this probability are predicted; by default 0.5 if there is no `topk`.
         topk: So many classes are predicted, where there is no `thr`.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     def __init__(

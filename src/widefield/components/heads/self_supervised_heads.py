@@ -6,7 +6,7 @@ import torch
 from lightly.models.utils import normalize_mean_var, patchify, unpatchify
 from torch import Tensor, nn
 
-from widefield.components.base_module import InitConfig, LossConfig, LossHead, NeckConfig
+from widefield.components.component import InitConfig, LossConfig, LossHead, NeckConfig
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
@@ -20,7 +20,7 @@ class ContrastiveHead(LossHead):
     Args:
         loss: Called with scores (N, 1 + K) and the class 0 for each.
         temperature: Similarities are divided by it.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LatentPredictHead(LossHead):
     Args:
         loss: Called with predictions and targets.
         predictor: A neck.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     def __init__(self, loss: LossConfig, predictor: NeckConfig, init_cfg: InitConfig = None) -> None:
@@ -91,7 +91,7 @@ class MAEPretrainHead(LossHead):
         norm_pix: Targets are standardised, patch by patch: (x - mean) / sqrt(variance + 1e-6), with the unbiased variance.
         patch_size: Side of a patch, in pixels.
         in_channels: Channels of the image.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class VisualTokenHead(LossHead):
         embed_dims: Width of the features.
         num_embed: Different tokens.
         loss: Called with scores (M, num_embed) and tokens (M,) of the M masked patches.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     default_init_cfg = ({"type": "TruncNormal", "layer": "Linear", "std": 0.02},)

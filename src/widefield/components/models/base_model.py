@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from widefield.components.base_module import BaseModule, InitConfig
+from widefield.components.component import Component, InitConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig
 from widefield.errors import WrongArgumentError
@@ -27,7 +27,7 @@ class _KeepsArguments(LightningModule):
         return model
 
 
-class BaseModel(BaseModule, _KeepsArguments):
+class BaseModel(Component, _KeepsArguments):
     """A model that gives its losses by name: a subclass writes `loss`, and Lightning does the rest.
 
     A batch is `(inputs, targets)`, or a dictionary with `inputs` and maybe `data_samples`. Inputs are images as a tensor
@@ -39,7 +39,7 @@ class BaseModel(BaseModule, _KeepsArguments):
 
     Args:
         data_preprocessor: Makes of a batch what `loss` gets.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
         lr: Learning rate of AdamW; a configuration with a section `optimizer` decides otherwise.
         weight_decay: Its weight decay.
         pretrained: A checkpoint; short for `init_cfg={type: Pretrained, checkpoint: ...}`.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from widefield.components.base_module import BackboneConfig, HeadConfig, NeckConfig
+from widefield.components.component import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.models.base_model import BaseModel
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf

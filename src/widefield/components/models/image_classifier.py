@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from widefield.components.base_module import BackboneConfig, HeadConfig, NeckConfig
+from widefield.components.component import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import backbone_features, neck_features, streams

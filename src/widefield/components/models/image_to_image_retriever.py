@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from widefield.components.base_module import HeadConfig
+from widefield.components.component import HeadConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel, as_sample, split_batch
 from widefield.components.models.features import backbone_features, neck_features, streams

@@ -7,14 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widefield.components.base_module import BaseModule, InitConfig
+from widefield.components.component import Component, InitConfig
 from widefield.components.layers.transformer_layers import TransformerEncoderLayer, sincos_position_embedding
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 
 @MODELS.register_module()
-class MAEPretrainDecoder(BaseModule):
+class MAEPretrainDecoder(Component):
     """Decoder of masked autoencoders: predicts the pixels of every patch from the tokens of those that were seen.
 
     He et al., 2021, https://arxiv.org/abs/2111.06377.
@@ -29,7 +29,7 @@ class MAEPretrainDecoder(BaseModule):
         decoder_num_heads: Attention heads.
         mlp_ratio: Width inside of a block's perceptron, per width of the decoder.
         predict_feature_dim: Values that are predicted for a patch; None is that of its pixels.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     component_kind = "neck"
@@ -98,7 +98,7 @@ _ARCHITECTURES: dict[str, dict[str, int]] = {
 
 
 @MODELS.register_module()
-class BEiTV2Neck(BaseModule):
+class BEiTV2Neck(Component):
     """A second way to predict masked patches: from the final class token and the patches of an early layer alone.
 
     It makes the class token gather what the image shows (Peng et al., 2022, https://arxiv.org/abs/2208.06366, section 3.3).
@@ -110,7 +110,7 @@ class BEiTV2Neck(BaseModule):
         drop_rate: Dropout behind the linear layers.
         drop_path_rate: Of the last layer of the backbone, see there.
         layer_scale_init_value: Initial factor of what blocks add; 0 for none.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     component_kind = "neck"

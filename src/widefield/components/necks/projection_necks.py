@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from widefield.components.base_module import BaseModule, InitConfig, NormConfig
+from widefield.components.component import Component, InitConfig, NormConfig
 from widefield.components.layers.described import ActivationConfig, build_activation_layer, build_norm_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
@@ -24,7 +24,7 @@ def last_features(inputs: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 @MODELS.register_module(replaceable=True)
-class GlobalAveragePooling(BaseModule):
+class GlobalAveragePooling(Component):
     """The average of each channel over all positions.
 
     Args:
@@ -54,7 +54,7 @@ class GlobalAveragePooling(BaseModule):
 
 
 @MODELS.register_module()
-class LinearNeck(BaseModule):
+class LinearNeck(Component):
     """A linear layer, a norm and an activation, of the features of the last stage.
 
     Args:
@@ -63,7 +63,7 @@ class LinearNeck(BaseModule):
         gap_dim: Axes of position, 1, 2 or 3, that are averaged first; 0 averages nothing.
         norm_cfg: Type and options of the norm layer; None for none.
         act_cfg: Type and options of the activation; None for none.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     component_kind = "neck"
@@ -97,7 +97,7 @@ class LinearNeck(BaseModule):
 
 
 @MODELS.register_module()
-class NonLinearNeck(BaseModule):
+class NonLinearNeck(Component):
     """The projection of contrastive learning: linear layers with norms, and ReLU between them, fc-bn-[relu-fc-bn]*.
 
     Chen et al., 2020 (SimCLR), https://arxiv.org/abs/2002.05709.
@@ -114,7 +114,7 @@ class NonLinearNeck(BaseModule):
         with_avg_pool: Average maps over their positions first.
         norm_cfg: Type and options of the norm layers. By default they are synchronised, for the statistics of one process tell
             which images make a pair; torch does that on GPUs alone, so several processes on CPUs need BN1d.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     component_kind = "neck"

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.components.base_module import BaseModule, InitConfig
+from widefield.components.component import Component, InitConfig
 from widefield.errors import WrongArgumentError
 
 
-class BaseTargetGenerator(BaseModule):
+class BaseTargetGenerator(Component):
     """Makes targets from images, and never learns: it stays in evaluation mode, and what it computes has no gradients.
 
     A constructor with parts of its own ends with `self.train()`, which freezes them.

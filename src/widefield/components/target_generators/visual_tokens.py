@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widefield.components.base_module import BackboneConfig, InitConfig
+from widefield.components.component import BackboneConfig, InitConfig
 from widefield.components.target_generators.base_target_generator import PretrainedTargetGenerator
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS

@@ -27,7 +27,7 @@ NormConfig = Annotated[
 ]
 
 
-class BaseModule(nn.Module):
+class Component(nn.Module):
     """A module with `init_cfg`.
 
     `init_weights` runs the descriptions in order, then that of every part, then the checkpoints: what is loaded stays. A module on
@@ -71,18 +71,18 @@ class BaseModule(nn.Module):
 def _init_parts(module: nn.Module) -> None:
     """Initialise the components in `module`, however deep in containers; other libraries' modules are left alone."""
     for part in module.children():
-        if isinstance(part, BaseModule):
+        if isinstance(part, Component):
             part.init_weights()
         else:
             _init_parts(part)
 
 
-class LossHead(BaseModule):
+class LossHead(Component):
     """A head, which knows its loss.
 
     Args:
         loss: The loss or its description.
-        init_cfg: See `BaseModule`.
+        init_cfg: See `Component`.
     """
 
     component_kind = "head"
