@@ -1,4 +1,4 @@
-"""Where the carries of a whole pass are kept.
+"""Memory for the carries of a whole pass.
 
 Large blocks of memory, so that small long-lived pieces leave no holes between the large short-lived tensors of the steps. They lie
 where their store says: on the device, in host memory or in a file.

@@ -1,4 +1,4 @@
-"""What users say of tiles and memory, as numbers."""
+"""Tile sizes and memory as users write them, as numbers."""
 
 import os
 import re

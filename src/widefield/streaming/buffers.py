@@ -153,5 +153,5 @@ def empty_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def in_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor (N, C, H, W), or what it is a window of, has its channels side by side."""
+    """True if a tensor (N, C, H, W), or what it is a window of, has its channels side by side."""
     return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()

@@ -402,7 +402,7 @@ def _node(fx: torch.fx.Node) -> Node:
 
 
 def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """What `x` holds after `x.copy_(source)`."""
+    """Return what `x` holds after `x.copy_(source)`."""
     return source.to(x.dtype).expand_as(x)
 
 

@@ -49,7 +49,7 @@ _MEANING: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found out about a model.
+    """Findings of `check` about a model.
 
     `errors` holds the largest relative error of the "outputs", of the "outputs without gradients" (inference), of the "image
     gradient" and of the "parameter gradients", which is that of `worst_parameter`; it is empty when nothing could be streamed.
@@ -73,7 +73,7 @@ class Check:
 
     @property
     def exact(self) -> bool:
-        """Whether the verdict is one of `EXACT`."""
+        """True if the verdict is one of `EXACT`."""
         return self.verdict in EXACT
 
     @property

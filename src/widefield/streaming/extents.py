@@ -1,4 +1,4 @@
-"""Which inputs an op reads, along one axis.
+"""The inputs that an op reads, along one axis.
 
 Everything the engine knows about geometry is here, in plain integers. Rows and columns are treated alike and apart, so each
 op carries one `AxisMap` for its rows and one for its columns. An `AxisMap` answers four questions about an op that turns

@@ -1,4 +1,4 @@
-"""What a captured module becomes: a list of scans, and of plain operations before, between and after them.
+"""Programs: a captured module as a list of scans, and of plain operations before, between and after them.
 
     plain operations   parameters, what is computed from them alone, and what is computed from reductions: ordinary tensors
     stages             maps and their reductions over the whole image: tile by tile, by the scan
@@ -86,7 +86,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one scan executes: maps and weights in, maps and reductions out.
+    """The work of one scan: maps and weights in, maps and reductions out.
 
     `values` are in topological order, stage inputs first; `inputs`, `outputs` and `reductions` are indices into them. Inputs
     are the image, maps that earlier stages have left, and weights as large as the image. `weights` names the other tensors

@@ -94,7 +94,7 @@ class Grid:
         return AxisStep(kept[t - 1], ready[t - 1], ready[t], kept[t], spans, tuple(reads))
 
     def cuts(self, v: int, row: AxisStep, col: AxisStep) -> Cuts:
-        """What is cut out of map v's buffer in a step."""
+        """Return what is cut out of map v's buffer in a step."""
         who, cuts = [], []
         for (reader, k), rows, cols in zip(self.readers[v], row.reads, col.reads, strict=True):
             if rows is not None and cols is not None:

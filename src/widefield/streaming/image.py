@@ -1,4 +1,4 @@
-"""Where a scan reads its tiles: a tensor, or an image on disk that is never held whole; and how a tile is normalised."""
+"""Sources of tiles: a tensor, or an image on disk that is never held whole; and the normalisation of a tile."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class LazyImage(Protocol):
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What is done to each tile: range to 0..1, then `(x - mean) / std` per channel.
+    """Normalisation of each tile: range to 0..1, then `(x - mean) / std` per channel.
 
     Integer images are divided by their dtype's maximum; float images are taken as they are. `value_range` = (low, high) says
     otherwise: low becomes 0 and high 1.
@@ -186,7 +186,7 @@ class Source:
         return tile.pin_memory() if self.device.type == "cuda" and tile.device.type == "cpu" else tile
 
     def to_device(self, tile: Tensor) -> Tensor:
-        """What `fetch` gave, on the scan's device."""
+        """Return what `fetch` gave, on the scan's device."""
         return tile.to(self.device, non_blocking=True)
 
     def prepare(self, raw: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What one scan works on: where its tiles are read, where what it makes is kept."""
+"""The surroundings of one scan: where its tiles are read, where its results are kept, what happens between steps."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -96,7 +96,7 @@ class Job:
         return [None if raw is None else source.to_device(raw) for source, raw in zip(self.sources, raws, strict=True)]
 
     def box(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
-        """Where map v's new tile of step (i, j) lies: y, x, height, width."""
+        """Return the place of map v's new tile of step (i, j): y, x, height, width."""
         row, col = self.grid.rows[i][v], self.grid.cols[j][v]
         return row.done, col.done, row.new, col.new
 

@@ -102,7 +102,7 @@ class _Map:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is read through windows. Convolutions are layers even if theirs are of one position."""
+        """True if it is read through windows. Convolutions are layers even if theirs are of one position."""
         return self.value.facts.is_layer or any(field != _POINTWISE for _, field in self.reads)
 
 
@@ -125,7 +125,7 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
 
 
 def _strides_and_lost(maps: Sequence[_Map], image: int, axis: int) -> tuple[list[float], list[tuple[int, int]]]:
-    """Of every map along an axis: the stride in pixels, and the positions lost at the beginning and at the end."""
+    """Return the stride of every map along an axis, in pixels, and the positions lost at the beginning and at the end."""
     strides = [float(v == image) for v in range(len(maps))]  # weights that are read as maps have none
     lost: list[tuple[int, int]] = []
     for v, node in enumerate(maps):

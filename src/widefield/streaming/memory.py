@@ -1,4 +1,4 @@
-"""How many bytes a scan needs, from its schedules alone.
+"""The bytes that a scan needs, from its schedules alone.
 
 What a step computes and holds of a map is a number of rows times a number of columns. So what all steps keep is a product of two
 matrices, and the largest step can be found for many tiles at once without looking at all their steps.
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """What the memory of a scan depends on of one of its two schedules. Arrays have the maps first."""
+    """Numbers of one of the two schedules of a scan on which its memory depends. Arrays have the maps first."""
 
     schedule: Schedule
 
@@ -38,7 +38,7 @@ class Axis:
 
     @cached_property
     def buffered(self) -> Flags:
-        """Whether a step holds more of a map than it computes."""
+        """True where a step holds more of a map than it computes."""
         new, held = _halves(self.work)
         flags: Flags = np.any(held > new, axis=1)
         return flags
@@ -70,7 +70,7 @@ class Footprint:
 
     @cached_property
     def recorded(self) -> Array:
-        """What autograd keeps of each step until its backward pass: (tile rows, tile columns)."""
+        """Bytes that autograd keeps of each step until its backward pass: (tile rows, tile columns)."""
         weights = np.concatenate(_kept(self.needs, [self.rows], [self.cols]))[:, 0]
         return (self.rows.work * weights).T @ self.cols.work  # type: ignore[no-any-return]
 
@@ -110,12 +110,12 @@ def estimates(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis], tr
 
 
 def _halves(work: Array) -> tuple[Array, Array]:
-    """What is computed, and what is held."""
+    """Return what is computed, and what is held."""
     return work[: len(work) // 2], work[len(work) // 2 :]
 
 
 def _largest(axes: Sequence[Axis], weights: Array) -> Array:
-    """Of each axis the step with the largest sum, with each of its weights: (2 * maps, axes, others), weights and result."""
+    """The step of each axis with the largest sum, with each of its weights: (2 * maps, axes, others), weights and result."""
     best = [(axis.work.T @ weights[:, k]).argmax(0) for k, axis in enumerate(axes)]
     return np.stack([axis.work[:, steps] for axis, steps in zip(axes, best, strict=True)], axis=1)
 

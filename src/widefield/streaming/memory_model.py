@@ -1,4 +1,4 @@
-"""What of a stage's maps has to be in memory at a time, in bytes.
+"""The parts of a stage's maps that are in memory at a time, in bytes.
 
 A step computes a map's new positions and puts them together with what was carried to a buffer. Of both, autograd keeps what the
 derivatives of the ops need until the backward pass of the step; the rest is gone when its last reader is done.
@@ -22,8 +22,8 @@ _GRADIENTS_OF_WEIGHTS = 3
 
 @dataclass(frozen=True, eq=False)
 class MemoryModel:
-    """Of one stage, `image` being the name of the image. Arrays have the stage's maps first; after them come as many tiles as are
-    looked at together.
+    """The memory of one stage, `image` being the name of the image. Arrays have the stage's maps first; after them come as
+    many tiles as are looked at together.
     """
 
     stage: Stage
@@ -43,7 +43,7 @@ class MemoryModel:
 
     @cached_property
     def _derivatives(self) -> tuple[Flags, Flags, Flags]:
-        """Of each map, whether the derivative of its op needs it, whether that of a reader needs it, whether it is a view."""
+        """For each map: the derivative of its op needs it; that of a reader needs it; it is a view."""
         values = self.stage.values
         read = [value.rectified for value in values]
         for v, value in reversed(list(enumerate(values))):
@@ -55,7 +55,7 @@ class MemoryModel:
 
     @cached_property
     def _extra(self) -> Array:
-        """What derivatives need besides the maps, in bytes per position: positions of maxima, masks."""
+        """Memory that derivatives need besides the maps, in bytes per position: positions of maxima, masks."""
         extra = np.zeros(len(self.stage.values))
         for v, value in enumerate(self.stage.values):
             if "indices" in value.facts.saves:
@@ -65,7 +65,7 @@ class MemoryModel:
         return extra
 
     def reading(self, new: Array) -> Array:
-        """What reading the image ahead needs besides: the next tile, and the reader's own array of it."""
+        """Bytes that reading the image ahead needs besides: the next tile, and the reader's own array of it."""
         image = np.array([value.name == self.image for value in self.stage.values])
         return 2 * new[image].sum(0)  # type: ignore[no-any-return]
 

@@ -238,7 +238,7 @@ class StreamingCNN(nn.Module):
         return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(self, shape: tuple[int, ...]) -> Plan:
-        """How an image of `shape` (channels, height, width) or (N, channels, height, width) would be streamed.
+        """Return the plan for an image of `shape` (channels, height, width) or (N, channels, height, width).
 
         A training step if gradients are enabled and a parameter requires them, else a forward pass.
         """
@@ -323,7 +323,7 @@ class StreamingCNN(nn.Module):
         return values
 
     def _device_and_dtype(self, image: Any) -> tuple[torch.device, torch.dtype]:
-        """Where the module computes and in what, or the image's own device and dtype for a module without parameters."""
+        """Return the device and dtype of the module, or the image's own device and dtype for a module without parameters."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         if lazy := [name for name, p in self.module.named_parameters() if isinstance(p, UninitializedParameter)]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How a network will be streamed over an image of a given size: tile, steps and memory, known before any pixel is computed."""
+"""The plan of a streamed pass over an image of a given size: tile, steps and memory, known before any pixel is computed."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -34,9 +34,11 @@ _HEAP_EXCESS = (0.6, 1.25, 0.1)
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan has to heed. `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are
-    wanted. `maps`: where maps between stages must live. `copied_weights`: the weights are copied into another memory format.
-    `stages`: how many the program has.
+    """All that a plan has to heed.
+
+    `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are wanted. `maps`: where maps
+    between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
+    has.
     """
 
     tile: tuple[int, int | None] | None
@@ -58,7 +60,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """How one stage is scanned: its `grid`, the bytes of carries that it saves, how many of its last steps are recorded."""
+    """The scan of one stage: its `grid`, the bytes of carries that it saves, how many of its last steps are recorded."""
 
     grid: Grid
     carry_sizes: Mapping[torch.dtype, int]
@@ -281,7 +283,7 @@ def _finished(
 
 
 def _places(request: PlanRequest) -> Iterator[tuple[Place, Place]]:
-    """Where maps and carries could live, the fastest first."""
+    """Yield where maps and carries could live, the fastest first."""
     usable = [place for place in PLACES if not (place == "host" and request.device.type == "cpu")]
     for place in usable:
         yield request.maps or place, place if request.training else "device"
@@ -309,5 +311,5 @@ def _tiles(stage: Stage, image: tuple[int, int], device: torch.device) -> list[t
 
 
 def _processes(device: torch.device) -> int:
-    """How many processes of a distributed run share the memory of this machine."""
+    """Return the number of processes of a distributed run that share the memory of this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if device.type == "cpu" else 1

@@ -1,4 +1,4 @@
-"""What an op would read if the image went on beyond its borders: one axis, plain integers.
+"""The inputs that an op would read if the image went on beyond its borders: one axis, plain integers.
 
 An `AxisMap` stops at the border of the whole image. For a tile cut out of a larger image, or for a receptive field, what counts
 is where the windows would lie without borders, and that is a straight line for every op.

@@ -1,4 +1,4 @@
-"""What a scan gives, put together from its tiles, and the gradients that enter and leave its backward pass."""
+"""Results of a scan, put together from its tiles, and the gradients that enter and leave its backward pass."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

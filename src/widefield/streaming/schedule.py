@@ -16,7 +16,7 @@ from widefield.streaming.extents import AxisMap, Positions, Span, identity
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How one map follows from others along one axis: `sources[k]` is read through `maps[k]`. No sources: a stage input."""
+    """One map along one axis, as it follows from others: `sources[k]` is read through `maps[k]`. No sources: a stage input."""
 
     size: int
     sources: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Schedule:
         return self.kept_array.tolist()
 
     def span(self, v: int, k: int, t: int) -> Span:
-        """What map `v` reads from its `k`-th source in step `t`."""
+        """Return what map `v` reads from its `k`-th source in step `t`."""
         return self.flows[v].maps[k].span(self.ready[v][t - 1], self.ready[v][t])
 
 

@@ -51,7 +51,7 @@ def split(model: nn.Module, image_shape: tuple[int, int, int, int] = _EXAMPLE) -
 
 
 def _touches(path: fx.node.Target, paths: set[str]) -> bool:
-    """Whether a module, or one inside it, is among `paths`."""
+    """True if a module, or one inside it, is among `paths`."""
     return any(other == path or other.startswith(f"{path}.") for other in paths if other)
 
 
@@ -110,7 +110,7 @@ def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.d
 
 
 def _program(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, allow_whole: bool) -> Program:
-    """Of images of this one size, so it is traced without symbols, which takes longer."""
+    """Return the program for images of this one size, traced without symbols, which would take longer."""
     captured = capture(module, shape, dtype, symbolic=False).at(*shape[2:])
     assert captured is not None
     return build(captured, allow_whole=allow_whole)

@@ -72,7 +72,7 @@ def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed],
 def _follows(
     name: str, maps: Maps, placed: Mapping[str, Placed], by_name: Mapping[str, Node], stored: set[str]
 ) -> bool:
-    """Whether cheap operations lead from a map in `stored` to map `name`."""
+    """True if cheap operations lead from a map in `stored` to map `name`."""
     while name in placed and len({read.source for read in placed[name].reads}) == 1:
         read = placed[name].reads[0]
         height, width = maps.extent(read.source)
@@ -153,7 +153,7 @@ def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], le
 
 
 def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
-    """What a node reads that is neither a map nor, broadcast to the image's size, read as one."""
+    """Return what a node reads that is neither a map nor, broadcast to the image's size, read as one."""
     broadcast = {maps.broadcast[read.source] for read in rule.reads if read.source in maps.broadcast}
     return tuple(ref for ref in node.refs if ref not in maps and ref not in broadcast)
 
@@ -169,5 +169,5 @@ def weight_size(name: str, maps: Maps, dtypes: Mapping[str, torch.dtype]) -> int
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node's result shares the memory of what it reads."""
+    """True if a node's result shares the memory of what it reads."""
     return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")

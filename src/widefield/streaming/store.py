@@ -1,4 +1,4 @@
-"""Where the maps between stages live: on the device, in host memory, or in a file without a name."""
+"""Places for the maps between stages: on the device, in host memory, or in a file without a name."""
 
 import mmap
 import os

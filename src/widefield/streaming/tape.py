@@ -1,4 +1,4 @@
-"""What a forward pass leaves for its backward pass."""
+"""The record that a forward pass leaves for its backward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Windows = dict[int, tuple[list[Tensor], TileContext]]  # what a reduction reads,
 
 
 class Made(NamedTuple):
-    """What a step makes: new tiles of the maps that leave the stage, new windows that its reductions read, and the carries."""
+    """Results of a step: new tiles of the maps that leave the stage, new windows that its reductions read, and the carries."""
 
     outputs: ByMap
     reduced: Windows
@@ -51,7 +51,7 @@ class Recorded:
 
 
 class Tape:
-    """What the forward pass leaves for the backward pass, apart from tensors that autograd keeps.
+    """The record that a forward pass leaves for its backward pass, apart from tensors that autograd keeps.
 
     `inputs_needed` and `weights_needed` say of each input and weight whether its gradient is, and `requires_grad` of each map
     whether it depends on one of those. `leaves` sum the tiles' gradients of the weights, in float32 or better: 256 tiles summed
@@ -112,7 +112,7 @@ class Tape:
         return [block for blocks in self.arena.blocks.values() for block in blocks]
 
     def carries(self, pieces: Sequence[Tensor]) -> list[tuple[Carry, Carry]]:
-        """What each step has received, of all that was saved."""
+        """Return what each step has received, of all that was saved."""
         rest = iter(pieces)
         return [({v: next(rest) for v in above}, {v: next(rest) for v in left}) for above, left in self.layout]
 
@@ -142,7 +142,7 @@ def compact(piece: Tensor) -> Tensor:
 
 
 def _requires_grad(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> list[bool]:
-    """Which maps depend on something that requires grad."""
+    """For each map, True if it depends on something that requires grad."""
     requires_grad: list[bool] = []
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)

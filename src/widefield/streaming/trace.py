@@ -46,7 +46,7 @@ class Trace:
 
     @property
     def fixed(self) -> bool:
-        """Whether it holds for one size only."""
+        """True if it holds for one size only."""
         return not any(dim.free_symbols for dim in self.dims)
 
     def at(self, height: int, width: int) -> Captured | None:
@@ -100,7 +100,7 @@ class Trace:
 
     @cached_property
     def _sized(self) -> list[bool]:
-        """Whether arguments of each node depend on the size."""
+        """For each node, True if its arguments depend on the size."""
         return [
             any(isinstance(leaf, Formula) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
             for node in self.captured.nodes

@@ -164,7 +164,7 @@ class SingleLabelMetric(CountingMetric):
 
 @METRICS.register_module()
 class ConfusionMatrix(CountingMetric):
-    """How many images of each class are predicted as each class, `confusion_matrix/result`.
+    """Count the images of each class that are predicted as each class, `confusion_matrix/result`.
 
     Args:
         num_classes: Needed for predictions that are class indices.

@@ -1,4 +1,4 @@
-"""What a rule is: how one operation is placed in a scan.
+"""Rules: each says how one operation is placed in a scan.
 
 A rule looks at a captured `Node` whose inputs are maps (tensors with a height and a width) and weights (tensors that do not
 depend on the image), and returns a `Placed`: what the op reads along each axis, where height and width stand in its result,

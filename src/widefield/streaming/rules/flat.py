@@ -57,7 +57,7 @@ def seen_shape(maps: Maps, name: str) -> tuple[int, ...]:
 
 
 def _width(maps: Maps, name: str) -> int:
-    """How many dimensions of a map the model sees as one."""
+    """Return the number of dimensions of a map that the model sees as one."""
     return maps.flat.get(name, 1)
 
 
@@ -67,7 +67,7 @@ def _position(maps: Maps, name: str) -> int:
 
 
 def _apart(d: int, p: int, width: int) -> int:
-    """Where dimension `d` of what the model sees stands, with dimension `p` cut in `width` of them."""
+    """Return the position of dimension `d` of what the model sees, with dimension `p` cut in `width` of them."""
     return d if d <= p else d + width - 1
 
 
@@ -262,7 +262,7 @@ def indexed(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
 
 
 def padded(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
-    """Of the dimensions behind the flattened one."""
+    """Padding of the dimensions behind the flattened one."""
     if len(node.args[1]) // 2 >= len(seen_shape(maps, names[0])) - _position(maps, names[0]):
         raise _refuse(node, "pads")
     return [_with_shape(node, maps)], _width(maps, names[0])

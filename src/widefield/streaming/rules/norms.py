@@ -168,7 +168,7 @@ def scale_and_shift_of_layer(mean: Tensor, squares: Tensor, count: int, eps: flo
 
 @torch.no_grad()
 def update_running_statistics(layer: nn.Module, batch: Tensor) -> None:
-    """What a batch norm layer does in training mode: running = (1 - momentum) * running + momentum * batch.
+    """Update running statistics as a batch norm layer does in training mode: running = (1 - momentum) * running + momentum * batch.
 
     `batch` holds mean, sum of squared deviations and count, each of shape (1, C, 1, ...). The variance that is stored is the
     unbiased one; `momentum` None means the average over all batches (`torch.nn.BatchNorm2d`). Layers that keep no running

@@ -1,4 +1,4 @@
-"""What is gathered over a whole image while its tiles pass: sums, moments, maxima.
+"""Reductions, gathered over a whole image while its tiles pass: sums, moments, maxima.
 
 A reduction is three functions. `fold` takes one more tile into what has been gathered; `finish` turns that into the result, a
 tuple of small tensors. `pull` is for the backward pass: given the result and its gradients, where they enter one tile, as pairs

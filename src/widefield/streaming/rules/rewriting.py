@@ -1,4 +1,4 @@
-"""What a rewriting is: how an operation over the whole image becomes reductions and local operations on their results.
+"""Rewritings: an operation over the whole image becomes reductions and local operations on their results.
 
 A rewriting returns the nodes to put in the place of one, the last of which has its name; or None where the operation is local.
 """

@@ -160,7 +160,7 @@ def vector_norm(node: Node, maps: Maps) -> list[Node] | None:
 
 
 def power_of_norm(x: Tensor, p: float) -> Tensor:
-    """What a p-norm adds up: |x|^p; |x| for the maximum norm; x != 0 for p = 0."""
+    """Return the terms of a p-norm: |x|^p; |x| for the maximum norm; x != 0 for p = 0."""
     x = x.to(precise(x.dtype))  # squares of float16 overflow from 256 on
     if p == 2.0:
         return x * x
