@@ -11,7 +11,7 @@ import tifffile
 from widefield.data import LabelledImages
 from widefield.data.annotations import AnnotationFile
 from widefield.data.folder import ImageFolder
-from widefield.images import open_image, source, thumbnail
+from widefield.images import open_image, pixel_source, thumbnail
 from widefield.inference.models import _info
 from widefield.inference.prediction import as_picture
 from widefield.pretraining.pixels import open_lazily, read_pixels
@@ -20,7 +20,7 @@ from widefield.pretraining.slides import SlideArgs, read_patch
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(source, "_WARNED", set())
+    monkeypatch.setattr(pixel_source, "_WARNED", set())
 
 
 @pytest.fixture
