@@ -22,5 +22,5 @@ _WITH_THE_CHECK = ("test_first_check", "test_functions_and_hooks", "test_effects
 @pytest.fixture(autouse=True)
 def without_the_check_at_first_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests compare with plain PyTorch themselves; the check runs in its own and in those that act as users do."""
-    if request.path.stem not in _WITH_THE_CHECK and "integration" not in request.path.parts:
+    if request.path.stem not in _WITH_THE_CHECK and not {"integration", "cli"} & set(request.path.parts):
         monkeypatch.setattr("widefield.streaming.module.verify_at_first_use", lambda *args: None)

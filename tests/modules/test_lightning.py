@@ -159,7 +159,6 @@ def train_or_resume(kind: type[StreamingModule], folder: Path) -> None:
     torch.save(module.state_dict(), folder / "weights.pt")
 
 
-@pytest.mark.slow  # a killed run of `widefield fit` is a default test
 @fresh
 def test_a_killed_run_resumes_from_its_last_epoch(tmp_path: Path) -> None:
     def exit_code(kind: type[StreamingModule], folder: Path) -> int | None:

@@ -100,7 +100,7 @@ class Drawn(nn.Module):
         return [*outputs, x * 1.0]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     layers=st.lists(layer, min_size=2, max_size=9),
     size=st.tuples(st.integers(1, 45), st.integers(1, 45)),
