@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.build import explain as explain_passes
 from widefield.streaming.capture import capture
-from widefield.streaming.comparison import Outcome, contiguous_gradient, errors_of, outcome
+from widefield.streaming.comparison import Outcome, contiguous_gradient, differences, outcome
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
@@ -242,16 +242,15 @@ def _run(model: nn.Module, image: Tensor, seed: int) -> tuple[Outcome, Outcome]:
 
 def _compare(found: Sequence[Outcome], expected: Sequence[Outcome]) -> tuple[dict[str, float], str]:
     """Return the largest relative error of each kind, and the parameter with the largest."""
-    of_outputs = []
-    for f, e in zip(found, expected, strict=True):
-        same = [getattr(x, "dtype", None) for x in f.leaves] == [getattr(x, "dtype", None) for x in e.leaves]
-        errors = errors_of(f, e, torch.inf, _FLOOR) if same else {"dtypes": torch.inf}
-        of_outputs.append(max((error for what, error in errors.items() if "gradient" not in what), default=0.0))
-    gradients = errors_of(found[0], expected[0], torch.inf, _FLOOR)
-    gradients = {what.removeprefix("gradient of "): x for what, x in gradients.items() if what.startswith("gradient")}
-    image = gradients.pop("the image", 0.0)
+    both = [differences(f, e, torch.inf, _FLOOR) for f, e in zip(found, expected, strict=True)]
+    outputs = [max((one.error for one in run if one.kind != "gradient"), default=0.0) for run in both]
+    for k, (f, e) in enumerate(zip(found, expected, strict=True)):
+        if [getattr(x, "dtype", None) for x in f.leaves] != [getattr(x, "dtype", None) for x in e.leaves]:
+            outputs[k] = torch.inf
+    gradients = {one.name: one.error for one in both[0] if one.kind == "gradient"}
+    image = gradients.pop("", 0.0)
     worst = max(gradients, key=lambda name: gradients[name], default="")
-    errors = {"outputs": of_outputs[0], "outputs without gradients": of_outputs[1]}
+    errors = {"outputs": outputs[0], "outputs without gradients": outputs[1]}
     return errors | {"image gradient": image, "parameter gradients": gradients.get(worst, 0.0)}, worst
 
 

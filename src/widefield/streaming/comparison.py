@@ -1,7 +1,7 @@
 """Two passes of a module, compared: all outputs, and the gradients of a random weighting of them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,23 @@ def outcome(
     return Outcome(tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves), spec, gradients)
 
 
-def errors_of(found: Outcome, expected: Outcome, order: float = 2, floor: float = 1e-3) -> dict[str, float]:
-    """Return relative differences: of outputs by "output 0", of gradients by "gradient of NAME".
+class Difference(NamedTuple):
+    """What differs between two passes: the "structure" of the result, an "output" by number or a "gradient" by name."""
+
+    kind: Literal["structure", "output", "gradient"]
+    name: str
+    error: float  # relative
+    found: Any = None
+    expected: Any = None
+
+    def __str__(self) -> str:
+        if self.kind == "structure":
+            return "structure of the result"
+        return f"{self.kind} {self.name}" if self.kind == "output" else f"gradient of {self.name or 'the image'}"
+
+
+def differences(found: Outcome, expected: Outcome, order: float = 2, floor: float = 1e-3) -> list[Difference]:
+    """Return how much each output and each gradient differs.
 
     Args:
         found: what is compared.
@@ -62,24 +77,31 @@ def errors_of(found: Outcome, expected: Outcome, order: float = 2, floor: float 
         floor: gradients are compared with at least this share of the largest one: that of a bias before a norm layer is noise.
     """
     if found.spec != expected.spec:
-        return {"structure of the result": torch.inf}
-    errors: dict[str, float] = {}
+        return [Difference("structure", "", torch.inf, found.spec, expected.spec)]
+    result = []
     for k, (f, e) in enumerate(zip(found.leaves, expected.leaves, strict=True)):
         if isinstance(f, Tensor) and isinstance(e, Tensor):
-            errors[f"output {k}"] = error_of(f, e, order)
+            error = relative_error(f, e, order)
         else:
-            errors[f"output {k}"] = 0.0 if isinstance(f, type(e)) and f == e else torch.inf
+            error = 0.0 if isinstance(f, type(e)) and f == e else torch.inf
+        result.append(Difference("output", str(k), error, f, e))
     largest = max((_norm(g, order) for name, g in expected.gradients.items() if name), default=0.0)
     for name in {**expected.gradients, **found.gradients}:
         f, e = found.gradients.get(name), expected.gradients.get(name)
         given = f if f is not None else e
         assert given is not None
         f, e = (torch.zeros_like(given) if x is None else x for x in (f, e))  # none and zero mean the same
-        errors[f"gradient of {name or 'the image'}"] = error_of(f, e, order, floor * largest if name else 0.0)
-    return errors
+        error = relative_error(f, e, order, floor * largest if name else 0.0)
+        result.append(Difference("gradient", name, error, f, e))
+    return result
 
 
-def error_of(found: Tensor, expected: Tensor, order: float = 2, floor: float = 0.0) -> float:
+def largest_difference(found: Outcome, expected: Outcome) -> Difference:
+    """Return the largest of the `differences`."""
+    return max(differences(found, expected), key=lambda one: one.error, default=Difference("output", "", 0.0))
+
+
+def relative_error(found: Tensor, expected: Tensor, order: float = 2, floor: float = 0.0) -> float:
     """Return the norm of a difference relative to that of `expected`, but at least to `floor`; infinite for another shape.
 
     Of numbers that are not floating it is the share that differs.

@@ -7,13 +7,13 @@ relative to the plain result. Above a tolerance that fits the dtype they are com
 by when the image is rounded differently.
 
 The plain runs (two forward passes, and one with its backward pass) are of the user's module, so that hooks, caches and whatever
-else it holds take part. Everything is as
-before then: random states, buffers, modes, attributes of the modules, globals and caches. No `.grad` is touched.
+else it holds take part. Everything is as before then: random states, buffers, modes, attributes of the modules, globals and
+caches. No `.grad` is touched.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
 from widefield.streaming.captured import Node
-from widefield.streaming.comparison import Outcome, contiguous_gradient, error_of, errors_of, outcome
+from widefield.streaming.comparison import (
+    Difference,
+    Outcome,
+    contiguous_gradient,
+    largest_difference,
+    outcome,
+    relative_error,
+)
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
@@ -49,9 +56,8 @@ _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
 _OF_ROUNDING = 100
 
 
-_VERIFIED: dict[
-    Any, None
-] = {}  # kinds of programs that were compared with the plain module, those used last at the end
+# Kinds of programs that were compared with the plain module, those used last at the end.
+_VERIFIED: dict[Any, None] = {}
 _MOST_VERIFIED = 32
 
 
@@ -131,57 +137,27 @@ def verify(streamed: "StreamingCNN", image: Tensor, program: Program, itemsize: 
         VerificationError: they differ by more than rounding explains.
         PlainFailsError: the plain module raises on this image.
     """
-    module, frozen = streamed.module, streamed._norms_to_freeze()
-    masks = _masks_of(program)
-
-    def seeded(call: Callable[[Tensor], Any], at: Tensor) -> Any:
-        torch.manual_seed(0)
-        if call is streamed:
-            return call(at)
-        seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
-        with _Masks(masks, seed), ExitStack() as stack:
-            for part in module.modules():
-                if isinstance(part, _NormBase):
-                    stack.callback(part.register_forward_hook(contiguous_gradient).remove)
-            return call(at)
-
-    def run(call: Callable[[Tensor], Any], at: Tensor) -> Outcome:
-        with _restoring(module, frozen):
-            return outcome(seeded(call, at), module, at)
-
-    def outputs(call: Callable[[Tensor], Any], again: bool) -> tuple[Outcome, Outcome]:
-        """Run two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
-        with _restoring(module, frozen):
-            attributes = _attributes(module)
-            first = outcome(seeded(call, image), module, image, outputs_only=True)
-            if again:
-                _put_back(attributes)
-            return first, outcome(seeded(call, image), module, image, outputs_only=True)
-
-    usual, most = _TOLERANCE[itemsize]
+    passes, (usual, most) = _Passes(streamed, image, program), _TOLERANCE[itemsize]
+    module = streamed.module
     try:
-        first, second = outputs(module, again=True)
+        first, second = passes.two(module, again=True)
     except Exception as failure:
         raise PlainFailsError(f"{type(failure).__name__}: {failure}") from failure
-    if max(errors_of(second, first).values(), default=0.0) > usual:
-        raise _difference(module, second, first, "forward passes on the same image differ from each other", _STATE)
+    if (worst := largest_difference(second, first)).error > usual:
+        raise _error(module, worst, "forward passes on the same image differ from each other", _STATE)
     if program.captured.attributes:
-        plain, tiled = outputs(module, again=False)[1], outputs(streamed, again=False)[1]
-        if max(errors_of(tiled, plain).values(), default=0.0) > usual:
-            raise _difference(module, tiled, plain, "gives another result in the second forward pass", _UNSEEN)
-    expected, found = run(module, image), run(streamed, image)
-    errors = errors_of(found, expected)
-    error = max(errors.values(), default=0.0)
-    if usual < error <= most:
+        plain, tiled = passes.two(module, again=False)[1], passes.two(streamed, again=False)[1]
+        if (worst := largest_difference(tiled, plain)).error > usual:
+            raise _error(module, worst, "gives another result in the second forward pass", _UNSEEN)
+    expected = passes.one(module, image)
+    worst = largest_difference(passes.one(streamed, image), expected)
+    if usual < worst.error <= most:
         signs = torch.randint(0, 2, image.shape, generator=torch.Generator().manual_seed(0)).to(image) * 2 - 1
         shaken = image.detach() * (1 + 8 * torch.finfo(image.dtype).eps * signs)
         shaken = shaken.contiguous(memory_format=torch.channels_last).requires_grad_(image.requires_grad)
-        usual = min(_OF_ROUNDING * max(errors_of(run(module, shaken), expected).values()), most)
-    if error > usual:
-        with _restoring(module, frozen):
-            captured = partial(on_whole_maps, program, image, streamed._bind(program, image.device))
-            where = _where_it_begins(module, lambda: seeded(module, image), captured, usual)
-        raise _difference(module, found, expected, "gives another result", _UNSEEN, where)
+        usual = min(_OF_ROUNDING * largest_difference(passes.one(module, shaken), expected).error, most)
+    if worst.error > usual:
+        raise _error(module, worst, "gives another result", _UNSEEN, passes.where_it_begins(usual))
 
 
 _STATE = (
@@ -194,67 +170,88 @@ _UNSEEN = (
 )
 
 
-def _difference(
-    module: nn.Module, found: Outcome, expected: Outcome, what: str, remedy: str, where: str = ""
-) -> VerificationError:
+def _error(module: nn.Module, worst: Difference, what: str, remedy: str, where: str = "") -> VerificationError:
     """The error for a difference, with the two numbers that differ most."""
-    errors = errors_of(found, expected)
-    worst = max(errors, key=lambda name: errors[name])
-    f: Any = found.spec
-    e: Any = expected.spec
-    path = ""
-    if worst.startswith("gradient of "):
-        name = worst.removeprefix("gradient of ").replace("the image", "")
-        f, e, path = found.gradients.get(name), expected.gradients.get(name), name.rpartition(".")[0]
-    elif worst.startswith("output "):
-        f, e = (run.leaves[int(worst.split()[1])] for run in (found, expected))
+    f, e = worst.found, worst.expected
     if isinstance(f, Tensor) and isinstance(e, Tensor) and f.shape == e.shape and f.numel():
         at = int((f.double() - e.double()).abs().nan_to_num(torch.inf).argmax())
         f, e = (f"{x.reshape(-1)[at].item():.6g}" for x in (f, e))
     f, e = (f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{x!s:.60}" for x in (f, e))
     numbers = f"{f} streamed, {e} plain" if remedy is _UNSEEN else f"{e}, then {f}"
     return VerificationError(
-        path,
+        worst.name.rpartition(".")[0] if worst.kind == "gradient" else "",
         type(module).__name__,
-        f"{what}: the {worst} differs by {errors[worst]:.1e} ({numbers}) on a small image{where}",
+        f"{what}: the {worst} differs by {worst.error:.1e} ({numbers}) on a small image{where}",
         remedy,
     )
 
 
-def _where_it_begins(
-    module: nn.Module, plain: Callable[[], Any], captured: Callable[[], dict[str, Tensor]], tolerance: float
-) -> str:
-    """In words, the first layer whose result is another in the capture, or the last whose gradient is; "" if none is.
+class _Passes:
+    """Passes of a streamed module and of its plain one, with the same random numbers, that leave everything as it was."""
 
-    If the capture agrees on whole maps, the fault is in the streaming, and the answer is "".
-    """
-    made: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for path, part in module.named_modules():
+    def __init__(self, streamed: "StreamingCNN", image: Tensor, program: Program) -> None:
+        self.streamed, self.image, self.program = streamed, image, program
+        self.module, self._frozen, self._masks = streamed.module, streamed._norms_to_freeze(), _masks_of(program)
 
-            def keep(part: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
-                if isinstance(output, Tensor) and path:
-                    made[path] = output
+    def one(self, network: nn.Module, at: Tensor) -> Outcome:
+        """Run a forward pass at the image `at`, and its backward pass where gradients are enabled."""
+        with _restoring(self.module, self._frozen):
+            return outcome(self._call(network, at), self.module, at)
 
-            stack.callback(part.register_forward_hook(keep).remove)
-        result = plain()
-    try:
-        found = captured()
-        both = [path for path in made if path in found and found[path].shape == made[path].shape]
-        for path in both:
-            if error_of(found[path].detach(), made[path].detach()) > tolerance:
-                return f"; it begins at the result of layer '{path}'"
-        ours, theirs = (
-            outcome(outputs, module, torch.zeros(()), wanted={path: maps[path] for path in both}).gradients
-            for outputs, maps in ((found[""], found), (result, made))
-        )
-    except Exception as error:  # no more than an explanation is lost
-        _LOG.debug("where it begins is not known: %s", error)
+    def two(self, network: nn.Module, again: bool) -> tuple[Outcome, Outcome]:
+        """Run two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
+        with _restoring(self.module, self._frozen):
+            attributes = _attributes(self.module)
+            first = outcome(self._call(network, self.image), self.module, self.image, outputs_only=True)
+            if again:
+                _put_back(attributes)
+            return first, outcome(self._call(network, self.image), self.module, self.image, outputs_only=True)
+
+    def where_it_begins(self, tolerance: float) -> str:
+        """In words, the first layer whose result is another in the capture, or the last whose gradient is; "" if none is.
+
+        If the capture agrees on whole maps, the fault is in the streaming, and the answer is "".
+        """
+        made: dict[str, Tensor] = {}
+
+        def keep(path: str, part: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                made[path] = output
+
+        with _restoring(self.module, self._frozen), ExitStack() as stack:
+            for path, part in self.module.named_modules():
+                if path:
+                    stack.callback(part.register_forward_hook(partial(keep, path)).remove)
+            result = self._call(self.module, self.image)
+            stack.close()
+            try:
+                found = on_whole_maps(self.program, self.image, self.streamed._bind(self.program, self.image.device))
+                both = [path for path in made if path in found and found[path].shape == made[path].shape]
+                for path in both:
+                    if relative_error(found[path].detach(), made[path].detach()) > tolerance:
+                        return f"; it begins at the result of layer '{path}'"
+                ours, theirs = (
+                    outcome(outputs, self.module, self.image, wanted={path: maps[path] for path in both}).gradients
+                    for outputs, maps in ((found[""], found), (result, made))
+                )
+            except Exception as error:  # no more than an explanation is lost
+                _LOG.debug("where it begins is not known: %s", error)
+                return ""
+        for path in reversed(both):
+            if path in theirs and (path not in ours or relative_error(ours[path], theirs[path]) > tolerance):
+                return f"; it begins between the result of layer '{path}' and the output, in the gradient"
         return ""
-    for path in reversed(both):
-        if path in theirs and (path not in ours or error_of(ours[path], theirs[path]) > tolerance):
-            return f"; it begins between the result of layer '{path}' and the output, in the gradient"
-    return ""
+
+    def _call(self, network: nn.Module, at: Tensor) -> Any:
+        torch.manual_seed(0)
+        if network is self.streamed:
+            return network(at)
+        seed = int(torch.randint(2**63 - 1, ()).item()) if self.program.random else 0
+        with _Masks(self._masks, seed), ExitStack() as stack:
+            for part in self.module.modules():
+                if isinstance(part, _NormBase):
+                    stack.callback(part.register_forward_hook(contiguous_gradient).remove)
+            return network(at)
 
 
 class _Masks(TorchDispatchMode):
