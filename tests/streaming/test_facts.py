@@ -156,6 +156,25 @@ def test_what_autograd_saves_is_declared(name: str) -> None:
         assert saved == op.saves
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_declared_of_results_is_so(name: str) -> None:
+    packet = getattr(aten, name)
+    op = op_of(getattr(packet, packet.overloads()[0]))
+    assert op is not None
+    x = X.clone().requires_grad_()
+    result, again = (pytree.tree_leaves(CALLS[name](x))[0] for _ in range(2))
+    assert result.requires_grad != op.stops_gradients
+    if op.carries_relu:  # so writing over it changes neither what was read nor the derivative
+        assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        assert "result" not in saved_by(CALLS[name])
+    if op.draws:
+        assert not torch.equal(result, again)
+    if op.sends_same:
+        gradient = torch.rand_like(result)
+        operands = [torch.rand_like(result).requires_grad_() for _ in range(2)]
+        assert all(torch.equal(g, gradient) for g in torch.autograd.grad(packet(*operands), operands, gradient))
+
+
 def test_every_registered_operation_is_looked_at() -> None:
     placed = [target for target, op in OPS.items() if op.place and isinstance(target, torch._ops.OpOverload)]
     names = {target._schema.name.removeprefix("aten::") for target in placed}
