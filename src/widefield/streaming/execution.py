@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
-from widefield.streaming.image import Source
+from widefield.streaming.image import TileReader
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
@@ -26,7 +26,7 @@ def execute(
     program: Program,
     plan: Plan,
     stage_plans: Sequence[StagePlan],
-    image: Source,
+    image: TileReader,
     leaf: Tensor | None,
     values: dict[str, Any],
     *,
@@ -58,17 +58,17 @@ def execute(
     if memory_budget is not None and device.type == "cpu":
         heap = watch(memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
 
-    def source_of(value: Value) -> tuple[Source, Tensor | None]:
+    def reader_of(value: Value) -> tuple[TileReader, Tensor | None]:
         if value.name == program.captured.image:
             return replace(image, channels=value.shape[1]), leaf
         tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
-        return Source(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
+        return TileReader(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
 
     def run_stage(stage: Stage, plan_of_stage: StagePlan) -> tuple[Tensor, ...]:
-        sources, inputs = zip(*(source_of(stage.values[v]) for v in stage.inputs), strict=True)
+        readers, inputs = zip(*(reader_of(stage.values[v]) for v in stage.inputs), strict=True)
         job = Job(
             grid=plan_of_stage.grid,
-            sources=sources,
+            readers=readers,
             weight_names=stage.weights,
             seed=seed,
             store=store,

@@ -129,8 +129,8 @@ def _copied(pixels: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
+class TileReader:
+    """Reads the tiles of a stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
 
     Only the image has a `normalisation`; weights as large as the image are taken as they are.
 

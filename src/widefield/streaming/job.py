@@ -13,7 +13,7 @@ from torch import Tensor
 from widefield.streaming.buffers import empty_like
 from widefield.streaming.grid import Grid
 from widefield.streaming.heap import Heap
-from widefield.streaming.image import Source
+from widefield.streaming.image import TileReader
 from widefield.streaming.store import Store
 
 Progress = Callable[[str, int, int], None]
@@ -30,7 +30,7 @@ class Job:
     """
 
     grid: Grid
-    sources: Sequence[Source]
+    readers: Sequence[TileReader]
     weight_names: Sequence[str]
     seed: int
     store: Store
@@ -44,7 +44,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         """The device that computes."""
-        return self.sources[0].device
+        return self.readers[0].device
 
     def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
         """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
@@ -58,42 +58,42 @@ class Job:
         if self.heap is not None:
             self.heap.trim()
         if "file" in (self.store.place, self.carry_store.place):
-            for x in (*tensors, *(source.data for source in self.sources if isinstance(source.data, Tensor))):
+            for x in (*tensors, *(reader.data for reader in self.readers if isinstance(reader.data, Tensor))):
                 self.store.release(x)
         if self.progress:
             self.progress(phase, done, self.grid.steps)
 
     def tiles(self, steps: Iterable[tuple[int, int]]) -> Generator[list[Tensor | None]]:
-        """The new tiles of the stage inputs in each of `steps`, as their sources give them.
+        """The new tiles of the stage inputs in each of `steps`, as their readers give them.
 
         Of an image that is read lazily, the next tile is read in the background while a step is computed. Close this generator:
         that ends the reader's thread.
         """
-        if all(isinstance(source.data, Tensor) for source in self.sources):
+        if all(isinstance(reader.data, Tensor) for reader in self.readers):
             yield from (self._to_device(self._fetch(i, j)) for i, j in steps)
             return
-        reader = ThreadPoolExecutor(1, "widefield-reader")
+        thread = ThreadPoolExecutor(1, "widefield-reader")
         coming: deque[Future[list[Tensor | None]]] = deque()
         try:
             for i, j in steps:
-                coming.append(reader.submit(self._fetch, i, j))
+                coming.append(thread.submit(self._fetch, i, j))
                 if len(coming) > 1:
                     yield self._to_device(coming.popleft().result())
             while coming:
                 yield self._to_device(coming.popleft().result())
         finally:
-            reader.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=True)
 
     def _fetch(self, i: int, j: int) -> list[Tensor | None]:
         """The new tiles of step (i, j) where they can be moved to the device from; None where there is none."""
         raws: list[Tensor | None] = []
-        for v, source in zip(self.grid.stage.inputs, self.sources, strict=True):
+        for v, reader in zip(self.grid.stage.inputs, self.readers, strict=True):
             y, x, height, width = self.box(v, i, j)
-            raws.append(source.fetch(y, x, height, width) if height and width else None)
+            raws.append(reader.fetch(y, x, height, width) if height and width else None)
         return raws
 
     def _to_device(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if raw is None else source.to_device(raw) for source, raw in zip(self.sources, raws, strict=True)]
+        return [None if raw is None else reader.to_device(raw) for reader, raw in zip(self.readers, raws, strict=True)]
 
     def box(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
         """Return the place of map v's new tile of step (i, j): y, x, height, width."""

@@ -18,7 +18,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import execute, fill, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
 from widefield.streaming.graph import Program
-from widefield.streaming.image import LazyImage, Normalisation, Source, pixel_dtype
+from widefield.streaming.image import LazyImage, Normalisation, TileReader, pixel_dtype
 from widefield.streaming.job import Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import PlanRequest, StagePlan, make_plan
@@ -141,13 +141,13 @@ class StreamingCNN(nn.Module):
             image = self._with_saliency_hook(image.to(device) if self.copy_to_gpu else image)
         assert isinstance(image, (Tensor, LazyImage))
         if not self.enabled:
-            return self._whole(Source(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
+            return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
         plan, stage_plans = self._planned(program, device, image_requires_grad)
-        source = Source(
+        reader = TileReader(
             image.detach() if isinstance(image, Tensor) else image,
             device,
             dtype,
@@ -158,7 +158,7 @@ class StreamingCNN(nn.Module):
             program,
             plan,
             stage_plans,
-            source,
+            reader,
             image if isinstance(image, Tensor) else None,
             self._bind(program, device),
             memory_budget=self.memory_budget,

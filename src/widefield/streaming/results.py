@@ -77,13 +77,13 @@ class InputGradients:
     def __init__(self, job: Job, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self.job = job
         self.wholes = [
-            source.zeros_like(x) if need and x is not None else None
-            for source, x, need in zip(job.sources, inputs, needed, strict=True)
+            reader.zeros_like(x) if need and x is not None else None
+            for reader, x, need in zip(job.readers, inputs, needed, strict=True)
         ]
 
     def add(self, raws: Sequence[Tensor | None], i: int, j: int) -> None:
         """Add the gradients of the tiles of step (i, j)."""
         inputs = self.job.grid.stage.inputs
-        for source, raw, whole, v in zip(self.job.sources, raws, self.wholes, inputs, strict=True):
+        for reader, raw, whole, v in zip(self.job.readers, raws, self.wholes, inputs, strict=True):
             if raw is not None and whole is not None and raw.grad is not None:
-                source.view(whole, *self.job.box(v, i, j)).add_(raw.grad)
+                reader.view(whole, *self.job.box(v, i, j)).add_(raw.grad)

@@ -54,7 +54,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights = [tensor.detach() for tensor in tensors[len(job.sources) :] if tensor is not None]
+        weights = [tensor.detach() for tensor in tensors[len(job.readers) :] if tensor is not None]
         ctx.job, ctx.tape = job, Tape(job, weights, ctx.needs_input_grad[1:])
         with closing(job.tiles(job.grid.order)) as tiles:
             results = _forward(job, tiles, weights, ctx.tape)
@@ -100,7 +100,7 @@ def _forward(job: Job, tiles: Tiles, weights: Sequence[Tensor], tape: Tape | Non
             with saved_tensors_hooks(lambda x: x, lambda x: x):
                 made = tape.keep_recorded(k, *_record(job, tape, i, j, above[j], left, next(tiles), weights))
         else:
-            prepared = [source.prepare(raw) for source, raw in zip(job.sources, next(tiles), strict=True)]
+            prepared = [reader.prepare(raw) for reader, raw in zip(job.readers, next(tiles), strict=True)]
             made = step(grid, i, j, above[j], left, prepared, by_name, job.seed, tape.new_carry if tape else compact)
             del prepared
         above[j], left = made.below, made.right
@@ -122,8 +122,8 @@ def _backward(
 
     Returns the gradients of `tensors` (inputs, then weights) where needed, None elsewhere.
     """
-    grid, weights = job.grid, [x for x in tensors[len(job.sources) :] if x is not None]
-    input_grads = InputGradients(job, tensors[: len(job.sources)], tape.inputs_needed)
+    grid, weights = job.grid, [x for x in tensors[len(job.readers) :] if x is not None]
+    input_grads = InputGradients(job, tensors[: len(job.readers)], tape.inputs_needed)
     tape.start(weights)
     grad_below: list[Carry] = [{} for _ in grid.cols]
     grad_right: Carry = {}
@@ -170,7 +170,7 @@ def _record(
         )
         zipped = zip(raws, tape.inputs_needed, strict=True)
         raws = [x.detach().requires_grad_() if x is not None and need else x for x, need in zipped]
-        prepared = [source.prepare(raw) for source, raw in zip(job.sources, raws, strict=True)]
+        prepared = [reader.prepare(raw) for reader, raw in zip(job.readers, raws, strict=True)]
         made = step(job.grid, i, j, above, left, prepared, tape.weights(job, weights), job.seed, compact)
         outputs, below, right = (
             {v: get_gradient_edge(x) for v, x in of.items() if x.requires_grad}

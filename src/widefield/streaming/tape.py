@@ -59,7 +59,7 @@ class Tape:
     """
 
     def __init__(self, job: Job, weights: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        n = len(job.sources)
+        n = len(job.readers)
         self.inputs_needed, self.weights_needed = tuple(needed[:n]), tuple(needed[n:])
         names = {name for name, need in zip(job.weight_names, self.weights_needed, strict=True) if need}
         self.stage = job.grid.stage
