@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
-from widefield.streaming import StreamingCNN, UnsupportedOpError, VerificationError
+from widefield.streaming import StreamingCNN, UnsupportedOpError, VerificationError, stream
 
 MEMO: dict[Any, Tensor] = {}
 LOG: list[Any] = []
@@ -164,6 +164,34 @@ def test_effects_are_refused_and_leave_nothing_behind(function: Callable[[Net, T
     assert (COUNT, Counter.calls, MEMO, LOG) == (count, calls, {}, [])
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert set(before) == set(net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda net, x: [x.detach(), net.b(x).data],
+        lambda net, x: [net.offset, net.gain.data],
+        lambda net, x: [net.b.weight.data, net.b.bias.data],
+    ],
+    ids=["maps", "buffers", "weights"],
+)
+def test_updates_of_many_tensors_past_autograd_are_refused(written: Callable[[Net, Tensor], list[Tensor]]) -> None:
+    def function(net: Net, x: Tensor) -> Tensor:
+        torch._foreach_mul_(written(net, x), 0.5)
+        return net.b(x) * net.gain + net.offset
+
+    with pytest.raises(UnsupportedOpError, match=r"in.place"):
+        stream(Net(function), 7, verify=False)(IMAGE)
+
+
+def test_updates_of_many_maps_with_gradients_are_exact() -> None:
+    def function(net: Net, x: Tensor) -> Tensor:
+        maps = [x + 1, net.b(x)]
+        torch._foreach_mul_(maps, [2.0, 3.0])
+        return maps[0] + maps[1]
+
+    net = Net(function)
+    assert_equal_results(stream(net, 7, verify=False), net)
 
 
 def test_detached_values_are_exact() -> None:

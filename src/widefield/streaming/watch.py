@@ -195,7 +195,7 @@ class Watch(TorchFunctionMode):
                 "remove control flow and numbers that depend on pixels or weights (if x.max() > 0, .item()) from forward, or "
                 "stream only the part of the model before it",
             )
-        written = [kwargs.get("out"), *(args[:1] if _in_place(name) else ())]
+        written = [kwargs.get("out"), *(_leaves(args[:1]) if _in_place(name) else ())]  # of torch._foreach_mul_, a list
         if any(id(x) in self._detached for x in written):
             raise self.refusal(
                 name,
