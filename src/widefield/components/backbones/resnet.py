@@ -74,8 +74,7 @@ class ResidualBlock(nn.Module):
         return self._convolved(self.convolutions, x)
 
     def _convolved(self, number: int, x: Tensor) -> Tensor:
-        result: Tensor = self.norm(number)(getattr(self, f"conv{number}")(x))
-        return result
+        return self.norm(number)(getattr(self, f"conv{number}")(x))
 
     def _add(self, number: int, before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
         """Add the convolution `number` and its norm layer."""
@@ -103,8 +102,7 @@ class ResidualBlock(nn.Module):
             checkpoint(self._branch, x, use_reentrant=False) if self.with_cp and x.requires_grad else self._branch(x)
         )
         shortcut = x if self.downsample is None else self.downsample(x)
-        result: Tensor = self.relu(self.drop_path(branch) + shortcut)
-        return result
+        return self.relu(self.drop_path(branch) + shortcut)
 
 
 class BasicBlock(ResidualBlock):

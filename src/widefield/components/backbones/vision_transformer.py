@@ -275,8 +275,7 @@ class VisionTransformer(BaseBackbone):
         patches = x[:, self.num_extra_tokens :]
         if self.out_type == "featmap":
             return patches.transpose(1, 2).unflatten(2, resolution)
-        result: Tensor = self.norm2(patches.mean(1))
-        return result
+        return self.norm2(patches.mean(1))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; a position embedding for another square of patches is resized."""

@@ -68,8 +68,7 @@ class LinearScoreHead(ScoreHead):
 
     def forward(self, feats: Features) -> Tensor:
         """Return scores (N, num_classes)."""
-        score: Tensor = self.fc(_vectors(self.pre_logits(feats), self.in_channels))
-        return score
+        return self.fc(_vectors(self.pre_logits(feats), self.in_channels))
 
 
 @MODELS.register_module()
@@ -200,8 +199,7 @@ class VisionTransformerClsHead(ClsHead):
 
     def forward(self, feats: Features) -> Tensor:
         """Return scores (N, num_classes)."""
-        score: Tensor = self.layers[-1](self.pre_logits(feats))
-        return score
+        return self.layers[-1](self.pre_logits(feats))
 
 
 @MODELS.register_module()

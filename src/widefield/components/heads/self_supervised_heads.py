@@ -43,8 +43,7 @@ class ContrastiveHead(LossHead):
         """
         score = torch.cat([pos, neg], dim=1) / self.temperature
         label = torch.zeros(len(score), dtype=torch.long, device=score.device)
-        loss: Tensor = self.loss_module(score, label)
-        return loss
+        return self.loss_module(score, label)
 
 
 @MODELS.register_module()
@@ -66,8 +65,7 @@ class LatentPredictHead(LossHead):
     def loss(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of features (N, C) of one view against those of the other."""
         predicted = self.predictor((input,))[0]
-        loss: Tensor = self.loss_module(predicted, target.detach())
-        return loss
+        return self.loss_module(predicted, target.detach())
 
 
 @MODELS.register_module()
@@ -76,8 +74,7 @@ class MIMHead(LossHead):
 
     def loss(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss; predictions, targets and mask are what the loss takes."""
-        loss: Tensor = self.loss_module(pred, target, mask)
-        return loss
+        return self.loss_module(pred, target, mask)
 
 
 @MODELS.register_module(replaceable=True)
@@ -149,8 +146,7 @@ class MAEPretrainHead(LossHead):
             target: Images (B, C, H, H).
             mask: (B, L), 1 for patches that were removed.
         """
-        loss: Tensor = self.loss_module(pred, self.construct_target(target), mask)
-        return loss
+        return self.loss_module(pred, self.construct_target(target), mask)
 
 
 class VisualTokenHead(LossHead):
@@ -185,8 +181,7 @@ class VisualTokenHead(LossHead):
             raise WrongArgumentError(
                 "the mask selects no patch, and the loss is that of masked patches; mask one at least"
             )
-        loss: Tensor = self.loss_module(self.cls_head(masked), tokens[mask])
-        return loss
+        return self.loss_module(self.cls_head(masked), tokens[mask])
 
 
 @MODELS.register_module()

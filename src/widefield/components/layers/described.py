@@ -26,8 +26,7 @@ def build_conv_layer(cfg: dict[str, Any] | None, *args: Any, **kwargs: Any) -> n
         kwargs: The same by name.
     """
     arguments = dict(cfg or {"type": "Conv2d"})
-    layer: nn.Module = CONVS.get(arguments.pop("type", "Conv2d"))(*args, **kwargs, **arguments)
-    return layer
+    return CONVS.get(arguments.pop("type", "Conv2d"))(*args, **kwargs, **arguments)
 
 
 NORMS = Registry(
@@ -83,5 +82,4 @@ ActivationConfig = Annotated[dict[str, Any] | None, ComponentOf(ACTIVATIONS)]
 
 def build_activation_layer(cfg: dict[str, Any] | None) -> nn.Module:
     """An activation, `{type: GELU, ...}`; None is the identity."""
-    layer: nn.Module = nn.Identity() if cfg is None else ACTIVATIONS.build(cfg)
-    return layer
+    return nn.Identity() if cfg is None else ACTIVATIONS.build(cfg)

@@ -220,8 +220,7 @@ class Attention(nn.Module):
         out = functional.scaled_dot_product_attention(
             q, k, v, None if bias is None else bias[None].to(q.dtype), dropped
         )
-        result: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-        return result
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -233,8 +232,7 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(first, nn.Linear(hidden_channels, embed_dims), nn.Dropout(drop_rate))
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layers(x)
-        return result
+        return self.layers(x)
 
 
 class TransformerEncoderLayer(nn.Module):

@@ -67,8 +67,7 @@ class CountingMetric(Metric):
 
     def _total(self) -> Tensor:
         """Return the counts of all batches and processes."""
-        total: Tensor = dim_zero_cat(self.counts).sum(0)
-        return total
+        return dim_zero_cat(self.counts).sum(0)
 
 
 @METRICS.register_module()

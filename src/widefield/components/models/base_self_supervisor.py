@@ -73,8 +73,7 @@ class BaseSelfSupervisor(BaseModel):
         """
         if not hasattr(self.backbone, "get_layer_depth"):
             raise NotImplementedError(f"{type(self.backbone).__name__} does not say how deep its layers lie")
-        depth: tuple[int, int] = self.backbone.get_layer_depth(param_name, "backbone.")
-        return depth
+        return self.backbone.get_layer_depth(param_name, "backbone.")
 
     def _require(self, *parts: str) -> None:
         """Raise WrongArgumentError if one of `parts` was not given."""

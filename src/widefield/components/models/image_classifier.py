@@ -85,13 +85,11 @@ class ImageClassifier(BaseModel):
         return streams(self.backbone)
 
     def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
-        losses: dict[str, Any] = self._with_head().loss(self.extract_feat(inputs), data_samples)
-        return losses
+        return self._with_head().loss(self.extract_feat(inputs), data_samples)
 
     def predict(self, inputs: Any, data_samples: Sequence[DataSample] | None = None) -> list[DataSample]:
         """The samples, new ones where there are none, with scores and the predicted class."""
-        samples: list[DataSample] = self._with_head().predict(self.extract_feat(inputs), data_samples)
-        return samples
+        return self._with_head().predict(self.extract_feat(inputs), data_samples)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[DataSample]:
         return self.predict(*self.preprocess(batch))

@@ -93,8 +93,7 @@ class ImageToImageRetriever(BaseModel):
                 f"the encoder gives features of the shape {tuple(last.shape)}; vectors (N, C) are needed: end image_encoder with a "
                 "neck such as {type: GlobalAveragePooling}"
             )
-        vectors: Tensor = last
-        return vectors
+        return last
 
     @property
     def reads_tiles(self) -> bool:
@@ -103,8 +102,7 @@ class ImageToImageRetriever(BaseModel):
     def loss(self, inputs: Any, data_samples: Sequence[DataSample]) -> dict[str, Any]:
         if self.head is None:
             raise WrongArgumentError("this retriever has no head, so there is no loss; give one, or predict only")
-        losses: dict[str, Any] = self.head.loss((self.extract_feat(inputs),), data_samples)
-        return losses
+        return self.head.loss((self.extract_feat(inputs),), data_samples)
 
     def matching(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (N, M) of features (N, C) with the collection, and the indices (N, M) of the collection, nearest first."""
@@ -263,8 +261,7 @@ def _similarity(given: str | Similarity) -> Similarity:
     found = import_object(given)
     if not callable(found):
         raise WrongArgumentError(f"similarity_fn={given!r} is no function")
-    similarity: Similarity = found
-    return similarity
+    return found
 
 
 def _cosine_similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -178,8 +178,7 @@ class RandomBatchAugment:
         for augment, probability in zip(self.augments, self.probs, strict=True):
             number -= probability
             if number < 0:
-                mixed: tuple[Tensor, Tensor] = augment(images, scores)
-                return mixed
+                return augment(images, scores)
         return images, scores
 
 

@@ -44,8 +44,7 @@ class _Block(nn.Module):
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.id_path(x) + self.gain * self.res_path(x)
-        return out
+        return self.id_path(x) + self.gain * self.res_path(x)
 
 
 @MODELS.register_module()
@@ -90,8 +89,7 @@ class DALLEEncoder(PretrainedTargetGenerator):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, vocab_size, H / 8, W / 8) of images (B, C, H, W)."""
-        scores: Tensor = self.blocks(x)
-        return scores
+        return self.blocks(x)
 
 
 class CosineQuantizer(nn.Module):
