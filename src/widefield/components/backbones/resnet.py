@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 from torch import Tensor, nn
@@ -23,14 +24,15 @@ Style = Literal["pytorch", "caffe"]
 
 
 class ResidualBlock(nn.Module):
-    """A residual branch beside a shortcut, and a ReLU over their sum.
+    """A residual branch of convolutions beside a shortcut, and a ReLU over their sum.
 
     Args:
+        kernels: Sides of the kernels: 3 and 3, or those of a bottleneck, 1, 3 and 1, which has few channels inside.
         in_channels: Of the block's input.
         out_channels: Of its output.
         expansion: Channels of the output per channel inside.
         stride: Of the block.
-        dilation: Of its 3 x 3 convolutions.
+        dilation: Of the first 3 x 3 convolution.
         downsample: The shortcut; None passes the input on.
         style: Which convolution of a bottleneck has the stride: the 3 x 3 ("pytorch") or the first ("caffe").
         with_cp: Recompute the branch in the backward pass instead of keeping its activations.
@@ -39,11 +41,9 @@ class ResidualBlock(nn.Module):
         drop_path_rate: Probability with which the branch of an image is left out in training.
     """
 
-    default_expansion: int
-    convolutions: int
-
     def __init__(
         self,
+        kernels: Sequence[int],
         in_channels: int,
         out_channels: int,
         expansion: int,
@@ -57,44 +57,34 @@ class ResidualBlock(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.conv_cfg = conv_cfg
-        self.norm_cfg = norm_cfg
         self.with_cp = with_cp
-        self._make_branch(in_channels, out_channels // expansion, out_channels, stride, dilation, style)
+        self.names: list[tuple[str, str]] = []
+        spatial = kernels.index(3)
+        strided = spatial if style == "pytorch" else 0
+        before = in_channels
+        for k, kernel in enumerate(kernels):
+            after = out_channels if k == len(kernels) - 1 else out_channels // expansion
+            conv = _convolution(
+                conv_cfg, before, after, kernel, stride if k == strided else 1, dilation if k == spatial else 1
+            )
+            name, norm = build_norm_layer(norm_cfg, after, postfix=k + 1)
+            self.names.append((f"conv{k + 1}", name))
+            self.add_module(f"conv{k + 1}", conv)
+            self.add_module(name, norm)
+            before = after
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate else nn.Identity()
 
-    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
-        raise NotImplementedError
-
-    def _branch(self, x: Tensor) -> Tensor:
-        for number in range(1, self.convolutions):
-            x = self.relu(self._convolved(number, x))
-        return self._convolved(self.convolutions, x)
-
-    def _convolved(self, number: int, x: Tensor) -> Tensor:
-        return self.norm(number)(getattr(self, f"conv{number}")(x))
-
-    def _add(self, number: int, before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
-        """Add the convolution `number` and its norm layer."""
-        padding = dilation * (kernel // 2)
-        conv = build_conv_layer(
-            self.conv_cfg, before, after, kernel, stride=stride, padding=padding, dilation=dilation, bias=False
-        )
-        self.add_module(f"conv{number}", conv)
-        name, norm = build_norm_layer(self.norm_cfg, after, postfix=number)
-        self.add_module(name, norm)
-        setattr(self, f"norm{number}_name", name)
-
-    def norm(self, number: int) -> nn.Module:
-        """The norm layer behind the convolution `number`."""
-        return cast(nn.Module, getattr(self, getattr(self, f"norm{number}_name")))
-
     @property
     def last_norm(self) -> nn.Module:
         """The norm layer at the end of the branch."""
-        return self.norm(self.convolutions)
+        return self.get_submodule(self.names[-1][1])
+
+    def _branch(self, x: Tensor) -> Tensor:
+        for k, (conv, norm) in enumerate(self.names):
+            x = getattr(self, norm)(getattr(self, conv)(self.relu(x) if k else x))
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the block."""
@@ -105,36 +95,24 @@ class ResidualBlock(nn.Module):
         return self.relu(self.drop_path(branch) + shortcut)
 
 
-class BasicBlock(ResidualBlock):
-    """Two 3 x 3 convolutions."""
-
-    default_expansion = 1
-    convolutions = 2
-
-    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
-        self._add(1, before, inside, 3, stride, dilation)
-        self._add(2, inside, after, 3)
-
-
-class Bottleneck(ResidualBlock):
-    """A 3 x 3 convolution of few channels between two of 1 x 1."""
-
-    default_expansion = 4
-    convolutions = 3
-
-    def _make_branch(self, before: int, inside: int, after: int, stride: int, dilation: int, style: Style) -> None:
-        first, second = (1, stride) if style == "pytorch" else (stride, 1)
-        self._add(1, before, inside, 1, first)
-        self._add(2, inside, inside, 3, second, dilation)
-        self._add(3, inside, after, 1)
+def _convolution(
+    conv_cfg: dict[str, Any] | None, before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Module:
+    """Return a convolution without bias that shrinks maps by its stride alone."""
+    padding = dilation * (kernel // 2)
+    return build_conv_layer(
+        conv_cfg, before, after, kernel, stride=stride, padding=padding, dilation=dilation, bias=False
+    )
 
 
-_ARCHITECTURES: dict[int, tuple[type[ResidualBlock], tuple[int, ...]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
+_BASIC, _BOTTLENECK = (3, 3), (1, 3, 1)
+_EXPANSIONS = {_BASIC: 1, _BOTTLENECK: 4}
+_ARCHITECTURES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    18: (_BASIC, (2, 2, 2, 2)),
+    34: (_BASIC, (3, 4, 6, 3)),
+    50: (_BOTTLENECK, (3, 4, 6, 3)),
+    101: (_BOTTLENECK, (3, 4, 23, 3)),
+    152: (_BOTTLENECK, (3, 8, 36, 3)),
 }
 
 
@@ -224,14 +202,14 @@ class ResNet(StreamableBackbone):
         self.with_cp = with_cp
         self.zero_init_residual = zero_init_residual
         self._make_stem_layer(in_channels, stem_channels)
-        block, blocks = _ARCHITECTURES[depth]
-        self.expansion = block.default_expansion if expansion is None else expansion
+        kernels, blocks = _ARCHITECTURES[depth]
+        self.expansion = _EXPANSIONS[kernels] if expansion is None else expansion
         rates = iter([drop_path_rate * k / (sum(blocks) - 1) for k in range(sum(blocks))])
         self.res_layers = [f"layer{stage + 1}" for stage in range(num_stages)]
         before, after = stem_channels, base_channels * self.expansion
         for stage, name in enumerate(self.res_layers):
             stage_rates = [next(rates) for _ in range(blocks[stage])]
-            layer = self._make_stage(block, before, after, strides[stage], dilations[stage], stage_rates)
+            layer = self._make_stage(kernels, before, after, strides[stage], dilations[stage], stage_rates)
             self.add_module(name, layer)
             before, after = after, 2 * after
         self.feat_dim = before
@@ -254,9 +232,7 @@ class ResNet(StreamableBackbone):
         self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def _make_stem_conv(self, in_channels: int, channels: int, kernel_size: int, stride: int) -> None:
-        self.conv1 = build_conv_layer(
-            self.conv_cfg, in_channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-        )
+        self.conv1 = _convolution(self.conv_cfg, in_channels, channels, kernel_size, stride)
         self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, channels, postfix=1)
         self.add_module(self.norm1_name, norm1)
         self.relu = nn.ReLU(inplace=True)
@@ -290,29 +266,31 @@ class ResNet(StreamableBackbone):
             yield getattr(self, name)
 
     def _stem_conv(self, before: int, after: int, stride: int = 1) -> nn.Module:
-        conv = build_conv_layer(self.conv_cfg, before, after, kernel_size=3, stride=stride, padding=1, bias=False)
+        conv = _convolution(self.conv_cfg, before, after, 3, stride)
         norm = build_norm_layer(self.norm_cfg, after)[1]
         return nn.Sequential(OrderedDict(conv=conv, bn=norm, activate=nn.ReLU(inplace=True)))
 
     def _make_stage(
-        self, block: type[ResidualBlock], before: int, after: int, stride: int, dilation: int, rates: list[float]
+        self, kernels: Sequence[int], before: int, after: int, stride: int, dilation: int, rates: list[float]
     ) -> nn.Sequential:
-        options: dict[str, Any] = {
-            "expansion": self.expansion,
-            "dilation": dilation,
-            "style": self.style,
-            "with_cp": self.with_cp,
-            "conv_cfg": self.conv_cfg,
-            "norm_cfg": self.norm_cfg,
-        }
+        block = partial(
+            ResidualBlock,
+            kernels,
+            expansion=self.expansion,
+            dilation=dilation,
+            style=self.style,
+            with_cp=self.with_cp,
+            conv_cfg=self.conv_cfg,
+            norm_cfg=self.norm_cfg,
+        )
         shortcut = self._make_shortcut(before, after, stride) if stride != 1 or before != after else None
-        first = block(before, after, stride=stride, downsample=shortcut, drop_path_rate=rates[0], **options)
-        return nn.Sequential(first, *(block(after, after, drop_path_rate=rate, **options) for rate in rates[1:]))
+        first = block(before, after, stride=stride, downsample=shortcut, drop_path_rate=rates[0])
+        return nn.Sequential(first, *(block(after, after, drop_path_rate=rate) for rate in rates[1:]))
 
     def _make_shortcut(self, before: int, after: int, stride: int) -> nn.Sequential:
         pools = self.avg_down and stride != 1
         pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if pools else []
-        conv = build_conv_layer(self.conv_cfg, before, after, 1, stride=1 if pools else stride, bias=False)
+        conv = _convolution(self.conv_cfg, before, after, 1, 1 if pools else stride)
         return nn.Sequential(*pool, conv, build_norm_layer(self.norm_cfg, after)[1])
 
 
