@@ -12,6 +12,7 @@ from widefield.components.layers.transformer_layers import (
     RelativePositionBias,
     Resolution,
     leave_out,
+    shrink_branches,
     sincos_position_embedding,
 )
 from widefield.errors import WrongArgumentError
@@ -34,11 +35,10 @@ class MAEViT(VisionTransformer):
         {"type": "Xavier", "distribution": "uniform", "layer": "Linear"},
         {"type": "Constant", "val": 1, "layer": "LayerNorm"},
     )
+    needs_cls_token = True
 
     def __init__(self, mask_ratio: float = 0.75, out_type: OutType = "raw", **kwargs: Any) -> None:
         super().__init__(out_type=out_type, **kwargs)
-        if self.cls_token is None:
-            raise WrongArgumentError("MAEViT needs its class token: with_cls_token=False is not to be had")
         self.mask_ratio = mask_ratio
         self.num_patches = self.patch_resolution[0] * self.patch_resolution[1]
         _kept(self.num_patches, mask_ratio)  # refuses a wrong ratio now
@@ -157,6 +157,8 @@ class BEiTViT(VisionTransformer):
         kwargs: Those of `VisionTransformer`; there is always a class token.
     """
 
+    needs_cls_token = True
+
     def __init__(
         self,
         use_abs_pos_emb: bool = False,
@@ -172,10 +174,6 @@ class BEiTViT(VisionTransformer):
                 "use_rel_pos_bias and use_shared_rel_pos_bias exclude each other; set one to False"
             )
         super().__init__(qkv_bias=qkv_bias, layer_scale_init_value=layer_scale_init_value, out_type=out_type, **kwargs)
-        if self.cls_token is None:
-            raise WrongArgumentError(
-                f"{type(self).__name__} needs its class token: with_cls_token=False is not to be had"
-            )
         if not use_abs_pos_emb:
             self.pos_embed = None
         self.rel_pos_bias = self._new_bias() if use_shared_rel_pos_bias else None
@@ -194,7 +192,7 @@ class BEiTViT(VisionTransformer):
     def init_weights(self) -> None:
         super().init_weights()
         if not self.is_pretrained:
-            self._shrink_branches()
+            shrink_branches(self.layers)
 
     def frozen_parts(self) -> Iterable[nn.Module]:
         yield from super().frozen_parts()
@@ -204,13 +202,6 @@ class BEiTViT(VisionTransformer):
 
     def _new_bias(self) -> RelativePositionBias:
         return RelativePositionBias(self.patch_resolution, self.num_heads)
-
-    def _shrink_branches(self) -> None:
-        """Divide the last weights of both branches of layer k, from 1, by sqrt(2 k), so that their sum does not grow."""
-        with torch.no_grad():
-            for number, layer in enumerate(self.layers, 1):
-                for name in ("attn.proj", "ffn.layers.1"):
-                    layer.get_parameter(f"{name}.weight").div_((2 * number) ** 0.5)
 
 
 @MODELS.register_module()

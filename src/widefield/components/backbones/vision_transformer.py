@@ -1,7 +1,7 @@
 """Vision transformer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
 OutType = Literal["cls_token", "raw", "featmap", "avg_featmap"]
-_OUT_TYPES = ("cls_token", "raw", "featmap", "avg_featmap")
+_ViT = Literal["s", "small", "b", "base", "l", "large", "h", "huge"]
+_DeiT = Literal["deit-t", "deit-tiny", "deit-s", "deit-small", "deit-b", "deit-base"]
+_Others = Literal["dinov2-s", "dinov2-small", "dinov2-g", "dinov2-giant", "eva-g", "eva-giant"]
 _SETTINGS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
 _ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
     **dict.fromkeys(("s", "small"), (768, 8, 8, 2304)),
@@ -79,32 +81,11 @@ class VisionTransformer(BaseBackbone):
         {"type": "TruncNormal", "std": _TOKEN_STD, "layer": ["Linear", "Conv2d"]},
         {"type": "Constant", "val": 1, "layer": "LayerNorm"},
     )
+    needs_cls_token = False
 
     def __init__(
         self,
-        arch: Literal[
-            "s",
-            "small",
-            "b",
-            "base",
-            "l",
-            "large",
-            "h",
-            "huge",
-            "deit-t",
-            "deit-tiny",
-            "deit-s",
-            "deit-small",
-            "deit-b",
-            "deit-base",
-            "dinov2-s",
-            "dinov2-small",
-            "dinov2-g",
-            "dinov2-giant",
-            "eva-g",
-            "eva-giant",
-        ]
-        | dict[str, int] = "base",
+        arch: Literal[_ViT, _DeiT, _Others] | dict[str, int] = "base",
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_channels: int = 3,
@@ -130,8 +111,14 @@ class VisionTransformer(BaseBackbone):
                 "computed alone; leave streaming away and use smaller images, or a backbone of convolutions"
             )
         self.embed_dims, self.num_layers, self.num_heads, self.feedforward_channels = _architecture(arch)
-        if out_type not in _OUT_TYPES:
-            raise WrongArgumentError(f"out_type={out_type!r} is unknown; {suggestion(str(out_type), _OUT_TYPES)}")
+        if out_type not in get_args(OutType):
+            raise WrongArgumentError(
+                f"out_type={out_type!r} is unknown; {suggestion(str(out_type), get_args(OutType))}"
+            )
+        if self.needs_cls_token and not with_cls_token:
+            raise WrongArgumentError(
+                f"{type(self).__name__} needs its class token: with_cls_token=False is not to be had"
+            )
         if out_type == "cls_token" and not with_cls_token:
             raise WrongArgumentError(
                 "out_type='cls_token' needs with_cls_token=True; others are raw, featmap, avg_featmap"

@@ -1,6 +1,7 @@
 """Layers of vision transformers: patches as tokens, where they stand, and attention."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -279,3 +280,11 @@ class TransformerEncoderLayer(nn.Module):
         x = x + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
         branch = self.ffn(self.ln2(x))
         return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
+
+
+@torch.no_grad()
+def shrink_branches(layers: Iterable[nn.Module], first: int = 1) -> None:
+    """Divide the last weights of both branches of layer k, counted from `first`, by sqrt(2 k), so that their sum does not grow."""
+    for number, layer in enumerate(layers, first):
+        for name in ("attn.proj", "ffn.layers.1"):
+            layer.get_parameter(f"{name}.weight").div_((2 * number) ** 0.5)

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.component import Component, InitConfig
-from widefield.components.layers.transformer_layers import TransformerEncoderLayer, sincos_position_embedding
+from widefield.components.layers.transformer_layers import (
+    TransformerEncoderLayer,
+    shrink_branches,
+    sincos_position_embedding,
+)
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
@@ -152,12 +156,8 @@ class BEiTV2Neck(Component):
     def init_weights(self) -> None:
         """Initialise the weights; what a block adds is divided by sqrt(2 * its number, counted from 1 through the backbone)."""
         super().init_weights()
-        if self.is_pretrained:
-            return
-        with torch.no_grad():
-            for k, block in enumerate(self.patch_aggregation, self.early_layers + 1):
-                for last in (block.get_parameter("attn.proj.weight"), block.get_parameter("ffn.layers.1.weight")):
-                    last.div_(math.sqrt(2 * k))
+        if not self.is_pretrained:
+            shrink_branches(self.patch_aggregation, self.early_layers + 1)
 
     def forward(self, inputs: Sequence[Tensor], rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return features (B, L, D) of the patches: those of the backbone, and those from the class token.
