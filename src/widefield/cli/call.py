@@ -48,7 +48,7 @@ def call(function: Callable[..., None], arguments: argparse.Namespace, others: I
 
 
 def _entry(text: str) -> tuple[list[str], Any]:
-    from widefield.config.yaml_text import parse_value
+    from widefield.config.load import parse_value
 
     name, equals, value = text.partition("=")
     path = name.removeprefix("--").replace("-", "_").split(".")

@@ -43,7 +43,7 @@ def component_help(name: str) -> str:
         ValueError: There is no component of that name.
     """
     from widefield.components.metrics import METRICS
-    from widefield.config.expected import describe
+    from widefield.config.check import describe
     from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of
 
     registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)

@@ -7,8 +7,8 @@ from typing import Any
 
 from widefield.cli.fit_sections import SECTIONS
 from widefield.config import Config, Section
-from widefield.config.expected import MAPPINGS, component_of
-from widefield.registry import MODELS, Registry, arguments_of, import_object
+from widefield.config.check import MAPPINGS, mark_of
+from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
 
 
 def lightning_form(config: Config) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _takes_dictionaries(annotation: Any) -> bool:
     if (
         typing.is_typeddict(annotation)
         or annotation is Any
-        or component_of(annotation) is not None
+        or mark_of(annotation, ComponentOf) is not None
         or annotation in MAPPINGS
         or origin in MAPPINGS
     ):

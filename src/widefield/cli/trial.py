@@ -12,10 +12,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from widefield.components.metrics import METRICS
 from widefield.config import Config, build, find_class
-from widefield.config.check import Problem
+from widefield.config.check import Problem, mark_of, written
 from widefield.config.config import Path
-from widefield.config.expected import component_of, written
-from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of, split_description
+from widefield.registry import DATASETS, MODELS, TRANSFORMS, ComponentOf, arguments_of, split_description
 
 _WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", "callbacks")
 """Arguments of the trainer that write to disk or change settings of torch when it is made."""
@@ -85,7 +84,7 @@ def _transforms(config: Config) -> Iterator[Problem]:
             continue
         known = arguments_of(DATASETS.get(one["type"])).named
         for key, value in one.items():
-            mark = component_of(known[key].annotation) if key in known else None
+            mark = mark_of(known[key].annotation, ComponentOf) if key in known else None
             if mark is None or value is None:
                 continue
             if mark.registry is TRANSFORMS:

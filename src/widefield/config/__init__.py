@@ -4,15 +4,12 @@ Text in, plain data out: `load` reads a file with its bases, `override` lays `pa
 value with the constructor it is meant for, `build` makes the model, `write_yaml` writes it all down again.
 """
 
-from widefield.config.build import build
-from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
-from widefield.config.config import Config, ConfigError, Origin, dotted
-from widefield.config.expected import Mismatch
-from widefield.config.load import load, ready_configs
+from widefield.config.check import Mismatch, Problem, check_arguments, check_description, check_value, find_class
+from widefield.config.config import Config, ConfigError, Origin, build, dotted
+from widefield.config.load import load, read_yaml, ready_configs, write_yaml
 from widefield.config.merge import merge
 from widefield.config.overrides import override
 from widefield.config.sections import Section, Sections, check_config
-from widefield.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "Config",

@@ -1,25 +1,74 @@
-"""Compare a configuration with the types in the constructors that it will be given to, before anything is built."""
+"""Compare a configuration with the types in the constructors that it will be given to, before anything is built.
+
+An error says in words what was expected: `describe` has the words of an annotation, `Mismatch` the sentence.
+"""
 
 import collections.abc
 import dataclasses
 import os
+import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, NewType, TypeVar
+from functools import partial
+from typing import Annotated, Any, Literal, NewType, TypeVar, Union
 
 from widefield.config.config import Path
-from widefield.config.expected import MAPPINGS, SEQUENCES, UNIONS, Mismatch, NoneType, component_of, range_of
 from widefield.registry import (
     MODELS,
     Argument,
     ComponentOf,
+    Range,
     arguments_of,
     import_object,
+    near_names,
     split_description,
     suggestion,
     wrong_names,
 )
+
+NoneType = type(None)
+UNIONS = (Union, types.UnionType)
+SEQUENCES = (
+    list,
+    set,
+    frozenset,
+    collections.abc.Sequence,
+    collections.abc.MutableSequence,
+    collections.abc.Iterable,
+    collections.abc.Collection,
+)
+MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+_NAMES = {int: "int", float: "a number", bool: "true or false", str: "a text", NoneType: "null", Any: "anything"}
+_PYTHON_NAMES = {**_NAMES, bool: "True or False", NoneType: "None"}
+_SHOWN = 60
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A value, and the annotation that it does not fit; `str()` says so as one writes a configuration."""
+
+    value: Any
+    annotation: Any
+
+    def __str__(self) -> str:
+        return self.words(written(self.value))
+
+    def in_python(self) -> str:
+        """Return what is wrong as one writes it in Python."""
+        return self.words(repr(self.value), python=True)
+
+    def words(self, shown: str, python: bool = False) -> str:
+        """Return the message with `shown` for the value."""
+        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+        choices = typing.get_args(self.annotation) if typing.get_origin(self.annotation) is Literal else ()
+        texts = [choice for choice in choices if isinstance(choice, str)]
+        near = near_names(self.value, texts) if isinstance(self.value, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"got {shown}, expected {describe(self.annotation, python)}{hint}"
+
 
 Problem = tuple[Path, str | Mismatch]
 """A path, and what is wrong there."""
@@ -36,12 +85,12 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
     if typing.is_typeddict(annotation):
         is_dictionary = isinstance(value, Mapping)
         return check_arguments(annotation, value, path) if is_dictionary else _mismatch(value, annotation, path)
-    component = component_of(annotation)
+    component = mark_of(annotation, ComponentOf)
     if component is not None:
         return _check_marked(value, annotation.__origin__, component, path)
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        bounds, problems = range_of(annotation), check_value(value, annotation.__origin__, path)
+        bounds, problems = mark_of(annotation, Range), check_value(value, annotation.__origin__, path)
         return _mismatch(value, annotation, path) if bounds and (problems or value not in bounds) else problems
     if origin in UNIONS:
         return _check_union(value, annotation, path)
@@ -54,11 +103,12 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
         return [] if fits else _mismatch(value, annotation, path)
     if annotation in (bool, int, float, str):
         return [] if _is_plain(value, annotation) else _mismatch(value, annotation, path)
-    if (origin or annotation) is tuple or origin in SEQUENCES or annotation in SEQUENCES:
+    kind = origin or annotation
+    if kind is tuple or kind in SEQUENCES:
         return _check_items(value, annotation, path)
-    if origin in MAPPINGS or annotation in MAPPINGS:
+    if kind in MAPPINGS:
         return _check_mapping(value, annotation, path)
-    if origin is collections.abc.Callable or annotation is collections.abc.Callable:
+    if kind is collections.abc.Callable:
         return _check_callable(value, annotation, path)
     if isinstance(annotation, type) and not getattr(annotation, "_is_protocol", False):
         return _check_instance(value, annotation, path)
@@ -169,7 +219,8 @@ def _check_union(value: Any, annotation: Any, path: Path) -> list[Problem]:
     inside = [
         attempt
         for attempt, one in zip(attempts, choices, strict=True)
-        if attempt != _mismatch(value, one, path) or (range_of(one) and not check_value(value, one.__origin__))
+        if attempt != _mismatch(value, one, path)
+        or (mark_of(one, Range) is not None and not check_value(value, one.__origin__))
     ]
     return min(inside, key=len) if inside else _mismatch(value, annotation, path)
 
@@ -249,3 +300,64 @@ def _check_instance(value: Any, annotation: type, path: Path) -> list[Problem]:
 
 def _is_loaded(name: str, base: type) -> bool:
     return any(known.__name__ == name for known in _subclasses(base))
+
+
+def written(value: Any) -> str:
+    """Return a value as one writes it in a configuration."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
+    return repr(value)
+
+
+def mark_of(annotation: Any, kind: type[M]) -> M | None:
+    """Return the mark of an annotation: a `ComponentOf` if dictionaries describe components, a `Range` if numbers are bounded."""
+    marks = annotation.__metadata__ if typing.get_origin(annotation) is Annotated else ()
+    return next((mark for mark in marks if isinstance(mark, kind)), None)
+
+
+def describe(annotation: Any, python: bool = False) -> str:
+    """Return `annotation` in words, such as "int or one of 'linear', 'cubic'"; as one writes Python, or a configuration."""
+    names = _PYTHON_NAMES if python else _NAMES
+    words = partial(describe, python=python)
+    component = mark_of(annotation, ComponentOf)
+    if component is not None:
+        dictionary = f"{{type: {with_article(component.kind or component.registry.name)}, ...}}"
+        optional = NoneType in typing.get_args(annotation.__origin__)
+        return f"{dictionary} or {names[NoneType]}" if optional else dictionary
+    if annotation is None:
+        annotation = NoneType
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        bounds = mark_of(annotation, Range)
+        return words(annotation.__origin__) + (f", {bounds}" if bounds else "")
+    if origin is None and annotation in names:
+        return names[annotation]
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
+    if origin in UNIONS:
+        return " or ".join(dict.fromkeys(map(words, arguments)))
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
+    kind = origin or annotation
+    if kind is tuple or kind in SEQUENCES:
+        return f"a list of {words(arguments[0])}" if arguments else "a list"
+    if kind in MAPPINGS or typing.is_typeddict(annotation):
+        return "a dictionary"
+    if dataclasses.is_dataclass(annotation):
+        return f"a dictionary with keys among {', '.join(field.name for field in dataclasses.fields(annotation))}"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "one of " + ", ".join(member.name for member in annotation)
+    if kind is collections.abc.Callable:
+        return "a function by its import path"
+    if isinstance(annotation, type):
+        return with_article(annotation.__name__)
+    return str(annotation)
+
+
+def with_article(name: str) -> str:
+    """Return `name` behind a or an."""
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

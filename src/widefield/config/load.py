@@ -1,19 +1,25 @@
-"""Read configuration files, with the files they are based on; those that come with Widefield are read by name."""
+"""Read configuration files, with the files they are based on; those that come with Widefield are read by name.
 
+YAML is that of the core schema of version 1.2, in which `no` is a text and `1e-3` a number, with the line of every value.
+"""
+
+import re
+import traceback
+from collections.abc import Mapping
 from pathlib import Path as FilePath
+from types import FunctionType, ModuleType
 from typing import Any
 
-from widefield.config.config import Config, ConfigError, Path
-from widefield.config.expected import written
+import yaml
+
+from widefield.config.check import with_article, written
+from widefield.config.config import Config, ConfigError, Origin, Path, dotted
 from widefield.config.merge import IMPORTS, clashes, merge, settles, with_types
-from widefield.config.python_file import read_python
-from widefield.config.yaml_text import read_yaml
 from widefield.registry import absolute_place, suggestion
 
 BASE = "_base_"
 FOLDER = FilePath(__file__).parent.parent / "configs"
 """The folder of the configurations that come with Widefield."""
-_READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}
 
 
 def load(*files: FilePath | str) -> Config:
@@ -93,3 +99,160 @@ def _absolute_imports(config: Config, file: FilePath) -> dict[str, Any]:
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
         raise config.error([((IMPORTS,), f"got {written(imports)}, expected Python files or modules")])
     return {IMPORTS: [absolute_place(name, file.parent) for name in imports]}
+
+
+def read_python(text: str, place: str) -> Config:
+    """Run `text` in a namespace of its own; its top-level names are the keys.
+
+    Names that begin with an underscore, modules, functions and classes are helpers and are left out.
+
+    Raises:
+        ConfigError: Running it fails, or a value is not plain data.
+    """
+    namespace: dict[str, Any] = {"__name__": "widefield_config", "__file__": place}
+    try:
+        exec(compile(text, place, "exec"), namespace)
+    except SyntaxError as error:
+        raise ConfigError(f"{place}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
+        where = f"{place}, line {lines[-1]}" if lines else place
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    kept = {
+        name: _plain(value, (name,), place)
+        for name, value in namespace.items()
+        if (not name.startswith("_") or name == BASE) and not isinstance(value, (ModuleType, FunctionType, type))
+    }
+    return Config(kept, {(): Origin(place)})
+
+
+def _plain(value: Any, path: Path, place: str) -> Any:
+    """Return `value` with lists for tuples and texts for paths."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, FilePath):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, (*path, str(k)), place) for k, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise ConfigError(f"{dotted(path)}: {key!r} is no key; write a text ({place})")
+        return {key: _plain(item, (*path, str(key)), place) for key, item in value.items()}
+    advice = (
+        "name it by its import path, as a text" if isinstance(value, type) else "name it with an underscore in front"
+    )
+    raise ConfigError(
+        f"{dotted(path)}: a configuration holds dictionaries, lists, texts, numbers, booleans and None, "
+        f"not {with_article(type(value).__name__)}; {advice} ({place})"
+    )
+
+
+_CORE = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", ["<"]),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  # PyYAML's own, replaced by those of the core schema
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that any version of YAML would read as something else: others read our files too."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.Node:  # type: ignore[override]
+        # Only between double quotes are the rarer line breaks escaped, and not read as spaces.
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", data, '"' if set(data) & set("\x85\u2028\u2029") else None
+        )
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+for _tag, (_pattern, _first) in _CORE.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
+
+
+def read_yaml(text: str, place: str) -> Config:
+    """Return the configuration in `text`.
+
+    Args:
+        text: A mapping, or nothing.
+        place: The name of the file, for messages.
+
+    Raises:
+        ConfigError: It is no YAML, no mapping, or gives a key twice.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        origins: dict[Path, Origin] = {(): Origin(place)}
+        data = {} if node is None else _construct(loader, node, (), origins, place)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{place}{line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place} cannot be read as YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{place} holds an alias of something that contains it") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise ConfigError(f"{place} holds a {type(data).__name__}, not keys with values")
+    return Config(data, origins)
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that `text` writes in YAML; raises yaml.YAMLError if it is none."""
+    return yaml.load(text, _Loader)  # a safe loader
+
+
+def write_yaml(data: dict[str, Any]) -> str:
+    """Return `data` as text that `read_yaml` reads to the same data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _construct(loader: _Loader, node: yaml.Node, path: Path, origins: dict[Path, Origin], place: str) -> Any:
+    origins[path] = Origin(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return loader.construct_object(node)
+    if node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+        raise ConfigError(f"{place}, line {node.start_mark.line + 1}: there are no tags such as {node.tag!r} here")
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*path, str(k)), origins, place) for k, item in enumerate(node.value)]
+    assert isinstance(node, yaml.MappingNode)
+    _refuse_wrong_keys(loader, node, place)
+    loader.flatten_mapping(node)
+    data = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node)
+        data[key] = _construct(loader, value_node, (*path, str(key)), origins, place)
+        origins[(*path, str(key))] = Origin(place, key_node.start_mark.line + 1)
+    return data
+
+
+def _refuse_wrong_keys(loader: _Loader, node: yaml.MappingNode, place: str) -> None:
+    written = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        where = f"{place}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise ConfigError(f"{where}: {key!r} is no key; write a text")
+        if key in written:
+            raise ConfigError(f"{where}: the key {key!r} is given a second time")
+        written.add(key)
+
+
+_READERS = {".yaml": read_yaml, ".yml": read_yaml, ".json": read_yaml, ".py": read_python}

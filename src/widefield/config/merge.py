@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from widefield.config.check import written
 from widefield.config.config import Config, Path, dotted
-from widefield.config.expected import written
 
 DELETE = "_delete_"
 IMPORTS = "imports"

@@ -8,13 +8,12 @@ from typing import Any
 
 import yaml
 
-from widefield.config.check import find_class
+from widefield.config.check import MAPPINGS, find_class, mark_of, written
 from widefield.config.config import Config, ConfigError, Origin, Path
-from widefield.config.expected import MAPPINGS, component_of, written
+from widefield.config.load import parse_value
 from widefield.config.merge import DELETE, merge, with_types
 from widefield.config.sections import Section, Sections, unknown_section
-from widefield.config.yaml_text import parse_value
-from widefield.registry import MODELS, REQUIRED, Argument, Arguments, arguments_of, suggestion
+from widefield.registry import MODELS, REQUIRED, Argument, Arguments, ComponentOf, arguments_of, suggestion
 
 _UNKNOWN = Arguments({}, False)
 
@@ -99,11 +98,7 @@ def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Pa
             return found
     arguments = _arguments(node, annotation)
     argument = arguments.named.get(key)
-    if key in node or key in ("type", DELETE) or (argument is None and arguments.open):
-        found = Any if argument is None else argument.annotation
-    elif argument is not None:
-        found = argument.annotation
-    else:
+    if argument is None and key not in node and key not in ("type", DELETE) and not arguments.open:
         choices = {*map(str, node), *arguments.named} - {"type"}
         raise whole.error([(here, f"there is no {key!r}; {suggestion(key, choices)}")])
     if key not in node and not last:
@@ -111,7 +106,7 @@ def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Pa
         node[key] = copy.deepcopy(default) if isinstance(default, (Mapping, list, tuple)) else {}
         if isinstance(node[key], tuple):
             node[key] = list(node[key])
-    return found
+    return Any if argument is None else argument.annotation
 
 
 def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
@@ -128,7 +123,7 @@ def _arguments(node: dict[Any, Any], annotation: Any) -> Arguments:
         if not isinstance(name, str):
             plain = _class_in(annotation)
             return arguments_of(plain) if dataclasses.is_dataclass(plain) or typing.is_typeddict(plain) else _UNKNOWN
-        component = component_of(annotation)
+        component = mark_of(annotation, ComponentOf)
         registry = MODELS if component is None else component.registry
         if component is not None or name in registry:
             found = arguments_of(registry.get(name))

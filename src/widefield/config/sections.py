@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from widefield.config.check import Problem, check_arguments, check_description, check_value, find_class
+from widefield.config.check import Mismatch, Problem, check_arguments, check_description, check_value, find_class
 from widefield.config.config import Config, Path
-from widefield.config.expected import Mismatch
 from widefield.registry import ComponentOf, Range, import_object, suggestion
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from widefield.config import Mismatch, Problem, check_value, dotted
-from widefield.config.expected import MAPPINGS, UNIONS
+from widefield.config.check import MAPPINGS, UNIONS
 from widefield.registry import Range, arguments_of, wrong_names
 
 T = TypeVar("T")
