@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widefield
-from widefield.components.target_generators.visual_tokens import VQKD
+from widefield.components.target_generators.target_generators import VQKD
 from widefield.pretraining import METHODS, wrap
 
 SIDE, CLASSES, NEIGHBOURS = 24, 10, 5

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.components.lazy import Lazy
 from widefield.components import DataSample
-from widefield.components.transforms import (
+from widefield.components.transforms.masks import (
     BEiTMaskGenerator,
     RandomMaskGenerator,
     RandomResizedCropAndInterpolationWithTwoPic,

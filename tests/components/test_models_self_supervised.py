@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.fresh import fresh
 from widefield.components import DataSample
-from widefield.components.models.base_self_supervisor import BaseSelfSupervisor
+from widefield.components.models.base_model import BaseSelfSupervisor
 from widefield.registry import MODELS
 
 ARCH = {"embed_dims": 16, "num_layers": 2, "num_heads": 2, "feedforward_channels": 32}

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components import VQKD, Component, DALLEEncoder, HOGGenerator
-from widefield.components.target_generators.base_target_generator import BaseTargetGenerator
-from widefield.components.target_generators.visual_tokens import CosineQuantizer
+from widefield.components.target_generators.target_generators import BaseTargetGenerator, CosineQuantizer
 from widefield.registry import MODELS
 
 

@@ -12,8 +12,7 @@ from tests.pretraining.tiny import TinyWrapper, train, write_images
 from tests.pretraining.tiny_vit import ARCH, check_a_run, check_refusals, images, make, own_vit, timm_vit
 from widefield.components.backbones.masked_transformers import BEiTPretrainViT, MaskFeatViT
 from widefield.components.backbones.vision_transformer import VisionTransformer
-from widefield.components.target_generators.hog_generator import HOGGenerator
-from widefield.components.target_generators.visual_tokens import VQKD, DALLEEncoder
+from widefield.components.target_generators.target_generators import VQKD, DALLEEncoder, HOGGenerator
 from widefield.pretraining import METHODS, EmbeddingModel, Run
 from widefield.pretraining.methods.transformers import OwnTransformer, Transformer, block_masks
 

@@ -11,7 +11,7 @@ from widefield.registry import MODELS
 
 _HOME = {
     "BaseModel": "models.base_model",
-    "BaseSelfSupervisor": "models.base_self_supervisor",
+    "BaseSelfSupervisor": "models.base_model",
     "Component": "component",
     "DataSample": "data_sample",
     "build_conv_layer": "layers.described",

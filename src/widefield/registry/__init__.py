@@ -7,7 +7,6 @@ points of the group `widefield.components`: a name, and `package.module:Class`.
 from functools import partial
 
 from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of, wrong_names
-from widefield.registry.description import ComponentOf, Range, split_description
 from widefield.registry.imports import (
     absolute_place,
     import_module_or_file,
@@ -16,7 +15,14 @@ from widefield.registry.imports import (
     suggestion,
 )
 from widefield.registry.index import Entry, registered_in, transforms
-from widefield.registry.registry import DuplicateNameError, Registry, UnknownNameError
+from widefield.registry.registry import (
+    ComponentOf,
+    DuplicateNameError,
+    Range,
+    Registry,
+    UnknownNameError,
+    split_description,
+)
 
 MODELS = Registry(
     "component",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.data_sample import DataSample
-from widefield.components.models.base_self_supervisor import BaseSelfSupervisor
+from widefield.components.models.base_model import BaseSelfSupervisor
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 

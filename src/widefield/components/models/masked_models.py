@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from widefield.components.data_sample import DataSample
-from widefield.components.models.base_self_supervisor import BaseSelfSupervisor
+from widefield.components.models.base_model import BaseSelfSupervisor
 from widefield.components.transforms.masks import MASK_GENERATORS, MaskGeneratorConfig
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from widefield.components.heads.self_supervised_heads import BEiTV1Head
 from widefield.components.layers.transformer_layers import Resolution
 from widefield.components.necks.masked_necks import BEiTV2Neck
-from widefield.components.target_generators.visual_tokens import VQKD, DALLEEncoder
+from widefield.components.target_generators.target_generators import VQKD, DALLEEncoder
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Run, Share

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from widefield.components.losses.reconstruction_losses import PixelReconstructionLoss
-from widefield.components.target_generators.hog_generator import HOGGenerator
+from widefield.components.target_generators.target_generators import HOGGenerator
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Run
