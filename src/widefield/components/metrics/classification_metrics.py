@@ -70,6 +70,53 @@ class CountingMetric(Metric):
         return dim_zero_cat(self.counts).sum(0)
 
 
+class PrecisionRecallMetric(CountingMetric):
+    """Precision, recall and F1 in percent, and support; a subclass counts.
+
+    precision = right / predicted, recall = right / true, F1 = 2 precision recall / (precision + recall), and 0 where there is
+    nothing to divide by. The counts are (thresholds, 3, C): how often each class was predicted rightly, was predicted, and was
+    true.
+
+    Args:
+        prefix: What the names of the values begin with.
+        suffixes: What they end in, one for each threshold.
+        items: Which of "precision", "recall", "f1-score" and "support".
+        average: The mean over classes ("macro"), of all labels together ("micro"), or None for a value per class. Names end in
+            `_micro` and `_classwise`.
+    """
+
+    def __init__(self, prefix: str, suffixes: Sequence[str], items: Sequence[str], average: Average) -> None:
+        super().__init__()
+        if isinstance(items, str) or not set(items) <= set(ITEMS):
+            raise WrongArgumentError(f"items={items!r} must be a list of {', '.join(map(repr, ITEMS))}")
+        if average not in ("macro", "micro", None):
+            raise WrongArgumentError(f"average={average!r} is not one of 'macro', 'micro', None")
+        self.prefix = prefix
+        self.suffixes = suffixes
+        self.items = tuple(items)
+        self.average = average
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the values by name."""
+        averaged = {"macro": "", "micro": "_micro", None: "_classwise"}[self.average]
+        named: dict[str, Tensor] = {}
+        for suffix, counts in zip(self.suffixes, self._total(), strict=True):
+            values = self._values(counts)
+            named |= {f"{self.prefix}/{item}{averaged}{suffix}": values[item] for item in self.items}
+        return named
+
+    def _values(self, counts: Tensor) -> dict[str, Tensor]:
+        """Return all values of counts (3, C)."""
+        right, predicted, true = counts.sum(1) if self.average == "micro" else counts
+        precision = 100 * right / predicted.clamp(min=1)
+        recall = 100 * right / true.clamp(min=1)
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(precision.dtype).eps)
+        values = dict(zip(ITEMS, (precision, recall, f1, true), strict=True))
+        if self.average == "macro":
+            return {name: value.sum() if name == "support" else value.mean() for name, value in values.items()}
+        return values
+
+
 @METRICS.register_module()
 class Accuracy(MeanMetric):
     """Percent of images whose class is among the k of highest score, `accuracy/topk`.
@@ -111,7 +158,7 @@ class Accuracy(MeanMetric):
 
 
 @METRICS.register_module()
-class SingleLabelMetric(CountingMetric):
+class SingleLabelMetric(PrecisionRecallMetric):
     """Precision, recall and F1 in percent, and support, of one class per image: `single-label/precision` etc.
 
     Args:
@@ -130,11 +177,8 @@ class SingleLabelMetric(CountingMetric):
         average: Average = "macro",
         num_classes: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_items(items, average)
         self.thrs = _as_thresholds(thrs)
-        self.items = tuple(items)
-        self.average = average
+        super().__init__("single-label", _threshold_suffixes(self.thrs), items, average)
         self.num_classes = num_classes
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -151,14 +195,6 @@ class SingleLabelMetric(CountingMetric):
             chosen = (target[above & (label == target)], label[above], target)
             counts.append(torch.stack([torch.bincount(one, minlength=classes) for one in chosen]))
         self._add(torch.stack(counts))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the values by name."""
-        values = {}
-        for suffix, counts in zip(_threshold_suffixes(self.thrs), self._total(), strict=True):
-            for name, value in _precision_recall(counts, self.items, self.average).items():
-                values[f"single-label/{name}{suffix}"] = value
-        return values
 
 
 @METRICS.register_module()
@@ -191,7 +227,7 @@ class ConfusionMatrix(CountingMetric):
 
 
 @METRICS.register_module()
-class MultiLabelMetric(CountingMetric):
+class MultiLabelMetric(PrecisionRecallMetric):
     """Precision, recall and F1 in percent, and support, of several classes per image: `multi-label/precision` etc.
 
     Args:
@@ -210,12 +246,10 @@ class MultiLabelMetric(CountingMetric):
         items: Sequence[str] = ("precision", "recall", "f1-score"),
         average: Average = "macro",
     ) -> None:
-        super().__init__()
-        _check_items(items, average)
         self.topk = None if topk is None else as_topk(topk)[0]
         self.thr = _DEFAULT_THRESHOLD if thr is None and topk is None else thr
-        self.items = tuple(items)
-        self.average = average
+        suffix = f"_top{self.topk}" if self.thr is None else f"_thr-{self.thr:.2f}"
+        super().__init__("multi-label", ["" if self.thr == _DEFAULT_THRESHOLD else suffix], items, average)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -232,17 +266,7 @@ class MultiLabelMetric(CountingMetric):
             assert self.topk is not None
             indices = preds.topk(min(self.topk, preds.shape[1]), dim=1).indices
             predicted = torch.zeros_like(true).scatter(1, indices, True)
-        self._add(torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)]))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the values by name."""
-        suffix = ""
-        if self.thr is None:
-            suffix = f"_top{self.topk}"
-        elif self.thr != _DEFAULT_THRESHOLD:
-            suffix = f"_thr-{self.thr:.2f}"
-        values = _precision_recall(self._total(), self.items, self.average)
-        return {f"multi-label/{name}{suffix}": value for name, value in values.items()}
+        self._add(torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)])[None])
 
 
 @METRICS.register_module()
@@ -313,37 +337,6 @@ def _threshold_suffixes(thrs: Sequence[float | None]) -> list[str]:
     if len(thrs) == 1:
         return [""]
     return ["_no-thr" if thr is None else f"_thr-{thr:.2f}" for thr in thrs]
-
-
-def _check_items(items: Sequence[str], average: str | None) -> None:
-    """Refuse unknown values and averages."""
-    wrong = [item for item in items if item not in ITEMS]
-    if wrong or isinstance(items, str):
-        raise WrongArgumentError(f"items={items!r} must be a list of {', '.join(map(repr, ITEMS))}")
-    if average not in ("macro", "micro", None):
-        raise WrongArgumentError(f"average={average!r} is not one of 'macro', 'micro', None")
-
-
-def _precision_recall(counts: Tensor, items: Sequence[str], average: str | None) -> dict[str, Tensor]:
-    """Return values in percent, and the support as a number of labels, by name; names end in how they are averaged, if not macro.
-
-    precision = right / predicted, recall = right / true, F1 = 2 precision recall / (precision + recall), and 0 where there is
-    nothing to divide by.
-
-    Args:
-        counts: How often each class was predicted rightly, was predicted, and was true: (3, C).
-        items: Which values.
-        average: The mean over classes ("macro"), of all labels together ("micro"), or None for a value per class, (C,).
-    """
-    right, predicted, true = counts.sum(1) if average == "micro" else counts
-    precision = 100 * right / predicted.clamp(min=1)
-    recall = 100 * right / true.clamp(min=1)
-    f1 = 2 * precision * recall / (precision + recall).clamp(min=torch.finfo(precision.dtype).eps)
-    values = dict(zip(ITEMS, (precision, recall, f1, true), strict=True))
-    if average == "macro":
-        values = {name: value.sum() if name == "support" else value.mean() for name, value in values.items()}
-    suffix = {"macro": "", "micro": "_micro", None: "_classwise"}[average]
-    return {f"{item}{suffix}": values[item] for item in items}
 
 
 def _average_precision(score: Tensor, positive: Tensor) -> Tensor:
