@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from timm.layers import build_sincos2d_pos_embed, gen_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
@@ -16,18 +17,15 @@ Resolution = tuple[int, int]
 """Rows and columns of tokens."""
 
 
-def sincos_position_embedding(
-    resolution: Resolution, embed_dims: int, temperature: float = 10000.0, cls_token: bool = False
-) -> Tensor:
+def sincos_position_embedding(resolution: Resolution, embed_dims: int, cls_token: bool = False) -> Tensor:
     """Position embedding (1, L, C) of sines and cosines in two dimensions (He et al., 2021, after Vaswani et al., 2017).
 
-    With the frequencies temperature^(-4 k / C), k from 0 to C / 4 - 1, it is the sines and the cosines of the row times each, then
-    those of the column. Tokens are in row-major order.
+    With the frequencies 10000^(-4 k / C), k from 0 to C / 4 - 1, it is the sines and the cosines of the row times each, then those
+    of the column. Tokens are in row-major order.
 
     Args:
         resolution: Rows and columns.
         embed_dims: Channels C, a multiple of 4.
-        temperature: Sets the longest wave length.
         cls_token: Begin with zeros for a class token.
 
     Raises:
@@ -35,11 +33,7 @@ def sincos_position_embedding(
     """
     if embed_dims % 4:
         raise WrongArgumentError(f"embed_dims={embed_dims} must be a multiple of 4 for sines and cosines of two axes")
-    quarter = embed_dims // 4
-    frequencies = temperature ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in resolution), indexing="ij")
-    row, column = (axis.reshape(-1, 1) * frequencies for axis in (rows, columns))
-    embedding = torch.cat((row.sin(), row.cos(), column.sin(), column.cos()), dim=1)
+    embedding = build_sincos2d_pos_embed(list(resolution), embed_dims, interleave_sin_cos=True)
     return functional.pad(embedding, (0, 0, int(cls_token), 0))[None]
 
 
@@ -76,7 +70,7 @@ class RelativePositionBias(nn.Module):
         """The bias (heads, 1 + L, 1 + L); for other rows and columns than the own ones the table is resized."""
         resolution = resolution or self.resolution
         table = self.resized(self.relative_position_bias_table, self.resolution, resolution)
-        index = self._index(resolution).to(table.device)
+        index = gen_relative_position_index(resolution, class_token=True).to(table.device)
         return table[index].permute(2, 0, 1)
 
     @staticmethod
@@ -88,20 +82,6 @@ class RelativePositionBias(nn.Module):
         grid = table[:-3].T.unflatten(1, sizes[0])[None]
         grid = functional.interpolate(grid, sizes[1], mode="bicubic", align_corners=False)
         return torch.cat((grid[0].flatten(1).T, table[-3:]))
-
-    @staticmethod
-    def _index(resolution: Resolution) -> Tensor:
-        """Row of the table for each pair of tokens (1 + L, 1 + L)."""
-        rows, columns = resolution
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        row, column = row.flatten(), column.flatten()
-        down = row[:, None] - row[None] + rows - 1
-        right = column[:, None] - column[None] + columns - 1
-        width = 2 * columns - 1
-        count = (2 * rows - 1) * width
-        index = functional.pad(down * width + right, (1, 0, 1, 0))
-        index[0, 1:], index[1:, 0], index[0, 0] = count, count + 1, count + 2
-        return index
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Load; a table for another square of patches is resized."""
