@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -48,26 +49,37 @@ class Hammer(Plane):
 '''
 
 REGISTRIES = {"MODELS": MODELS, "DATASETS": DATASETS, "TRANSFORMS": TRANSFORMS, "METRICS": METRICS, "METHODS": METHODS}
-REGISTERED = """
-import dataclasses, importlib, json, pkgutil
-import widefield.components, widefield.data, widefield.pretraining.methods
+IMPORTED = """
+import dataclasses, importlib, json, pkgutil, sys
+import widefield.components
+facts = {"package imports torch": "torch" in sys.modules}
+from widefield.registry import DATASETS, MODELS, TRANSFORMS
+MODELS.get("CrossEntropyLoss")
+facts["backbones of a loss"] = [name for name in sys.modules if name.startswith("widefield.components.backbones")]
+import widefield.data, widefield.pretraining.methods
 for package in (widefield.components, widefield.data, widefield.pretraining.methods):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 from widefield.components.metrics import METRICS
 from widefield.pretraining import METHODS
-from widefield.registry import DATASETS, MODELS, TRANSFORMS
-print(json.dumps({
+facts["registered"] = {
     registry: [dataclasses.asdict(held.entry) for held in globals()[registry]._registered.values()]
     for registry in ("MODELS", "DATASETS", "TRANSFORMS", "METRICS", "METHODS")
-}))
+}
+print(json.dumps(facts))
 """
 
 
-def test_the_index_read_from_the_source_is_what_importing_the_source_registers() -> None:
-    # In a process of its own: other tests replace components.
-    result = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=True)
-    for name, registered in json.loads(result.stdout).items():
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What imports load and register in a process of its own: in this one other tests have imported, and replaced, components."""
+    result = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+def test_the_index_read_from_the_source_is_what_importing_the_source_registers(imported: dict[str, Any]) -> None:
+    for name, registered in imported["registered"].items():
         index = [entry for entry in REGISTRIES[name].index.values() if entry.target.startswith("widefield.")]
         assert sorted(map(str, index)) == sorted(str(Entry(**entry)) for entry in registered)
 
@@ -94,19 +106,14 @@ def test_a_component_is_a_module_in_the_folder_of_its_kind(entry) -> None:
     assert not arguments_of(component).open, "every argument can be checked"
 
 
-def test_names_of_the_package_load_their_part_on_first_use() -> None:
+def test_names_of_the_package_load_their_part_on_first_use(imported: dict[str, Any]) -> None:
     assert set(MODELS.index) < set(dir(widefield.components))
     assert all(getattr(widefield.components, name) is not None for name in widefield.components.__all__)
     assert widefield.components.ResNet is MODELS.get("ResNet")
     with pytest.raises(AttributeError, match="ResNet_CIFAR"):
         _ = widefield.components.nothing
-    code = "import sys, widefield.components; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert not imported["package imports torch"]
 
 
-def test_getting_one_component_imports_only_its_part() -> None:
-    code = (
-        "import sys; from widefield.registry import MODELS; MODELS.get('CrossEntropyLoss')\n"
-        "print([name for name in sys.modules if name.startswith('widefield.components.backbones')])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_getting_one_component_imports_only_its_part(imported: dict[str, Any]) -> None:
+    assert imported["backbones of a loss"] == []
