@@ -59,23 +59,6 @@ class StreamingOptions:
     unsupported: Literal["raise", "run_whole"] = "raise"
     verify: bool = True
 
-    @classmethod
-    def parse(cls, options: "StreamingOptions | Mapping[str, Any]") -> "StreamingOptions":
-        """`options`, or what a dictionary of them says.
-
-        Raises:
-            WrongArgumentError: There is no option of that name.
-        """
-        if isinstance(options, cls):
-            return options
-        if not isinstance(options, Mapping):
-            raise WrongArgumentError(f"streaming={options!r} must be a dictionary such as {{tile_size: 2048}}, or None")
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise WrongArgumentError(f"streaming has no option {name!r}; {suggestion(str(name), known)}")
-        return cls(**options)
-
 
 class StreamableBackbone(BaseBackbone):
     """A backbone of operations that are local in space: with `streaming` it computes its maps tile by tile.
@@ -99,7 +82,7 @@ class StreamableBackbone(BaseBackbone):
     def __init__(self, streaming: StreamingOptions | None = None, init_cfg: InitConfig = None) -> None:
         super().__init__(init_cfg)
         if streaming is not None:
-            network = StreamingCNN(_WholeImages(self), **_arguments(StreamingOptions.parse(streaming)))
+            network = StreamingCNN(_WholeImages(self), **_arguments(streaming))
             # It takes the place of `forward`, whatever class defines that, so that hooks run once per image. Past
             # `nn.Module.__setattr__`, as it is no part of the backbone: that would contain itself.
             self.__dict__.update(streamed=network, forward=network)
@@ -116,9 +99,21 @@ class _WholeImages(nn.Module):
         return type(self.backbone).forward(self.backbone, x)
 
 
-def _arguments(options: StreamingOptions) -> dict[str, Any]:
-    size = options.tile_size
-    return {**asdict(options), "tile_size": tuple(size) if isinstance(size, (list, tuple)) else size}
+def _arguments(options: StreamingOptions | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `StreamingCNN`.
+
+    Raises:
+        WrongArgumentError: The options are no dictionary, or there is no option of that name.
+    """
+    given = asdict(options) if isinstance(options, StreamingOptions) else options
+    if not isinstance(given, Mapping):
+        raise WrongArgumentError(f"streaming={given!r} must be a dictionary such as {{tile_size: 2048}}, or None")
+    known = [field.name for field in fields(StreamingOptions)]
+    for name in given:
+        if name not in known:
+            raise WrongArgumentError(f"streaming has no option {name!r}; {suggestion(str(name), known)}")
+    size = given.get("tile_size")
+    return {**given, "tile_size": tuple(size) if isinstance(size, (list, tuple)) else size}
 
 
 def parse_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -134,11 +129,7 @@ def parse_out_indices(out_indices: int | Sequence[int], count: int) -> tuple[int
 
 
 def check_frozen_stages(frozen_stages: int, lowest: int, highest: int) -> None:
-    """Refuse a number of frozen stages that there cannot be.
-
-    Raises:
-        WrongArgumentError: It is not from `lowest`, which freezes nothing, to `highest`.
-    """
+    """Raise WrongArgumentError if a number of frozen stages is not from `lowest`, which freezes nothing, to `highest`."""
     if not lowest <= frozen_stages <= highest:
         raise WrongArgumentError(
             f"frozen_stages={frozen_stages} must be from {lowest} (nothing) to {highest} (all stages)"
@@ -146,11 +137,7 @@ def check_frozen_stages(frozen_stages: int, lowest: int, highest: int) -> None:
 
 
 def check_drop_path_rate(drop_path_rate: float) -> None:
-    """Refuse a probability of dropping residual branches that is none.
-
-    Raises:
-        WrongArgumentError: It is not in [0, 1).
-    """
+    """Raise WrongArgumentError if a probability of dropping residual branches is not in [0, 1)."""
     if not 0 <= drop_path_rate < 1:
         raise WrongArgumentError(f"drop_path_rate={drop_path_rate} must be a probability below 1")
 

@@ -1,7 +1,7 @@
 """Losses of labels."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from widefield.components.losses.reduction import WeightedLoss
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
-_MODES = ("original", "classy_vision", "multi_label")
+SmoothMode = Literal["original", "classy_vision", "multi_label"]
 
 
 def label_scores(label: Tensor, num_classes: int) -> Tensor:
@@ -138,13 +138,13 @@ class LabelSmoothLoss(CrossEntropyLoss):
         label_smooth_val: float,
         num_classes: int | None = None,
         use_sigmoid: bool | None = None,
-        mode: Literal["original", "classy_vision", "multi_label"] = "original",
+        mode: SmoothMode = "original",
         **kwargs: Any,
     ) -> None:
         if not isinstance(label_smooth_val, float) or not 0 <= label_smooth_val < 1:
             raise WrongArgumentError(f"label_smooth_val={label_smooth_val!r} must be a float from 0.0 to below 1.0")
-        if mode not in _MODES:
-            raise WrongArgumentError(f"mode={mode!r} is not one of {', '.join(map(repr, _MODES))}")
+        if mode not in get_args(SmoothMode):
+            raise WrongArgumentError(f"mode={mode!r} is not one of {', '.join(map(repr, get_args(SmoothMode)))}")
         if mode == "multi_label" and use_sigmoid is False:
             raise WrongArgumentError("mode='multi_label' smooths independent labels; leave use_sigmoid out")
         sigmoid = mode == "multi_label" or bool(use_sigmoid)

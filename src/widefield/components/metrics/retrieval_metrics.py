@@ -30,8 +30,26 @@ class RankingMetric(MeanMetric):
         Args:
             preds: Similarities (N, M) to the items of the gallery, or rankings, integers (N, R): items, the best first.
             target: Relevance (N, M), or the relevant items of each query, N tensors of indices.
+
+        Raises:
+            WrongArgumentError: Shapes that do not fit.
         """
-        self._add(self._values(*_ranked_relevance(preds, target, self.depth)))
+        if preds.ndim != 2 or len(target) != len(preds):
+            raise WrongArgumentError(
+                f"predictions have the shape {tuple(preds.shape)}, and there are {len(target)} targets; "
+                "give similarities (N, M) or rankings (N, R), and targets of N queries"
+            )
+        ranking = preds[:, : self.depth]
+        if preds.is_floating_point():
+            items = preds.shape[1]
+            ranking = preds.topk(items if self.depth is None else min(self.depth, items), dim=1).indices
+        if isinstance(target, Tensor) and target.ndim == 2:
+            relevant, positives = (target > 0).gather(1, ranking), (target > 0).sum(1)
+        else:
+            indices = [torch.as_tensor(one, device=preds.device).reshape(-1).unique() for one in target]
+            relevant = torch.stack([torch.isin(row, one) for row, one in zip(ranking, indices, strict=True)])
+            positives = torch.tensor([len(one) for one in indices], device=preds.device)
+        self._add(self._values(relevant, positives))
 
     def _values(self, relevant: Tensor, positives: Tensor) -> Tensor:
         """Return numbers (N, names) of N queries.
@@ -90,31 +108,3 @@ class RetrievalAveragePrecision(RankingMetric):
             before[:, :1] = 1
             precision = (precision + before) / 2
         return (precision * relevant).sum(1, keepdim=True) / positives.clamp(min=1)[:, None]
-
-
-def _ranked_relevance(
-    preds: Tensor, target: Tensor | Sequence[Tensor], depth: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return which of the first items of each ranking are relevant (N, R), and how many are in the whole gallery (N,).
-
-    Arguments are those of `RankingMetric`.
-
-    Raises:
-        WrongArgumentError: Shapes that do not fit.
-    """
-    if preds.ndim != 2 or len(target) != len(preds):
-        raise WrongArgumentError(
-            f"predictions have the shape {tuple(preds.shape)}, and there are {len(target)} targets; give similarities (N, M) or "
-            f"rankings (N, R), and targets of N queries"
-        )
-    if not preds.is_floating_point():
-        ranking = preds[:, :depth]
-    else:
-        items = preds.shape[1]
-        ranking = preds.topk(items if depth is None else min(depth, items), dim=1).indices
-    if isinstance(target, Tensor) and target.ndim == 2:
-        relevant = target > 0
-        return relevant.gather(1, ranking), relevant.sum(1)
-    indices = [torch.as_tensor(one, device=preds.device).reshape(-1).unique() for one in target]
-    found = [torch.isin(row, one) for row, one in zip(ranking, indices, strict=True)]
-    return torch.stack(found), torch.tensor([len(one) for one in indices], device=preds.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widefield.components.component import BackboneConfig, Component, HeadConfig, InitConfig, NeckConfig
 from widefield.components.data_sample import DataSample
-from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig
+from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, is_views
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
 
@@ -112,7 +112,7 @@ class BaseModel(Component, _KeepsArguments):
         if _are_lazy(inputs) and not self.reads_tiles:
             inputs = read_images(inputs).to(self.device)
         if targets is None:
-            samples = [DataSample() for _ in range(_count(inputs))]
+            samples = [DataSample() for _ in (inputs[0] if is_views(inputs) else inputs)]
         else:
             samples = [as_sample(target) for target in targets]
         data = self.data_preprocessor({"inputs": inputs, "data_samples": samples}, training)
@@ -283,12 +283,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 def _are_lazy(inputs: Any) -> bool:
     return isinstance(inputs, (list, tuple)) and bool(inputs) and hasattr(inputs[0], "read")
-
-
-def _count(inputs: Any) -> int:
-    """Return the number of images: of views, those of the first."""
-    views = isinstance(inputs, (list, tuple)) and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
-    return len(inputs[0] if views else inputs)
 
 
 def as_sample(target: Any) -> DataSample:

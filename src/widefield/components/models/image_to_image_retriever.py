@@ -250,22 +250,18 @@ def _checked(prototype: Any) -> Any:
 
 
 def _similarity(given: str | Similarity) -> Similarity:
-    if callable(given):
-        return given
     if given == "cosine_similarity":
         return _cosine_similarity
-    if not isinstance(given, str) or "." not in given:
+    found = import_object(given) if isinstance(given, str) and "." in given else given
+    if not callable(found):
         raise WrongArgumentError(
             f"similarity_fn={given!r} must be 'cosine_similarity', a function, or the import path of one"
         )
-    found = import_object(given)
-    if not callable(found):
-        raise WrongArgumentError(f"similarity_fn={given!r} is no function")
     return found
 
 
 def _cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines (N, M) of the angles between vectors (N, C) and (M, C), in memory of that size."""
+    """Return the cosines (N, M) of the angles between vectors (N, C) and (M, C), in memory of that size."""
     return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
 
 

@@ -112,8 +112,7 @@ class ResizeMix(CutMix):
         lam_min: Least lam, the share of the image that stays.
         lam_max: Greatest lam.
         interpolation: How the other image is resized, a mode of `torch.nn.functional.interpolate`.
-        cutmix_minmax: See `CutMix`.
-        correct_lam: See `CutMix`.
+        kwargs: Those of `CutMix`.
     """
 
     def __init__(
@@ -122,10 +121,9 @@ class ResizeMix(CutMix):
         lam_min: float = 0.1,
         lam_max: float = 0.8,
         interpolation: Literal["nearest", "bilinear", "bicubic", "area"] = "bilinear",
-        cutmix_minmax: Sequence[float] | None = None,
-        correct_lam: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(alpha, cutmix_minmax, correct_lam)
+        super().__init__(alpha, **kwargs)
         if not 0 <= lam_min <= lam_max <= 1:
             raise WrongArgumentError(f"lam_min={lam_min} and lam_max={lam_max} must be 0 <= lam_min <= lam_max <= 1")
         self.lam_min = lam_min

@@ -101,20 +101,16 @@ def pixel_normalisation(mean: Sequence[float] | float | None, std: Sequence[floa
 
 def normalised(image: Tensor, normalisation: Normalisation) -> Tensor:
     """`image` (..., C, H, W) normalised; integers become torch's default floating-point type, floats keep theirs."""
-    if normalisation.mean is not None:
-        _check_channels(image.shape[-3], normalisation.mean)
+    mean = normalisation.mean
+    if mean is not None and len(mean) not in (1, image.shape[-3]):
+        raise WrongArgumentError(
+            f"mean and std have {len(mean)} values, the image has {image.shape[-3]} channels; give one per channel, or "
+            "images of as many, as {type: RGB} under transforms makes them"
+        )
     if image.is_floating_point():
         return normalisation.apply(image, image.dtype)
     default = torch.get_default_dtype()  # with 16 bits a mean of 123.675 would be another one
     return normalisation.apply(image, torch.promote_types(default, torch.float32)).to(default)
-
-
-def _check_channels(channels: int, mean: Sequence[float]) -> None:
-    if len(mean) not in (1, channels):
-        raise WrongArgumentError(
-            f"mean and std have {len(mean)} values, the image has {channels} channels; give one per channel, or "
-            "images of as many, as {type: RGB} under transforms makes them"
-        )
 
 
 @MODELS.register_module()
