@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, gen_relative_position_index
+from timm.models.beit import Attention as BeitAttention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
@@ -161,49 +163,6 @@ def replace_masked(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
 QKVBias = bool | Literal["qv"]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al., 2017): softmax(q k^T / sqrt(d) + bias) v for each head, d channels per head.
-
-    Args:
-        embed_dims: Channels of a token.
-        num_heads: Heads; they share the channels evenly.
-        qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone, as BEiT has it.
-        attn_drop_rate: Dropout on the attention weights.
-        proj_drop_rate: Dropout on the output.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        qkv_bias: QKVBias = True,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if embed_dims % num_heads:
-            raise WrongArgumentError(f"embed_dims={embed_dims} cannot be shared evenly by num_heads={num_heads}")
-        self.num_heads = num_heads
-        self.attn_drop_rate = attn_drop_rate
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias is True)
-        self.q_bias = nn.Parameter(torch.zeros(embed_dims)) if qkv_bias == "qv" else None
-        self.v_bias = nn.Parameter(torch.zeros(embed_dims)) if qkv_bias == "qv" else None
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The output (N, L, C) for tokens (N, L, C); `bias` (heads, L, L) is added before the softmax."""
-        qkv = self.qkv(x)
-        if self.q_bias is not None and self.v_bias is not None:
-            qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropped = self.attn_drop_rate if self.training else 0.0
-        out = functional.scaled_dot_product_attention(
-            q, k, v, None if bias is None else bias[None].to(q.dtype), dropped
-        )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-
-
 class FeedForward(nn.Module):
     """Two linear layers with GELU between them, token by token."""
 
@@ -228,7 +187,7 @@ class TransformerEncoderLayer(nn.Module):
         drop_rate: Dropout on outputs of linear layers.
         attn_drop_rate: Dropout on the attention weights.
         drop_path_rate: Probability with which an image skips a branch in training.
-        qkv_bias: See `Attention`.
+        qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone, as BEiT has it.
         norm_cfg: See `build_norm_layer`.
     """
 
@@ -245,8 +204,13 @@ class TransformerEncoderLayer(nn.Module):
         norm_cfg: dict[str, Any] = {"type": "LN", "eps": 1e-6},  # noqa: B006  # read, never written
     ) -> None:
         super().__init__()
+        if embed_dims % num_heads:
+            raise WrongArgumentError(f"embed_dims={embed_dims} cannot be shared evenly by num_heads={num_heads}")
+        attention = BeitAttention if qkv_bias == "qv" else Attention
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = Attention(embed_dims, num_heads, qkv_bias, attn_drop_rate, drop_rate)
+        self.attn = attention(
+            embed_dims, num_heads, qkv_bias=bool(qkv_bias), attn_drop=attn_drop_rate, proj_drop=drop_rate
+        )
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FeedForward(embed_dims, feedforward_channels, drop_rate)
         self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate else nn.Identity()
@@ -255,8 +219,8 @@ class TransformerEncoderLayer(nn.Module):
         self.gamma2 = nn.Parameter(scale.clone()) if layer_scale_init_value else None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The output (N, L, C) for tokens (N, L, C); `bias`: see `Attention`."""
-        branch = self.attn(self.ln1(x), bias)
+        """The output (N, L, C) for tokens (N, L, C); `bias` (heads, L, L) is added to the attention before its softmax."""
+        branch = self.attn(self.ln1(x), None if bias is None else bias[None])
         x = x + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
         branch = self.ffn(self.ln2(x))
         return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
