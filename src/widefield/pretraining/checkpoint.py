@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from widefield.components.models.base_model import is_plain
 from widefield.models.weights import read_torch_file
+from widefield.pretraining.arguments import Settings
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.module import KEY
 from widefield.pretraining.out import check_file
@@ -38,32 +39,42 @@ def named_model(model: Any, model_args: Mapping[str, Any] | None) -> dict[str, A
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The part of a checkpoint of `widefield.train` that is of the exported model.
+    """A checkpoint of `widefield.train`.
 
     Attributes:
         path: The file.
         about: What the run says of itself.
         state: Weights of the whole run by name.
+        epoch, step: Where it was written.
     """
 
     path: Path
     about: dict[str, Any]
     state: dict[str, Tensor]
+    epoch: int
+    step: int
+
+    @classmethod
+    def of(cls, path: Path, content: Any) -> "Checkpoint | None":
+        """Return the checkpoint that `content`, read from `path`, is; None if it was not written by `widefield.train`."""
+        if not isinstance(content, dict) or KEY not in content:
+            return None
+        return cls(path, content[KEY], content["state_dict"], content["epoch"], content["global_step"])
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """The checkpoint at `path`.
+        """Return the checkpoint at `path`.
 
         Raises:
             FileNotFoundError: There is none.
             ValueError: It is another file.
         """
-        content = read_torch_file(path)
-        if not isinstance(content, dict) or KEY not in content:
+        found = cls.of(path, read_torch_file(path))
+        if found is None:
             raise ValueError(
                 f"checkpoint: {path} was not written by widefield.train; give a .ckpt file in the folder checkpoints of a run"
             )
-        return cls(path, content[KEY], content["state_dict"])
+        return found
 
     def weights(self, part: Part) -> dict[str, Tensor]:
         """The state dict of a part.
@@ -131,6 +142,94 @@ class Checkpoint:
 
     def _under(self, prefix: str, new: str) -> dict[str, Tensor]:
         return {new + name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
+
+
+def load_checkpoint(wrapper: Any, path: Path) -> None:
+    """Load the model's weights of a checkpoint of `train`, or an exported state dict, into `wrapper`.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    content = read_torch_file(path)
+    found = Checkpoint.of(path, content)
+    target, weights = (wrapper.get_model(), content) if found is None else (wrapper, found.weights("wrapped_model"))
+    try:
+        target.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} is not of this model: {error}") from error
+
+
+def read_to_resume(path: Path, method: str) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on with, its weights without their values; None if there is no file.
+
+    Raises:
+        ValueError: It is another file, or of another method.
+    """
+    if not path.is_file():
+        return None
+    found = Checkpoint.of(path, read_torch_file(path))
+    if found is None:
+        raise ValueError(f"{path} is no checkpoint of widefield.train, so it cannot be resumed")
+    before = found.about["method"]
+    if before != method:
+        raise ValueError(
+            f"{path} is of method={before!r}, and method={method!r} was given; resume with the arguments of the run"
+        )
+    shapes = {name: value.to("meta") for name, value in found.state.items() if isinstance(value, Tensor)}
+    return replace(found, state=shapes)
+
+
+def check_resumed(found: Checkpoint, batches: int, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a run with these batches in an epoch, `settings_of` it and weights can go on with `found`."""
+    before = found.about["batches_per_epoch"]
+    if before != batches:
+        raise ValueError(
+            f"the run had {before} batches in an epoch, and with these data and batch_size there are {batches}; resume "
+            "with those of the run"
+        )
+    known = found.about.get("settings", {})
+    changed = [
+        f"  {name} was {known[name]!r} and is {value!r}"
+        for name, value in settings.items()
+        if name in known and known[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            "\n".join([f"{found.path} is of a run with other arguments:", *changed])
+            + "\nresume with those of the run, or begin a new run with its weights: checkpoint=..., and another out"
+        )
+    there, here = (
+        {name: f"of shape {tuple(value.shape)}" for name, value in weights.items() if isinstance(value, Tensor)}
+        for weights in (found.state, state)
+    )
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    if names:
+        first = names[0]
+        raise ValueError(
+            f"{found.path} is of another model, or of a method with other method_args: {len(names)} weights differ, such "
+            f"as {first}, {there.get(first, 'missing')} there and {here.get(first, 'missing')} here; resume with those of "
+            "the run"
+        )
+
+
+def settings_of(settings: Settings, batch_size: int, images: int) -> dict[str, Any]:
+    """Return the settings of a run that is resumed which must not change: another value would be ignored, or spoil schedules."""
+    given = settings.given
+    return {
+        "images": images,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": given.gradient_accumulation_steps,
+        "seed": given.seed,
+        "embed_dim": given.embed_dim,
+        "optim": settings.optim.name,
+        "optim_args": asdict(settings.optim),
+        "transform_args": asdict(settings.transforms),
+        "method_args": {
+            name: value
+            for name, value in settings.method_args.items()
+            if value is None or isinstance(value, (bool, int, float, str))  # others are objects
+        },
+    }
 
 
 def part_of(embedding: EmbeddingModel, part: Part) -> nn.Module:

@@ -63,7 +63,7 @@ class Recipe:
         loader_args: Of the `DataLoader`.
         named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
         fused: True if the optimizer updates each weight in one pass, where that is right; see `optimizers.can_fuse`.
-        settings: What a run that resumes this one must agree with; see `resuming.settings_of`.
+        settings: What a run that resumes this one must agree with; see `checkpoint.settings_of`.
     """
 
     method: str

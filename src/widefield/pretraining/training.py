@@ -29,16 +29,22 @@ from widefield.models.weights import read_torch_file
 from widefield.modules import AtomicCheckpointIO, NotFiniteError
 from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import TERMINATED, Export, StopAfter, leave_signals, make_callbacks
-from widefield.pretraining.checkpoint import Checkpoint, named_model
+from widefield.pretraining.checkpoint import (
+    Checkpoint,
+    check_resumed,
+    load_checkpoint,
+    named_model,
+    read_to_resume,
+    settings_of,
+)
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.labels import Labels, labels_of
 from widefield.pretraining.loggers import forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
-from widefield.pretraining.module import KEY, Pretraining, Recipe
+from widefield.pretraining.module import Pretraining, Recipe
 from widefield.pretraining.out import OutFolder
-from widefield.pretraining.resuming import Resumed, settings_of
 from widefield.pretraining.source import make_source
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
@@ -169,13 +175,13 @@ def train(
 pretrain = train
 
 
-def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, Resumed | None]:
+def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretraining, Checkpoint | None]:
     """The trainer, what it trains, and what is known of the checkpoint that it goes on with; nothing is written."""
     given = settings.given
     _seed(given.seed)
     if given.float32_matmul_precision != "auto":
         torch.set_float32_matmul_precision(given.float32_matmul_precision)
-    resumed = Resumed.read(folder.last, given.method) if given.resume_interrupted else None
+    resumed = read_to_resume(folder.last, given.method) if given.resume_interrupted else None
     dataset = _dataset(settings, folder)
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(dataset.source, given.data, quality.labels)
@@ -226,7 +232,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     module = Pretraining(method, recipe, dataset)
     module.configure_optimizers()  # raises ValueError for what an optimizer does not take
     if resumed is not None:
-        resumed.check(len(dataset) // batch_size, recipe.settings, module.state_dict())
+        check_resumed(resumed, len(dataset) // batch_size, recipe.settings, module.state_dict())
     if "log_every_n_steps" not in (given.trainer_args or {}):
         trainer.log_every_n_steps = max(1, min(LOG_EVERY, len(dataset) // batch_size))
     return trainer, module, resumed
@@ -361,23 +367,6 @@ def _precision(precision: Any, accelerator: Any) -> Any:
         return precision
     on_gpu = not _is_cpu(accelerator) and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def load_checkpoint(wrapper: Any, path: Path) -> None:
-    """Load the model's weights of a checkpoint of `train`, or an exported state dict, into `wrapper`.
-
-    Raises:
-        ValueError: They are of another model.
-    """
-    content = read_torch_file(path)
-    target = wrapper.get_model()
-    if isinstance(content, dict) and KEY in content:
-        target = wrapper
-        content = Checkpoint(path, content[KEY], content["state_dict"]).weights("wrapped_model")
-    try:
-        target.load_state_dict(content)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"checkpoint: {path} is not of this model: {error}") from error
 
 
 def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bool, settings: Settings) -> None:
