@@ -20,10 +20,10 @@ from tests.pretraining.tiny import TinyWrapper, assert_same, checkpoint, exporte
 from tests.small_images import write_tiff
 from widefield.images import open_image
 from widefield.pretraining import EmbeddingModel
+from widefield.pretraining.embed_images import LazyPixels, Look
 from widefield.pretraining.embedding import StreamingArgs
-from widefield.pretraining.own_size import LazyPixels, Look
 from widefield.pretraining.pixels import read_pixels
-from widefield.pretraining.transform_args import Normalize
+from widefield.pretraining.transform_args import TransformArgs
 
 SIDE = {"image_size": 16, "num_workers": 0, "accelerator": "cpu"}
 
@@ -390,7 +390,7 @@ def test_images_at_their_own_size_are_streamed_to_the_same_embeddings(run: Path,
     widefield.embed(tmp_path / "items", items, run, streaming={"tile_size": 32}, **common)
     of_items = torch.load(tmp_path / "items", weights_only=True)["embeddings"]
     torch.testing.assert_close(of_items, found["whole"]["embeddings"], rtol=1e-6, atol=1e-7)
-    look = Look(3, None, Normalize(), torch.float64)
+    look = Look(TransformArgs(), torch.float64)
     pixels = LazyPixels(open_image(tmp_path / "data" / "a.tif"), look, "a.tif")
     plain = TinyWrapper().double().eval()
     whole = EmbeddingModel(plain).vectors(pixels.read(0, 0, 120, 128)[None])

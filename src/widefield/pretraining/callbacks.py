@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -180,38 +180,22 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
     if quality is not None:
         callbacks.append(quality)
     if args.learning_rate_monitor is not None and has_logger:
-        callbacks.append(LearningRateMonitor(args.learning_rate_monitor.logging_interval))
+        callbacks.append(LearningRateMonitor(**asdict(args.learning_rate_monitor)))
     if args.device_stats_monitor is not None and has_logger:
-        callbacks.append(DeviceStatsMonitor(args.device_stats_monitor.cpu_stats))
+        callbacks.append(DeviceStatsMonitor(**asdict(args.device_stats_monitor)))
     if args.early_stopping is not None:
-        stopping = args.early_stopping
-        callbacks.append(
-            EarlyStopping(
-                stopping.monitor,
-                stopping.min_delta,
-                stopping.patience,
-                mode=stopping.mode,
-                check_finite=stopping.check_finite,
-                check_on_train_epoch_end=True,
-            )
-        )
+        callbacks.append(EarlyStopping(**asdict(args.early_stopping), check_on_train_epoch_end=True))
     if args.model_export is not None:
         callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
     saving = args.model_checkpoint
     if saving is not None:
         by_steps = saving.every_n_train_steps is not None
+        options = asdict(saving)
+        del options["every_n_minutes"]
+        options["every_n_epochs"] = None if by_steps else saving.every_n_epochs or 1
         callbacks.append(
             ModelCheckpoint(
-                out.checkpoints,
-                saving.filename,
-                saving.monitor,
-                save_last=saving.save_last,
-                save_top_k=saving.save_top_k,
-                mode=saving.mode,
-                every_n_train_steps=saving.every_n_train_steps,
-                every_n_epochs=None if by_steps else saving.every_n_epochs or 1,
-                save_on_train_epoch_end=not by_steps,
-                enable_version_counter=False,
+                out.checkpoints, **options, save_on_train_epoch_end=not by_steps, enable_version_counter=False
             )
         )
     if args.report is not None:

@@ -18,7 +18,6 @@ from widefield.pretraining.module import KEY
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments
 from widefield.pretraining.transform_args import Normalize, TransformArgs
-from widefield.pretraining.views import Views, whole_image
 from widefield.pretraining.wrapping import wrap
 from widefield.writing import replacing, write_torch_file
 
@@ -113,11 +112,8 @@ class Checkpoint:
         weights = self.weights("embedding_model")
         head = weights.get(f"{_HEAD}weight")
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
-            wrapper = (
-                wrap(model, None, self.num_channels)
-                if named is None
-                else wrap(named["name"], named["args"], self.num_channels)
-            )
+            made, args = (model, None) if named is None else (named["name"], named["args"])
+            wrapper = wrap(made, args, self.transforms.num_channels)
             embedding = EmbeddingModel(wrapper, None if head is None else len(head), streaming)
         try:
             embedding.load_state_dict(weights)
@@ -125,20 +121,15 @@ class Checkpoint:
             raise ValueError(f"checkpoint: {self.path} is not of this model: {error}") from error
         return embedding
 
-    def views(self, size: int | tuple[int, int]) -> Views:
-        """Whole images resized to `size`, with the channels and values of the training."""
+    @property
+    def transforms(self) -> TransformArgs:
+        """Channels, values and normalisation of the images of the training; all else by default."""
         kept = self.about["transforms"]
-        return whole_image(TransformArgs(num_channels=kept["num_channels"], value_range=kept["value_range"]), size)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the images of the training."""
-        return int(self.about["transforms"]["num_channels"])
-
-    @property
-    def normalize(self) -> Normalize:
-        """Mean and standard deviation of the training, one per channel."""
-        return Normalize(**self.about["transforms"]["normalize"])
+        return TransformArgs(
+            num_channels=kept["num_channels"],
+            value_range=kept["value_range"],
+            normalize=Normalize(**kept["normalize"]),
+        )
 
     def _under(self, prefix: str, new: str) -> dict[str, Tensor]:
         return {new + name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}

@@ -4,49 +4,38 @@ import csv
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from widefield.images import ImageReadError
 from widefield.pretraining.arguments import Workers, auto_workers
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.dataset import BadImage, Pictures, normalized
 from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.out import check_file
-from widefield.pretraining.own_size import Look, embed_at_own_size
+from widefield.pretraining.pixels import open_lazily, read_pixels, with_channels
 from widefield.pretraining.settings import Count, Errors, arguments
-from widefield.pretraining.source import Files, ImageSource, make_source
-from widefield.pretraining.transform_args import Normalize, Size
+from widefield.pretraining.source import Files, ImageSource, make_source, reading
+from widefield.pretraining.transform_args import Normalize, Size, TransformArgs
+from widefield.pretraining.views import to_unit, whole_image
 from widefield.registry import Range
 from widefield.writing import replacing, write_torch_file
 
+_log = logging.getLogger(__name__)
 EmbeddingFormat = Literal["torch", "csv", "lightly_csv", "parquet"]
 
 
-def check_format(format: EmbeddingFormat) -> None:
-    """Raises ValueError if a package that `format` needs is not installed."""
-    if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError('format="parquet" needs the package pyarrow, which is not installed; pip install pyarrow')
-
-
 def write_embeddings(path: Path, names: Sequence[str], embeddings: Tensor, format: EmbeddingFormat) -> None:
-    """Write a row per image, whole or not at all.
-
-    Args:
-        path: The file.
-        names: Of the images.
-        embeddings: float32 (N, D).
-        format: "torch": {"filenames": list, "embeddings": tensor}; "csv": columns filename, embedding_0, ...; "lightly_csv":
-            columns filenames, embedding_0, ..., labels, as the tools of `lightly` read it, all labels 0; "parquet": columns
-            filename and embedding, a list of fixed length.
-    """
+    """Write a row per image, whole or not at all; for the formats see `embed`."""
     if format == "torch":
         write_torch_file({"filenames": list(names), "embeddings": embeddings}, path)
         return
@@ -73,9 +62,6 @@ def _write_parquet(path: Path, names: Sequence[str], embeddings: Tensor) -> None
     values: Any = pyarrow.array(embeddings.reshape(-1).numpy())
     vectors = pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
     parquet.write_table(pyarrow.table({"filename": list(names), "embedding": vectors}), path)
-
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,8 @@ def embed(
         data: Images as `widefield.train` takes them; those of a folder are sorted, and named by their path in it.
         checkpoint: A .ckpt file in the folder `checkpoints` of a run.
         format: "torch": {"filenames": list, "embeddings": float32 (N, D)}; "csv": columns filename, embedding_0, ...;
-            "lightly_csv": as the tools of `lightly` read it; "parquet" (needs pyarrow): columns filename and embedding.
+            "lightly_csv": columns filenames, embedding_0, ..., labels, as the tools of `lightly` read it, all labels 0; "parquet"
+            (needs pyarrow): columns filename and embedding, a list of fixed length.
         image_size: Pixels to which images are resized, a number or (height, width), whatever size and shape they have. None: they
             stay as they are, and go through the model one after the other.
         level: Level of a pyramid that is read with image_size=None, 0 the largest.
@@ -145,21 +132,20 @@ def embed(
     if given.image_size is not None and given.level:
         raise ValueError(f"level={given.level} is for image_size=None, which takes images as they are")
     check_file(given.out, given.overwrite)
-    check_format(given.format)
+    if given.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError('format="parquet" needs the package pyarrow, which is not installed; pip install pyarrow')
     found = Checkpoint.read(given.checkpoint)
     fabric = _fabric(given.accelerator, given.precision)
-    vectors = _Vectors(found.embedding_model(given.model, given.streaming)).eval()
-    model = fabric.setup_module(vectors)
+    embedding = found.embedding_model(given.model, given.streaming).eval()
+    model, args = fabric.setup_module(embedding), found.transforms
     with torch.inference_mode():
         if given.image_size is None:
-            source = make_source(given.data, found.num_channels, None, None)
-            look = Look.of(found, next((p.dtype for p in vectors.parameters()), torch.float32))
-            indices, embeddings = embed_at_own_size(
-                model, source, look, given.level, given.streaming is not None, fabric.device
-            )
+            source = make_source(given.data, args.num_channels, None, None)
+            look = Look(args, next((p.dtype for p in embedding.parameters()), torch.float32))
+            embedded = _at_own_size(model, source, look, given.level, given.streaming is not None, fabric.device)
         else:
-            views = found.views(given.image_size)
-            source = make_source(given.data, found.num_channels, views.reduction, None)
+            views = whole_image(args, given.image_size)
+            source = make_source(given.data, args.num_channels, views.reduction, None)
             loader = DataLoader(
                 Pictures(source, views),
                 given.batch_size,
@@ -167,22 +153,11 @@ def embed(
                 collate_fn=list,
                 generator=torch.Generator(),  # else an epoch would draw from torch's default one
             )
-            indices, embeddings = _embed(fabric.device, model, loader, found.normalize)
+            embedded = _in_batches(model, loader, args.normalize, fabric.device)
+        indices, embeddings = _collected(embedded)
     names = _names(source, given.data)
     write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
     _log.info("%d embeddings of %d numbers: %s", *embeddings.shape, given.out)
-
-
-class _Vectors(nn.Module):
-    """Embeddings (B, D) of images, as a forward pass."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.embedding(images)
-        return out.flatten(1)
 
 
 def _fabric(accelerator: str, precision: Any) -> Fabric:
@@ -192,26 +167,107 @@ def _fabric(accelerator: str, precision: Any) -> Fabric:
         raise ValueError(f"accelerator={accelerator!r} and precision={precision!r} cannot be used: {error}") from error
 
 
-def _embed(
-    device: torch.device, model: nn.Module, loader: DataLoader[Any], normalize: Normalize
-) -> tuple[list[int], Tensor]:
-    """Numbers of the images that can be read, and their embeddings, float32 (N, D)."""
+Embedded = tuple[list[int], Tensor] | str
+"""Numbers of images and their embeddings (N, D, h, w), or why an image has none."""
+
+
+def _in_batches(
+    model: Callable[[Any], Tensor], loader: DataLoader[Any], normalize: Normalize, device: torch.device
+) -> Iterator[Embedded]:
+    for batch in loader:
+        yield from (picture.pixels.reason for picture in batch if isinstance(picture.pixels, BadImage))
+        good = [picture for picture in batch if not isinstance(picture.pixels, BadImage)]
+        if good:
+            images = normalized([picture.pixels for picture in good], normalize, device)
+            yield [picture.number for picture in good], model(images)
+
+
+def _at_own_size(
+    model: Callable[[Any], Tensor], source: ImageSource, look: "Look", level: int, streams: bool, device: torch.device
+) -> Iterator[Embedded]:
+    """One image after the other; whole slides too, which are read tile by tile if the model `streams`."""
+    for index in range(len(source)):
+        try:
+            image = _open(source, index, look, level)
+            if isinstance(image, LazyPixels) and not streams:
+                image = image.read(0, 0, *image.shape[1:])
+            yield [index], model(image[None].to(device) if isinstance(image, Tensor) else image)
+        except (OSError, ValueError, RuntimeError) as error:  # an image may be too small for the model, or too large
+            yield str(error) if isinstance(error, OSError) else f"{source.name(index)}: {error}"
+
+
+def _collected(embedded: Iterable[Embedded]) -> tuple[list[int], Tensor]:
+    """Numbers of the images that can be used, and their embeddings, float32 (N, D)."""
     indices: list[int] = []
     embeddings: list[Tensor] = []
     reason = ""
-    for batch in loader:
-        good = [picture for picture in batch if not isinstance(picture.pixels, BadImage)]
-        for _, bad in batch:
-            if isinstance(bad, BadImage):
-                reason = bad.reason
-                _log.warning("skipped an image: %s", reason)
-        if good:
-            images = normalized([picture.pixels for picture in good], normalize, device)
-            embeddings.append(model(images).float().cpu())
-            indices += [picture.number for picture in good]
+    for one in embedded:
+        if isinstance(one, str):
+            reason = one
+            _log.warning("skipped an image: %s", reason)
+        else:
+            indices += one[0]
+            embeddings.append(one[1].flatten(1).float().cpu())
     if not embeddings:
         raise ValueError(f"data: none of the images can be used; the last: {reason}")
     return indices, torch.cat(embeddings)
+
+
+@dataclass(frozen=True)
+class Look:
+    """The pixels that a model takes: with the channels, values and normalisation of `args`, of the type `dtype`."""
+
+    args: TransformArgs
+    dtype: torch.dtype
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels (C, height, width), normalised."""
+        unit = to_unit(pixels, self.args.value_range)
+        return normalized([unit], self.args.normalize, unit.device)[0].to(self.dtype)
+
+
+class LazyPixels:
+    """An image file as a model sees it, of which only the regions that are asked for are read.
+
+    No dataclass: Lightning takes those apart.
+    """
+
+    def __init__(self, image: Any, look: Look, name: str) -> None:
+        self._image, self._look, self._name = image, look, name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) as the model sees them."""
+        return self._look.args.num_channels, *self._image.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model."""
+        return self._look.dtype
+
+    def read(self, y: int, x: int, height: int, width: int) -> Tensor:
+        """A region (channels, height, width), normalised.
+
+        Raises:
+            ImageReadError: It cannot be read, or has channels that the model does not take.
+        """
+        pixels = torch.from_numpy(self._image.read(y, x, height, width))
+        return self._look(with_channels(pixels, self._look.args.num_channels, self._name))
+
+
+def _open(source: ImageSource, index: int, look: Look, level: int) -> LazyPixels | Tensor:
+    """An image of a file, read lazily if its format allows it, else as a tensor (C, height, width)."""
+    if not isinstance(source, Files):
+        return look(source.read(index, Random(index)))
+    path = source.paths[index]
+    with reading(path):
+        try:
+            image = open_lazily(path, look.args.num_channels)
+        except ImageReadError:
+            return look(read_pixels(path, look.args.num_channels))
+        if level >= len(image.levels):
+            raise ImageReadError(f"cannot use {path}: it has {len(image.levels)} levels and level={level}")
+        return LazyPixels(open_lazily(path, look.args.num_channels, level) if level else image, look, str(path))
 
 
 def _names(source: ImageSource, data: Any) -> list[str]:
