@@ -45,9 +45,9 @@ def test_the_loss_is_that_of_the_papers_in_double_precision(registers: int) -> N
     torch.manual_seed(0)
     method = make("dinov2", timm_vit(reg_tokens=registers), steps=1000, **DINOV2).double()
     views = [images(3, side).double() for side in (16, 16, 8)]
-    for center in (method.dino.center, method.ibot.center.value):
+    for center in (method.criterion.center, method.ibot.center.value):
         center.uniform_(-0.1, 0.1)
-    dino_center, patch_center = method.dino.center.clone(), method.ibot.center.value.clone()
+    dino_center, patch_center = method.criterion.center.clone(), method.ibot.center.value.clone()
     with torch.no_grad():
         method.head.layers[0].weight.mul_(1.5)  # the student is no longer the teacher
         method.patch_head.layers[0].weight.mul_(0.5)

@@ -1,10 +1,12 @@
 """The base class of methods of pretraining, and what several of them use."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
@@ -156,12 +158,10 @@ def queue_length(size: int | None, dataset_size: int, largest: int) -> int:
     return size
 
 
-def by_size(views: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one size together, which go through the model as one batch."""
-    groups: list[list[Tensor]] = []
-    for view in views:
-        if groups and groups[-1][0].shape == view.shape:
-            groups[-1].append(view)
-        else:
-            groups.append([view])
-    return groups
+def for_each(views: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return what `function` makes of each of `views`; neighbours of one size go through it as one batch."""
+    results: list[Tensor] = []
+    for _, group in itertools.groupby(views, key=lambda view: view.shape):
+        same_size = list(group)
+        results += function(torch.cat(same_size)).chunk(len(same_size))
+    return results

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from lightly.loss import DINOLoss
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from widefield.components.models.contrastive_models import follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Share, Steps, Temperature, by_size, for_run, rising
+from widefield.pretraining.methods.base import Count, Method, Run, Share, Steps, Temperature, for_each, for_run, rising
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,
@@ -79,44 +80,54 @@ class DINO(Method):
         super().__init__(embedding, run)
         size = run.dataset_size
         if output_dim is None:
-            output_dim = output_dim_for(size)
+            output_dim = next((dim for images, dim in OUTPUT_DIMS if size < images), 65536)
         self.teacher_temp = between(size, 0.02, 0.07) if teacher_temp is None else teacher_temp
         self.momentum = for_run(between(size, 0.99, 0.996), run.steps) if momentum is None else momentum
         self.warmup_temp = min(self.teacher_temp, 0.04 if warmup_teacher_temp is None else warmup_teacher_temp)
         self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
-        self.head = projection_head(run.embedding_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm)
-        self.head.freeze_last_layer = min(freeze_last_layer_steps, run.steps // 10)
+        self.make_head = partial(
+            projection_head,
+            (run.embedding_dim, hidden_dim, bottleneck_dim, output_dim),
+            batch_norm,
+            min(freeze_last_layer_steps, run.steps // 10),
+        )
+        self.head = self.make_head()
         self.teacher_embedding, self.teacher_head = momentum_copy(embedding), momentum_copy(self.head)
         self.criterion = DINOLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
 
+    def heads(self) -> list[tuple[DINOProjectionHead, nn.Module]]:
+        """Return each head of the student with that of the teacher."""
+        return [(self.head, self.teacher_head)]
+
     def before_step(self, step: int) -> None:
-        pairs = [(self.embedding, self.teacher_embedding), (self.head, self.teacher_head)]
+        pairs = [(self.embedding, self.teacher_embedding), *self.heads()]
         follow(pairs, rising(step, self.run.steps, self.momentum))
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        students: list[Tensor] = []
-        for same_size in by_size(views):
-            students += self.head(self.embedding.vectors(torch.cat(same_size))).chunk(len(same_size))
+        students = for_each(views, lambda images: self.head(self.embedding.vectors(images)))
         with torch.no_grad():
             teachers = self.teacher_head(self.teacher_embedding.vectors(torch.cat(list(views[:2])))).chunk(2)
-        temperature = linear_warmup_schedule(step, self.warmup_steps, self.warmup_temp, self.teacher_temp)
+        loss = self.criterion(list(teachers), students, teacher_temp=self.temperature(step))
+        return {"loss": loss, **self.schedules(step)}
+
+    def temperature(self, step: int) -> float:
+        """Return the temperature of the teacher."""
+        return linear_warmup_schedule(step, self.warmup_steps, self.warmup_temp, self.teacher_temp)  # type: ignore[no-any-return]
+
+    def schedules(self, step: int) -> dict[str, Tensor | float]:
+        """Return what the losses are logged with."""
         return {
-            "loss": self.criterion(list(teachers), students, teacher_temp=temperature),
             "schedule/momentum": rising(step, self.run.steps, self.momentum),
-            "schedule/teacher_temp": temperature,
+            "schedule/teacher_temp": self.temperature(step),
         }
 
     def after_backward(self, step: int) -> None:
-        self.head.cancel_last_layer_gradients(step)
+        for head, _ in self.heads():
+            head.cancel_last_layer_gradients(step)
 
     def exported(self) -> EmbeddingModel:
         teacher: EmbeddingModel = self.teacher_embedding
         return teacher
-
-
-def output_dim_for(size: int) -> int:
-    """Outputs of the head for `size` images."""
-    return next((dim for images, dim in OUTPUT_DIMS if size < images), 65536)
 
 
 def between(size: int, small: float, large: float) -> float:
@@ -132,10 +143,10 @@ class UnitRows(nn.Linear):
         return nn.functional.linear(input, nn.functional.normalize(self.weight, dim=1))
 
 
-def projection_head(*sizes: int) -> DINOProjectionHead:
-    """DINO's head of the widths input, hidden, bottleneck, output, and whether it has batch norms."""
+def projection_head(sizes: tuple[int, int, int, int], batch_norm: bool, freeze_last_layer: int) -> DINOProjectionHead:
+    """DINO's head of the widths input, hidden, bottleneck and output, whose last layer does not train in the first steps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates weight_norm, which is replaced below
-        head = DINOProjectionHead(*sizes)
+        head = DINOProjectionHead(*sizes, batch_norm, freeze_last_layer)
     head.last_layer = UnitRows(sizes[2], sizes[3], bias=False)  # the other can neither be copied nor pickled
     return head

@@ -1,40 +1,23 @@
 """DINOv2."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
-from lightly.utils.scheduler import cosine_schedule, linear_warmup_schedule
+from lightly.loss import IBOTPatchLoss, KoLeoLoss
+from lightly.models.modules.heads import DINOProjectionHead
+from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
-from widefield.components.models.contrastive_models import follow, joint, momentum_copy
+from widefield.components.models.contrastive_models import joint, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import (
-    Count,
-    Method,
-    Run,
-    Share,
-    Steps,
-    Temperature,
-    Weight,
-    by_size,
-    for_run,
-    rising,
-)
-from widefield.pretraining.methods.dino import output_dim_for, projection_head
+from widefield.pretraining.methods.base import Run, Share, Temperature, Weight, for_each, for_run
+from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
-from widefield.pretraining.transform_args import (
-    ColorJitter,
-    GaussianBlur,
-    LocalViews,
-    RandomResize,
-    SecondView,
-    Solarize,
-    TransformArgs,
-)
+from widefield.pretraining.transform_args import LocalViews, RandomResize
 
 MASKED_SHARES = (0.1, 0.5)
 """Smallest and largest share of hidden patches in a view that has any; half of the global views do."""
@@ -44,7 +27,7 @@ MOMENTUM = 0.992
 
 
 @METHODS.register_module("dinov2")
-class DINOv2(Method):
+class DINOv2(DINO):
     """DINO on class tokens, iBOT on hidden patches, and class tokens kept apart; the teacher is what is exported.
 
     Oquab et al., DINOv2: learning robust visual features without supervision, https://arxiv.org/abs/2304.07193: the loss of DINO,
@@ -57,27 +40,21 @@ class DINOv2(Method):
 
     Args:
         embedding, run: See `Method`.
-        hidden_dim, bottleneck_dim, output_dim: Widths of the two heads, one for class tokens and one for patches; an `output_dim`
-            of None depends on the number of images, as in `DINO`.
         student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
-        warmup_teacher_temp: At most `teacher_temp`.
-        warmup_teacher_temp_steps: Steps in which it rises; at most 3 tenths of the run.
         momentum: Of the teacher at the start; it rises to 1. None: `MOMENTUM`, less in a run of few steps.
-        center_momentum: Of the mean that is taken from the teacher's outputs.
-        freeze_last_layer_steps: Steps in which the last layers do not train; at most a tenth of the run.
+        center_momentum: Of the means that are taken from the teacher's outputs.
         patch_weight, koleo_weight: Of these parts of the loss.
         layer_decay: Factor of the learning rate from each layer of the transformer to the one before it.
         weight_decay_growth: How many times the weight decay of the start is that of the end; it rises as half a cosine.
+        kwargs: Those of `DINO`, for the two heads, one for class tokens and one for patches.
 
     Raises:
         ValueError: The model is something else.
     """
 
-    transforms = TransformArgs(
+    transforms = replace(
+        DINO.transforms,
         random_resize=RandomResize(0.32, 1.0),
-        color_jitter=ColorJitter(0.8, 0.5, 0.8, 0.8, 0.4, 0.2),
-        gaussian_blur=GaussianBlur(1.0),
-        global_view_1=SecondView(GaussianBlur(0.1), Solarize(0.2)),
         local_view=LocalViews(8, 96, RandomResize(0.05, 0.32)),
     )
     optim = Optim(
@@ -88,49 +65,39 @@ class DINOv2(Method):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        hidden_dim: Count = 2048,
-        bottleneck_dim: Count = 256,
-        output_dim: Count | None = None,
         student_temp: Temperature = 0.1,
         teacher_temp: Temperature = 0.07,
-        warmup_teacher_temp: Temperature = 0.04,
-        warmup_teacher_temp_steps: Steps = 37_500,
         momentum: Share | None = None,
         center_momentum: Share = 0.9,
-        freeze_last_layer_steps: Steps = 1_250,
         patch_weight: Weight = 1.0,
         koleo_weight: Weight = 0.1,
         layer_decay: Share = 0.9,
         weight_decay_growth: float = 10.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(embedding, run)
-        self.transformer = opened(embedding, "dinov2", class_token=True)
-        if output_dim is None:
-            output_dim = output_dim_for(run.dataset_size)
-        self.momentum = for_run(MOMENTUM, run.steps) if momentum is None else momentum
-        self.teacher_temp, self.warmup_temp = teacher_temp, min(warmup_teacher_temp, teacher_temp)
-        self.warmup_steps = min(warmup_teacher_temp_steps, run.steps * 3 // 10)
+        transformer = opened(embedding, "dinov2", class_token=True)
+        super().__init__(
+            embedding,
+            replace(run, embedding_dim=transformer.width),
+            student_temp=student_temp,
+            teacher_temp=teacher_temp,
+            momentum=for_run(MOMENTUM, run.steps) if momentum is None else momentum,
+            center_momentum=center_momentum,
+            **kwargs,
+        )
+        self.transformer = transformer
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.layer_decay, self.weight_decay_growth = layer_decay, weight_decay_growth
-        sizes = (self.transformer.width, hidden_dim, bottleneck_dim, output_dim)
-        self.head, self.patch_head = projection_head(*sizes), projection_head(*sizes)
-        for head in (self.head, self.patch_head):
-            head.freeze_last_layer = min(freeze_last_layer_steps, run.steps // 10)
+        self.patch_head = self.make_head()
         self.mask_token = mask_token(self.transformer)
-        self.teacher_embedding = momentum_copy(embedding)
-        self.teacher_head, self.teacher_patch_head = momentum_copy(self.head), momentum_copy(self.patch_head)
+        self.teacher_patch_head = momentum_copy(self.patch_head)
         self.teacher = opened(self.teacher_embedding, "dinov2")
-        self.dino = DINOLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
-        self.ibot = IBOTPatchLoss(output_dim, student_temp=student_temp, center_momentum=center_momentum)
+        outputs = self.head.last_layer.out_features
+        self.ibot = IBOTPatchLoss(outputs, student_temp=student_temp, center_momentum=center_momentum)
         self.koleo = KoLeoLoss()
 
-    def before_step(self, step: int) -> None:
-        pairs = [
-            (self.embedding, self.teacher_embedding),
-            (self.head, self.teacher_head),
-            (self.patch_head, self.teacher_patch_head),
-        ]
-        follow(pairs, rising(step, self.run.steps, self.momentum))
+    def heads(self) -> list[tuple[DINOProjectionHead, nn.Module]]:
+        return [*super().heads(), (self.patch_head, self.teacher_patch_head)]
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         whole, prefix = torch.cat(list(views[:2])), self.transformer.prefix
@@ -143,12 +110,9 @@ class DINOv2(Method):
             patch_targets = self.teacher_patch_head(seen[:, prefix:][hidden])
         tokens = self.transformer.layers(self.transformer.tokens(whole, mask, self.mask_token), grid)[-1]
         students = list(self.head(tokens[:, 0]).chunk(2))
-        for same_size in by_size(views[2:]):
-            local = torch.cat(same_size)
-            small = self.transformer.layers(self.transformer.tokens(local), self.transformer.grid(local))[-1]
-            students += self.head(small[:, 0]).chunk(len(same_size))
-        temperature = linear_warmup_schedule(step, self.warmup_steps, self.warmup_temp, self.teacher_temp)
-        dino = self.dino(list(teachers), students, teacher_temp=temperature)
+        students += for_each(views[2:], self._of_local_views)
+        temperature = self.temperature(step)
+        dino = self.criterion(list(teachers), students, teacher_temp=temperature)
         ibot = self.ibot(patch_targets, self.patch_head(tokens[:, prefix:][hidden]), mask, teacher_temp=temperature)
         koleo = torch.stack([self.koleo(joint(view)) for view in tokens[:, 0].chunk(2)]).sum()
         return {
@@ -156,13 +120,12 @@ class DINOv2(Method):
             "train_loss/dino": dino.detach(),
             "train_loss/ibot": ibot.detach(),
             "train_loss/koleo": koleo.detach(),
-            "schedule/momentum": rising(step, self.run.steps, self.momentum),
-            "schedule/teacher_temp": temperature,
+            **self.schedules(step),
         }
 
-    def after_backward(self, step: int) -> None:
-        for head in (self.head, self.patch_head):
-            head.cancel_last_layer_gradients(step)
+    def _of_local_views(self, images: Tensor) -> Tensor:
+        tokens = self.transformer.layers(self.transformer.tokens(images), self.transformer.grid(images))[-1]
+        return self.head(tokens[:, 0])  # type: ignore[no-any-return]
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         model = self.transformer
@@ -176,10 +139,6 @@ class DINOv2(Method):
     def weight_decay(self, start: float, step: int) -> float:
         steps = self.run.steps
         return cosine_schedule(min(step, steps), steps + 1, start, start * self.weight_decay_growth)
-
-    def exported(self) -> EmbeddingModel:
-        teacher: EmbeddingModel = self.teacher_embedding
-        return teacher
 
 
 def random_masks(count: int, grid: tuple[int, int]) -> Tensor:

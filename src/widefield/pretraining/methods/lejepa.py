@@ -9,7 +9,7 @@ from torch import Tensor
 
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Weight, by_size
+from widefield.pretraining.methods.base import Count, Method, Run, Weight, for_each
 from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 
@@ -46,9 +46,7 @@ class LeJEPA(Method):
         self.criterion = LeJEPALoss(weight, gather_distributed=True, sigreg_num_vectors=directions)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        projected: list[Tensor] = []
-        for same_size in by_size(views):
-            projected += self.head(self.embedding.vectors(torch.cat(same_size))).chunk(len(same_size))
+        projected = for_each(views, lambda images: self.head(self.embedding.vectors(images)))
         whole = torch.stack(projected[:2])
         # without local views the global ones take their part
         local = torch.stack(projected[2:]) if len(projected) > 2 else whole
