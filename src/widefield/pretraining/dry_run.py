@@ -1,6 +1,6 @@
 """A wrapper, tried on one batch of noise before anything is written: what it returns, and that gradients reach its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from widefield.pretraining.wrapping import evaluating
 
 BATCH = 2
 ENOUGH = 256
+"""A view with a longer side than this is tried smaller first: where pooling leaves one position, its size does not matter."""
 ERRORS = (RuntimeError, AssertionError, AttributeError, LookupError, TypeError)
 """Errors that a wrapper may raise of views that do not suit it; a ValueError says so itself."""
-"""A view with a longer side than this is tried smaller first: where pooling leaves one position, its size does not matter."""
 
 
 def dry_run(embedding: EmbeddingModel, channels: int, sizes: Sequence[tuple[int, int]]) -> int:
@@ -58,25 +58,22 @@ def _run(embedding: EmbeddingModel, channels: int, size: tuple[int, int]) -> Ten
     weight = next(embedding.parameters(), torch.empty(0))
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     views = torch.rand(BATCH, channels, *size, device=weight.device, dtype=dtype)
-    try:
-        features = embedding.features(views)
-    except ERRORS as error:
-        text = _first_line(error)
-        raise ValueError(f"forward_features failed on views of shape {tuple(views.shape)}: {text}") from error
+    shape = tuple(views.shape)
+    features = _tried(embedding.features, views, f"forward_features failed on views of shape {shape}")
     _check_output("forward_features", features, "features", wrapper.feature_dim())
-    try:
-        pooled = wrapper.forward_pool(features)
-    except ERRORS as error:
-        text = _first_line(error)
-        shape = tuple(features["features"].shape)
-        raise ValueError(f"forward_pool failed on features of shape {shape}: {text}") from error
+    shape = tuple(features["features"].shape)
+    pooled = _tried(wrapper.forward_pool, features, f"forward_pool failed on features of shape {shape}")
     _check_output("forward_pool", pooled, "pooled_features", wrapper.feature_dim())
     return embedding.pooled(features)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+def _tried(function: Callable[[Any], Any], given: Any, what: str) -> Any:
+    try:
+        return function(given)
+    except ERRORS as error:
+        text = str(error).partition("\n")[0]
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{text}") from error
 
 
 def _check_output(method: str, out: Any, key: str, channels: int) -> None:

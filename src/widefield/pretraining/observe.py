@@ -11,12 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+from torchvision.utils import make_grid
 
 from widefield.pretraining.dataset import BadImage, Index, Pictures, ViewDataset, normalized, seeded
 from widefield.pretraining.labels import Labels
@@ -33,32 +32,30 @@ CELL, GAP = 112, 4
 """Longest side of a picture, and the space between two, in pixels."""
 
 
-def sheet(rows: Sequence[Sequence[Tensor]]) -> bytes:
-    """A PNG of rows of pictures (C, H, W), uint8 or floats from 0 to 1: their first three channels, or the first one as grey."""
-    step = CELL + GAP
-    canvas = np.full((step * len(rows) + GAP, step * max(map(len, rows)) + GAP, 3), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            small = _small(picture)
-            top, left = GAP + y * step, GAP + x * step
-            canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
-    buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "PNG")
-    return buffer.getvalue()
+def sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return one picture, uint8 (3, height, width), of rows of pictures (C, H, W), uint8 or floats from 0 to 1.
+
+    Of a picture the first three channels are shown, or the first one as grey.
+    """
+    columns = max(map(len, rows))
+    blank = torch.full((3, CELL, CELL), 255, dtype=torch.uint8)
+    cells = [cell for row in rows for cell in (*map(_cell, row), *[blank] * (columns - len(row)))]
+    return make_grid(cells, columns, GAP, pad_value=255)
 
 
-def decoded(png: bytes) -> np.ndarray:
-    """uint8 (height, width, 3) of a PNG of colours."""
-    return np.array(Image.open(io.BytesIO(png)))
-
-
-def _small(picture: Tensor) -> np.ndarray:
-    """uint8 (height, width, 3) of at most a cell."""
+def _cell(picture: Tensor) -> Tensor:
+    """uint8 (3, CELL, CELL), white where the picture is shorter than the cell."""
     shown = to_unit(picture[:3] if len(picture) >= 3 else picture[:1], None).expand(3, -1, -1)
     scale = CELL / max(shown.shape[1:])
-    size = [max(1, round(side * scale)) for side in shown.shape[1:]]
-    resized = F.resize(shown, size, antialias=True).clamp(0, 1) * 255
-    return resized.round().to(torch.uint8).permute(1, 2, 0).numpy()
+    height, width = (max(1, round(side * scale)) for side in shown.shape[1:])
+    resized = (F.resize(shown, [height, width], antialias=True).clamp(0, 1) * 255).round().to(torch.uint8)
+    return F.pad(resized, [0, 0, CELL - width, CELL - height], fill=255)
+
+
+def _as_png(picture: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    F.to_pil_image(picture).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 LONGEST, BATCH = 256, 32
@@ -216,11 +213,11 @@ class Report(Callback):
             rows = [dataset[Index(0, k * len(dataset) // count)].views for k in range(count)]
             picture = sheet(rows)
             with replacing(self._out.views) as partial:
-                partial.write_bytes(picture)
+                partial.write_bytes(_as_png(picture))
             for logger in trainer.loggers:
                 writer: Any = getattr(logger, "experiment", None)
                 if hasattr(writer, "add_image"):  # TensorBoard's
-                    writer.add_image("augmented_views", decoded(picture), 0, dataformats="HWC")
+                    writer.add_image("augmented_views", picture, 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -253,7 +250,7 @@ class Report(Callback):
     def _neighbours(self, pictures: Sequence[Tensor], embeddings: Tensor) -> bytes:
         others = nearest(embeddings, min(self.NEIGHBOURS, len(pictures) - 1))[1].tolist()
         queries = [k * len(pictures) // self.ROWS for k in range(min(self.ROWS, len(pictures)))]
-        return sheet([[pictures[query], *(pictures[other] for other in others[query])] for query in queries])
+        return _as_png(sheet([[pictures[query], *(pictures[other] for other in others[query])] for query in queries]))
 
 
 def _series(path: Path) -> dict[str, list[tuple[int, float]]]:

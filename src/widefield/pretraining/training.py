@@ -182,9 +182,11 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     if given.float32_matmul_precision != "auto":
         torch.set_float32_matmul_precision(given.float32_matmul_precision)
     resumed = read_to_resume(folder.last, given.method) if given.resume_interrupted else None
-    dataset = _dataset(settings, folder)
+    views = Views(settings.transforms)
+    source = make_source(given.data, settings.transforms.num_channels, views.reduction, given.slides, folder.views)
+    dataset = ViewDataset(source, views, given.seed, given.on_bad_image)
     quality = settings.callbacks.quality
-    labels = None if quality is None else labels_of(dataset.source, given.data, quality.labels)
+    labels = None if quality is None else labels_of(source, given.data, quality.labels)
     trainer = _trainer(settings, folder, labels)
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     dataset = replace(dataset, deferred=not on_cpu)
@@ -192,7 +194,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     if given.checkpoint is not None:
         load_checkpoint(wrapper, given.checkpoint)
     embedding = EmbeddingModel(wrapper, given.embed_dim, settings.given.streaming)
-    numbers = dry_run(embedding, settings.transforms.num_channels, dataset.views.sizes)
+    numbers = dry_run(embedding, settings.transforms.num_channels, views.sizes)
     _check_first_image(dataset)
 
     batch_size = _batch_size(settings, trainer, len(dataset))
@@ -207,13 +209,18 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     run = Run(numbers, len(dataset), optimized, steps, settings.transforms.normalize)
     to_training_mode(wrapper)  # before the method copies it
     method = settings.method(embedding, run, **settings.method_args)
-    loader_args = {key: value for key, value in (given.loader_args or {}).items() if key != "batch_size"}
-    defaults: dict[str, Any] = {"pin_memory": not on_cpu}
-    defaults["worker_init_fn"] = leave_signals
-    if settings.num_workers:
-        defaults["persistent_workers"] = True
-    loader_args = {"num_workers": settings.num_workers, **defaults, **loader_args}
-    _check_loader(dataset, loader_args)
+    loader_args = {
+        "num_workers": settings.num_workers,
+        "pin_memory": not on_cpu,
+        "worker_init_fn": leave_signals,
+        "persistent_workers": settings.num_workers > 0,
+        **(given.loader_args or {}),
+    }
+    loader_args.pop("batch_size", None)
+    try:
+        DataLoader(dataset, **loader_args)  # starts no worker process
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loader_args, with num_workers={settings.num_workers}: {error}") from error
     recipe = Recipe(
         method=given.method,
         transforms=settings.transforms,
@@ -238,50 +245,38 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     return trainer, module, resumed
 
 
-def _dataset(settings: Settings, folder: OutFolder) -> ViewDataset:
-    given, views = settings.given, Views(settings.transforms)
-    source = make_source(given.data, settings.transforms.num_channels, views.reduction, given.slides, folder.views)
-    return ViewDataset(source, views, given.seed, given.on_bad_image)
-
-
-def _check_loader(dataset: ViewDataset, loader_args: Mapping[str, Any]) -> None:
-    """Raises ValueError if no `DataLoader` can be made with these; no worker process is started."""
-    try:
-        DataLoader(dataset, **loader_args)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"loader_args, with num_workers={loader_args['num_workers']}: {error}") from error
-
-
 def _check_first_image(dataset: ViewDataset) -> None:
     """Raises ValueError if no image can be used, or the values of the first one are not what its type says."""
     try:
         name, pixels, _, _ = dataset.image(Index(0, 0))
     except (ImageReadError, TypeError) as error:
         raise ValueError(f"data: {error}") from error
-    if pixels.is_floating_point() and dataset.views.args.value_range is None:
-        low, high = (float(v) for v in torch.aminmax(pixels))
+    if pixels.dtype == torch.uint8 or dataset.views.args.value_range is not None:
+        return
+    low, high = (v.item() for v in torch.aminmax(pixels if pixels.is_floating_point() else pixels.to(torch.int64)))
+    hint = 'transform_args={"value_range": (low, high)}'
+    if pixels.is_floating_point():
         if not (low >= -0.5 and high <= 1.5):  # NaN neither
             raise ValueError(
                 f"data: {name} has float values from {low:g} to {high:g}, and 0 to 1 is expected; say which values "
-                f'are 0 and 1 with transform_args={{"value_range": (low, high)}}'
+                f"are 0 and 1 with {hint}"
             )
-    elif pixels.dtype != torch.uint8 and dataset.views.args.value_range is None:
-        low, high = (int(v) for v in torch.aminmax(pixels.to(torch.int64)))
-        top = torch.iinfo(pixels.dtype).max
-        if low < 0:
-            raise ValueError(
-                f"data: {name} has values from {low} to {high}, and none below 0 is expected; say which values are 0 and 1 "
-                'with transform_args={"value_range": (low, high)}'
-            )
-        if high < top // DARK:
-            _log.warning(
-                "the largest value of %s is %d, of %d that its type has: if all are so dark, say what white is, with "
-                'transform_args={"value_range": (0, %d)} or the like',
-                name,
-                high,
-                top,
-                2 ** high.bit_length() - 1,
-            )
+        return
+    if low < 0:
+        raise ValueError(
+            f"data: {name} has values from {low} to {high}, and none below 0 is expected; say which values are 0 and 1 "
+            f"with {hint}"
+        )
+    top = torch.iinfo(pixels.dtype).max
+    if high < top // DARK:
+        _log.warning(
+            "the largest value of %s is %d, of %d that its type has: if all are so dark, say what white is, with "
+            'transform_args={"value_range": (0, %d)} or the like',
+            name,
+            high,
+            top,
+            2 ** int(high).bit_length() - 1,
+        )
 
 
 def _batch_size(settings: Settings, trainer: pl.Trainer, images: int) -> int:
