@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from widefield.components.models.base_model import is_plain
 from widefield.models.weights import read_torch_file
-from widefield.pretraining.arguments import Settings
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
-from widefield.pretraining.module import KEY
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments
 from widefield.pretraining.transform_args import Normalize, TransformArgs
 from widefield.pretraining.wrapping import wrap
 from widefield.writing import replacing, write_torch_file
 
+KEY = "widefield"
+"""The key of a checkpoint under which our part stands."""
 Part = Literal["model", "wrapped_model", "embedding_model"]
 
 _WRAPPED, _HEAD = "wrapped_model.", "embed_head."
@@ -168,59 +168,6 @@ def read_to_resume(path: Path, method: str) -> Checkpoint | None:
         )
     shapes = {name: value.to("meta") for name, value in found.state.items() if isinstance(value, Tensor)}
     return replace(found, state=shapes)
-
-
-def check_resumed(found: Checkpoint, batches: int, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a run with these batches in an epoch, `settings_of` it and weights can go on with `found`."""
-    before = found.about["batches_per_epoch"]
-    if before != batches:
-        raise ValueError(
-            f"the run had {before} batches in an epoch, and with these data and batch_size there are {batches}; resume "
-            "with those of the run"
-        )
-    known = found.about.get("settings", {})
-    changed = [
-        f"  {name} was {known[name]!r} and is {value!r}"
-        for name, value in settings.items()
-        if name in known and known[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            "\n".join([f"{found.path} is of a run with other arguments:", *changed])
-            + "\nresume with those of the run, or begin a new run with its weights: checkpoint=..., and another out"
-        )
-    there, here = (
-        {name: f"of shape {tuple(value.shape)}" for name, value in weights.items() if isinstance(value, Tensor)}
-        for weights in (found.state, state)
-    )
-    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-    if names:
-        first = names[0]
-        raise ValueError(
-            f"{found.path} is of another model, or of a method with other method_args: {len(names)} weights differ, such "
-            f"as {first}, {there.get(first, 'missing')} there and {here.get(first, 'missing')} here; resume with those of "
-            "the run"
-        )
-
-
-def settings_of(settings: Settings, batch_size: int, images: int) -> dict[str, Any]:
-    """Return the settings of a run that is resumed which must not change: another value would be ignored, or spoil schedules."""
-    given = settings.given
-    return {
-        "images": images,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": given.gradient_accumulation_steps,
-        "seed": given.seed,
-        "embed_dim": given.embed_dim,
-        "optim": settings.optim.name,
-        "optim_args": asdict(settings.optim),
-        "transform_args": asdict(settings.transforms),
-        "method_args": {
-            name: value
-            for name, value in settings.method_args.items()
-            if value is None or isinstance(value, (bool, int, float, str))  # others are objects
-        },
-    }
 
 
 def part_of(embedding: EmbeddingModel, part: Part) -> nn.Module:

@@ -1,6 +1,6 @@
 """The Lightning module of a run: a method, its views on the device, its optimizer."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import widefield
+from widefield.pretraining.arguments import Settings
+from widefield.pretraining.checkpoint import KEY, Checkpoint, named_model
 from widefield.pretraining.dataset import Batch, EpochOrder, ViewDataset, collate
 from widefield.pretraining.methods.base import Method
-from widefield.pretraining.optimizers import OptimArgs, begin_momentum, can_fuse, warmup_and_cosine
-from widefield.pretraining.transform_args import TransformArgs
+from widefield.pretraining.optimizers import begin_momentum, can_fuse, warmup_and_cosine
 from widefield.pretraining.views import to_unit
 
 _LARGE = 128
@@ -44,42 +45,6 @@ def in_fastest_layout(views: Tensor) -> Tensor:
     return views
 
 
-KEY = "widefield"
-"""The key of a checkpoint under which our part stands."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a method's training.
-
-    Attributes:
-        method: Its name.
-        transforms: How views are drawn.
-        optim: The optimizer.
-        lr: Its learning rate at the end of the warm-up, scaled to the batch.
-        warmup_steps, steps: Optimizer steps of the warm-up and of the run.
-        seed: Of all that is drawn.
-        batch_size: Images of a batch over all processes.
-        loader_args: Of the `DataLoader`.
-        named_model: What makes the model anew, if it was given by name; see `checkpoint.named_model`.
-        fused: True if the optimizer updates each weight in one pass, where that is right; see `optimizers.can_fuse`.
-        settings: What a run that resumes this one must agree with; see `checkpoint.settings_of`.
-    """
-
-    method: str
-    transforms: TransformArgs
-    optim: OptimArgs
-    lr: float
-    warmup_steps: int
-    steps: int
-    seed: int
-    batch_size: int
-    loader_args: dict[str, Any]
-    named_model: dict[str, Any] | None
-    fused: bool
-    settings: dict[str, Any]
-
-
 class Pretraining(pl.LightningModule):
     """Trains a method.
 
@@ -88,16 +53,29 @@ class Pretraining(pl.LightningModule):
 
     Args:
         method: What is trained.
-        recipe: How.
+        settings: How.
         dataset: The views of the images.
+        batch_size: Images of a batch over all processes.
+        loader_args: Of the `DataLoader`.
+        fused: True if the optimizer updates each weight in one pass, where that is right; see `optimizers.can_fuse`.
     """
 
-    def __init__(self, method: Method, recipe: Recipe, dataset: ViewDataset) -> None:
+    def __init__(
+        self,
+        method: Method,
+        settings: Settings,
+        dataset: ViewDataset,
+        batch_size: int,
+        loader_args: dict[str, Any],
+        fused: bool,
+    ) -> None:
         super().__init__()
         self.method = method
-        self.recipe = recipe
+        self.settings = settings
         self.dataset = dataset
-        normalize = recipe.transforms.normalize
+        self.batch_size, self.loader_args, self.fused = batch_size, loader_args, fused
+        self.batches_per_epoch = len(dataset) // batch_size
+        normalize = settings.transforms.normalize
         for name, values in (("mean", normalize.mean), ("std", normalize.std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.batches = 0
@@ -106,18 +84,19 @@ class Pretraining(pl.LightningModule):
         self._channels_last = allows_channels_last(method)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        recipe = self.recipe
-        rank, processes = self.trainer.global_rank, self.trainer.world_size
-        order = EpochOrder(len(self.dataset), recipe.batch_size, recipe.seed, rank, processes)
+        seed, trainer = self.settings.given.seed, self.trainer
+        order = EpochOrder(len(self.dataset), self.batch_size, seed, trainer.global_rank, trainer.world_size)
         order.resume(self.batches)
         # a generator of its own: else every epoch would draw from torch's default one
-        generator = torch.Generator().manual_seed(recipe.seed)
+        generator = torch.Generator().manual_seed(seed)
         return DataLoader(
-            self.dataset, batch_sampler=order, collate_fn=collate, generator=generator, **recipe.loader_args
+            self.dataset, batch_sampler=order, collate_fn=collate, generator=generator, **self.loader_args
         )  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        words = np.random.SeedSequence([self.recipe.seed, self.batches, self.global_rank]).generate_state(1, np.uint64)
+        words = np.random.SeedSequence([self.settings.given.seed, self.batches, self.global_rank]).generate_state(
+            1, np.uint64
+        )
         torch.manual_seed(int(words[0] >> np.uint64(1)))
         self.batches += 1
         step = self.global_step
@@ -145,32 +124,35 @@ class Pretraining(pl.LightningModule):
         begin_momentum(optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optim = self.recipe.optim
+        optim, run = self.settings.optim, self.method.run
+        lr = self.settings.method.optim.scaled(optim.lr, run.batch_size)
         groups = self.method.parameter_groups(optim.weight_decay)
         for group in groups:
-            group["lr"] = self.recipe.lr * group.pop("lr_scale", 1.0)
+            group["lr"] = lr * group.pop("lr_scale", 1.0)
             group["first_weight_decay"] = group.get("weight_decay", optim.weight_decay)
-        fused = self.recipe.fused and can_fuse(p for group in groups for p in group["params"])
-        optimizer = optim.make(groups, self.recipe.lr, fused)
-        scheduler = warmup_and_cosine(optimizer, self.recipe.warmup_steps, self.recipe.steps)
+        fused = self.fused and can_fuse(p for group in groups for p in group["params"])
+        optimizer = optim.make(groups, lr, fused)
+        warmup_steps = round(min(10 / max(self.settings.epochs, 1), 0.1) * run.steps)  # of what max_steps leaves
+        scheduler = warmup_and_cosine(optimizer, warmup_steps, run.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        given = self.settings.given
         wrapper: Any = self.method.exported().wrapped_model
         wrapped, model = self._prefix(wrapper), self._prefix(wrapper.get_model())
         checkpoint[KEY] = {
             "version": widefield.__version__,
-            "method": self.recipe.method,
+            "method": given.method,
             "batches": self.batches,
-            "batches_per_epoch": len(self.dataset) // self.recipe.batch_size,
+            "batches_per_epoch": self.batches_per_epoch,
             "wrapped_model": wrapped,
             "model": model,
             "embed_head": self._prefix(self.method.exported().embed_head),
-            "named_model": self.recipe.named_model,
-            "settings": self.recipe.settings,
+            "named_model": named_model(given.model, given.model_args),
+            "settings": self._kept_settings(),
             "transforms": {
                 name: value
-                for name, value in asdict(self.recipe.transforms).items()
+                for name, value in asdict(self.settings.transforms).items()
                 if name in ("image_size", "num_channels", "value_range", "normalize")
             },
         }
@@ -181,3 +163,54 @@ class Pretraining(pl.LightningModule):
     def _prefix(self, module: nn.Module) -> str | None:
         """Return the beginning of the names of the weights of `module` in our state dict; None if it is no part of us."""
         return next((f"{name}." for name, part in self.named_modules() if part is module), None)
+
+    def check_resumed(self, found: Checkpoint) -> None:
+        """Raises ValueError unless this run can go on with `found`: settings and weights must be those of the run that wrote it."""
+        before, batches = found.about["batches_per_epoch"], self.batches_per_epoch
+        if before != batches:
+            raise ValueError(
+                f"the run had {before} batches in an epoch, and with these data and batch_size there are {batches}; resume "
+                "with those of the run"
+            )
+        known = found.about.get("settings", {})
+        changed = [
+            f"  {name} was {known[name]!r} and is {value!r}"
+            for name, value in self._kept_settings().items()
+            if name in known and known[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                "\n".join([f"{found.path} is of a run with other arguments:", *changed])
+                + "\nresume with those of the run, or begin a new run with its weights: checkpoint=..., and another out"
+            )
+        there, here = (
+            {name: f"of shape {tuple(value.shape)}" for name, value in state.items() if isinstance(value, Tensor)}
+            for state in (found.state, self.state_dict())
+        )
+        names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+        if names:
+            first = names[0]
+            raise ValueError(
+                f"{found.path} is of another model, or of a method with other method_args: {len(names)} weights differ, such "
+                f"as {first}, {there.get(first, 'missing')} there and {here.get(first, 'missing')} here; resume with those of "
+                "the run"
+            )
+
+    def _kept_settings(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must keep: another value would be ignored, or spoil schedules."""
+        settings = self.settings
+        return {
+            "images": len(self.dataset),
+            "batch_size": self.batch_size,
+            "gradient_accumulation_steps": settings.given.gradient_accumulation_steps,
+            "seed": settings.given.seed,
+            "embed_dim": settings.given.embed_dim,
+            "optim": settings.optim.name,
+            "optim_args": asdict(settings.optim),
+            "transform_args": asdict(settings.transforms),
+            "method_args": {
+                name: value
+                for name, value in settings.method_args.items()
+                if value is None or isinstance(value, (bool, int, float, str))  # others are objects
+            },
+        }

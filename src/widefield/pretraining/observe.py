@@ -175,7 +175,9 @@ class Quality(Callback):
                 trainer.precision_plugin.forward_context(),
             ):
                 for start in range(0, len(pictures), BATCH):
-                    images = normalized(pictures[start : start + BATCH], pl_module.recipe.transforms.normalize, device)
+                    images = normalized(
+                        pictures[start : start + BATCH], pl_module.settings.transforms.normalize, device
+                    )
                     vectors = embedding.vectors(trainer.precision_plugin.convert_input(images))
                     found.append(vectors.float().cpu())
         except Exception as error:
@@ -231,7 +233,7 @@ class Report(Callback):
             write_pretraining_page(
                 self._out.report,
                 facts=[
-                    ("method", pl_module.recipe.method),
+                    ("method", pl_module.settings.given.method),
                     ("images", len(pl_module.dataset)),
                     ("epochs", trainer.current_epoch),
                     ("steps", trainer.global_step),

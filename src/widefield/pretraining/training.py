@@ -29,21 +29,14 @@ from widefield.models.weights import read_torch_file
 from widefield.modules import AtomicCheckpointIO, NotFiniteError
 from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import TERMINATED, Export, StopAfter, leave_signals, make_callbacks
-from widefield.pretraining.checkpoint import (
-    Checkpoint,
-    check_resumed,
-    load_checkpoint,
-    named_model,
-    read_to_resume,
-    settings_of,
-)
+from widefield.pretraining.checkpoint import Checkpoint, load_checkpoint, read_to_resume
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.labels import Labels, labels_of
 from widefield.pretraining.loggers import forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
-from widefield.pretraining.module import Pretraining, Recipe
+from widefield.pretraining.module import Pretraining
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.source import make_source
 from widefield.pretraining.synced_norm import sync_options
@@ -221,27 +214,14 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         DataLoader(dataset, **loader_args)  # starts no worker process
     except (TypeError, ValueError) as error:
         raise ValueError(f"loader_args, with num_workers={settings.num_workers}: {error}") from error
-    recipe = Recipe(
-        method=given.method,
-        transforms=settings.transforms,
-        optim=settings.optim,
-        lr=settings.method.optim.scaled(settings.optim.lr, optimized),
-        warmup_steps=round(min(10 / max(settings.epochs, 1), 0.1) * steps),  # of what max_steps leaves
-        steps=steps,
-        seed=given.seed,
-        batch_size=batch_size,
-        loader_args=loader_args,
-        named_model=named_model(given.model, given.model_args),
-        # torch does not choose it itself on a CPU; Lightning could not clip gradients then in mixed precision
-        fused=on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision),
-        settings=settings_of(settings, batch_size, len(dataset)),
-    )
-    module = Pretraining(method, recipe, dataset)
+    # torch does not choose it itself on a CPU; Lightning could not clip gradients then in mixed precision
+    fused = on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision)
+    module = Pretraining(method, settings, dataset, batch_size, loader_args, fused)
     module.configure_optimizers()  # raises ValueError for what an optimizer does not take
     if resumed is not None:
-        check_resumed(resumed, len(dataset) // batch_size, recipe.settings, module.state_dict())
+        module.check_resumed(resumed)
     if "log_every_n_steps" not in (given.trainer_args or {}):
-        trainer.log_every_n_steps = max(1, min(LOG_EVERY, len(dataset) // batch_size))
+        trainer.log_every_n_steps = max(1, min(LOG_EVERY, module.batches_per_epoch))
     return trainer, module, resumed
 
 
