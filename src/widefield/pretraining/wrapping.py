@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torchvision.models
 from torch import Tensor, nn
-from torchvision.models import densenet, mnasnet, regnet, resnet, shufflenetv2, swin_transformer, vision_transformer
+from torchvision.models import densenet, mnasnet, regnet, shufflenetv2, swin_transformer
 
 from widefield.components.component import Component
 from widefield.registry import MODELS, near_names
@@ -17,10 +17,10 @@ from widefield.registry import MODELS, near_names
 class KnownModel(nn.Module):
     """A wrapper whose maps are averaged over all positions, or whose class token stands for the image."""
 
-    def __init__(self, model: nn.Module, feature_dim: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self._feature_dim = feature_dim
+        self._feature_dim = 0
 
     def get_model(self) -> nn.Module:
         return self._model
@@ -49,8 +49,8 @@ RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3",
 class PartsInARow(KnownModel):
     """A model whose parts of the names `parts`, one after the other, make its last map."""
 
-    def __init__(self, model: nn.Module, feature_dim: int, parts: tuple[str, ...]) -> None:
-        super().__init__(model, feature_dim)
+    def __init__(self, model: nn.Module, parts: tuple[str, ...]) -> None:
+        super().__init__(model)
         self._parts = parts
 
     def maps(self, x: Tensor) -> Tensor:
@@ -68,6 +68,10 @@ class DenseNetLike(PartsInARow):
 
 class Timm(KnownModel):
     """A timm model: maps are brought to (B, C, H, W), class tokens stand beside them as "cls_token" (B, C)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._feature_dim = int(model.num_features)  # type: ignore[arg-type]
 
     def maps(self, x: Tensor) -> Tensor:
         return self.forward_features(x)["features"]  # type: ignore[no-any-return]
@@ -97,13 +101,6 @@ class Backbone(KnownModel):
     def maps(self, x: Tensor) -> Tensor:
         out = self._model(x)
         return out[-1] if isinstance(out, tuple) else out
-
-
-def channels_of_maps(wrapper: KnownModel, in_channels: int, side: int = 64) -> int:
-    """Channels of the maps that `wrapper` makes, asked of the model itself; nothing of it changes."""
-    device = next((p.device for p in wrapper.parameters()), torch.device("cpu"))
-    with evaluating(wrapper), torch.no_grad():
-        return wrapper.maps(torch.zeros(1, in_channels, side, side, device=device)).shape[1]
 
 
 @contextmanager
@@ -140,16 +137,6 @@ class ModelWrapper(Protocol):
         """Channels of "features" and of "pooled_features"."""
 
 
-def missing_methods(model: object) -> list[str]:
-    """The methods of a wrapper that `model` lacks."""
-    return [name for name in METHODS_OF_A_WRAPPER if not callable(getattr(model, name, None))]
-
-
-def is_wrapper(model: object) -> bool:
-    """True if `model` can be pretrained as it is."""
-    return isinstance(model, nn.Module) and isinstance(model, ModelWrapper)
-
-
 Wrapped = Any
 """A `torch.nn.Module` that is a `ModelWrapper`, which Python's types cannot say."""
 
@@ -181,13 +168,11 @@ def wrap(model: Any, model_args: Mapping[str, Any] | None = None, num_channels: 
         raise ValueError(
             f'model_args are for a name such as "torchvision/resnet18"; model is a {type(model).__name__} that is made already'
         )
-    if is_wrapper(model):
-        return model
+    missing = [name for name in METHODS_OF_A_WRAPPER if not callable(getattr(model, name, None))]
     if isinstance(model, nn.Module):
-        known = _known(model)
-        if known is not None:
-            return known
-    missing = missing_methods(model)
+        wrapper = _known(model) if missing else model
+        if wrapper is not None:
+            return wrapper
     raise ValueError(
         f"model is a {type(model).__name__}, which is no model that is known by itself. To train a model of your own, wrap it:\n"
         f" - inherits from torch.nn.Module: {isinstance(model, nn.Module)}\n"
@@ -214,40 +199,42 @@ def _is_frozen(part: nn.Module) -> bool:
 
 
 def _known(model: nn.Module) -> KnownModel | None:
+    """Return the wrapper of a model that is known; torchvision's vision transformers are not: they take one image size only."""
     package = next((c.__module__.partition(".")[0] for c in type(model).__mro__ if c.__module__[:4] == "timm"), "")
     if package == "timm" and hasattr(model, "forward_features"):
-        return Timm(model, int(model.num_features))  # type: ignore[arg-type]
+        return Timm(model)
     if isinstance(model, Component) and getattr(model, "component_kind", "") == "backbone":
-        return _measured(model, Backbone(model, 0))
-    if isinstance(model, resnet.ResNet) or all(hasattr(model, part) for part in RESNET_PARTS):
-        return _measured(model, PartsInARow(model, 0, RESNET_PARTS))
-    if isinstance(model, vision_transformer.VisionTransformer):
-        return None  # torchvision's takes one image size only; timm's takes all
+        return _measured(Backbone(model))
     if isinstance(model, densenet.DenseNet):
-        return _measured(model, DenseNetLike(model, 0, ("features",)))
+        return _measured(DenseNetLike(model, ("features",)))
+    if all(hasattr(model, part) for part in RESNET_PARTS):
+        return _measured(PartsInARow(model, RESNET_PARTS))
     for kind, parts in _PARTS.items():
         if isinstance(model, kind):
-            return _measured(model, PartsInARow(model, 0, parts))
+            return _measured(PartsInARow(model, parts))
     if type(model).__module__.startswith("torchvision.models") and isinstance(
         getattr(model, "features", None), nn.Module
     ):
-        return _measured(model, PartsInARow(model, 0, ("features",)))
+        return _measured(PartsInARow(model, ("features",)))
     return None
 
 
-def _measured(model: nn.Module, wrapper: KnownModel) -> KnownModel:
-    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    wrapper._feature_dim = channels_of_maps(wrapper, 3 if first is None else first.in_channels)
+def _measured(wrapper: KnownModel, side: int = 64) -> KnownModel:
+    """Ask the model itself how many channels its maps have; nothing of it changes."""
+    first = next((layer for layer in wrapper.modules() if isinstance(layer, nn.Conv2d)), None)
+    device = next((p.device for p in wrapper.parameters()), torch.device("cpu"))
+    images = torch.zeros(1, 3 if first is None else first.in_channels, side, side, device=device)
+    with evaluating(wrapper), torch.no_grad():
+        wrapper._feature_dim = wrapper.maps(images).shape[1]
     return wrapper
 
 
 def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module | ModelWrapper:
     package, _, short = name.partition("/")
+    of_torchvision = torchvision.models.list_models(torchvision.models)
     if package == "torchvision" and short:
-        if short not in torchvision.models.list_models(torchvision.models):
-            raise ValueError(
-                f"no model named {name!r}; {_near(short, torchvision.models.list_models(torchvision.models), package)}"
-            )
+        if short not in of_torchvision:
+            raise ValueError(f"no model named {name!r}; {_near(short, of_torchvision, package)}")
         if num_channels != RGB:
             raise ValueError(
                 f"{name} takes {RGB} channels, and the images have {num_channels}; models of timm are made for them, "
@@ -265,12 +252,10 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         return _built(name, timm.create_model, short, **given)  # type: ignore[no-any-return]
     if package == "widefield" and short:
         return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
-    found = [f"torchvision/{name}"] if name in torchvision.models.list_models(torchvision.models) else []
-    hint = f", did you mean {found[0]} or timm/{name}?" if found else ""
-    raise ValueError(
-        f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}"
-        f"{hint or ', such as torchvision/resnet18'}"
+    hint = (
+        f"did you mean torchvision/{name} or timm/{name}?" if name in of_torchvision else "such as torchvision/resnet18"
     )
+    raise ValueError(f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}, {hint}")
 
 
 def _built(name: str, make: Any, *positional: Any, **arguments: Any) -> Any:
