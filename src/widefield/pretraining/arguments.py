@@ -1,9 +1,10 @@
 """The arguments of `widefield.train`: checked all together, before anything is read or written."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -12,15 +13,12 @@ from torch.utils.data import DataLoader
 
 from widefield.config import check_value
 from widefield.pretraining.callbacks import CallbackArgs
-from widefield.pretraining.dataset import OnBadImage
-from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.loggers import LoggerArgs
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method
 from widefield.pretraining.optimizers import OptimArgs
 from widefield.pretraining.settings import Count, Errors, updated, values_for
 from widefield.pretraining.settings import arguments as arguments_of_call
-from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.transform_args import TransformArgs
 from widefield.registry import Range, UnknownNameError, suggestion
 
@@ -55,47 +53,15 @@ Workers = Annotated[int, Range(0)] | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """The arguments of `widefield.train` as the user gave them, of the right types."""
-
-    out: Path
-    data: Any
-    model: Any
-    method: str = "simclr"
-    method_args: dict[str, Any] | None
-    embed_dim: Count | None
-    epochs: Annotated[int, Range(0)] | Literal["auto"]
-    batch_size: Count
-    gradient_accumulation_steps: Count
-    num_workers: Workers
-    devices: int | str | list[int]
-    num_nodes: Count
-    resume_interrupted: bool
-    checkpoint: Path | None
-    overwrite: bool
-    accelerator: Any
-    strategy: Any
-    precision: Any
-    float32_matmul_precision: Literal["auto", "highest", "high", "medium"]
-    seed: Annotated[int, Range(0)]
-    on_bad_image: OnBadImage
-    loggers: LoggerArgs | None
-    callbacks: CallbackArgs | None
-    optim: str = "auto"
-    optim_args: dict[str, Any] | None
-    transform_args: dict[str, Any] | None
-    slides: SlideArgs | None
-    streaming: StreamingArgs | None
-    loader_args: dict[str, Any] | None
-    trainer_args: dict[str, Any] | None
-    model_args: dict[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run that follow from the arguments."""
+    """The settings of a run.
 
-    given: Arguments
+    Attributes:
+        given: The arguments of `widefield.train`, by their names.
+        method, method_args, epochs, num_workers, transforms, optim, loggers, callbacks: What follows from them.
+    """
+
+    given: SimpleNamespace
     method: type[Method]
     method_args: dict[str, Any]
     epochs: int
@@ -107,22 +73,19 @@ class Settings:
 
     def as_yaml(self, longest: int | None = None) -> str:
         """Return the settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
-        given = {name: getattr(self.given, name) for name in Arguments.__dataclass_fields__}
-        made = {
-            name: getattr(self, name) for name in type(self).__dataclass_fields__ if name not in ("given", "method")
-        }
-        plain = {name: _plain(value, longest) for name, value in (given | made).items()}
+        made = {name: value for name, value in vars(self).items() if name not in ("given", "method")}
+        plain = {name: _plain(value, longest) for name, value in (vars(self.given) | made).items()}
         return yaml.safe_dump({**plain, "optim": self.optim.name, "optim_args": asdict(self.optim)}, sort_keys=False)
 
 
-def parse(given: Mapping[str, Any]) -> Settings:
-    """Return the settings of a call with the arguments `given` by name.
+def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
+    """Return the settings of a call of `train` with the arguments `given` by name.
 
     Raises:
         ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.
     """
     errors = Errors()
-    arguments = arguments_of_call(Arguments, given, errors)
+    arguments = arguments_of_call(train, given, errors, unchecked=("data", "model"))
     method = _method(arguments.method, errors)
     _check_resuming(arguments, errors)
     _check_passed_on(Trainer, arguments.trainer_args or {}, _TRAINER_ARGUMENTS, "trainer_args", errors)
@@ -181,7 +144,7 @@ def _method(name: str, errors: Errors) -> type[Method]:
     return found
 
 
-def _check_resuming(arguments: Arguments, errors: Errors) -> None:
+def _check_resuming(arguments: SimpleNamespace, errors: Errors) -> None:
     if arguments.resume_interrupted and arguments.checkpoint is not None:
         errors.append("checkpoint begins a new run and resume_interrupted goes on with one; give one of them")
     if arguments.resume_interrupted and arguments.overwrite:
@@ -202,7 +165,7 @@ def _check_passed_on(
             errors.add(check_value(given[name], Count, (where, name)))
 
 
-def _optim(method: type[Method], arguments: Arguments, errors: Errors) -> OptimArgs | None:
+def _optim(method: type[Method], arguments: SimpleNamespace, errors: Errors) -> OptimArgs | None:
     optim = method.optim.named(arguments.optim)
     if optim is None:
         names = [one.name for one in method.optim.choices]

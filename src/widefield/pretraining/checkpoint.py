@@ -180,19 +180,9 @@ def part_of(embedding: EmbeddingModel, part: Part) -> nn.Module:
 ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors"]
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    out: Path
-    checkpoint: Path
-    part: Part
-    format: ExportFormat
-    overwrite: bool
-    model: Any
-
-
 def export(
-    out: str | Path,
-    checkpoint: str | Path,
+    out: Path | str,
+    checkpoint: Path | str,
     *,
     part: Part = "model",
     format: ExportFormat = "package_default",
@@ -218,7 +208,7 @@ def export(
         ValueError: An argument cannot be used; what is at `out` is as it was.
     """
     errors = Errors()
-    given = arguments(_Arguments, locals(), errors)
+    given = arguments(export, locals(), errors)
     errors.raise_if_any("widefield.export")
     check_file(given.out, given.overwrite)
     if given.format == "package_default" and given.part != "model":

@@ -64,34 +64,17 @@ def _write_parquet(path: Path, names: Sequence[str], embeddings: Tensor) -> None
     parquet.write_table(pyarrow.table({"filename": list(names), "embedding": vectors}), path)
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    out: Path
-    data: Any
-    checkpoint: Path
-    format: EmbeddingFormat
-    image_size: Size | None
-    level: Annotated[int, Range(0)]
-    streaming: StreamingArgs | None
-    batch_size: Count
-    num_workers: Workers
-    accelerator: str
-    overwrite: bool
-    precision: str
-    model: Any
-
-
 def embed(
-    out: str | Path,
+    out: Path | str,
     data: str | Path | Sequence[str | Path] | Dataset[Any],
-    checkpoint: str | Path,
+    checkpoint: Path | str,
     *,
     format: EmbeddingFormat = "torch",
-    image_size: int | tuple[int, int] | None = (224, 224),
-    level: int = 0,
-    streaming: Mapping[str, Any] | None = None,
-    batch_size: int = 128,
-    num_workers: int | Literal["auto"] = "auto",
+    image_size: Size | None = (224, 224),
+    level: Annotated[int, Range(0)] = 0,
+    streaming: StreamingArgs | Mapping[str, Any] | None = None,
+    batch_size: Count = 128,
+    num_workers: Workers = "auto",
     accelerator: str = "auto",
     overwrite: bool = False,
     precision: str = "32-true",
@@ -126,7 +109,7 @@ def embed(
         ValueError: An argument cannot be used, or no image can be read; what is at `out` is as it was.
     """
     errors = Errors()
-    given = arguments(_Arguments, locals(), errors)
+    given = arguments(embed, locals(), errors, unchecked=("data",))
     errors.raise_if_any("widefield.embed")
     workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
     if given.image_size is not None and given.level:

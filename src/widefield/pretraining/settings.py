@@ -1,14 +1,14 @@
 """Settings as frozen dataclasses: made of dictionaries, every key and value checked, all errors of a call collected."""
 
-import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from widefield.config import Mismatch, Problem, check_value, dotted
 from widefield.config.check import MAPPINGS, UNIONS
-from widefield.registry import Range, arguments_of, wrong_names
+from widefield.registry import Argument, Range, arguments_of, wrong_names
 
 T = TypeVar("T")
 Count = Annotated[int, Range(1)]
@@ -47,15 +47,27 @@ class Checked:
             raise ValueError("; ".join(errors))
 
 
-def arguments(kind: type[T], given: Mapping[str, Any], errors: Errors) -> T:
-    """Return a `kind`, a dataclass with a field for every argument of a call, of the arguments `given` by name.
+def arguments(
+    function: Callable[..., Any], given: Mapping[str, Any], errors: Errors, unchecked: Collection[str] = ()
+) -> SimpleNamespace:
+    """Return the arguments of a call of `function`, which were `given` by name, as attributes of the types of its annotations.
 
-    A field has its default, or None, where `errors` gets a line that what was given is of the wrong type or out of range.
+    An attribute has the default, or None, where `errors` gets a line that what was given is of the wrong type or out of range.
+
+    Args:
+        function: What is called.
+        given: All of its arguments.
+        errors: Where a line for each wrong value is appended.
+        unchecked: Arguments that stay as they were given: who takes them says better what is wrong with them.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return kind(
-        **{name: _fitted(given[name], hint, getattr(kind, name, None), name, errors) for name, hint in hints.items()}
-    )
+
+    def value(argument: Argument) -> Any:
+        if argument.name in unchecked:
+            return given[argument.name]
+        default = None if argument.required else argument.default
+        return _fitted(given[argument.name], argument.annotation, default, argument.name, errors)
+
+    return SimpleNamespace(**{name: value(argument) for name, argument in arguments_of(function).named.items()})
 
 
 def updated(default: T, changes: Any, where: str, errors: Errors) -> T:

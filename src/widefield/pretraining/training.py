@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,21 +27,24 @@ from torch.utils.data import DataLoader, Dataset
 from widefield.images import ImageReadError
 from widefield.models.weights import read_torch_file
 from widefield.modules import AtomicCheckpointIO, NotFiniteError
-from widefield.pretraining.arguments import Settings, parse
-from widefield.pretraining.callbacks import TERMINATED, Export, StopAfter, leave_signals, make_callbacks
+from widefield.pretraining.arguments import Settings, Workers, parse
+from widefield.pretraining.callbacks import TERMINATED, CallbackArgs, Export, StopAfter, leave_signals, make_callbacks
 from widefield.pretraining.checkpoint import Checkpoint, load_checkpoint, read_to_resume
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
-from widefield.pretraining.embedding import EmbeddingModel
+from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.labels import Labels, labels_of
-from widefield.pretraining.loggers import forget_after, make_loggers
+from widefield.pretraining.loggers import LoggerArgs, forget_after, make_loggers
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import Pretraining
 from widefield.pretraining.out import OutFolder
+from widefield.pretraining.settings import Count
+from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.source import make_source
 from widefield.pretraining.synced_norm import sync_options
 from widefield.pretraining.views import Views
 from widefield.pretraining.wrapping import to_training_mode, wrap
+from widefield.registry import Range
 
 _log = logging.getLogger(__name__)
 LOG_EVERY = 50
@@ -53,34 +56,34 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def train(
     *,
-    out: str | Path,
+    out: Path | str,
     data: str | Path | Sequence[str | Path] | Dataset[Any],
     model: str | nn.Module,
     method: str = "simclr",
     method_args: Mapping[str, Any] | None = None,
-    embed_dim: int | None = None,
-    epochs: int | Literal["auto"] = "auto",
-    batch_size: int = 128,
-    gradient_accumulation_steps: int = 1,
-    num_workers: int | Literal["auto"] = "auto",
+    embed_dim: Count | None = None,
+    epochs: Annotated[int, Range(0)] | Literal["auto"] = "auto",
+    batch_size: Count = 128,
+    gradient_accumulation_steps: Count = 1,
+    num_workers: Workers = "auto",
     devices: int | str | list[int] = "auto",
-    num_nodes: int = 1,
+    num_nodes: Count = 1,
     resume_interrupted: bool = False,
-    checkpoint: str | Path | None = None,
+    checkpoint: Path | str | None = None,
     overwrite: bool = False,
     accelerator: Any = "auto",
     strategy: Any = "auto",
     precision: Any = "auto",
     float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto",
-    seed: int = 0,
+    seed: Annotated[int, Range(0)] = 0,
     on_bad_image: OnBadImage = "skip",
-    loggers: Mapping[str, Any] | None = None,
-    callbacks: Mapping[str, Any] | None = None,
+    loggers: LoggerArgs | Mapping[str, Any] | None = None,
+    callbacks: CallbackArgs | Mapping[str, Any] | None = None,
     optim: str = "auto",
     optim_args: Mapping[str, Any] | None = None,
     transform_args: Mapping[str, Any] | None = None,
-    slides: Mapping[str, Any] | None = None,
-    streaming: Mapping[str, Any] | None = None,
+    slides: SlideArgs | Mapping[str, Any] | None = None,
+    streaming: StreamingArgs | Mapping[str, Any] | None = None,
     loader_args: Mapping[str, Any] | None = None,
     trainer_args: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -140,7 +143,7 @@ def train(
         ImageReadError: A bad image, with `on_bad_image="raise"`, or too many of them.
         OSError: No space is left on the disk. What was written before is whole, and the message says how to go on.
     """
-    settings = parse(locals())
+    settings = parse(train, locals())
     folder = OutFolder(settings.given.out.expanduser().resolve())
     leads = _is_rank_zero()
     if leads:
