@@ -26,7 +26,7 @@ from tests.pretraining.tiny import (
     write_images,
 )
 from widefield.modules.runs import NotFiniteError
-from widefield.pretraining import METHODS, Method, training
+from widefield.pretraining import METHODS, Method, trainer
 from widefield.pretraining.out import OutFolder
 from widefield.registry import MODELS
 
@@ -110,8 +110,8 @@ def killed_run(out: Path, images: Path, method: str, kill_at: int, options: dict
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def run() -> None:
-        make = training.make_callbacks
-        training.make_callbacks = lambda *args: [*make(*args), Kill()]
+        make = trainer.make_callbacks
+        trainer.make_callbacks = lambda *args: [*make(*args), Kill()]
         train(out, images, method, **options)
 
     process = FORK.Process(target=run)

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from widefield.pretraining.transform_args import ColorJitter, TransformArgs
+from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomRotation, Solarize, TransformArgs
+
+Part = TypeVar("Part", RandomRotation, ColorJitter, GaussianBlur, Solarize)
 
 
 def shift_hue(images: Tensor, shifts: Tensor) -> Tensor:
@@ -78,22 +80,19 @@ class Changes(NamedTuple):
 
 def draw(args: TransformArgs, random: Random) -> Changes:
     """The changes of one view; `args.local_view` and `args.global_view_1` count for nothing here."""
-    angle, sigma, solarize, grey = None, None, None, False
-    jitter: tuple[tuple[str, float], ...] = ()
-    dropped: tuple[int, ...] = ()
-    if args.random_rotation is not None and random.random() < args.random_rotation.prob:
-        angle = random.uniform(-args.random_rotation.degrees, args.random_rotation.degrees)
-    if args.color_jitter is not None and random.random() < args.color_jitter.prob:
-        jitter = _jitter(args.color_jitter, random)
-    if args.random_gray_scale is not None:
-        grey = random.random() < args.random_gray_scale
-    if args.gaussian_blur is not None and random.random() < args.gaussian_blur.prob:
-        sigma = random.uniform(*args.gaussian_blur.sigmas)
-    if args.solarize is not None and random.random() < args.solarize.prob:
-        solarize = args.solarize.threshold
-    if args.channel_drop is not None:
-        dropped = _dropped(list(args.channel_drop.weight_drop), args.channel_drop.num_channels_keep, random)
-    return Changes(angle, jitter, grey, sigma, solarize, dropped)
+
+    def happens(part: Part | None) -> TypeGuard[Part]:
+        return part is not None and random.random() < part.prob
+
+    rotation, drop = args.random_rotation, args.channel_drop
+    return Changes(
+        angle=random.uniform(-rotation.degrees, rotation.degrees) if happens(rotation) else None,
+        jitter=_jitter(args.color_jitter, random) if happens(args.color_jitter) else (),
+        grey=args.random_gray_scale is not None and random.random() < args.random_gray_scale,
+        sigma=random.uniform(*args.gaussian_blur.sigmas) if happens(args.gaussian_blur) else None,
+        solarize=args.solarize.threshold if happens(args.solarize) else None,
+        dropped=() if drop is None else _dropped(list(drop.weight_drop), drop.num_channels_keep, random),
+    )
 
 
 def change(views: Tensor, changes: Sequence[Changes]) -> Tensor:

@@ -17,31 +17,29 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from widefield.images import ImageReadError
 from widefield.models.weights import read_torch_file
-from widefield.modules import AtomicCheckpointIO, NotFiniteError
+from widefield.modules import NotFiniteError
 from widefield.pretraining.arguments import Settings, Workers, parse
-from widefield.pretraining.callbacks import TERMINATED, CallbackArgs, Export, StopAfter, leave_signals, make_callbacks
+from widefield.pretraining.callbacks import TERMINATED, CallbackArgs, Export, StopAfter, leave_signals
 from widefield.pretraining.checkpoint import Checkpoint, load_checkpoint, read_to_resume
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
-from widefield.pretraining.labels import Labels, labels_of
-from widefield.pretraining.loggers import LoggerArgs, forget_after, make_loggers
+from widefield.pretraining.labels import labels_of
+from widefield.pretraining.loggers import LoggerArgs, forget_after
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.module import Pretraining
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.settings import Count
 from widefield.pretraining.slides import SlideArgs
 from widefield.pretraining.source import make_source
-from widefield.pretraining.synced_norm import sync_options
+from widefield.pretraining.trainer import make_trainer
 from widefield.pretraining.views import Views
 from widefield.pretraining.wrapping import to_training_mode, wrap
 from widefield.registry import Range
@@ -183,7 +181,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     dataset = ViewDataset(source, views, given.seed, given.on_bad_image)
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(source, given.data, quality.labels)
-    trainer = _trainer(settings, folder, labels)
+    trainer = make_trainer(settings, folder, labels)
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     dataset = replace(dataset, deferred=not on_cpu)
     wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
@@ -276,77 +274,6 @@ def _batch_size(settings: Settings, trainer: pl.Trainer, images: int) -> int:
     return size
 
 
-def _trainer(settings: Settings, folder: OutFolder, labels: Labels | None) -> pl.Trainer:
-    given = settings.given
-    loggers = make_loggers(settings.loggers, folder.path, folder.metrics)
-    options: dict[str, Any] = {
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "gradient_clip_val": settings.method.optim.clip,
-        **(given.trainer_args or {}),
-    }
-    options.pop("max_steps", None)
-    callbacks = make_callbacks(settings.callbacks, folder, bool(loggers), labels)
-    if options.get("enable_progress_bar") is not False:  # significant digits, which small learning rates need
-        callbacks.append(RichProgressBar(theme=RichProgressBarTheme(metrics_format=".4g")))
-    plugins = [AtomicCheckpointIO(), *_as_list(options.pop("plugins", None))]
-    several = _several_devices(given.devices, given.num_nodes, given.accelerator)
-    if several and settings.given.streaming is not None:
-        _log.warning("streamed models on several devices: batch norms take the statistics of each device alone")
-    elif several and "sync_batchnorm" not in options:
-        synced = sync_options(on_cpu=_is_cpu(given.accelerator))
-        plugins += synced.pop("plugins", [])
-        options |= synced
-    try:
-        return pl.Trainer(
-            default_root_dir=folder.path,
-            max_epochs=settings.epochs,
-            accelerator=given.accelerator,
-            devices=given.devices if given.devices != "auto" or not _is_cpu(given.accelerator) else 1,
-            num_nodes=given.num_nodes,
-            strategy=_strategy(given.strategy, several),
-            precision=_precision(given.precision, given.accelerator),
-            accumulate_grad_batches=given.gradient_accumulation_steps,
-            logger=loggers or False,
-            callbacks=callbacks,
-            enable_checkpointing=settings.callbacks.model_checkpoint is not None,
-            use_distributed_sampler=False,
-            plugins=plugins,
-            **options,
-        )
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(f"Lightning's Trainer cannot be made with these arguments: {error}") from error
-
-
-def _strategy(strategy: Any, several: bool) -> Any:
-    """Parameters that the loss does not reach, such as a classifier's, are allowed in all kinds of ddp."""
-    if strategy == "auto" and several:
-        return "ddp_find_unused_parameters_true"
-    if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
-        return f"{strategy}_find_unused_parameters_true"
-    return strategy
-
-
-def _is_cpu(accelerator: Any) -> bool:
-    if accelerator == "auto":
-        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
-
-
-def _several_devices(devices: Any, nodes: int, accelerator: Any) -> bool:
-    if devices in ("auto", -1, "-1"):
-        return nodes > 1 or (not _is_cpu(accelerator) and torch.cuda.device_count() > 1)
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
-    return nodes * count > 1
-
-
-def _precision(precision: Any, accelerator: Any) -> Any:
-    if precision != "auto":
-        return precision
-    on_gpu = not _is_cpu(accelerator) and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
 def _fit(trainer: pl.Trainer, module: Pretraining, folder: OutFolder, resume: bool, settings: Settings) -> None:
     try:
         trainer.fit(module, ckpt_path=folder.last if resume else None, weights_only=True if resume else None)
@@ -407,10 +334,6 @@ def _is_rank_zero() -> bool:
     """True if this process leads, or is not (yet) one of several."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return all(int(os.environ.get(name, "0") or 0) == 0 for name in names)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 @contextmanager
