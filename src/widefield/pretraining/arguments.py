@@ -109,7 +109,7 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
         method=method,
         method_args=method_args,
         epochs=100 if arguments.epochs == "auto" else arguments.epochs,
-        num_workers=auto_workers(os.cpu_count(), _devices(arguments.devices)) if workers == "auto" else workers,
+        num_workers=auto_workers(os.cpu_count(), device_count(arguments.devices)) if workers == "auto" else workers,
         transforms=transforms.for_channels(),
         optim=optim,
         loggers=arguments.loggers or LoggerArgs(),
@@ -126,7 +126,8 @@ def auto_workers(cpus: int | None, devices: int) -> int:
     return max(0, min(cpus // devices - 1, MAX_WORKERS))
 
 
-def _devices(devices: int | str | list[int]) -> int:
+def device_count(devices: int | str | list[int]) -> int:
+    """Return how many devices an argument of the trainer names, at least 1."""
     if isinstance(devices, str):
         return int(devices) if devices.isdecimal() and int(devices) > 0 else 1
     return max(1, devices if isinstance(devices, int) else len(devices))

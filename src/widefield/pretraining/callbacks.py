@@ -279,10 +279,9 @@ class BadImages(Callback):
             _log.warning("%d images could not be read and were skipped: %s", len(self._known), self._path)
 
     def _list(self, bad: BadImage) -> None:
-        begins = not self._path.exists()
         with self._path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            if begins:
+            if not file.tell():
                 writer.writerow(["image", "reason"])
             writer.writerow(bad)
 

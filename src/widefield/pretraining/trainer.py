@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield.modules import AtomicCheckpointIO
-from widefield.pretraining.arguments import Settings
+from widefield.pretraining.arguments import Settings, device_count
 from widefield.pretraining.callbacks import make_callbacks
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.loggers import make_loggers
@@ -91,8 +91,7 @@ def _is_cpu(accelerator: Any) -> bool:
 def _several_devices(devices: Any, nodes: int, accelerator: Any) -> bool:
     if devices in ("auto", -1, "-1"):
         return nodes > 1 or (not _is_cpu(accelerator) and torch.cuda.device_count() > 1)
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
-    return nodes * count > 1
+    return nodes * device_count(devices) > 1
 
 
 def _precision(precision: Any, accelerator: Any) -> Any:

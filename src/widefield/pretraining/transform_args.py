@@ -122,11 +122,6 @@ class Normalize:
         if not all(math.isfinite(m) for m in self.mean) or not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"mean={self.mean} must be finite and std={self.std} positive")
 
-    def repeated(self, channels: int) -> "Normalize":
-        """For so many channels: the values again from the first where there are too few."""
-        mean, std = (tuple(v[k % len(v)] for k in range(channels)) for v in (self.mean, self.std))
-        return Normalize(mean, std)
-
 
 @dataclass(frozen=True)
 class SecondView:
@@ -191,7 +186,9 @@ class TransformArgs(Checked):
 
     def for_channels(self) -> "TransformArgs":
         """Return these settings without what `num_channels` turns off, and with a mean and std for every channel."""
-        args = replace(self, normalize=self.normalize.repeated(self.num_channels))
+        given = self.normalize.mean, self.normalize.std
+        mean, std = (tuple(values[k % len(values)] for k in range(self.num_channels)) for values in given)
+        args = replace(self, normalize=Normalize(mean, std))
         if self.num_channels == 3:
             return args
         second = self.global_view_1 and replace(self.global_view_1, solarize=None)

@@ -21,13 +21,6 @@ class View:
     """(height, width) in pixels."""
     args: TransformArgs
 
-    def __call__(self, image: Tensor, random: Random) -> Tensor:
-        """A view (C, height, width) of an image (C, H, W): uint8 of uint8, else float32 from 0 to 1.
-
-        All random numbers come from `random`.
-        """
-        return change(self.cut(image, random)[None], [draw(self.args, random)])[0]
-
     def cut(self, image: Tensor, random: Random) -> Tensor:
         """The view before all that needs floats: the crop comes first, so that all else sees the small picture."""
         args = self.args
@@ -111,8 +104,12 @@ class Views:
         return tuple(view.size for view in self.each)
 
     def __call__(self, image: Tensor, random: Random) -> list[Tensor]:
-        """The views of an image (C, H, W), each a tensor (C, height, width)."""
-        return [view(image, random) for view in self.each]
+        """Return the views of an image (C, H, W), each (C, height, width): uint8 of uint8, else float32 from 0 to 1.
+
+        All random numbers come from `random`.
+        """
+        cuts, changes = self.unchanged(image, random)
+        return [change(cut[None], [one])[0] for cut, one in zip(cuts, changes, strict=True)]
 
     def unchanged(self, image: Tensor, random: Random) -> tuple[list[Tensor], list[Changes]]:
         """The same views, and what is still to be done to each: `changes.change` makes of both what calling gives."""
