@@ -12,7 +12,7 @@ import yaml
 
 import widefield
 from tests.small_images import write_folder, write_image
-from widefield.cli import main, predict_images
+from widefield.cli import main, predict
 from widefield.cli.history import History
 
 EPOCHS = 2
@@ -176,7 +176,7 @@ def test_rows_are_on_disk_when_a_prediction_is_interrupted(
         if path.name.startswith("im2"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict_images, "draw", interrupt)
+    monkeypatch.setattr(predict, "draw", interrupt)
     images = str(folder / "images")
     assert main(["predict", "--checkpoint", str(run / "best.ckpt"), images, "--out", str(tmp_path)]) == 130
     assert [Path(row["image"]).name for row in read_csv(tmp_path / "predictions.csv")] == ["im0.tif", "im1.tif"]

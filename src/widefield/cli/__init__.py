@@ -1,31 +1,14 @@
 """The command `widefield`. Nothing heavy is imported before a verb runs."""
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
-VERBS = {
-    "fit": "train a classifier on whole images with one label each",
-    "pretrain": "train a model on images without labels, by a self-supervised method",
-    "export": "write the trained model of a checkpoint of `pretrain` to a file of its own",
-    "embed": "write the embeddings of images by a checkpoint of `pretrain`",
-    "validate": "compute the metrics of a trained model on its validation images",
-    "test": "compute the metrics of a trained model on its test images",
-    "predict": "classify images with a checkpoint, and show where the evidence lies",
-    "visualize": "draw where a class was seen, how features lie, how a learning rate goes, what is mistaken for what",
-    "check": "see whether a model streams exactly, and what a large image would need",
-    "plan": "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
-    "list": "list models, components, methods of pretraining or ready configurations by name",
-    "help": "show the arguments of a component, with their types, defaults and docs",
-    "config": "show a configuration with all that it is based on, or check it",
-    "demo": "make a small set of large images, train on them, predict, and write a report",
-}
+from widefield.cli.verbs import VERBS, Verb
+from widefield.registry import import_module_or_file, import_object
 
-_FILES = {"list": "listing", "help": "component_help", "validate": "test"}
-"""Modules of verbs that are not named after them: names of builtins, which an imported module would hide here, and `validate`."""
 _TUNABLE = "glibc.malloc.tcache_count"
 _BROKEN_PIPE = 141
 """Exit code of what shells see end by SIGPIPE."""
@@ -41,26 +24,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().parse_args(argv)
         _parser().print_help()
         return 0
-    verb, *rest = argv
-    module = importlib.import_module(f"widefield.cli.{_FILES.get(verb, verb)}")
+    name, *rest = argv
     parser = argparse.ArgumentParser(
-        prog=f"widefield {verb}",
-        description=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
-        epilog=module.EPILOG,
+        prog=f"widefield {name}",
+        description=VERBS[name].description,
+        epilog=VERBS[name].epilog,
+        usage=VERBS[name].usage,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--verbose", action="store_true", help="show debug messages, and the traceback of an error")
-    parser.set_defaults(verb=verb)
-    module.add_arguments(parser)
+    parser.set_defaults(verb=name)
+    _declare(parser, VERBS[name])
     arguments, others = parser.parse_known_args(rest)
-    if others and not module.TAKES_OTHERS:
+    verb: Verb = arguments.chosen
+    if others and not verb.takes_others:
         parser.error(f"unknown arguments: {' '.join(others)}")
-    if getattr(module, "LIGHT", False):
-        return _run_light(verb, module, arguments, others)
+
+    def run() -> Any:
+        for place in getattr(arguments, "imports", ()):
+            import_module_or_file(place)
+        return import_object(verb.run)(arguments, others)
+
+    if verb.light:
+        return _run_light(run, arguments)
     from widefield.cli.run import run_verb
 
-    return run_verb(verb, module, arguments, others)
+    return run_verb(run, arguments)
+
+
+def _declare(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    parser.set_defaults(chosen=verb)
+    for name, options in verb.arguments:
+        parser.add_argument(name, **options)
+    if verb.parts:
+        parts = parser.add_subparsers(dest="part", required=True, metavar="PICTURE")
+        for name, part in verb.parts.items():
+            _declare(parts.add_parser(name, help=part.summary, description=part.description, allow_abbrev=False), part)
 
 
 def script() -> int:
@@ -76,14 +76,14 @@ def script() -> int:
         return _BROKEN_PIPE
 
 
-def _run_light(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
+def _run_light(run: Callable[[], Any], arguments: argparse.Namespace) -> int:
     """Run a verb that has to answer at once: no logging, and nothing imported that it does not need itself."""
     try:
-        return int(module.run(arguments, others) or 0)
+        return int(run() or 0)
     except (OSError, ValueError) as error:
         if arguments.verbose or isinstance(error, BrokenPipeError):
             raise
-        print(f"widefield {verb}: error: {error}", file=sys.stderr)
+        print(f"widefield {arguments.verb}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -114,7 +114,7 @@ def _glibc() -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     from widefield import __version__
 
-    verbs = "\n".join(f"  {verb:<10}{summary}" for verb, summary in VERBS.items())
+    verbs = "\n".join(f"  {name:<10}{verb.summary}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="widefield",
         description="Train and run vision models on images of any size, exactly, in the memory you have.",

@@ -5,20 +5,17 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_NOT_ARGUMENTS = ("verbose", "imports", "verb")
+_NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
 
 
-def add_call(parser: argparse.ArgumentParser) -> None:
-    """Declare what `call` takes beside the flags of a verb."""
-    from widefield.cli.user_code import add_imports
+def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Pretrain, export or embed, as `arguments.verb` says."""
+    from widefield import pretraining
 
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="my_file.py:MyWrapper, or a name such as torchvision/resnet18 or timm/convnext_tiny",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    add_imports(parser)
+    data = getattr(arguments, "data", None)
+    if data is not None and len(data) == 1:
+        (arguments.data,) = data  # a folder alone is not a list of folders: images are then named by their paths in it
+    call(getattr(pretraining, arguments.verb), arguments, others)
 
 
 def call(function: Callable[..., None], arguments: argparse.Namespace, others: Iterable[str]) -> None:
@@ -27,10 +24,8 @@ def call(function: Callable[..., None], arguments: argparse.Namespace, others: I
     Raises:
         ValueError: Something in `others` is no argument of `function`, or one without a default is missing.
     """
-    from widefield.cli.user_code import import_user_code
     from widefield.registry import suggestion
 
-    import_user_code(arguments.imports)
     flags = {name: value for name, value in vars(arguments).items() if name not in _NOT_ARGUMENTS}
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     parameters = inspect.signature(function).parameters
@@ -70,6 +65,6 @@ def _model(text: Any) -> Any:
     """The wrapper or model that `my_file.py:name` or `package.module:name` stands for; names of models stay."""
     if not isinstance(text, str) or ":" not in text:
         return text
-    from widefield.cli.find_model import find_model
+    from widefield.cli.inspect_model import find_model
 
     return find_model(text)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningModule
+
 from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.trial import try_out
-from widefield.cli.user_code import import_user_code
-from widefield.config import Config, check_config, load, override
+from widefield.config import Config, ConfigError, check_config, load, override
 from widefield.config.merge import IMPORTS
-from widefield.registry import absolute_place, arguments_of
+from widefield.inference.models import CONFIG, LAST
+from widefield.registry import absolute_place, arguments_of, import_module_or_file
 
 SHORTCUTS = {
     "images": "data.images",
@@ -50,7 +53,8 @@ def read_configuration(
     imports = [*(config.data.get(IMPORTS) or []), *(absolute_place(place, Path.cwd()) for place in arguments.imports)]
     if imports:
         config.data[IMPORTS] = list(dict.fromkeys(imports))
-    import_user_code(imports)
+    for place in imports:
+        import_module_or_file(place)
     overrides, left = _split(others)
     config = override(config, [*_from_flags(arguments, config), *overrides], SECTIONS)
     check_config(config, SECTIONS)
@@ -59,9 +63,33 @@ def read_configuration(
     return config, left
 
 
-def _refuse_untrainable(config: Config) -> None:
-    from lightning.pytorch import LightningModule
+def read_run(arguments: argparse.Namespace, others: list[str]) -> tuple[Config, Path]:
+    """The configuration and the checkpoint of a trained model: of the folder of its run, or as they are named.
 
+    Raises:
+        ValueError: Neither is named, or entries of the configuration are wrong.
+        FileNotFoundError: A file is not there.
+    """
+    if arguments.run is None and not (arguments.config and arguments.checkpoint):
+        raise ValueError(
+            "which model? name the folder of a run with --run DIR, or give --config FILE and --checkpoint CKPT"
+        )
+    files = list(arguments.config) or [arguments.run / CONFIG]
+    checkpoint: Path = arguments.checkpoint or arguments.run / LAST
+    if not arguments.config and not files[0].is_file():
+        raise FileNotFoundError(f"there is no run in {arguments.run}: {files[0]} does not exist")
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"the checkpoint {checkpoint} does not exist")
+    try:
+        config, left = read_configuration(argparse.Namespace(imports=arguments.imports), files, others)
+    except (ArgumentError, ConfigError) as error:
+        raise ValueError(str(error)) from error
+    if left:
+        raise ValueError(f"unknown arguments: {' '.join(left)}")
+    return config, checkpoint
+
+
+def _refuse_untrainable(config: Config) -> None:
     model = SECTIONS["model"].resolve(config.data.get("model") or {})
     if not (isinstance(model, type) and issubclass(model, LightningModule)):
         advice = "inherit from widefield.components.models.base_model.BaseModel, and write loss()"

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.cli.configuration import read_run
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.evaluate import evaluate
 from widefield.cli.fit_sections import SECTIONS
-from widefield.cli.predict_images import draw, explain, for_each, image_files, overlay_paths
-from widefield.cli.run_arguments import read_run
-from widefield.cli.user_code import import_user_code
+from widefield.cli.predict import draw, explain, for_each, image_files, overlay_paths
 from widefield.components.metrics.classification_metrics import ConfusionMatrix
 from widefield.config import load, override
 from widefield.errors import MissingExtraError
@@ -25,6 +24,7 @@ from widefield.images import open_image
 from widefield.inference.features import features_of
 from widefield.inference.info import info_of
 from widefield.inference.models import class_names_of, load_trained
+from widefield.registry import import_module_or_file
 from widefield.reports.confusion import save_confusion_matrix
 from widefield.reports.schedule import learning_rates, save_schedule
 from widefield.reports.tsne import save_points, tsne
@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
     """An overlay for each image: the evidence for a class at a layer."""
-    import_user_code(arguments.imports)
     model: Any = load_trained(arguments.checkpoint)
     info = info_of(model)
     label = _index(arguments.label, info.class_names)
@@ -86,7 +85,8 @@ def draw_tsne(arguments: argparse.Namespace, others: list[str]) -> None:
 def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
     """The learning rate of every epoch."""
     config = load(*arguments.config)
-    import_user_code([*(config.data.get("imports") or []), *arguments.imports])
+    for place in config.data.get("imports") or ():
+        import_module_or_file(place)
     data = override(config, others, SECTIONS).data
     if data.get("optimizer") is None:
         raise ValueError(

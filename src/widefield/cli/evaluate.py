@@ -1,5 +1,6 @@
-"""Validation or test of a trained model."""
+"""`widefield validate` and `widefield test`: the metrics of a trained model."""
 
+import argparse
 import json
 import logging
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
+from widefield.cli.configuration import read_run
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
 from widefield.config import Config
 from widefield.inference.averaged_views import AveragedViews
@@ -19,6 +21,21 @@ from widefield.writing import replacing
 _log = logging.getLogger(__name__)
 Numbers = dict[str, Any]
 """Numbers, or nested lists of them, by name."""
+
+
+def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Test or validate, as `arguments.verb` says, and show the numbers."""
+    views = None if arguments.tta is None else AveragedViews.parse(arguments.tta)
+    config, checkpoint = read_run(arguments, others)
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {arguments.out} does not exist")
+    numbers = evaluate(config, checkpoint, arguments.verb, views)
+    width = max(map(len, numbers), default=0)
+    for name, value in numbers.items():
+        print(f"{name:<{width}}  {_text(value)}")
+    if arguments.out is not None:
+        with replacing(arguments.out) as partial:
+            partial.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
 
 
 def evaluate(
@@ -66,19 +83,8 @@ def evaluate(
     return {name: value.tolist() for name, value in sorted(found.items())}
 
 
-def show(numbers: Numbers) -> str:
-    """A line for each number; of a matrix, a line for each row."""
-    width = max(map(len, numbers), default=0)
-    return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in numbers.items())
-
-
-def write_json(path: Path, numbers: Numbers) -> None:
-    """Write the numbers; whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-
-
 def _text(value: Any) -> str:
+    """A number; of a matrix, a line for each row."""
     if isinstance(value, list):
         between = "\n  " if value and isinstance(value[0], list) else " "
         return between + between.join(_text(one) for one in value)

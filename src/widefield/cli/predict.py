@@ -1,55 +1,228 @@
-"""`widefield predict`: arguments."""
+"""`widefield predict`, for images on disk: a table, and an overlay per image."""
 
 import argparse
+import csv
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from widefield.cli.user_code import add_imports, import_user_code
+import numpy as np
+import torch
+from torch import Tensor
 
-TAKES_OTHERS = False
-EPILOG = """\
-Writes predictions.csv (image, a probability per class, the predicted class) and one overlay per image: the evidence for
-the predicted class on a thumbnail, where the model has a map of the image. Each row is on disk before the next image is
-read; an image that fails is named, the others go on, and the exit code is 2.
-"""
+from widefield.cli.progress import TileTask, make_progress, streamed_network
+from widefield.components.models.image_classifier import ImageClassifier
+from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
+from widefield.config import load
+from widefield.data.pipeline import Picture
+from widefield.images import IMAGE_ENDINGS, ImageFile, images_below, open_image, thumbnail
+from widefield.inference.averaged_views import AveragedViews
+from widefield.inference.info import ModelInfo, info_of
+from widefield.inference.models import load_trained
+from widefield.inference.prediction import labels_of, predict_samples
+from widefield.models import Classifier
+from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay
+
+_log = logging.getLogger(__name__)
+_SHOWN = 10
+"""Failures that an error lists."""
+_THUMBNAIL = 1024
+"""Long side of the thumbnail under an overlay, in pixels."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="CKPT", help="a .ckpt file that `widefield fit` wrote"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="of a model of components (default: config.yaml beside the checkpoint)",
-    )
-    parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders to search for them"
-    )
-    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: ./predictions)")
-    parser.add_argument(
-        "--level", type=int, metavar="N", help="level of the image pyramids (default: that of the training)"
-    )
-    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 2GiB (default: chosen from the free memory)")
-    parser.add_argument("--tile-size", type=int, metavar="N", help="pixels per step (default: chosen)")
-    parser.add_argument("--tta", metavar="VIEWS", help="average over views: hflip, vflip, crop=SIDE, with commas")
-    add_imports(parser)
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one image."""
+
+    image: ImageFile
+    scores: tuple[float, ...]
+    """A probability per class, or the similarity with each item of a collection."""
+    labels: tuple[int, ...]
+    """Several where the head predicts several."""
+    peak: tuple[int, int] | None
+    """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
+    overlay: Path | None
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Predict as the arguments say."""
-    from widefield.cli.predict_images import predict
-    from widefield.inference.averaged_views import AveragedViews
+    """Write `predictions.csv`, and an overlay PNG per image where the model has a map of the image.
 
-    import_user_code(arguments.imports)
-    predict(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.out,
-        config=arguments.config,
-        level=arguments.level,
-        memory_budget=arguments.memory_budget,
-        tile_size=arguments.tile_size,
-        views=None if arguments.tta is None else AveragedViews.parse(arguments.tta),
-    )
+    The folder for the results is made once the checkpoint and the header of an image have been read. The row of an image is on
+    disk before the next image is read. An image that fails is named, and the others go on.
+
+    Raises:
+        ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why. If some of several
+            images failed, it names them, once all others are done.
+    """
+    checkpoint, out, level = arguments.checkpoint, arguments.out, arguments.level
+    views = None if arguments.tta is None else AveragedViews.parse(arguments.tta)
+    files = image_files(arguments.images)
+    options = {"memory_budget": arguments.memory_budget, "tile_size": arguments.tile_size}
+    streaming = {name: value for name, value in options.items() if value is not None}
+    config = None if arguments.config is None else load(arguments.config)
+    model: Any = load_trained(checkpoint, streaming=streaming, config=config)
+    info, score = info_of(model), "probability"
+    if isinstance(model, ImageToImageRetriever):
+        info, score = replace(info, class_names=None), "similarity"  # with the items of the collection, by their index
+    network = streamed_network(model)
+    if not isinstance(model, Classifier) and not hasattr(model, "predict"):
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
+    table = out / "predictions.csv"
+    overlays = dict(zip(files, overlay_paths(files, out), strict=True))
+    predictions: list[Prediction] = []
+
+    def predict_one(file: Path) -> None:
+        image = open_image(file, info.level if level is None else level, alpha=info.alpha)
+        if isinstance(model, Classifier):
+            model.stream_network.normalisation.check_channels(image.shape[0])
+        out.mkdir(parents=True, exist_ok=True)
+        prediction = _predict(model, info, image, overlays[file], views)
+        _append(table, _row(prediction, info.names(len(prediction.scores)), score), begins=not predictions)
+        predictions.append(prediction)
+
+    with make_progress() as progress:
+        bar = progress.add_task("images", total=len(files))
+        if network is not None:
+            network.progress = TileTask(progress).update
+        try:
+            for_each(files, predict_one, lambda: progress.advance(bar))
+        finally:
+            if predictions:
+                _log.info("%d predictions: %s", len(predictions), table)
+
+
+def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callable[[], None] = lambda: None) -> None:
+    """Call `action` with each file, and `done` after it; a file that fails is logged at once, and the others go on.
+
+    Raises:
+        ValueError: Some of several files failed; the message has a line for each of the first of them.
+    """
+    failed: list[str] = []
+    for file in files:
+        try:
+            action(file)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if len(files) == 1:
+                raise
+            reason = (
+                f"{type(error).__name__}: {error}" if isinstance(error, (RuntimeError, MemoryError)) else str(error)
+            )
+            failed.append(reason if str(file) in reason else f"{file}: {reason}")
+            _log.warning("left out: %s", failed[-1])
+        done()
+    if failed:
+        more = [f"... and {len(failed) - _SHOWN} more, named above"] if len(failed) > _SHOWN else []
+        raise ValueError("\n".join([f"{len(failed)} of {len(files)} images are missing:", *failed[:_SHOWN], *more]))
+
+
+def _append(table: Path, row: dict[str, object], begins: bool) -> None:
+    """Write a row of a CSV file, with the header if it `begins` the file anew."""
+    with table.open("w" if begins else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if begins:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _predict(model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None) -> Prediction:
+    picture = info.pipeline(image)
+    found = explain(model, picture)
+    if found is None or views is not None:
+        sample = predict_samples(model, [picture], views)[0]
+        scores, labels = sample.pred_score.float().cpu(), tuple(sample.pred_label.tolist())
+    else:
+        scores = found[0]
+        labels = tuple(labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist())
+    if found is None:
+        return Prediction(image, tuple(scores.tolist()), labels, None, None)
+    names = ", ".join(info.names(len(scores))[label] for label in labels)
+    top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
+    draw(overlay, image, picture, found[1].numpy(), f"{image.path.name}: {names}{top}")
+    is_whole = isinstance(picture, ImageFile)
+    place = peak(found[1].numpy(), image.shape[1:]) if is_whole else None
+    return Prediction(image, tuple(scores.tolist()), labels, place, overlay)
+
+
+def explain(
+    model: Any, picture: Picture, layer: str | None = None, class_index: int | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Scores and the map of the evidence for a class; None where a model has no map and no layer is asked for."""
+    if isinstance(model, Classifier):
+        if layer is not None:
+            raise ValueError(
+                f"the trunk of a Classifier streams, so that {layer} never has its whole output; leave the layer away"
+            )
+        return class_activation(model, picture[None] if isinstance(picture, Tensor) else picture, class_index)
+    if not isinstance(model, ImageClassifier):
+        return None
+    try:
+        return grad_cam(model, picture, layer, class_index)
+    except NoMapError:
+        if layer is not None:
+            raise
+        return None
+
+
+def draw(path: Path, image: ImageFile, picture: Picture, evidence: np.ndarray, title: str) -> None:
+    """An overlay on the whole image, or on what the transforms made of it."""
+    if isinstance(picture, Tensor):
+        under = _as_rgb(picture)
+        save_overlay(path, under, evidence, under.shape[:2], None, title)
+    else:
+        save_overlay(path, thumbnail(image, _THUMBNAIL), evidence, image.shape[1:], image.spacing, title)
+
+
+def _as_rgb(picture: Tensor) -> np.ndarray:
+    """uint8 (H, W, 3): the first three channels, or the first one as grey where there are fewer."""
+    top = 1.0 if picture.is_floating_point() else float(torch.iinfo(picture.dtype).max)
+    shown = (picture.float() / top).clamp(0, 1).mul(255).byte()
+    colours = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
+    return colours.permute(1, 2, 0).cpu().numpy()
+
+
+def _row(prediction: Prediction, class_names: Sequence[str], score: str) -> dict[str, object]:
+    named = zip(class_names, prediction.scores, strict=True)
+    y, x = prediction.peak or ("", "")
+    return {
+        "image": str(prediction.image.path),
+        **{f"{score}_{name}": f"{value:.6g}" for name, value in named},
+        "predicted": ";".join(class_names[label] for label in prediction.labels),
+        "peak_y": y,
+        "peak_x": x,
+        "overlay": prediction.overlay.name if prediction.overlay else "",
+    }
+
+
+def image_files(images: Sequence[Path]) -> list[Path]:
+    """Return the files named, whatever their names, and the image files below the folders named, once each.
+
+    Raises:
+        FileNotFoundError: A file does not exist, or a folder holds no image files.
+    """
+    files: dict[Path, None] = {}
+    for path in images:
+        inside = images_below(path) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(
+                f"the folder {path} holds no image files; they end in {', '.join(IMAGE_ENDINGS)}, and a file of another name "
+                "can be named itself"
+            )
+        if not path.exists():
+            raise FileNotFoundError(f"cannot read {path}: there is no such file")
+        files.update(dict.fromkeys(inside))
+    return list(files)
+
+
+def overlay_paths(files: Sequence[Path], out: Path) -> list[Path]:
+    """A PNG in `out` for each file, named after it; equal names get the number of the image."""
+    names = Counter(file.name for file in files)
+    return [
+        out / (f"{file.name}.png" if names[file.name] == 1 else f"{file.name}.{number}.png")
+        for number, file in enumerate(files, start=1)
+    ]

@@ -2,9 +2,9 @@
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -19,19 +19,19 @@ _USERS_ERRORS = (OSError, ValueError, WidefieldError)
 """Errors whose message tells the user what to do, so that no traceback is needed."""
 
 
-def run_verb(verb: str, module: ModuleType, arguments: argparse.Namespace, others: list[str]) -> int:
-    """Run `module.run(arguments, others)`; the exit code, which is what it returns, or 0."""
+def run_verb(run: Callable[[], Any], arguments: argparse.Namespace) -> int:
+    """Run a verb; the exit code, which is what it returns, or 0."""
     with _logging(logging.DEBUG if arguments.verbose else logging.INFO):
         try:
-            return int(module.run(arguments, others) or 0)
+            return int(run() or 0)
         except KeyboardInterrupt:
-            _fail(verb, "interrupted")
+            _fail(arguments.verb, "interrupted")
             return 130
         except Exception as error:
             if isinstance(error, BrokenPipeError) or not isinstance(error, _USERS_ERRORS):
                 raise
             _log.debug("the error came from here", exc_info=True)
-            _fail(verb, str(error))
+            _fail(arguments.verb, str(error))
             return 2
 
 

@@ -1,5 +1,6 @@
 """The demo: images, training and prediction at full resolution and on thumbnails, and the report that compares them."""
 
+import argparse
 import csv
 import json
 import logging
@@ -53,13 +54,14 @@ class Outcome:
     overlays: tuple[Path, ...]
 
 
-def run_experiment(out: Path, seed: int) -> None:
-    """Make the images, run `fit` and `predict` on them and on their thumbnails, and write `out/report.html`.
+def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Make the images, run `fit` and `predict` on them and on their thumbnails, and write `report.html` in `arguments.out`.
 
     Raises:
-        FileExistsError: `out` is there and not empty.
+        FileExistsError: The folder is there and not empty.
         MissingExtraError: scikit-image is not installed.
     """
+    out, seed = arguments.out, arguments.seed
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} already exists; name another folder with --out DIR, or remove it")
     start = time.monotonic()

@@ -1,14 +1,52 @@
-"""From what is written on the command line to a model: `file.py:name`, `package.module:name`, `timm/NAME`, `torchvision/NAME`."""
+"""`widefield check` and `widefield plan`, and the model that is named on the command line.
 
+It is `file.py:name`, `package.module:name`, `timm/NAME` or `torchvision/NAME`.
+"""
+
+import argparse
 import inspect
+import json
 from typing import Any
 
+import torch
 from torch import nn
 
-from widefield.models.networks import TIMM_PREFIX, unknown_model
+from widefield.models.networks import TIMM_PREFIX, make_timm, unknown_model
 from widefield.registry import import_module_or_file, suggestion
+from widefield.streaming import stream
+from widefield.streaming.check import check, explain
 
 TORCHVISION_PREFIX = "torchvision/"
+
+
+def check_model(arguments: argparse.Namespace, others: list[str]) -> int:
+    """Check as the arguments say; 0 if the model is exact, else 1."""
+    model, channels = _model_and_channels(arguments)
+    result = check(
+        model,
+        (channels, *arguments.size),
+        plan_shape=(channels, *arguments.plan_size),
+        plan_tile_size=arguments.tile_size,
+        memory_budget=arguments.memory_budget,
+    )
+    told = {"explanation": explain(model, (channels, *arguments.size))} if arguments.explain and result.stages else {}
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, **result.as_dict(), **told}, indent=2))
+    else:
+        print(result, *told.values(), sep="\n\n")
+    return 0 if result.exact else 1
+
+
+def plan_image(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Plan as the arguments say."""
+    model, channels = _model_and_channels(arguments)
+    streamed = stream(model, arguments.tile_size, memory_budget=arguments.memory_budget)
+    with torch.set_grad_enabled(not arguments.inference):
+        plan = streamed.plan((arguments.batch, channels, *arguments.size))
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, **plan.as_dict()}, indent=2))
+    else:
+        print(plan, *plan.refused, sep="\n\n")
 
 
 def find_model(text: str) -> nn.Module:
@@ -19,8 +57,6 @@ def find_model(text: str) -> nn.Module:
         FileNotFoundError: its file is not there.
     """
     if text.startswith(TIMM_PREFIX):
-        from widefield.models.networks import make_timm
-
         return make_timm(text, 1000, None)
     if text.startswith(TORCHVISION_PREFIX):
         return _torchvision(text)
@@ -37,16 +73,18 @@ def find_model(text: str) -> nn.Module:
     return _make(found, text)
 
 
-def image_channels(text: str, model: nn.Module) -> int:
-    """Channels of the images of `model`, which `text` names: 3 for timm's and torchvision's and for those without convolutions.
+def _model_and_channels(arguments: argparse.Namespace) -> tuple[nn.Module, int]:
+    """The model, and the channels of its images: 3 for timm's, torchvision's and those without convolutions.
 
     For all others what the first 2-D convolution takes.
     """
-    if text.startswith((TIMM_PREFIX, TORCHVISION_PREFIX)):
-        return 3
-    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv2d))
-    first = next(convolutions, None)
-    return first.in_channels if first else 3
+    model = find_model(arguments.model)
+    if arguments.channels:
+        return model, arguments.channels
+    if arguments.model.startswith((TIMM_PREFIX, TORCHVISION_PREFIX)):
+        return model, 3
+    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    return model, first.in_channels if first else 3
 
 
 def _torchvision(text: str) -> nn.Module:

@@ -1,0 +1,151 @@
+"""Verbs that answer at once, without torch: `widefield list`, `help` and `config`."""
+
+import argparse
+import fnmatch
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from widefield.cli.verbs import REGISTRIES, VERBS
+from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of, import_module_or_file, import_object
+
+_WIDTH = 100
+
+
+def list_names(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Print one name a line, with its kind and a summary if there are some."""
+    rows: list[tuple[str, ...]]
+    if arguments.what in REGISTRIES:
+        registry = import_object(REGISTRIES[arguments.what])
+        rows = [(entry.name, entry.kind or "-", entry.summary) for entry in registry.entries(arguments.pattern)]
+    elif arguments.what == "components":
+        rows = _components(arguments.pattern, arguments.kind)
+    elif arguments.what == "models":
+        from widefield.inference.names import matches, model_names
+
+        rows = [(name, summary) for name, _, summary in _components(arguments.pattern, "model")]
+        rows += [(name,) for name in model_names() if matches(name, arguments.pattern)]
+    else:
+        from widefield.config.load import ready_configs, summary
+
+        rows = [(name, summary(name)) for name in fnmatch.filter(ready_configs(), _wildcards(arguments.pattern))]
+    if not rows:
+        print(f"no {arguments.what} match", file=sys.stderr)
+    widths = [max(map(len, column)) for column in zip(*rows)] if rows and len({len(row) for row in rows}) == 1 else []
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths or map(len, row))).rstrip())
+
+
+def _components(pattern: str, kind: str | None) -> list[tuple[str, ...]]:
+    found = sorted(MODELS.entries(pattern, kind), key=lambda entry: entry.kind)
+    return [(entry.name, entry.kind or "-", entry.summary) for entry in found]
+
+
+def _wildcards(pattern: str) -> str:
+    return pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*"
+
+
+def show_config(arguments: argparse.Namespace, others: list[str]) -> int:
+    """Print or check the configuration."""
+    from widefield.cli.fit_sections import SECTIONS
+    from widefield.config import ConfigError, check_config, load, override, write_yaml
+
+    flags = [text for text in others if text.startswith("--") and "=" not in text]
+    if flags:
+        raise ValueError(f"there is no {flags[0]} here; values are given as path=value, as in data.images=slides")
+    files = [Path(arguments.file), *(Path(text) for text in others if "=" not in text)]
+    try:
+        config = load(*files)
+        for place in config.data.get("imports") or ():
+            import_module_or_file(place)
+        config = override(config, (text for text in others if "=" in text), SECTIONS)
+        if arguments.what == "print":
+            print(write_yaml(config.data), end="")
+            return 0
+        from widefield.cli.trial import try_out
+
+        check_config(config, SECTIONS)
+        try_out(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{files[-1]}: nothing wrong")
+    return 0
+
+
+def show_help(arguments: argparse.Namespace, others: list[str]) -> int:
+    """Print the help of a verb, or what a component says of itself and of its arguments."""
+    from widefield.cli import main
+
+    if arguments.name is None or arguments.name in VERBS:
+        return main([arguments.name, "--help"] if arguments.name else [])
+    print(component_help(arguments.name))
+    return 0
+
+
+def component_help(name: str) -> str:
+    """Description, import path, and every argument with its type, its default and its docs.
+
+    Raises:
+        ValueError: There is no component of that name.
+    """
+    from widefield.components.metrics import METRICS
+    from widefield.config.expected import describe
+
+    registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)
+    component = registry.get(name)
+    what = registry.kind(name) or ("" if registry is MODELS else registry.name)
+    kind = f", a {what}" if what else ""
+    lines = [
+        f"{name}{kind}: {component.__module__}.{component.__qualname__}",
+        "",
+        _description(component),
+        "",
+        "arguments:",
+    ]
+    arguments = arguments_of(component)
+    for argument in arguments.named.values():
+        default = "required" if argument.required else f"default {_short(argument.default)}"
+        lines.append(f"  {argument.name}: {describe(argument.annotation)} ({default})")
+        docs = _argument_docs(argument.owner).get(argument.name, "")
+        lines += textwrap.wrap(docs, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    if arguments.open:
+        lines.append("  ... and others, which it hands on")
+    return "\n".join(lines if arguments.named or arguments.open else [*lines, "  none"])
+
+
+def _short(default: object) -> str:
+    """A default as one would write it in a configuration."""
+    import yaml
+
+    plain = list(default) if isinstance(default, tuple) else default
+    try:
+        text: str = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10_000)
+    except yaml.YAMLError:
+        return repr(default)
+    return text.removesuffix("...\n").strip()
+
+
+def _description(component: Callable[..., Any]) -> str:
+    """Return the docstring of `component` without its sections."""
+    parsed = _parsed(component)
+    return "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))
+
+
+def _argument_docs(component: Callable[..., Any]) -> dict[str, str]:
+    """Return what the docstring of `component` says of each argument; `mean, std:` says the same of both."""
+    return {
+        name.strip(): " ".join((entry.description or "").split())
+        for entry in _parsed(component).params
+        for name in entry.arg_name.split(",")
+    }
+
+
+def _parsed(component: Callable[..., Any]) -> Any:
+    from docstring_parser import DocstringStyle, parse
+
+    own = component.__doc__ if isinstance(component, type) else inspect.getdoc(component)
+    return parse(inspect.cleandoc(own or ""), DocstringStyle.GOOGLE)

@@ -1,0 +1,396 @@
+"""The verbs of the command line: what each does, its arguments, and the function that runs it. Imports nothing heavy."""
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Declaration = tuple[str, dict[str, Any]]
+"""The name and the options that `ArgumentParser.add_argument` takes."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb, or one of its parts.
+
+    Attributes:
+        summary: Shown in the list of verbs.
+        run: `package.module:function`. It is called with the arguments and with those that are not declared here, and returns
+            the exit code, or None for 0.
+        arguments: Declared beside `--verbose`.
+        epilog: Shown below the arguments.
+        takes_others: True if it takes undeclared arguments too, such as entries of a configuration.
+        light: True if it has to answer at once, so that nothing is imported which it does not need itself.
+        usage: In place of the usage that argparse writes.
+        parts: Verbs behind the verb, of which one has to be named.
+    """
+
+    summary: str
+    run: str = ""
+    arguments: tuple[Declaration, ...] = ()
+    epilog: str = ""
+    takes_others: bool = False
+    light: bool = False
+    usage: str | None = None
+    parts: "Mapping[str, Verb]" = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        """The summary as a sentence."""
+        return f"{self.summary[0].upper()}{self.summary[1:]}."
+
+
+def _option(name: str, metavar: str | None, text: str, kind: Callable[[str], Any] = str, **options: Any) -> Declaration:
+    return name, {"metavar": metavar, "help": text, "type": kind, **options}
+
+
+def _flag(name: str, text: str, **options: Any) -> Declaration:
+    return name, {"action": "store_true", "help": text, **options}
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) from "97x113"."""
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give height and width as in 97x113")
+    return int(match[1]), int(match[2])
+
+
+_IMPORTS = _option(
+    "--imports",
+    "FILE",
+    "a Python file (or module) with components of yours; may be given several times",
+    action="append",
+    default=[],
+)
+_IMAGES = _option("images", "IMAGES", "image files, or folders to search for them", Path, nargs="+")
+_MEMORY_BUDGET = _option("--memory-budget", "SIZE", "such as 2GiB (default: chosen from the free memory)")
+_RUN = (
+    _option("--run", "DIR", "folder that `widefield fit` wrote", Path),
+    _option("--config", "FILE", "configuration (default: that of --run)", Path, action="append", default=[]),
+    _option("--checkpoint", "CKPT", "weights (default: last.ckpt in the folder of --run)", Path),
+    _IMPORTS,
+)
+_MODEL = (
+    _option("model", "MODEL", "which model, see below"),
+    _option("--channels", "N", "of the image (default: what the first layer takes)", int),
+)
+_PLAN = (
+    _option("--tile-size", "N", "pixels per step of the plan (default: chosen)", int),
+    _option("--memory-budget", "SIZE", "of the plan, such as 2GiB (default: the free memory)"),
+    _flag("--json", "print the result as JSON"),
+)
+_MODELS = """\
+MODEL is one of
+  my_file.py:model          an nn.Module in a file, or a class or function without required arguments that makes one
+  package.module:attribute  the same in an installed module
+  timm/NAME, torchvision/NAME
+"""
+_DATA = _option("--data", "PATH", "folder of images, or an image file; may be given several times", action="append")
+_PRETRAINED = _option("--checkpoint", "CKPT", "a .ckpt file that `widefield pretrain` wrote", Path)
+_CALL = (
+    _option("--model", "MODEL", "my_file.py:MyWrapper, or a name such as torchvision/resnet18 or timm/convnext_tiny"),
+    _flag("--overwrite", "replace what is there"),
+    _IMPORTS,
+)
+
+REGISTRIES = {
+    "datasets": "widefield.registry:DATASETS",
+    "transforms": "widefield.registry:TRANSFORMS",
+    "methods": "widefield.pretraining.methods:METHODS",
+    "metrics": "widefield.components.metrics:METRICS",
+}
+"""What `list` shows beside models, components and configurations."""
+
+
+def _evaluation(images: str) -> Verb:
+    return Verb(
+        f"compute the metrics of a trained model on its {images} images",
+        "widefield.cli.evaluate:run",
+        (
+            *_RUN,
+            _option("--tta", "VIEWS", "metrics of scores averaged over views: hflip, vflip, crop=SIDE, with commas"),
+            _option("--out", "FILE", "also write the numbers to this JSON file", Path),
+        ),
+        """\
+Shows the loss, and the metrics under `metrics` in the configuration, such as `metrics=[{type: Accuracy, topk: [1, 5]}]`.
+Entries of the configuration can be given as for `widefield fit`: `data.batch_size=8`, `trainer.precision=bf16-mixed`.
+Without test images, `test` takes the validation images and shows what `fit` showed at its end.
+""",
+        takes_others=True,
+    )
+
+
+VERBS = {
+    "fit": Verb(
+        "train a classifier on whole images with one label each",
+        "widefield.cli.fit:run",
+        (
+            _option("--images", "DIR", "folder of image files", Path),
+            _option("--labels", "CSV", "table with the columns image, label and maybe split", Path),
+            _option("--model", "NAME", "resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"),
+            _option("--out", "DIR", "folder of the checkpoints, the configuration and the report", Path),
+            _flag("--resume", "continue the run in --out"),
+            _option("--level", "N", "level of the image pyramids, 0 the largest (default: 0)", int),
+            _option("--weights", "FILE", "weights to start from, or DEFAULT to download (default: random)"),
+            _MEMORY_BUDGET,
+            _option("--tile-size", "N", "pixels per step: N or [HEIGHT, WIDTH] (default: chosen)"),
+            _option("--epochs", "N", "passes over the training images (default: 20)", int),
+            _option("--batch-size", "N", "images per optimizer step (default: 1)", int),
+            _option("--lr", "X", "learning rate of AdamW (default: 0.001)", float),
+            _option("--seed", "N", "of weights, split, order and crops (default: 0)", int),
+            _option("--config", "FILE", "configuration to start from", Path, action="append", default=[]),
+            _IMPORTS,
+        ),
+        """\
+The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
+the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
+`--trainer.accumulate_grad_batches 4`, `model.pooling=max`, `data.val_fraction=0.3`, with or without the dashes) or in a file
+with --config, YAML or Python; what is given on the command line wins. A file may describe components by their `type`, and be
+based on others with `_base_`; `widefield config check FILE` says what is wrong with it.
+`metrics=[{type: Accuracy, topk: [1, 5]}]`, of those that `widefield list metrics` names, are computed in validation and test.
+`optimizer={type: SGD, lr: 0.1}` is one of torch's, `lr_scheduler` one of its schedules or a list of them, one after the other:
+`lr_scheduler=[{type: LinearLR, end: 5}, {type: CosineAnnealingLR, T_max: 95}]`; `paramwise_cfg={norm_decay_mult: 0.0}` sets some
+parameters apart.
+`widefield fit --print_config` prints all entries with their defaults.
+""",
+        takes_others=True,
+    ),
+    "pretrain": Verb(
+        "train a model on images without labels, by a self-supervised method",
+        "widefield.cli.call:run",
+        (
+            _option("--out", "DIR", "folder of the run, new or empty", Path),
+            _DATA,
+            _option("--method", "NAME", "(default: simclr)"),
+            _option("--epochs", "N", "passes over the images (default: 100)", int),
+            _option("--batch-size", "N", "images of a step (default: 128)", int),
+            _option("--seed", "N", "of all that is drawn (default: 0)", int),
+            _flag("--resume", "continue the run in --out", dest="resume_interrupted"),
+            *_CALL,
+        ),
+        """\
+Every other argument of widefield.pretrain is given as key=value, with dots for entries of dictionaries; a value is YAML:
+  widefield pretrain --out out/run --data images --model torchvision/resnet18 method=dino optim_args.lr=0.1
+  widefield pretrain --out out/run --data images --model my_file.py:MyWrapper transform_args.image_size=128 \\
+      loggers.tensorboard=null
+`widefield list methods` shows the methods; --imports FILE brings one of yours.
+""",
+        takes_others=True,
+    ),
+    "export": Verb(
+        "write the trained model of a checkpoint of `pretrain` to a file of its own",
+        "widefield.cli.call:run",
+        (
+            _option("--out", "FILE", "file that is written", Path),
+            _PRETRAINED,
+            _option("--part", "PART", "model, wrapped_model or embedding_model (default: model)"),
+            _option("--format", "FORMAT", "(default: package_default, a state dict)"),
+            *_CALL,
+        ),
+        """\
+Formats: package_default, torch_state_dict, torch_model (the module itself, pickled), safetensors.
+Only torch_model needs --model, and only if the run was not given its model by name.
+Arguments of widefield.export may also be given as key=value.
+""",
+        takes_others=True,
+    ),
+    "embed": Verb(
+        "write the embeddings of images by a checkpoint of `pretrain`",
+        "widefield.cli.call:run",
+        (
+            _option("--out", "FILE", "file that is written", Path),
+            _DATA,
+            _PRETRAINED,
+            _option("--format", "FORMAT", "(default: torch)"),
+            _option("--batch-size", "N", "images at a time (default: 128)", int),
+            *_CALL,
+        ),
+        """\
+Formats: torch, csv, lightly_csv, parquet. Images of any size are resized to image_size (default: [224, 224]).
+Every other argument of widefield.embed is given as key=value, such as image_size=128 or num_workers=4. Slides, each as a whole:
+image_size=null level=1 streaming.memory_budget=2GiB
+""",
+        takes_others=True,
+    ),
+    "validate": _evaluation("validation"),
+    "test": _evaluation("test"),
+    "predict": Verb(
+        "classify images with a checkpoint, and show where the evidence lies",
+        "widefield.cli.predict:run",
+        (
+            _option("--checkpoint", "CKPT", "a .ckpt file that `widefield fit` wrote", Path, required=True),
+            _option("--config", "FILE", "of a model of components (default: config.yaml beside the checkpoint)", Path),
+            _IMAGES,
+            _option("--out", "DIR", "(default: ./predictions)", Path, default=Path("predictions")),
+            _option("--level", "N", "level of the image pyramids (default: that of the training)", int),
+            _MEMORY_BUDGET,
+            _option("--tile-size", "N", "pixels per step (default: chosen)", int),
+            _option("--tta", "VIEWS", "average over views: hflip, vflip, crop=SIDE, with commas"),
+            _IMPORTS,
+        ),
+        """\
+Writes predictions.csv (image, a probability per class, the predicted class) and one overlay per image: the evidence for
+the predicted class on a thumbnail, where the model has a map of the image. Each row is on disk before the next image is
+read; an image that fails is named, the others go on, and the exit code is 2.
+""",
+    ),
+    "visualize": Verb(
+        "draw where a class was seen, how features lie, how a learning rate goes, what is mistaken for what",
+        epilog="`widefield visualize cam --help` and so on show the arguments of each picture.\n",
+        parts={
+            "cam": Verb(
+                "where in an image a class was seen, at any layer (Grad-CAM)",
+                "widefield.cli.draw:draw_cam",
+                (
+                    _IMAGES,
+                    _option("--checkpoint", "CKPT", "a .ckpt file, or the folder of its run", Path, required=True),
+                    _option("--layer", "NAME", "such as backbone.layer3 (default: the backbone's last map)"),
+                    _option("--class", "CLASS", "name or index (default: the predicted one)", dest="label"),
+                    _option("--out", "DIR", "(default: ./cam)", Path, default=Path("cam")),
+                    _IMPORTS,
+                ),
+            ),
+            "tsne": Verb(
+                "features of labelled images as points in a plane (t-SNE)",
+                "widefield.cli.draw:draw_tsne",
+                (
+                    *_RUN,
+                    _option(
+                        "--stage",
+                        None,
+                        "(default: backbone)",
+                        choices=("backbone", "neck", "pre_logits"),
+                        default="backbone",
+                    ),
+                    _option(
+                        "--split", None, "which images (default: val)", choices=("train", "val", "test"), default="val"
+                    ),
+                    _option("--count", "N", "at most so many images (default: 1000)", int, default=1000),
+                    _option("--perplexity", "X", "neighbours that count (default: 30, or less)", float),
+                    _option("--out", "PNG", "(default: tsne.png)", Path, default=Path("tsne.png")),
+                ),
+                takes_others=True,
+            ),
+            "schedule": Verb(
+                "the learning rate of every epoch",
+                "widefield.cli.draw:draw_schedule",
+                (
+                    _option("--config", "FILE", "configuration", Path, action="append", required=True),
+                    _option(
+                        "--steps-per-epoch", "N", "optimizer steps, for a schedule that goes on with each of them", int
+                    ),
+                    _option("--out", "PNG", "(default: schedule.png)", Path, default=Path("schedule.png")),
+                    _IMPORTS,
+                ),
+                takes_others=True,
+            ),
+            "confusion": Verb(
+                "which classes are taken for which, on test images",
+                "widefield.cli.draw:draw_confusion",
+                (
+                    *_RUN,
+                    _option("--out", "PNG", "(default: confusion.png)", Path, default=Path("confusion.png")),
+                ),
+                takes_others=True,
+            ),
+        },
+    ),
+    "check": Verb(
+        "see whether a model streams exactly, and what a large image would need",
+        "widefield.cli.inspect_model:check_model",
+        (
+            *_MODEL,
+            _option("--size", "HxW", "compared (default: 97x113)", _size, default=(97, 113)),
+            _option("--plan-size", "HxW", "planned for (default: 8192x8192)", _size, default=(8192, 8192)),
+            *_PLAN,
+            _flag("--explain", "tell what each pass over the model's operations makes, and every layer"),
+        ),
+        f"""\
+{_MODELS}
+It is compared with plain PyTorch on a small random image, in float64: outputs, the image's gradient, every parameter's gradient.
+Exit code: 0 exact, 1 not exact (wrong, refused, or streamed in part), 2 an error such as a file that is not there.
+""",
+    ),
+    "plan": Verb(
+        "show the tile, steps and memory that an image of some size takes, and the geometry of every layer",
+        "widefield.cli.inspect_model:plan_image",
+        (
+            *_MODEL,
+            _option("--size", "HxW", "of the image, such as 80000x100000", _size, required=True),
+            _option("--batch", "N", "images at a time (default: 1)", int, default=1),
+            _flag("--inference", "plan a forward pass (default: a training step)"),
+            *_PLAN,
+        ),
+        f"""\
+{_MODELS}
+No pixel is computed. Of every layer that reads windows you see its receptive field and its stride in pixels of the image, the rows
+that it carries from one tile row to the next, and how many rows and columns at the borders of its output read padding: what a
+tiling with halos would lose at the borders of a tile as large as the image.
+""",
+    ),
+    "list": Verb(
+        "list models, components, methods of pretraining or ready configurations by name",
+        "widefield.cli.lookup:list_names",
+        (
+            _option("what", None, "what is listed", choices=("models", "components", "configs", *REGISTRIES)),
+            _option("pattern", "PATTERN", "only names that match", nargs="?", default="*"),
+            _option("--kind", "KIND", "only components of this kind, such as backbone"),
+            _IMPORTS,
+        ),
+        """\
+PATTERN may have * and ?; without them it is any part of a name.
+`widefield help NAME` shows the arguments of a component.
+""",
+        light=True,
+    ),
+    "help": Verb(
+        "show the arguments of a component, with their types, defaults and docs",
+        "widefield.cli.lookup:show_help",
+        (
+            _option(
+                "name",
+                "NAME",
+                "a component, data set, transform or metric, an import path of a class, or a verb",
+                nargs="?",
+            ),
+            _IMPORTS,
+        ),
+        "`widefield list components` shows the names; so do `list datasets`, `list transforms` and `list metrics`.",
+        light=True,
+    ),
+    "config": Verb(
+        "show a configuration with all that it is based on, or check it",
+        "widefield.cli.lookup:show_config",
+        (
+            _option("what", None, "show it, or see whether it can be used", choices=("print", "check")),
+            _option("file", "FILE", "YAML or Python file; of several, each goes over the last"),
+            _IMPORTS,
+        ),
+        """\
+path=value, such as model.backbone.depth=34 or trainer.max_epochs=3, goes over the files; a value is YAML.
+
+print shows the whole configuration, with what it is based on. check compares every value with the constructor that gets it, and
+makes all but the data sets once: model, metrics, transforms, optimizer, schedule, trainer. No data is read.
+Exit code: 0 fine, 1 something is wrong with the configuration, 2 another error such as a file that is not there.
+""",
+        takes_others=True,
+        light=True,
+        usage="widefield config {print,check} FILE [FILE ...] [--imports FILE] [path=value ...]",
+    ),
+    "demo": Verb(
+        "make a small set of large images, train on them, predict, and write a report",
+        "widefield.cli.demo.experiment:run",
+        (
+            _option("--out", "DIR", "(default: ./widefield-demo)", Path, default=Path("widefield-demo")),
+            _option("--seed", "N", "of the images and the training (default: 0)", int, default=0),
+        ),
+        """\
+Makes pyramidal TIFFs of 1152 x 1152 pixels from photographs that scikit-image ships, labelled by marks that a thumbnail
+loses; then runs `widefield fit` and `widefield predict` on them, and on their thumbnails for comparison. Takes some
+100 CPU-seconds, needs no GPU and downloads nothing.
+""",
+    ),
+}
