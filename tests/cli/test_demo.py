@@ -8,10 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from widefield.cli import demo_images as composition
 from widefield.cli import main
-from widefield.cli.demo import composition
-from widefield.cli.demo.composition import CLUSTER_RADIUS, CLUSTERS, SIDE, compose, load_photograph
-from widefield.cli.demo.dataset import SPACING, THUMBNAIL, make_images
+from widefield.cli.demo_images import (
+    CLUSTER_RADIUS,
+    CLUSTERS,
+    SIDE,
+    SPACING,
+    THUMBNAIL,
+    compose,
+    load_photograph,
+    make_images,
+)
 from widefield.images import open_image
 
 

@@ -9,8 +9,7 @@ import pyvips
 import tifffile
 
 from widefield.data import LabelledImages
-from widefield.data.annotations import AnnotationFile
-from widefield.data.folder import ImageFolder
+from widefield.data.described import AnnotationFile, ImageFolder
 from widefield.images import open_image, pixel_source, thumbnail
 from widefield.inference.models import _info
 from widefield.inference.prediction import as_picture

@@ -18,7 +18,7 @@ from widefield.config import Config
 from widefield.images import open_image
 from widefield.inference import AveragedViews, info_of, predict_samples
 from widefield.inference.averaged_views import LazyView
-from widefield.inference.info import ModelInfo
+from widefield.inference.models import ModelInfo
 from widefield.models import Classifier
 from widefield.registry import MODELS
 

@@ -7,8 +7,7 @@ import pytest
 from torch import nn
 
 from widefield.components.backbones.vision_transformer import VisionTransformer
-from widefield.modules.optimization import make_optimizer, make_schedule
-from widefield.modules.parameter_options import ParameterOptions, parameter_groups
+from widefield.modules.optimization import ParameterOptions, make_optimizer, make_schedule, parameter_groups
 
 SGD = {"type": "SGD", "lr": 1.0}
 WARM_UP = {"type": "LinearLR", "start_factor": 0.25, "end": 3}

@@ -20,8 +20,7 @@ from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
-from widefield.modules.optimization import configure_optimizers
-from widefield.modules.parameter_options import ParameterOptions
+from widefield.modules.optimization import ParameterOptions, configure_optimizers
 
 _MESSAGE = 300
 """Characters of an error that lists all weights."""

@@ -22,12 +22,9 @@ from widefield.config import load, override
 from widefield.errors import MissingExtraError
 from widefield.images import open_image
 from widefield.inference.features import features_of
-from widefield.inference.info import info_of
-from widefield.inference.models import class_names_of, load_trained
+from widefield.inference.models import class_names_of, info_of, load_trained
 from widefield.registry import import_module_or_file
-from widefield.reports.confusion import save_confusion_matrix
-from widefield.reports.schedule import learning_rates, save_schedule
-from widefield.reports.tsne import save_points, tsne
+from widefield.reports.figures import learning_rates, save_confusion_matrix, save_points, save_schedule, tsne
 
 _log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ SECTIONS: Sections = {
         given=("params",),
         ranges=dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), _NOT_NEGATIVE),
     ),
-    "paramwise_cfg": Section(default="widefield.modules.parameter_options:ParameterOptions"),
+    "paramwise_cfg": Section(default="widefield.modules.optimization:ParameterOptions"),
     "lr_scheduler": Section(
         base="lightning.pytorch.cli:LRScheduler",  # that of torch; Lightning's ReduceLROnPlateau is loaded with it
         given=("optimizer",),

@@ -20,8 +20,7 @@ from widefield.config import load
 from widefield.data.pipeline import Picture
 from widefield.images import IMAGE_ENDINGS, ImageFile, images_below, open_image, thumbnail
 from widefield.inference.averaged_views import AveragedViews
-from widefield.inference.info import ModelInfo, info_of
-from widefield.inference.models import load_trained
+from widefield.inference.models import ModelInfo, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples
 from widefield.models import Classifier
 from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay

@@ -128,8 +128,7 @@ def _instance(description: Mapping[str, Any], base: type) -> Any:
 
 def _optimization(config: Config, model: nn.Module | None) -> Iterator[Problem]:
     """Yield problems of the optimizer, for the parameters of the model if there is one already, and of the schedule."""
-    from widefield.modules.optimization import make_optimizer, make_schedule
-    from widefield.modules.parameter_options import ParameterOptions
+    from widefield.modules.optimization import ParameterOptions, make_optimizer, make_schedule
 
     described = config.data.get("optimizer")
     for key in ("lr_scheduler", "paramwise_cfg"):

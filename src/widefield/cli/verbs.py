@@ -382,7 +382,7 @@ Exit code: 0 fine, 1 something is wrong with the configuration, 2 another error 
     ),
     "demo": Verb(
         "make a small set of large images, train on them, predict, and write a report",
-        "widefield.cli.demo.experiment:run",
+        "widefield.cli.demo:run",
         (
             _option("--out", "DIR", "(default: ./widefield-demo)", Path, default=Path("widefield-demo")),
             _option("--seed", "N", "of the images and the training (default: 0)", int, default=0),

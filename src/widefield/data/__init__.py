@@ -1,10 +1,8 @@
 """Images with labels: tables, folders, CIFAR; transforms of them; and the Lightning data modules over them."""
 
-from widefield.data.annotations import AnnotationFile
 from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.datasets import Datasets, collate_items
-from widefield.data.described import DescribedDataset
-from widefield.data.folder import ImageFolder
+from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
 from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate, stratified_split
 from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_labels
 from widefield.data.pipeline import MultiView, Pipeline

@@ -9,9 +9,16 @@ import numpy as np
 import pyvips
 
 from widefield.images.decoded import DecodedPixels
-from widefield.images.errors import cannot_read
 from widefield.images.numpy_map import open_npy
-from widefield.images.pixel_source import Alpha, OpenedLevel, PixelSource, Spacing, check_level, warn_of_dropped_alpha
+from widefield.images.pixel_source import (
+    Alpha,
+    OpenedLevel,
+    PixelSource,
+    Spacing,
+    cannot_read,
+    check_level,
+    warn_of_dropped_alpha,
+)
 from widefield.images.tiff import open_tiff
 from widefield.images.vips import dtype_of, kept_out_of_cache, load
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from widefield.images.errors import cannot_read
-from widefield.images.pixel_source import OpenedLevel, check_level
+from widefield.images.pixel_source import OpenedLevel, cannot_read, check_level
 
 MAX_CHANNELS = 32
 """An axis longer than this is not taken for the channels unless the caller says so."""

@@ -1,4 +1,4 @@
-"""The result of a format's reader for `open_image`: the source of the pixels of the chosen level."""
+"""The result of a format's reader for `open_image`, the source of the pixels of the chosen level, and the error of a reader."""
 
 import logging
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from widefield.errors import WidefieldError
+
 _log = logging.getLogger(__name__)
 
 Alpha = Literal["drop", "keep"]
@@ -14,6 +16,18 @@ Alpha = Literal["drop", "keep"]
 
 Spacing = tuple[float, float]
 """Micrometres per pixel, (y, x)."""
+
+
+class ImageReadError(WidefieldError, OSError):
+    """A file cannot be read as an image: unsupported, truncated or corrupt.
+
+    The message names the file and the reason. It is raised when the file is opened, or when the damaged part is read.
+    """
+
+
+def cannot_read(path: Path, reason: str) -> ImageReadError:
+    """The error for the file at `path`; `reason` says what is wrong and, where something helps, what to do."""
+    return ImageReadError(f"cannot read {path}: {reason}")
 
 
 class PixelSource(Protocol):

@@ -11,13 +11,19 @@ import numpy as np
 import pyvips
 import tifffile
 
-from widefield.images.decoded import DecodedPixels
-from widefield.images.errors import cannot_read
+from widefield.images.decoded import DecodedPixels, TiledPixels
 from widefield.images.numpy_map import MappedPixels
-from widefield.images.pixel_source import Alpha, OpenedLevel, PixelSource, Spacing, check_level, warn_of_dropped_alpha
+from widefield.images.pixel_source import (
+    Alpha,
+    OpenedLevel,
+    PixelSource,
+    Spacing,
+    cannot_read,
+    check_level,
+    warn_of_dropped_alpha,
+)
 from widefield.images.planes import SeparatePlanes
 from widefield.images.spacing import tiff_spacing
-from widefield.images.tiled import TiledPixels
 from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
 _ONE_IMAGE = ("YX", "YXS", "SYX", "CYX")

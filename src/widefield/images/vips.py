@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyvips
 
-from widefield.images.errors import cannot_read
+from widefield.images.pixel_source import cannot_read
 
 _DTYPES: dict[str, np.dtype] = {
     "uchar": np.dtype("u1"),

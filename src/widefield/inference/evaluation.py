@@ -42,7 +42,14 @@ class Evaluation(Callback):
         self._hook: Any = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._detach()
+        for metric in self.metrics:
+            metric.reset()
+            metric.to(pl_module.device)
+        if (
+            isinstance(pl_module, ImageClassifier) and pl_module.head is not None
+        ):  # others may not predict by their head
+            self._hook = pl_module.head.register_forward_pre_hook(self._keep)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -59,14 +66,6 @@ class Evaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "test")
-
-    def _start(self, module: Any) -> None:
-        self._detach()
-        for metric in self.metrics:
-            metric.reset()
-            metric.to(module.device)
-        if isinstance(module, ImageClassifier) and module.head is not None:  # others may not predict by their head
-            self._hook = module.head.register_forward_pre_hook(self._keep)
 
     def _keep(self, head: Any, arguments: tuple[Any, ...]) -> None:
         self._features = arguments[0]

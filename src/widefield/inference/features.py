@@ -12,9 +12,8 @@ from widefield.components.models.base_model import BaseModel
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.data.pipeline import Picture
-from widefield.inference.info import info_of
-from widefield.inference.models import Name, get_model
-from widefield.inference.prediction import Image, as_picture
+from widefield.inference.models import Name, as_model, info_of
+from widefield.inference.prediction import Image, as_list, as_picture
 from widefield.models import Classifier
 
 Stage = Literal["backbone", "neck", "pre_logits"]
@@ -73,18 +72,6 @@ def features_of(model: Any, picture: Picture, stage: Stage) -> Any:
 
 def _has_features(model: object) -> bool:
     return isinstance(model, Classifier) or (isinstance(model, BaseModel) and hasattr(model, "extract_feat"))
-
-
-def as_model(model: nn.Module | Name, pretrained: bool | str | Path, device: str | torch.device | None) -> Any:
-    """A model in evaluation mode, itself or by what `get_model` takes."""
-    if not isinstance(model, nn.Module):
-        return get_model(model, pretrained, device)
-    return model.eval() if device is None else model.eval().to(device)
-
-
-def as_list(inputs: Image | Sequence[Image]) -> list[Image]:
-    """One image or several, as a list."""
-    return list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]  # type: ignore[list-item]
 
 
 def _of_classifier(model: Classifier, batch: Any, stage: Stage) -> Any:

@@ -1,6 +1,7 @@
-"""A model by its name, its configuration, or the run that trained it."""
+"""A model by its name, its configuration, or the run that trained it, and the data that belong to it beside its weights."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,12 +13,49 @@ from widefield.components.initializers import Pretrained
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
-from widefield.inference.info import ModelInfo, set_info
+from widefield.images import Alpha
 from widefield.inference.names import model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
 from widefield.registry import MODELS, import_module_or_file, suggestion
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Class names of a model, and how its images are read.
+
+    Attributes:
+        class_names: Names of the classes; None where they have none.
+        level: Level of the pyramids that the model was trained on, 0 the largest.
+        pipeline: What images went through in validation.
+        alpha: "keep" where the model was trained with a last channel that files mark as alpha, see `open_image`.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    level: int = 0
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    alpha: Alpha = "drop"
+
+    def names(self, count: int) -> tuple[str, ...]:
+        """Names of so many scores: those of the classes, and numbers where there are no names."""
+        known = self.class_names or ()
+        return (*known[:count], *(str(index) for index in range(len(known), count)))
+
+
+def info_of(model: nn.Module) -> ModelInfo:
+    """Return the info that `get_model` attached to `model`, or else what the model itself has."""
+    found = model.__dict__.get("_info")
+    if isinstance(found, ModelInfo):
+        return found
+    names = getattr(model, "class_names", None)
+    return ModelInfo(None if names is None else tuple(names))
+
+
+def set_info(model: nn.Module, info: ModelInfo) -> None:
+    """Keep `info` with the model."""
+    model.__dict__["_info"] = info
+
 
 Name = str | Path | Config | Mapping[str, Any]
 CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
@@ -48,6 +86,13 @@ def get_model(
         FileNotFoundError: There is no such file.
     """
     model = _made(name, pretrained, overrides)
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def as_model(model: nn.Module | Name, pretrained: bool | str | Path, device: str | torch.device | None) -> Any:
+    """A model in evaluation mode, itself or by what `get_model` takes."""
+    if not isinstance(model, nn.Module):
+        return get_model(model, pretrained, device)
     return model.eval() if device is None else model.eval().to(device)
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.models.image_classifier import ImageClassifier
-from widefield.data.folder import ImageFolder
-from widefield.inference.features import Stage, as_list, as_model, features_of
-from widefield.inference.info import info_of
-from widefield.inference.models import Name
-from widefield.inference.prediction import Image, as_picture
+from widefield.data.described import ImageFolder
+from widefield.inference.features import Stage, features_of
+from widefield.inference.models import Name, as_model, info_of
+from widefield.inference.prediction import Image, as_list, as_picture
 from widefield.models import Classifier
 
 _log = logging.getLogger(__name__)

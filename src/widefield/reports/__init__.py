@@ -1,12 +1,10 @@
 """Heatmaps and reports."""
 
-from widefield.reports.confusion import save_confusion_matrix
+from widefield.reports.figures import learning_rates, save_confusion_matrix, save_points, save_schedule, tsne
 from widefield.reports.grad_cam import NoMapError, class_activation, grad_cam, peak
 from widefield.reports.memory import PeakMemory, plain_step_bytes
 from widefield.reports.overlay import ScaleBar, save_overlay, scale_bar
 from widefield.reports.page import Page
-from widefield.reports.schedule import learning_rates, save_schedule
-from widefield.reports.tsne import save_points, tsne
 
 __all__ = [
     "NoMapError",

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from widefield.reports.figures import as_png, new_figure
+from widefield.reports.figures import as_png, new_figure, points_figure, tsne
 from widefield.reports.page import Page
-from widefield.reports.tsne import points_figure, tsne
 
 CURVES = {
     "train_loss": "loss",

@@ -14,8 +14,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from widefield.cli import main
-from widefield.cli.demo.composition import CLASSES, CLUSTER_RADIUS, SIDE
-from widefield.cli.demo.dataset import SPACING, THUMBNAIL, Made, make_images
+from widefield.cli.demo_images import CLASSES, CLUSTER_RADIUS, SIDE, SPACING, THUMBNAIL, Made, make_images
 from widefield.cli.progress import make_progress
 from widefield.cli.run import console
 from widefield.cli.training_report import mebibytes, memory_rows

@@ -1,1 +1,0 @@
-"""`widefield demo`."""
