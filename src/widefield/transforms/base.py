@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import pyvips
 import torch
+
+from widefield.transforms.values import Mark, Within, interval
 
 KINDS = {"image": "image", "mask": "mask", "masks": "masks"}
 """The names of data that are transformed, and how."""
@@ -109,6 +112,11 @@ class Transform(_Applied):
         for name, value in (("always_apply", False), ("p", 0.5)):
             setattr(cls, name, defaults.get(name, getattr(cls, name, value)))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, mark in _marks(type(self)).items():
+            object.__setattr__(self, name, mark.checked(name, getattr(self, name)))
+
     def run(self, data: Data, kinds: Mapping[str, str], force: bool) -> Data:
         check_data(data, kinds)
         random = new_random()
@@ -119,6 +127,19 @@ class Transform(_Applied):
     @abstractmethod
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         """Return the change of this call, for data whose image is `image`."""
+
+    def drawn(self, random: Random, name: str) -> float:
+        """A number drawn evenly from the range that the argument `name` stands for."""
+        mark = _marks(type(self))[name]
+        assert isinstance(mark, Within)
+        return random.uniform(*interval(name, getattr(self, name), mark.low))
+
+
+@cache
+def _marks(transform: type[Transform]) -> dict[str, Mark]:
+    """Marks of the arguments of a transform, by name."""
+    hints = get_type_hints(transform, include_extras=True)
+    return {name: mark for name, hint in hints.items() for mark in getattr(hint, "__metadata__", ())}
 
 
 def new_random() -> Random:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated
 
 import numpy as np
 import pyvips
 
 from widefield.transforms.base import Change, Transform
 from widefield.transforms.reading import mean, shared
-from widefield.transforms.values import as_colour, as_format, check_range, full_scale, interval, uniform
+from widefield.transforms.values import Limit, Within, as_colour, as_format, full_scale
 
 RGB_OF_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Optical density in red, green and blue of haematoxylin, eosin and DAB (Ruifrok and Johnston, 2001)."""
@@ -32,18 +33,13 @@ class RandomBrightnessContrast(Transform):
         ValueError: An argument out of range.
     """
 
-    brightness_limit: float | Sequence[float] = 0.2
-    contrast_limit: float | Sequence[float] = 0.2
+    brightness_limit: Annotated[Limit, Within()] = 0.2
+    contrast_limit: Annotated[Limit, Within(-1)] = 0.2
     brightness_by_max: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        interval("brightness_limit", self.brightness_limit)
-        check_range("contrast_limit", self.contrast_limit, interval("contrast_limit", self.contrast_limit), -1)
-
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        factor = 1 + uniform(random, interval("contrast_limit", self.contrast_limit))
-        brightness = uniform(random, interval("brightness_limit", self.brightness_limit))
+        factor = 1 + self.drawn(random, "contrast_limit")
+        brightness = self.drawn(random, "brightness_limit")
 
         def adjust(image: pyvips.Image) -> pyvips.Image:
             added = brightness * (full_scale(image) if self.brightness_by_max else factor * mean(image))
@@ -64,15 +60,11 @@ class RandomGamma(Transform):
         ValueError: An argument out of range.
     """
 
-    gamma_limit: Sequence[float] = (80, 120)
+    gamma_limit: Annotated[Sequence[float], Within(1)] = (80, 120)
     eps: None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("gamma_limit", self.gamma_limit, interval("gamma_limit", self.gamma_limit), 1)
-
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        power = uniform(random, interval("gamma_limit", self.gamma_limit)) / 100
+        power = self.drawn(random, "gamma_limit") / 100
 
         def darken(image: pyvips.Image) -> pyvips.Image:
             scale = full_scale(image)
@@ -96,18 +88,12 @@ class HueSaturationValue(Transform):
         ValueError: An argument out of range. When called: an image that has neither 1 nor 3 channels.
     """
 
-    hue_shift_limit: float | Sequence[float] = 20
-    sat_shift_limit: float | Sequence[float] = 30
-    val_shift_limit: float | Sequence[float] = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("hue_shift_limit", "sat_shift_limit", "val_shift_limit"):
-            check_range(name, getattr(self, name), interval(name, getattr(self, name)), -255, 255)
+    hue_shift_limit: Annotated[Limit, Within(-255, 255)] = 20
+    sat_shift_limit: Annotated[Limit, Within(-255, 255)] = 30
+    val_shift_limit: Annotated[Limit, Within(-255, 255)] = 20
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        limits = (self.hue_shift_limit, self.sat_shift_limit, self.val_shift_limit)
-        hue, saturation, value = (round(uniform(random, interval("", limit))) for limit in limits)
+        hue, saturation, value = (round(self.drawn(random, f"{name}_shift_limit")) for name in ("hue", "sat", "val"))
 
         def shift(image: pyvips.Image) -> pyvips.Image:
             scale = full_scale(image) / 255
@@ -139,18 +125,12 @@ class HEDShift(Transform):
         ValueError: An argument out of range. When called: an image that has not 3 channels.
     """
 
-    h_shift_limit: float | Sequence[float] = 0.03
-    e_shift_limit: float | Sequence[float] = 0.03
-    d_shift_limit: float | Sequence[float] = 0.03
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("h_shift_limit", "e_shift_limit", "d_shift_limit"):
-            interval(name, getattr(self, name))
+    h_shift_limit: Annotated[Limit, Within()] = 0.03
+    e_shift_limit: Annotated[Limit, Within()] = 0.03
+    d_shift_limit: Annotated[Limit, Within()] = 0.03
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        limits = (self.h_shift_limit, self.e_shift_limit, self.d_shift_limit)
-        added = [uniform(random, interval("", limit)) for limit in limits]
+        added = [self.drawn(random, f"{stain}_shift_limit") for stain in "hed"]
 
         def stain(image: pyvips.Image) -> pyvips.Image:
             _check_rgb(self, image)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
+from typing import Annotated
 
 import pyvips
 
 from widefield.transforms.base import Change, Transform, both
-from widefield.transforms.values import BORDERS, Fill, background, check_choice, check_size, full_scale
+from widefield.transforms.values import BORDERS, Choice, Fill, Pixels, background, full_scale
 
 DIRECTIONS = (
     "centre",
@@ -64,12 +65,8 @@ class CenterCrop(Transform, p=1.0):
         ValueError: An argument out of range. When called: the image is smaller.
     """
 
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size(height=self.height, width=self.width)
+    height: Annotated[int, Pixels()]
+    width: Annotated[int, Pixels()]
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         rows, columns = _room(self, image)
@@ -97,14 +94,9 @@ class CropOrPad(Transform, p=1.0):
         ValueError: An argument out of range.
     """
 
-    height: int
-    width: int
-    direction: str = "centre"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size(height=self.height, width=self.width)
-        check_choice("direction", self.direction, DIRECTIONS)
+    height: Annotated[int, Pixels()]
+    width: Annotated[int, Pixels()]
+    direction: Annotated[str, Choice(DIRECTIONS)] = "centre"
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         def fit(image: pyvips.Image, border: str, **colour: list[float]) -> pyvips.Image:
@@ -152,7 +144,7 @@ class PadIfNeeded(Transform, p=1.0):
     pad_height_divisor: int | None = None
     pad_width_divisor: int | None = None
     position: Position | str = Position.CENTER
-    border_mode: str = "background"
+    border_mode: Annotated[str, Choice(BORDERS)] = "background"
     value: Fill | None = None
     mask_value: Fill | None = None
 
@@ -165,9 +157,10 @@ class PadIfNeeded(Transform, p=1.0):
                 raise ValueError(
                     f"{self} has {given or 'neither'}; give one of {least} and {divisor}, and None for the other"
                 )
-            check_size(**given)
-        check_choice("position", getattr(self.position, "value", self.position), [place.value for place in Position])
-        check_choice("border_mode", self.border_mode, BORDERS)
+            ((name, size),) = given.items()
+            Pixels().checked(name, size)
+        names = Choice(tuple(place.value for place in Position))
+        names.checked("position", getattr(self.position, "value", self.position))
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         height = _padded(image.height, self.min_height, self.pad_height_divisor)

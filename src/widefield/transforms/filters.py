@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated
 
 import pyvips
 
 from widefield.transforms.base import Change, Transform
-from widefield.transforms.values import as_format, check_range, full_scale, interval, uniform
+from widefield.transforms.values import Limit, Within, as_format, full_scale, interval
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,16 @@ class GaussianBlur(Transform):
         ValueError: An argument out of range.
     """
 
-    sigma_limit: float | Sequence[float] = 0
+    sigma_limit: Annotated[Limit, Within(0, 1000, low=0)] = 0
     min_amplitude: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("sigma_limit", self.sigma_limit, interval("sigma_limit", self.sigma_limit, low=0), 0, 1000)
         if not 0.001 <= self.min_amplitude <= 1:
             raise ValueError(f"min_amplitude={self.min_amplitude!r}; expected a fraction from 0.001 to 1")
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        sigma = uniform(random, interval("sigma_limit", self.sigma_limit, low=0))
+        sigma = self.drawn(random, "sigma_limit")
 
         def blur(image: pyvips.Image) -> pyvips.Image:
             smooth = image.gaussblur(sigma, min_ampl=self.min_amplitude, precision=_precision(image))
@@ -91,17 +91,12 @@ class Sharpen(Transform):
         ValueError: An argument out of range.
     """
 
-    alpha: float | Sequence[float] = (0.2, 0.5)
-    lightness: float | Sequence[float] = (0.5, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("alpha", self.alpha, interval("alpha", self.alpha, low=0), 0, 1)
-        check_range("lightness", self.lightness, interval("lightness", self.lightness, low=0), 0)
+    alpha: Annotated[Limit, Within(0, 1, low=0)] = (0.2, 0.5)
+    lightness: Annotated[Limit, Within(0, low=0)] = (0.5, 1.0)
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        share = uniform(random, interval("alpha", self.alpha, low=0))
-        lightness = uniform(random, interval("lightness", self.lightness, low=0))
+        share = self.drawn(random, "alpha")
+        lightness = self.drawn(random, "lightness")
         middle, around = 1 - share + share * (8 + lightness), -share
         kernel = pyvips.Image.new_from_list([[around] * 3, [around, middle, around], [around] * 3])
         return Change(lambda image: as_format(image.conv(kernel, precision="float"), image.format))
@@ -121,16 +116,12 @@ class GaussNoise(Transform):
         ValueError: An argument out of range.
     """
 
-    var_limit: float | Sequence[float] = (10.0, 50.0)
+    var_limit: Annotated[Limit, Within(0, low=0)] = (10.0, 50.0)
     mean: float = 0
     per_channel: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("var_limit", self.var_limit, interval("var_limit", self.var_limit, low=0), 0)
-
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        sigma = math.sqrt(uniform(random, interval("var_limit", self.var_limit, low=0)))
+        sigma = math.sqrt(self.drawn(random, "var_limit"))
         seeds = [random.randrange(2**31) for _ in range(image.bands if self.per_channel else 1)]
 
         def add_noise(image: pyvips.Image) -> pyvips.Image:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated
 
 import pyvips
 
 from widefield.transforms.base import Change, Transform
-from widefield.transforms.values import check_choice, check_size, interval, uniform
+from widefield.transforms.values import Choice, Limit, Pixels, Within, interval
 
-KERNELS = ("nearest", "linear", "cubic", "mitchell", "lanczos2", "lanczos3")
+Kernel = Annotated[str, Choice(("nearest", "linear", "cubic", "mitchell", "lanczos2", "lanczos3"))]
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,9 @@ class Resize(Transform, p=1.0):
         ValueError: An argument out of range.
     """
 
-    height: int
-    width: int
-    interpolation: str = "linear"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size(height=self.height, width=self.width)
-        check_choice("interpolation", self.interpolation, KERNELS)
+    height: Annotated[int, Pixels()]
+    width: Annotated[int, Pixels()]
+    interpolation: Kernel = "linear"
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         return _resize_to(self.height, self.width, self.interpolation)
@@ -50,19 +46,16 @@ class RandomScale(Transform):
         ValueError: An argument out of range.
     """
 
-    scale_limit: float | Sequence[float] = 0.1
-    interpolation: str = "linear"
+    scale_limit: Annotated[Limit, Within()] = 0.1
+    interpolation: Kernel = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("interpolation", self.interpolation, KERNELS)
-        limits = interval("scale_limit", self.scale_limit)
-        if limits[0] <= -1:
+        if interval("scale_limit", self.scale_limit)[0] <= -1:
             raise ValueError(f"scale_limit={self.scale_limit!r}; expected above -1, as the factor is 1 more")
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        factor = 1 + uniform(random, interval("scale_limit", self.scale_limit))
-        return _scale(image, factor, self.interpolation)
+        return _scale(image, 1 + self.drawn(random, "scale_limit"), self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,10 @@ class LongestMaxSize(Transform, p=1.0):
     """
 
     max_size: int | Sequence[int] = 1024
-    interpolation: str = "linear"
+    interpolation: Kernel = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("interpolation", self.interpolation, KERNELS)
         _lengths(self.max_size)
 
     def draw(self, random: Random, image: pyvips.Image) -> Change:
@@ -104,7 +96,7 @@ def _lengths(max_size: int | Sequence[int]) -> list[int]:
     if not lengths:
         raise ValueError(f"max_size={max_size!r}; expected a length in pixels, or a list of them")
     for length in lengths:
-        check_size(max_size=length)
+        Pixels().checked("max_size", length)
     return lengths
 
 

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from random import Random
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pyvips
 
@@ -26,6 +26,10 @@ BORDERS = ("black", "copy", "repeat", "mirror", "white", "background")
 
 Fill = float | Sequence[float]
 """Value of new pixels in the image's own units: for all channels, or one each."""
+
+
+Limit = float | Sequence[float]
+"""A range (lowest, highest), or a number that stands for one."""
 
 
 def full_scale(image: pyvips.Image) -> float:
@@ -72,26 +76,47 @@ def interval(name: str, value: Any, low: float | None = None) -> tuple[float, fl
     return min(pair), max(pair)
 
 
-def check_range(name: str, value: Any, limits: tuple[float, float], lowest: float, highest: float = math.inf) -> None:
-    """Raises ValueError if the interval `limits`, made of the argument `value`, leaves lowest..highest."""
-    if limits[0] < lowest or limits[1] > highest:
-        allowed = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
-        raise ValueError(f"{name}={value!r} stands for values from {limits[0]:g} to {limits[1]:g}; expected {allowed}")
+class Mark(Protocol):
+    """What an argument of a transform may be: the metadata of its annotation, `Annotated[int, Pixels()]`."""
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value to keep. Raises ValueError for another than expected."""
 
 
-def check_size(**sizes: Any) -> None:
-    """Raises ValueError for a size, in pixels, that is no positive integer."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name}={size!r}; expected a positive integer, in pixels")
+@dataclass(frozen=True)
+class Within:
+    """A number or a pair that stands for a range, see `interval`, inside of `lowest` and `highest`."""
+
+    lowest: float = -math.inf
+    highest: float = math.inf
+    low: float | None = None
+
+    def checked(self, name: str, value: Any) -> Any:
+        least, most = interval(name, value, self.low)
+        if least < self.lowest or most > self.highest:
+            lowest, highest = f"{self.lowest:g}", f"{self.highest:g}"
+            allowed = f"at least {lowest}" if self.highest == math.inf else f"between {lowest} and {highest}"
+            raise ValueError(f"{name}={value!r} stands for values from {least:g} to {most:g}; expected {allowed}")
+        return value
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises ValueError if `value` is none of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, choices))}")
+@dataclass(frozen=True)
+class Pixels:
+    """A size in pixels."""
+
+    def checked(self, name: str, value: Any) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}; expected a positive integer, in pixels")
+        return value
 
 
-def uniform(random: Random, limits: tuple[float, float]) -> float:
-    """A number drawn evenly between the two limits."""
-    return random.uniform(*limits)
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def checked(self, name: str, value: Any) -> Any:
+        if value not in self.names:
+            raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, self.names))}")
+        return value

@@ -4,18 +4,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import pyvips
 
 from widefield.transforms.base import Change, Transform
-from widefield.transforms.values import BORDERS, Fill, background, check_choice, full_scale, interval, uniform
+from widefield.transforms.values import BORDERS, Choice, Fill, Limit, Within, background, full_scale, interval
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lbb", "nohalo", "vsqbs")
 
-Interpolation: TypeAlias = str | Any
-"""A name, or a `pyvips.Interpolate`, of which transforms keep the name, as it does not pickle itself."""
+@dataclass(frozen=True)
+class _Named(Choice):
+    """A name, or a `pyvips.Interpolate`, of which transforms keep the name, as it does not pickle itself."""
+
+    def checked(self, name: str, value: Any) -> Any:
+        return super().checked(name, value.get("nickname") if isinstance(value, pyvips.Interpolate) else value)
+
+
+Interpolation: TypeAlias = Annotated[str | Any, _Named(("nearest", "bilinear", "bicubic", "lbb", "nohalo", "vsqbs"))]
+RotateMethod: TypeAlias = Annotated[str, Choice(("largest_box", "ellipse"))]
 
 Limits = float | Sequence[float] | Mapping[str, float | Sequence[float]] | None
 """A number, a range (lowest, highest), or either per axis under "x" and "y"."""
@@ -41,21 +48,15 @@ class Rotate(Transform):
         ValueError: An argument out of range. When called: as many values as fit no image.
     """
 
-    limit: float | Sequence[float] = 90
+    limit: Annotated[Limit, Within()] = 90
     interpolation: Interpolation = "bilinear"
     value: Fill | None = None
     mask_value: Fill = 0
-    rotate_method: str = "largest_box"
+    rotate_method: RotateMethod = "largest_box"
     crop_border: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        interval("limit", self.limit)
-        _keep_name(self, "interpolation")
-        check_choice("rotate_method", self.rotate_method, ("largest_box", "ellipse"))
-
     def draw(self, random: Random, image: pyvips.Image) -> Change:
-        angle = uniform(random, interval("limit", self.limit))
+        angle = self.drawn(random, "limit")
         height, width = image.height, image.width
         whole = _holding_all(_linear((1, 1), (0, 0), -angle), height, width)
 
@@ -105,10 +106,10 @@ class Affine(Transform):
     mask_interpolation: Interpolation = "nearest"
     cval: Fill | None = None
     cval_mask: Fill = 0
-    mode: str = "background"
+    mode: Annotated[str, Choice(BORDERS)] = "background"
     fit_output: bool = False
     keep_ratio: bool = False
-    rotate_method: str = "largest_box"
+    rotate_method: RotateMethod = "largest_box"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,10 +117,6 @@ class Affine(Transform):
             raise ValueError(
                 f"translate_percent={self.translate_percent} and translate_px={self.translate_px} exclude each other; give one"
             )
-        _keep_name(self, "interpolation")
-        _keep_name(self, "mask_interpolation")
-        check_choice("mode", self.mode, BORDERS)
-        check_choice("rotate_method", self.rotate_method, ("largest_box", "ellipse"))
         limits = self._limits()
         scale_x, scale_y = limits["scale"]
         if min(scale_x[0], scale_y[0]) <= 0:
@@ -139,9 +136,9 @@ class Affine(Transform):
     def draw(self, random: Random, image: pyvips.Image) -> Change:
         height, width = image.height, image.width
         limits = self._limits()
-        scale, shear, percent = ([uniform(random, axis) for axis in limits[name]] for name in _DRAWN_PER_AXIS)
+        scale, shear, percent = ([random.uniform(*axis) for axis in limits[name]] for name in _DRAWN_PER_AXIS)
         pixels = [random.randint(int(low), int(high)) for low, high in limits["translate_px"]]
-        angle = uniform(random, limits["rotate"][0])
+        angle = random.uniform(*limits["rotate"][0])
         shift = [percent[0] * width + pixels[0], percent[1] * height + pixels[1]]
         matrix = _linear(scale if not self.keep_ratio else [scale[0]] * 2, shear, angle)
         if self.fit_output:
@@ -197,7 +194,6 @@ class ElasticTransform(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _keep_name(self, "interpolation")
         if not 0 < self.sigma < math.inf or not math.isfinite(self.alpha):
             raise ValueError(
                 f"alpha={self.alpha!r} and sigma={self.sigma!r}; expected finite numbers, and sigma above 0"
@@ -274,14 +270,6 @@ def _holding_all(matrix: np.ndarray, height: int, width: int) -> _LinearMap:
 
 def _seed(random: Random) -> int:
     return random.randrange(2**31)
-
-
-def _keep_name(transform: Transform, argument: str) -> None:
-    """Replace a `pyvips.Interpolate` by its name. Raises ValueError for an unknown one."""
-    given = getattr(transform, argument)
-    name = given.get("nickname") if isinstance(given, pyvips.Interpolate) else given
-    check_choice(argument, name, INTERPOLATIONS)
-    object.__setattr__(transform, argument, name)
 
 
 def _axis(name: str, value: Any, axis: str, unchanged: float) -> tuple[float, float]:
