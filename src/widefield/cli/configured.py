@@ -1,29 +1,28 @@
-"""Make the model, data and trainer that a configuration describes."""
+"""Make the model, data and trainer that a configuration describes, by LightningCLI."""
 
+import collections.abc
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torchmetrics import Metric
 
-from widefield.cli.lightning_form import lightning_form
+from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.progress import StreamingProgress
 from widefield.components.metrics import METRICS
-from widefield.config import Config, write_yaml
+from widefield.config import Config, Section, write_yaml
+from widefield.config.expected import MAPPINGS, component_of
 from widefield.data import LabelledImages
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
-
-_MESSAGE = 300
-"""Characters of an error that lists all weights."""
+from widefield.registry import MODELS, Registry, arguments_of, import_object
 
 
 class ConfiguredCLI(LightningCLI):
@@ -118,12 +117,6 @@ class ConfiguredCLI(LightningCLI):
         return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
 
 
-def other_weights(error: RuntimeError, checkpoint: Path) -> ValueError:
-    """The error to raise for one of `load_state_dict`: the first difference between the model and the checkpoint."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return ValueError(f"{checkpoint} is no checkpoint of this model: {shorten(' '.join(lines[:2]), _MESSAGE)}")
-
-
 def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> None:
     scores, names = getattr(getattr(model, "head", None), "num_classes", None), getattr(data, "class_names", None)
     classes = max(len(names or ()), getattr(data, "label_count", 0))
@@ -150,3 +143,68 @@ def ignore_irrelevant_warnings() -> None:
         ".*The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def lightning_form(config: Config) -> dict[str, Any]:
+    """The data of a checked `config` with `{class_path: X, init_args: {...}}` where Lightning makes an instance.
+
+    Where a constructor takes a dictionary, the description stays as it is: components make their own parts.
+    """
+    return {
+        key: _sections(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
+        for key, value in config.data.items()
+        if value is not None
+    }
+
+
+def _sections(value: Any, section: Section) -> Any:
+    return [_section(one, section) for one in value] if isinstance(value, list) else _section(value, section)
+
+
+def _section(value: dict[str, Any], section: Section) -> dict[str, Any]:
+    function = section.resolve(value)
+    if "type" not in value:
+        return _arguments(value, function)
+    return _instance(value, function, MODELS if section.component is None else section.component.registry)
+
+
+def _instance(value: Mapping[str, Any], function: Any, registry: Registry = MODELS) -> dict[str, Any]:
+    arguments = {name: item for name, item in value.items() if name != "type"}
+    return {"class_path": _import_path(value["type"], registry), "init_args": _arguments(arguments, function)}
+
+
+def _arguments(arguments: Mapping[str, Any], function: Any) -> dict[str, Any]:
+    known = {} if function is None else arguments_of(function).named
+    return {name: _value(item, known[name].annotation if name in known else Any) for name, item in arguments.items()}
+
+
+def _value(value: Any, annotation: Any) -> Any:
+    if _takes_dictionaries(annotation):
+        return value
+    if isinstance(value, list):
+        return [_value(item, annotation) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        path = _import_path(value["type"])
+        return _instance(value, import_object(path) if "." in path else None)
+    return value
+
+
+def _takes_dictionaries(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if (
+        typing.is_typeddict(annotation)
+        or annotation is Any
+        or component_of(annotation) is not None
+        or annotation in MAPPINGS
+        or origin in MAPPINGS
+    ):
+        return True
+    inside = () if origin in (None, collections.abc.Callable) else typing.get_args(annotation)
+    return any(_takes_dictionaries(one) for one in inside)
+
+
+def _import_path(name: str, registry: Registry = MODELS) -> str:
+    if name not in registry:
+        return name
+    component = registry.get(name)
+    return f"{component.__module__}.{component.__qualname__}"

@@ -15,9 +15,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from widefield.cli import main
 from widefield.cli.demo_images import CLASSES, CLUSTER_RADIUS, SIDE, SPACING, THUMBNAIL, Made, make_images
+from widefield.cli.history import mebibytes, memory_rows
 from widefield.cli.progress import make_progress
 from widefield.cli.run import console
-from widefield.cli.training_report import mebibytes, memory_rows
 from widefield.reports import Page
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from widefield.cli.configuration import read_run
-from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.config import Config
 from widefield.inference.averaged_views import AveragedViews
+from widefield.inference.models import other_weights
 from widefield.models.weights import read_torch_file
 from widefield.writing import replacing
 

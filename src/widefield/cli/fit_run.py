@@ -10,15 +10,14 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings, other_weights
+from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
-from widefield.cli.history import History, StepMemory
-from widefield.cli.training_report import write_training_report
+from widefield.cli.history import History, StepMemory, write_training_report
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
 from widefield.data import LabelledImages
-from widefield.inference.models import BEST, CONFIG, LAST
+from widefield.inference.models import BEST, CONFIG, LAST, other_weights
 from widefield.models import Classifier
 from widefield.models.weights import read_torch_file
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState

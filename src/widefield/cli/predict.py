@@ -5,7 +5,7 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,6 @@ _SHOWN = 10
 """Failures that an error lists."""
 _THUMBNAIL = 1024
 """Long side of the thumbnail under an overlay, in pixels."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction for one image."""
-
-    image: ImageFile
-    scores: tuple[float, ...]
-    """A probability per class, or the similarity with each item of a collection."""
-    labels: tuple[int, ...]
-    """Several where the head predicts several."""
-    peak: tuple[int, int] | None
-    """(y, x) in pixels of the image: where the evidence for the predicted class is greatest; None where there is no map."""
-    overlay: Path | None
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
@@ -74,16 +60,20 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
     table = out / "predictions.csv"
     overlays = dict(zip(files, overlay_paths(files, out), strict=True))
-    predictions: list[Prediction] = []
+    predicted: list[Path] = []
 
     def predict_one(file: Path) -> None:
         image = open_image(file, info.level if level is None else level, alpha=info.alpha)
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         out.mkdir(parents=True, exist_ok=True)
-        prediction = _predict(model, info, image, overlays[file], views)
-        _append(table, _row(prediction, info.names(len(prediction.scores)), score), begins=not predictions)
-        predictions.append(prediction)
+        row = {"image": str(image.path), **_predict(model, info, image, overlays[file], views, score)}
+        with table.open("a" if predicted else "w", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, list(row), lineterminator="\n")
+            if not predicted:
+                writer.writeheader()
+            writer.writerow(row)
+        predicted.append(file)
 
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(files))
@@ -92,8 +82,8 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         try:
             for_each(files, predict_one, lambda: progress.advance(bar))
         finally:
-            if predictions:
-                _log.info("%d predictions: %s", len(predictions), table)
+            if predicted:
+                _log.info("%d predictions: %s", len(predicted), table)
 
 
 def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callable[[], None] = lambda: None) -> None:
@@ -120,32 +110,34 @@ def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callab
         raise ValueError("\n".join([f"{len(failed)} of {len(files)} images are missing:", *failed[:_SHOWN], *more]))
 
 
-def _append(table: Path, row: dict[str, object], begins: bool) -> None:
-    """Write a row of a CSV file, with the header if it `begins` the file anew."""
-    with table.open("w" if begins else "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if begins:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _predict(model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None) -> Prediction:
+def _predict(
+    model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None, score: str
+) -> dict[str, object]:
+    """What the table says of an image behind its name. Writes the overlay where the model has a map."""
     picture = info.pipeline(image)
     found = explain(model, picture)
     if found is None or views is not None:
         sample = predict_samples(model, [picture], views)[0]
-        scores, labels = sample.pred_score.float().cpu(), tuple(sample.pred_label.tolist())
+        scores, labels = sample.pred_score.float().cpu(), sample.pred_label.tolist()
     else:
         scores = found[0]
-        labels = tuple(labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist())
-    if found is None:
-        return Prediction(image, tuple(scores.tolist()), labels, None, None)
-    names = ", ".join(info.names(len(scores))[label] for label in labels)
-    top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
-    draw(overlay, image, picture, found[1].numpy(), f"{image.path.name}: {names}{top}")
-    is_whole = isinstance(picture, ImageFile)
-    place = peak(found[1].numpy(), image.shape[1:]) if is_whole else None
-    return Prediction(image, tuple(scores.tolist()), labels, place, overlay)
+        labels = labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist()
+    names = info.names(len(scores))
+    predicted = [names[label] for label in labels]
+    y, x = "", ""
+    if found is not None:
+        evidence = found[1].numpy()
+        top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
+        draw(overlay, image, picture, evidence, f"{image.path.name}: {', '.join(predicted)}{top}")
+        if isinstance(picture, ImageFile):
+            y, x = map(str, peak(evidence, image.shape[1:]))
+    return {
+        **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
+        "predicted": ";".join(predicted),
+        "peak_y": y,
+        "peak_x": x,
+        "overlay": "" if found is None else overlay.name,
+    }
 
 
 def explain(
@@ -183,19 +175,6 @@ def _as_rgb(picture: Tensor) -> np.ndarray:
     shown = (picture.float() / top).clamp(0, 1).mul(255).byte()
     colours = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
     return colours.permute(1, 2, 0).cpu().numpy()
-
-
-def _row(prediction: Prediction, class_names: Sequence[str], score: str) -> dict[str, object]:
-    named = zip(class_names, prediction.scores, strict=True)
-    y, x = prediction.peak or ("", "")
-    return {
-        "image": str(prediction.image.path),
-        **{f"{score}_{name}": f"{value:.6g}" for name, value in named},
-        "predicted": ";".join(class_names[label] for label in prediction.labels),
-        "peak_y": y,
-        "peak_x": x,
-        "overlay": prediction.overlay.name if prediction.overlay else "",
-    }
 
 
 def image_files(images: Sequence[Path]) -> list[Path]:

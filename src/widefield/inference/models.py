@@ -61,6 +61,8 @@ Name = str | Path | Config | Mapping[str, Any]
 CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
 """Files in the folder of a run."""
 _TORCHVISION_PREFIX = "torchvision/"
+_MESSAGE = 300
+"""Characters of an error that lists all weights."""
 _CONFIG_ENDINGS = (".yaml", ".yml", ".json", ".py")
 
 
@@ -146,10 +148,15 @@ def load_trained(
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise ValueError(f"{path} is no checkpoint of this model: {shorten(' '.join(lines[:2]), 300)}") from error
+        raise other_weights(error, path) from error
     set_info(model, _info(checkpoint, config.data.get("data") or {}))
     return model  # type: ignore[no-any-return]
+
+
+def other_weights(error: Exception, checkpoint: Path) -> ValueError:
+    """The error to raise for one of `load_state_dict`: the first difference between the model and the checkpoint."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return ValueError(f"{checkpoint} is no checkpoint of this model: {shorten(' '.join(lines[:2]), _MESSAGE)}")
 
 
 def class_names_of(checkpoint: Path) -> tuple[str, ...] | None:
