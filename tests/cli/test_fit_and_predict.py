@@ -1,6 +1,8 @@
 """`widefield fit` and `widefield predict` on small images."""
 
 import csv
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,16 +120,33 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
-def test_a_resumed_run_applies_or_refuses_what_is_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_folder(tmp_path, count=4, side=48)
-    assert fit(tmp_path, tmp_path / "out", epochs=1) == 0
-    assert fit(tmp_path, tmp_path / "out", "--resume", "--batch-size", "2", "--seed", "8", epochs=2) == 2
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_run_applies_or_refuses_what_is_changed(
+    run: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(run, tmp_path / "out")
+    assert fit(folder, out, "--resume", "--batch-size", "2", "--seed", "8", epochs=EPOCHS + 1) == 2
     error = capfd.readouterr().err
     assert "data.batch_size was 1 and is 2\n" in error
     assert "data.seed was 7 and is 8\n" in error
-    assert fit(tmp_path, tmp_path / "out", "--resume", "--lr", "0.25", epochs=2) == 0
-    last = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
-    assert (last["epoch"], last["optimizer_states"][0]["param_groups"][0]["lr"]) == (1, 0.25)
+    assert fit(folder, out, "--resume", "--lr", "0.25", epochs=EPOCHS + 1) == 0
+    last = torch.load(out / "last.ckpt", weights_only=True)
+    assert (last["epoch"], last["optimizer_states"][0]["param_groups"][0]["lr"]) == (EPOCHS, 0.25)
+
+
+def test_a_classifier_by_name_is_tested_on_the_images_of_its_split(run: Path, tmp_path: Path) -> None:
+    line = ["test", "--run", str(run), "metrics=[{type: ConfusionMatrix}]", "--out", str(tmp_path / "numbers.json")]
+    assert main(line) == 0
+    found, last = json.loads((tmp_path / "numbers.json").read_text()), read_csv(run / "history.csv")[-1]
+    assert found["test_loss"] == float(last["val_loss"])
+    assert found["test_accuracy"] == float(last["val_accuracy"])
+    assert np.sum(found["test_confusion_matrix/result"]) == 2
+
+
+def test_a_classifier_by_name_is_a_model_too(run: Path, folder: Path) -> None:
+    (result,) = widefield.ImageClassificationInferencer(run)(folder / "images" / "im0.tif")
+    assert result["pred_class"] in ("bright", "dark")
+    assert result["pred_scores"].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_predictions_are_a_table_and_an_overlay_per_image(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import yaml
 from skimage import data, io
 
 from tests.inference.small_runs import cifar_config, write_run
-from tests.small_images import write_folder
 from widefield.cli import main
 
 
@@ -52,29 +51,6 @@ def test_metrics_of_averaged_views_are_those_of_averaged_scores(run: Path, tmp_p
     found = numbers("test", "--run", str(run), "--tta", "hflip,crop=24", out=tmp_path / "numbers.json")
     assert 0 <= found["test_accuracy/top1"] <= 100
     assert np.sum(found["test_confusion_matrix/result"]) == 8
-
-
-def test_a_classifier_by_name_is_tested_on_the_images_of_its_split(tmp_path: Path) -> None:
-    images, labels = write_folder(tmp_path, side=48)
-    run = tmp_path / "run"
-    line = (
-        "--images",
-        str(images),
-        "--labels",
-        str(labels),
-        "--model",
-        "resnet10_w16",
-        "--epochs",
-        "1",
-        "--out",
-        str(run),
-    )
-    assert main(["fit", *line, "--tile-size", "48"]) == 0
-    last = read_csv(run / "history.csv")[-1]
-    found = numbers("test", "--run", str(run), "metrics=[{type: ConfusionMatrix}]", out=tmp_path / "numbers.json")
-    assert found["test_loss"] == float(last["val_loss"])
-    assert found["test_accuracy"] == float(last["val_accuracy"])
-    assert np.sum(found["test_confusion_matrix/result"]) == 2
 
 
 @pytest.mark.parametrize(

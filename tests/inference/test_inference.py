@@ -12,8 +12,7 @@ from torch import nn
 
 import widefield
 from tests.inference.small_runs import CLASSIFIER, cifar_config, write_run
-from tests.small_images import write_folder, write_tiff
-from widefield.cli import main
+from tests.small_images import write_tiff
 from widefield.config import Config
 from widefield.images import open_image
 from widefield.inference import AveragedViews, info_of, predict_samples
@@ -237,12 +236,3 @@ def test_a_retriever_ranks_by_its_own_similarity(photos: Path) -> None:
     assert [match["sample_idx"] for match in by_files] == [match["sample_idx"] for match in found]
     with pytest.raises(ValueError, match="has no stage 'neck'; give 'backbone'"):
         widefield.FeatureExtractor(model)(photos / "rocket.png", stage="neck")
-
-
-def test_a_classifier_by_name_is_a_model_too(tmp_path: Path) -> None:
-    images, labels = write_folder(tmp_path, side=48)
-    line = ("--images", str(images), "--labels", str(labels), "--out", str(tmp_path / "run"), "--epochs", "1")
-    assert main(["fit", *line, "--model", "resnet10_w16", "--tile-size", "48"]) == 0
-    (result,) = widefield.ImageClassificationInferencer(tmp_path / "run")(images / "im0.tif")
-    assert result["pred_class"] in ("bright", "dark")
-    assert result["pred_scores"].sum() == pytest.approx(1, abs=1e-5)
