@@ -15,14 +15,14 @@ from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.progress import StreamingProgress
 from widefield.components.metrics import METRICS
 from widefield.config import Config, Section, write_yaml
-from widefield.config.expected import MAPPINGS, component_of
+from widefield.config.check import MAPPINGS, mark_of
 from widefield.data import LabelledImages
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
 from widefield.models import Classifier
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
-from widefield.registry import MODELS, Registry, arguments_of, import_object
+from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
 
 
 class ConfiguredCLI(LightningCLI):
@@ -194,7 +194,7 @@ def _takes_dictionaries(annotation: Any) -> bool:
     if (
         typing.is_typeddict(annotation)
         or annotation is Any
-        or component_of(annotation) is not None
+        or mark_of(annotation, ComponentOf) is not None
         or annotation in MAPPINGS
         or origin in MAPPINGS
     ):

@@ -93,7 +93,7 @@ def component_help(name: str) -> str:
         ValueError: There is no component of that name.
     """
     from widefield.components.metrics import METRICS
-    from widefield.config.expected import describe
+    from widefield.config.check import describe
 
     registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)
     component = registry.get(name)
