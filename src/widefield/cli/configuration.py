@@ -94,7 +94,7 @@ def _refuse_untrainable(config: Config) -> None:
     if not (isinstance(model, type) and issubclass(model, LightningModule)):
         advice = "inherit from widefield.components.models.base_model.BaseModel, and write loss()"
         problem = f"{model.__name__} is no LightningModule, so it cannot be trained; {advice}"
-        raise config.error([(("model",), problem)])
+        raise config.error((("model",), problem))
 
 
 def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:

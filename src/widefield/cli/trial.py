@@ -35,7 +35,7 @@ def try_out(config: Config) -> None:
         build(config, ("metrics", str(k)), METRICS)
     problems = [*_transforms(config), *_trainer(config), *_optimization(config, model)]
     if problems:
-        raise config.error(problems)
+        raise config.error(*problems)
 
 
 def _of(config: Config, key: str) -> Any:

@@ -1,6 +1,6 @@
 """A configuration: plain data, where each value was written, and what it describes, built."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Config:
         """Return the place where the value at `path` was written, or the nearest branch that holds it."""
         return next((self.origins[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.origins), None)
 
-    def error(self, problems: Iterable[tuple[Path, object]]) -> ConfigError:
+    def error(self, *problems: tuple[Path, object]) -> ConfigError:
         """Return the error for problems, each a path and what is wrong there."""
         lines = []
         for path, message in problems:
@@ -70,7 +70,7 @@ def build(config: Config, path: Path, registry: Registry = MODELS) -> Any:
         return registry.build(description)
     except Exception as error:
         where, reason = _innermost(description, path, registry) or (path, error)
-        raise config.error([(where, str(reason) or type(reason).__name__)]) from error
+        raise config.error((where, str(reason) or type(reason).__name__)) from error
 
 
 def _innermost(description: Any, path: Path, registry: Registry) -> tuple[Path, Exception] | None:

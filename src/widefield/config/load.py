@@ -60,7 +60,7 @@ def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
     names = child.data.pop(BASE, [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise child.error([((BASE,), f"got {written(names)}, expected a file or a list of files")])
+        raise child.error(((BASE,), f"got {written(names)}, expected a file or a list of files"))
     child.data.update(_absolute_imports(child, file))
     bases = [_load(_found(file.parent / name), (*below, file)) for name in names]
     base = Config({})
@@ -71,7 +71,7 @@ def _load(file: FilePath, below: tuple[FilePath, ...]) -> Config:
                 problems[path] = f"the bases disagree: {base.origin(path)} and {name}; write the value into {file.name}"
         base = merge(base, other)
     if problems:
-        raise child.error(problems.items())
+        raise child.error(*problems.items())
     return merge(base, child)
 
 
@@ -97,7 +97,7 @@ def _absolute_imports(config: Config, file: FilePath) -> dict[str, Any]:
         return {}
     imports = [imports] if isinstance(imports, str) else imports
     if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
-        raise config.error([((IMPORTS,), f"got {written(imports)}, expected Python files or modules")])
+        raise config.error(((IMPORTS,), f"got {written(imports)}, expected Python files or modules"))
     return {IMPORTS: [absolute_place(name, file.parent) for name in imports]}
 
 

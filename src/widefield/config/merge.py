@@ -63,14 +63,8 @@ def _merge(base: Any, child: Any, path: Path, whole: Config, replaced: set[Path]
     if isinstance(base, list):
         return _merge_items(base, child, path, whole, replaced)
     if not isinstance(base, dict):
-        raise whole.error(
-            [
-                (
-                    path,
-                    f"a dictionary over {written(base)}; write {DELETE}: true into the dictionary if it shall replace this value",
-                )
-            ]
-        )
+        advice = f"write {DELETE}: true into the dictionary if it shall replace this value"
+        raise whole.error((path, f"a dictionary over {written(base)}; {advice}"))
     merged = dict(base)
     for key, value in child.items():
         if key != DELETE:
@@ -87,11 +81,10 @@ def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Conf
     for key, value in child.items():
         here = (*path, str(key))
         if not str(key).isdecimal():
-            raise whole.error(
-                [(here, f"the value is a list of {len(base)}; give indices as keys, a list, or {DELETE}: true")]
-            )
+            advice = f"give indices as keys, a list, or {DELETE}: true"
+            raise whole.error((here, f"the value is a list of {len(base)}; {advice}"))
         if int(key) >= len(base):
-            raise whole.error([(here, f"there is no item {key} in a list of {len(base)}; the first item is 0")])
+            raise whole.error((here, f"there is no item {key} in a list of {len(base)}; the first item is 0"))
         merged[int(key)] = _merge(base[int(key)], value, here, whole, replaced)
     return merged
 
@@ -119,9 +112,8 @@ def _typed(value: Any, path: Path, config: Config) -> Any:
         return value
     others = set(value) - {"class_path", "init_args", "dict_kwargs", DELETE}
     if others:
-        raise config.error(
-            [(path, f"{', '.join(map(str, others))} beside class_path; arguments stand under init_args")]
-        )
+        names = ", ".join(map(str, others))
+        raise config.error((path, f"{names} beside class_path; arguments stand under init_args"))
     typed: dict[Any, Any] = {"type": value.pop("class_path")} if "class_path" in value else {}
     for key, item in value.items():
         if key == DELETE:
@@ -129,5 +121,5 @@ def _typed(value: Any, path: Path, config: Config) -> Any:
         elif isinstance(item, dict):
             typed |= item
         elif item is not None:
-            raise config.error([((*path, key), f"got {written(item)}, expected the arguments of {dotted(path)}")])
+            raise config.error(((*path, key), f"got {written(item)}, expected the arguments of {dotted(path)}"))
     return typed

@@ -70,7 +70,7 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
     """Return `config` with the dictionaries and lists on the way to `path` that so far are only defaults of arguments."""
     key, *rest = path
     if key not in sections:
-        raise whole.error([((key,), unknown_section(key, sections))])
+        raise whole.error(((key,), unknown_section(key, sections)))
     data = copy.deepcopy(config.data)
     section = sections[key]
     node, annotation = data, section
@@ -81,11 +81,11 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
         here, last = path[: end + 1], end == len(rest)
         if isinstance(node, list):
             if not step.isdecimal() or int(step) >= len(node):
-                raise whole.error([(here, f"a list of {len(node)} has no item {step}; give an index from 0")])
+                raise whole.error((here, f"a list of {len(node)} has no item {step}; give an index from 0"))
         elif isinstance(node, dict):
             annotation = _enter(node, annotation, step, last, here, whole)
         else:
-            raise whole.error([(here, f"{'.'.join(path[:end])} is {written(node)}, which has no {step!r} in it")])
+            raise whole.error((here, f"{'.'.join(path[:end])} is {written(node)}, which has no {step!r} in it"))
     return Config(data, config.origins)
 
 
@@ -100,7 +100,7 @@ def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Pa
     argument = arguments.named.get(key)
     if argument is None and key not in node and key not in ("type", DELETE) and not arguments.open:
         choices = {*map(str, node), *arguments.named} - {"type"}
-        raise whole.error([(here, f"there is no {key!r}; {suggestion(key, choices)}")])
+        raise whole.error((here, f"there is no {key!r}; {suggestion(key, choices)}"))
     if key not in node and not last:
         default = REQUIRED if argument is None else argument.default
         node[key] = copy.deepcopy(default) if isinstance(default, (Mapping, list, tuple)) else {}

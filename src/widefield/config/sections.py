@@ -101,7 +101,7 @@ def check_config(config: Config, sections: Sections) -> None:
         else:
             problems += check_value(value, section, (key,))
     if problems:
-        raise config.error(problems)
+        raise config.error(*problems)
 
 
 def unknown_section(key: str, sections: Sections) -> str:
