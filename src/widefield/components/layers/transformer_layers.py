@@ -1,6 +1,7 @@
 """Layers of vision transformers: patches as tokens, where they stand, and attention."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -163,18 +164,6 @@ def replace_masked(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
 QKVBias = bool | Literal["qv"]
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with GELU between them, token by token."""
-
-    def __init__(self, embed_dims: int, hidden_channels: int, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        first = nn.Sequential(nn.Linear(embed_dims, hidden_channels), nn.GELU(), nn.Dropout(drop_rate))
-        self.layers = nn.Sequential(first, nn.Linear(hidden_channels, embed_dims), nn.Dropout(drop_rate))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
 class TransformerEncoderLayer(nn.Module):
     """A pre-norm block: x + gamma1 attention(LN(x)), then x + gamma2 ffn(LN(x)) (Dosovitskiy et al., 2020).
 
@@ -185,7 +174,6 @@ class TransformerEncoderLayer(nn.Module):
         layer_scale_init_value: What gamma1 and gamma2, one number per channel, are at first (Touvron et al., 2021); 0 leaves them
             out.
         drop_rate: Dropout on outputs of linear layers.
-        attn_drop_rate: Dropout on the attention weights.
         drop_path_rate: Probability with which an image skips a branch in training.
         qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone, as BEiT has it.
         norm_cfg: See `build_norm_layer`.
@@ -198,7 +186,6 @@ class TransformerEncoderLayer(nn.Module):
         feedforward_channels: int,
         layer_scale_init_value: float = 0.0,
         drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         qkv_bias: QKVBias = True,
         norm_cfg: dict[str, Any] = {"type": "LN", "eps": 1e-6},  # noqa: B006  # read, never written
@@ -208,11 +195,11 @@ class TransformerEncoderLayer(nn.Module):
             raise WrongArgumentError(f"embed_dims={embed_dims} cannot be shared evenly by num_heads={num_heads}")
         attention = BeitAttention if qkv_bias == "qv" else Attention
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = attention(
-            embed_dims, num_heads, qkv_bias=bool(qkv_bias), attn_drop=attn_drop_rate, proj_drop=drop_rate
-        )
+        self.attn = attention(embed_dims, num_heads, qkv_bias=bool(qkv_bias), proj_drop=drop_rate)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FeedForward(embed_dims, feedforward_channels, drop_rate)
+        first = nn.Sequential(nn.Linear(embed_dims, feedforward_channels), nn.GELU(), nn.Dropout(drop_rate))
+        layers = nn.Sequential(first, nn.Linear(feedforward_channels, embed_dims), nn.Dropout(drop_rate))
+        self.ffn = nn.Sequential(OrderedDict(layers=layers))  # the names of MMPretrain's weights
         self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate else nn.Identity()
         scale = torch.full((embed_dims,), float(layer_scale_init_value))
         self.gamma1 = nn.Parameter(scale) if layer_scale_init_value else None

@@ -271,7 +271,9 @@ class HOGGenerator(BaseTargetGenerator):
         self.pool = pool
         self.gaussian_window = gaussian_window
         self.patch_size = patch_size
-        self.register_buffer("gaussian", _gaussian(gaussian_window), persistent=False)
+        window = torch.signal.windows.gaussian(gaussian_window, std=gaussian_window / 2)
+        gaussian = torch.outer(window, window)
+        self.register_buffer("gaussian", gaussian / gaussian.sum(), persistent=False)
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -290,9 +292,8 @@ class HOGGenerator(BaseTargetGenerator):
                 f"gaussian_window={self.gaussian_window} need multiples of {side}"
             )
         self.out = self._histograms(x.to(torch.promote_types(x.dtype, torch.float32)))
-        cells = self.patch_size // self.pool
-        patches = self.out.unflatten(4, (-1, cells)).unflatten(3, (-1, cells))
-        return patches.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
+        patches = functional.pixel_unshuffle(self.out.flatten(1, 2), self.patch_size // self.pool)
+        return patches.flatten(2).transpose(1, 2)
 
     def _histograms(self, x: Tensor) -> Tensor:
         right, down = _sobel(x)
@@ -301,11 +302,9 @@ class HOGGenerator(BaseTargetGenerator):
         tiles = (x.shape[-2] // self.gaussian_window, x.shape[-1] // self.gaussian_window)
         magnitude = torch.hypot(right, down) * self.gaussian.to(x).tile(tiles)
         # One angle at a time: an axis of angles in front of the sums would take nbins times the memory of the images.
-        sums = [self._sum_cells(magnitude * (bins == k)) for k in range(self.nbins)]
+        of_angles = (magnitude * (bins == k) for k in range(self.nbins))
+        sums = [functional.avg_pool2d(one, self.pool, divisor_override=1) for one in of_angles]
         return functional.normalize(torch.stack(sums, dim=2), dim=2)
-
-    def _sum_cells(self, x: Tensor) -> Tensor:
-        return x.unflatten(3, (-1, self.pool)).unflatten(2, (-1, self.pool)).sum((3, 5))
 
 
 def _sobel(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,10 +316,3 @@ def _sobel(x: Tensor) -> tuple[Tensor, Tensor]:
     along_y = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
     along_x = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
     return along_y[..., :-2] - along_y[..., 2:], along_x[..., :-2, :] - along_x[..., 2:, :]
-
-
-def _gaussian(window: int) -> Tensor:
-    position = torch.arange(window) - (window - 1) / 2
-    weight = torch.exp(-0.5 * (position / (window / 2)) ** 2)
-    gaussian = torch.outer(weight, weight)
-    return gaussian / gaussian.sum()
