@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,6 +16,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports of the tests made, which lives to the end, out of all garbage collections to come."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extension modules tell of leaks at the exit
 
 
 _WITH_THE_CHECK = ("test_first_check", "test_functions_and_hooks", "test_effects", "test_mutations", "test_it_streams")
