@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from widefield.components import BEiTV2Neck, LinearNeck, MAEPretrainDecoder, NonLinearNeck
-from widefield.components.layers.described import build_activation_layer
+from widefield.components.component import build_activation_layer
 from widefield.registry import MODELS, UnknownNameError
 
 TINY = {"embed_dims": 8, "num_layers": 4, "num_heads": 2, "feedforward_channels": 16}

@@ -14,8 +14,8 @@ _HOME = {
     "BaseSelfSupervisor": "models.base_model",
     "Component": "component",
     "DataSample": "data_sample",
-    "build_conv_layer": "layers.described",
-    "build_norm_layer": "layers.described",
+    "build_conv_layer": "component",
+    "build_norm_layer": "component",
     "weighted_loss": "losses.reduction",
 }
 

@@ -1,4 +1,4 @@
-"""The base class of components: a module whose weights are initialised by description."""
+"""The base class of components: a module whose layers, and the initialisation of whose weights, are described."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
@@ -6,8 +6,46 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from widefield.components.initializers import INITIALIZERS, Pretrained
-from widefield.components.layers.described import CONVS, NORMS
-from widefield.registry import MODELS, ComponentOf
+from widefield.registry import MODELS, ComponentOf, Entry, Registry
+
+CONVS = Registry(
+    "convolution",
+    lambda: [
+        Entry("Conv1d", "torch.nn:Conv1d"),
+        Entry("Conv2d", "torch.nn:Conv2d"),
+        Entry("Conv3d", "torch.nn:Conv3d"),
+        Entry("Conv", "torch.nn:Conv2d"),
+    ],
+)
+NORMS = Registry(
+    "norm layer",
+    lambda: [
+        Entry("BN", "torch.nn:BatchNorm2d", "bn"),
+        Entry("BN1d", "torch.nn:BatchNorm1d", "bn"),
+        Entry("BN2d", "torch.nn:BatchNorm2d", "bn"),
+        Entry("BN3d", "torch.nn:BatchNorm3d", "bn"),
+        Entry("SyncBN", "torch.nn:SyncBatchNorm", "bn"),
+        Entry("GN", "torch.nn:GroupNorm", "gn"),
+        Entry("IN", "torch.nn:InstanceNorm2d", "in"),
+        Entry("LN", "torch.nn:LayerNorm", "ln"),
+        Entry("LN2d", "timm.layers:LayerNorm2d", "ln"),
+    ],
+)
+"""The kind of a norm layer is how the attributes that hold it begin."""
+
+_CHANNELS = {"GN": "num_channels", "LN": "normalized_shape", "LN2d": "num_channels"}
+
+ACTIVATIONS = Registry(
+    "activation",
+    lambda: [
+        Entry("HSwish", "torch.nn:Hardswish"),
+        Entry("Swish", "torch.nn:SiLU"),
+        *(
+            Entry(name, f"torch.nn:{name}")
+            for name in ("ELU", "GELU", "LeakyReLU", "Mish", "PReLU", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Tanh")
+        ),
+    ],
+)
 
 BackboneConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "backbone")]
 NeckConfig = Annotated[nn.Module | dict[str, Any] | list[dict[str, Any]], ComponentOf(MODELS, "neck")]
@@ -25,6 +63,7 @@ NormConfig = Annotated[
     dict[str, Any],
     ComponentOf(NORMS, given=("num_features", "num_channels", "normalized_shape"), also={"requires_grad": bool}),
 ]
+ActivationConfig = Annotated[dict[str, Any] | None, ComponentOf(ACTIVATIONS)]
 
 
 class Component(nn.Module):
@@ -90,3 +129,37 @@ class LossHead(Component):
     def __init__(self, loss: LossConfig, init_cfg: InitConfig = None) -> None:
         super().__init__(init_cfg)
         self.loss_module = MODELS.build(loss)
+
+
+def build_conv_layer(cfg: dict[str, Any] | None, *args: Any, **kwargs: Any) -> nn.Module:
+    """A convolution.
+
+    Args:
+        cfg: `{type: Conv2d, ...}` with arguments that the caller leaves open, such as `padding_mode`; None is a `Conv2d`.
+        args: Channels in, channels out, kernel size and so on, as the layer takes them.
+        kwargs: The same by name.
+    """
+    arguments = dict(cfg or {"type": "Conv2d"})
+    return CONVS.get(arguments.pop("type", "Conv2d"))(*args, **kwargs, **arguments)
+
+
+def build_norm_layer(cfg: dict[str, Any], num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
+    """A norm layer, and the name of the attribute that holds it, such as `bn1`.
+
+    Args:
+        cfg: `{type: BN, eps: 1e-5, requires_grad: true, ...}`; `requires_grad: false` freezes weight and bias.
+        num_features: Channels.
+        postfix: The end of the name.
+    """
+    arguments = dict(cfg)
+    requires_grad = arguments.pop("requires_grad", True)
+    name = arguments.get("type", "")
+    layer: nn.Module = NORMS.build(arguments, **{_CHANNELS.get(name, "num_features"): num_features})
+    for parameter in layer.parameters():
+        parameter.requires_grad = requires_grad
+    return f"{NORMS.kind(name) or 'norm'}{postfix}", layer
+
+
+def build_activation_layer(cfg: dict[str, Any] | None) -> nn.Module:
+    """An activation, `{type: GELU, ...}`; None is the identity."""
+    return nn.Identity() if cfg is None else ACTIVATIONS.build(cfg)

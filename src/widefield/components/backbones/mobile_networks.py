@@ -7,8 +7,7 @@ from torch import nn
 from torchvision import models
 
 from widefield.components.backbones.base_backbone import SequentialBackbone, check_drop_path_rate, check_frozen_stages
-from widefield.components.component import NormConfig
-from widefield.components.layers.described import build_norm_layer
+from widefield.components.component import NormConfig, build_norm_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 

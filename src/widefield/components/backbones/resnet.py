@@ -15,8 +15,7 @@ from widefield.components.backbones.base_backbone import (
     check_drop_path_rate,
     check_frozen_stages,
 )
-from widefield.components.component import ConvConfig, InitConfig, NormConfig
-from widefield.components.layers.described import build_conv_layer, build_norm_layer
+from widefield.components.component import ConvConfig, InitConfig, NormConfig, build_conv_layer, build_norm_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, Range
 

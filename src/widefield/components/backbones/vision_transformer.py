@@ -13,8 +13,7 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
     parse_out_indices,
 )
-from widefield.components.component import InitConfig, NormConfig
-from widefield.components.layers.described import build_norm_layer
+from widefield.components.component import InitConfig, NormConfig, build_norm_layer
 from widefield.components.layers.transformer_layers import (
     PatchEmbed,
     QKVBias,

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield.components.component import InitConfig, LossConfig, LossHead
+from widefield.components.component import ActivationConfig, InitConfig, LossConfig, LossHead, build_activation_layer
 from widefield.components.data_sample import DataSample
-from widefield.components.layers.described import ActivationConfig, build_activation_layer
 from widefield.components.metrics.classification_metrics import Accuracy, as_topk
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS

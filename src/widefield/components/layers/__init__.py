@@ -1,1 +1,1 @@
-"""Layers that components build from descriptions."""
+"""Layers of vision transformers."""

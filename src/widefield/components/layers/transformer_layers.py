@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
-from widefield.components.layers.described import build_norm_layer
+from widefield.components.component import build_norm_layer
 from widefield.errors import WrongArgumentError
 
 Resolution = tuple[int, int]

@@ -5,8 +5,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from widefield.components.component import Component, InitConfig, NormConfig
-from widefield.components.layers.described import ActivationConfig, build_activation_layer, build_norm_layer
+from widefield.components.component import (
+    ActivationConfig,
+    Component,
+    InitConfig,
+    NormConfig,
+    build_activation_layer,
+    build_norm_layer,
+)
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
