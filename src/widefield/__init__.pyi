@@ -9,11 +9,11 @@ from widefield.inference import ImageClassificationInferencer as ImageClassifica
 from widefield.inference import ImageRetrievalInferencer as ImageRetrievalInferencer
 from widefield.inference import get_model, list_models
 from widefield.inference import inference_model as inference_model
+from widefield.models.classifier import StreamingTimm as StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt as StreamingConvNeXt
 from widefield.models.convnext import StreamingConvnext as StreamingConvnext
 from widefield.models.resnet import StreamingResNet as StreamingResNet
 from widefield.models.resnet import split_resnet as split_resnet
-from widefield.models.streaming_timm import StreamingTimm as StreamingTimm
 from widefield.modules import AtomicCheckpointIO as AtomicCheckpointIO
 from widefield.modules import BaseModule as BaseModule
 from widefield.modules import ImageNetClassifier as ImageNetClassifier

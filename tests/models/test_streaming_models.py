@@ -15,9 +15,9 @@ from torchvision.models import ResNet18_Weights, WeightsEnum
 
 import widefield
 from widefield.models import Classifier
+from widefield.models.classifier import StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt, StreamingConvnext
 from widefield.models.resnet import StreamingResNet
-from widefield.models.streaming_timm import StreamingTimm
 from widefield.modules import ImageNetClassifier
 
 

@@ -1,33 +1,31 @@
-"""A function of the library, called with what stands on the command line."""
+"""`widefield pretrain`, `export` and `embed`: functions of the library, called with what stands on the command line."""
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterable
 from typing import Any
+
+from widefield import pretraining
+from widefield.cli.inspect_model import find_model
+from widefield.config.load import parse_value
+from widefield.registry import suggestion
 
 _NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Pretrain, export or embed, as `arguments.verb` says."""
-    from widefield import pretraining
+    """Call the function named `arguments.verb` with the flags that were given and with `others`, which win.
 
-    data = getattr(arguments, "data", None)
-    if data is not None and len(data) == 1:
-        (arguments.data,) = data  # a folder alone is not a list of folders: images are then named by their paths in it
-    call(getattr(pretraining, arguments.verb), arguments, others)
-
-
-def call(function: Callable[..., None], arguments: argparse.Namespace, others: Iterable[str]) -> None:
-    """Call `function` with the flags that were given and with `others`, which win: key=value, dots for entries of dictionaries.
+    These are key=value, with dots for entries of dictionaries.
 
     Raises:
-        ValueError: Something in `others` is no argument of `function`, or one without a default is missing.
+        ValueError: Something in `others` is no argument of the function, or one without a default is missing.
     """
-    from widefield.registry import suggestion
-
+    function = getattr(pretraining, arguments.verb)
     flags = {name: value for name, value in vars(arguments).items() if name not in _NOT_ARGUMENTS}
     given = {name: value for name, value in flags.items() if value not in (None, False)}
+    if len(given.get("data", ())) == 1:
+        # A folder alone is not a list of folders: images are named by their paths in it.
+        (given["data"],) = given["data"]
     parameters = inspect.signature(function).parameters
     for text in others:
         path, value = _entry(text)
@@ -37,14 +35,13 @@ def call(function: Callable[..., None], arguments: argparse.Namespace, others: I
     missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]
     if missing:
         raise ValueError(f"give {', '.join(f'--{name}' for name in missing)}")
-    if given.get("model") is not None:
-        given["model"] = _model(given["model"])
+    model = given.get("model")
+    if isinstance(model, str) and ":" in model:  # else it is the name of a model
+        given["model"] = find_model(model)
     function(**given)
 
 
 def _entry(text: str) -> tuple[list[str], Any]:
-    from widefield.config.load import parse_value
-
     name, equals, value = text.partition("=")
     path = name.removeprefix("--").replace("-", "_").split(".")
     if not equals or not all(path):
@@ -59,12 +56,3 @@ def _put(given: dict[str, Any], path: list[str], value: Any, text: str) -> None:
         if not isinstance(given, dict):
             raise ValueError(f"{text}: {key} has the value {given!r} already, so nothing can be in it")
     given[last] = value
-
-
-def _model(text: Any) -> Any:
-    """The wrapper or model that `my_file.py:name` or `package.module:name` stands for; names of models stay."""
-    if not isinstance(text, str) or ":" not in text:
-        return text
-    from widefield.cli.inspect_model import find_model
-
-    return find_model(text)

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
+
+from widefield.cli import fit_run
+from widefield.cli.configuration import SHORTCUTS, read_configuration
+from widefield.config import ConfigError
+
 
 def fit(
     out: str | Path,
@@ -37,8 +43,6 @@ def fit(
     Raises:
         ValueError, OSError, UnsupportedOpError: What was given cannot be used; the message says why.
     """
-    from widefield.cli.configuration import SHORTCUTS
-
     flags = {name: entries.pop(name) for name in (*SHORTCUTS, "seed") if name in entries}
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
     places = {name: None if place is None else Path(place) for name, place in (("images", images), ("labels", labels))}
@@ -55,26 +59,14 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 
 def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
-    from jsonargparse import ArgumentError
-
-    from widefield.cli.configuration import read_configuration
-    from widefield.cli.fit_run import train
-    from widefield.config import ConfigError
-
     try:
         config, left = read_configuration(arguments, _files(arguments), others)
-        return train(config, left, resume=arguments.resume)
+        return fit_run.train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
-        raise ValueError(_in_shortcuts(str(error))) from error
-
-
-def _in_shortcuts(message: str) -> str:
-    """The message with the names of the flags where it names the entries that they fill."""
-    from widefield.cli.configuration import SHORTCUTS
-
-    for name, entry in SHORTCUTS.items():
-        message = message.replace(entry, f"--{name.replace('_', '-')}")
-    return message
+        message = str(error)
+        for name, entry in SHORTCUTS.items():
+            message = message.replace(entry, f"--{name.replace('_', '-')}")
+        raise ValueError(message) from error
 
 
 def _files(arguments: argparse.Namespace) -> list[Path]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from widefield.cli.progress import TileTask, make_progress, streamed_network
+from widefield.cli.progress import make_progress, streamed_network, tile_bar
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(files))
         if network is not None:
-            network.progress = TileTask(progress).update
+            network.progress = tile_bar(progress)
         try:
             for_each(files, predict_one, lambda: progress.advance(bar))
         finally:

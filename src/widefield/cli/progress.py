@@ -1,5 +1,6 @@
 """Progress bars with images and tiles."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,16 +24,14 @@ def make_progress() -> Progress:
     )
 
 
-class TileTask:
-    """A bar for the tiles of the image that is being streamed; its `update` is a `StreamingCNN.progress`."""
+def tile_bar(progress: Progress) -> Callable[[str, int, int], None]:
+    """A bar for the tiles of the image that is being streamed: what to set as `StreamingCNN.progress`."""
+    task = progress.add_task("tiles", total=None)
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("tiles", total=None)
+    def update(phase: str, done: int, total: int) -> None:
+        progress.update(task, description=f"  tiles, {phase}", completed=done, total=total)
 
-    def update(self, phase: str, done: int, total: int) -> None:
-        """Show `done` of `total` tiles of the phase "forward" or "backward"."""
-        self._progress.update(self._task, description=f"  tiles, {phase}", completed=done, total=total)
+    return update
 
 
 def streamed_network(model: Any) -> StreamingCNN | None:
@@ -62,7 +61,7 @@ class StreamingProgress(ProgressBar):
             self._progress.start()
             network = streamed_network(pl_module)
             if network is not None:
-                network.progress = TileTask(self._progress).update
+                network.progress = tile_bar(self._progress)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         network = streamed_network(pl_module)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -14,11 +15,15 @@ from widefield.components.metrics import METRICS
 from widefield.config import Config, build, find_class
 from widefield.config.check import Problem, mark_of, written
 from widefield.config.config import Path
+from widefield.data.pipeline import Pipeline
+from widefield.modules.optimization import ParameterOptions, make_optimizer, make_schedule
 from widefield.registry import DATASETS, MODELS, TRANSFORMS, ComponentOf, arguments_of, split_description
 
 _WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", "callbacks")
 """Arguments of the trainer that write to disk or change settings of torch when it is made."""
-
+_WITHOUT_EFFECTS = dict.fromkeys(
+    ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+)
 _ONE_WEIGHT = nn.Linear(1, 1, bias=False)
 
 
@@ -77,8 +82,6 @@ def _quiet() -> Iterator[None]:
 
 def _transforms(config: Config) -> Iterator[Problem]:
     """Yield problems of the transforms of described data sets."""
-    from widefield.data.pipeline import Pipeline
-
     for name, one in _of(config, "data").items():
         if not isinstance(one, dict) or one.get("type") not in DATASETS:
             continue
@@ -95,21 +98,13 @@ def _transforms(config: Config) -> Iterator[Problem]:
 
 
 def _trainer(config: Config) -> Iterator[Problem]:
-    from lightning.pytorch import Callback, Trainer
-
     described = _of(config, "trainer")
     arguments = {
         name: value
         for name, value in described.items()
         if name not in (*_WITH_EFFECTS, "type") and not _describes(value)
     }
-    shown = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    yield from _attempt(lambda given: Trainer(**{**given, **shown}), arguments, ("trainer",))
+    yield from _attempt(lambda given: Trainer(**{**given, **_WITHOUT_EFFECTS}), arguments, ("trainer",))
     callbacks = described.get("callbacks") or []
     for k, one in enumerate(callbacks if isinstance(callbacks, list) else []):
         if not any(map(_describes, split_description(one)[1].values())):
@@ -128,8 +123,6 @@ def _instance(description: Mapping[str, Any], base: type) -> Any:
 
 def _optimization(config: Config, model: nn.Module | None) -> Iterator[Problem]:
     """Yield problems of the optimizer, for the parameters of the model if there is one already, and of the schedule."""
-    from widefield.modules.optimization import ParameterOptions, make_optimizer, make_schedule
-
     described = config.data.get("optimizer")
     for key in ("lr_scheduler", "paramwise_cfg"):
         if described is None and config.data.get(key):

@@ -6,6 +6,7 @@ shown another file: the bytes of the real one, between a header and directories 
 
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +14,41 @@ import numpy as np
 import pyvips
 import tifffile
 
-from widefield.images.vips import kept_out_of_cache, load
+from widefield.images.vips import OpenPlanes, kept_out_of_cache, load
 
 _LONG8, _UNDEFINED = 16, 7
 _HEADER_BYTES = 16
 """Bytes of the header of a BigTIFF file, by which the bytes of the real file are shifted."""
 
 
-@dataclass(frozen=True)
-class SeparatePlanes:
-    """Directories for the planes of one page.
+def separate_planes(path: Path, page: Any, count: int) -> OpenPlanes:
+    """What opens the first `count` planes of a page of tifffile as images of one band; an ImageReadError as in `load`."""
+    order, start = page.parent.byteorder, _HEADER_BYTES + page.parent.filehandle.size
+    segments = len(page.dataoffsets) // page.samplesperpixel
+    directories, following = bytearray(), 0
+    for plane in reversed(range(page.samplesperpixel)):  # a directory points to the one after it
+        part = slice(plane * segments, (plane + 1) * segments)
+        entries = bytearray()
+        for tag, (kind, data) in sorted(_fields(page, part).items()):
+            number = len(data) // (8 if kind == _LONG8 else 1)
+            if len(data) > 8:
+                directories += data
+                data = struct.pack(order + "Q", start + len(directories) - len(data))
+            entries += struct.pack(order + "HHQ", tag, kind, number) + data.ljust(8, b"\0")
+        before, after = struct.pack(order + "Q", len(entries) // 20), struct.pack(order + "Q", following)
+        following = start + len(directories)
+        directories += before + entries + after
+    header = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HHHQ", 43, 8, 0, following)
+    shown = partial(_Reader, path, page.parent.filehandle.size, header, bytes(directories))
+    access = "random" if page.is_tiled else "sequential"
 
-    Attributes:
-        path: The real file.
-        size: Bytes of the real file.
-        header: Goes before its bytes.
-        directories: Go behind its bytes.
-        access: "random" or "sequential", see `load`.
-    """
-
-    path: Path
-    size: int
-    header: bytes
-    directories: bytes
-    access: str
-
-    @classmethod
-    def of(cls, path: Path, page: Any) -> "SeparatePlanes":
-        """The planes of a page of tifffile."""
-        order, start = page.parent.byteorder, _HEADER_BYTES + page.parent.filehandle.size
-        segments = len(page.dataoffsets) // page.samplesperpixel
-        directories, following = bytearray(), 0
-        for plane in reversed(range(page.samplesperpixel)):  # a directory points to the one after it
-            part = slice(plane * segments, (plane + 1) * segments)
-            entries = bytearray()
-            for tag, (kind, data) in sorted(_fields(page, part).items()):
-                count = len(data) // (8 if kind == _LONG8 else 1)
-                if len(data) > 8:
-                    directories += data
-                    data = struct.pack(order + "Q", start + len(directories) - len(data))
-                entries += struct.pack(order + "HHQ", tag, kind, count) + data.ljust(8, b"\0")
-            number = len(entries) // 20
-            before, after = struct.pack(order + "Q", number), struct.pack(order + "Q", following)
-            following = start + len(directories)
-            directories += before + entries + after
-        header = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HHHQ", 43, 8, 0, following)
-        access = "random" if page.is_tiled else "sequential"
-        return cls(path, page.parent.filehandle.size, header, bytes(directories), access)
-
-    def open(self, count: int) -> tuple[pyvips.Image, ...]:
-        """The first `count` planes as images of one band, opened anew; an ImageReadError as in `load`."""
+    def open_planes() -> tuple[pyvips.Image, ...]:
         with kept_out_of_cache():
             return tuple(
-                load(self.path, self.access, "warning", source=_as_source(_Reader(self)), page=plane)
-                for plane in range(count)
+                load(path, access, "warning", source=_as_source(shown()), page=plane) for plane in range(count)
             )
+
+    return open_planes
 
 
 def _fields(page: Any, part: slice) -> dict[int, tuple[int, bytes]]:
@@ -95,37 +76,42 @@ def _fields(page: Any, part: slice) -> dict[int, tuple[int, bytes]]:
     return fields | ({347: (_UNDEFINED, page.jpegtables)} if page.jpegtables else {})
 
 
+@dataclass
 class _Reader:
-    """Reads what libvips is shown. The file is opened for each piece: a forked process would share its position."""
+    """Reads what libvips is shown: the bytes of the real file, of `size`, between a header and the directories.
 
-    def __init__(self, planes: SeparatePlanes) -> None:
-        self._planes = planes
-        self._position = 0
-        self._size = _HEADER_BYTES + planes.size + len(planes.directories)
+    The file is opened for each piece: a forked process would share its position.
+    """
+
+    path: Path
+    size: int
+    header: bytes
+    directories: bytes
+    position: int = 0
 
     def seek(self, offset: int, whence: int) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
+        end = _HEADER_BYTES + self.size + len(self.directories)
+        self.position = offset + (0, self.position, end)[whence]
+        return self.position
 
     def read(self, length: int) -> bytes:
         pieces = []
         while length and (piece := self._piece(length)):
             pieces.append(piece)
-            self._position += len(piece)
+            self.position += len(piece)
             length -= len(piece)
         return b"".join(pieces)
 
     def _piece(self, length: int) -> bytes:
-        planes, position = self._planes, self._position
-        if position < _HEADER_BYTES:
-            return planes.header[position : position + length]
-        position -= _HEADER_BYTES
-        if position >= planes.size:
-            return planes.directories[position - planes.size :][:length]
+        if self.position < _HEADER_BYTES:
+            return self.header[self.position : self.position + length]
+        position = self.position - _HEADER_BYTES
+        if position >= self.size:
+            return self.directories[position - self.size :][:length]
         try:
-            with planes.path.open("rb", buffering=0) as file:
+            with self.path.open("rb", buffering=0) as file:
                 file.seek(position)
-                return file.read(min(length, planes.size - position))
+                return file.read(min(length, self.size - position))
         except OSError:
             return b""  # libvips takes it for the end of a truncated file
 

@@ -23,7 +23,7 @@ from widefield.images.pixel_source import (
     check_level,
     warn_of_dropped_alpha,
 )
-from widefield.images.planes import SeparatePlanes
+from widefield.images.planes import separate_planes
 from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
 _ONE_IMAGE = ("YX", "YXS", "SYX", "CYX")
@@ -206,7 +206,7 @@ def _source(path: Path, level: tifffile.TiffPageSeries, size: tuple[int, int], a
         if page.photometric not in _GREY_OR_RGB:
             reason = f"{page.photometric.name} colours in separate planes (PlanarConfiguration 2) are not supported"
             raise cannot_read(path, f"{reason}; save it pixel-interleaved")
-        open_planes = partial(SeparatePlanes.of(path, page).open, page.samplesperpixel - drops_alpha)
+        open_planes = separate_planes(path, page, page.samplesperpixel - drops_alpha)
     else:
         directories = tuple(_directory(one) for one in pages)
         open_planes = partial(_open_planes, path, directories, drops_alpha, "random" if page.is_tiled else "sequential")

@@ -1,6 +1,7 @@
 from widefield.inference.averaged_views import AveragedViews as AveragedViews
 from widefield.inference.evaluation import Evaluation as Evaluation
 from widefield.inference.features import FeatureExtractor as FeatureExtractor
+from widefield.inference.features import ImageRetrievalInferencer as ImageRetrievalInferencer
 from widefield.inference.models import ModelInfo as ModelInfo
 from widefield.inference.models import get_model as get_model
 from widefield.inference.models import info_of as info_of
@@ -8,4 +9,3 @@ from widefield.inference.names import list_models as list_models
 from widefield.inference.prediction import ImageClassificationInferencer as ImageClassificationInferencer
 from widefield.inference.prediction import inference_model as inference_model
 from widefield.inference.prediction import predict_samples as predict_samples
-from widefield.inference.retrieval import ImageRetrievalInferencer as ImageRetrievalInferencer

@@ -168,7 +168,7 @@ def inference_model(model: nn.Module | Name, image: Image) -> Any:
     Raises:
         ValueError: The model predicts nothing.
     """
-    from widefield.inference.retrieval import matches
+    from widefield.inference.features import matches
 
     made = as_model(model, True, None)
     if isinstance(made, ImageToImageRetriever):

@@ -1,10 +1,9 @@
 """Whole models, by name and ready to train."""
 
-from widefield.models.classifier import Classifier, read_checkpoint
+from widefield.models.classifier import Classifier, StreamingTimm, read_checkpoint
 from widefield.models.convnext import StreamingConvNeXt
 from widefield.models.networks import RESNETS, make_model
 from widefield.models.resnet import StreamingResNet
-from widefield.models.streaming_timm import StreamingTimm
 from widefield.models.weights import load_weights
 
 __all__ = [

@@ -1,18 +1,19 @@
-"""The classifier that `widefield fit` trains: any network by its name."""
+"""Any network by its name, with a trunk that streams: the classifier that `widefield fit` trains, and timm's models."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from widefield.models.networks import TIMM_PREFIX, make_model
+from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_timm
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
 from widefield.models.weights import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
 
 Pooling = Literal["average", "max"]
@@ -140,3 +141,41 @@ def _trunk_and_head(name: str, num_classes: int, weights: str | None, pooling: P
     if pooling == "max":
         raise ValueError(f"pooling='max' is for ResNets; {name} has its own pooling, use pooling='average'")
     return split(net)
+
+
+class StreamingTimm(ImageNetClassifier):
+    """Any timm model that begins with layers which stream; the rest, from the first operation over the whole image on, is the head.
+
+    Args:
+        model_name: A name that timm knows, with or without `timm/` before it.
+        tile_size, loss_fn, train_streaming_layers, metrics, num_classes, weights: As for `StreamingResNet`.
+        options: Those of `BaseModule`; `mean` and `std` are those that timm states for the model by default.
+
+    Raises:
+        ValueError: An unknown model name, or weights that don't belong to the model.
+        UnsupportedOpError: The model begins with an operation over the whole image.
+        OSError: The weights cannot be downloaded or read.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        tile_size: int | tuple[int, int | None] | None = None,
+        loss_fn: Loss | None = None,
+        train_streaming_layers: bool = True,
+        metrics: Metric | MetricCollection | None = None,
+        num_classes: int = 1000,
+        weights: Weights = "DEFAULT",
+        **options: Any,
+    ) -> None:
+        net = make_timm(model_name, num_classes, weights)
+        settings: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+        options = {name: settings[name] for name in ("mean", "std") if name in settings} | options
+        trunk, head = split(net)
+        super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+        self.save_plain_hyperparameters(
+            weights=None,
+            model_name=model_name,
+            num_classes=num_classes,
+            train_streaming_layers=train_streaming_layers,
+        )

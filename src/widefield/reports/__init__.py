@@ -1,9 +1,17 @@
 """Heatmaps and reports."""
 
-from widefield.reports.figures import learning_rates, save_confusion_matrix, save_points, save_schedule, tsne
+from widefield.reports.figures import (
+    ScaleBar,
+    learning_rates,
+    save_confusion_matrix,
+    save_overlay,
+    save_points,
+    save_schedule,
+    scale_bar,
+    tsne,
+)
 from widefield.reports.grad_cam import NoMapError, class_activation, grad_cam, peak
 from widefield.reports.memory import PeakMemory, plain_step_bytes
-from widefield.reports.overlay import ScaleBar, save_overlay, scale_bar
 from widefield.reports.page import Page
 
 __all__ = [

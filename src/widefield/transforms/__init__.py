@@ -39,11 +39,17 @@ tensors, and float tensors from 0 to 1, are both right for them.
 """
 
 from widefield.transforms.colour import HEDShift, HueSaturationValue, RandomBrightnessContrast, RandomGamma
-from widefield.transforms.compose import Compose, OneOf, OneOrOther, Sequential, SomeOf
+from widefield.transforms.compose import Compose, Lambda, NoOp, OneOf, OneOrOther, Sequential, SomeOf
 from widefield.transforms.crops import CenterCrop, Crop, CropOrPad, PadIfNeeded, RandomCrop
-from widefield.transforms.custom import Lambda, NoOp
-from widefield.transforms.dropout import ChannelDropout, CoarseDropout
-from widefield.transforms.filters import Blur, GaussianBlur, GaussNoise, MedianBlur, Sharpen
+from widefield.transforms.filters import (
+    Blur,
+    ChannelDropout,
+    CoarseDropout,
+    GaussianBlur,
+    GaussNoise,
+    MedianBlur,
+    Sharpen,
+)
 from widefield.transforms.flips import Flip, HorizontalFlip, RandomRotate90, Transpose, VerticalFlip
 from widefield.transforms.resizing import LongestMaxSize, RandomScale, Resize, SmallestMaxSize
 from widefield.transforms.tensors import Normalize, ToDtype, ToTensor
