@@ -149,6 +149,9 @@ class Killed(Inherits):
 
 
 def train_or_resume(kind: type[StreamingModule], folder: Path) -> None:
+    torch.set_num_threads(
+        1
+    )  # renews torch's pool of threads after the fork, before threads of autograd could do so at once
     torch.manual_seed(0)
     module = kind(trunk(), head(), 16, nn.functional.cross_entropy)
     last = folder / "last.ckpt"

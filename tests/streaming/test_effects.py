@@ -169,7 +169,7 @@ def test_effects_are_refused_and_leave_nothing_behind(function: Callable[[Net, T
 @pytest.mark.parametrize(
     "written",
     [
-        lambda net, x: [x.detach(), net.b(x).data],
+        lambda net, x: [x.detach(), net.b(x).data.chunk(2, 1)[0].movedim(1, 0)],
         lambda net, x: [net.offset, net.gain.data],
         lambda net, x: [net.b.weight.data, net.b.bias.data],
     ],
@@ -182,6 +182,33 @@ def test_updates_of_many_tensors_past_autograd_are_refused(written: Callable[[Ne
 
     with pytest.raises(UnsupportedOpError, match=r"in.place"):
         stream(Net(function), 7, verify=False)(IMAGE)
+
+
+def divided_in_place(net: Net, x: Tensor) -> Tensor:
+    view = (x + 1).detach()
+    view /= 2
+    return net.b(view)
+
+
+def test_updates_by_operators_past_autograd_are_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="in place"):
+        stream(Net(divided_in_place), 7, verify=False)(IMAGE)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_updates_of_a_map_of_which_a_detached_view_was_taken_are_exact(gradients: bool) -> None:
+    def function(net: Net, x: Tensor) -> Tensor:
+        y = x + 1
+        view = y.detach()
+        return net.b(y.mul_(3)) + view
+
+    net = Net(function)
+    streamed = stream(net, 7, verify=False)
+    if gradients:
+        assert_equal_results(streamed, net)
+    else:
+        with torch.no_grad():
+            assert relative_error(streamed(IMAGE), net(IMAGE)) < 1e-12
 
 
 def test_updates_of_many_maps_with_gradients_are_exact() -> None:

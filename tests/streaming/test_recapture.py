@@ -1,7 +1,11 @@
 """Whatever forward reads counts: a change of it is noticed, and each branch is that of the pass that runs."""
 
+import array
+import collections
+import contextvars
 import dataclasses
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -33,6 +37,7 @@ class Configured(Net):
 
 
 SCALE, OUTER = 2.0, types.SimpleNamespace(scale=2.0)
+CONTEXT = contextvars.ContextVar("scale", default=2.0)
 
 
 def scaled_by_a_global(x: Tensor) -> Tensor:
@@ -115,6 +120,36 @@ CHANGES: dict[str, tuple[Any, Any, Callable[[pytest.MonkeyPatch, Net], Any]]] = 
         lambda net, x: x,
         lambda net: None,
         lambda patch, net: setattr(net, "forward", types.MethodType(lambda self, x: self.a(x) * 5.0, net)),
+    ),
+    "dict of another kind": (
+        lambda net, x: x * net.cfg["scale"],
+        _attribute(lambda: collections.UserDict(scale=2.0)),
+        lambda patch, net: net.cfg.update(scale=5.0),
+    ),
+    "chained dicts": (
+        lambda net, x: x * net.cfg["scale"],
+        _attribute(lambda: collections.ChainMap({}, {"scale": 2.0})),
+        lambda patch, net: net.cfg.maps[1].update(scale=5.0),
+    ),
+    "numbers in an array": (
+        lambda net, x: x * net.cfg[0],
+        _attribute(lambda: array.array("d", [2.0])),
+        lambda patch, net: net.cfg.__setitem__(0, 5.0),
+    ),
+    "context variable": (
+        lambda net, x: x * CONTEXT.get(),
+        lambda net: None,
+        lambda patch, net: CONTEXT.set(5.0),
+    ),
+    "environment variable": (
+        lambda net, x: x * float(os.environ.get("WIDEFIELD_TEST_SCALE", "2")),
+        lambda net: None,
+        lambda patch, net: patch.setenv("WIDEFIELD_TEST_SCALE", "5"),
+    ),
+    "distribution": (
+        lambda net, x: x * net.cfg.mean,
+        _attribute(lambda: torch.distributions.Normal(torch.full((4, 1, 1), 2.0).double(), 1.0)),
+        lambda patch, net: net.cfg.loc.fill_(5.0),
     ),
     "not a number": (
         lambda net, x: x * (2.0 if net.cfg != net.cfg else 5.0),

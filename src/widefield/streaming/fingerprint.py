@@ -1,21 +1,24 @@
 """Notice that a module would compute something else than it did when it was captured.
 
 A captured forward pass is used again as long as nothing has changed that `forward` may read: the structure, modes and settings of
-the module, the objects in its attributes, the code and class attributes of its classes, and the globals and closures that this
-code names. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by shape, dtype and
-`requires_grad`: their values are bound anew at each call. What cannot be looked into (a lock, an open file) counts by identity,
-and objects that are compared so are held, weakly where possible, so that another object at the same address is never taken for
-them.
+the module, the objects in its attributes, the code and class attributes of its classes, the globals and closures that this code
+names, and the environment variables. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by
+shape, dtype and `requires_grad`: their values are bound anew at each call. What cannot be looked into (a lock, an open file)
+counts by identity, and objects that are compared so are held, weakly where possible, so that another object at the same address
+is never taken for them.
 """
 
 import copy
 import functools
+import os
 import random
 import sys
 import types
 import weakref
-from collections import deque
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from pathlib import PurePath
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
@@ -90,7 +94,8 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
         hooks = [walk(hook) for kind in _HOOKS for hook in getattr(part, kind).values()]
         parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), tuple(hooks)))
     everywhere = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
-    return (*parts, *(walk(hook) for kind in everywhere for hook in kind.values()), torch.get_default_dtype())
+    hooks = [walk(hook) for kind in everywhere for hook in kind.values()]
+    return (*parts, *hooks, torch.get_default_dtype(), hash(frozenset(os.environ.items())))
 
 
 class NOTHING:
@@ -241,6 +246,10 @@ class _Walk:
     def _contents(self, value: Any) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
             return _of_array(value)
+        if isinstance(value, (bytearray, array)):
+            return bytes(value)
+        if isinstance(value, ContextVar):
+            return self(value.get(NOTHING))
         if isinstance(value, (dict, list, set, deque)):
             self.containers.append(value)
         if isinstance(value, (dict, types.MappingProxyType)):
@@ -275,6 +284,8 @@ class _Walk:
             return _Same(value)
         if isinstance(value, nn.Module):  # one that is no part of the module, in a list say
             return tuple((name, self(type(part)), self._attributes(part)) for name, part in value.named_modules())
+        if isinstance(value, (UserDict, UserList, ChainMap, Distribution)):
+            return self._attributes(value)
         if _in_library(type(value).__module__) or isinstance(value, types.ModuleType):
             return _Same(value)
         attributes = self._attributes(value)

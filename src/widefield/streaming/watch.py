@@ -64,13 +64,14 @@ _VALUE_CALLS = frozenset(
         *(torch.equal, torch.allclose),
     )
 )
-_DETACH = frozenset((_GETTERS["data"], Tensor.detach, torch.detach))
-_VIEWS = frozenset(
-    (
-        *("__getitem__", "view", "reshape", "flatten", "squeeze", "unsqueeze"),
-        *("select", "narrow", "t", "transpose", "permute"),
+_UPDATES = frozenset(
+    f"__{name}__"
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
     )
 )
+_DETACH = frozenset((_GETTERS["data"], Tensor.detach, torch.detach))
 
 
 class Watch(TorchFunctionMode):
@@ -95,10 +96,10 @@ class Watch(TorchFunctionMode):
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._grads = torch.is_grad_enabled()
         self._thread = threading.get_ident()
-        # By identity, and held: tensors that follow from no tensor of the module; those that share memory with one that may have
-        # a gradient.
-        self._constants: dict[int, Tensor] = {}
-        self._detached: dict[int, Tensor] = {}
+        self._constants: dict[
+            int, Tensor
+        ] = {}  # by identity, and held: tensors that follow from no tensor of the module
+        self._detached: dict[int, Tensor] = {}  # by their memory, and held: what lost its gradient
         self.left: tuple[tuple[str, str, bool], ...] = ()
         self._read: dict[tuple[int, str], Any] = {}
         self._patches = ExitStack()
@@ -195,8 +196,11 @@ class Watch(TorchFunctionMode):
                 "remove control flow and numbers that depend on pixels or weights (if x.max() > 0, .item()) from forward, or "
                 "stream only the part of the model before it",
             )
-        written = [kwargs.get("out"), *(_leaves(args[:1]) if _in_place(name) else ())]  # of torch._foreach_mul_, a list
-        if any(id(x) in self._detached for x in written):
+        written = [
+            kwargs.get("out"),
+            *(_leaves(args[:1]) if _in_place(func, name) else ()),
+        ]  # of torch._foreach_mul_, a list
+        if any(isinstance(x, Tensor) and not x.requires_grad and _memory(x) in self._detached for x in written):
             raise self.refusal(
                 name,
                 "changes in place, past autograd, what .data or .detach() gave of a map or a weight",
@@ -205,7 +209,6 @@ class Watch(TorchFunctionMode):
 
     def _follow(self, func: Any, name: str, tensors: list[Tensor], result: Any) -> None:
         constant = not any(map(self.derived, tensors))
-        shares = func in _DETACH or (name in _VIEWS and any(id(x) in self._detached for x in tensors[:1]))
         for x in _leaves(result):
             if not isinstance(x, Tensor):
                 continue
@@ -213,8 +216,8 @@ class Watch(TorchFunctionMode):
                 self._constants[id(x)] = x
             else:
                 self._constants.pop(id(x), None)
-            if shares and not constant:
-                self._detached[id(x)] = x
+            if func in _DETACH and any(tensor.requires_grad for tensor in tensors):
+                self._detached[_memory(x)] = x
 
     def _patched(self) -> Iterator[Any]:
         """Yield patches of the functions by which a model asks PyTorch for something without an operation on tensors."""
@@ -379,13 +382,14 @@ def _as_number(original: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda size: str(int(size)) if _by_model(sys._getframe(1)) else original(size)
 
 
-def _in_place(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or name in (
-        "__setitem__",
-        "__iadd__",
-        "__imul__",
-        "__isub__",
-    )
+def _in_place(func: Any, name: str) -> bool:
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
+    return (name.endswith("_") and not name.endswith("__")) or name in _UPDATES
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def _leaves(value: Any) -> Iterator[Any]:
