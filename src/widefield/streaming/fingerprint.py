@@ -1,11 +1,11 @@
 """Notice that a module would compute something else than it did when it was captured.
 
 A captured forward pass is used again as long as nothing has changed that `forward` may read: the structure, modes and settings of
-the module, the objects in its attributes, the code and class attributes of its classes, the globals and closures that this code
-names, and the environment variables. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by
-shape, dtype and `requires_grad`: their values are bound anew at each call. What cannot be looked into (a lock, an open file)
-counts by identity, and objects that are compared so are held, weakly where possible, so that another object at the same address
-is never taken for them.
+the module, the objects in its attributes, the code and class attributes of its classes, and the globals, closures and environment
+variables that this code names. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by shape, dtype
+and `requires_grad`: their values are bound anew at each call. What cannot be looked into (a lock, an open file) counts by identity,
+and objects that are compared so are held, weakly where possible, so that another object at the same address is never taken for
+them.
 """
 
 import copy
@@ -65,6 +65,7 @@ _LIBRARIES = frozenset(
 _MOST = 20_000
 _DEEPEST = 40  # and whatever lies deeper than this, in code that calls code, say
 _PLAIN = (bool, int, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout)
+_READS_ENVIRONMENT = frozenset(("environ", "getenv"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # looked at one by one
 _CLASS_STATE = frozenset(
@@ -95,7 +96,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
         parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), tuple(hooks)))
     everywhere = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
     hooks = [walk(hook) for kind in everywhere for hook in kind.values()]
-    return (*parts, *hooks, torch.get_default_dtype(), hash(frozenset(os.environ.items())))
+    return (*parts, *hooks, torch.get_default_dtype())
 
 
 class NOTHING:
@@ -312,6 +313,8 @@ class _Walk:
         known, names = function.__globals__, tuple(_names_in(code))
         self.names += [(known, name) for name in names if name in known]
         found = [self._global(known[name], names) for name in names if name in known]
+        if not _READS_ENVIRONMENT.isdisjoint(names):
+            found.append(frozenset(os.environ.items()))
         cells = (cell.cell_contents for cell in function.__closure__ or () if _filled(cell))
         return code, tuple(found), tuple(map(self, cells))
 
