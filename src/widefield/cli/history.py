@@ -1,4 +1,4 @@
-"""What `fit` keeps of a run: the numbers of every epoch, the memory of a step, and the page about them."""
+"""Records that `fit` keeps of a run: the numbers of every epoch, the memory of a step, and the page about them."""
 
 import csv
 import io

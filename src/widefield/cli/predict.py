@@ -113,7 +113,7 @@ def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callab
 def _predict(
     model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None, score: str
 ) -> dict[str, object]:
-    """What the table says of an image behind its name. Writes the overlay where the model has a map."""
+    """Return the cells of an image's row after its name. Writes the overlay where the model has a map."""
     picture = info.pipeline(image)
     found = explain(model, picture)
     if found is None or views is not None:

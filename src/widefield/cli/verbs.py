@@ -102,7 +102,7 @@ REGISTRIES = {
     "methods": "widefield.pretraining.methods:METHODS",
     "metrics": "widefield.components.metrics:METRICS",
 }
-"""What `list` shows beside models, components and configurations."""
+"""Registries that `list` shows beside models, components and configurations."""
 
 
 def _evaluation(images: str) -> Verb:

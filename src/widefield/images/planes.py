@@ -22,7 +22,10 @@ _HEADER_BYTES = 16
 
 
 def separate_planes(path: Path, page: Any, count: int) -> OpenPlanes:
-    """What opens the first `count` planes of a page of tifffile as images of one band; an ImageReadError as in `load`."""
+    """Return a function that opens the first `count` planes of a page of tifffile as images of one band.
+
+    It raises ImageReadError as `load` does.
+    """
     order, start = page.parent.byteorder, _HEADER_BYTES + page.parent.filehandle.size
     segments = len(page.dataoffsets) // page.samplesperpixel
     directories, following = bytearray(), 0

@@ -53,7 +53,7 @@ def outcome(
 
 
 class Difference(NamedTuple):
-    """What differs between two passes: the "structure" of the result, an "output" by number or a "gradient" by name."""
+    """A difference between two passes: of the "structure" of the result, an "output" by number or a "gradient" by name."""
 
     kind: Literal["structure", "output", "gradient"]
     name: str

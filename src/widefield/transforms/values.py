@@ -77,7 +77,7 @@ def interval(name: str, value: Any, low: float | None = None) -> tuple[float, fl
 
 
 class Mark(Protocol):
-    """What an argument of a transform may be: the metadata of its annotation, `Annotated[int, Pixels()]`."""
+    """Limits of an argument of a transform: the metadata of its annotation, `Annotated[int, Pixels()]`."""
 
     def checked(self, name: str, value: Any) -> Any:
         """The value to keep. Raises ValueError for another than expected."""
