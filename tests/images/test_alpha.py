@@ -10,7 +10,7 @@ import tifffile
 
 from widefield.data import LabelledImages
 from widefield.data.described import AnnotationFile, ImageFolder
-from widefield.images import open_image, pixel_source, thumbnail
+from widefield.images import formats, open_image, thumbnail
 from widefield.inference.models import _info
 from widefield.inference.prediction import as_picture
 from widefield.pretraining.pixels import open_lazily, read_pixels
@@ -19,7 +19,7 @@ from widefield.pretraining.slides import SlideArgs, read_patch
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(pixel_source, "_WARNED", set())
+    monkeypatch.setattr(formats, "_WARNED", set())
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import pyvips
 import tifffile
 
-from widefield.images import decoded, open_image
+from widefield.images import open_image, photos
 
 REGIONS = [(0, 0, 201, 333), (0, 0, 1, 1), (200, 332, 1, 1), (63, 65, 2, 130), (64, 0, 64, 333), (17, 100, 150, 33)]
 
@@ -74,8 +74,8 @@ def test_format_is_told_by_content_not_by_name(tmp_path, rgb, chw):
 
 
 def test_large_decoded_pictures_go_through_a_temporary_file(tmp_path, rgb, chw, monkeypatch):
-    monkeypatch.setattr(decoded, "MEMORY_BYTES", 1000)
-    monkeypatch.setattr(decoded, "STRIP_BYTES", 10_000)
+    monkeypatch.setattr(photos, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(photos, "STRIP_BYTES", 10_000)
     _assert_regions_agree(open_image(_write(tmp_path / "a.png", rgb)), chw)
 
 
@@ -143,10 +143,10 @@ def test_npy_is_read_in_every_layout(tmp_path, rgb, dtype, layout):
 def test_channels_of_an_ambiguous_npy_are_said_by_the_caller(tmp_path):
     pixels = np.random.default_rng(0).random((40, 30, 40))
     np.save(tmp_path / "a.npy", pixels)
-    with pytest.raises(ValueError, match='channels="first"'):
+    with pytest.raises(ValueError, match='channel_axis="first"'):
         open_image(tmp_path / "a.npy")
-    np.testing.assert_array_equal(open_image(tmp_path / "a.npy", channels="first").read(0, 0, 30, 40), pixels)
-    last = open_image(tmp_path / "a.npy", channels="last")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.npy", channel_axis="first").read(0, 0, 30, 40), pixels)
+    last = open_image(tmp_path / "a.npy", channel_axis="last")
     np.testing.assert_array_equal(last.read(0, 0, 40, 30), pixels.transpose(2, 0, 1))
 
 

@@ -18,7 +18,7 @@ from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
-from widefield.images import IMAGE_ENDINGS, ImageFile, images_below, open_image, thumbnail
+from widefield.images import ImageFile, image_endings, images_below, open_image, thumbnail
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.models import ModelInfo, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples
@@ -188,7 +188,7 @@ def image_files(images: Sequence[Path]) -> list[Path]:
         inside = images_below(path) if path.is_dir() else [path]
         if not inside:
             raise FileNotFoundError(
-                f"the folder {path} holds no image files; they end in {', '.join(IMAGE_ENDINGS)}, and a file of another name "
+                f"the folder {path} holds no image files; they end in {', '.join(image_endings())}, and a file of another name "
                 "can be named itself"
             )
         if not path.exists():

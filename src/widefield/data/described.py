@@ -13,7 +13,7 @@ from widefield.components.data_sample import DataSample
 from widefield.components.transforms.masks import MASK_GENERATORS, MaskGeneratorConfig
 from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, Pipeline, TransformsConfig
-from widefield.images import IMAGE_ENDINGS, Alpha, images_below, open_image
+from widefield.images import Alpha, image_endings, images_below, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ImageFolder(_ImageFiles):
         root: The folder.
         with_label: False takes all files of the folder, however deep, without classes.
         level: Level of pyramids, 0 the largest.
-        extensions: How the names of image files end.
+        extensions: How the names of image files end; by default as those of all formats.
         transforms: See `Pipeline`.
         mask_generator: Gives each sample a random `mask`.
         alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
@@ -112,7 +112,7 @@ class ImageFolder(_ImageFiles):
         root: Path,
         with_label: bool = True,
         level: Annotated[int, Range(0)] = 0,
-        extensions: tuple[str, ...] = IMAGE_ENDINGS,
+        extensions: tuple[str, ...] | None = None,
         transforms: TransformsConfig = None,
         mask_generator: MaskGeneratorConfig = None,
         alpha: Alpha = "drop",
@@ -138,7 +138,7 @@ class ImageFolder(_ImageFiles):
             if empty and self.files:
                 _log.warning("%s has no images of %s", root, ", ".join(empty))
         if not self.files:
-            raise LabelError(f"{root} holds no images; those end in {', '.join(extensions)}")
+            raise LabelError(f"{root} holds no images; those end in {', '.join(extensions or image_endings())}")
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]

@@ -4,37 +4,43 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-IMAGE_ENDINGS = (
-    *(".bmp", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-    *(".btf", ".ndpi", ".qptiff", ".scn", ".svs", ".tf2", ".tf8"),  # TIFF and BigTIFF, mostly slides, by other names
-)
-"""Endings of the names of image files, in lower case; upper case counts too. Files beside an image (`scene.tif.aux.xml`,
-`scene.tfw`, `scene.tif.ovr`) end otherwise."""
+from widefield.images.formats import image_formats
 
 
-def is_image_name(name: str, endings: Sequence[str] = IMAGE_ENDINGS) -> bool:
-    """Return True if `name` has one of `endings`, in whatever case."""
-    return name.lower().endswith(tuple(ending.lower() for ending in endings))
+def image_endings() -> tuple[str, ...]:
+    """Endings of the names of image files, in lower case, of all formats; upper case counts too.
+
+    Files beside an image (`scene.tif.aux.xml`, `scene.tfw`, `scene.tif.ovr`) end otherwise.
+    """
+    return tuple(sorted({ending for one in image_formats() for ending in one.endings}))
 
 
-def images_below(folder: Path, endings: Sequence[str] = IMAGE_ENDINGS) -> list[Path]:
-    """Return the image files in `folder` and all folders below, in the order of their paths from it.
+def is_image_name(name: str, endings: Sequence[str] | None = None) -> bool:
+    """Return True if `name` has one of `endings` (by default those of all formats), in whatever case."""
+    return name.lower().endswith(tuple(ending.lower() for ending in endings or image_endings()))
 
-    Links are followed; hidden files and folders are left out. Nothing is opened, so a file may still turn out to be no image.
+
+def images_below(folder: Path, endings: Sequence[str] | None = None) -> list[Path]:
+    """Return the images in `folder` and all folders below, in the order of their paths from it.
+
+    Links are followed; hidden files and folders are left out. A folder with the ending of an image (`scan.zarr`) is one. Nothing
+    is opened, so a file may still turn out to be no image.
 
     Args:
         folder: Where to look; one that does not exist holds none.
-        endings: How the names of files end, in whatever case.
+        endings: How the names of images end, in whatever case; by default as those of all formats.
     """
-    found = (path for path in _walk(folder) if is_image_name(path.name, endings))
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(_walk(folder, endings or image_endings()), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         parent = Path(place)
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(parent / name)]
-        yield from (parent / name for name in names if not name.startswith("."))
+        seen = [name for name in folders if not name.startswith(".") and not _leads_back(parent / name)]
+        images = [name for name in seen if is_image_name(name, endings)]
+        folders[:] = [name for name in seen if name not in images]
+        yield from (parent / name for name in images)
+        yield from (parent / name for name in names if not name.startswith(".") and is_image_name(name, endings))
 
 
 def _leads_back(path: Path) -> bool:

@@ -1,77 +1,79 @@
 """`open_image` and the image it returns, and a small picture of it."""
 
+import math
 import operator
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyvips
 
-from widefield.images.decoded import DecodedPixels
-from widefield.images.numpy_map import open_npy
-from widefield.images.pixel_source import (
+from widefield.images.formats import (
     Alpha,
-    OpenedLevel,
-    PixelSource,
+    ChannelAxis,
+    Choice,
+    Contents,
+    Pixels,
+    Size,
     Spacing,
+    Transform,
     cannot_read,
     check_level,
+    choose_channels,
+    image_formats,
     warn_of_dropped_alpha,
 )
-from widefield.images.tiff import open_tiff
-from widefield.images.vips import dtype_of, kept_out_of_cache, load
 
-ChannelAxis = Literal["first", "last"]
-
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PHOTO_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-_NPY_MAGIC = b"\x93NUMPY"
+SPACING_TOLERANCE = 0.02
+"""A level whose spacing differs from the one that is asked for by less than this share of it is taken as it is."""
 
 
 class ImageFile:
-    """One level of an image file; only the regions that are asked for are read. Made by `open_image`.
+    """One image of a file, at one level or spacing; only the regions that are asked for are read. Made by `open_image`.
 
-    It pickles as its path and level (a worker process opens the file anew), survives a fork, and any number of threads
-    may read at the same time. No dataclass: Lightning takes those apart when it converts a batch.
+    It pickles as its path and the arguments of `open_image` (a worker process opens the file anew), survives a fork, and any
+    number of threads may read at the same time. No dataclass: Lightning takes those apart when it converts a batch.
 
     Attributes:
         path: The file.
-        level: Level of the pyramid, 0 the largest.
+        level: Level of the pyramid that is read, 0 the largest.
         levels: (height, width) of every level, the largest first.
-        spacing: Micrometres per pixel of this level, (y, x); None if the file doesn't say.
-        channels: The axis of the channels that `open_image` was told; None if it decided.
-        alpha: "drop" or "keep", what `open_image` was told.
+        spacing: Micrometres per pixel of this image, (y, x); None if the file doesn't say.
+        channel_names: A name for each channel; None if the file doesn't say.
+        nodata: Value of pixels that hold no data; None if the file doesn't say.
+        crs: Coordinate reference system of a map, such as "EPSG:32632"; None if there is none.
+        transform: (a, b, c, d, e, f) of a map: the corner (x, y) of a pixel of this image lies at (a x + b y + c, d x + e y + f).
+        associated_images: Functions that read the pictures beside the image (label, macro, thumbnail), by name; each gives a uint8
+            array (height, width, 3).
     """
 
     def __init__(
-        self,
-        path: Path,
-        level: int,
-        levels: tuple[tuple[int, int], ...],
-        spacing: Spacing | None,
-        channels: ChannelAxis | None,
-        alpha: Alpha,
-        source: PixelSource,
+        self, path: Path, arguments: Mapping[str, Any], level: int, contents: Contents, pixels: Pixels, channels: list[int]
     ) -> None:
-        self.path, self.level, self.levels = path, level, levels
-        self.spacing, self.channels, self.alpha, self._source = spacing, channels, alpha, source
+        self.path, self.level, self.levels = path, level, contents.levels
+        self.nodata, self.crs, self.associated_images = contents.nodata, contents.crs, contents.associated
+        self.channel_names = contents.channel_names and tuple(contents.channel_names[channel] for channel in channels)
+        self._arguments, self._pixels, self._channels = arguments, pixels, channels
+        scale = tuple(full / part for full, part in zip(contents.levels[0], pixels.shape[1:], strict=True))
+        self.spacing = contents.spacing and (contents.spacing[0] * scale[0], contents.spacing[1] * scale[1])
+        self.transform = contents.transform and _scaled(contents.transform, *scale)
 
     def __repr__(self) -> str:
         return f"ImageFile(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of this level."""
-        return self._source.shape
+        """(channels, height, width)."""
+        return len(self._channels), *self._pixels.shape[1:]
 
     @property
     def dtype(self) -> np.dtype:
         """Type of the pixels, in native byte order."""
-        return self._source.dtype
+        return self._pixels.dtype
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """Read a region, given in pixels of this level.
+        """Read a region, given in pixels of this image.
 
         Returns:
             A writable array of shape (channels, height, width) and of type `dtype`, contiguous or not, that shares no
@@ -89,91 +91,192 @@ class ImageFile:
                 f"{self.level} of {self.path}, which has height {full_height} and width {full_width}; "
                 "clip the region to the image"
             )
-        return self._source.read(y, x, height, width)
+        return self._pixels.read(y, x, height, width, self._channels)
+
+    def at_level(self, level: int) -> "ImageFile":
+        """The same image, opened at another level."""
+        return open_image(self.path, **{**self._arguments, "level": level, "spacing": None})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_image, (self.path, self.level, self.channels, self.alpha)
+        return _reopened, (self.path, dict(self._arguments))
+
+
+def _reopened(path: Path, arguments: Mapping[str, Any]) -> ImageFile:
+    return open_image(path, **arguments)
 
 
 def open_image(
-    path: str | Path, level: int = 0, channels: ChannelAxis | None = None, alpha: Alpha = "drop"
+    path: str | Path,
+    level: int | None = None,
+    *,
+    spacing: float | None = None,
+    series: int | str | None = None,
+    channels: Sequence[int | str] | None = None,
+    alpha: Alpha = "drop",
+    channel_axis: ChannelAxis | None = None,
 ) -> ImageFile:
-    """Open a PNG, JPEG, TIFF, BigTIFF or `.npy` file for reading region by region; no pixels are read yet.
+    """Open an image file for reading region by region; no pixels are read yet.
 
-    The format is told by the file's content, not by its name. Pixels keep the type they are stored in (8 or 16 bits,
-    float, ...) and are not rotated by EXIF orientation. A palette becomes RGB; CMYK becomes sRGB; grey of 1, 2 or 4 bits
-    becomes 8 bits from 0 to 255; where white is zero, unsigned grey is inverted. A last channel that is marked as alpha is
-    dropped, with a warning in the log: by PNG, or by TIFF as the only extra sample. GDAL and rasterio mark the fourth
-    channel of 8 bits so, whatever it holds. Every other number of channels stays.
+    The format is told by the file's content, not by its name: TIFF, BigTIFF, OME-TIFF and GeoTIFF with every compression that
+    imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; what rasterio and pydicom read, if they are
+    installed. Other packages may register more, see `widefield.images.formats`.
 
-    Of the images in a TIFF file the first is read, of a Leica SCN file the scanned region. Where another one is as large as
-    the first, or several regions were scanned, the file is refused; pictures named label, macro or thumbnail do not count.
-
-    Tiled TIFF files, uncompressed ones and `.npy` are read in place. What can only be decoded from top to bottom (PNG,
-    JPEG, compressed TIFF in strips) is decoded once, at the first read, to memory or above 64 MiB to a temporary file.
+    Values are as stored, whatever their type (1 to 64 bits, floats), and not rotated by EXIF orientation. A palette becomes RGB;
+    CMYK of 8 bits becomes sRGB; where white is zero, unsigned grey is inverted. Tiles that were never written hold the file's value
+    for missing data, else 0, in slides white. A last channel that is the transparency of a picture is dropped, with a warning in
+    the log: alpha of PNG and WebP, or of TIFF as the only extra sample. A fourth band of a GeoTIFF always stays.
 
     Args:
-        path: The file.
-        level: Level of a pyramid, 0 the largest; levels may be stored as pages or as SubIFDs.
-        channels: For `.npy` of three axes, which axis the channels are: "first" (C, H, W) or "last" (H, W, C). Needed
-            only where the shape leaves it open: by default it is the smaller of the first and the last axis, if that
-            has at most 32 entries.
-        alpha: "keep" gives a last channel that is marked as alpha like every other.
+        path: The file, or the folder of a Zarr image.
+        level: Level of a pyramid, 0 (the default) the largest.
+        spacing: Micrometres per pixel, instead of a level. The level of this spacing, if one differs by less than 2%; else the next
+            finer one, of which each pixel of the image is the mean of the area that it covers: an image of height H and spacing s
+            becomes round(H s / `spacing`) pixels high. Integers are rounded; pixels without data do not count.
+        series: Which image of a file that holds several, by index or name: of a stack every position in time or depth is an
+            image. By default the first, which must be the largest, or the only one.
+        channels: Which channels, by index or name, in this order. All by default.
+        alpha: "keep" gives transparency like every other channel.
+        channel_axis: Of arrays of three axes in `.npy`: "first" for (C, H, W), "last" for (H, W, C). Needed only where the shape
+            leaves it open: by default it is the smaller of the first and the last axis, if that has at most 32 entries.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImageReadError: The file is of an unsupported format, truncated or corrupt.
-        ValueError: The level does not exist, `alpha` is something else, or the axis of the channels is ambiguous or given
-            for another format.
+        ImageReadError: The file is of an unsupported format, truncated or corrupt, or holds several images of one size.
+        ValueError: A level, spacing, series or channel does not exist, or another argument is wrong.
+
+    Example:
+        >>> image = open_image("slide.svs", spacing=0.5)
+        >>> image.read(0, 0, 256, 256).shape
+        (3, 256, 256)
     """
+    arguments = {
+        "level": level,
+        "spacing": spacing,
+        "series": series,
+        "channels": channels,
+        "alpha": alpha,
+        "channel_axis": channel_axis,
+    }
+    path = Path(path)
     if alpha not in ("drop", "keep"):
         raise ValueError(f'alpha={alpha!r} for {path}; expected "drop" or "keep"')
-    path = Path(path)
+    if channel_axis not in ("first", "last", None):
+        raise ValueError(f'channel_axis={channel_axis!r} for {path}; expected "first", "last" or None')
+    if level is not None and spacing is not None:
+        raise ValueError(f"level={level} and spacing={spacing:g} were both given for {path}; give one of them")
+    contents = _contents(path, Choice(series, channel_axis))
+    level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
+    check_level(level, contents.levels, path)
+    pixels = contents.pixels(level)
+    if target is not None and target != pixels.shape[1:]:
+        pixels = _AveragedPixels(pixels, target, contents.nodata)
+    every = list(range(pixels.shape[0]))
+    if channels is not None:
+        every = choose_channels(path, channels, len(every), contents.channel_names)
+    elif contents.has_alpha and alpha == "drop" and len(every) > 1:
+        warn_of_dropped_alpha(path, len(every))
+        every.pop()
+    return ImageFile(path, arguments, level, contents, pixels, every)
+
+
+def _contents(path: Path, choice: Choice) -> Contents:
     if not path.exists():
         raise FileNotFoundError(f"cannot read {path}: there is no such file")
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64)
+        if not start:
+            raise cannot_read(path, "the file is empty")
+    for one in image_formats():
+        if one.recognises(path, start):
+            if choice.channel_axis is not None and one.name != "npy":
+                raise ValueError(f"channel_axis={choice.channel_axis!r} for {path}, but only .npy leaves it open; omit it")
+            return one.open(path, choice)
     if path.is_dir():
-        raise cannot_read(path, "it is a folder; give the path of an image file")
-    opened = _open(path, level, channels, alpha)
-    return ImageFile(path, level, opened.levels, opened.spacing, channels, alpha, opened.source)
+        raise cannot_read(path, "it is a folder, and no Zarr image; give the path of an image file")
+    names = ", ".join(one.name for one in image_formats())
+    raise cannot_read(path, f"its content is none of {names}; convert it to one of these")
 
 
-def _open(path: Path, level: int, channels: ChannelAxis | None, alpha: Alpha) -> OpenedLevel:
-    with path.open("rb") as file:
-        start = file.read(16)
-    if start.startswith(_NPY_MAGIC):
-        return open_npy(path, level, channels)
-    if channels is not None:
-        raise ValueError(f"channels={channels!r} was given for {path}, but only .npy files leave it open; omit it")
-    if start.startswith(_TIFF_MAGIC):
-        return open_tiff(path, level, alpha)
-    if start.startswith(_PHOTO_MAGIC):
-        return open_photo(path, level, alpha)
-    if not start:
-        raise cannot_read(path, "the file is empty")
-    raise cannot_read(path, "its content is none of PNG, JPEG, TIFF, BigTIFF and .npy; convert it to one of these")
+def _level_of(path: Path, contents: Contents, spacing: float) -> tuple[int, Size | None]:
+    """The level to read for a spacing, and the size to reduce it to (None: as it is)."""
+    if not 0 < spacing < math.inf:
+        raise ValueError(f"spacing={spacing} for {path}; expected micrometres per pixel, above 0")
+    if contents.spacing is None:
+        raise ValueError(f"spacing={spacing:g} was asked for of {path}, which does not say its own; give level=... instead")
+    (height, width), (y, x) = contents.levels[0], contents.spacing
+    ratios = [(spacing / (y * height / rows), spacing / (x * width / columns)) for rows, columns in contents.levels]
+    fitting = [k for k, ratio in enumerate(ratios) if all(abs(one - 1) < SPACING_TOLERANCE for one in ratio)]
+    if fitting:
+        return fitting[0], None
+    finer = [k for k, ratio in enumerate(ratios) if min(ratio) >= 1]
+    if not finer:
+        raise ValueError(
+            f"spacing={spacing:g} was asked for of {path}, whose finest is {max(contents.spacing):g} micrometres per pixel; "
+            "ask for that or a coarser one, pixels are not made up"
+        )
+    return finer[-1], (max(1, round(height * y / spacing)), max(1, round(width * x / spacing)))
 
 
-def open_photo(path: Path, level: int, alpha: Alpha) -> OpenedLevel:
-    """Open a PNG or JPEG file; see `open_image` for the errors."""
-    (image,) = _open_planes(path, "keep")
-    levels = ((image.height, image.width),)
-    check_level(level, levels, path)
-    if image.hasalpha() and alpha == "drop":
-        warn_of_dropped_alpha(path, image.bands)
-        image = _without_alpha(image)
-    shape = (image.bands, image.height, image.width)
-    return OpenedLevel(levels, None, DecodedPixels(path, shape, dtype_of(image), partial(_open_planes, path, alpha)))
+def _scaled(transform: Transform, y: float, x: float) -> Transform:
+    """The transform of an image whose pixels are y times as high and x times as wide."""
+    a, b, c, d, e, f = transform
+    return a * x, b * y, c, d * x, e * y, f
 
 
-def _open_planes(path: Path, alpha: Alpha) -> tuple[pyvips.Image]:
-    # not at warnings: libpng and libjpeg warn of harmless colour profiles and stray bytes, which cameras do write
-    with kept_out_of_cache():
-        image = load(path, "sequential", fail_on="error")
-        return (_without_alpha(image) if image.hasalpha() and alpha == "drop" else image,)
+@dataclass(frozen=True)
+class _AveragedPixels:
+    """An image made smaller: each pixel is the mean of the area that it covers of another one."""
+
+    pixels: Pixels
+    size: Size
+    nodata: float | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.pixels.shape[0], *self.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels."""
+        return self.pixels.dtype
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width)."""
+        full = self.pixels.shape[1:]
+        rows, row_weights = _covered(y, height, full[0], self.size[0])
+        columns, column_weights = _covered(x, width, full[1], self.size[1])
+        top, left = int(rows.min()), int(columns.min())
+        part = self.pixels.read(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1, channels)
+        if self.nodata is None:
+            mean = _weighted(part.astype(np.float64), rows - top, row_weights, columns - left, column_weights)
+        else:
+            has_data = part != part.dtype.type(self.nodata) if not math.isnan(self.nodata) else ~np.isnan(part)
+            values = np.where(has_data, part, 0).astype(np.float64)
+            weights = rows - top, row_weights, columns - left, column_weights
+            total, share = _weighted(values, *weights), _weighted(has_data.astype(np.float64), *weights)
+            mean = np.where(share > 0, total / np.where(share > 0, share, 1), self.nodata)
+        return (mean if self.dtype.kind == "f" else np.rint(mean)).astype(self.dtype)
 
 
-def _without_alpha(image: pyvips.Image) -> pyvips.Image:
-    return image.extract_band(0, n=image.bands - 1)
+def _covered(first: int, count: int, full: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels that each of `count` pixels covers when `full` become `size`, and their shares of it: two arrays (count, n)."""
+    step = full / size
+    start = np.arange(first, first + count)[:, None] * step
+    pixels = np.floor(start).astype(np.int64) + np.arange(math.ceil(step) + 1)
+    shares = np.clip(np.minimum(pixels + 1, start + step) - np.maximum(pixels, start), 0, None) / step
+    shares[pixels >= full] = 0
+    return np.minimum(pixels, full - 1), shares / shares.sum(1, keepdims=True)
+
+
+def _weighted(
+    pixels: np.ndarray, rows: np.ndarray, row_weights: np.ndarray, columns: np.ndarray, column_weights: np.ndarray
+) -> np.ndarray:
+    """Weighted sums over rows and columns, added up in an order that does not depend on the region."""
+    pixels = sum(pixels[:, rows[:, k]] * row_weights[:, k, None] for k in range(rows.shape[1]))  # type: ignore[assignment]
+    return sum(pixels[:, :, columns[:, k]] * column_weights[:, k] for k in range(columns.shape[1]))  # type: ignore[return-value]
 
 
 STRIP_BYTES = 16 * 2**20
@@ -202,7 +305,7 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
     enough = [index for index, level in enumerate(image.levels) if level[0] >= target[0] and level[1] >= target[1]]
     smallest = max([image.level, *enough])
     if smallest != image.level:
-        image = open_image(image.path, smallest, image.channels, image.alpha)
+        image = image.at_level(smallest)
     return _as_rgb(_box_mean(image, target), image.dtype)
 
 

@@ -1,86 +1,153 @@
-"""TIFF and BigTIFF files: tifffile tells their structure (headers only), libvips decodes their pixels."""
+"""TIFF, BigTIFF, OME-TIFF and GeoTIFF files: which images and levels they hold, and what they say of them."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
-import pyvips
 import tifffile
 
-from widefield.images.decoded import DecodedPixels, TiledPixels
-from widefield.images.numpy_map import MappedPixels
-from widefield.images.pixel_source import (
-    Alpha,
-    OpenedLevel,
-    PixelSource,
-    Spacing,
+from widefield.images.arrays import ArrayPixels, MappedArray
+from widefield.images.formats import (
+    Choice,
+    Contents,
+    ImageReadError,
+    Pixels,
+    Size,
     cannot_read,
-    check_level,
-    warn_of_dropped_alpha,
+    choose_series,
+    image_format,
 )
-from widefield.images.planes import separate_planes
-from widefield.images.vips import dtype_of, kept_out_of_cache, load
+from widefield.images.segments import Page, page_pixels
+from widefield.images.slides import open_slide
+from widefield.images.tiff_metadata import channel_names, georeference, nodata, spacing
 
-_ONE_IMAGE = ("YX", "YXS", "SYX", "CYX")
-"""Axes of a series that is one image: Y rows, X columns, S samples of a pixel, C channels with a page each."""
-
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ENDINGS = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".svs", ".qptiff")
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
-_GREY_OR_RGB = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-_NOT_RGB = tuple(tifffile.PHOTOMETRIC[name] for name in ("CIELAB", "ICCLAB", "ITULAB", "LOGL", "LOGLUV"))
 _BESIDE = re.compile("label|macro|thumbnail|overview|map", re.IGNORECASE)
 """Names of pictures that scanners store beside the slide."""
 
 _MASK = 4
 """Bit of NewSubfileType: the page says which pixels of another one are valid."""
 
-Page = Any
-"""tifffile's TiffPage, or the TiffFrame that stands for a page like the one before it and lacks some of its types."""
+_APERIO_JPEG_2000 = (33003, 33004, 33005)
 
 
-def open_tiff(path: Path, level: int, alpha: Alpha) -> OpenedLevel:
-    """Open one level of the only, or largest, image in a TIFF file; see `open_image` for the errors."""
+@dataclass(frozen=True)
+class _Plane:
+    """An image: one series of tifffile at one position on each axis that is none of channels, rows and columns."""
+
+    name: str
+    index: int
+    """Of the series in the file."""
+    series: tifffile.TiffPageSeries
+    at: dict[str, int]
+
+
+@image_format("TIFF", endings=_ENDINGS, recognises=lambda path, start: start.startswith(_MAGIC))
+def open_tiff(path: Path, choice: Choice) -> Contents:
+    """Open one image of a TIFF file. Channels that lie in other files of the same OME-TIFF are read from there."""
     try:
-        file = tifffile.TiffFile(path, _multifile=False)
+        file = tifffile.TiffFile(path)
     except Exception as error:  # tifffile raises whatever a damaged header leads it to
         raise _damaged(path, error) from error
     with file:
         try:
-            every = file.series
-            spacing = tiff_spacing(file)
-            scanned = _scn_images(file) if file.is_scn else None
-            complete, unsupported = _is_complete(file), _unsupported(file)
+            series = file.series
+            complete = _is_complete(file)
+            beside = {one.name.lower(): one for one in series[1:] if _BESIDE.search(one.name)}
+            planes = [
+                plane
+                for index, one in enumerate(series)
+                if (index == 0 or not _BESIDE.search(one.name)) and not one.keyframe.subfiletype & _MASK
+                for plane in _planes(index, one)
+            ]
         except Exception as error:
             raise _damaged(path, error) from error
         if not complete:
             raise cannot_read(path, "it is truncated: it lacks some of its pages")
-        if unsupported:
-            raise cannot_read(path, f"{unsupported} are not supported; convert it to a tiled TIFF")
-        if scanned is None:
-            series = every[0]
-            _check_is_largest(path, every)
-        else:
-            series, spacing = _only_region(path, every, scanned)
-        _check_is_one_image(path, series)
-        pyramid = [one for one in series.levels if _is_reduced(one, series)]
-        levels = tuple(map(_size, pyramid))
-        check_level(level, levels, path)
-        _check_holds_pixels(path, file, pyramid[level])
-        source = _source(path, pyramid[level], levels[level], alpha)
-        return OpenedLevel(levels, _scaled(spacing, levels[0], levels[level]), source)
+        if file.is_svs and series[0].keyframe.compression in _APERIO_JPEG_2000:
+            return open_slide(path, choice)
+        if (scanner := _scanner(file)) is not None:
+            raise cannot_read(path, f"it is a {scanner} file, but not as OpenSlide knows them; convert it to a tiled TIFF")
+        if not planes:
+            raise cannot_read(path, "it holds masks only, no image")
+        names, sizes = [plane.name for plane in planes], [_size(plane.series) for plane in planes]
+        plane = planes[choose_series(path, choice.series, names, sizes)]
+        page: Page = plane.series.keyframe
+        levels = [level for level in plane.series.levels if _is_reduced(level, plane.series)]
+        opened = [_attempted(partial(_level_pixels, path, file, level, plane.at)) for level in levels]
+        crs, transform = georeference(page)
+        try:
+            said = spacing(file, plane.index) if transform is None else None
+            named = channel_names(file, plane.index, opened[0]) if not isinstance(opened[0], ImageReadError) else None
+        except Exception as error:
+            raise _damaged(path, error) from error
+        return Contents(
+            levels=tuple(map(_size, levels)),
+            pixels=partial(_given, opened),
+            spacing=said,
+            channel_names=named,
+            has_alpha=transform is None and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
+            nodata=nodata(page),
+            crs=crs,
+            transform=transform,
+            associated={name: partial(_picture, path, one) for name, one in _beside_pixels(path, beside)},
+        )
 
 
-def _damaged(path: Path, error: Exception) -> OSError:
+def _scanner(file: tifffile.TiffFile) -> str | None:
+    """A name for slides that only OpenSlide puts together rightly: their tiles overlap, or the slide is not the first image."""
+    first: Page = file.pages.first
+    if file.is_bif or "<iScan" in str(first.tags.valueof(700)):
+        return "Ventana"
+    if first.software.startswith("MedScan") and "OverlapsXY" in first.description:
+        return "Trestle"
+    return "Hamamatsu NDPI" if file.is_ndpi else "Leica SCN" if file.is_scn else "Philips" if file.is_philips else None
+
+
+def _damaged(path: Path, error: Exception) -> ImageReadError:
     return cannot_read(path, f"its TIFF structure is truncated or damaged ({type(error).__name__}: {error})")
 
 
-def _size(series: tifffile.TiffPageSeries) -> tuple[int, int]:
+def _attempted(opening: partial) -> Pixels | ImageReadError:
+    """Pixels of a level, or the error of opening it, which is raised when the level is asked for."""
+    try:
+        return opening()
+    except ImageReadError as error:
+        return error
+
+
+def _given(opened: list[Pixels | ImageReadError], level: int) -> Pixels:
+    pixels = opened[level]
+    if isinstance(pixels, ImageReadError):
+        raise pixels
+    return pixels
+
+
+def _size(series: tifffile.TiffPageSeries) -> Size:
     shape = dict(zip(series.axes, series.shape, strict=True))
     return shape.get("Y", 1), shape.get("X", 1)
+
+
+def _planes(index: int, series: tifffile.TiffPageSeries) -> list[_Plane]:
+    """The images of a series: one, or one for each position in time, depth and the like."""
+    stacked = {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if axis not in "CSYX"}
+    name = series.name or f"image {index}"
+    return [
+        _Plane(
+            " ".join([name, *(f"{axis}={position}" for axis, position in zip(stacked, where, strict=True))]),
+            index,
+            series,
+            dict(zip(stacked, map(int, where), strict=True)),
+        )
+        for where in np.ndindex(*stacked.values())
+    ]
 
 
 def _is_complete(file: tifffile.TiffFile) -> bool:
@@ -101,55 +168,6 @@ def _is_complete(file: tifffile.TiffFile) -> bool:
     return not any(file.filehandle.read(file.tiff.offsetsize))
 
 
-def _unsupported(file: tifffile.TiffFile) -> str | None:
-    """A name for files whose pixels would be read wrongly."""
-    first: Page = file.pages.first
-    if file.is_ndpi:
-        return "NDPI files"
-    if file.is_bif or "<iScan" in str(first.tags.valueof(700)):
-        return "Ventana files, whose tiles overlap,"
-    if first.software.startswith("MedScan") and "OverlapsXY" in first.description:
-        return "Trestle files, whose tiles overlap,"
-    return None
-
-
-def _scn_images(file: tifffile.TiffFile) -> list[tuple[bool, Spacing]]:
-    """For each series of a Leica SCN file: True if it shows the whole glass (the macro picture), and its spacing."""
-    found = []
-    for collection in ElementTree.fromstring(file.pages.first.description).iterfind("{*}collection"):
-        for image in collection.iterfind("{*}image"):
-            view, pixels = image.find("{*}view"), image.find("{*}pixels")
-            if view is None or pixels is None or pixels.find("{*}dimension") is None:
-                continue  # no series either
-            is_macro = all(view.attrib[f"size{axis}"] == collection.attrib[f"size{axis}"] for axis in "XY")
-            y, x = (float(view.attrib[name]) / 1000 / float(pixels.attrib[name]) for name in ("sizeY", "sizeX"))
-            found.append((is_macro, (y, x)))
-    return found
-
-
-def _only_region(
-    path: Path, every: list[tifffile.TiffPageSeries], scanned: list[tuple[bool, Spacing]]
-) -> tuple[tifffile.TiffPageSeries, Spacing]:
-    """The only scanned region of a Leica SCN file, and its spacing."""
-    regions = [(one, spacing) for one, (is_macro, spacing) in zip(every, scanned, strict=True) if not is_macro]
-    if len(regions) != 1:
-        reason = f"it is a Leica SCN file of {len(regions)} scanned regions ({_sizes([one for one, _ in regions])})"
-        raise cannot_read(path, f"{reason}, and one is expected; save the one that you need as a tiled TIFF")
-    return regions[0]
-
-
-def _check_is_largest(path: Path, every: list[tifffile.TiffPageSeries]) -> None:
-    """Refuse a file whose first image is not the largest: it may be a thumbnail, or one of several scenes."""
-    images = [one for one in every if not _BESIDE.search(one.name) and not one.keyframe.subfiletype & _MASK]
-    if any(math.prod(_size(one)) >= math.prod(_size(every[0])) for one in images if one is not every[0]):
-        reason = f"it holds several images ({_sizes(images)}), of which the first is not the largest alone"
-        raise cannot_read(path, f"{reason}; save the one that you need as a file")
-
-
-def _sizes(series: list[tifffile.TiffPageSeries]) -> str:
-    return ", ".join(f"{height}x{width}" for height, width in map(_size, series))
-
-
 def _is_reduced(level: tifffile.TiffPageSeries, series: tifffile.TiffPageSeries) -> bool:
     """True if a level has the proportions of the image, but for what it may be padded; labels have not."""
     (full_height, full_width), (height, width) = _size(series), _size(level)
@@ -159,157 +177,93 @@ def _is_reduced(level: tifffile.TiffPageSeries, series: tifffile.TiffPageSeries)
     return abs(height * full_width - width * full_height) <= rows * full_width + columns * full_height
 
 
-def _check_is_one_image(path: Path, series: tifffile.TiffPageSeries) -> None:
-    if series.axes not in _ONE_IMAGE:
-        shape = " x ".join(f"{length} {axis}" for axis, length in zip(series.axes, series.shape, strict=True))
-        raise cannot_read(path, f"it holds a stack ({shape}), not one image; save the page that you need as a file")
-
-
-def _check_holds_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries) -> None:
-    """Compare where the pixels should lie with the size of the file, so that a truncated one is found at once."""
-    if None in level.pages:
-        raise cannot_read(path, "some of its channels lie in other files; save all of them in one file")
-    pages: list[Page] = list(level.pages)
-    end = max(int(np.max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64), initial=0)) for page in pages)
-    if level.dataoffset is not None:
-        end = max(end, level.dataoffset + level.nbytes)
-    if end > file.filehandle.size:
-        raise cannot_read(path, f"it is truncated: it has {file.filehandle.size} bytes, its pixels reach to {end}")
-
-
-def _scaled(spacing: Spacing | None, largest: tuple[int, int], size: tuple[int, int]) -> Spacing | None:
-    if spacing is None:
-        return None
-    return spacing[0] * largest[0] / size[0], spacing[1] * largest[1] / size[1]
-
-
-def _source(path: Path, level: tifffile.TiffPageSeries, size: tuple[int, int], alpha: Alpha) -> PixelSource:
-    pages: list[Page] = list(level.pages)
+def _level_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries, at: dict[str, int]) -> Pixels:
+    """Pixels of one level of an image, of one page or of a page for each channel."""
     page: Page = level.keyframe
-    _check_colours(path, page)
-    drops_alpha = alpha == "drop" and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
-    if drops_alpha:
-        warn_of_dropped_alpha(path, page.samplesperpixel)
-    is_planar = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-    stored_dtype = page.dtype.newbyteorder(page.parent.byteorder)
-    if len(pages) == 1 and level.axes == "CYX" and level.shape[0] > page.samplesperpixel:
-        # ImageJ and tifffile may write one directory for all channels
-        if level.dataoffset is None:
-            raise cannot_read(path, "its channels lie in one compressed page; save each as a page")
-        return MappedPixels(path, level.dataoffset, level.shape, stored_dtype, channels_last=False)
-    if len(pages) == 1 and _lies_in_one_piece(page) and (is_planar or not drops_alpha):
-        channels = page.samplesperpixel - drops_alpha
-        shape = size if page.samplesperpixel == 1 else (channels, *size) if is_planar else (*size, channels)
-        return MappedPixels(path, pages[0].dataoffsets[0], shape, stored_dtype, channels_last=not is_planar)
-
-    if is_planar:
-        if page.photometric not in _GREY_OR_RGB:
-            reason = f"{page.photometric.name} colours in separate planes (PlanarConfiguration 2) are not supported"
-            raise cannot_read(path, f"{reason}; save it pixel-interleaved")
-        open_planes = separate_planes(path, page, page.samplesperpixel - drops_alpha)
-    else:
-        directories = tuple(_directory(one) for one in pages)
-        open_planes = partial(_open_planes, path, directories, drops_alpha, "random" if page.is_tiled else "sequential")
-    planes = open_planes()
-    for plane in planes:
-        # libvips may show more than tifffile: some scanners pad their levels to whole tiles
-        if plane.height < size[0] or plane.width < size[1]:
-            raise cannot_read(path, f"a level of {size[0]}x{size[1]} holds only {plane.height}x{plane.width} pixels")
-    bands = sum(plane.bands for plane in planes)
-    reader = TiledPixels if page.is_tiled else DecodedPixels
-    return reader(path, (bands, *size), dtype_of(planes[0]), open_planes)
+    leading = level.axes[: len(level.axes) - len(page.axes)]
+    if level.axes != leading + page.axes or math.prod(level.shape[: len(leading)]) != len(level.pages):
+        return _one_directory(path, file, level, at)
+    shape = level.shape[: len(leading)]
+    where = [[at.get(axis, 0) if axis != "C" else c for axis in leading] for c in range(dict(zip(leading, shape)).get("C", 1))]
+    pages = [level.pages[int(np.ravel_multi_index(position, shape)) if leading else 0] for position in where]
+    if None in pages:
+        raise cannot_read(path, "some of its channels lie in other files, which are missing; put them into the same folder")
+    declared = nodata(page)
+    blank = declared if declared is not None else 255 if file.is_svs else 0
+    parts = []
+    for one in pages:
+        parent = one.parent.filehandle
+        holder = path if parent is file.filehandle else Path(parent.dirname) / parent.name
+        _check_holds_pixels(path, parent.size, one)
+        parts.append(page_pixels(holder, one, blank))
+    if any(part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype for part in parts):
+        raise cannot_read(path, "its channels have different sizes or types; save them as pages of one size and type")
+    return parts[0] if len(parts) == 1 else StackedPixels(tuple(parts))
 
 
-def _check_colours(path: Path, page: Page) -> None:
-    """Refuse colours that libvips would hand out as if they were RGB."""
-    if page.photometric in _NOT_RGB:
-        raise cannot_read(path, f"its colours are {page.photometric.name}; convert it to RGB first")
-    if page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression != tifffile.COMPRESSION.JPEG:
-        raise cannot_read(path, "its colours are YCbCr, which is read from JPEG only; convert it to RGB first")
+def _one_directory(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries, at: dict[str, int]) -> Pixels:
+    """All planes of a stack behind one another under one directory, as ImageJ and tifffile may write them."""
+    page: Page = level.keyframe
+    if level.dataoffset is None or page.dtype is None or page.dtype.kind not in "uif" or {"C", "S"} <= set(level.axes):
+        shape = " x ".join(f"{length} {axis}" for axis, length in zip(level.axes, level.shape, strict=True))
+        raise cannot_read(path, f"its planes ({shape}) lie in one compressed or unusual page; save each as a page")
+    stored = page.dtype.newbyteorder(file.byteorder)
+    _check_reaches(path, file.filehandle.size, level.dataoffset + level.nbytes)
+    mapped = MappedArray(path, level.dataoffset, level.shape, stored)
+    return ArrayPixels(mapped, level.axes.replace("S", "C"), tuple(at.values()))
 
 
-def _directory(page: Page) -> tuple[int, int]:
-    """The page, and the SubIFD of it or -1, by which libvips finds a directory."""
-    if len(page.treeindex) == 1:
-        return page.treeindex[0], -1
-    # tifffile counts the SubIFDs of OME files from 1, so find it by its place among those of its parent
-    parent = page.parent.pages[page.treeindex[0]]
-    return page.treeindex[0], parent.subifds.index(page.offset)
+def _check_holds_pixels(path: Path, size: int, page: Page) -> None:
+    """Compare where the pixels should lie with the size of the file, so that a truncated one is found at once."""
+    _check_reaches(path, size, int(np.max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64), initial=0)))
 
 
-def _lies_in_one_piece(page: Page) -> bool:
-    """True if the pixels lie in the file as a plain array (height, width, samples) or (samples, height, width)."""
-    return page.is_memmappable and page.photometric in _GREY_OR_RGB and page.dtype.kind in "uif"
+def _check_reaches(path: Path, size: int, end: int) -> None:
+    if end > size:
+        raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
 
 
-def _open_planes(
-    path: Path, directories: tuple[tuple[int, int], ...], drops_alpha: bool, access: str
-) -> tuple[pyvips.Image, ...]:
-    planes = []
-    with kept_out_of_cache():
-        for page, subifd in directories:
-            # at warnings: libvips counts a tile that fails to decompress, or has no bytes, among them
-            image = load(path, access, "warning", page=page, subifd=subifd)
-            planes.append(image.extract_band(0, n=image.bands - 1) if drops_alpha else image)
-    return tuple(planes)
+@dataclass(frozen=True)
+class StackedPixels:
+    """Channels that lie one behind the other in several parts of the same size."""
+
+    parts: tuple[Pixels, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels, in native byte order."""
+        return self.parts[0].dtype
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width); parts without one of the channels are not read."""
+        pixels, first = np.empty((len(channels), height, width), self.dtype), 0
+        for part in self.parts:
+            wanted = [(i, c - first) for i, c in enumerate(channels) if first <= c < first + part.shape[0]]
+            if wanted:
+                targets, sources = zip(*wanted, strict=True)
+                pixels[list(targets)] = part.read(y, x, height, width, sources)
+            first += part.shape[0]
+        return pixels
 
 
-_MICROMETRES = {
-    "nm": 1e-3,
-    "µm": 1.0,  # micro sign
-    "μm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "\\u00b5m": 1.0,  # as ImageJ writes it
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "inch": 25_400.0,
-}
-_TAG_UNITS = {2: "inch", 3: "cm"}
-_PLACEHOLDERS = (1000.0, 25_400.0 / 72)
-"""Resolutions that programs write when they know nothing: 1 pixel per mm (libvips), 72 per inch (photo software)."""
+def _beside_pixels(path: Path, beside: dict[str, tifffile.TiffPageSeries]) -> list[tuple[str, Pixels]]:
+    """The pictures beside the image that can be opened."""
+    opened = []
+    for name, series in beside.items():
+        try:
+            opened.append((name, page_pixels(path, series.pages[0], 255)))
+        except Exception:  # a damaged label is no reason to refuse the slide
+            continue
+    return opened
 
 
-def tiff_spacing(file: tifffile.TiffFile) -> Spacing | None:
-    """(y, x) of the first image: from OME-XML, Aperio's MPP, or the resolution tags with their or ImageJ's unit."""
-    if file.is_ome and file.ome_metadata:
-        return _from_ome(file.ome_metadata)
-    page = file.pages.first
-    if file.is_svs:
-        match = re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", page.description)
-        return _valid(float(match[1]), float(match[1])) if match else None
-    tags = {tag.name: tag.value for tag in page.tags.values()}
-    unit = _TAG_UNITS.get(int(tags.get("ResolutionUnit", 2)))
-    if file.is_imagej and file.imagej_metadata:
-        unit = str(file.imagej_metadata.get("unit", unit)).strip().lower()
-    return _from_resolution(tags, unit)
-
-
-def _from_ome(xml: str) -> Spacing | None:
-    pixels = next((node for node in ElementTree.fromstring(xml).iter() if node.tag.endswith("}Pixels")), None)
-    if pixels is None:
-        return None
-    y, x = (
-        float(pixels.get(f"PhysicalSize{axis}", "nan"))
-        * _MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), math.nan)
-        for axis in "YX"
-    )
-    return _valid(y, x)
-
-
-def _from_resolution(tags: Mapping[str, tuple[int, int]], unit: str | None) -> Spacing | None:
-    if unit not in _MICROMETRES or "XResolution" not in tags or "YResolution" not in tags:
-        return None
-    (y_pixels, y_units), (x_pixels, x_units) = tags["YResolution"], tags["XResolution"]
-    if not (y_pixels and x_pixels):
-        return None
-    y, x = (_MICROMETRES[unit] * units / pixels for pixels, units in ((y_pixels, y_units), (x_pixels, x_units)))
-    if y == x and any(math.isclose(y, value, rel_tol=1e-4) for value in _PLACEHOLDERS):
-        return None
-    return _valid(y, x)
-
-
-def _valid(y: float, x: float) -> Spacing | None:
-    return (y, x) if 0 < y < math.inf and 0 < x < math.inf else None
+def _picture(path: Path, pixels: Pixels) -> np.ndarray:
+    channels, height, width = pixels.shape
+    if pixels.dtype != np.uint8:
+        raise cannot_read(path, f"a picture beside the image is of type {pixels.dtype}; expected 8 bits")
+    return pixels.read(0, 0, height, width, [0, 1, 2] if channels >= 3 else [0, 0, 0]).transpose(1, 2, 0)

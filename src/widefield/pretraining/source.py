@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from widefield.images import IMAGE_ENDINGS, ImageReadError, images_below, is_image_name
+from widefield.images import ImageReadError, image_endings, images_below, is_image_name
 from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
 from widefield.pretraining.slides import SlideArgs, read_patch
 
@@ -39,12 +39,12 @@ def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None
         elif not path.exists():
             wrong.append(f"data: {path} does not exist")
         elif not is_image_name(path.name):
-            wrong.append(f"data: {path} has no extension of an image, which are {', '.join(IMAGE_ENDINGS)}")
+            wrong.append(f"data: {path} has no extension of an image, which are {', '.join(image_endings())}")
         else:
             found.append(path)
     if not found and not wrong:
         where = ", ".join(map(str, given[:3])) or "the empty list"
-        wrong.append(f"data: there are no images in {where}; images end in {', '.join(IMAGE_ENDINGS)}")
+        wrong.append(f"data: there are no images in {where}; images end in {', '.join(image_endings())}")
     if wrong:
         more = [f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ValueError("\n".join([*wrong[:10], *more]))

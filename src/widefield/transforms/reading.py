@@ -11,7 +11,7 @@ import numpy as np
 import pyvips
 
 from widefield.images import ImageReadError
-from widefield.images.vips import describe, dtype_of, forget_errors
+from widefield.images.photos import describe, dtype_of, forget_errors
 from widefield.transforms.values import full_scale
 
 BLOCK = 512

@@ -1,0 +1,106 @@
+"""Arrays as images: in memory, in a `.npy` file, or anywhere uncompressed in a file, read through a memory map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from widefield.images.formats import ChannelAxis, Choice, Contents, cannot_read, choose_series, image_format
+
+MAX_CHANNELS = 32
+"""An axis longer than this is not taken for the channels unless the caller says so."""
+
+
+@dataclass(frozen=True)
+class ArrayPixels:
+    """An array of any axes, in memory (or a view of one in a file, if it is a `MappedArray`)."""
+
+    array: Any
+    """A NumPy array, or what has `shape`, `dtype` and is indexed like one."""
+    axes: str
+    """A letter an axis: C, Y and X in any order, C may lack; others are held at one position."""
+    at: tuple[int, ...] = ()
+    """Position on each axis that is none of C, Y and X, in their order."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        size = dict(zip(self.axes, self.array.shape, strict=True))
+        return size.get("C", 1), size["Y"], size["X"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels, in native byte order."""
+        return np.dtype(self.array.dtype).newbyteorder("=")
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width), a copy."""
+        rest = iter(self.at)
+        first, last = min(channels), max(channels) + 1
+        region = {"C": slice(first, last), "Y": slice(y, y + height), "X": slice(x, x + width)}
+        pixels = np.asarray(self.array[tuple(region[axis] if axis in region else next(rest) for axis in self.axes)])
+        kept = [axis for axis in self.axes if axis in "CYX"]
+        pixels = pixels.transpose([kept.index(axis) for axis in "CYX" if axis in kept])
+        if "C" not in kept:
+            return np.array(np.broadcast_to(pixels, (len(channels), height, width)), self.dtype)
+        return np.array(pixels[[channel - first for channel in channels]], self.dtype)
+
+
+@dataclass(frozen=True)
+class MappedArray:
+    """An array in a file.
+
+    The map is made for each read and dropped after it: the pages of a lasting one would count as resident memory, so
+    that a pass over the image would seem (to a container's limit, too) to hold all of it.
+    """
+
+    file: Path | BufferedRandom
+    offset: int
+    """Bytes before the first element."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: Literal["C", "F"] = "C"
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.array(np.memmap(self.file, self.dtype, "r", self.offset, self.shape, self.order)[index])
+
+
+@image_format("npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"))
+def open_npy(path: Path, choice: Choice) -> Contents:
+    """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
+    try:
+        array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise cannot_read(path, f"the .npy file is truncated or damaged ({error})") from error
+    axes = check_array(path, array.shape, array.dtype, choice.channel_axis)
+    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    mapped = MappedArray(path, array.offset, array.shape, array.dtype, "F" if is_fortran else "C")
+    pixels = ArrayPixels(mapped, axes)
+    choose_series(path, choice.series, [path.name], [pixels.shape[1:]])
+    return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels)
+
+
+def check_array(what: object, shape: tuple[int, ...], dtype: np.dtype, channel_axis: ChannelAxis | None) -> str:
+    """The axes of an image in an array, "YX", "YXC" or "CYX".
+
+    Raises:
+        ImageReadError: It is no image.
+        ValueError: Either axis could be that of the channels, and `channel_axis` does not say which.
+    """
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise cannot_read(what, f"an array of shape {tuple(shape)} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+    if dtype.kind not in "uifb":
+        raise cannot_read(what, f"its type is {dtype}; expected integers or floats, so convert it with astype")
+    if len(shape) == 2:
+        return "YX"
+    if channel_axis is not None:
+        return "YXC" if channel_axis == "last" else "CYX"
+    if shape[0] == shape[2] or min(shape[0], shape[2]) > MAX_CHANNELS:
+        raise ValueError(
+            f"the shape {tuple(shape)} of {what} does not tell which axis the channels are; "
+            'pass channel_axis="first" for (C, H, W) or channel_axis="last" for (H, W, C)'
+        )
+    return "YXC" if shape[2] < shape[0] else "CYX"

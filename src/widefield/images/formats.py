@@ -1,0 +1,257 @@
+"""Image formats: how one is registered, what its reader tells of a file, and the error of all readers.
+
+A format is a function that opens a file, under one decorator:
+
+    @image_format("PNM", endings=(".pgm", ".ppm"), recognises=lambda path, start: start[:2] in (b"P5", b"P6"))
+    def open_pnm(path, choice):
+        ...
+        return Contents(levels=((height, width),), pixels=lambda level: ArrayPixels(array))
+
+Other packages name the module that holds such functions as an entry point of the group `widefield.image_formats`.
+"""
+
+import difflib
+import importlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from widefield.errors import WidefieldError
+
+_log = logging.getLogger(__name__)
+
+Alpha = Literal["drop", "keep"]
+"""Treatment of a last channel that the file marks as alpha."""
+
+ChannelAxis = Literal["first", "last"]
+"""Axis of the channels of an array of three axes."""
+
+Spacing = tuple[float, float]
+"""Micrometres per pixel, (y, x)."""
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+Transform = tuple[float, float, float, float, float, float]
+"""(a, b, c, d, e, f): pixel corner (x, y) lies at (a x + b y + c, d x + e y + f) in the units of the CRS, as in rasterio."""
+
+
+class ImageReadError(WidefieldError, OSError):
+    """A file cannot be read as an image: unsupported, truncated or corrupt.
+
+    The message names the file and the reason. It is raised when the file is opened, or when the damaged part is read.
+    """
+
+
+def cannot_read(path: object, reason: str) -> ImageReadError:
+    """The error for the file at `path`; `reason` says what is wrong and, where something helps, what to do."""
+    return ImageReadError(f"cannot read {path}: {reason}")
+
+
+def damaged_region(path: object, y: int, x: int, height: int, width: int, why: object) -> ImageReadError:
+    """The error for a region of the file at `path` that cannot be decoded."""
+    where = f"y={y}, x={x}, height={height}, width={width}"
+    return cannot_read(path, f"truncated or corrupt data in the region {where} ({why})")
+
+
+class Pixels(Protocol):
+    """The pixels of one level of one image. Any number of threads may read at the same time, before and after a fork."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels, in native byte order."""
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Writable array (len(channels), height, width) of a region that lies inside the image (not checked here)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the caller of `open_image` said that a reader must know to open the file."""
+
+    series: int | str | None = None
+    channel_axis: ChannelAxis | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One image in a file, as its reader tells it; nothing of it has been decoded yet."""
+
+    levels: tuple[Size, ...]
+    """(height, width) of every level, largest first."""
+    pixels: Callable[[int], Pixels]
+    """Opens the pixels of a level."""
+    spacing: Spacing | None = None
+    """Of level 0; None if the file doesn't say."""
+    channel_names: tuple[str, ...] | None = None
+    has_alpha: bool = False
+    """True if the last channel is the transparency of a picture."""
+    nodata: float | None = None
+    """Value of pixels that hold no data."""
+    crs: str | None = None
+    """Coordinate reference system, such as "EPSG:32632"."""
+    transform: Transform | None = None
+    """Of level 0."""
+    associated: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    """Readers of the pictures beside the image (label, macro, thumbnail), as uint8 arrays (height, width, 3), by name."""
+
+
+Opener = Callable[[Path, Choice], Contents]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """A registered format; see `image_format`."""
+
+    name: str
+    endings: tuple[str, ...]
+    recognises: Callable[[Path, bytes], bool]
+    open: Opener
+
+
+_FORMATS: list[ImageFormat] = []
+
+
+def image_format(
+    name: str, *, endings: Sequence[str], recognises: Callable[[Path, bytes], bool]
+) -> Callable[[Opener], Opener]:
+    """Return a decorator that registers a function as the reader of a format.
+
+    Args:
+        name: For messages, such as "OME-Zarr".
+        endings: How the names of its files end, in lower case, such as ".zarr".
+        recognises: Called with the path and its first 64 bytes (none of a folder); True if the reader is to open it.
+            Formats are asked in the order of their registration, those of other packages first.
+    """
+
+    def register(opener: Opener) -> Opener:
+        _FORMATS.append(ImageFormat(name, tuple(endings), recognises, opener))
+        return opener
+
+    return register
+
+
+@cache
+def image_formats() -> tuple[ImageFormat, ...]:
+    """All formats, in the order in which they are asked."""
+    own = [f"widefield.images.{module}" for module in ("slides", "tiff", "photos", "arrays")]
+    for module in own:
+        importlib.import_module(module)
+    for entry in entry_points(group="widefield.image_formats"):
+        entry.load()
+    return tuple(sorted(_FORMATS, key=lambda one: own.index(module) if (module := one.open.__module__) in own else -1))
+
+
+def optional(module: str, path: Path, extra: str) -> ModuleType:
+    """Import a library that only an extra of the package brings.
+
+    Raises:
+        ImageReadError: It is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is needed for it; install it with pip install 'widefield[{extra}]'"
+        raise cannot_read(path, reason) from error
+
+
+def choose_series(path: Path, series: int | str | None, names: Sequence[str], sizes: Sequence[Size]) -> int:
+    """The index of the image that is meant, of several in one file; without `series` that is the first, if it is the largest.
+
+    Raises:
+        ImageReadError: `series` is None and another image is as large as the first.
+        ValueError: `series` is the index or name of none.
+    """
+    listed = ", ".join(f"{index}: {name} {h}x{w}" for index, (name, (h, w)) in enumerate(zip(names, sizes, strict=True)))
+    if len(names) > 8:
+        listed = f"{', '.join(listed.split(', ')[:8])}, ... {len(names) - 1}: {names[-1]}"
+    if series is None:
+        if any(height * width >= math.prod(sizes[0]) for height, width in sizes[1:]):
+            reason = f"it holds several images, of which the first is not the largest alone ({listed})"
+            raise cannot_read(path, f"{reason}; say which one with series=..., by its number or name")
+        return 0
+    if isinstance(series, int) and 0 <= series < len(names):
+        return series
+    if isinstance(series, str) and names.count(series) == 1:
+        return names.index(series)
+    raise ValueError(f"series={series!r} of {path} does not exist; its images are {listed}")
+
+
+def choose_channels(path: object, chosen: Sequence[int | str], count: int, names: Sequence[str] | None) -> list[int]:
+    """The indices of the channels that are asked for, by index or by name.
+
+    Raises:
+        ValueError: One of them does not exist, or none is given.
+    """
+    if isinstance(chosen, str) or not chosen:
+        raise ValueError(f"channels={chosen!r} for {path}; expected a list of channels such as [0, 1, 2], or None for all")
+    found = []
+    for one in chosen:
+        if isinstance(one, str) and names is not None and one in names:
+            found.append(names.index(one))
+        elif not isinstance(one, str) and 0 <= one < count:
+            found.append(int(one))
+        else:
+            near = difflib.get_close_matches(str(one), names or (), 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            there = f"0 to {count - 1}" + (f", named {', '.join(names)}" if names else ", without names")
+            raise ValueError(f"channel {one!r} of {path} does not exist{hint}; its channels are {there}")
+    return found
+
+
+def check_level(level: int, levels: tuple[Size, ...], what: object) -> None:
+    """Raise a ValueError that names the levels there are, unless `level` is one of them."""
+    if not 0 <= level < len(levels):
+        sizes = ", ".join(f"{index}: {height}x{width}" for index, (height, width) in enumerate(levels))
+        raise ValueError(f"level {level} of {what} does not exist; its levels (height x width) are {sizes}")
+
+
+_WARNED: set[str] = set()
+"""Endings of file names that `warn_of_dropped_alpha` has been called for."""
+
+
+def warn_of_dropped_alpha(path: object, channels: int) -> None:
+    """Log that the last channel of a file is dropped, and how to keep it: once for each ending of file names."""
+    ending = Path(str(path)).suffix.lower()
+    if ending in _WARNED:
+        return
+    _WARNED.add(ending)
+    _log.warning(
+        "channel %d of %s is marked as alpha and dropped. If it holds data (near infrared is often marked so), keep it: "
+        'open_image(..., alpha="keep"), data.alpha=keep in `fit`, transform_args.num_channels=%d in `pretrain`. '
+        "Further %s files are not named",
+        channels, path, channels, ending or "such",
+    )  # fmt: skip
+
+
+def micrometres(value: Any, unit: str | None) -> float:
+    """`value` of `unit` in micrometres; NaN if either is unknown."""
+    factor = _MICROMETRES.get((unit or "").strip().lower())
+    return float("nan") if factor is None or value is None else float(value) * factor
+
+
+_MICROMETRES = {
+    **dict.fromkeys(("µm", "μm", "um", "\\u00b5m", "micron", "microns", "micrometer", "micrometre"), 1.0),
+    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1e-3),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e3),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e4),
+    **dict.fromkeys(("m", "meter", "metre"), 1e6),
+    "inch": 25_400.0,
+}
+
+
+def known(y: float, x: float) -> Spacing | None:
+    """(y, x) where both are above 0 and finite, else None."""
+    return (y, x) if 0 < y < float("inf") and 0 < x < float("inf") else None

@@ -1,0 +1,265 @@
+"""Pixels of one TIFF page: its tiles or strips, decoded one by one as they are needed."""
+
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pyvips
+import simplejpeg
+import tifffile
+from tifffile import COMPRESSION, PHOTOMETRIC
+
+from widefield.images.arrays import ArrayPixels, MappedArray
+from widefield.images.formats import ImageReadError, Pixels, cannot_read, damaged_region
+from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
+
+CACHE_BYTES = 16 * 2**20
+"""Decoded segments are kept up to so many bytes, or those of one row of tiles where that is more: what strips lower than a tile
+read twice."""
+
+MAX_SEGMENT_BYTES = 2**32
+"""A page whose tiles or strips decode to more is refused: each is decoded as a whole."""
+
+_JPEG = (COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY)
+_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+"""A marker that says how the colours of a JPEG are stored; the last byte, 0 for RGB and 1 for YCbCr, is to follow."""
+
+Page = Any
+"""tifffile's TiffPage, or the TiffFrame that stands for a page like the one before it and lacks some of its types."""
+
+
+@dataclass(frozen=True)
+class _Colours:
+    """What stored samples become: how many channels, of which type, and by which function of (height, width, samples)."""
+
+    channels: int
+    dtype: np.dtype
+    convert: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def page_pixels(path: Path, page: Page, blank: float) -> Pixels:
+    """Open the pixels of a page, while its file is open.
+
+    Args:
+        path: The file that the pixels lie in.
+        page: The page.
+        blank: Value of tiles that have no bytes.
+
+    Raises:
+        ImageReadError: Something of it is not supported.
+    """
+    frame = page.keyframe
+    colours = _colours(path, frame)
+    size, samples = (frame.imagelength, frame.imagewidth), frame.samplesperpixel
+    is_planar = samples > 1 and frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    if colours.convert is None and frame.is_memmappable:
+        shape, axes = ((samples, *size), "CYX") if is_planar else ((*size, samples), "YXC")
+        stored = frame.dtype.newbyteorder(frame.parent.byteorder)
+        return ArrayPixels(MappedArray(path, page.dataoffsets[0], shape, stored), axes)
+    if frame.is_tiled:
+        segment = frame.tilelength, frame.tilewidth
+    else:
+        segment = min(frame.rowsperstrip, size[0]), size[1]
+    grid = math.ceil(size[0] / segment[0]), math.ceil(size[1] / segment[1])
+    planes = samples if is_planar else 1
+    if len(page.dataoffsets) < math.prod(grid) * planes or len(page.databytecounts) < math.prod(grid) * planes:
+        raise cannot_read(path, "its TIFF structure is damaged: it names fewer tiles or strips than the page has")
+    nbytes = math.prod(segment) * samples // planes * frame.dtype.itemsize
+    if nbytes > MAX_SEGMENT_BYTES:
+        limit = f"{nbytes / 2**20:.0f} MiB when decoded; the limit is {MAX_SEGMENT_BYTES / 2**20:.0f} MiB"
+        raise cannot_read(path, f"a single tile or strip of it has {limit}. Save it as a tiled TIFF")
+    return SegmentPixels(
+        path=path,
+        shape=(colours.channels, *size),
+        dtype=colours.dtype,
+        segment=segment,
+        grid=grid,
+        planes=planes,
+        offsets=np.array(page.dataoffsets, np.int64),
+        counts=np.array(page.databytecounts, np.int64),
+        decode=_decoder(path, page),
+        convert=colours.convert,
+        blank=blank,
+    )
+
+
+def _colours(path: Path, page: Page) -> _Colours:
+    """Tell what becomes of the samples of a page, or refuse colours that would pass for RGB."""
+    if page.dtype is None or page.dtype.kind not in "uifb":
+        stored = page.dtype or f"{page.bitspersample} bits of sample format {page.sampleformat}"
+        raise cannot_read(path, f"its pixels are of type {stored}; expected integers or floats")
+    if page.imagedepth > 1:
+        raise cannot_read(path, f"a page of it is {page.imagedepth} planes deep, which is not supported; save each as a page")
+    photometric, samples = page.photometric, page.samplesperpixel
+    dtype = np.dtype("u1") if page.dtype.kind == "b" else page.dtype.newbyteorder("=")
+    if photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.MASK, PHOTOMETRIC.CFA):
+        return _Colours(samples, dtype, None if page.dtype == dtype else lambda pixels: pixels.astype(dtype))
+    if photometric == PHOTOMETRIC.MINISWHITE:
+        if dtype.kind != "u":
+            return _Colours(samples, dtype)
+        white = dtype.type(2**page.bitspersample - 1)
+        return _Colours(samples, dtype, lambda pixels: white - pixels.astype(dtype))
+    if photometric == PHOTOMETRIC.PALETTE and page.colormap is not None and samples == 1:
+        table = np.asarray(page.colormap).T  # 16 bits, of which some writers fill the lower 8 only
+        colours = (table if table.max() < 256 else table >> 8).astype("u1")
+        return _Colours(3, colours.dtype, lambda pixels: colours[pixels[..., 0]])
+    if photometric == PHOTOMETRIC.YCBCR and page.compression in _JPEG:
+        return _Colours(samples, dtype)
+    if photometric == PHOTOMETRIC.SEPARATED and samples == 4 and dtype == "u1":
+        if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+            reason = "SEPARATED colours in separate planes (PlanarConfiguration 2) are not supported"
+            raise cannot_read(path, f"{reason}; save it pixel-interleaved")
+        return _Colours(3, dtype, _cmyk_to_rgb)
+    if photometric == PHOTOMETRIC.YCBCR:
+        raise cannot_read(path, "its colours are YCbCr, which is read from JPEG only; convert it to RGB first")
+    raise cannot_read(path, f"its colours are {photometric.name}; convert it to RGB first")
+
+
+def _cmyk_to_rgb(pixels: np.ndarray) -> np.ndarray:
+    height, width, _ = pixels.shape
+    image = pyvips.Image.new_from_memory(np.ascontiguousarray(pixels), width, height, 4, "uchar")
+    rgb = image.copy(interpretation="cmyk").colourspace("srgb")
+    return fetch("CMYK colours", pyvips.Region.new(rgb), np.dtype("u1"), 0, 0, height, width)
+
+
+Decode = Callable[[bytes, int], np.ndarray]
+"""The samples (height, width, samples) of the segment of an index."""
+
+
+def _decoder(path: Path, page: Page) -> Decode:
+    """Return what decodes a segment of `page`; the file must be open now, but not later.
+
+    Raises:
+        ImageReadError: There is no decoder for it.
+    """
+    frame = page.keyframe
+    compression, tables = frame.compression, page.jpegtables
+    codec = "none" if compression == 1 else getattr(compression, "name", str(compression))
+    decode = frame.decode
+    if decode.__name__.startswith("decode_raise"):
+        try:
+            decode()
+        except (ValueError, NotImplementedError) as error:
+            raise cannot_read(path, f"it cannot be decoded (compression {codec}): {error}") from error
+    if compression not in _JPEG:
+        return lambda data, index: decode(data, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
+    is_ycbcr = frame.photometric == PHOTOMETRIC.YCBCR
+    colourspace = {1: "GRAY", 3: "RGB"}.get(1 if frame.planarconfig == 2 else frame.samplesperpixel)
+    if colourspace is None or frame.bitspersample != 8:
+        return lambda data, index: decode(_ended(data), index, jpegtables=tables)[0][0]
+
+    def decode_jpeg(data: bytes, index: int) -> np.ndarray:
+        # the bare decoder of the format gives grey for what is damaged; this one raises
+        before = tables[:-2] if tables else data[:2]
+        marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
+        whole = b"".join((before, marker if colourspace == "RGB" else b"", data[2:]))
+        return simplejpeg.decode_jpeg(_ended(whole), colourspace, fastdct=False, fastupsample=False)
+
+    return decode_jpeg
+
+
+def _ended(data: bytes) -> bytes:
+    """`data`, if it ends as a JPEG does."""
+    if b"\xff\xd9" not in data[-64:]:
+        raise ValueError("premature end of JPEG data")
+    return data
+
+
+@dataclass(frozen=True)
+class SegmentPixels:
+    """The tiles or strips of a page; see `page_pixels`.
+
+    Nothing stays open between reads, so that it survives a fork.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    dtype: np.dtype
+    segment: tuple[int, int]
+    """(height, width) of a tile, or of a strip."""
+    grid: tuple[int, int]
+    """Rows and columns of segments."""
+    planes: int
+    """More than 1 if each channel has segments of its own, one channel's after the other's."""
+    offsets: np.ndarray
+    """Of each segment in the file, in bytes."""
+    counts: np.ndarray
+    """Bytes of each segment; 0 for one that was never written."""
+    decode: Decode
+    convert: Callable[[np.ndarray], np.ndarray] | None
+    blank: float
+    _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width)."""
+        planar = self.planes > 1
+        pixels = np.empty((len(channels), height, width) if planar else (height, width, len(channels)), self.dtype)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if not planar:
+                    self._read_plane(file, 0, pixels, y, x, channels)
+                    return pixels.transpose(2, 0, 1)
+                for target, channel in zip(pixels, channels, strict=True):
+                    self._read_plane(file, channel, target[..., None], y, x, [0])
+                return pixels
+        except ImageReadError:
+            raise
+        except Exception as error:  # decoders raise whatever damaged data leads them to
+            raise damaged_region(self.path, y, x, height, width, error) from error
+
+    def _read_plane(self, file: Any, plane: int, target: np.ndarray, y: int, x: int, channels: Sequence[int]) -> None:
+        """Fill `target` (height, width, channels) from the segments of a plane."""
+        height, width, _ = target.shape
+        rows, columns = self.segment
+        every = self.planes > 1 or list(channels) == list(range(self.shape[0]))
+        for row in range(y // rows, (y + height - 1) // rows + 1):
+            for column in range(x // columns, (x + width - 1) // columns + 1):
+                index = (plane * self.grid[0] + row) * self.grid[1] + column
+                top, left = row * rows, column * columns
+                first = max(y, top), max(x, left)
+                end = min(y + height, top + rows), min(x + width, left + columns)
+                inside = target[first[0] - y : end[0] - y, first[1] - x : end[1] - x]
+                if not self.counts[index]:
+                    inside[...] = self.blank
+                    continue
+                part = self._decoded(index, file)[first[0] - top : end[0] - top, first[1] - left : end[1] - left]
+                if part.shape[:2] != inside.shape[:2]:
+                    raise ValueError(f"a tile or strip of {part.shape[0]}x{part.shape[1]} pixels is too small")
+                inside[...] = part if every else part[..., channels]
+
+    def _decoded(self, index: int, file: Any) -> np.ndarray:
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+        file.seek(int(self.offsets[index]))
+        count = int(self.counts[index])
+        data = file.read(count)
+        if len(data) < count:
+            raise ValueError("the file ends before")
+        segment = self.decode(data, index)
+        if self.convert is not None:
+            segment = self.convert(segment)
+        if segment.nbytes > MEMORY_BYTES:
+            segment = self._spilled(segment)
+        with self._lock:
+            self._cache[index] = segment
+            kept = sum(part.nbytes for part in self._cache.values())
+            row = self.grid[1] * self.planes * math.prod(self.segment) * segment.shape[-1] * segment.itemsize
+            while kept > max(CACHE_BYTES, row) and len(self._cache) > 1:
+                kept -= self._cache.popitem(last=False)[1].nbytes
+        return segment
+
+    def _spilled(self, segment: np.ndarray) -> np.ndarray:
+        """A segment too large for memory (a file of one compressed strip), as a map of a temporary file."""
+        file = temporary_file(self.path, iter(np.array_split(segment, math.ceil(segment.nbytes / MEMORY_BYTES))))
+        weakref.finalize(self, file.close)
+        return np.memmap(file, segment.dtype, "r", 0, segment.shape)

@@ -1,0 +1,107 @@
+"""Slides of the scanners that OpenSlide knows: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM.
+
+Aperio's slides, which are plain TIFF files, are read as those, unless their tiles are JPEG 2000.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import openslide
+
+from widefield.images.formats import Choice, Contents, cannot_read, damaged_region, image_format, known, micrometres
+
+_READ_AS_TIFF = ("aperio", "generic-tiff", None)
+_ENDINGS = (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi")
+
+
+def _is_slide(path: Path, start: bytes) -> bool:
+    return bool(start) and openslide.OpenSlide.detect_format(str(path)) not in _READ_AS_TIFF
+
+
+@image_format("slides that OpenSlide reads", endings=_ENDINGS, recognises=_is_slide)
+def open_slide(path: Path, choice: Choice) -> Contents:
+    """Open a slide: the whole scanned area, as OpenSlide lays it out, with what was not scanned in its background colour."""
+    try:
+        slide = openslide.OpenSlide(str(path))
+    except openslide.OpenSlideError as error:
+        raise cannot_read(path, f"OpenSlide: {error}") from error
+    with slide:
+        if choice.series not in (None, 0):
+            raise ValueError(f"series={choice.series!r} of {path} does not exist; it is a slide of one image, 0")
+        said = slide.properties
+        levels = tuple((height, width) for width, height in slide.level_dimensions)
+        y, x = (micrometres(said.get(f"openslide.mpp-{axis}"), "um") for axis in "yx")
+        colour = said.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        background = tuple(bytes.fromhex(colour))
+        scales = slide.level_downsamples
+        associated = {name: partial(_associated, path, name) for name in slide.associated_images}
+    return Contents(
+        levels=levels,
+        pixels=lambda level: SlidePixels(path, level, levels[level], scales[level], background),
+        spacing=known(y, x),
+        channel_names=("red", "green", "blue"),
+        associated=associated,
+    )
+
+
+def _associated(path: Path, name: str) -> np.ndarray:
+    try:
+        with openslide.OpenSlide(str(path)) as slide:
+            return np.array(slide.associated_images[name].convert("RGB"))
+    except openslide.OpenSlideError as error:
+        raise cannot_read(path, f"its picture {name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class SlidePixels:
+    """One level of a slide, (3, height, width) of 8 bits. Each process opens the file at its first read."""
+
+    path: Path
+    level: int
+    size: tuple[int, int]
+    """(height, width)."""
+    scale: float
+    """Pixels of level 0 per pixel of this level."""
+    background: tuple[int, ...]
+    _opened: dict[int, Any] = field(default_factory=dict, repr=False)
+    """The open slide, by process: a forked one must not share the state of another's codecs."""
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return 3, *self.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels."""
+        return np.dtype("u1")
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width)."""
+        corner = math.ceil(x * self.scale), math.ceil(y * self.scale)  # at level 0, as (x, y); OpenSlide rounds down
+        process = os.getpid()
+        try:
+            with self._lock:
+                if process not in self._opened:
+                    self._opened.clear()
+                    self._opened[process] = openslide.OpenSlide(str(self.path))
+                slide = self._opened[process]
+            pixels = np.asarray(slide.read_region(corner, self.level, (width, height)))
+        except openslide.OpenSlideError as error:
+            self._opened.pop(process, None)  # after an error a handle is of no more use
+            raise damaged_region(self.path, y, x, height, width, error) from error
+        colours = pixels[..., list(channels)]
+        opacity = pixels[..., 3:]
+        if opacity.min(initial=255) < 255:
+            behind = np.array(self.background)[list(channels)]
+            mixed = (colours * opacity.astype(np.uint16) + behind * (255 - opacity.astype(np.uint16)) + 127) // 255
+            colours = mixed.astype(np.uint8)
+        return np.ascontiguousarray(colours).transpose(2, 0, 1)
