@@ -19,7 +19,7 @@ def test_a_missing_file_is_named(tmp_path):
         open_image(tmp_path / "nothing.tif")
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF89a....", "none of PNG, JPEG, TIFF")])
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF89a....", "none of slides .*, TIFF, PNG")])
 def test_an_unsupported_file_is_named_with_the_reason(tmp_path, content, reason):
     (tmp_path / "a.tif").write_bytes(content)
     with pytest.raises(ImageReadError, match=rf"a\.tif: .*{reason}"):
@@ -89,10 +89,13 @@ def test_a_truncated_npy_and_an_array_that_is_no_image_are_found(tmp_path, rgb):
             open_image(path)
 
 
-def test_a_stack_of_pages_is_refused(tmp_path, chw):
+def test_a_stack_of_pages_is_refused_until_one_is_chosen(tmp_path, chw):
     tifffile.imwrite(tmp_path / "a.tif", chw, photometric="minisblack", metadata={"axes": "ZYX"})
-    with pytest.raises(ImageReadError, match="3 Z x 201 Y x 333 X"):
+    with pytest.raises(ImageReadError, match=r"several images.*0: .*Z=0 201x333, 1: .*Z=1 201x333.*series="):
         open_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.tif", series=1).read(0, 0, 201, 333), chw[1:2])
+    with pytest.raises(ValueError, match=r"series=3 of .*a\.tif does not exist; its images are 0: "):
+        open_image(tmp_path / "a.tif", series=3)
 
 
 @pytest.mark.parametrize("name", ["CIELAB", "ICCLAB", "YCbCr"])
@@ -117,7 +120,7 @@ def test_a_message_has_no_words_about_files_that_were_read_well(tmp_path, rgb):
 def test_the_axis_of_channels_is_refused_where_it_means_nothing(tmp_path, rgb):
     pyvips.Image.new_from_array(rgb).pngsave(str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match=r"only \.npy"):
-        open_image(tmp_path / "a.png", channels="last")
+        open_image(tmp_path / "a.png", channel_axis="last")
 
 
 @pytest.mark.parametrize("region", [(-1, 0, 5, 5), (0, 0, 0, 5), (0, 330, 5, 4), (200, 0, 2, 5), (0, -1, 1, 1)])

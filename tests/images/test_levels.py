@@ -98,14 +98,15 @@ def test_a_thumbnail_reads_a_smaller_level_and_is_never_enlarged(tmp_path, rgb, 
     pyvips.Image.new_from_array(rgb).tiffsave(str(tmp_path / "a.tif"), tile=True, tile_width=64, pyramid=True)
     image = open_image(tmp_path / "a.tif")
     assert thumbnail(image, 1000).shape == (201, 333, 3)
-    monkeypatch.setattr(type(image._source), "read", _refuse_more_than(166 * 100, type(image._source).read))
+    pixels = type(image._pixels)
+    monkeypatch.setattr(pixels, "read", _refuse_more_than(166 * 100, pixels.read))
     assert thumbnail(image, 100).shape == (60, 100, 3)
 
 
 def _refuse_more_than(pixels, read):
-    def checked(self, y, x, height, width):
+    def checked(self, y, x, height, width, channels):
         assert self.shape[1] * self.shape[2] <= pixels
-        return read(self, y, x, height, width)
+        return read(self, y, x, height, width, channels)
 
     return checked
 

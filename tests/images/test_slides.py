@@ -1,16 +1,29 @@
 """Slides and other files of several images: the slide itself is opened, or the file is refused by name."""
 
 import numpy as np
+import openslide
 import pytest
 import tifffile
 
 from widefield.images import ImageReadError, open_image
 
-SCN = """<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">
-<collection name="c" sizeX="333000" sizeY="201000">{}</collection></scn>"""
-SCN_IMAGE = """<image name="{name}"><pixels sizeX="{width}" sizeY="{height}">
-<dimension sizeX="{width}" sizeY="{height}" r="0" ifd="{ifd}"/>{more}</pixels>
-<view sizeX="{view[1]}" sizeY="{view[0]}" offsetX="0" offsetY="0"/></image>"""
+SCN = """<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection name="c" sizeX="666000"
+sizeY="402000"><barcode>x</barcode>{}</collection></scn>"""
+SCN_IMAGE = """<image name="{name}" uuid="{name}"><creationDate>2010</creationDate><device model="SCN400" version="1"/>
+<pixels sizeX="{width}" sizeY="{height}">{levels}</pixels>
+<view sizeX="{view[1]}" sizeY="{view[0]}" offsetX="{offset}" offsetY="{offset}"/><scanSettings><objectiveSettings>
+<objective>{objective}</objective></objectiveSettings><illuminationSettings><numericalAperture>0.4</numericalAperture>
+<illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>"""
+PHILIPS = """<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport"><Attribute
+Name="PIM_DP_SCANNED_IMAGES" Group="0x301D" Element="0x1003" PMSVR="IDataObjectArray"><Array><DataObject
+ObjectType="DPScannedImage"><Attribute Name="PIM_DP_IMAGE_TYPE" Group="0x301D" Element="0x1004" PMSVR="IString">WSI</Attribute>
+<Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030"
+PMSVR="IDoubleArray">&quot;0.000227&quot; &quot;0.000227&quot;</Attribute>
+<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE" Group="0x1001" Element="0x8B01"
+PMSVR="IDataObjectArray"><Array><DataObject
+ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030"
+PMSVR="IDoubleArray">&quot;0.000227&quot; &quot;0.000227&quot;</Attribute></DataObject></Array></Attribute>
+</DataObject></Array></Attribute></DataObject>"""
 
 
 def _write(path, images, **first):
@@ -21,47 +34,113 @@ def _write(path, images, **first):
             first = {}
 
 
-def _write_scn(path, rgb, regions):
-    macro, reduced = rgb[::12, ::12], rgb[:200:2, :332:2]
-    level = f'<dimension sizeX="166" sizeY="100" r="1" ifd="{1 + regions}"/>'
-    images = [{"name": "macro", "width": 28, "height": 17, "ifd": 0, "view": (201_000, 333_000), "more": ""}]
-    for ifd in range(1, 1 + regions):
-        more = level if regions == 1 else ""
-        images.append(
-            {"name": f"scan {ifd}", "width": 333, "height": 201, "ifd": ifd, "view": (50_250, 83_250), "more": more}
+def _write_scn(path, rgb):
+    """A Leica SCN file: the macro picture, then the scan of 201x333 pixels and a level of it."""
+
+    def image(ifds, sizes, **options):
+        dimensions = zip(ifds, sizes, strict=True)
+        levels = "".join(
+            f'<dimension sizeX="{width}" sizeY="{height}" r="{k}" ifd="{ifd}"/>'
+            for k, (ifd, (height, width)) in enumerate(dimensions)
         )
-    description = SCN.format("".join(SCN_IMAGE.format(**image) for image in images))
-    _write(path, [macro, *[rgb] * regions, reduced], description=description, resolution=(100, 100))
+        return SCN_IMAGE.format(levels=levels, height=sizes[0][0], width=sizes[0][1], **options)
+
+    macro, reduced = rgb[::12, ::12], np.ascontiguousarray(rgb[::4, ::4][:50, :83])
+    images = image([0], [macro.shape[:2]], name="macro", view=(402_000, 666_000), offset=0, objective=0.6)
+    images += image([1, 2], [(201, 333), (50, 83)], name="scan", view=(201_000, 333_000), offset=2000, objective=20)
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for pixels in (np.ascontiguousarray(macro), rgb, reduced):
+            description = SCN.format(images) if len(pixels) < 20 else None
+            options = {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "jpeg", "metadata": None}
+            file.write(pixels, tile=(64, 64), description=description, **options)
 
 
-def test_a_leica_scn_gives_its_scanned_region_not_the_macro_picture(tmp_path, rgb, chw):
-    _write_scn(tmp_path / "a.scn", rgb, regions=1)
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_leica_scn_gives_the_slide_as_openslide_lays_it_out_not_the_macro_picture(tmp_path, rgb, level):
+    _write_scn(tmp_path / "a.scn", rgb)
+    image = open_image(tmp_path / "a.scn", level)
+    with openslide.OpenSlide(str(tmp_path / "a.scn")) as slide:
+        width, height = slide.level_dimensions[level]
+        expected = np.array(slide.read_region((0, 0), level, (width, height)))
+    assert image.shape == (3, height, width)
+    expected[expected[..., 3] == 0] = 255
+    whole = image.read(0, 0, height, width)
+    np.testing.assert_array_equal(whole.transpose(1, 2, 0), expected[..., :3])
+    for y, x in ((1, 3), (17, 40), (height // 2, width // 2), (height - 9, width - 8)):
+        np.testing.assert_array_equal(image.read(y, x, 9, 8), whole[:, y : y + 9, x : x + 8])
+    assert image.associated_images["macro"]().shape == (17, 28, 3)
+
+
+def test_the_scan_of_a_leica_scn_lies_where_it_says(tmp_path, rgb):
+    _write_scn(tmp_path / "a.scn", rgb)
+    with tifffile.TiffFile(tmp_path / "a.scn") as file:
+        scan = file.pages[1].asarray()
     image = open_image(tmp_path / "a.scn")
-    assert image.levels == ((201, 333), (100, 166))
-    assert image.spacing == pytest.approx((0.25, 0.25))
-    np.testing.assert_array_equal(image.read(0, 0, 201, 333), chw)
-    np.testing.assert_array_equal(open_image(tmp_path / "a.scn", 1).read(0, 0, 100, 166), chw[:, :200:2, :332:2])
+    np.testing.assert_array_equal(image.read(2, 2, 201, 333).transpose(1, 2, 0), scan)
 
 
-@pytest.mark.parametrize("regions", [0, 2])
-def test_a_leica_scn_of_any_other_number_of_regions_is_refused(tmp_path, rgb, regions):
-    _write_scn(tmp_path / "a.scn", rgb, regions)
-    with pytest.raises(ImageReadError, match=rf"a\.scn: .*Leica SCN file of {regions} scanned regions"):
-        open_image(tmp_path / "a.scn")
+def test_an_aperio_slide_of_jpeg_2000_is_read_as_openslide_does(tmp_path, rgb):
+    description = "Aperio Image Library v11\r\n333x201 (64x64) J2K/KDU Q=30|AppMag = 40|MPP = 0.25"
+    options = {"photometric": "rgb", "compression": 33005, "tile": (64, 64), "metadata": None}
+    tifffile.imwrite(tmp_path / "a.svs", rgb, description=description, **options)
+    image = open_image(tmp_path / "a.svs")
+    with openslide.OpenSlide(str(tmp_path / "a.svs")) as slide:
+        expected = np.array(slide.read_region((0, 0), 0, (333, 201)))[..., :3]
+    assert image.spacing == (0.25, 0.25)
+    np.testing.assert_array_equal(image.read(0, 0, 201, 333).transpose(1, 2, 0), expected)
+
+
+def test_an_aperio_slide_of_jpeg_is_the_same_through_openslide(tmp_path, rgb):
+    description = "Aperio Image Library v11\r\n333x201 (64x64) JPEG/RGB Q=30|AppMag = 40|MPP = 0.25"
+    with tifffile.TiffWriter(tmp_path / "a.svs") as file:
+        for pixels in (rgb, rgb[::4, ::4]):
+            options = {"photometric": "ycbcr", "subsampling": (2, 2), "compression": "jpeg", "metadata": None}
+            file.write(np.ascontiguousarray(pixels), tile=(64, 64), description=description, **options)
+    image = open_image(tmp_path / "a.svs")
+    with openslide.OpenSlide(str(tmp_path / "a.svs")) as slide:
+        expected = np.array(slide.read_region((0, 0), 0, (333, 201)))[..., :3]
+    np.testing.assert_array_equal(image.read(0, 0, 201, 333).transpose(1, 2, 0), expected)
+
+
+def test_a_philips_slide_has_its_spacing(tmp_path, rgb):
+    options = {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "jpeg", "metadata": None}
+    tifffile.imwrite(
+        tmp_path / "a.tiff", rgb, tile=(64, 64), software="Philips DP v1.0", description=PHILIPS, **options
+    )
+    image = open_image(tmp_path / "a.tiff")
+    assert image.spacing == pytest.approx((0.227, 0.227))
+    with tifffile.TiffFile(tmp_path / "a.tiff") as file:
+        expected = file.pages[0].asarray()
+    np.testing.assert_array_equal(image.read(0, 0, 201, 333).transpose(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"software": "ScanOutputManager", "extratags": [(700, 1, 8, b"<iScan/>", True)]}, "Ventana"),
-        ({"extratags": [(700, 1, 8, b"<iScan/>", True)]}, "Ventana"),
-        ({"software": "MedScan 1.0", "description": "Background Color=ffffff;OverlapsXY=64 64"}, "Trestle"),
+        ({"software": "ScanOutputManager", "extratags": [(700, 1, 8, b"<iScan/>", True)]}, "OpenSlide"),
+        ({"extratags": [(700, 1, 8, b"<iScan/>", True)]}, "OpenSlide"),
+        ({"description": SCN.format("")}, "OpenSlide"),
+        ({"description": SCN.format("").replace("scn/2010/10/01", "scn/2030/10/01")}, "Leica SCN"),
     ],
 )
-def test_slides_whose_tiles_overlap_are_refused(tmp_path, rgb, options, name):
+def test_slides_that_openslide_does_not_know_are_refused(tmp_path, rgb, options, name):
     _write(tmp_path / "a.tif", [rgb], **options)
-    with pytest.raises(ImageReadError, match=rf"a\.tif: {name} files.*convert it"):
+    with pytest.raises(ImageReadError, match=rf"a\.tif: .*{name}"):
         open_image(tmp_path / "a.tif")
+
+
+def test_a_damaged_slide_is_an_error_where_the_damage_lies_and_only_there(tmp_path, rgb):
+    _write_scn(tmp_path / "a.scn", rgb)
+    with tifffile.TiffFile(tmp_path / "a.scn") as file:
+        offset = file.pages[1].dataoffsets[0]
+    with (tmp_path / "a.scn").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\0" * 50)
+    image = open_image(tmp_path / "a.scn")
+    expected = image.read(130, 130, 60, 60)
+    with pytest.raises(ImageReadError, match=r"a\.scn: truncated or corrupt data in the region y=0, x=0"):
+        image.read(0, 0, 60, 60)
+    np.testing.assert_array_equal(image.read(130, 130, 60, 60), expected)
 
 
 @pytest.mark.parametrize("ome", [False, True])
@@ -72,8 +151,9 @@ def test_a_file_whose_first_image_is_not_the_largest_is_refused(tmp_path, rgb, o
         file.write(rgb[: 150 // step], photometric="rgb", metadata={"axes": "YXS"} if ome else None)
         file.write(other, photometric="rgb", metadata={"axes": "YXS"} if ome else None)
         file.write(rgb, photometric="rgb", metadata={"axes": "YXS"} if ome else None)
-    with pytest.raises(ImageReadError, match=r"a\.tif: it holds several images .*201x333"):
+    with pytest.raises(ImageReadError, match=r"a\.tif: it holds several images.*201x333"):
         open_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.tif", series=2).read(0, 0, 201, 333), rgb.transpose(2, 0, 1))
 
 
 def test_labels_and_masks_are_no_images_of_their_own(tmp_path, rgb, chw):

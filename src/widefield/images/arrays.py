@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from widefield.errors import WrongArgumentError
 from widefield.images.formats import ChannelAxis, Choice, Contents, cannot_read, choose_series, image_format
 
 MAX_CHANNELS = 32
@@ -71,10 +72,7 @@ class MappedArray:
 @image_format("npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"))
 def open_npy(path: Path, choice: Choice) -> Contents:
     """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
-    try:
-        array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise cannot_read(path, f"the .npy file is truncated or damaged ({error})") from error
+    array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     axes = check_array(path, array.shape, array.dtype, choice.channel_axis)
     is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     mapped = MappedArray(path, array.offset, array.shape, array.dtype, "F" if is_fortran else "C")
@@ -91,7 +89,9 @@ def check_array(what: object, shape: tuple[int, ...], dtype: np.dtype, channel_a
         ValueError: Either axis could be that of the channels, and `channel_axis` does not say which.
     """
     if len(shape) not in (2, 3) or 0 in shape:
-        raise cannot_read(what, f"an array of shape {tuple(shape)} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+        raise cannot_read(
+            what, f"an array of shape {tuple(shape)} is no image; expected (H, W), (H, W, C) or (C, H, W)"
+        )
     if dtype.kind not in "uifb":
         raise cannot_read(what, f"its type is {dtype}; expected integers or floats, so convert it with astype")
     if len(shape) == 2:
@@ -99,7 +99,7 @@ def check_array(what: object, shape: tuple[int, ...], dtype: np.dtype, channel_a
     if channel_axis is not None:
         return "YXC" if channel_axis == "last" else "CYX"
     if shape[0] == shape[2] or min(shape[0], shape[2]) > MAX_CHANNELS:
-        raise ValueError(
+        raise WrongArgumentError(
             f"the shape {tuple(shape)} of {what} does not tell which axis the channels are; "
             'pass channel_axis="first" for (C, H, W) or channel_axis="last" for (H, W, C)'
         )

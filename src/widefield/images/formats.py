@@ -14,17 +14,19 @@ import difflib
 import importlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from widefield.errors import WidefieldError
+from widefield.errors import WidefieldError, WrongArgumentError
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +56,6 @@ class ImageReadError(WidefieldError, OSError):
 def cannot_read(path: object, reason: str) -> ImageReadError:
     """The error for the file at `path`; `reason` says what is wrong and, where something helps, what to do."""
     return ImageReadError(f"cannot read {path}: {reason}")
-
-
-def damaged_region(path: object, y: int, x: int, height: int, width: int, why: object) -> ImageReadError:
-    """The error for a region of the file at `path` that cannot be decoded."""
-    where = f"y={y}, x={x}, height={height}, width={width}"
-    return cannot_read(path, f"truncated or corrupt data in the region {where} ({why})")
 
 
 class Pixels(Protocol):
@@ -108,7 +104,8 @@ class Contents:
     """Readers of the pictures beside the image (label, macro, thumbnail), as uint8 arrays (height, width, 3), by name."""
 
 
-Opener = Callable[[Path, Choice], Contents]
+Opener = Callable[[Any, Choice], Contents]
+"""Called with the path, of which only the reader of Zarr gets URLs as strings."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ class ImageFormat:
 
     name: str
     endings: tuple[str, ...]
-    recognises: Callable[[Path, bytes], bool]
+    recognises: Callable[[Any, bytes], bool]
     open: Opener
 
 
@@ -125,14 +122,14 @@ _FORMATS: list[ImageFormat] = []
 
 
 def image_format(
-    name: str, *, endings: Sequence[str], recognises: Callable[[Path, bytes], bool]
+    name: str, *, endings: Sequence[str], recognises: Callable[[Any, bytes], bool]
 ) -> Callable[[Opener], Opener]:
     """Return a decorator that registers a function as the reader of a format.
 
     Args:
         name: For messages, such as "OME-Zarr".
         endings: How the names of its files end, in lower case, such as ".zarr".
-        recognises: Called with the path and its first 64 bytes (none of a folder); True if the reader is to open it.
+        recognises: Called with the path and its first 256 bytes (none of a folder or a URL); True if the reader is to open it.
             Formats are asked in the order of their registration, those of other packages first.
     """
 
@@ -146,12 +143,39 @@ def image_format(
 @cache
 def image_formats() -> tuple[ImageFormat, ...]:
     """All formats, in the order in which they are asked."""
-    own = [f"widefield.images.{module}" for module in ("slides", "tiff", "photos", "arrays")]
+    rooms = ("slides", "tiff", "photos", "arrays", "zarrs", "rasters", "dicom")
+    own = [f"widefield.images.{room}" for room in rooms]
     for module in own:
         importlib.import_module(module)
     for entry in entry_points(group="widefield.image_formats"):
         entry.load()
     return tuple(sorted(_FORMATS, key=lambda one: own.index(module) if (module := one.open.__module__) in own else -1))
+
+
+class PerProcess:
+    """What a function opens, opened once in each process: a forked one must not share a file's position or a codec's state."""
+
+    def __init__(self, opening: Callable[[], Any]) -> None:
+        self._opening, self._lock = opening, Lock()
+        self._opened: dict[int, Any] = {}
+
+    def get(self) -> Any:
+        """What was opened in this process, or is now."""
+        process = os.getpid()
+        if process not in self._opened:
+            with self._lock:
+                if process not in self._opened:
+                    self._opened = {process: self._opening()}
+        return self._opened[process]
+
+    def forget(self) -> None:
+        """Open it anew the next time."""
+        self._opened = {}
+
+
+def is_remote(path: Path | str) -> bool:
+    """True of a URL such as "s3://bucket/scan.zarr"."""
+    return isinstance(path, str) and "://" in path
 
 
 def optional(module: str, path: Path, extra: str) -> ModuleType:
@@ -167,14 +191,16 @@ def optional(module: str, path: Path, extra: str) -> ModuleType:
         raise cannot_read(path, reason) from error
 
 
-def choose_series(path: Path, series: int | str | None, names: Sequence[str], sizes: Sequence[Size]) -> int:
+def choose_series(path: object, series: int | str | None, names: Sequence[str], sizes: Sequence[Size]) -> int:
     """The index of the image that is meant, of several in one file; without `series` that is the first, if it is the largest.
 
     Raises:
         ImageReadError: `series` is None and another image is as large as the first.
         ValueError: `series` is the index or name of none.
     """
-    listed = ", ".join(f"{index}: {name} {h}x{w}" for index, (name, (h, w)) in enumerate(zip(names, sizes, strict=True)))
+    listed = ", ".join(
+        f"{index}: {name} {h}x{w}" for index, (name, (h, w)) in enumerate(zip(names, sizes, strict=True))
+    )
     if len(names) > 8:
         listed = f"{', '.join(listed.split(', ')[:8])}, ... {len(names) - 1}: {names[-1]}"
     if series is None:
@@ -186,7 +212,7 @@ def choose_series(path: Path, series: int | str | None, names: Sequence[str], si
         return series
     if isinstance(series, str) and names.count(series) == 1:
         return names.index(series)
-    raise ValueError(f"series={series!r} of {path} does not exist; its images are {listed}")
+    raise WrongArgumentError(f"series={series!r} of {path} does not exist; its images are {listed}")
 
 
 def choose_channels(path: object, chosen: Sequence[int | str], count: int, names: Sequence[str] | None) -> list[int]:
@@ -196,7 +222,9 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
         ValueError: One of them does not exist, or none is given.
     """
     if isinstance(chosen, str) or not chosen:
-        raise ValueError(f"channels={chosen!r} for {path}; expected a list of channels such as [0, 1, 2], or None for all")
+        raise ValueError(
+            f"channels={chosen!r} for {path}; expected a list of channels such as [0, 1, 2], or None for all"
+        )
     found = []
     for one in chosen:
         if isinstance(one, str) and names is not None and one in names:
@@ -207,15 +235,27 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
             near = difflib.get_close_matches(str(one), names or (), 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             there = f"0 to {count - 1}" + (f", named {', '.join(names)}" if names else ", without names")
-            raise ValueError(f"channel {one!r} of {path} does not exist{hint}; its channels are {there}")
+            raise WrongArgumentError(f"channel {one!r} of {path} does not exist{hint}; its channels are {there}")
     return found
+
+
+MAX_SEGMENT_BYTES = 2**32
+"""Tiles, strips and chunks that decode to more are refused: each is decoded as a whole."""
+
+
+def check_segment(path: object, kind: str, shape: Sequence[int], itemsize: int) -> None:
+    """Raise an ImageReadError if a single tile, strip or chunk is too large to decode."""
+    nbytes = math.prod(shape) * itemsize
+    if nbytes > MAX_SEGMENT_BYTES:
+        limit = f"{nbytes / 2**20:.0f} MiB when decoded; the limit is {MAX_SEGMENT_BYTES / 2**20:.0f} MiB"
+        raise cannot_read(path, f"a single {kind} of it has {limit}. Save it in smaller tiles")
 
 
 def check_level(level: int, levels: tuple[Size, ...], what: object) -> None:
     """Raise a ValueError that names the levels there are, unless `level` is one of them."""
     if not 0 <= level < len(levels):
         sizes = ", ".join(f"{index}: {height}x{width}" for index, (height, width) in enumerate(levels))
-        raise ValueError(f"level {level} of {what} does not exist; its levels (height x width) are {sizes}")
+        raise WrongArgumentError(f"level {level} of {what} does not exist; its levels (height x width) are {sizes}")
 
 
 _WARNED: set[str] = set()

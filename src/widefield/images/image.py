@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from widefield.errors import WidefieldError
 from widefield.images.formats import (
     Alpha,
     ChannelAxis,
     Choice,
     Contents,
+    ImageReadError,
     Pixels,
     Size,
-    Spacing,
     Transform,
     cannot_read,
     check_level,
     choose_channels,
     image_formats,
+    is_remote,
     warn_of_dropped_alpha,
 )
 
@@ -49,9 +51,16 @@ class ImageFile:
     """
 
     def __init__(
-        self, path: Path, arguments: Mapping[str, Any], level: int, contents: Contents, pixels: Pixels, channels: list[int]
+        self,
+        path: Path | str,
+        arguments: Mapping[str, Any],
+        level: int,
+        contents: Contents,
+        pixels: Pixels,
+        channels: list[int],
     ) -> None:
-        self.path, self.level, self.levels = path, level, contents.levels
+        self.path: Any = path  # a string only of a URL
+        self.level, self.levels = level, contents.levels
         self.nodata, self.crs, self.associated_images = contents.nodata, contents.crs, contents.associated
         self.channel_names = contents.channel_names and tuple(contents.channel_names[channel] for channel in channels)
         self._arguments, self._pixels, self._channels = arguments, pixels, channels
@@ -91,7 +100,14 @@ class ImageFile:
                 f"{self.level} of {self.path}, which has height {full_height} and width {full_width}; "
                 "clip the region to the image"
             )
-        return self._pixels.read(y, x, height, width, self._channels)
+        try:
+            return self._pixels.read(y, x, height, width, self._channels)
+        except ImageReadError:
+            raise
+        except Exception as error:  # decoders raise whatever damaged data lead them to
+            problem = "not enough memory for" if isinstance(error, MemoryError) else "truncated or corrupt data in"
+            where = f"y={y}, x={x}, height={height}, width={width}"
+            raise cannot_read(self.path, f"{problem} the region {where} ({error})") from error
 
     def at_level(self, level: int) -> "ImageFile":
         """The same image, opened at another level."""
@@ -101,7 +117,7 @@ class ImageFile:
         return _reopened, (self.path, dict(self._arguments))
 
 
-def _reopened(path: Path, arguments: Mapping[str, Any]) -> ImageFile:
+def _reopened(path: Path | str, arguments: Mapping[str, Any]) -> ImageFile:
     return open_image(path, **arguments)
 
 
@@ -118,8 +134,8 @@ def open_image(
     """Open an image file for reading region by region; no pixels are read yet.
 
     The format is told by the file's content, not by its name: TIFF, BigTIFF, OME-TIFF and GeoTIFF with every compression that
-    imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; what rasterio and pydicom read, if they are
-    installed. Other packages may register more, see `widefield.images.formats`.
+    imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; JPEG 2000 and VRT with the extra
+    `geo`, DICOM with the extra `dicom`. Other packages may register more, see `widefield.images.formats`.
 
     Values are as stored, whatever their type (1 to 64 bits, floats), and not rotated by EXIF orientation. A palette becomes RGB;
     CMYK of 8 bits becomes sRGB; where white is zero, unsigned grey is inverted. Tiles that were never written hold the file's value
@@ -127,7 +143,7 @@ def open_image(
     the log: alpha of PNG and WebP, or of TIFF as the only extra sample. A fourth band of a GeoTIFF always stays.
 
     Args:
-        path: The file, or the folder of a Zarr image.
+        path: The file, or the folder of a Zarr image; of a Zarr image also a URL that fsspec knows, such as "s3://bucket/scan.zarr".
         level: Level of a pyramid, 0 (the default) the largest.
         spacing: Micrometres per pixel, instead of a level. The level of this spacing, if one differs by less than 2%; else the next
             finer one, of which each pixel of the image is the mean of the area that it covers: an image of height H and spacing s
@@ -157,7 +173,7 @@ def open_image(
         "alpha": alpha,
         "channel_axis": channel_axis,
     }
-    path = Path(path)
+    path = path if is_remote(path) else Path(path)
     if alpha not in ("drop", "keep"):
         raise ValueError(f'alpha={alpha!r} for {path}; expected "drop" or "keep"')
     if channel_axis not in ("first", "last", None):
@@ -168,6 +184,8 @@ def open_image(
     level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
     check_level(level, contents.levels, path)
     pixels = contents.pixels(level)
+    if 0 in pixels.shape:
+        raise cannot_read(path, f"it has no pixels: {pixels.shape[0]} channels of {pixels.shape[1]}x{pixels.shape[2]}")
     if target is not None and target != pixels.shape[1:]:
         pixels = _AveragedPixels(pixels, target, contents.nodata)
     every = list(range(pixels.shape[0]))
@@ -179,32 +197,45 @@ def open_image(
     return ImageFile(path, arguments, level, contents, pixels, every)
 
 
-def _contents(path: Path, choice: Choice) -> Contents:
-    if not path.exists():
-        raise FileNotFoundError(f"cannot read {path}: there is no such file")
+def _contents(path: Path | str, choice: Choice) -> Contents:
     start = b""
-    if path.is_file():
+    if isinstance(path, Path) and not path.exists():
+        raise FileNotFoundError(f"cannot read {path}: there is no such file")
+    if isinstance(path, Path) and path.is_file():
         with path.open("rb") as file:
-            start = file.read(64)
+            start = file.read(256)
         if not start:
             raise cannot_read(path, "the file is empty")
     for one in image_formats():
         if one.recognises(path, start):
             if choice.channel_axis is not None and one.name != "npy":
-                raise ValueError(f"channel_axis={choice.channel_axis!r} for {path}, but only .npy leaves it open; omit it")
-            return one.open(path, choice)
-    if path.is_dir():
+                raise ValueError(
+                    f"channel_axis={choice.channel_axis!r} for {path}, but only .npy leaves it open; omit it"
+                )
+            try:
+                return one.open(path, choice)
+            except (WidefieldError, FileNotFoundError):
+                raise
+            except Exception as error:  # readers raise whatever a damaged header leads them to
+                raise _damaged(path, error) from error
+    if not start:
         raise cannot_read(path, "it is a folder, and no Zarr image; give the path of an image file")
     names = ", ".join(one.name for one in image_formats())
     raise cannot_read(path, f"its content is none of {names}; convert it to one of these")
 
 
-def _level_of(path: Path, contents: Contents, spacing: float) -> tuple[int, Size | None]:
+def _damaged(path: Path | str, error: Exception) -> ImageReadError:
+    return cannot_read(path, f"its structure is truncated or damaged ({type(error).__name__}: {error})")
+
+
+def _level_of(path: Path | str, contents: Contents, spacing: float) -> tuple[int, Size | None]:
     """The level to read for a spacing, and the size to reduce it to (None: as it is)."""
     if not 0 < spacing < math.inf:
         raise ValueError(f"spacing={spacing} for {path}; expected micrometres per pixel, above 0")
     if contents.spacing is None:
-        raise ValueError(f"spacing={spacing:g} was asked for of {path}, which does not say its own; give level=... instead")
+        raise ValueError(
+            f"spacing={spacing:g} was asked for of {path}, which does not say its own; give level=... instead"
+        )
     (height, width), (y, x) = contents.levels[0], contents.spacing
     ratios = [(spacing / (y * height / rows), spacing / (x * width / columns)) for rows, columns in contents.levels]
     fitting = [k for k, ratio in enumerate(ratios) if all(abs(one - 1) < SPACING_TOLERANCE for one in ratio)]

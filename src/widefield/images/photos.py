@@ -22,7 +22,7 @@ import PIL.Image
 import pyvips
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import Choice, Contents, cannot_read, choose_series, damaged_region, image_format
+from widefield.images.formats import Choice, Contents, cannot_read, choose_series, image_format
 
 MEMORY_BYTES = 64 * 2**20
 """An image that decodes to more than this many bytes goes to a temporary file."""
@@ -59,11 +59,8 @@ def open_photo(path: Path, choice: Choice) -> Contents:
 @image_format("BMP", endings=(".bmp",), recognises=lambda path, start: start.startswith(b"BM"))
 def open_bmp(path: Path, choice: Choice) -> Contents:
     """Open a BMP file, into memory."""
-    try:
-        with PIL.Image.open(path) as image:
-            pixels = np.array(image.convert("RGB") if image.mode == "P" else image)
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise cannot_read(path, str(error)) from error
+    with PIL.Image.open(path) as image:
+        pixels = np.array(image.convert("RGB") if image.mode == "P" else image)
     choose_series(path, choice.series, [path.name], [pixels.shape[:2]])
     return Contents(levels=(pixels.shape[:2],), pixels=lambda level: ArrayPixels(pixels, "YXC"[: pixels.ndim]))
 
@@ -101,7 +98,7 @@ class _DecodedPixels:
         region = pyvips.Region.new(_load(self.path))
         rows = max(1, STRIP_BYTES // (channels * width * self.dtype.itemsize))
         for y in range(0, height, rows):
-            yield fetch(self.path, region, self.dtype, y, 0, min(rows, height - y), width)
+            yield fetch(region, self.dtype, y, 0, min(rows, height - y), width)
 
 
 def temporary_file(path: Path, parts: Iterator[np.ndarray]) -> BufferedRandom:
@@ -166,8 +163,8 @@ def dtype_of(image: pyvips.Image) -> np.dtype:
     return _DTYPES[image.format]
 
 
-def fetch(path: object, region: pyvips.Region, dtype: np.dtype, y: int, x: int, height: int, width: int) -> np.ndarray:
-    """Pixels of type `dtype` as an array (height, width, bands); an ImageReadError naming `path` if they are damaged.
+def fetch(region: pyvips.Region, dtype: np.dtype, y: int, x: int, height: int, width: int) -> np.ndarray:
+    """Pixels of type `dtype` as an array (height, width, bands); a ValueError if they are damaged.
 
     A `pyvips.Region` belongs to the thread that made it.
     """
@@ -175,7 +172,7 @@ def fetch(path: object, region: pyvips.Region, dtype: np.dtype, y: int, x: int, 
     try:
         data = region.fetch(x, y, width, height)
     except pyvips.Error as error:
-        raise damaged_region(path, y, x, height, width, describe(error)) from error
+        raise ValueError(describe(error)) from error
     return np.frombuffer(data, dtype).reshape(height, width, -1)
 
 

@@ -16,15 +16,12 @@ import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import ImageReadError, Pixels, cannot_read, damaged_region
+from widefield.images.formats import Pixels, cannot_read, check_segment
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
 CACHE_BYTES = 16 * 2**20
 """Decoded segments are kept up to so many bytes, or those of one row of tiles where that is more: what strips lower than a tile
 read twice."""
-
-MAX_SEGMENT_BYTES = 2**32
-"""A page whose tiles or strips decode to more is refused: each is decoded as a whole."""
 
 _JPEG = (COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY)
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
@@ -70,10 +67,7 @@ def page_pixels(path: Path, page: Page, blank: float) -> Pixels:
     planes = samples if is_planar else 1
     if len(page.dataoffsets) < math.prod(grid) * planes or len(page.databytecounts) < math.prod(grid) * planes:
         raise cannot_read(path, "its TIFF structure is damaged: it names fewer tiles or strips than the page has")
-    nbytes = math.prod(segment) * samples // planes * frame.dtype.itemsize
-    if nbytes > MAX_SEGMENT_BYTES:
-        limit = f"{nbytes / 2**20:.0f} MiB when decoded; the limit is {MAX_SEGMENT_BYTES / 2**20:.0f} MiB"
-        raise cannot_read(path, f"a single tile or strip of it has {limit}. Save it as a tiled TIFF")
+    check_segment(path, "tile" if frame.is_tiled else "strip", segment, samples // planes * frame.dtype.itemsize)
     return SegmentPixels(
         path=path,
         shape=(colours.channels, *size),
@@ -94,8 +88,12 @@ def _colours(path: Path, page: Page) -> _Colours:
     if page.dtype is None or page.dtype.kind not in "uifb":
         stored = page.dtype or f"{page.bitspersample} bits of sample format {page.sampleformat}"
         raise cannot_read(path, f"its pixels are of type {stored}; expected integers or floats")
+    if not isinstance(page.photometric, PHOTOMETRIC):
+        raise cannot_read(path, f"its colours are of the unknown kind {page.photometric}")
     if page.imagedepth > 1:
-        raise cannot_read(path, f"a page of it is {page.imagedepth} planes deep, which is not supported; save each as a page")
+        raise cannot_read(
+            path, f"a page of it is {page.imagedepth} planes deep, which is not supported; save each as a page"
+        )
     photometric, samples = page.photometric, page.samplesperpixel
     dtype = np.dtype("u1") if page.dtype.kind == "b" else page.dtype.newbyteorder("=")
     if photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.MASK, PHOTOMETRIC.CFA):
@@ -125,7 +123,7 @@ def _cmyk_to_rgb(pixels: np.ndarray) -> np.ndarray:
     height, width, _ = pixels.shape
     image = pyvips.Image.new_from_memory(np.ascontiguousarray(pixels), width, height, 4, "uchar")
     rgb = image.copy(interpretation="cmyk").colourspace("srgb")
-    return fetch("CMYK colours", pyvips.Region.new(rgb), np.dtype("u1"), 0, 0, height, width)
+    return fetch(pyvips.Region.new(rgb), np.dtype("u1"), 0, 0, height, width)
 
 
 Decode = Callable[[bytes, int], np.ndarray]
@@ -202,18 +200,13 @@ class SegmentPixels:
         """Array (channels, height, width)."""
         planar = self.planes > 1
         pixels = np.empty((len(channels), height, width) if planar else (height, width, len(channels)), self.dtype)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if not planar:
-                    self._read_plane(file, 0, pixels, y, x, channels)
-                    return pixels.transpose(2, 0, 1)
-                for target, channel in zip(pixels, channels, strict=True):
-                    self._read_plane(file, channel, target[..., None], y, x, [0])
-                return pixels
-        except ImageReadError:
-            raise
-        except Exception as error:  # decoders raise whatever damaged data leads them to
-            raise damaged_region(self.path, y, x, height, width, error) from error
+        with self.path.open("rb", buffering=0) as file:
+            if not planar:
+                self._read_plane(file, 0, pixels, y, x, channels)
+                return pixels.transpose(2, 0, 1)
+            for target, channel in zip(pixels, channels, strict=True):
+                self._read_plane(file, channel, target[..., None], y, x, [0])
+            return pixels
 
     def _read_plane(self, file: Any, plane: int, target: np.ndarray, y: int, x: int, channels: Sequence[int]) -> None:
         """Fill `target` (height, width, channels) from the segments of a plane."""

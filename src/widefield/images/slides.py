@@ -4,18 +4,15 @@ Aperio's slides, which are plain TIFF files, are read as those, unless their til
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import numpy as np
 import openslide
 
-from widefield.images.formats import Choice, Contents, cannot_read, damaged_region, image_format, known, micrometres
+from widefield.images.formats import Choice, Contents, PerProcess, choose_series, image_format, known, micrometres
 
 _READ_AS_TIFF = ("aperio", "generic-tiff", None)
 _ENDINGS = (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi")
@@ -28,15 +25,10 @@ def _is_slide(path: Path, start: bytes) -> bool:
 @image_format("slides that OpenSlide reads", endings=_ENDINGS, recognises=_is_slide)
 def open_slide(path: Path, choice: Choice) -> Contents:
     """Open a slide: the whole scanned area, as OpenSlide lays it out, with what was not scanned in its background colour."""
-    try:
-        slide = openslide.OpenSlide(str(path))
-    except openslide.OpenSlideError as error:
-        raise cannot_read(path, f"OpenSlide: {error}") from error
-    with slide:
-        if choice.series not in (None, 0):
-            raise ValueError(f"series={choice.series!r} of {path} does not exist; it is a slide of one image, 0")
+    with openslide.OpenSlide(str(path)) as slide:
         said = slide.properties
         levels = tuple((height, width) for width, height in slide.level_dimensions)
+        choose_series(path, choice.series, [path.name], levels[:1])
         y, x = (micrometres(said.get(f"openslide.mpp-{axis}"), "um") for axis in "yx")
         colour = said.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         background = tuple(bytes.fromhex(colour))
@@ -52,11 +44,8 @@ def open_slide(path: Path, choice: Choice) -> Contents:
 
 
 def _associated(path: Path, name: str) -> np.ndarray:
-    try:
-        with openslide.OpenSlide(str(path)) as slide:
-            return np.array(slide.associated_images[name].convert("RGB"))
-    except openslide.OpenSlideError as error:
-        raise cannot_read(path, f"its picture {name!r}: {error}") from error
+    with openslide.OpenSlide(str(path)) as slide:
+        return np.array(slide.associated_images[name].convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -70,9 +59,10 @@ class SlidePixels:
     scale: float
     """Pixels of level 0 per pixel of this level."""
     background: tuple[int, ...]
-    _opened: dict[int, Any] = field(default_factory=dict, repr=False)
-    """The open slide, by process: a forked one must not share the state of another's codecs."""
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _slide: PerProcess = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_slide", PerProcess(lambda: openslide.OpenSlide(str(self.path))))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,17 +77,11 @@ class SlidePixels:
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
         corner = math.ceil(x * self.scale), math.ceil(y * self.scale)  # at level 0, as (x, y); OpenSlide rounds down
-        process = os.getpid()
         try:
-            with self._lock:
-                if process not in self._opened:
-                    self._opened.clear()
-                    self._opened[process] = openslide.OpenSlide(str(self.path))
-                slide = self._opened[process]
-            pixels = np.asarray(slide.read_region(corner, self.level, (width, height)))
-        except openslide.OpenSlideError as error:
-            self._opened.pop(process, None)  # after an error a handle is of no more use
-            raise damaged_region(self.path, y, x, height, width, error) from error
+            pixels = np.asarray(self._slide.get().read_region(corner, self.level, (width, height)))
+        except openslide.OpenSlideError:
+            self._slide.forget()  # after an error it is of no more use
+            raise
         colours = pixels[..., list(channels)]
         opacity = pixels[..., 3:]
         if opacity.min(initial=255) < 255:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -52,29 +51,23 @@ class _Plane:
 @image_format("TIFF", endings=_ENDINGS, recognises=lambda path, start: start.startswith(_MAGIC))
 def open_tiff(path: Path, choice: Choice) -> Contents:
     """Open one image of a TIFF file. Channels that lie in other files of the same OME-TIFF are read from there."""
-    try:
-        file = tifffile.TiffFile(path)
-    except Exception as error:  # tifffile raises whatever a damaged header leads it to
-        raise _damaged(path, error) from error
-    with file:
-        try:
-            series = file.series
-            complete = _is_complete(file)
-            beside = {one.name.lower(): one for one in series[1:] if _BESIDE.search(one.name)}
-            planes = [
-                plane
-                for index, one in enumerate(series)
-                if (index == 0 or not _BESIDE.search(one.name)) and not one.keyframe.subfiletype & _MASK
-                for plane in _planes(index, one)
-            ]
-        except Exception as error:
-            raise _damaged(path, error) from error
-        if not complete:
+    with tifffile.TiffFile(path) as file:
+        series = file.series
+        beside = {one.name.lower(): one for one in series[1:] if _BESIDE.search(one.name)}
+        planes = [
+            plane
+            for index, one in enumerate(series)
+            if (index == 0 or not _BESIDE.search(one.name)) and not one.keyframe.subfiletype & _MASK
+            for plane in _planes(index, one)
+        ]
+        if not _is_complete(file):
             raise cannot_read(path, "it is truncated: it lacks some of its pages")
         if file.is_svs and series[0].keyframe.compression in _APERIO_JPEG_2000:
             return open_slide(path, choice)
         if (scanner := _scanner(file)) is not None:
-            raise cannot_read(path, f"it is a {scanner} file, but not as OpenSlide knows them; convert it to a tiled TIFF")
+            raise cannot_read(
+                path, f"it is a {scanner} file, but not as OpenSlide knows them; convert it to a tiled TIFF"
+            )
         if not planes:
             raise cannot_read(path, "it holds masks only, no image")
         names, sizes = [plane.name for plane in planes], [_size(plane.series) for plane in planes]
@@ -83,15 +76,11 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
         levels = [level for level in plane.series.levels if _is_reduced(level, plane.series)]
         opened = [_attempted(partial(_level_pixels, path, file, level, plane.at)) for level in levels]
         crs, transform = georeference(page)
-        try:
-            said = spacing(file, plane.index) if transform is None else None
-            named = channel_names(file, plane.index, opened[0]) if not isinstance(opened[0], ImageReadError) else None
-        except Exception as error:
-            raise _damaged(path, error) from error
+        named = channel_names(file, plane.index, opened[0]) if not isinstance(opened[0], ImageReadError) else None
         return Contents(
             levels=tuple(map(_size, levels)),
             pixels=partial(_given, opened),
-            spacing=said,
+            spacing=spacing(file, plane.index) if transform is None else None,
             channel_names=named,
             has_alpha=transform is None and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
             nodata=nodata(page),
@@ -103,16 +92,9 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
 
 def _scanner(file: tifffile.TiffFile) -> str | None:
     """A name for slides that only OpenSlide puts together rightly: their tiles overlap, or the slide is not the first image."""
-    first: Page = file.pages.first
-    if file.is_bif or "<iScan" in str(first.tags.valueof(700)):
+    if file.is_bif:
         return "Ventana"
-    if first.software.startswith("MedScan") and "OverlapsXY" in first.description:
-        return "Trestle"
     return "Hamamatsu NDPI" if file.is_ndpi else "Leica SCN" if file.is_scn else "Philips" if file.is_philips else None
-
-
-def _damaged(path: Path, error: Exception) -> ImageReadError:
-    return cannot_read(path, f"its TIFF structure is truncated or damaged ({type(error).__name__}: {error})")
 
 
 def _attempted(opening: partial) -> Pixels | ImageReadError:
@@ -184,10 +166,17 @@ def _level_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageS
     if level.axes != leading + page.axes or math.prod(level.shape[: len(leading)]) != len(level.pages):
         return _one_directory(path, file, level, at)
     shape = level.shape[: len(leading)]
-    where = [[at.get(axis, 0) if axis != "C" else c for axis in leading] for c in range(dict(zip(leading, shape)).get("C", 1))]
-    pages = [level.pages[int(np.ravel_multi_index(position, shape)) if leading else 0] for position in where]
+    where = [
+        [at.get(axis, 0) if axis != "C" else c for axis in leading]
+        for c in range(dict(zip(leading, shape)).get("C", 1))
+    ]
+    pages: list[Page] = [
+        level.pages[int(np.ravel_multi_index(position, shape)) if leading else 0] for position in where
+    ]
     if None in pages:
-        raise cannot_read(path, "some of its channels lie in other files, which are missing; put them into the same folder")
+        raise cannot_read(
+            path, "some of its channels lie in other files, which are missing; put them into the same folder"
+        )
     declared = nodata(page)
     blank = declared if declared is not None else 255 if file.is_svs else 0
     parts = []

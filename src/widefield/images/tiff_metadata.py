@@ -37,7 +37,9 @@ def spacing(file: tifffile.TiffFile, series: int) -> Spacing | None:
     if said is None:
         return None
     densities = [25_400 / value for value in said]
-    if any(all(math.isclose(d, usual, rel_tol=2e-3) for d in densities) for usual in (*_PRINT_DENSITIES, _PIXELS_PER_MM)):
+    if any(
+        all(math.isclose(d, usual, rel_tol=2e-3) for d in densities) for usual in (*_PRINT_DENSITIES, _PIXELS_PER_MM)
+    ):
         return None
     return said
 

@@ -1,0 +1,67 @@
+"""DICOM images (mammograms, radiographs, photographs), through pydicom, which the extra `dicom` brings; OpenSlide reads slides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from widefield.images.formats import Choice, Contents, cannot_read, choose_series, image_format, known, optional
+
+_GREY_OR_RGB = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+
+
+@image_format("DICOM", endings=(".dcm",), recognises=lambda path, start: start[128:132] == b"DICM")
+def open_dicom(path: Path, choice: Choice) -> Contents:
+    """Open one frame of a DICOM image. Values are as stored (no window, no rescale slope); MONOCHROME1 is inverted."""
+    pydicom: Any = optional("pydicom", path, "dicom")
+    decoders: Any = optional("pydicom.pixels", path, "dicom")
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    if "Rows" not in header or "PhotometricInterpretation" not in header:
+        raise cannot_read(path, f"it is a DICOM file without an image ({header.get('Modality', 'of no modality')})")
+    size = int(header.Rows), int(header.Columns)
+    frames, samples = int(header.get("NumberOfFrames") or 1), int(header.SamplesPerPixel)
+    colours = str(header.PhotometricInterpretation)
+    decoder = decoders.get_decoder(header.file_meta.TransferSyntaxUID)
+    dtype = np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{max(8, int(header.BitsAllocated)) // 8}")
+    if not decoder.is_available:
+        missing = "; ".join(decoder.missing_dependencies)
+        raise cannot_read(path, f"nothing decodes {header.file_meta.TransferSyntaxUID.name}: {missing}")
+    if colours not in _GREY_OR_RGB:
+        raise cannot_read(path, f"its colours are {colours}; convert it to RGB first")
+    frame = choose_series(path, choice.series, [f"frame {k}" for k in range(frames)], [size] * frames)
+    white = 2 ** int(header.BitsStored) - 1 if colours == "MONOCHROME1" and dtype.kind == "u" else None
+    y, x = header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or (float("nan"),) * 2
+    pixels = FramePixels(path, (samples, *size), dtype, frame, white)
+    return Contents(levels=(size,), pixels=lambda level: pixels, spacing=known(float(y) * 1000, float(x) * 1000))
+
+
+@dataclass(frozen=True)
+class FramePixels:
+    """One frame of a DICOM file, decoded as a whole at the first read."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    dtype: np.dtype
+    frame: int
+    white: int | None
+    """What is shown as black, where large values are dark."""
+    _decoded: list[np.ndarray] = field(default_factory=list, repr=False)
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width)."""
+        with self._lock:
+            if not self._decoded:
+                self._decoded.append(self._decode())
+        return self._decoded[0][y : y + height, x : x + width, list(channels)].transpose(2, 0, 1)
+
+    def _decode(self) -> np.ndarray:
+        decoders: Any = optional("pydicom.pixels", self.path, "dicom")
+        pixels = np.asarray(decoders.pixel_array(self.path, index=self.frame), self.dtype).reshape(
+            *self.shape[1:], self.shape[0]
+        )
+        return pixels if self.white is None else self.dtype.type(self.white) - pixels

@@ -1,0 +1,160 @@
+"""OME-Zarr images (NGFF 0.1 to 0.5) and plain Zarr arrays: folders, zip files, and what fsspec reaches by a URL."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from widefield.images.arrays import ArrayPixels, check_array
+from widefield.images.formats import (
+    Choice,
+    Contents,
+    PerProcess,
+    Size,
+    cannot_read,
+    check_segment,
+    choose_series,
+    image_format,
+    is_remote,
+    known,
+    micrometres,
+)
+
+_ENDINGS = (".zarr", ".zarr.zip", ".ozx")
+_FILES = ("zarr.json", ".zgroup", ".zarray")
+
+
+def _is_zarr(path: Path | str, start: bytes) -> bool:
+    if is_remote(path):
+        return True
+    if Path(path).is_dir():
+        return any((Path(path) / name).is_file() for name in _FILES)
+    return start.startswith(b"PK\x03\x04") and str(path).lower().endswith(_ENDINGS)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array of a Zarr hierarchy, opened anew in each process."""
+
+    root: PerProcess
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        node = self.root.get()
+        return np.asarray((node[self.key] if self.key else node)[index])
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image: its levels with their axes, in letters, and what its metadata say."""
+
+    name: str
+    axes: str
+    levels: list[_Array]
+    spacing: tuple[float, float]
+    channel_names: tuple[str, ...] | None
+    at: tuple[int, ...] = ()
+
+    def sizes(self) -> tuple[Size, ...]:
+        y, x = self.axes.index("Y"), self.axes.index("X")
+        return tuple((level.shape[y], level.shape[x]) for level in self.levels)
+
+
+@image_format("OME-Zarr and Zarr", endings=_ENDINGS, recognises=_is_zarr)
+def open_zarr(path: Path | str, choice: Choice) -> Contents:
+    """Open an image of a Zarr hierarchy; of several, each under its path in it, and each position of a stack, is one."""
+    root = PerProcess(lambda: _root(path))
+    images = [plane for image in _images(path, root, choice) for plane in _planes(image)]
+    if not images:
+        raise cannot_read(
+            path, "it is a Zarr hierarchy without an image; expected multiscales or an array of 2 or 3 axes"
+        )
+    image = images[choose_series(path, choice.series, [one.name for one in images], [one.sizes()[0] for one in images])]
+    return Contents(
+        levels=image.sizes(),
+        pixels=lambda level: ArrayPixels(image.levels[level], image.axes, image.at),
+        spacing=known(*image.spacing),
+        channel_names=image.channel_names,
+    )
+
+
+def _root(path: Path | str) -> Any:
+    import zarr  # slow to import
+    from zarr.storage import ZipStore
+
+    if not is_remote(path) and Path(path).is_file():
+        return zarr.open(ZipStore(path, mode="r"), mode="r")
+    return zarr.open(str(path), mode="r")
+
+
+def _images(path: Path | str, root: PerProcess, choice: Choice) -> Iterator[_Image]:
+    node = root.get()
+    if hasattr(node, "chunks"):
+        yield _plain(path, root, "", node, choice)
+        return
+    groups = {"": node} | {key: one for key, one in node.members(max_depth=None) if "labels" not in key.split("/")}
+    multiscales = {key: _multiscales(one) for key, one in groups.items() if not hasattr(one, "chunks")}
+    for key, described in multiscales.items():
+        for one in described:
+            yield _multiscale(path, root, key, groups[key], one)
+    if not any(multiscales.values()):
+        for key, array in sorted(groups.items()):
+            if hasattr(array, "chunks") and array.ndim in (2, 3):
+                yield _plain(path, root, key, array, choice)
+
+
+def _multiscales(group: Any) -> list[dict[str, Any]]:
+    attributes = dict(group.attrs)
+    return list(attributes.get("ome", attributes).get("multiscales", []))
+
+
+def _plain(path: Path | str, root: PerProcess, key: str, array: Any, choice: Choice) -> _Image:
+    names = "".join(str(name or " ")[0].upper() for name in getattr(array.metadata, "dimension_names", None) or ())
+    axes = names if {"Y", "X"} <= set(names) else check_array(path, array.shape, array.dtype, choice.channel_axis)
+    return _Image(key or "array", axes, [_array(path, root, key, array)], (math.nan, math.nan), None)
+
+
+def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> _Array:
+    if array.dtype.kind not in "uifb":
+        raise cannot_read(path, f"its pixels are of type {array.dtype}; expected integers or floats")
+    check_segment(path, "chunk", array.chunks, array.dtype.itemsize)
+    return _Array(root, key, array.shape, array.dtype)
+
+
+def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, described: dict[str, Any]) -> _Image:
+    datasets = described["datasets"]
+    keys = [f"{key}/{one['path']}".strip("/") for one in datasets]
+    arrays = [_array(path, root, name, group[one["path"]]) for name, one in zip(keys, datasets, strict=True)]
+    axes = [
+        one if isinstance(one, dict) else {"name": one}
+        for one in described.get("axes", "tczyx"[-len(arrays[0].shape) :])
+    ]
+    letters = "".join(axis["name"][0].upper() for axis in axes)
+    scales = [math.nan] * len(axes)
+    if "coordinateTransformations" in datasets[0]:
+        scales = [1.0] * len(axes)
+        for one in (*datasets[0]["coordinateTransformations"], *described.get("coordinateTransformations", ())):
+            if one["type"] == "scale":
+                scales = [a * b for a, b in zip(scales, one["scale"], strict=True)]
+    y, x = (micrometres(scales[letters.index(axis)], axes[letters.index(axis)].get("unit")) for axis in "YX")
+    shown = dict(group.attrs).get("ome", dict(group.attrs)).get("omero", {}).get("channels", [])
+    names = tuple(str(channel.get("label", "")) for channel in shown)
+    count = arrays[0].shape[letters.index("C")] if "C" in letters else 1
+    stacked = [index for index, axis in enumerate(letters) if axis not in "CYX"]
+    levels = [one for one in arrays if all(one.shape[k] == arrays[0].shape[k] for k in stacked)]
+    named = names if len(names) == count and all(names) else None
+    return _Image(described.get("name") or key or "image", letters, levels, (y, x), named)
+
+
+def _planes(image: _Image) -> Iterator[_Image]:
+    """The image itself, or one for each position on its axes of time, depth and the like."""
+    stacked = {axis: n for axis, n in zip(image.axes, image.levels[0].shape, strict=True) if axis not in "CYX"}
+    for where in np.ndindex(*stacked.values()):
+        place = "".join(f" {axis}={position}" for axis, position in zip(stacked, where, strict=True))
+        at = tuple(map(int, where))
+        yield _Image(image.name + place, image.axes, image.levels, image.spacing, image.channel_names, at)

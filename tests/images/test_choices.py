@@ -1,0 +1,119 @@
+"""A spacing, channels and formats of one's own are chosen when an image is opened."""
+
+import pickle
+
+import numpy as np
+import pytest
+import tifffile
+
+from widefield.images import formats, image_endings, open_image
+from widefield.images.arrays import ArrayPixels
+from widefield.images.formats import Contents, image_format
+
+
+@pytest.fixture
+def slide(tmp_path, rgb):
+    """Three levels of spacing 0.25, 0.5 and 1 micrometres per pixel."""
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2, 4):
+            options = (
+                {"resolution": (40_000, 40_000), "resolutionunit": "centimeter"} if step == 1 else {"subfiletype": 1}
+            )
+            pixels = np.ascontiguousarray(rgb[:200:step, :332:step])
+            file.write(pixels, photometric="rgb", tile=(32, 32), metadata=None, **options)
+    return path
+
+
+@pytest.mark.parametrize(("spacing", "level"), [(0.25, 0), (0.254, 0), (0.5, 1), (0.496, 1), (1.0, 2)])
+def test_a_level_of_the_spacing_is_taken_as_it_is(slide, spacing, level):
+    image, expected = open_image(slide, spacing=spacing), open_image(slide, level)
+    assert (image.level, image.shape, image.spacing) == (level, expected.shape, expected.spacing)
+    np.testing.assert_array_equal(image.read(1, 2, 40, 60), expected.read(1, 2, 40, 60))
+
+
+@pytest.mark.parametrize(("spacing", "level"), [(0.3, 0), (0.75, 1), (0.7, 1), (3.7, 2), (1000.0, 2)])
+def test_between_levels_each_pixel_is_the_mean_of_the_area_it_covers(slide, spacing, level):
+    image, source = open_image(slide, spacing=spacing), open_image(slide, level)
+    _, height, width = source.shape
+    rows, columns = (max(1, round(n * 0.25 / spacing)) for n in (200, 332))
+    assert (image.level, image.shape) == (level, (3, rows, columns))
+    assert image.spacing == pytest.approx((0.25 * 200 / rows, 0.25 * 332 / columns))
+    # each pixel cut into rows x columns parts, of which a pixel of the result takes height x width
+    fine = source.read(0, 0, height, width).astype(float)
+    fine = np.repeat(fine, rows, axis=1).reshape(3, rows, height, width).mean(2)
+    fine = np.repeat(fine, columns, axis=2).reshape(3, rows, columns, width).mean(3)
+    whole = image.read(0, 0, rows, columns)
+    assert np.abs(whole - fine).max() <= 0.5 + 1e-9
+    y, x = rows // 3, columns // 2
+    np.testing.assert_array_equal(image.read(y, x, rows - y, columns - x), whole[:, y:, x:])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)).read(0, 0, 1, 1), whole[:, :1, :1])
+
+
+def test_pixels_without_data_do_not_count_in_a_mean(tmp_path):
+    pixels = np.full((8, 8), -99, np.int16)
+    pixels[:, 3:] = 10
+    tags = [(42113, "s", 0, "-99", True)]
+    resolution = {"resolution": (10_000, 10_000), "resolutionunit": "centimeter"}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", extratags=tags, metadata=None, **resolution)
+    image = open_image(tmp_path / "a.tif", spacing=2)
+    np.testing.assert_array_equal(image.read(0, 0, 4, 4)[0], np.tile([-99, 10, 10, 10], (4, 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spacing": 0.2}, "whose finest is 0.25 micrometres per pixel"),
+        ({"spacing": -1}, "spacing=-1 .* above 0"),
+        ({"spacing": 0.5, "level": 1}, "both given"),
+        ({"channels": [3]}, r"channel 3 of .*a\.tif does not exist; its channels are 0 to 2, without names"),
+        ({"channels": "rgb"}, r"channels='rgb' .* expected a list"),
+        ({"channels": []}, r"channels=\[\] .* expected a list"),
+        ({"series": 4}, "series=4 .* does not exist"),
+    ],
+)
+def test_what_does_not_exist_is_named_with_what_does(slide, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        open_image(slide, **arguments)
+
+
+def test_a_spacing_of_a_file_that_says_none_is_refused(tmp_path, rgb):
+    np.save(tmp_path / "a.npy", rgb)
+    with pytest.raises(
+        ValueError, match=r"spacing=0.5 was asked for of .*a\.npy, which does not say its own; give level="
+    ):
+        open_image(tmp_path / "a.npy", spacing=0.5)
+
+
+@pytest.mark.parametrize("density", [72, 96, 100, 150, 300, 600, 1200, 2400])
+@pytest.mark.parametrize("unit", ["inch", "centimeter"])
+def test_a_density_of_print_is_no_spacing(tmp_path, rgb, density, unit):
+    value = density if unit == "inch" else round(density / 2.54, 2)
+    tifffile.imwrite(
+        tmp_path / "a.tif", rgb, photometric="rgb", resolution=(value, value), resolutionunit=unit, metadata=None
+    )
+    assert open_image(tmp_path / "a.tif").spacing is None
+
+
+@pytest.mark.parametrize("spacing", [0.1, 0.2264, 0.25, 0.5, 0.5034, 1.0, 2.0, 3.45, 5.0])
+def test_a_spacing_of_a_microscope_is_one(tmp_path, rgb, spacing):
+    value = 10_000 / spacing
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb", resolution=(value, value), resolutionunit="centimeter")
+    assert open_image(tmp_path / "a.tif").spacing == pytest.approx((spacing, spacing), rel=1e-6)
+
+
+def test_a_format_of_another_package_is_read_found_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_FORMATS", list(formats.image_formats()))
+    formats.image_formats.cache_clear()
+
+    @image_format("raw squares", endings=(".square",), recognises=lambda path, start: start.startswith(b"SQUARE"))
+    def open_square(path, choice):
+        pixels = ArrayPixels(np.frombuffer(path.read_bytes()[6:], np.uint8).reshape(3, 3), "YX")
+        return Contents(levels=((3, 3),), pixels=lambda level: pixels)
+
+    (tmp_path / "a.square").write_bytes(b"SQUARE" + bytes(range(9)))
+    try:
+        assert ".square" in image_endings()
+        np.testing.assert_array_equal(open_image(tmp_path / "a.square").read(1, 1, 2, 2), [[[4, 5], [7, 8]]])
+    finally:
+        formats.image_formats.cache_clear()

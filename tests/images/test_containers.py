@@ -1,0 +1,224 @@
+"""Zarr, rasters and DICOM give what their reference libraries give, and say what they know."""
+
+import os
+import pickle
+
+import numpy as np
+import pydicom
+import pytest
+import rasterio
+import rasterio.shutil
+import tifffile
+import zarr
+from pydicom.pixels import pixel_array
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from rasterio.enums import Resampling
+from rasterio.transform import from_origin
+from zarr.storage import ZipStore
+
+from widefield.images import ImageReadError, images_below, open_image
+
+AXES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
+
+
+def _write_ome_zarr(store, array, axes, version="0.4", scale=0.5):
+    """An OME-Zarr image of two levels, the second every other pixel."""
+    units = {"unit": "micrometer"}
+    described = [{"name": axis, "type": AXES[axis], **(units if axis in "yx" else {})} for axis in axes]
+    scales = [[scale * step if axis in "yx" else 1 for axis in axes] for step in (1, 2)]
+    datasets = [
+        {"path": str(k), "coordinateTransformations": [{"type": "scale", "scale": one}]} for k, one in enumerate(scales)
+    ]
+    image = {"multiscales": [{"version": version, "axes": described, "datasets": datasets, "name": "scan"}]}
+    image["omero"] = {
+        "channels": [{"label": f"stain {c}"} for c in range(array.shape[axes.index("c")] if "c" in axes else 1)]
+    }
+    attributes = image if version == "0.4" else {"ome": {"version": version, **image}}
+    group = zarr.create_group(store, zarr_format=2 if version == "0.4" else 3, attributes=attributes)
+    for k, level in enumerate((array, array[..., ::2, ::2])):
+        chunks = tuple(32 if axis in "yx" else 1 for axis in axes)
+        options = {"shards": tuple(64 if a in "yx" else 1 for a in axes)} if version == "0.5" else {}
+        group.create_array(str(k), data=level, chunks=chunks, **options)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "memory"])
+def test_an_ome_zarr_is_read_from_folder_zip_or_url(tmp_path, chw, version, kind):
+    path = {"folder": tmp_path / "a.zarr", "zip": tmp_path / "a.zarr.zip", "memory": f"memory://{version}.zarr"}[kind]
+    store = ZipStore(path, mode="w") if kind == "zip" else str(path)
+    _write_ome_zarr(store, chw.astype("u2") * 200, "cyx", version)
+    if kind == "zip":
+        store.close()
+    image = open_image(path, 1, channels=["stain 2", 0])
+    assert image.levels == ((201, 333), (101, 167))
+    assert image.channel_names == ("stain 2", "stain 0")
+    assert image.spacing == pytest.approx((0.5 * 201 / 101, 0.5 * 333 / 167))
+    np.testing.assert_array_equal(image.read(7, 5, 90, 150), chw[[2, 0], 14:194:2, 10:310:2].astype("u2") * 200)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)).read(0, 0, 9, 9), image.read(0, 0, 9, 9))
+
+
+def test_every_position_of_an_ome_zarr_stack_is_an_image(tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 40, 50), dtype=np.uint8)
+    _write_ome_zarr(str(tmp_path / "a.zarr"), array, "tczyx")
+    image = open_image(tmp_path / "a.zarr", series="scan T=1 Z=2")
+    np.testing.assert_array_equal(image.read(0, 0, 40, 50), array[1, :, 2])
+    np.testing.assert_array_equal(
+        open_image(tmp_path / "a.zarr", series=4, level=1).read(0, 0, 20, 25), array[1, :, 0, ::2, ::2]
+    )
+    with pytest.raises(ImageReadError, match=r"several images.*scan T=0 Z=0 40x50.*series="):
+        open_image(tmp_path / "a.zarr")
+
+
+def test_a_plain_zarr_array_and_a_group_of_some_are_read(tmp_path, rgb, chw):
+    zarr.create_array(str(tmp_path / "a.zarr"), data=rgb)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.zarr").read(0, 0, 201, 333), chw)
+    group = zarr.create_group(str(tmp_path / "b.zarr"))
+    group.create_array("one", data=chw)
+    group.create_array("two", data=chw[:, ::2])
+    assert open_image(tmp_path / "b.zarr", series="two").shape == (3, 101, 333)
+    assert images_below(tmp_path) == [tmp_path / "a.zarr", tmp_path / "b.zarr"]
+
+
+def test_a_zarr_without_an_image_and_a_damaged_one_are_named(tmp_path, chw):
+    zarr.create_group(str(tmp_path / "a.zarr"))
+    with pytest.raises(ImageReadError, match=r"a\.zarr: .*without an image"):
+        open_image(tmp_path / "a.zarr")
+    _write_ome_zarr(str(tmp_path / "b.zarr"), chw, "cyx")
+    (tmp_path / "b.zarr" / "0" / ".zarray").write_text("{")
+    with pytest.raises(ImageReadError, match=r"b\.zarr: .*damaged"):
+        open_image(tmp_path / "b.zarr")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ImageReadError, match="a folder, and no Zarr"):
+        open_image(tmp_path / "c")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_zip_is_opened_anew_in_a_forked_process(tmp_path, chw):
+    store = ZipStore(tmp_path / "a.zarr.zip", mode="w")
+    _write_ome_zarr(store, chw, "cyx")
+    store.close()
+    image = open_image(tmp_path / "a.zarr.zip")
+    image.read(0, 0, 9, 9)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(image.read(50, 60, 70, 80), chw[:, 50:120, 60:140]) else 1)
+    np.testing.assert_array_equal(image.read(50, 60, 70, 80), chw[:, 50:120, 60:140])
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _write_raster(path, pixels, driver="GTiff", **options):
+    options = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_000_000, 10, 20), **options}
+    count, height, width = pixels.shape
+    with rasterio.open(
+        path, "w", driver=driver, height=height, width=width, count=count, dtype=pixels.dtype, **options
+    ) as file:
+        file.write(pixels)
+        file.descriptions = tuple(f"B{band}" for band in range(1, count + 1))
+    return path
+
+
+@pytest.mark.parametrize(("name", "driver"), [("a.tif", "GTiff"), ("a.jp2", "JP2OpenJPEG"), ("a.vrt", "VRT")])
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_map_has_the_pixels_place_and_bands_that_gdal_sees(tmp_path, name, driver, level):
+    pixels = np.random.default_rng(0).integers(0, 3000, (4, 200, 260), dtype=np.uint16)
+    path = tmp_path / name
+    if driver == "JP2OpenJPEG":
+        _write_raster(path, pixels, driver, QUALITY="100", REVERSIBLE="YES")
+    else:
+        source = _write_raster(
+            tmp_path / "a.tif", pixels, tiled=True, blockxsize=64, blockysize=64, compress="zstd", nodata=7
+        )
+        with rasterio.open(source, "r+") as file:
+            file.build_overviews([2], Resampling.average)
+        if driver == "VRT":
+            rasterio.shutil.copy(source, path, driver="VRT")
+    image = open_image(path, level)
+    with rasterio.open(path, **({"overview_level": 0} if level else {})) as file:
+        np.testing.assert_array_equal(image.read(0, 0, *image.shape[1:]), file.read())
+        np.testing.assert_array_equal(image.read(11, 7, 60, 50), file.read(window=((11, 71), (7, 57))))
+        assert image.crs == file.crs.to_string() == "EPSG:32632"
+        assert image.transform == pytest.approx(tuple(file.transform)[:6])
+        assert image.nodata == file.nodata
+        if driver != "JP2OpenJPEG" and level == 0:  # GDAL tells them there only
+            assert image.channel_names == file.descriptions == ("B1", "B2", "B3", "B4")
+    assert image.spacing is None
+
+
+@pytest.mark.parametrize("area", ["Area", "Point"])
+def test_a_geotiff_lies_where_gdal_says(tmp_path, area):
+    transform = rasterio.Affine(9.5, 1.25, 500_000, -1.5, -10.5, 5_000_000)
+    path = tmp_path / "a.tif"
+    with rasterio.Env(GTIFF_POINT_GEO_IGNORE=False):
+        _write_raster(path, np.zeros((1, 20, 30), np.uint8), transform=transform)
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(AREA_OR_POINT=area)
+        with rasterio.open(path) as file:
+            assert open_image(path).transform == pytest.approx(tuple(file.transform)[:6])
+
+
+def test_a_fourth_band_of_a_map_is_a_band_even_if_it_is_marked_as_alpha(tmp_path, caplog):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 64, 64), dtype=np.uint8)
+    path = _write_raster(tmp_path / "a.tif", pixels)
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[0].extrasamples
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 64, 64), pixels)
+    assert not caplog.records
+
+
+def _write_dicom(path, pixels, **tags):
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = tags.pop("syntax", ExplicitVRLittleEndian)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = pydicom.uid.generate_uid()
+    dataset.Modality = "MG"
+    samples = pixels.shape[-1] if pixels.ndim == 3 and pixels.shape[-1] == 3 else 1
+    dataset.Rows, dataset.Columns = pixels.shape[-3:-1] if samples == 3 else pixels.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = samples, int(pixels.dtype.kind == "i")
+    dataset.BitsAllocated, dataset.BitsStored = pixels.itemsize * 8, pixels.itemsize * 8
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PhotometricInterpretation = "RGB" if samples == 3 else "MONOCHROME2"
+    if samples == 3:
+        dataset.PlanarConfiguration = 0
+    if pixels.ndim == 3 and samples == 1:
+        dataset.NumberOfFrames = len(pixels)
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax == ExplicitVRLittleEndian:
+        dataset.PixelData = pixels.tobytes()
+    else:
+        dataset.compress(syntax, pixels, encoding_plugin="pylibjpeg" if syntax == JPEG2000Lossless else "pydicom")
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
+@pytest.mark.parametrize(("dtype", "shape"), [("u2", (70, 90)), ("i2", (70, 90)), ("u1", (70, 90, 3))])
+def test_a_dicom_image_is_read_as_pydicom_does(tmp_path, syntax, dtype, shape):
+    pixels = np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
+    path = _write_dicom(tmp_path / "a.dcm", pixels, syntax=syntax, ImagerPixelSpacing=[0.07, 0.05])
+    image = open_image(path)
+    expected = pixel_array(path)
+    np.testing.assert_array_equal(expected, pixels)
+    expected = expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
+    assert image.dtype == pixels.dtype
+    np.testing.assert_array_equal(image.read(3, 4, 60, 80), expected[:, 3:63, 4:84])
+    assert image.spacing == pytest.approx((70, 50))
+
+
+def test_white_is_large_in_every_dicom_image_and_frames_are_images(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 4096, (2, 30, 40)).astype("u2")
+    path = _write_dicom(tmp_path / "a.dcm", frames, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(open_image(path, series=1).read(0, 0, 30, 40), 4095 - frames[1:])
+    with pytest.raises(ImageReadError, match=r"several images.*frame 0 30x40, 1: frame 1"):
+        open_image(path)
+
+
+def test_a_dicom_file_without_an_image_is_named(tmp_path):
+    path = _write_dicom(tmp_path / "a.dcm", np.zeros((4, 4), "u1"))
+    dataset = pydicom.dcmread(path)
+    del dataset.Rows, dataset.PixelData
+    dataset.save_as(path)
+    with pytest.raises(ImageReadError, match=r"a\.dcm: it is a DICOM file without an image \(MG\)"):
+        open_image(path)
