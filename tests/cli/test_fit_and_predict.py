@@ -286,7 +286,7 @@ def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.Capture
         ("labels.csv", "im0.tif", "cannot be read as tensors"),
         ("RUN", "gone.tif", "gone.tif"),
         ("RUN", "bad.tif", "bad.tif"),
-        ("RUN", "notes", "notes holds no image files; they end in .bmp"),
+        ("RUN", "notes", "notes holds no image files; they end in .bif"),
     ],
 )
 def test_bad_input_to_predict_is_one_clear_error_and_leaves_no_output(

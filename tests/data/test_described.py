@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="has no sub-folders"):
         ImageFolder(tmp_path)
     (tmp_path / "cat").mkdir()
-    with pytest.raises(LabelError, match=r"holds no images; those end in \.bmp"):
+    with pytest.raises(LabelError, match=r"holds no images; those end in \.bif"):
         ImageFolder(tmp_path)
 
 

@@ -117,8 +117,16 @@ def _write_raster(path, pixels, driver="GTiff", **options):
     return path
 
 
-@pytest.mark.parametrize(("name", "driver"), [("a.tif", "GTiff"), ("a.jp2", "JP2OpenJPEG"), ("a.vrt", "VRT")])
-@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "driver", "level"),
+    [
+        ("a.tif", "GTiff", 0),
+        ("a.tif", "GTiff", 1),
+        ("a.jp2", "JP2OpenJPEG", 0),
+        ("a.jp2", "JP2OpenJPEG", 1),
+        ("a.vrt", "VRT", 0),
+    ],
+)
 def test_a_map_has_the_pixels_place_and_bands_that_gdal_sees(tmp_path, name, driver, level):
     pixels = np.random.default_rng(0).integers(0, 3000, (4, 200, 260), dtype=np.uint16)
     path = tmp_path / name

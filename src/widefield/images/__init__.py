@@ -1,6 +1,7 @@
 """Lazily read images: one object, whatever the file, that reads a region without loading the rest."""
 
 from widefield.images.files import image_endings, images_below, is_image_name
+from widefield.images.foreground import Mask, foreground
 from widefield.images.formats import Alpha, ImageReadError, warn_of_dropped_alpha
 from widefield.images.image import ImageFile, open_image, thumbnail
 
@@ -8,6 +9,8 @@ __all__ = [
     "Alpha",
     "ImageFile",
     "ImageReadError",
+    "Mask",
+    "foreground",
     "image_endings",
     "images_below",
     "is_image_name",

@@ -281,13 +281,13 @@ class _AveragedPixels:
         columns, column_weights = _covered(x, width, full[1], self.size[1])
         top, left = int(rows.min()), int(columns.min())
         part = self.pixels.read(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1, channels)
-        if self.nodata is None:
-            mean = _weighted(part.astype(np.float64), rows - top, row_weights, columns - left, column_weights)
+        weights = rows - top, row_weights, columns - left, column_weights
+        has_data = None if self.nodata is None else _has_data(part, self.nodata)
+        if self.nodata is None or has_data is None:
+            mean = _weighted(part.astype(np.float64), *weights)
         else:
-            has_data = part != part.dtype.type(self.nodata) if not math.isnan(self.nodata) else ~np.isnan(part)
-            values = np.where(has_data, part, 0).astype(np.float64)
-            weights = rows - top, row_weights, columns - left, column_weights
-            total, share = _weighted(values, *weights), _weighted(has_data.astype(np.float64), *weights)
+            total = _weighted(np.where(has_data, part, 0).astype(np.float64), *weights)
+            share = _weighted(has_data.astype(np.float64), *weights)
             mean = np.where(share > 0, total / np.where(share > 0, share, 1), self.nodata)
         return (mean if self.dtype.kind == "f" else np.rint(mean)).astype(self.dtype)
 
@@ -318,8 +318,9 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
     """The entire image as an RGB picture whose long side is at most `size` pixels; never enlarged.
 
     Each pixel is the mean of the pixels that it covers, taken from the smallest level that has enough of them and read
-    strip by strip. 8-bit images keep their values; others are stretched from their least to their greatest, NaN is
-    black. The first three channels are shown, or the first one as grey where there are fewer.
+    strip by strip. 8-bit images keep their values; others are stretched from their least to their greatest. Where there are no data
+    (NaN, the file's value for missing data) it is black. The first three channels are shown, or the first one as grey where there
+    are fewer.
 
     Returns:
         uint8 array (height, width, 3).
@@ -328,6 +329,11 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
         ValueError: `size` is below 1.
         ImageReadError: As in `ImageFile.read`.
     """
+    return overview(image, size)[0]
+
+
+def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A `thumbnail`, and where it has data: boolean array (height, width)."""
     if size < 1:
         raise ValueError(f"size={size} of a thumbnail; expected at least 1 pixel")
     _, height, width = image.shape
@@ -337,11 +343,16 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
     smallest = max([image.level, *enough])
     if smallest != image.level:
         image = image.at_level(smallest)
-    return _as_rgb(_box_mean(image, target), image.dtype)
+    means = _box_mean(image, target)
+    has_data = np.isfinite(means).any(0)
+    return _as_rgb(means, image.dtype), has_data
 
 
 def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
-    """Means over the boxes that a grid of `target` (height, width) cuts the image into; float64 (channels, *target)."""
+    """Means over the boxes that a grid of `target` (height, width) cuts the image into; float64 (channels, *target).
+
+    Pixels without data do not count; a box of nothing else is NaN.
+    """
     channels, height, width = image.shape
     rows, columns = (np.arange(n + 1) * full // n for n, full in zip(target, (height, width), strict=True))
     group = max(1, STRIP_BYTES // (channels * width * image.dtype.itemsize * -(-height // target[0])))
@@ -349,17 +360,32 @@ def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
     for first in range(0, target[0], group):
         edges = rows[first : first + group + 1]
         strip = image.read(int(edges[0]), 0, int(edges[-1] - edges[0]), width)
-        sums = np.add.reduceat(strip, columns[:-1], axis=2, dtype=np.float64)
-        sums = np.add.reduceat(sums, edges[:-1] - edges[0], axis=1)
-        means[:, first : first + group] = sums / np.diff(edges)[:, None] / np.diff(columns)
+        boxes = columns[:-1], edges[:-1] - edges[0]
+        counts: Any = np.diff(edges)[:, None] * np.diff(columns)
+        has_data = _has_data(strip, image.nodata)
+        if has_data is not None and not has_data.all():
+            strip, counts = np.where(has_data, strip, 0), _box_sum(has_data, *boxes)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means[:, first : first + group] = _box_sum(strip, *boxes) / counts
     return means
+
+
+def _box_sum(pixels: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(np.add.reduceat(pixels, columns, axis=2, dtype=np.float64), rows, axis=1)
+
+
+def _has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """Where `pixels` hold data; None where they all do, by their type."""
+    is_float = pixels.dtype.kind == "f"
+    if nodata is None or math.isnan(nodata):
+        return np.isfinite(pixels) if is_float else None
+    return (pixels != nodata) & (np.isfinite(pixels) if is_float else True)
 
 
 def _as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     colours = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
-    if dtype != np.uint8:
-        known = colours[np.isfinite(colours)]
-        low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
-        stretched = (colours - low) * (255 / (high - low) if high > low else 0)
-        colours = np.nan_to_num(stretched, nan=0, posinf=255, neginf=0)
-    return np.rint(colours).astype(np.uint8).transpose(1, 2, 0)
+    known = colours[np.isfinite(colours)]
+    if dtype != np.uint8 and known.size:
+        low, high = known.min(), known.max()
+        colours = (colours - low) * (255 / (high - low) if high > low else 0)
+    return np.rint(np.nan_to_num(colours, nan=0)).astype(np.uint8).transpose(1, 2, 0)

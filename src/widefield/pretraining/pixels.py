@@ -50,10 +50,10 @@ def read_pixels(path: Path, num_channels: int, reduction: Reduction | None = Non
         return with_channels(_by_pillow(path, file, num_channels, reduction), num_channels, str(path), alpha=True)
 
 
-def open_lazily(path: Path, num_channels: int, level: int = 0) -> ImageFile:
+def open_lazily(path: Path, num_channels: int, level: int | None = None, spacing: float | None = None) -> ImageFile:
     """Open a file as `open_image` does; a channel that is marked as alpha is kept where it is one of `num_channels`."""
-    image = open_image(path, level, alpha="keep")
-    return image if image.shape[0] == num_channels else open_image(path, level)
+    image = open_image(path, level, spacing=spacing, alpha="keep")
+    return image if image.shape[0] == num_channels else open_image(path, level, spacing=spacing)
 
 
 def _level(levels: Sequence[tuple[int, int]], reduction: Reduction) -> int:
