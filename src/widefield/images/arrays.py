@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedRandom
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,21 +41,22 @@ class ArrayPixels:
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width), a copy."""
         rest = iter(self.at)
-        first, last = min(channels), max(channels) + 1
-        region = {"C": slice(first, last), "Y": slice(y, y + height), "X": slice(x, x + width)}
+        region = {"C": slice(min(channels), max(channels) + 1), "Y": slice(y, y + height), "X": slice(x, x + width)}
         pixels = np.asarray(self.array[tuple(region[axis] if axis in region else next(rest) for axis in self.axes)])
         kept = [axis for axis in self.axes if axis in "CYX"]
         pixels = pixels.transpose([kept.index(axis) for axis in "CYX" if axis in kept])
         if "C" not in kept:
-            return np.array(np.broadcast_to(pixels, (len(channels), height, width)), self.dtype)
-        return np.array(pixels[[channel - first for channel in channels]], self.dtype)
+            pixels = pixels[None]
+        if list(channels) != list(range(min(channels), max(channels) + 1)):
+            pixels = pixels[[channel - min(channels) for channel in channels]]
+        return np.array(pixels, self.dtype)
 
 
 @dataclass(frozen=True)
 class MappedArray:
-    """An array in a file.
+    """An array in a file; what is taken of it is a view of the file.
 
-    The map is made for each read and dropped after it: the pages of a lasting one would count as resident memory, so
+    The map is made for each read and dropped with the view: the pages of a lasting one would count as resident memory, so
     that a pass over the image would seem (to a container's limit, too) to hold all of it.
     """
 
@@ -66,7 +68,13 @@ class MappedArray:
     order: Literal["C", "F"] = "C"
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.array(np.memmap(self.file, self.dtype, "r", self.offset, self.shape, self.order)[index])
+        if isinstance(self.file, Path):
+            with self.file.open("rb", buffering=0) as file:
+                mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
+        else:
+            mapped = mmap(self.file.fileno(), 0, access=ACCESS_READ)
+        # faster than np.memmap by half for a small region
+        return np.ndarray(self.shape, self.dtype, mapped, self.offset, order=self.order)[index]
 
 
 @image_format("npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"))

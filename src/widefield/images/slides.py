@@ -82,10 +82,10 @@ class SlidePixels:
         except openslide.OpenSlideError:
             self._slide.forget()  # after an error it is of no more use
             raise
-        colours = pixels[..., list(channels)]
-        opacity = pixels[..., 3:]
-        if opacity.min(initial=255) < 255:
-            behind = np.array(self.background)[list(channels)]
-            mixed = (colours * opacity.astype(np.uint16) + behind * (255 - opacity.astype(np.uint16)) + 127) // 255
-            colours = mixed.astype(np.uint8)
-        return np.ascontiguousarray(colours).transpose(2, 0, 1)
+        colours, opacity = pixels[..., :3], pixels[..., 3:]
+        if opacity.min() < 255:
+            opaque = opacity.astype(np.uint16)
+            colours = ((colours * opaque + np.array(self.background) * (255 - opaque) + 127) // 255).astype(np.uint8)
+        if list(channels) != [0, 1, 2]:
+            colours = colours[..., list(channels)]
+        return np.array(colours.transpose(2, 0, 1), order="K")

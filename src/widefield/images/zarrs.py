@@ -39,14 +39,12 @@ def _is_zarr(path: Path | str, start: bytes) -> bool:
 class _Array:
     """An array of a Zarr hierarchy, opened anew in each process."""
 
-    root: PerProcess
-    key: str
+    opened: PerProcess
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        node = self.root.get()
-        return np.asarray((node[self.key] if self.key else node)[index])
+        return np.asarray(self.opened.get()[index])
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> _Array:
     if array.dtype.kind not in "uifb":
         raise cannot_read(path, f"its pixels are of type {array.dtype}; expected integers or floats")
     check_segment(path, "chunk", array.chunks, array.dtype.itemsize)
-    return _Array(root, key, array.shape, array.dtype)
+    return _Array(PerProcess(lambda: root.get()[key] if key else root.get()), array.shape, array.dtype)
 
 
 def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, described: dict[str, Any]) -> _Image:
