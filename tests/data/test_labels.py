@@ -60,15 +60,106 @@ def test_files_beside_an_image_do_not_make_its_name_ambiguous(tmp_path: Path, im
 
 
 @pytest.mark.parametrize(
+    "header", ["image,label", "slide_id,class", "filename,Target", "case_id,slide_id,label", "IMAGE_PATH,label"]
+)
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_table_of_any_dialect_is_read(
+    tmp_path: Path, images: Path, header: str, separator: str, encoding: str, newline: str
+) -> None:
+    lines = [
+        header,
+        *((("7,", "8,") if "case_id" in header else ("", ""))[k] + row for k, row in enumerate(("a,x", "b,é"))),
+    ]
+    path = tmp_path / "labels.csv"
+    path.write_bytes(newline.join(line.replace(",", separator) for line in lines).encode(encoding))
+    read = read_labels(path, images)
+    assert [image.path.name for image in read.images] == ["a.tif", "b.tif"]
+    assert read.class_names == ("x", "é")
+    assert [image.patient for image in read.images] == (["7", "8"] if "case_id" in header else [None, None])
+
+
+def test_columns_of_other_names_are_said(tmp_path: Path, images: Path) -> None:
+    path = table(tmp_path, "label,Slide,Grade,MRN", "?,a,x,1", "?,b,y,2")
+    read = read_labels(path, images, {"image": "Slide", "label": "Grade", "patient": "MRN"})
+    assert (read.class_names, [image.patient for image in read.images]) == (("x", "y"), ["1", "2"])
+    with pytest.raises(LabelError, match="no column 'Grades', which is to be the label; its columns are label, Slide"):
+        read_labels(path, images, {"image": "Slide", "label": "Grades"})
+    with pytest.raises(
+        LabelError, match="columns: picture is no kind of column; those are image, label, split, patient"
+    ):
+        read_labels(path, images, {"picture": "Slide"})
+
+
+def test_a_parquet_table_is_read(tmp_path: Path, images: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"slide_id": ["a", "b", "c"], "label": [10, 2, 10]}).to_parquet(tmp_path / "labels.parquet")
+    assert read_labels(tmp_path / "labels.parquet", images).class_names == ("2", "10")
+    (tmp_path / "bad.parquet").write_bytes(b"x")
+    with pytest.raises(LabelError, match=r"bad\.parquet is no Parquet file"):
+        read_labels(tmp_path / "bad.parquet", images)
+
+
+def test_numbers_of_any_kind_are_sorted_as_numbers(tmp_path: Path, images: Path) -> None:
+    read = read_labels(table(tmp_path, "image,label", "a,10.0", "b,2.0", "c,-1.5"), images)
+    assert read.class_names == ("-1.5", "2.0", "10.0")
+
+
+@pytest.mark.parametrize(
+    ("written", "file"),
+    [
+        ("./a.tif", "a.tif"),
+        ("more\\d.png", "more/d.png"),
+        ("d", "more/d.png"),
+        ("d.png", "more/d.png"),
+        ("g", "g.ome.tif"),
+        ("g.ome", "g.ome.tif"),
+        ("h", "h.svs"),
+        ("caf\u00e9", "cafe\u0301.tif"),
+        ("cafe\u0301.tif", "cafe\u0301.tif"),
+        ("z", "z.zarr"),
+        ("FOLDER/a.tif", "a.tif"),
+        ("FOLDER/a", "a.tif"),
+    ],
+)
+def test_an_image_is_found_however_its_name_is_written(tmp_path: Path, images: Path, written: str, file: str) -> None:
+    for name in ("g.ome.tif", "h.svs", "h.xml", "cafe\u0301.tif"):
+        (images / name).write_bytes(b"x")
+    (images / "z.zarr").mkdir()
+    (images / "z.zarr" / "zarr.json").write_text("{}")
+    path = table(tmp_path, "image,label", f"{written.replace('FOLDER', str(images))},x", "b,y")
+    assert read_labels(path, images).images[0].path == images / file
+
+
+def test_an_absolute_path_may_lie_elsewhere(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "e.tif").write_bytes(b"x")
+    read = read_labels(table(tmp_path, "image,label", f"{tmp_path / 'e.tif'},x", "b,y"), images)
+    assert read.images[0].path == tmp_path / "e.tif"
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["image,class", "a,x"], r"no column 'label'; its columns are image, class"),
-        (["image;label", "a;x"], r"no column 'image'; its columns are image;label"),
+        (["image,grade", "a,x"], r"no column 'label' \(it may also be called class, .*; its columns are image, grade"),
+        (
+            ["picture;label", "a;x"],
+            r"no column 'image' \(it may also be called slide_id, .*; its columns are picture, label",
+        ),
+        (
+            ["image,label", "a,nan", "b,", ",y"],
+            r"line 2: the label is empty \('nan'\), line 3: .*, line 4: the image is empty",
+        ),
+        (["image,label", "a,1", "b,1.0"], "the labels '1', '1.0' are the same number"),
+        (["image,label", "a,x", "b,y", "c,x;y"], "'x;y' names several classes"),
         (["image,label"], "a header but no rows"),
         (["image,label", "a,x", "b,"], "line 3: the label is empty"),
         (["image,label", ",x"], "line 2: the image is empty"),
         (["image,label", "a,x", "b,y", "a.tif,x"], r"names a.tif 2 times, in lines 2, 4"),
-        (["image,label", "a,x", "gone,y", "lost.tif,y"], r"2 image\(s\).*gone \(line 3\), lost.tif \(line 4\)"),
+        (
+            ["image,label", "a,x", "gone,y", "lost.tif,y"],
+            r"2 image\(s\).*gone \(line 3\), lost.tif \(line 4\)\. No row names 3 image\(s\) there: b.tif, c.tif, d.png",
+        ),
         (["image,label", "a,x", "b,x"], "every image has the label 'x'"),
         (["image,label,split", "a,x,trian"], "line 2: the split is 'trian'; it must be one of train, val, test"),
     ],
