@@ -68,7 +68,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_a_run_leaves_its_configuration_history_report_and_checkpoints(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "history.csv", "report.html", "memory.json"}
+    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "splits.csv", "history.csv", "report.html", "memory.json"}
     rows = read_csv(run / "history.csv")
     assert [float(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "train_accuracy", "train_auc", "val_loss", "val_accuracy", "val_auc"} < set(rows[0])
@@ -214,10 +214,9 @@ def missing_image(folder: Path) -> None:
     (folder / "images" / "im3.tif").unlink()
 
 
-def grey_images(folder: Path) -> None:
-    for path in (folder / "images").iterdir():
-        path.unlink()
-        write_image(path.with_suffix(".png"), np.zeros((40, 40), np.uint8))
+def one_grey_image(folder: Path) -> None:
+    (folder / "images" / "im3.tif").unlink()
+    write_image(folder / "images" / "im3.png", np.zeros((40, 40), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def grey_images(folder: Path) -> None:
         (no_images, [], "is empty"),
         (unreadable_image, [], "im3.tif"),
         (missing_image, [], "im3 (line 5)"),
-        (grey_images, [], "1 channel"),
+        (one_grey_image, [], "im0.tif has 3 channel(s) and im3.png has 1"),
         (None, ["--images", "nowhere"], "nowhere does not exist"),
         (None, ["--labels", "none.csv"], "none.csv does not exist"),
         (None, ["--model", "resnet81"], "did you mean resnet18"),

@@ -84,7 +84,7 @@ def test_labelled_images_keep_alpha_where_they_are_told(tmp_path, rgbn):
     (tmp_path / "labels.csv").write_text("image,label\n0,a\n1,b\n2,a\n3,b\n")
     dropped = LabelledImages(tmp_path / "images", tmp_path / "labels.csv")
     kept = LabelledImages(tmp_path / "images", tmp_path / "labels.csv", alpha="keep")
-    assert (dropped.channels, kept.channels) == (3, 4)
+    assert (dropped.image_channels, kept.image_channels) == (3, 4)
     assert (dropped.state_dict()["alpha"], kept.state_dict()["alpha"]) == ("drop", "keep")
 
 

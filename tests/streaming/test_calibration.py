@@ -116,3 +116,16 @@ def test_numbers_below_one_are_refused(argument: str, value: int) -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="no images"):
         calibrate_batch_norm(network(), [])
+
+
+def test_crops_lie_in_the_mask_and_one_tiny_image_does_not_decide_their_size() -> None:
+    image = torch.zeros(3, 256, 256)
+    image[:, 160:224, 32:96] = 5
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[5:7, 1:3] = True
+    batch_norm = nn.BatchNorm2d(3)
+    tiny = torch.full((3, 4, 4), 1e6)
+    calibrate_batch_norm(batch_norm, [image, tiny, image], crop_size=16, masks=[mask, torch.ones(1, 1), mask])
+    assert 3 < batch_norm.running_mean.min() <= batch_norm.running_mean.max() <= 5
+    with pytest.raises(ValueError, match="1 masks for 2 images"):
+        calibrate_batch_norm(batch_norm, [image, image], masks=[mask])

@@ -85,6 +85,7 @@ class ConfiguredCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
         if self._links_classes:
             parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+            parser.link_arguments("data.image_channels", "model.in_channels", apply_on="instantiate")
 
     def after_instantiate_classes(self) -> None:
         _refuse_other_classes(self.model, self.datamodule)

@@ -2,9 +2,11 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,6 +19,7 @@ from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
 from widefield.data import LabelledImages
+from widefield.data.statistics import PixelStatistics, pixel_statistics
 from widefield.inference.models import BEST, CONFIG, LAST, other_weights
 from widefield.models import Classifier
 from widefield.models.weights import read_torch_file
@@ -25,6 +28,7 @@ from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3
+SPLITS_TABLE = "splits.csv"
 
 
 class LastEpoch(ModelCheckpoint):
@@ -90,14 +94,17 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
     if classifies:
+        statistics = _normalise(model, data, cli.config.model, cli.config.data.seed)
         _check(model, data)
     if last:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()
     elif classifies and cli.config.model.weights is None:
-        _calibrate(model, data, cli.config.data.seed)
+        _calibrate(model, data, statistics, cli.config.data.seed)
     out.mkdir(parents=True, exist_ok=True)
+    if classifies:
+        data.write_splits(out / SPLITS_TABLE)
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
     try:
@@ -152,18 +159,48 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def _check(model: LightningModule, data: LabelledImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
-    if data.channels != _IMAGE_CHANNELS:
-        raise ValueError(f"the images have {data.channels} channel(s) and the model takes 3 (RGB); convert the images")
     images = [image for image, _ in data.train_set]
     largest = max(images, key=lambda image: image.shape[1] * image.shape[2])
     plan = model.stream_network.plan(largest.shape)
     _log.info("an image of %d x %d pixels in %d steps of %d x %d", *largest.shape[1:], plan.steps, *plan.tile_size)
 
 
-def _calibrate(model: Classifier, data: LabelledImages, seed: int) -> None:
-    images = [image for image, _ in data.train_set]
+def _normalise(model: Classifier, data: LabelledImages, given: Any, seed: int) -> PixelStatistics:
+    """Set what the training images say of the range, mean and standard deviation, where the configuration leaves it open."""
+    found = pixel_statistics([image for image, _ in data.train_set], seed)
+    used = model.stream_network.normalisation
+    value_range = used.value_range
+    if given.value_range == "percentiles" or (given.value_range is None and not found.fills_its_type()):
+        if not found.high > found.low:
+            raise ValueError(
+                f"all training images hold the value {found.low:g} only; check them, or give model.value_range=[LOW, HIGH]"
+            )
+        value_range = (found.low, found.high)
+        _log.info(
+            "values from %g to %g of %s stand for 0 to 1 (percentiles of the training images; --value-range says otherwise)",
+            *value_range, found.dtype,
+        )  # fmt: skip
+    mean, std = used.mean, used.std
+    if given.mean is None and given.std is None and (given.weights is None or data.image_channels != _IMAGE_CHANNELS):
+        low, high = value_range or (0.0, 1.0 if found.dtype.kind == "f" else float(np.iinfo(found.dtype).max))
+        mean = tuple((value - low) / (high - low) for value in found.mean)
+        std = tuple(max(value / (high - low), 1e-3) for value in found.std)
+        _log.info(
+            "mean %s and standard deviation %s per channel, of the training images", _rounded(mean), _rounded(std)
+        )
+    if (mean, std, value_range) != (used.mean, used.std, used.value_range):
+        model.normalise_by(mean, std, value_range)
+    return found
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _calibrate(model: Classifier, data: LabelledImages, found: PixelStatistics, seed: int) -> None:
+    images = [image for image, _ in data.train_set][: len(found.masks)]
     generator = torch.Generator().manual_seed(seed)
-    layers = calibrate_batch_norm(model.stream_network, images, generator=generator)
+    layers = calibrate_batch_norm(model.stream_network, images, masks=found.masks, generator=generator)
     if layers:
         _log.info(
             "random weights: set the statistics of %d batch norm layers from crops of the training images", layers

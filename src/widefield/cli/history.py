@@ -87,6 +87,11 @@ class StepMemory(Callback):
         self._memory = None  # what a validation needs does not count
 
 
+def _scale(data: Any) -> str:
+    spacing, level = data.options["spacing"], data.options["level"]
+    return f"level {level or 0}" if spacing is None else f"{spacing:g} micrometres per pixel"
+
+
 def write_training_report(
     out: Path, model: Classifier, data: LabelledImages, rows: list[dict[str, float]], peak: int | None
 ) -> None:
@@ -97,7 +102,7 @@ def write_training_report(
     """
     page = Page(f"Training of {model.hparams['model_name']}")
     sizes = (f"{len(data.train_set)} images for training", f"{len(data.val_set)} for validation")
-    page.paragraph(f"{', '.join(sizes)}; classes {', '.join(model.class_names)}; level {data.level}.")
+    page.paragraph(f"{', '.join(sizes)}; classes {', '.join(model.class_names)}; {_scale(data)}.")
     page.heading("Numbers of every epoch")
     if rows:
         page.picture(_curves(rows), "Loss and metrics by epoch")

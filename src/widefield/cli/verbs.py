@@ -129,11 +129,16 @@ VERBS = {
         "widefield.cli.fit:run",
         (
             _option("--images", "DIR", "folder of image files", Path),
-            _option("--labels", "CSV", "table with the columns image, label and maybe split", Path),
+            _option("--labels", "CSV", "table with columns image, label and maybe split, patient", Path),
             _option("--model", "NAME", "resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"),
             _option("--out", "DIR", "folder of the checkpoints, the configuration and the report", Path),
             _flag("--resume", "continue the run in --out"),
             _option("--level", "N", "level of the image pyramids, 0 the largest (default: 0)", int),
+            _option("--spacing", "UM", "micrometres per pixel instead of a level", float),
+            _option("--channels", "LIST", "channels by index or name, such as [0, 2] (default: all)"),
+            _option(
+                "--value-range", "R", "what stands for 0 and 1: [LOW, HIGH], dtype or percentiles (default: found)"
+            ),
             _option("--weights", "FILE", "weights to start from, or DEFAULT to download (default: random)"),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step: N or [HEIGHT, WIDTH] (default: chosen)"),

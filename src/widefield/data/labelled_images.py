@@ -1,6 +1,8 @@
 """Labelled images of a folder: the Lightning data module, its data sets of lazily read images, and the seeded split."""
 
+import csv
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widefield.data.labels import LabelError, LabelledImage, read_labels
+from widefield.data.labels import SPLITS, LabelError, LabelledImage, read_labels
 from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
@@ -25,21 +27,19 @@ class ImageDataset(Dataset[tuple[ImageFile, int]]):
 
     Args:
         images: What to open.
-        level: Level of the pyramid, 0 the largest.
-        alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
+        options: How, see `open_image`: level, spacing, channels, alpha.
     """
 
-    def __init__(self, images: Sequence[LabelledImage], level: int = 0, alpha: Alpha = "drop") -> None:
+    def __init__(self, images: Sequence[LabelledImage], **options: Any) -> None:
         self.images = tuple(images)
-        self.level = level
-        self.alpha = alpha
+        self.options = options
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[ImageFile, int]:
         image = self.images[index]
-        return open_image(image.path, self.level, alpha=self.alpha), image.label
+        return open_image(image.path, **self.options), image.label
 
     def __iter__(self) -> Iterator[tuple[ImageFile, int]]:
         return (self[index] for index in range(len(self)))
@@ -77,14 +77,18 @@ class LabelledImages(pl.LightningDataModule):
     """Labelled images of a folder, split into training, validation and test images.
 
     Where the label table has a column `split`, that decides. Images of the training split that it leaves without any
-    validation image, and tables without the column, are split by chance, stratified and seeded.
+    validation image, and tables without the column, are split by chance, stratified and seeded; where the table names patients,
+    all images of one are on the same side.
 
     The table and the header of every image are read at once, so that a wrong path fails before anything is trained.
 
     Args:
         images: Folder of the image files.
-        labels: CSV file, see `read_labels`.
+        labels: Label table, see `read_labels`.
         level: Level of the pyramids to train on, 0 the largest.
+        spacing: Micrometres per pixel instead of a level, see `open_image`.
+        channels: Which channels, by index or name, see `open_image`; all by default.
+        columns: Names of columns of the table that are not guessed, see `read_labels`.
         batch_size: Images per optimizer step; they may differ in size.
         val_fraction: Share of each class used for validation.
         seed: Of the validation split and of the training order.
@@ -103,6 +107,9 @@ class LabelledImages(pl.LightningDataModule):
         images: Path,
         labels: Path,
         level: Annotated[int, Range(0)] = 0,
+        spacing: Annotated[float, Range(0)] | None = None,
+        channels: list[int | str] | None = None,
+        columns: dict[str, str] | None = None,
         batch_size: Annotated[int, Range(1)] = 1,
         val_fraction: Annotated[float, Range(0, 1)] = 0.2,
         seed: int = 0,
@@ -111,37 +118,58 @@ class LabelledImages(pl.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
-        table = read_labels(labels, images)
+        table = read_labels(labels, images, columns)
         self.class_names = list(table.class_names)
-        self.level = level
-        self.alpha: Alpha = alpha
+        if spacing is not None and level:
+            raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
+        self.options = {"level": None if spacing else level, "spacing": spacing, "channels": channels, "alpha": alpha}
         self.batch_size = batch_size
         self.seed = seed
-        splits = _split(table.images, val_fraction, seed)
+        splits = _split(labels, table.images, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
-            ImageDataset(splits[name], level, alpha) for name in ("train", "val", "test")
+            ImageDataset(splits[name], **self.options) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
-        self.channels = self._check_images()
+        self.image_channels = self._check_images()
         sizes = ", ".join(f"{len(splits[name])} {name}" for name in ("train", "val", "test"))
         _log.info("%s images of the classes %s", sizes, ", ".join(self.class_names))
 
     def _check_images(self) -> int:
-        """Open every image once; the number of channels that all of them have."""
+        """Open every image once; the number of channels that all of them have. Spacings that differ are said."""
         channels: dict[int, Path] = {}
+        types: dict[np.dtype, Path] = {}
+        spacings: dict[float | None, Path] = {}
         for dataset in (self.train_set, self.val_set, self.test_set):
             for image, _ in dataset:
                 channels.setdefault(image.shape[0], image.path)
-        if len(channels) > 1:
-            (first, one), (second, other), *_ = channels.items()
-            raise LabelError(
-                f"{one.name} has {first} channel(s) and {other.name} has {second}; convert them to the same number"
+                types.setdefault(image.dtype, image.path)
+                spacings.setdefault(image.spacing and round(image.spacing[0], 3), image.path)
+        for what, found in (("channel(s)", channels), ("as the type of its pixels", types)):
+            if len(found) > 1:
+                (first, one), (second, other), *_ = found.items()
+                raise LabelError(
+                    f"{one.name} has {first} {what} and {other.name} has {second}; convert them to the same"
+                )
+        known = [spacing for spacing in spacings if spacing]
+        if self.options["spacing"] is None and known and (None in spacings or max(known) > 1.1 * min(known)):
+            named = ", ".join(f"{spacing or 'unknown'} ({path.name})" for spacing, path in list(spacings.items())[:8])
+            _log.warning(
+                "the images have different spacings: %s micrometres per pixel; --spacing reads all at one", named
             )
         return next(iter(channels))
 
+    def write_splits(self, path: Path) -> None:
+        """Write which image is in which split, as a CSV file with the columns image, label, split and patient."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("image", "label", "split", "patient"))
+            for split, dataset in zip(SPLITS, (self.train_set, self.val_set, self.test_set), strict=True):
+                for image in dataset.images:
+                    writer.writerow((image.path, self.class_names[image.label], split, image.patient or ""))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"level": self.level, "alpha": self.alpha, "class_names": self.class_names}
+        return {**self.options, "class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:
@@ -165,15 +193,25 @@ class LabelledImages(pl.LightningDataModule):
         return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
-def _split(images: tuple[LabelledImage, ...], val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
-    splits: dict[str, list[LabelledImage]] = {"train": [], "val": [], "test": []}
+def _split(
+    table: Path, images: tuple[LabelledImage, ...], val_fraction: float, seed: int
+) -> dict[str, list[LabelledImage]]:
+    splits: dict[str, list[LabelledImage]] = {name: [] for name in SPLITS}
     for image in images:
         splits[image.split or "train"].append(image)
     if not splits["val"]:
-        candidates = splits["train"]
-        train, val = stratified_split([image.label for image in candidates], val_fraction, seed)
-        splits["train"] = [candidates[index] for index in train]
-        splits["val"] = [candidates[index] for index in val]
+        groups: dict[Any, list[LabelledImage]] = {}
+        for index, image in enumerate(splits["train"]):
+            groups.setdefault(image.patient or index, []).append(image)
+        patients = list(groups.values())
+        labels = [Counter(image.label for image in one).most_common(1)[0][0] for one in patients]
+        for name, chosen in zip(("train", "val"), stratified_split(labels, val_fraction, seed), strict=True):
+            members = {image for index in chosen for image in patients[index]}
+            splits[name] = [image for image in images if image in members]
+    seen = [{image.patient for image in splits[name] if image.patient} for name in SPLITS]
+    shared = sorted((seen[0] & seen[1]) | (seen[0] & seen[2]) | (seen[1] & seen[2]))
+    if shared:
+        _log.warning("%s has images of %d patient(s) in several splits: %s", table, len(shared), ", ".join(shared[:8]))
     return splits
 
 

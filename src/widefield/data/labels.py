@@ -58,8 +58,8 @@ def read_labels(labels: str | Path, images: str | Path, columns: Mapping[str, st
 
     The image is a file name inside the folder `images` (subfolders are written with slashes), with or without its ending
     (`scan` may be `scan.ome.tif`), or a path. Where no file has that name in the folder itself, one in a subfolder counts. The
-    label is any name or number; class names are sorted, as numbers if all are numbers, and the label of an image is its position in that
-    order. The split is one of train, val and test.
+    label is any name or number; class names are sorted, as numbers if all are numbers, and the label of an image is its position
+    in that order. The split is one of train, val and test.
 
     Args:
         labels: A CSV file (comma, semicolon or tab; UTF-8, or UTF-16 with a byte order mark) with one header row, or Parquet.
@@ -270,7 +270,9 @@ def _only_match(labels: Path, row: LabelRow, files: FilesByName) -> Path | None:
     if len(matches) > 1:
         distinct = len({path.name for path in matches}) == len(matches)
         names = _some([path.name if distinct else path.as_posix() for path in matches])
-        raise LabelError(f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension")
+        raise LabelError(
+            f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension"
+        )
     elsewhere = Path(row.image)
     return matches[0] if matches else elsewhere if elsewhere.is_absolute() and elsewhere.exists() else None
 

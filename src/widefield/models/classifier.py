@@ -15,6 +15,7 @@ from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
+from widefield.streaming.image import Normalisation
 
 Pooling = Literal["average", "max"]
 
@@ -33,7 +34,12 @@ class Classifier(ImageNetClassifier):
         pooling: How the map becomes a vector: its average, or its maximum, per channel. The maximum suits labels that
             hang on small marks, which an average over a large map dilutes.
         train_streaming_layers: False freezes the trunk.
-        mean, std, value_range: Normalisation; see `StreamingCNN`.
+        in_channels: Channels of the images; the first layer is adapted to other than 3, see `make_model`.
+        mean, std: Per channel, see `StreamingCNN`; None stands for ImageNet's, and lets `widefield fit` measure them on the
+            training images where there are no pretrained weights or other than 3 channels.
+        value_range: What stands for 0 and 1, see `StreamingCNN`. `widefield fit` also takes "dtype", the range of the pixels'
+            type, and "percentiles", the range of the training images from the percentile 0.1 to 99.9, which None means where they
+            fill less than a quarter of their type's range.
         lr: Learning rate of AdamW.
         weight_decay: Its weight decay.
 
@@ -51,16 +57,19 @@ class Classifier(ImageNetClassifier):
         weights: str | None = None,
         pooling: Pooling = "average",
         train_streaming_layers: bool = True,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        value_range: tuple[float, float] | None = None,
+        in_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        value_range: tuple[float, float] | Literal["dtype", "percentiles"] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
     ) -> None:
         count = len(class_names)
         if count < 2:
             raise ValueError(f"a classifier needs at least two classes, got {list(class_names)}")
-        trunk, head = _trunk_and_head(model_name, count, weights, pooling)
+        trunk, head = _trunk_and_head(model_name, count, weights, pooling, in_channels)
+        if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
         super().__init__(
             trunk,
             head,
@@ -71,18 +80,32 @@ class Classifier(ImageNetClassifier):
             memory_budget=memory_budget,
             mean=mean,
             std=std,
-            value_range=value_range,
+            value_range=None if isinstance(value_range, str) else value_range,
             lr=lr,
             weight_decay=weight_decay,
         )
         self.class_names = list(class_names)
         self.model_name = model_name
-        self.save_plain_hyperparameters(
-            model_name=model_name,
-            class_names=self.class_names,
-            pooling=pooling,
-            train_streaming_layers=train_streaming_layers,
-        )
+        self._plain = {
+            "model_name": model_name,
+            "class_names": self.class_names,
+            "pooling": pooling,
+            "train_streaming_layers": train_streaming_layers,
+            "in_channels": in_channels,
+        }
+        self.save_plain_hyperparameters(**self._plain)
+
+    def normalise_by(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, value_range: tuple[float, float] | None
+    ) -> None:
+        """Normalise images so from now on, and say so in checkpoints; see `StreamingCNN`."""
+        self.stream_network.normalisation = Normalisation.parse(mean, std, value_range)
+        self.save_plain_hyperparameters(**self._plain)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        used = checkpoint["hyper_parameters"]
+        self.normalise_by(used["mean"], used["std"], used["value_range"])
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The weights under torchvision's or timm's names, on the CPU."""
@@ -130,10 +153,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _trunk_and_head(name: str, num_classes: int, weights: str | None, pooling: Pooling) -> tuple[nn.Module, nn.Module]:
+def _trunk_and_head(
+    name: str, num_classes: int, weights: str | None, pooling: Pooling, in_channels: int
+) -> tuple[nn.Module, nn.Module]:
     if pooling not in ("average", "max"):
         raise ValueError(f"pooling={pooling!r} must be 'average' or 'max'")
-    net = make_model(name, num_classes, weights)
+    net = make_model(name, num_classes, weights, in_channels)
     if not name.startswith(TIMM_PREFIX):
         if pooling == "max":
             net.avgpool = nn.AdaptiveMaxPool2d(1)

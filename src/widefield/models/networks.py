@@ -102,20 +102,29 @@ def make_timm(name: str, num_classes: int, weights: Weights, **options: Any) -> 
     return net
 
 
-def make_model(name: str, num_classes: int, weights: Weights) -> nn.Module:
+def make_model(name: str, num_classes: int, weights: Weights, in_channels: int = 3) -> nn.Module:
     """The network of any name that `fit --model` takes: a torchvision ResNet, a narrow ResNet, or `timm/NAME`.
+
+    For other than 3 channels, weights of the first layer are adapted as timm does: those of red, green and blue are repeated and
+    scaled, or added up for one channel.
 
     Raises:
         ValueError: There is no such model.
     """
     if name.startswith(TIMM_PREFIX):
-        return make_timm(name, num_classes, weights)
+        return make_timm(name, num_classes, weights, in_chans=in_channels)
     if name not in RESNETS:
         import timm
 
         near_timm = [TIMM_PREFIX + choice for choice in timm.list_models(f"{name}*")[:20]]
         raise unknown_model(name, [*RESNETS, *near_timm])
-    return make_resnet(name, num_classes, weights)
+    net = make_resnet(name, num_classes, weights)
+    if in_channels != 3:
+        from timm.models import adapt_input_conv
+
+        net.conv1.weight = nn.Parameter(adapt_input_conv(in_channels, net.conv1.weight.detach()))
+        net.conv1.in_channels = in_channels
+    return net
 
 
 def _no_download(name: str, error: Exception) -> OSError:

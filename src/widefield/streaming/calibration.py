@@ -27,6 +27,7 @@ def calibrate_batch_norm(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     value_range: tuple[float, float] | None = None,
+    masks: Sequence[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> int:
     """Set the running statistics of every batch norm layer to their average over random crops of `images`.
@@ -41,19 +42,22 @@ def calibrate_batch_norm(
             normalisation that it was made with.
         images: Tensors of shape (N, C, H, W) or (C, H, W), or lazy images with `shape` (C, H, W), `dtype` and
             `read(y, x, height, width)`; raw pixels as the model will get them. Only the crops are read.
-        crop_size: Side of a crop in pixels; less where the smallest image is smaller.
+        crop_size: Side of a crop in pixels; less where at least half of the images are smaller. Images that are too small
+            for a crop are left out then.
         crops: Number of crops, spread evenly over the images.
         batch_size: Crops in one pass. Statistics of one pass are biased for small batches of small crops.
         mean: Per channel, subtracted from the pixels; see `StreamingCNN`.
         std: Per channel, what the pixels are divided by; see `StreamingCNN`.
         value_range: What float pixels mean; see `StreamingCNN`.
+        masks: For each image a boolean array (rows, columns) over the whole of it, of any coarser size: the middles of crops are
+            drawn where it is True, or anywhere if it is so nowhere.
         generator: Draws the crops; a CPU generator. By default torch's global one.
 
     Returns:
         The number of layers calibrated; 0 for a model without batch norm.
 
     Raises:
-        ValueError: No images, a number below 1, or a normalisation given along with a `StreamingCNN`.
+        ValueError: No images, not a mask for each, a number below 1, or a normalisation given along with a `StreamingCNN`.
     """
     for name, number in (("crop_size", crop_size), ("crops", crops), ("batch_size", batch_size)):
         if number < 1:
@@ -64,13 +68,17 @@ def calibrate_batch_norm(
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     if not layers:
         return 0
-    side = min(crop_size, *(extent for image in images for extent in _size(image)))
+    if masks is not None and len(masks) != len(images):
+        raise ValueError(f"calibrate_batch_norm got {len(masks)} masks for {len(images)} images; give one for each")
+    extents = [min(_size(image)) for image in images]
+    side = min(crop_size, sorted(extents)[len(extents) // 2])
+    chosen = [index for index, extent in enumerate(extents) if extent >= side]
     parameter = next(module.parameters())
     with _collecting(module, layers), torch.no_grad():
         for start in range(0, crops, batch_size):
             batch = [
-                _random_crop(images[index % len(images)], side, generator)
-                for index in range(start, min(start + batch_size, crops))
+                _random_crop(images[index], None if masks is None else masks[index], side, generator)
+                for index in (chosen[crop % len(chosen)] for crop in range(start, min(start + batch_size, crops)))
             ]
             for layer in layers:
                 layer.momentum = len(batch) / (start + len(batch))
@@ -112,11 +120,17 @@ def _size(image: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _random_crop(image: Any, side: int, generator: torch.Generator | None) -> Tensor:
+def _random_crop(image: Any, mask: Any, side: int, generator: torch.Generator | None) -> Tensor:
     """A crop of shape (1, C, side, side); of a batch of several images, each crop takes one."""
-    height, width = _size(image)
-    y = _draw(height - side + 1, generator)
-    x = _draw(width - side + 1, generator)
+    size = _size(image)
+    cells = None if mask is None else torch.as_tensor(mask).nonzero()
+    if cells is None or not len(cells):
+        y, x = (_draw(extent - side + 1, generator) for extent in size)
+    else:
+        cell = cells[_draw(len(cells), generator)].tolist()
+        share = torch.rand(2, generator=generator).tolist()
+        middles = ((c + s) * n / m for c, s, n, m in zip(cell, share, size, mask.shape, strict=True))
+        y, x = (min(max(0, round(middle - side / 2)), n - side) for middle, n in zip(middles, size, strict=True))
     if not isinstance(image, Tensor):
         return torch.as_tensor(image.read(y, x, side, side))[None]
     batch = image if image.ndim == 4 else image[None]
