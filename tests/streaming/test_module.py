@@ -391,11 +391,17 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         (torch.zeros(0, 3, 8, 8), "empty"),
         (torch.zeros(1, 3, 8, 8).double(), "float64"),
         ("slide.tif", "got str"),
+        (torch.rand(1, 3, 20, 20, dtype=torch.float64).to_sparse(), "only dense ones"),
     ],
 )
 def test_bad_images(bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamingCNN(small(), 8)(bad)
+
+
+def test_a_module_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="to_empty"):
+        StreamingCNN(small().to("meta"), 8)(image())
 
 
 def test_the_plan_says_what_will_happen() -> None:

@@ -339,8 +339,16 @@ class StreamingCNN(nn.Module):
 
     def _check(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
         """The image's shape (N, C, H, W). Raises ValueError for what cannot be streamed."""
+        if device.type == "meta":
+            raise ValueError(
+                'the module is on "meta", without values: move it with .to_empty() and give it weights first'
+            )
         if isinstance(image, Tensor):
             shape = tuple(image.shape)
+            if image.layout != torch.strided:
+                raise ValueError(
+                    f"the image is {image.layout}, and only dense ones are streamed: convert it with .to_dense()"
+                )
             if len(shape) != 4:
                 raise ValueError(
                     f"expected an image (N, C, H, W), got a tensor of shape {shape}; add a batch dimension with [None]"
