@@ -1,7 +1,12 @@
 """What forward does besides computing its result: exact, or refused by name, and nothing is left behind."""
 
 import functools
+import itertools
+import pickle
 import random
+import sys
+import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.streaming import unseen
 from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
 from widefield.streaming import StreamingCNN, UnsupportedOpError, VerificationError, stream
@@ -86,6 +92,15 @@ def counts_in_a_dict(net: Net, x: Tensor) -> Tensor:
     return x * MEMO["count"]
 
 
+def counts_in_a_module(net: Net, x: Tensor) -> Tensor:
+    unseen.SCALE += 1
+    return x * unseen.SCALE
+
+
+def uses_an_earlier_result(net: Net, x: Tensor) -> Tensor:
+    return x * net.computed
+
+
 class Counter:
     calls = 0
 
@@ -147,7 +162,7 @@ def draws_from_a_generator(net: Net, x: Tensor) -> Tensor:
 REFUSED = [
     *(logs, logs_maps, counts, counts_in_a_dict, counts_in_a_class, clamps_data, clamps_without_gradients, sets_data),
     *(updates_a_buffer, replaces_a_buffer, adds_a_layer, clamps_a_map_past_autograd, looks_at_values, reads_a_number),
-    draws_from_a_generator,
+    *(draws_from_a_generator, counts_in_a_module, uses_an_earlier_result),
 ]
 
 
@@ -155,13 +170,14 @@ REFUSED = [
 def test_effects_are_refused_and_leave_nothing_behind(function: Callable[[Net, Tensor], Tensor]) -> None:
     MEMO.clear(), LOG.clear()
     net = Net(function)
+    net.computed = net.gain * 2
     before = {name: value.clone() for name, value in net.state_dict().items()}
     count, calls = COUNT, Counter.calls
     with pytest.raises(UnsupportedOpError) as caught:
         StreamingCNN(net, 7)(IMAGE)
     assert isinstance(caught.value, VerificationError) == (function is counts_in_a_dict)
     assert len(str(caught.value)) < 1000
-    assert (COUNT, Counter.calls, MEMO, LOG) == (count, calls, {}, [])
+    assert (COUNT, Counter.calls, MEMO, LOG, unseen.SCALE) == (count, calls, {}, [], 2.0)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert set(before) == set(net.state_dict())
 
@@ -353,3 +369,82 @@ def test_random_numbers_of_python_and_numpy_are_refused_and_not_drawn(draw: Call
     with pytest.raises(UnsupportedOpError, match="changes the random state of"):
         StreamingCNN(Net(lambda net, x: x * draw()), 7, verify=False)(IMAGE)
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+@pytest.mark.parametrize("of", [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)], ids=repr)
+@pytest.mark.parametrize("kept", ["in an attribute", "outside"])
+def test_random_generators_are_refused_and_not_drawn_from(of: Any, kept: str) -> None:
+    net = Net(lambda net, x: x * getattr(net, "of", of).random())
+    if kept == "in an attribute":
+        net.of = of
+    before = pickle.dumps(of)
+    with pytest.raises(UnsupportedOpError, match="changes the random state of a"):
+        StreamingCNN(net, 7, verify=False)(IMAGE)
+    assert pickle.dumps(of) == before
+
+
+@pytest.mark.parametrize("of", [itertools.count(1.0), iter([1.0, 2.0, 3.0])], ids=["count", "list"])
+def test_iterators_are_refused(of: Any) -> None:
+    net = Net(lambda net, x: x * next(net.of))
+    net.of = of
+    with pytest.raises(UnsupportedOpError, match="changes the state of a"):
+        StreamingCNN(net, 7, verify=False)(IMAGE)
+    assert next(of) == 1.0
+
+
+@pytest.mark.parametrize(
+    "of",
+    [threading.Lock(), sys.__stdout__, (k for k in ()), types, types.SimpleNamespace(lock=threading.Lock(), log=[])],
+    ids=["lock", "file", "generator", "module", "object"],
+)
+def test_what_cannot_be_copied_may_lie_in_attributes(of: Any) -> None:
+    def method(net: Net, x: Tensor) -> Tensor:
+        return net.b(x) * net.parents[0].gain + net.other(x)
+
+    net = Net(method)
+    net.of, net.parents = of, [net]
+    net.other = net.b.forward
+    assert_equal_results(StreamingCNN(net, 7, verify=False), net)
+
+
+def test_a_change_of_an_object_that_cannot_be_copied_is_refused_and_undone() -> None:
+    net = Net(lambda net, x: (net.of.log.append(1), x)[1])
+    net.of = types.SimpleNamespace(lock=threading.Lock(), log=[])
+    with pytest.raises(UnsupportedOpError, match="changes a list"):
+        StreamingCNN(net, 7, verify=False)(IMAGE)
+    assert net.of.log == []
+
+
+# --- layers with two names ----------------------------------------------------------------------------------------------------
+
+
+def two_names(net: Net, x: Tensor) -> Tensor:
+    return net.layers[0](net.again(net.b(x)).relu()) + sum(layer(x) for layer in net.layers[1:])
+
+
+def with_two_names(function: Callable[[Net, Tensor], Tensor]) -> Net:
+    net = Net(function)
+    net.again = nn.Sequential(net.b, nn.BatchNorm2d(4).double())
+    net.layers = nn.Sequential(*[net.again] * 2, nn.Conv2d(4, 4, 1).double())
+    return net
+
+
+def test_layers_with_two_names_are_exact() -> None:
+    net = with_two_names(two_names).eval()
+    assert_equal_results(StreamingCNN(net, 7, verify=False), net)
+
+
+def test_a_layer_with_two_names_that_reads_what_it_left_is_refused() -> None:
+    def remembers(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        earlier, layer.last = layer.__dict__.get("last", 0.0), out.mean((2, 3), keepdim=True)
+        return out + earlier
+
+    net = with_two_names(lambda net, x: net.layers[0](x))
+    net.again.register_forward_hook(remembers)
+    with pytest.raises(UnsupportedOpError, match=r"is read in forward before it is set"):
+        StreamingCNN(net, 7, verify=False)(IMAGE)
+
+
+def test_running_statistics_of_a_layer_with_two_names_behind_a_slice_are_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="reached through a slice of layers"):
+        StreamingCNN(with_two_names(two_names), 7, batch_statistics="exact", verify=False)(IMAGE)

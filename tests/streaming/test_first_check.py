@@ -122,7 +122,7 @@ def test_dropout_is_compared_under_the_same_masks() -> None:
 
 
 def test_a_forward_pass_that_is_never_the_same_is_refused() -> None:
-    net, seen = Net(lambda net, x: x), iter(range(1, 1000))
+    net, seen = Net(lambda net, x: x), (count for count in range(1, 1000))
     net.a.register_forward_hook(lambda module, args, out: out * next(seen))
     with pytest.raises(VerificationError, match="differ from each other"):
         StreamingCNN(net, 7)(IMAGE)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tests.streaming.unseen
+from tests.streaming import unseen
 from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
 from widefield.streaming import StreamingCNN
@@ -54,11 +56,42 @@ def _closure() -> tuple[Callable[[Net, Tensor], Tensor], Callable[[], None]]:
     return lambda net, x: x * scale, change
 
 
+def scaled_by_an_import(net: Net, x: Tensor) -> Tensor:
+    from tests.streaming.unseen import SCALE as scale
+
+    return x * scale
+
+
+def _either() -> tuple[Callable[[Net, Tensor], Tensor], Callable[[], None]]:
+    first, second = None, 2.0
+
+    def change() -> None:
+        nonlocal first, second
+        first, second = 2.0, None
+
+    return lambda net, x: x * 5.0 if first else x * second, change
+
+
+def _hidden(layer: Callable[[], nn.Module]) -> Callable[[Net], None]:
+    return _attribute(lambda: [layer().double().requires_grad_(False).eval()])
+
+
+def _compute(scale: float) -> Callable[[Net], None]:
+    """Leave a result that requires grad in an object."""
+
+    def leave(net: Net) -> None:
+        with torch.enable_grad():
+            vars(net).setdefault("cfg", types.SimpleNamespace()).result = net.gain * scale
+
+    return leave
+
+
 def _set(holder: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch, Net], None]:
     return lambda patch, net: patch.setattr(holder, name, value)
 
 
 CLOSED, CHANGE_CLOSED = _closure()
+EITHER, CHANGE_EITHER = _either()
 ARRAY = np.full((4, 1, 1), 2.0)
 
 
@@ -151,6 +184,44 @@ CHANGES: dict[str, tuple[Any, Any, Callable[[pytest.MonkeyPatch, Net], Any]]] = 
         _attribute(lambda: torch.distributions.Normal(torch.full((4, 1, 1), 2.0).double(), 1.0)),
         lambda patch, net: net.cfg.loc.fill_(5.0),
     ),
+    "import": (scaled_by_an_import, lambda net: None, _set(unseen, "SCALE", 5.0)),
+    "module in a module": (
+        lambda net, x: x * tests.streaming.unseen.SCALE,
+        lambda net: None,
+        _set(unseen, "SCALE", 5.0),
+    ),
+    "module in an attribute": (
+        lambda net, x: x * net.cfg.SCALE,
+        _attribute(lambda: unseen),
+        _set(unseen, "SCALE", 5.0),
+    ),
+    "closure of nothing": (EITHER, lambda net: None, lambda patch, net: CHANGE_EITHER()),
+    "buffer behind a closure": (
+        lambda net, x: net.cfg(x),
+        lambda net: setattr(net, "cfg", lambda x: x * net.offset),
+        lambda patch, net: setattr(net, "offset", net.offset * 5),
+    ),
+    "frozen layer in a list": (
+        lambda net, x: net.cfg[0](x),
+        _hidden(lambda: nn.Conv2d(4, 4, 1)),
+        lambda patch, net: net.cfg[0].weight.data.mul_(5),
+    ),
+    "statistics of a layer in a list": (
+        lambda net, x: net.cfg[0](x),
+        _hidden(lambda: nn.BatchNorm2d(4)),
+        lambda patch, net: net.cfg[0].running_mean.add_(5),
+    ),
+    "hook on a layer in a list": (
+        lambda net, x: net.cfg[0](x),
+        _hidden(lambda: nn.Conv2d(4, 4, 1)),
+        lambda patch, net: net.cfg[0].register_forward_hook(lambda module, args, out: out * 5),
+    ),
+    "frozen parameter in an object": (
+        lambda net, x: x * net.cfg.scale,
+        _attribute(lambda: types.SimpleNamespace(scale=nn.Parameter(torch.ones(4, 1, 1).double(), False))),
+        lambda patch, net: net.cfg.scale.data.mul_(5),
+    ),
+    "result in an object": (lambda net, x: x * net.cfg.result, _compute(2.0), lambda patch, net: _compute(5.0)(net)),
     "not a number": (
         lambda net, x: x * (2.0 if net.cfg != net.cfg else 5.0),
         _attribute(lambda: float("nan")),
@@ -184,7 +255,10 @@ def test_nothing_changed_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) 
 
 # --- branches -----------------------------------------------------------------------------------------------------------------
 
+asks = torch.is_grad_enabled
+
 BRANCHES: dict[str, Callable[[Net, Tensor], Any]] = {
+    "grad mode by another name": lambda net, x: x * (1 if asks() else 2),
     "grad mode": lambda net, x: x * (1 if torch.is_grad_enabled() else 2),
     "requires_grad of a map": lambda net, x: x * (1 if x.requires_grad else 2),
     "requires_grad of a weight": lambda net, x: x * (1 if net.gain.requires_grad else 2),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tests.streaming.exactness import relative_error
 
+SCALE = 2.0  # of a module that forward may read
 IMAGE = torch.rand(1, 3, 23, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

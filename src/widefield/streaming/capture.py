@@ -32,7 +32,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
 from widefield.streaming.functional import functional
 from widefield.streaming.trace import Formula, Trace, formula
-from widefield.streaming.watch import PointwiseCall, Watch
+from widefield.streaming.watch import PointwiseCall, Watch, mark_computed
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ def _capture(
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
     recorded = _Recorded(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
+    watch.mode_dependent = surroundings.looks_at_mode
     try:
         with _UNHOOKED, watch, _QUIET, torch.autocast(CAPTURE_DEVICE.type, enabled=False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of results that forward reads
             program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast is not None)
             program = functional(program)
@@ -115,6 +117,13 @@ def _capture(
         if isinstance(error.__cause__, UnsupportedOpError):
             raise error.__cause__ from None
         first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        if "is mutated in the forward method" in first_line:
+            raise UnsupportedOpError(
+                "",
+                "in-place update",
+                "changes a tensor in forward that is neither made there nor a buffer of the model",
+                "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode",
+            ) from error
         if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
             raise ValueError(f"the model cannot run on an image of shape {shape}: {first_line:.300}") from error
         raise UnsupportedOpError(
@@ -133,6 +142,8 @@ def _capture(
         )
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
     captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=watch.left)
+    if batch_statistics:
+        _refuse_unknown_norms(module, captured)
     return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)
 
 
@@ -142,6 +153,8 @@ class _Recorded(nn.Module):
     def __init__(self, module: nn.Module, watch: Watch, image_requires_grad: bool) -> None:
         super().__init__()
         self.module = module
+        # Later torch.export gives out stand-ins for layers with two names: new ones at each look, with the same __dict__.
+        self._parts = tuple(module.named_modules())
 
         def record(image: torch.Tensor) -> Any:
             image.requires_grad_(image_requires_grad)
@@ -155,7 +168,7 @@ class _Recorded(nn.Module):
         return self._record(image)
 
     def _run(self, image: torch.Tensor) -> tuple[Any, dict[tuple[str, str, bool], Any]]:
-        before = [(path, part, dict(part.__dict__)) for path, part in self.module.named_modules()]
+        before = [(path, part, dict(part.__dict__)) for path, part in self._parts]
         registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
         buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
         result = self.module(image)
@@ -223,8 +236,19 @@ def _refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
             raise UnsupportedOpError(
                 "",
                 "forward",
-                f"changes {what}, which is no attribute of a module: the next forward pass may differ",
+                f"changes {what}, so that the next forward pass may differ",
                 "keep such state in an attribute of the module, draw with torch, or change it outside of forward",
+            )
+
+
+def _refuse_unknown_norms(module: nn.Module, captured: Captured) -> None:
+    """Refuse norm layers of which torch.export gives a path that is none: no one would find their running statistics."""
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    for node in captured.nodes:
+        if "batch_norm" in node.op and node.module_path not in paths:
+            raise node.refuse(
+                "belongs to a layer with several names, reached through a slice of layers",
+                "give the layer one name, or take the layers one by one",
             )
 
 
@@ -347,8 +371,8 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
         own = list(part.__dict__.values())
         for value in pytree.tree_leaves([*own, *map(before_forward, own)]):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # results, pruned weights among them
-                memo[id(value)] = empty(value)
-    skeleton = copy.deepcopy(module, memo)
+                memo[id(value)] = mark_computed(empty(value))
+    skeleton = _copied(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):
         for key, value in original.__dict__.items():
             if (before := before_forward(value)) is NOTHING:
@@ -365,6 +389,31 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
         if isinstance(part, nn.SyncBatchNorm):  # it computes the same, and synchronises what is not computed here
             part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     return skeleton
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy by way of `memo`, which shares what cannot be copied: locks, files, modules of Python, and what holds them."""
+    shared = dict(memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:
+        layers = {id(part): part for part in module.modules()}
+        for leaf in pytree.tree_leaves([vars(part) for part in module.modules()]):
+            try:
+                copy.deepcopy(leaf, {**layers, **shared})
+            except Exception:
+                shared[id(leaf)] = leaf
+    memo.clear()
+    memo.update(shared)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise UnsupportedOpError(
+            "",
+            "forward",
+            f"cannot be captured, because the model cannot be copied ({type(error).__name__}: {error!s:.200})",
+            "let copy.deepcopy(model) work, or stream only a part of the model for which it does",
+        ) from error
 
 
 def _refuse_regions(graph: torch.fx.Graph, autocast: bool) -> None:

@@ -1,9 +1,10 @@
 """Notice that a module would compute something else than it did when it was captured.
 
 A captured forward pass is used again as long as nothing has changed that `forward` may read: the structure, modes and settings of
-the module, the objects in its attributes, the code and class attributes of its classes, and the globals, closures and environment
-variables that this code names. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by shape, dtype
-and `requires_grad`: their values are bound anew at each call. What cannot be looked into (a lock, an open file) counts by identity,
+the module, the objects in its attributes, the code and class attributes of its classes, and the globals, closures, imports and
+environment variables that this code names. `fingerprint` turns all of it into one hashable value. Parameters and buffers count by
+shape, dtype and `requires_grad`: their values are bound anew at each call; those of modules that are no part of the module (in a
+list, a global) count by their values. What cannot be looked into (a lock, an open file) counts by identity,
 and objects that are compared so are held, weakly where possible, so that another object at the same address is never taken for
 them.
 """
@@ -11,9 +12,11 @@ them.
 import copy
 import functools
 import os
+import pickle
 import random
 import sys
 import types
+import warnings
 import weakref
 from array import array
 from collections import ChainMap, UserDict, UserList, deque
@@ -21,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
+from itertools import accumulate
 from pathlib import PurePath
 from typing import Any
 
@@ -65,6 +69,9 @@ _LIBRARIES = frozenset(
 _MOST = 20_000
 _DEEPEST = 40  # and whatever lies deeper than this, in code that calls code, say
 _PLAIN = (bool, int, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout)
+_MAY_HOLD = (Tensor, list, tuple, dict)  # attributes of modules in which forward leaves results
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
 _READS_ENVIRONMENT = frozenset(("environ", "getenv"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # looked at one by one
@@ -78,7 +85,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
 
     Modes of norm layers with running statistics are left out: see `Programs.get`.
     """
-    walk = _Walk()
+    walk = _Walk(module)
     parts: list[Any] = []
     for name, part in module.named_modules(remove_duplicate=False):
         norm = isinstance(part, _NormBase)
@@ -92,8 +99,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             (key, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
             for key, t in (*part._parameters.items(), *part._buffers.items())
         ]
-        hooks = [walk(hook) for kind in _HOOKS for hook in getattr(part, kind).values()]
-        parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), tuple(hooks)))
+        parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), walk.hooks(part)))
     everywhere = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
     hooks = [walk(hook) for kind in everywhere for hook in kind.values()]
     return (*parts, *hooks, torch.get_default_dtype())
@@ -121,24 +127,25 @@ def before_forward(value: Any) -> Any:
 class Surroundings:
     """A record of what a module's forward may change outside of its tensors.
 
-    That is: containers, attributes of objects, globals, caches, and the random states of Python and NumPy.
-    `restore` puts all back that has changed, and returns what changed in words, with the values that came in. Modules' own
+    That is: containers, attributes of objects, globals, caches, random generators, iterators, and the random states of Python and
+    NumPy. `restore` puts all back that has changed, and returns what changed in words, with the values that came in. Modules' own
     attributes are left alone. Entries that were added to a dict or a set, as to a cache, are taken out again.
+    `looks_at_mode`: code holds a function that tells the grad mode, which nobody sees it call.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        walk = _Walk()
+        walk = _Walk(module)
         for part in module.modules():
             for key, value in part.__dict__.items():
                 if key not in _MODULE_STATE:
                     walk(value)
             walk(type(part))
-            for kind in _HOOKS:
-                for hook in getattr(part, kind).values():
-                    walk(hook)
+            walk.hooks(part)
         self._containers = [(of, copy.copy(of)) for of in walk.containers]
         self._names = [(of, name, of[name] if isinstance(of, dict) else vars(of)[name]) for of, name in walk.names]
         self._caches = [(cached, cached.cache_info().misses) for cached in walk.caches]
+        self._advancing = [(of, state) for of in walk.advancing if (state := _state(of)) is not None]
+        self.looks_at_mode = walk.met(torch.is_grad_enabled) or walk.met(torch.is_inference_mode_enabled)
         self._random: tuple[Any, Any] = random.getstate(), np.random.get_state(legacy=True)
 
     def restore(self) -> list[tuple[str, list[Any]]]:
@@ -168,6 +175,11 @@ class Surroundings:
         for cached, misses in self._caches:
             if cached.cache_info().misses != misses:
                 cached.cache_clear()
+        for of, state in self._advancing:
+            if _state(of) != state:
+                kind = "random state" if isinstance(of, _GENERATORS) else "state"
+                changes.append((f"the {kind} of a {type(of).__name__}", []))
+                _set_state(of, pickle.loads(state))
         of_python, of_numpy = self._random
         if random.getstate() != of_python:
             changes.append(("the random state of Python", []))
@@ -188,6 +200,25 @@ def _difference(now: Any, before: Any) -> Any:
         return now - before if now != before else None
     same = len(now) == len(before) and all(a is b for a, b in zip(now, before))
     return None if same else [a for a in now if not any(a is b for b in before)]
+
+
+def _state(of: Any) -> bytes | None:
+    """Return the state of a random generator or an iterator; None where it has none that can be told."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # iterators will not always be pickled
+            return pickle.dumps(of)
+    except Exception:
+        return None
+
+
+def _set_state(of: Any, other: Any) -> None:
+    """Let a random generator go on as `other` does. Most iterators cannot go back."""
+    if isinstance(of, random.Random):
+        of.setstate(other.getstate())
+    elif isinstance(of, np.random.RandomState):
+        of.set_state(other.get_state())
+    elif isinstance(of, np.random.Generator):
+        of.bit_generator.state = other.bit_generator.state
 
 
 class _Same:
@@ -216,7 +247,12 @@ def _itself(value: object) -> object:
 class _Walk:
     """Turn objects into hashable values that change when the objects do. An object met again is a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self._bound = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        own = [item for part in module.modules() for item in vars(part).items()]
+        held = [value for key, value in own if key not in _MODULE_STATE and isinstance(value, _MAY_HOLD)]
+        self._left = {id(leaf) for leaf in pytree.tree_leaves(held)}
+        self.advancing: list[Any] = []  # random generators, iterators
         self.containers: list[Any] = []
         self.names: list[tuple[Any, str]] = []  # of a class, or of a dict of globals
         self.caches: list[Any] = []
@@ -244,9 +280,17 @@ class _Walk:
         finally:
             self._depth -= 1
 
+    def met(self, value: object) -> bool:
+        return id(value) in self._seen
+
+    def hooks(self, part: nn.Module) -> tuple[Any, ...]:
+        """The forward hooks of a module, and the backward hooks."""
+        return tuple(self(hook) for kind in _HOOKS for hook in getattr(part, kind).values())
+
     def _contents(self, value: Any) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
-            return _of_array(value)
+            other = isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in self._left
+            return _Same(value) if other or id(value) in self._bound else _of_array(value)
         if isinstance(value, (bytearray, array)):
             return bytes(value)
         if isinstance(value, ContextVar):
@@ -283,14 +327,25 @@ class _Walk:
             return _Same(value) if _installed(value.__module__) else self._class(value)
         if type(value).__module__ == f"{__package__}.module":  # it holds programs, which come and go
             return _Same(value)
-        if isinstance(value, nn.Module):  # one that is no part of the module, in a list say
-            return tuple((name, self(type(part)), self._attributes(part)) for name, part in value.named_modules())
+        if isinstance(value, nn.Module):  # in a list say, or in a closure; it need not be part of the module
+            return tuple(
+                (name, self(type(part)), self._attributes(part), self._tensors(part), self.hooks(part))
+                for name, part in value.named_modules()
+            )
+        if isinstance(value, (*_GENERATORS, *_ITERATORS)) or type(value).__module__ == "itertools":
+            self.advancing.append(value)
+            return _Same(value)
+        if isinstance(value, types.ModuleType) and not _installed(value.__name__):
+            return self._of_module(value, tuple(name for name in vars(value) if not name.startswith("__")))
         if isinstance(value, (UserDict, UserList, ChainMap, Distribution)):
             return self._attributes(value)
         if _in_library(type(value).__module__) or isinstance(value, types.ModuleType):
             return _Same(value)
         attributes = self._attributes(value)
         return (self(type(value)), attributes) if attributes else _Same(value)
+
+    def _tensors(self, part: nn.Module) -> tuple[Any, ...]:
+        return tuple((key, self(tensor)) for key, tensor in (*part._parameters.items(), *part._buffers.items()))
 
     def _attributes(self, value: object) -> tuple[Any, ...]:
         slots = [name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ()))]
@@ -309,30 +364,40 @@ class _Walk:
         return own, tuple(self(base) for base in kind.__bases__)
 
     def _code(self, function: types.FunctionType, code: types.CodeType) -> tuple[Any, ...]:
-        """The code, and what the globals and closures hold that it names."""
+        """The code, and what the globals, closures and modules hold that it names."""
         known, names = function.__globals__, tuple(_names_in(code))
         self.names += [(known, name) for name in names if name in known]
-        found = [self._global(known[name], names) for name in names if name in known]
-        if not _READS_ENVIRONMENT.isdisjoint(names):
-            found.append(frozenset(os.environ.items()))
-        cells = (cell.cell_contents for cell in function.__closure__ or () if _filled(cell))
-        return code, tuple(found), tuple(map(self, cells))
+        found = [(name, self._global(known[name], names)) for name in names if name in known]
+        found += [(of.__name__, self._of_module(of, names)) for of in _imported(names, known.get("__package__"))]
+        environment = None if _READS_ENVIRONMENT.isdisjoint(names) else frozenset(os.environ.items())
+        return code, tuple(found), environment, tuple(self(_held(cell)) for cell in function.__closure__ or ())
 
-    def _global(self, value: Any, names: tuple[str, ...]) -> Any:
+    def _global(self, value: Any, names: tuple[str, ...], inside: tuple[Any, ...] = ()) -> Any:
         """A global; of a module of the user's own (`config.SCALE`) what the code may read of it."""
         if not isinstance(value, types.ModuleType) or _installed(value.__name__):
             return self(value)
-        return tuple(self(vars(value)[name]) for name in names if name in vars(value))
+        return _Same(value) if value in inside else self._of_module(value, names, inside)
+
+    def _of_module(
+        self, module: types.ModuleType, names: tuple[str, ...], inside: tuple[Any, ...] = ()
+    ) -> tuple[Any, ...]:
+        """What the code that has these names may read of `module`, which it has reached through the modules `inside`."""
+        held = {name: vars(module)[name] for name in names if name in vars(module)}
+        self.names += [(vars(module), name) for name in held]
+        return tuple((name, self._global(value, names, (*inside, module))) for name, value in held.items())
 
 
 def _of_array(value: Any) -> tuple[Any, ...]:
-    """Shape, dtype and content; of a tensor that follows from weights (which a hook computes anew) without the content."""
+    """Shape, dtype and content; of a tensor that requires grad (weights, what a hook computes of them) without the content."""
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), value.tobytes() if value.size < 1024 else hash(value.tobytes())
     about = tuple(value.shape), value.dtype, value.device, value.requires_grad
-    if value.grad_fn is not None or isinstance(value, nn.Parameter) or value.layout != torch.strided:
+    if value.grad_fn is not None or value.layout != torch.strided:
         return about
-    if type(value) is not Tensor or value.is_meta:
+    if isinstance(value, nn.Parameter):
+        if value.requires_grad:
+            return about
+    elif type(value) is not Tensor or value.is_meta:
         return *about, value._version, _Same(value)
     with torch.no_grad():
         return *about, hash(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -346,7 +411,7 @@ def _in_library(name: str | None) -> bool:
 def _installed(name: str | None) -> bool:
     """True for code of installed packages, which counts by identity."""
     file = getattr(sys.modules.get(name or ""), "__file__", None) or ""
-    return _in_library(name) or "site-packages" in file
+    return _in_library(name) or "site-packages" in file or str(name).partition(".")[0] in sys.stdlib_module_names
 
 
 def _names(slots: str | Iterable[str]) -> Iterable[str]:
@@ -360,8 +425,17 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _filled(cell: types.CellType) -> bool:
+def _held(cell: types.CellType) -> Any:
     try:
-        return cell.cell_contents is not None
+        return cell.cell_contents
     except ValueError:
-        return False
+        return NOTHING
+
+
+def _imported(names: Iterable[str], package: str | None) -> Iterator[types.ModuleType]:
+    """Yield the user's own modules among those that code in `package` may import by these names."""
+    parents = tuple(accumulate((package or "").split("."), "{}.{}".format)) if package else ()
+    for name in names:
+        for full in (name, *(f"{parent}.{name}" for parent in parents)):
+            if isinstance(found := sys.modules.get(full), types.ModuleType) and not _installed(full):
+                yield found

@@ -93,7 +93,8 @@ class Watch(TorchFunctionMode):
         self.autocast = autocast
         self.limit = limit
         self.mode_dependent = False
-        self._paths = {id(part): path for path, part in module.named_modules()}
+        # Modules go by their __dict__, which stand-ins of torch.export share with them.
+        self._paths = {id(vars(part)): path for path, part in module.named_modules()}
         self._grads = torch.is_grad_enabled()
         self._thread = threading.get_ident()
         self._constants: dict[
@@ -120,9 +121,10 @@ class Watch(TorchFunctionMode):
 
     def read(self, part: nn.Module, name: str, value: Any) -> bool:
         """True if `value` (`NOTHING` for none) is what forward found when it first looked at the attribute `name` of `part`."""
-        reads = [self._read[id(part), name]] if (id(part), name) in self._read else []
-        if (id(part), "__dict__") in self._read:
-            reads.append(self._read[id(part), "__dict__"].get(name, NOTHING))
+        own = id(vars(part))
+        reads = [self._read[own, name]] if (own, name) in self._read else []
+        if (own, "__dict__") in self._read:
+            reads.append(self._read[own, "__dict__"].get(name, NOTHING))
         return any(found is value for found in reads)
 
     def refusal(self, op: str, reason: str, remedy: str) -> UnsupportedOpError:
@@ -134,8 +136,12 @@ class Watch(TorchFunctionMode):
             file = frame.f_code.co_filename
             if not source and _asks(file) and not file.startswith(_TORCH):
                 source = f"{file}:{frame.f_lineno}"
-            if frame.f_code.co_name == "forward" and id(running) in self._paths:
-                path = self._paths[id(running)]
+            if (
+                frame.f_code.co_name == "forward"
+                and isinstance(running, nn.Module)
+                and id(vars(running)) in self._paths
+            ):
+                path = self._paths[id(vars(running))]
                 break
             frame = frame.f_back
         return UnsupportedOpError(path, op, reason, remedy, source)
@@ -159,6 +165,12 @@ class Watch(TorchFunctionMode):
 
     def _refuse_foreign(self, name: str, leaves: list[Any]) -> None:
         for leaf in leaves:
+            if isinstance(leaf, Tensor) and hasattr(leaf, "_computed_before"):
+                raise self.refusal(
+                    name,
+                    f"uses a tensor of shape {tuple(leaf.shape)} that was computed from weights before forward",
+                    "compute it in forward, or keep its values: .detach(), or a buffer",
+                )
             if isinstance(leaf, Tensor) and not is_fake(leaf) and leaf.requires_grad and leaf.is_leaf:
                 raise self.refusal(
                     name,
@@ -279,7 +291,7 @@ class Watch(TorchFunctionMode):
         def attribute(part: nn.Module, name: str) -> Any:
             if not sys._getframe(1).f_code.co_filename.startswith((_TORCH, _OURS)):
                 own = object.__getattribute__(part, "__dict__")
-                self._read.setdefault((id(part), name), dict(own) if name == "__dict__" else own.get(name, NOTHING))
+                self._read.setdefault((id(own), name), dict(own) if name == "__dict__" else own.get(name, NOTHING))
             return object.__getattribute__(part, name)
 
         return attribute
@@ -295,6 +307,12 @@ class Watch(TorchFunctionMode):
             return enter(hooks)
 
         return entered
+
+
+def mark_computed(tensor: Tensor) -> Tensor:
+    """Return `tensor`, which stands for a result that an attribute held before forward: forward may replace it, and not use it."""
+    tensor._computed_before = True  # type: ignore[attr-defined]
+    return tensor
 
 
 class Inlined:
