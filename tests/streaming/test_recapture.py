@@ -19,7 +19,7 @@ import tests.streaming.unseen
 from tests.streaming import unseen
 from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
-from widefield.streaming import StreamingCNN
+from widefield.streaming import StreamingCNN, UnsupportedOpError
 
 
 @dataclasses.dataclass
@@ -303,3 +303,61 @@ def test_a_branch_on_autocast_is_taken_under_autocast() -> None:
     net = Net(lambda net, x: x * (2 if torch.is_autocast_enabled("cpu") else 1)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         assert relative_error(StreamingCNN(net, 7, verify=False)(IMAGE.float()), net(IMAGE.float())) < 0.02
+
+
+def switched_off(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = net.b(x)
+    return x * scale
+
+
+def inference(net: Net, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = net.b(x)
+    return x * scale.clone()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        switched_off,
+        inference,
+        torch.no_grad()(lambda net, x: net.b(x)),
+        torch.inference_mode()(lambda net, x: net.b(x)),
+    ],
+    ids=["no_grad", "inference_mode", "@no_grad", "@inference_mode"],
+)
+def test_a_part_without_gradients_is_exact_without_and_refused_with_them(function: Any) -> None:
+    net = Net(function)
+    streamed = StreamingCNN(net, 7, verify=False)
+    with torch.no_grad():
+        assert relative_error(streamed(IMAGE), net(IMAGE)) < 1e-12
+    with pytest.raises(UnsupportedOpError, match="runs a part of forward in another mode"):
+        streamed(IMAGE)
+
+
+def test_a_layer_whose_forward_is_without_gradients_is_refused_with_them() -> None:
+    class Still(nn.Conv2d):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    net = Net(lambda net, x: net.b(x))
+    net.b = Still(4, 4, 1).double()
+    streamed = StreamingCNN(net, 7, verify=False)
+    with torch.no_grad():
+        assert relative_error(streamed(IMAGE), net(IMAGE)) < 1e-12
+    with pytest.raises(UnsupportedOpError, match="runs a part of forward in another mode"):
+        streamed(IMAGE)
+
+
+def test_a_part_with_gradients_is_refused_where_they_are_off() -> None:
+    def switched_on(net: Net, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return net.b(x)
+
+    net = Net(switched_on)
+    streamed = StreamingCNN(net, 7, verify=False)
+    assert relative_error(streamed(IMAGE).detach(), net(IMAGE).detach()) < 1e-12
+    with torch.no_grad(), pytest.raises(UnsupportedOpError, match="runs a part of forward in another mode"):
+        streamed(IMAGE)

@@ -42,8 +42,12 @@ _TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 # Files that only pass a call on: it is asked by whoever calls them.
 _BETWEEN = frozenset(
     f"{_TORCH}/{name}"
-    for name in ("overrides.py", "_tensor.py", "functional.py", "autograd/__init__.py", "autograd/graph.py", "_VF.py")
+    for name in (
+        *("overrides.py", "_tensor.py", "functional.py", "autograd/__init__.py", "autograd/graph.py", "_VF.py"),
+        *("autograd/grad_mode.py", "utils/_contextlib.py"),
+    )
 )
+_DECORATORS = f"{_TORCH}/utils/_contextlib.py"
 _GETTERS = {name: getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "is_leaf", "grad_fn", "grad")}
 _LOOKS_AT_MODE = frozenset((_GETTERS["requires_grad"], _GETTERS["is_leaf"], Tensor.is_inference, torch.is_inference))
 _GRADIENT_CALLS: dict[Any, str] = {
@@ -245,6 +249,7 @@ class Watch(TorchFunctionMode):
             yield patch.object(nn.Module, "__getattribute__", self._module_attribute, create=True)
         yield patch.object(checkpoint, "CheckpointFunction", Inlined)
         yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
+        yield patch.object(torch.inference_mode, "__enter__", self._entering_inference(torch.inference_mode.__enter__))
 
     def _is_mine(self, frame: types.FrameType) -> bool:
         return threading.get_ident() == self._thread and _by_model(frame)
@@ -305,6 +310,20 @@ class Watch(TorchFunctionMode):
                     "enter it around the whole forward pass",
                 )
             return enter(hooks)
+
+        return entered
+
+    def _entering_inference(self, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def entered(mode: Any) -> Any:
+            if self._is_mine(sys._getframe(1)):
+                if self._grads:
+                    raise self.refusal(
+                        "inference_mode",
+                        "runs a part of forward in another mode",
+                        "use .detach() on the result instead, or move the region out of the streamed part",
+                    )
+                self.mode_dependent = True
+            return enter(mode)
 
         return entered
 
@@ -422,12 +441,14 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _by_model(frame: types.FrameType | None) -> bool:
     """True if the code that asks is the model's, layers of PyTorch among it, and not the tracing."""
-    asks = None
-    while frame is not None and (
-        frame.f_code.co_name == "__torch_function__" or (asks := _asks(frame.f_code.co_filename)) is None
-    ):
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _DECORATORS:  # of a function under @torch.no_grad(), that function asks
+            code = getattr(frame.f_locals.get("func"), "__code__", code)
+        if frame.f_code.co_name != "__torch_function__" and (asks := _asks(code.co_filename)) is not None:
+            return asks
         frame = frame.f_back
-    return frame is not None and bool(asks)
+    return False
 
 
 @functools.cache
