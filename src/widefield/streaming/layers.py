@@ -11,7 +11,7 @@ import numpy as np
 from widefield.streaming.extents import clamp
 from widefield.streaming.graph import Program, Value
 from widefield.streaming.grid import Grid
-from widefield.streaming.receptive_field import IDENTITY, ReceptiveField, receptive_field_of
+from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,20 @@ def layers_of(program: Program, grids: Sequence[Grid]) -> tuple[Layer, ...]:
     )
 
 
+def cells_of(program: Program) -> dict[str, tuple[str, Cells]]:
+    """Return the module path and the cells of every map that depends on the image, by name, in the order of computation."""
+    maps, number = _maps(program)
+    rows, cols = (_middles(maps, number[program.captured.image], axis) for axis in (0, 1))
+    return {
+        node.value.name: (
+            node.value.module_path,
+            Cells((_size(node.value, 0), _size(node.value, 1)), (row[0], col[0]), (row[1], col[1])),
+        )
+        for node, row, col in zip(maps, rows, cols, strict=True)
+        if row is not None and col is not None
+    }
+
+
 def layer_table(layers: Sequence[Layer]) -> str:
     """`layers` as aligned text: a header, and a line each."""
     header = "layer, op, output, receptive field, stride, rows carried, lost: top, left, bottom, right"
@@ -122,6 +136,25 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
             number[value.name] = len(maps)
             maps.append(_Map(value, tuple(zip(sources, zip(*fields, strict=True), strict=True))))
     return maps, number
+
+
+def _middles(maps: Sequence[_Map], image: int, axis: int) -> list[tuple[float, float] | None]:
+    """Return the first entry's middle and the stride of every map along an axis, in pixels; None for maps of weights alone.
+
+    Where branches join whose middles differ, as behind pooling by 2 beside a convolution of 3, it is halfway between them.
+    """
+    found: list[tuple[float, float] | None] = [(0.0, 1.0) if v == image else None for v in range(len(maps))]
+    for v, node in enumerate(maps):
+        branches: list[tuple[float, float]] = []
+        for s, fields in node.reads:
+            if (at := found[s]) is not None:
+                field = fields[axis]
+                middle = at[0] + at[1] * (field.low + field.high) / (2 * field.den)
+                branches.append((middle, at[1] * field.num / field.den))
+        if branches:
+            starts, strides = zip(*branches, strict=True)
+            found[v] = (sum(starts) / len(starts), max(strides))
+    return found
 
 
 def _strides_and_lost(maps: Sequence[_Map], image: int, axis: int) -> tuple[list[float], list[tuple[int, int]]]:

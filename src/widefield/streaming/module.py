@@ -14,15 +14,18 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.budget import parse_bytes, parse_tile_size
+from widefield.streaming.captured import Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import execute, fill, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
 from widefield.streaming.graph import Program
 from widefield.streaming.image import LazyImage, Normalisation, TileReader, pixel_dtype
 from widefield.streaming.job import Progress
+from widefield.streaming.layers import cells_of
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import PlanRequest, StagePlan, make_plan
 from widefield.streaming.programs import Programs
+from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.verification import verify_at_first_use
@@ -247,6 +250,24 @@ class StreamingCNN(nn.Module):
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
         return self._planned(self._program(full, dtype, device), device)[0]
+
+    def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
+        """Return the places that the entries of a map look at, for an image of `shape` (channels, height, width).
+
+        Args:
+            shape: As for `plan`.
+            layer: Path of a layer in `module`, whose last map is meant; None means the result, of several the last. Where it is
+                none, as behind attention of all positions to all, it is the last map before.
+
+        Raises:
+            UnsupportedOpError: As when the module is called.
+        """
+        device, dtype = self._device_and_dtype(None)
+        program = self._program((1, *shape) if len(shape) == 3 else tuple(shape), dtype, device)
+        found = cells_of(program)
+        result = [leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref) and leaf.name in found]
+        inside = [name for name, (path, _) in found.items() if layer and f"{path}.".startswith(f"{layer}.")]
+        return found[(inside or (result if layer is None else []) or list(found))[-1]][1]
 
     def _program(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, image_requires_grad: bool = False

@@ -4,6 +4,7 @@ An `AxisMap` stops at the border of the whole image. For a tile cut out of a lar
 is where the windows would lie without borders, and that is a straight line for every op.
 """
 
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -28,6 +29,24 @@ class ReceptiveField(NamedTuple):
 
 
 IDENTITY = ReceptiveField(1, 1, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Entries of a map, and the places in the image that they look at: the middle of each one's receptive field.
+
+    That of entry (j, i) is the position `origin + stride * (j, i)`, counted in pixels from the middle of the first pixel of the
+    image. It may lie beyond the border, where a network pads.
+
+    Attributes:
+        size: (rows, columns) of the map.
+        origin: (y, x) of the first entry.
+        stride: (down, across), the distance of two entries.
+    """
+
+    size: tuple[int, int]
+    origin: tuple[float, float]
+    stride: tuple[float, float]
 
 
 def receptive_field_of(axis: AxisMap) -> ReceptiveField:
