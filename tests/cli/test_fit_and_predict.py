@@ -1,6 +1,7 @@
 """`widefield fit` and `widefield predict` on small images."""
 
 import csv
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import widefield
 from tests.small_images import write_folder, write_image
 from widefield.cli import main, predict
 from widefield.cli.history import History
+from widefield.images import open_image
 
 EPOCHS = 2
 
@@ -160,14 +162,16 @@ def test_predictions_are_a_table_and_an_overlay_per_image(run: Path, folder: Pat
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
         assert row["predicted"] == max(probabilities, key=lambda name: probabilities[name])
         assert (out / row["overlay"]).read_bytes().startswith(b"\x89PNG")
-        assert 0 <= int(row["peak_y"]) < 96
+        assert int(row["peak_y"]) in (0, 32, 64)  # the cells of a ResNet
+        assert float(row["peak_y_um"]) == (int(row["peak_y"]) + 0.5) / 2
+        assert row["error"] == ""
 
 
 def test_images_of_the_same_name_get_overlays_of_their_own(run: Path, folder: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "im0.tif", np.zeros((40, 50, 3), np.uint8))
     images = [str(folder / "images" / "im0.tif"), str(tmp_path / "im0.tif")]
     assert main(["predict", "--checkpoint", str(run / "best.ckpt"), *images, "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"im0.tif.1.png", "im0.tif.2.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"im0.tif.png", "im0.tif.2.png"}
 
 
 def test_a_folder_is_searched_and_a_file_that_fails_loses_no_other(
@@ -176,29 +180,108 @@ def test_a_folder_is_searched_and_a_file_that_fails_loses_no_other(
     images, _ = write_folder(tmp_path, count=3, side=64)
     (images / "sub").mkdir()
     (images / "im2.tif").rename(images / "sub" / "im2.SVS")
-    (images / "im1.tif").write_bytes((images / "im1.tif").read_bytes()[:3000])  # an interrupted copy
-    for name in ("im0.tif.aux.xml", "im0.xml", "im0.tfw", "im0.tif.ovr", ".im0.tif"):
+    (images / "im0.tif").write_bytes((images / "im0.tif").read_bytes()[:3000])  # an interrupted copy
+    for name in ("im1.tif.aux.xml", "im1.xml", "im1.tfw", ".im1.tif"):
         (images / name).write_bytes(b"beside")
+    shutil.copy(images / "im1.tif", images / "im1.tif.ovr")  # overviews are TIFF files themselves
     out = tmp_path / "out"
-    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), str(images), "--out", str(out)]) == 2
-    assert [Path(row["image"]).name for row in read_csv(out / "predictions.csv")] == ["im0.tif", "im2.SVS"]
-    assert {path.name for path in out.glob("*.png")} == {"im0.tif.png", "im2.SVS.png"}
-    error = capfd.readouterr().err
-    assert "1 of 3 images are missing:\ncannot read" in error
-    assert "im1.tif" in error.rpartition("missing")[2]
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), "--out", str(out)]
+    assert main([*line, str(images)]) == 2
+    bad, *rows = read_csv(out / "predictions.csv")
+    assert Path(bad["image"]).name == "im0.tif"
+    assert "cannot read" in bad["error"]
+    assert bad["predicted"] == bad["probability_dark"] == ""
+    assert [(Path(row["image"]).name, row["error"]) for row in rows] == [("im1.tif", ""), ("im2.SVS", "")]
+    assert {path.name for path in out.glob("*.png")} == {"im1.tif.png", "im2.SVS.png"}
+    assert "1 of 3 images failed:\ncannot read" in capfd.readouterr().err
+    named = [
+        str(path) for path in sorted(images.iterdir()) if path.is_file() and path.name[0] != "."
+    ]  # as images/* does
+    assert main([*line[:-1], str(tmp_path / "named"), *named]) == 2
+    assert [Path(row["image"]).name for row in read_csv(tmp_path / "named" / "predictions.csv")] == [
+        "im0.tif",
+        "im1.tif",
+    ]
 
 
-def test_rows_are_on_disk_when_a_prediction_is_interrupted(
-    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_that_all_fail_have_rows_with_the_reasons(run: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert [set(row) for row in read_csv(tmp_path / "out" / "predictions.csv")] == [{"image", "error"}] * 2
+    write_image(tmp_path / "b.png", np.zeros((40, 50, 3), np.uint8))
+    assert main([*line, "--resume"]) == 2
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [(Path(row["image"]).name, bool(row["error"]), bool(row["predicted"])) for row in rows] == [
+        ("a.png", True, False),
+        ("b.png", False, True),
+    ]
+
+
+def test_a_prediction_that_is_interrupted_goes_on_where_it_was(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(path: Path, *_: Any) -> None:
-        if path.name.startswith("im2"):
-            raise KeyboardInterrupt
+    drawn: list[str] = []
 
-    monkeypatch.setattr(predict, "draw", interrupt)
-    images = str(folder / "images")
-    assert main(["predict", "--checkpoint", str(run / "best.ckpt"), images, "--out", str(tmp_path)]) == 130
-    assert [Path(row["image"]).name for row in read_csv(tmp_path / "predictions.csv")] == ["im0.tif", "im1.tif"]
+    def draw(path: Path, *_: Any) -> None:
+        if path.name.startswith("im2") and not drawn[2:]:
+            raise KeyboardInterrupt
+        drawn.append(path.name)
+
+    monkeypatch.setattr(predict, "save_overlay", draw)
+    table, line = (
+        tmp_path / "predictions.csv",
+        ["predict", "--checkpoint", str(run / "best.ckpt"), "--out", str(tmp_path)],
+    )
+    line.append(str(folder / "images"))
+    assert main(line) == 130
+    assert [Path(row["image"]).name for row in read_csv(table)] == ["im0.tif", "im1.tif"]
+    finished = table.read_bytes()
+    table.write_bytes(finished + finished.splitlines()[-1][:-20])  # the power went while a row was written
+    assert main(line) == 2
+    assert "go on with it by --resume" in capfd.readouterr().err
+    assert main([*line, "--resume", "--level", "1"]) == 2
+    assert "was made with another level" in capfd.readouterr().err
+    drawn.append("")
+    assert main([*line, "--resume"]) == 0
+    assert [Path(row["image"]).name for row in read_csv(table)] == [f"im{index}.tif" for index in range(8)]
+    assert table.read_bytes().startswith(finished)
+    assert drawn == ["im0.tif.png", "im1.tif.png", "", *(f"im{index}.tif.png" for index in range(2, 8))]
+    assert main([*line, "--resume"]) == 0
+    assert len(read_csv(table)) == 8
+
+
+def test_a_full_disk_ends_a_prediction_at_once(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(predict, "open_image", lambda path, *_, **__: opened.append(path) or open_image(path))
+    monkeypatch.setattr("widefield.writing.Path.replace", full)
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(folder / "images"), "--out", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert "No space left on device" in capfd.readouterr().err
+    assert len(opened) == 1
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_heatmaps_are_written_in_the_formats_asked_for(run: Path, folder: Path, tmp_path: Path) -> None:
+    image = folder / "images" / "im0.tif"
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(image), "--out", str(tmp_path)]
+    assert main([*line, "--heatmap", "tiff,geojson", "--thresholds", "0.3,0.6", "--level", "1"]) == 0
+    (row,) = read_csv(tmp_path / "predictions.csv")
+    assert row["overlay"] == "im0.tif.ome.tif;im0.tif.geojson"
+    heatmap = open_image(tmp_path / "im0.tif.ome.tif")
+    assert (heatmap.shape, heatmap.spacing) == ((1, 3, 3), (16.0, 16.0))  # half a cell of 64 pixels of 0.5 µm
+    found = json.loads((tmp_path / "im0.tif.geojson").read_text())
+    assert {feature["properties"]["classification"]["name"] for feature in found["features"]} == {row["predicted"]}
+    with pytest.raises(SystemExit):
+        main([*line, "--heatmap", "jpeg"])
+    with pytest.raises(SystemExit):
+        main([*line, "--thresholds", "50"])
 
 
 def no_images(folder: Path) -> None:

@@ -93,7 +93,9 @@ def test_a_model_of_components_predicts_with_heatmaps(run: Path, tmp_path: Path)
     assert flipped["probability_airplane"] != row["probability_airplane"]
 
 
-def test_a_model_that_has_no_map_predicts_without_heatmaps(run: Path, tmp_path: Path) -> None:
+def test_a_model_that_has_no_map_predicts_without_heatmaps(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     io.imsave(tmp_path / "cat.png", data.chelsea(), check_contrast=False)
     config = yaml.safe_load((run.parent / "config.yaml").read_text())
     config["model"] = {
@@ -107,7 +109,9 @@ def test_a_model_that_has_no_map_predicts_without_heatmaps(run: Path, tmp_path: 
     assert main([*line, "--out", str(tmp_path / "out")]) == 0
     (row,) = read_csv(tmp_path / "out" / "predictions.csv")
     assert (row["overlay"], row["peak_y"]) == ("", "")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.csv", "predictions.json"}
+    assert main([*line, "--heatmap", "geojson", "--out", str(tmp_path / "other")]) == 2
+    assert "the transforms of the run change images" in capfd.readouterr().err
 
 
 def test_a_head_of_fewer_classes_than_the_data_has_is_refused(
@@ -133,7 +137,7 @@ def test_evidence_is_drawn_at_any_layer(run: Path, tmp_path: Path, capfd: pytest
         io.imsave(tmp_path / "more" / name, data.chelsea()[:64, :64], check_contrast=False)
     (tmp_path / "more" / "a.png").write_bytes(b"no image")
     assert main(["visualize", "cam", str(tmp_path / "more"), *line[3:]]) == 2
-    assert "1 of 2 images are missing" in capfd.readouterr().err
+    assert "1 of 2 images failed" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "cam").iterdir()] == ["b.png.png"]
     for more, message in (
         (["--layer", "backbone.layer9"], "there is no layer 'backbone.layer9'"),

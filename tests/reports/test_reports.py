@@ -1,15 +1,13 @@
-"""Heatmaps, scale bars, pages and memory figures."""
+"""Class activation maps, scale bars, pages and memory figures."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import pyvips
 import torch
 from torch import nn
 
 from widefield.modules import ImageNetClassifier
-from widefield.reports import Page, PeakMemory, class_activation, peak, plain_step_bytes, save_overlay, scale_bar
+from widefield.reports import Page, PeakMemory, class_activation, plain_step_bytes, scale_bar
 
 
 def classifier(pool: nn.Module) -> ImageNetClassifier:
@@ -54,12 +52,6 @@ def test_a_frozen_trunk_is_explained_too() -> None:
     torch.testing.assert_close(class_activation(model, image, 0)[1], before)
 
 
-def test_the_peak_is_the_centre_of_the_greatest_entry() -> None:
-    evidence = np.zeros((4, 5))
-    evidence[2, 1] = 1
-    assert peak(evidence, (400, 1000)) == (250, 300)
-
-
 @pytest.mark.parametrize(
     ("width", "spacing", "pixels", "text"),
     [
@@ -76,15 +68,6 @@ def test_a_scale_bar_has_a_round_length_of_at_most_a_quarter(
     assert bar.pixels == pytest.approx(pixels)
     assert bar.pixels <= width / 4
     assert bar.text == text
-
-
-@pytest.mark.parametrize("evidence", [np.linspace(-1, 1, 12).reshape(3, 4), np.full((1, 1), -2.0)])
-def test_an_overlay_is_a_picture(tmp_path: Path, evidence: np.ndarray) -> None:
-    path = tmp_path / "overlay.png"
-    save_overlay(path, np.full((30, 40, 3), 128, np.uint8), evidence, (300, 400), (0.5, 0.5), "title")
-    picture = pyvips.Image.new_from_file(str(path)).numpy()
-    assert picture.shape[0] > 300
-    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
 
 
 def test_a_page_holds_its_pictures_and_escapes_its_texts(tmp_path: Path) -> None:

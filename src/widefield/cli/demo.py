@@ -14,7 +14,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from widefield.cli import main
-from widefield.cli.demo_images import CLASSES, CLUSTER_RADIUS, SIDE, SPACING, THUMBNAIL, Made, make_images
+from widefield.cli.demo_images import CLASSES, CLUSTER_RADIUS, CLUSTERS, SIDE, SPACING, THUMBNAIL, Made, make_images
 from widefield.cli.history import mebibytes, memory_rows
 from widefield.cli.progress import make_progress
 from widefield.cli.run import console
@@ -172,9 +172,21 @@ def _write_report(
     page.heading("Memory of a training step")
     page.table(["batch of one image", ""], memory)
     page.heading("Where the evidence lies")
+    page.paragraph(
+        "Each picture shows the whole image with the evidence for the predicted class over it, and beside it, at full resolution, "
+        "what lies where that is greatest. Evidence that a cluster is speckled lies on it; that an image is smooth can be seen "
+        "nowhere, so its evidence is weak and lies everywhere."
+    )
     shown = [index for index, image in enumerate(held_out) if image.label == CLASSES[1]][: _SHOWN - 2]
     shown += [index for index, image in enumerate(held_out) if image.label == CLASSES[0]][:2]
     for index in shown:
-        page.picture(full.overlays[index].read_bytes(), f"{held_out[index].name}, labelled {held_out[index].label}")
+        image = held_out[index]
+        seen = (
+            f"{len(image.speckled)} of its {CLUSTERS} clusters are speckled"
+            if image.speckled
+            else "no cluster is speckled"
+        )
+        caption = f"{image.name}, labelled {image.label}: {seen}. Predicted: {full.predicted[index]}"
+        page.picture(full.overlays[index].read_bytes(), caption, wide=True)
     page.paragraph(f"All of it took {seconds:.0f} s.")
     page.write(out / "report.html")

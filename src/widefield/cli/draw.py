@@ -16,7 +16,7 @@ from widefield.cli.configuration import read_run
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.evaluate import evaluate
 from widefield.cli.fit_sections import SECTIONS
-from widefield.cli.predict import draw, explain, for_each, image_files, overlay_paths
+from widefield.cli.predict import ENDINGS, explain, for_each, free_stem, image_files
 from widefield.components.metrics.classification_metrics import ConfusionMatrix
 from widefield.config import load, override
 from widefield.errors import MissingExtraError
@@ -24,6 +24,7 @@ from widefield.images import open_image
 from widefield.inference.features import features_of
 from widefield.inference.models import class_names_of, info_of, load_trained
 from widefield.registry import import_module_or_file
+from widefield.reports import save_overlay
 from widefield.reports.figures import learning_rates, save_confusion_matrix, save_points, save_schedule, tsne
 
 _log = logging.getLogger(__name__)
@@ -45,14 +46,15 @@ def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
             raise ValueError(
                 f"a {type(model).__name__} has no last map; name a layer with --layer, as in backbone.layer3"
             )
-        scores, evidence = found
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        scores, heatmap = found
         index = int(scores.argmax()) if label is None else label
         name = info.names(index + 1)[index]
         title = f"{image.path.name}: {name} ({float(scores[index]):.0%}){' at ' + arguments.layer if arguments.layer else ''}"
-        draw(overlays[file], image, picture, evidence.numpy(), title)
+        path = arguments.out / (free_stem(file, drawn) + ENDINGS["png"])
+        save_overlay(path, picture, heatmap, title)
+        drawn.add(path.name)
 
-    overlays = dict(zip(files, overlay_paths(files, arguments.out), strict=True))
+    drawn: set[str] = set()
     for_each(files, draw_one)
     _log.info("%d pictures: %s", len(files), arguments.out)
 

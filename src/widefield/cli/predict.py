@@ -1,42 +1,44 @@
-"""`widefield predict`, for images on disk: a table, and an overlay per image."""
+"""`widefield predict`, for images on disk: a table, and heatmaps of each image."""
 
 import argparse
-import csv
+import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.cli.predictions import PredictionTable
 from widefield.cli.progress import make_progress, streamed_network, tile_bar
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
-from widefield.images import ImageFile, image_endings, images_below, open_image, thumbnail
+from widefield.images import ImageFile, image_endings, images_below, open_image
 from widefield.inference.averaged_views import AveragedViews
-from widefield.inference.models import ModelInfo, info_of, load_trained
+from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples
 from widefield.models import Classifier
-from widefield.reports import NoMapError, class_activation, grad_cam, peak, save_overlay
+from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
 
 _log = logging.getLogger(__name__)
 _SHOWN = 10
 """Failures that an error lists."""
-_THUMBNAIL = 1024
-"""Long side of the thumbnail under an overlay, in pixels."""
+_BESIDE = (".xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".pgw", ".wld")
+"""Endings of files that stand beside an image of the same name (`scene.tif.aux.xml`, `scene.tif.ovr`): no images, though some could
+be read as one."""
+ENDINGS = {"png": ".png", "tiff": ".ome.tif", "geojson": ".geojson"}
+"""How the names of heatmaps end, by format."""
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Write `predictions.csv`, and an overlay PNG per image where the model has a map of the image.
+    """Write `predictions.csv`, and the heatmaps of each image where the model has a map of it.
 
     The folder for the results is made once the checkpoint and the header of an image have been read. The row of an image is on
-    disk before the next image is read. An image that fails is named, and the others go on.
+    disk before the next image is read. An image that fails gets a row with the reason, and the others go on.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why. If some of several
@@ -56,65 +58,85 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     if not isinstance(model, Classifier) and not hasattr(model, "predict"):
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
-    table = out / "predictions.csv"
-    overlays = dict(zip(files, overlay_paths(files, out), strict=True))
-    predicted: list[Path] = []
+    if info.pipeline.description and set(arguments.heatmap) - {"png"}:
+        raise ValueError(
+            f"--heatmap {','.join(arguments.heatmap)}: the transforms of the run change images before the model sees them, so that "
+            "its heatmap cannot be laid over the file; leave all but png away"
+        )
+    with checkpoint_file(checkpoint).open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    table = PredictionTable(out, {"checkpoint": digest, "level": level, "tta": arguments.tta})
+    alone = len(files) == 1
+    if arguments.resume:
+        files = table.resume(files)
+    else:
+        table.refuse_another()
 
     def predict_one(file: Path) -> None:
         image = open_image(file, info.level if level is None else level, alpha=info.alpha)
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
+        picture = info.pipeline(image)
+        cells, title, heatmap = _predict(model, info, picture, views, score)
         out.mkdir(parents=True, exist_ok=True)
-        row = {"image": str(image.path), **_predict(model, info, image, overlays[file], views, score)}
-        with table.open("a" if predicted else "w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, list(row), lineterminator="\n")
-            if not predicted:
-                writer.writeheader()
-            writer.writerow(row)
-        predicted.append(file)
+        paths: dict[str, Path] = {}
+        if heatmap is not None:
+            stem = free_stem(file, table.names)
+            paths = {one: out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap}
+            _save(heatmap, paths, picture, f"{file.name}: {title}", cells["predicted"], arguments.thresholds)
+        table.add(file, {**cells, "overlay": ";".join(path.name for path in paths.values())})
 
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(files))
         if network is not None:
             network.progress = tile_bar(progress)
         try:
-            for_each(files, predict_one, lambda: progress.advance(bar))
+            for_each(files, predict_one, lambda: progress.advance(bar), None if alone else table.add_failure)
         finally:
-            if predicted:
-                _log.info("%d predictions: %s", len(predicted), table)
+            table.finish()
 
 
-def for_each(files: Sequence[Path], action: Callable[[Path], None], done: Callable[[], None] = lambda: None) -> None:
+def for_each(
+    files: Sequence[Path],
+    action: Callable[[Path], None],
+    done: Callable[[], None] = lambda: None,
+    failed: Callable[[Path, str], None] | None = None,
+) -> None:
     """Call `action` with each file, and `done` after it; a file that fails is logged at once, and the others go on.
+
+    Args:
+        files: In this order.
+        action: May raise whatever it likes.
+        done: Called after each file.
+        failed: Called with each file that failed and the reason; None raises the error itself where there is one file alone.
 
     Raises:
         ValueError: Some of several files failed; the message has a line for each of the first of them.
     """
-    failed: list[str] = []
+    reasons: list[str] = []
     for file in files:
         try:
             action(file)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if len(files) == 1:
+        except Exception as error:
+            if len(files) == 1 and failed is None:
                 raise
-            reason = (
-                f"{type(error).__name__}: {error}" if isinstance(error, (RuntimeError, MemoryError)) else str(error)
-            )
-            failed.append(reason if str(file) in reason else f"{file}: {reason}")
-            _log.warning("left out: %s", failed[-1])
+            _log.debug("the error came from here", exc_info=True)
+            told = isinstance(error, (OSError, ValueError))
+            reason = str(error) if told else f"{type(error).__name__}: {error}"
+            if failed is not None:
+                failed(file, reason)
+            reasons.append(reason if str(file) in reason else f"{file}: {reason}")
+            _log.warning("failed: %s", reasons[-1])
         done()
-    if failed:
-        more = [f"... and {len(failed) - _SHOWN} more, named above"] if len(failed) > _SHOWN else []
-        raise ValueError("\n".join([f"{len(failed)} of {len(files)} images are missing:", *failed[:_SHOWN], *more]))
+    if reasons:
+        more = [f"... and {len(reasons) - _SHOWN} more, named above"] if len(reasons) > _SHOWN else []
+        raise ValueError("\n".join([f"{len(reasons)} of {len(files)} images failed:", *reasons[:_SHOWN], *more]))
 
 
 def _predict(
-    model: Any, info: ModelInfo, image: ImageFile, overlay: Path, views: AveragedViews | None, score: str
-) -> dict[str, object]:
-    """Return the cells of an image's row after its name. Writes the overlay where the model has a map."""
-    picture = info.pipeline(image)
+    model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None, score: str
+) -> tuple[dict[str, str], str, Heatmap | None]:
+    """Return cells of an image's row, the prediction in words, and the heatmap where the model has a map of the image."""
     found = explain(model, picture)
     if found is None or views is not None:
         sample = predict_samples(model, [picture], views)[0]
@@ -122,66 +144,86 @@ def _predict(
     else:
         scores = found[0]
         labels = labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist()
+    if not bool(scores.isfinite().all()):
+        raise ValueError("the scores are NaN or infinite; look for such pixels in the image, and for such weights")
     names = info.names(len(scores))
     predicted = [names[label] for label in labels]
-    y, x = "", ""
-    if found is not None:
-        evidence = found[1].numpy()
-        top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
-        draw(overlay, image, picture, evidence, f"{image.path.name}: {', '.join(predicted)}{top}")
-        if isinstance(picture, ImageFile):
-            y, x = map(str, peak(evidence, image.shape[1:]))
-    return {
+    heatmap = None if found is None else found[1]
+    cells = {
         **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
         "predicted": ";".join(predicted),
-        "peak_y": y,
-        "peak_x": x,
-        "overlay": "" if found is None else overlay.name,
+        **_peak(heatmap if isinstance(picture, ImageFile) else None),
     }
+    top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
+    return cells, ", ".join(predicted) + top, heatmap
+
+
+def _peak(heatmap: Heatmap | None) -> dict[str, str]:
+    """Return the cells for where the evidence is greatest: the pixel of the largest level, and micrometres from the corner."""
+    if heatmap is None:
+        return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None)}
+    (y, x), spacing = heatmap.peak, heatmap.spacing
+    micrometres = None if spacing is None else (spacing[1], 0, 0, 0, spacing[0], 0)
+    return {"peak_y": str(y), "peak_x": str(x), **_peak_in("um", (y, x), micrometres)}
+
+
+def _peak_in(unit: str, pixel: tuple[int, int], transform: Sequence[float] | None) -> dict[str, str]:
+    """Return the cells for the middle of a pixel (y, x) in another unit.
+
+    Args:
+        unit: Ends the names of the columns.
+        pixel: Of the largest level.
+        transform: The numbers a to f of x' = a x + b y + c and y' = d x + e y + f, for positions in pixels from the corner; None
+            leaves the cells empty.
+    """
+    if transform is None:
+        return {f"peak_y_{unit}": "", f"peak_x_{unit}": ""}
+    (y, x), (a, b, c, d, e, f) = (pixel[0] + 0.5, pixel[1] + 0.5), transform
+    return {f"peak_y_{unit}": f"{d * x + e * y + f:.10g}", f"peak_x_{unit}": f"{a * x + b * y + c:.10g}"}
 
 
 def explain(
     model: Any, picture: Picture, layer: str | None = None, class_index: int | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """Scores and the map of the evidence for a class; None where a model has no map and no layer is asked for."""
+) -> tuple[Tensor, Heatmap] | None:
+    """Scores and the heatmap of the evidence for a class; None where a model has no map and no layer is asked for."""
     if isinstance(model, Classifier):
         if layer is not None:
             raise ValueError(
                 f"the trunk of a Classifier streams, so that {layer} never has its whole output; leave the layer away"
             )
-        return class_activation(model, picture[None] if isinstance(picture, Tensor) else picture, class_index)
-    if not isinstance(model, ImageClassifier):
-        return None
-    try:
-        return grad_cam(model, picture, layer, class_index)
-    except NoMapError:
-        if layer is not None:
-            raise
-        return None
-
-
-def draw(path: Path, image: ImageFile, picture: Picture, evidence: np.ndarray, title: str) -> None:
-    """An overlay on the whole image, or on what the transforms made of it."""
-    if isinstance(picture, Tensor):
-        under = _as_rgb(picture)
-        save_overlay(path, under, evidence, under.shape[:2], None, title)
+        image = picture[None] if isinstance(picture, Tensor) else picture
+        scores, evidence = class_activation(model, image, class_index)
+    elif isinstance(model, ImageClassifier):
+        try:
+            scores, evidence = grad_cam(model, picture, layer, class_index)
+        except NoMapError:
+            if layer is not None:
+                raise
+            return None
     else:
-        save_overlay(path, thumbnail(image, _THUMBNAIL), evidence, image.shape[1:], image.spacing, title)
+        return None
+    return scores, Heatmap.of(evidence, cells_of(model, picture, evidence, layer), picture)
 
 
-def _as_rgb(picture: Tensor) -> np.ndarray:
-    """uint8 (H, W, 3): the first three channels, or the first one as grey where there are fewer."""
-    top = 1.0 if picture.is_floating_point() else float(torch.iinfo(picture.dtype).max)
-    shown = (picture.float() / top).clamp(0, 1).mul(255).byte()
-    colours = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
-    return colours.permute(1, 2, 0).cpu().numpy()
+def _save(
+    heatmap: Heatmap, paths: dict[str, Path], picture: Picture, title: str, name: str, thresholds: Sequence[float]
+) -> None:
+    """Write a heatmap to `paths`, by format."""
+    if "png" in paths:
+        save_overlay(paths["png"], picture, heatmap, title)
+    if "tiff" in paths:
+        heatmap.save_tiff(paths["tiff"], name)
+    if "geojson" in paths:
+        heatmap.save_geojson(paths["geojson"], name, thresholds)
 
 
 def image_files(images: Sequence[Path]) -> list[Path]:
-    """Return the files named, whatever their names, and the image files below the folders named, once each.
+    """Return the files named and the image files below the folders named, once each.
+
+    Of several files that are named, as `slides/*` names them, those that stand beside an image (`scene.tif.ovr`) are left out.
 
     Raises:
-        FileNotFoundError: A file does not exist, or a folder holds no image files.
+        FileNotFoundError: A file does not exist, or there are no image files.
     """
     files: dict[Path, None] = {}
     for path in images:
@@ -193,14 +235,18 @@ def image_files(images: Sequence[Path]) -> list[Path]:
             )
         if not path.exists():
             raise FileNotFoundError(f"cannot read {path}: there is no such file")
-        files.update(dict.fromkeys(inside))
+        if path.is_file() and len(images) > 1 and path.name.lower().endswith(_BESIDE):
+            _log.info("left out, as it stands beside an image and is none: %s", path)
+        else:
+            files.update(dict.fromkeys(inside))
+    if not files:
+        raise FileNotFoundError(
+            f"none of {', '.join(map(str, images))} is an image; name image files, or folders of them"
+        )
     return list(files)
 
 
-def overlay_paths(files: Sequence[Path], out: Path) -> list[Path]:
-    """A PNG in `out` for each file, named after it; equal names get the number of the image."""
-    names = Counter(file.name for file in files)
-    return [
-        out / (f"{file.name}.png" if names[file.name] == 1 else f"{file.name}.{number}.png")
-        for number, file in enumerate(files, start=1)
-    ]
+def free_stem(file: Path, taken: Collection[str]) -> str:
+    """Return how the names of what is written of a file begin: as its own, with a number behind it where names are `taken`."""
+    stems = (file.name if number == 1 else f"{file.name}.{number}" for number in range(1, len(taken) + 2))
+    return next(stem for stem in stems if not any(stem + ending in taken for ending in ENDINGS.values()))

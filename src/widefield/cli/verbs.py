@@ -58,6 +58,27 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _formats(text: str) -> tuple[str, ...]:
+    """Formats of heatmaps from "png,geojson"."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if wrong := [name for name in names if name not in HEATMAPS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no format; give some of {', '.join(HEATMAPS)}, with commas")
+    return names
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """Numbers between 0 and 1 from "0.25,0.5"."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r} are no thresholds; give numbers between 0 and 1, as in 0.25,0.5")
+    return shares
+
+
+HEATMAPS = ("png", "tiff", "geojson")
+"""Formats of heatmaps."""
 _IMPORTS = _option(
     "--imports",
     "FILE",
@@ -230,16 +251,33 @@ image_size=null level=1 streaming.memory_budget=2GiB
             _option("--config", "FILE", "of a model of components (default: config.yaml beside the checkpoint)", Path),
             _IMAGES,
             _option("--out", "DIR", "(default: ./predictions)", Path, default=Path("predictions")),
+            _flag("--resume", "go on in --out: leave out the images that have a prediction there"),
             _option("--level", "N", "level of the image pyramids (default: that of the training)", int),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step (default: chosen)", int),
             _option("--tta", "VIEWS", "average over views: hflip, vflip, crop=SIDE, with commas"),
+            _option(
+                "--heatmap", "FORMATS", "png, tiff, geojson, with commas (default: png)", _formats, default=("png",)
+            ),
+            _option(
+                "--thresholds",
+                "SHARES",
+                "of the greatest evidence, for geojson (default: 0.5)",
+                _shares,
+                default=(0.5,),
+            ),
             _IMPORTS,
         ),
         """\
-Writes predictions.csv (image, a probability per class, the predicted class) and one overlay per image: the evidence for
-the predicted class on a thumbnail, where the model has a map of the image. Each row is on disk before the next image is
-read; an image that fails is named, the others go on, and the exit code is 2.
+Writes predictions.csv: image, a probability per class, the predicted class, where the evidence for it is greatest (in pixels of
+the largest level, and in micrometres from the corner), the files with heatmaps, and the error of an image that failed. Folders
+are searched with all below. Each row is on disk before the next image is read; where one fails, the others go on, and the exit
+code is 2.
+
+Where the model has a map of the image, the evidence for the predicted class is written as
+  png      the image with the evidence over it, and what lies where it is greatest at full resolution
+  tiff     a pyramidal OME-TIFF of the evidence as float32, in the image's place and with its spacing (GeoTIFF is not to be had yet)
+  geojson  annotations for QuPath: contours of the evidence above --thresholds
 """,
     ),
     "visualize": Verb(

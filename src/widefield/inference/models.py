@@ -129,8 +129,7 @@ def load_trained(
         streaming: `tile_size` and `memory_budget`, which belong to the machine and are not in the checkpoint.
         config: Of the run; None reads the file beside the checkpoint.
     """
-    if path.is_dir():
-        path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
+    path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     if "model_name" in checkpoint.get("hyper_parameters", {}):
         classifier, _ = Classifier.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
@@ -151,6 +150,13 @@ def load_trained(
         raise other_weights(error, path) from error
     set_info(model, _info(checkpoint, config.data.get("data") or {}))
     return model  # type: ignore[no-any-return]
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return `path`, or in the folder of a run the checkpoint of its best epoch."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
 
 
 def other_weights(error: Exception, checkpoint: Path) -> ValueError:

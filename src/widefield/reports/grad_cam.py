@@ -1,9 +1,9 @@
 """Maps of the evidence for a class: class activation maps of streamed classifiers, Grad-CAM of models of components."""
 
+import logging
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +12,9 @@ from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.errors import WidefieldError
 from widefield.modules import ImageNetClassifier
+from widefield.streaming.receptive_field import Cells
+
+_log = logging.getLogger(__name__)
 
 
 class NoMapError(WidefieldError, ValueError):
@@ -168,7 +171,35 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
     return probabilities.float().cpu(), evidence.float().cpu()
 
 
-def peak(evidence: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (y, x), in pixels of an image of `size` (height, width), of the maximum of a map (h, w) that covers it."""
-    row, column = np.unravel_index(int(evidence.argmax()), evidence.shape)
-    return int((row + 0.5) * size[0] / evidence.shape[0]), int((column + 0.5) * size[1] / evidence.shape[1])
+def cells_of(
+    model: ImageNetClassifier | ImageClassifier, image: Any, evidence: Tensor, layer: str | None = None
+) -> Cells:
+    """Return the places in an image that the entries of a map of evidence look at: the middles of their receptive fields.
+
+    Where the engine cannot follow the network up to the map, which is said in the log, the map is taken to cover the image evenly.
+
+    Args:
+        model: The classifier that gave the evidence.
+        image: The lazy image or the tensor (..., H, W) that it got.
+        evidence: (h, w), see `class_activation` and `grad_cam`.
+        layer: As for `grad_cam`.
+    """
+    (rows, columns), (height, width) = evidence.shape, image.shape[-2:]
+    if isinstance(model, ImageNetClassifier):
+        network, divisor = model.stream_network, 1
+    else:
+        network, divisor = model.traced, getattr(model.data_preprocessor, "pad_size_divisor", 1)
+        layer = layer or _last_attention(model.backbone)
+    padded = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
+    try:
+        found = network.cells((image.shape[-3], *padded), layer)
+    except Exception as error:
+        _log.debug("the network cannot be traced", exc_info=True)
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if found.size == (rows, columns):
+            return found
+        reason = f"its last map that can be followed has {found.size[0]} x {found.size[1]} entries"
+    _log.warning("a heatmap of %d x %d entries is taken to cover the image evenly: %s", rows, columns, reason)
+    stride = height / rows, width / columns
+    return Cells((rows, columns), ((stride[0] - 1) / 2, (stride[1] - 1) / 2), stride)

@@ -13,6 +13,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
 figure { display: inline-block; margin: .5rem; max-width: 28rem; vertical-align: top; } img { max-width: 100%; }
+figure.wide { display: block; max-width: none; margin: 1.5rem 0; }
 figcaption { font-size: .85rem; color: #555; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; }
 """
 
@@ -42,13 +43,13 @@ class Page:
         )
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
-    def picture(self, png: bytes, caption: str) -> None:
-        """A PNG picture, put into the page itself."""
+    def picture(self, png: bytes, caption: str, wide: bool = False) -> None:
+        """A PNG picture, put into the page itself; a `wide` one fills the page, others stand side by side."""
         data = base64.b64encode(png).decode("ascii")
         text = html.escape(caption)
-        self._parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-        )
+        image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+        start = '<figure class="wide">' if wide else "<figure>"
+        self._parts.append(f"{start}{image}<figcaption>{text}</figcaption></figure>")
 
     def write(self, path: str | Path) -> None:
         """Write the page as one HTML file that needs no other; whole or not at all."""

@@ -82,20 +82,20 @@ class StreamableBackbone(BaseBackbone):
     def __init__(self, streaming: StreamingOptions | None = None, init_cfg: InitConfig = None) -> None:
         super().__init__(init_cfg)
         if streaming is not None:
-            network = StreamingCNN(_WholeImages(self), **_arguments(streaming))
+            network = StreamingCNN(WholeImages(self), **_arguments(streaming))
             # It takes the place of `forward`, whatever class defines that, so that hooks run once per image. Past
             # `nn.Module.__setattr__`, as it is no part of the backbone: that would contain itself.
             self.__dict__.update(streamed=network, forward=network)
 
 
-class _WholeImages(nn.Module):
+class WholeImages(nn.Module):
     """`backbone` as it is without streaming."""
 
-    def __init__(self, backbone: BaseBackbone) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Any:
         return type(self.backbone).forward(self.backbone, x)
 
 

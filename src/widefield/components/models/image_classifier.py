@@ -1,8 +1,10 @@
 """Image classification."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
+from widefield.components.backbones.base_backbone import WholeImages
 from widefield.components.component import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel
@@ -11,6 +13,7 @@ from widefield.components.preprocessors.batch_augments import BatchAugmentsConfi
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
+from widefield.streaming import StreamingCNN
 
 Stage = Literal["backbone", "neck", "pre_logits"]
 
@@ -79,6 +82,12 @@ class ImageClassifier(BaseModel):
     def extract_feats(self, inputs: Sequence[Any], stage: Stage = "neck") -> list[Any]:
         """`extract_feat` of each of several batches."""
         return [self.extract_feat(one, stage) for one in inputs]
+
+    @cached_property
+    def traced(self) -> StreamingCNN:
+        """The backbone as the engine follows it: to ask for `cells` and `plan`, also where it does not stream."""
+        streamed: StreamingCNN | None = getattr(self.backbone, "streamed", None)
+        return streamed or StreamingCNN(WholeImages(self.backbone), unsupported="run_whole")
 
     @property
     def reads_tiles(self) -> bool:

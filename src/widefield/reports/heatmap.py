@@ -1,0 +1,224 @@
+"""Heatmaps: evidence for a class, registered to the image, and the files of it that other programs read."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import contourpy
+import numpy as np
+import tifffile
+from torch import Tensor
+
+from widefield.images import ImageFile
+from widefield.streaming.receptive_field import Cells
+from widefield.writing import replacing
+
+_TILE = 256
+"""Side of the tiles of a TIFF file, and of its smallest level at most."""
+COLOUR = (0, 220, 80)
+"""Red, green and blue of the evidence, from 0 to 255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heatmap:
+    """The evidence for a class, and where in the image its entries lie. Everything is told in pixels of the largest level.
+
+    Attributes:
+        evidence: Array (h, w) of floats, see `class_activation` and `grad_cam`.
+        cells: The places that the entries look at.
+        size: (height, width) of the image.
+        spacing: Micrometres per pixel, (y, x); None if unknown.
+    """
+
+    evidence: np.ndarray
+    cells: Cells
+    size: tuple[int, int]
+    spacing: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, evidence: Tensor, cells: Cells, image: ImageFile | Tensor) -> "Heatmap":
+        """Return the heatmap of an image.
+
+        Args:
+            evidence: (h, w), on any device.
+            cells: In pixels of `image`, see `cells_of`.
+            image: What the model got: a file at whatever level, or a tensor (C, H, W), whose spacing is unknown.
+        """
+        height, width = image.shape[-2:]
+        size = (height, width) if isinstance(image, Tensor) else image.levels[0]
+        scale = size[0] / height, size[1] / width
+        known = None if isinstance(image, Tensor) else image.spacing
+        return cls(
+            evidence=evidence.float().cpu().numpy(),
+            cells=Cells(
+                cells.size,
+                # the corner of the image, half a pixel before the middle of the first, is the same at each level
+                ((cells.origin[0] + 0.5) * scale[0] - 0.5, (cells.origin[1] + 0.5) * scale[1] - 0.5),
+                (cells.stride[0] * scale[0], cells.stride[1] * scale[1]),
+            ),
+            size=size,
+            spacing=None if known is None else (known[0] / scale[0], known[1] / scale[1]),
+        )
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Pixel (y, x) of the image that the entry of the greatest evidence looks at, the nearest one inside of the image."""
+        entry = np.unravel_index(int(self.evidence.argmax()), self.evidence.shape)
+        y, x = (
+            min(max(math.floor(start + step * int(index) + 0.5), 0), size - 1)
+            for start, step, index, size in zip(self.cells.origin, self.cells.stride, entry, self.size, strict=True)
+        )
+        return y, x
+
+    @property
+    def edges(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(top, bottom) and (left, right) of all cells, in pixels from the corner of the image."""
+        tops = [start + 0.5 - step / 2 for start, step in zip(self.cells.origin, self.cells.stride, strict=True)]
+        rows, cols = (
+            (top, top + step * count)
+            for top, step, count in zip(tops, self.cells.stride, self.evidence.shape, strict=True)
+        )
+        return rows, cols
+
+    def resampled(self, pixel: tuple[float, float]) -> np.ndarray:
+        """Return the evidence on a grid that covers the image, interpolated between cells, and 0 where there are none.
+
+        The corner of the grid is that of the image.
+
+        Args:
+            pixel: Height and width of an entry of the grid, in pixels of the image.
+        """
+        rows, cols = (
+            _Taps.of(math.ceil(size / side - 1e-9), side, start, step, count)
+            for size, side, start, step, count in zip(
+                self.size, pixel, self.cells.origin, self.cells.stride, self.evidence.shape, strict=True
+            )
+        )
+        return cols.apply(rows.apply(self.evidence.astype(np.float32)).T).T
+
+    def save_tiff(self, path: Path, name: str) -> None:
+        """Write a pyramidal OME-TIFF of float32, two entries to a cell; its corner is that of the image. Whole or not at all.
+
+        Args:
+            path: Of the file; `.ome.tif` is what other programs expect.
+            name: Of the channel.
+        """
+        pixel = max(1.0, self.cells.stride[0] / 2), max(1.0, self.cells.stride[1] / 2)
+        levels = [np.ascontiguousarray(self.resampled(pixel))]
+        while max(levels[-1].shape) > _TILE:
+            levels.append(_halved(levels[-1]))
+        metadata: dict[str, Any] = {"axes": "YX", "Channel": {"Name": name}}
+        spacing = None
+        if self.spacing is not None:
+            spacing = self.spacing[0] * pixel[0], self.spacing[1] * pixel[1]
+            metadata |= {"PhysicalSizeY": spacing[0], "PhysicalSizeX": spacing[1]}
+            metadata |= {"PhysicalSizeYUnit": "µm", "PhysicalSizeXUnit": "µm"}
+        with (
+            replacing(path) as partial,
+            tifffile.TiffWriter(partial, ome=True, bigtiff=levels[0].nbytes > 2**31) as file,
+        ):
+            for number, level in enumerate(levels):
+                of_level: dict[str, Any] = (
+                    {"subifds": len(levels) - 1, "metadata": metadata} if number == 0 else {"subfiletype": 1}
+                )
+                if spacing is not None:
+                    per_cm = 1e4 / spacing[1] / 2**number, 1e4 / spacing[0] / 2**number
+                    of_level |= {"resolution": per_cm, "resolutionunit": "CENTIMETER"}
+                file.write(level, tile=(_TILE, _TILE), compression="zlib", photometric="minisblack", **of_level)
+
+    def save_geojson(self, path: Path, name: str, shares: Sequence[float]) -> None:
+        """Write the contours of the evidence as annotations for QuPath: a FeatureCollection of polygons. Whole or not at all.
+
+        Positions are in pixels of the image from its corner, (x, y). Each polygon has its threshold among its measurements, and
+        where the spacing is known its area. Evidence that is nowhere positive has no contours.
+
+        Args:
+            path: Of the file.
+            name: Of the class.
+            shares: Thresholds, as shares of the greatest evidence.
+        """
+        top = float(self.evidence.max())
+        features = [
+            self._feature(rings, name, share, share * top)
+            for share in (shares if top > 0 else ())
+            for rings in self.regions(share * top)
+        ]
+        text = json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def regions(self, threshold: float) -> list[list[np.ndarray]]:
+        """Return the polygons in which the evidence, interpolated between cells, is above `threshold`.
+
+        Each is a list of closed rings, arrays (n, 2) of (x, y) in pixels from the corner of the image: the outline, and holes.
+        """
+        y, x = (
+            np.clip(start + 0.5 + step * np.array([-0.5, *range(count), count - 0.5]), 0, size)
+            for start, step, count, size in zip(
+                self.cells.origin, self.cells.stride, self.evidence.shape, self.size, strict=True
+            )
+        )
+        around = np.pad(self.evidence.astype(np.float64), 1, mode="edge")  # cells at the border end at their edges
+        generator: Any = contourpy.contour_generator(x, y, around, fill_type=contourpy.FillType.OuterOffset)
+        outlines, starts = generator.filled(threshold, np.inf)[:2]
+        found = [
+            [points[start:stop] for start, stop in itertools.pairwise(of_rings)]
+            for points, of_rings in zip(outlines, starts, strict=True)
+        ]
+        return [rings for rings in found if _area(rings[0]) > 0]
+
+    def _feature(self, rings: list[np.ndarray], name: str, share: float, threshold: float) -> dict[str, Any]:
+        measurements = {"evidence above": threshold, "share of the greatest evidence": share}
+        if self.spacing is not None:
+            pixels = _area(rings[0]) - sum(map(_area, rings[1:]))
+            measurements["area µm^2"] = round(pixels * self.spacing[0] * self.spacing[1], 3)
+        return {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [np.round(ring, 2).tolist() for ring in rings]},
+            "properties": {
+                "objectType": "annotation",
+                "name": f"{name}: evidence above {share:.0%} of the greatest",
+                "classification": {"name": name, "color": list(COLOUR)},
+                "measurements": measurements,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Linear interpolation along the first axis: each output is `low` and `high`, the latter with weight `part`; or 0, outside."""
+
+    low: np.ndarray
+    high: np.ndarray
+    part: np.ndarray
+    inside: np.ndarray
+
+    @classmethod
+    def of(cls, count: int, side: float, start: float, step: float, entries: int) -> "_Taps":
+        """Return the taps of `count` positions, `side` apart, in `entries` that begin at `start` and are `step` apart."""
+        at = ((np.arange(count) + 0.5) * side - 0.5 - start) / step
+        inside = (at >= -0.5) & (at <= entries - 0.5)
+        at = np.clip(at, 0, entries - 1)
+        low = np.floor(at).astype(int)
+        return cls(low, np.minimum(low + 1, entries - 1), (at - low).astype(np.float32), inside)
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        part = self.part[:, None]
+        return (values[self.low] * (1 - part) + values[self.high] * part) * self.inside[:, None]
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    """Return the means of 2 x 2 entries; the last row and column of odd sizes count twice."""
+    rows, cols = values.shape
+    even = np.pad(values, ((0, rows % 2), (0, cols % 2)), mode="edge")
+    return even.reshape(-(-rows // 2), 2, -(-cols // 2), 2).mean(axis=(1, 3))
+
+
+def _area(ring: np.ndarray) -> float:
+    """Return the area inside a closed ring (n, 2)."""
+    x, y = ring.T
+    return abs(float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))) / 2
