@@ -17,7 +17,7 @@ from widefield.modules import ImageNetClassifier
 from widefield.registry import MODELS
 from widefield.reports import Heatmap, cells_of, class_activation, grad_cam, save_overlay
 from widefield.reports.overlay import as_rgb, overview
-from widefield.streaming.receptive_field import Cells
+from widefield.streaming import Cells
 
 
 def positive(trunk: nn.Sequential) -> ImageNetClassifier:
@@ -114,8 +114,10 @@ def test_a_tiff_is_a_pyramid_in_the_place_of_the_image(tmp_path: Path) -> None:
     opened = open_image(tmp_path / "map.ome.tif")
     assert opened.levels == ((300, 400), (150, 200))
     assert opened.spacing == pytest.approx((8.0, 4.0))
-    rows, columns = np.nonzero(opened.read(0, 0, 300, 400)[0] > 1)  # above the middle between -1 and 3
-    # The edges of the block, between the centres of cells, are at (48.5, 144.5) and (80.5, 144.5) pixels of the slide.
+    values = opened.read(0, 0, 300, 400)[0]
+    assert set(np.unique(values[:-1, :-1])) == {-1.0, 3.0}
+    assert not values[-1].any() and not values[:, -1].any()  # beyond the last cells
+    rows, columns = np.nonzero(values == 3)  # of rows 48.5 to 144.5 and columns 80.5 to 144.5 of the slide
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 8, 5, 8)
     with tifffile.TiffFile(tmp_path / "map.ome.tif") as file:
         assert file.is_ome

@@ -12,7 +12,7 @@ from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.errors import WidefieldError
 from widefield.modules import ImageNetClassifier
-from widefield.streaming.receptive_field import Cells
+from widefield.streaming import Cells
 
 _log = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
     return probabilities.float().cpu(), evidence.float().cpu()
 
 
+@torch.no_grad()  # as the maps were made, so that the network is traced once
 def cells_of(
     model: ImageNetClassifier | ImageClassifier, image: Any, evidence: Tensor, layer: str | None = None
 ) -> Cells:

@@ -14,7 +14,7 @@ import tifffile
 from torch import Tensor
 
 from widefield.images import ImageFile
-from widefield.streaming.receptive_field import Cells
+from widefield.streaming import Cells
 from widefield.writing import replacing
 
 _TILE = 256
@@ -85,7 +85,7 @@ class Heatmap:
         return rows, cols
 
     def resampled(self, pixel: tuple[float, float]) -> np.ndarray:
-        """Return the evidence on a grid that covers the image, interpolated between cells, and 0 where there are none.
+        """Return the evidence on a grid that covers the image, each entry that of the cell at its middle, 0 where there is none.
 
         The corner of the grid is that of the image.
 
@@ -93,22 +93,24 @@ class Heatmap:
             pixel: Height and width of an entry of the grid, in pixels of the image.
         """
         rows, cols = (
-            _Taps.of(math.ceil(size / side - 1e-9), side, start, step, count)
-            for size, side, start, step, count in zip(
-                self.size, pixel, self.cells.origin, self.cells.stride, self.evidence.shape, strict=True
-            )
+            np.floor(((np.arange(math.ceil(size / side - 1e-9)) + 0.5) * side - first) / step).astype(int)
+            for size, side, (first, _), step in zip(self.size, pixel, self.edges, self.cells.stride, strict=True)
         )
-        return cols.apply(rows.apply(self.evidence.astype(np.float32)).T).T
+        known = np.outer((rows >= 0) & (rows < self.cells.size[0]), (cols >= 0) & (cols < self.cells.size[1]))
+        found = self.evidence[np.ix_(rows.clip(0, self.cells.size[0] - 1), cols.clip(0, self.cells.size[1] - 1))]
+        return np.where(known, found, 0).astype(np.float32)
 
     def save_tiff(self, path: Path, name: str) -> None:
-        """Write a pyramidal OME-TIFF of float32, two entries to a cell; its corner is that of the image. Whole or not at all.
+        """Write a pyramidal OME-TIFF of float32, two entries to a cell each way, from the corner of the image on.
+
+        It is written whole or not at all.
 
         Args:
             path: Of the file; `.ome.tif` is what other programs expect.
             name: Of the channel.
         """
         pixel = max(1.0, self.cells.stride[0] / 2), max(1.0, self.cells.stride[1] / 2)
-        levels = [np.ascontiguousarray(self.resampled(pixel))]
+        levels = [self.resampled(pixel)]
         while max(levels[-1].shape) > _TILE:
             levels.append(_halved(levels[-1]))
         metadata: dict[str, Any] = {"axes": "YX", "Channel": {"Name": name}}
@@ -186,29 +188,6 @@ class Heatmap:
                 "measurements": measurements,
             },
         }
-
-
-@dataclass(frozen=True)
-class _Taps:
-    """Linear interpolation along the first axis: each output is `low` and `high`, the latter with weight `part`; or 0, outside."""
-
-    low: np.ndarray
-    high: np.ndarray
-    part: np.ndarray
-    inside: np.ndarray
-
-    @classmethod
-    def of(cls, count: int, side: float, start: float, step: float, entries: int) -> "_Taps":
-        """Return the taps of `count` positions, `side` apart, in `entries` that begin at `start` and are `step` apart."""
-        at = ((np.arange(count) + 0.5) * side - 0.5 - start) / step
-        inside = (at >= -0.5) & (at <= entries - 0.5)
-        at = np.clip(at, 0, entries - 1)
-        low = np.floor(at).astype(int)
-        return cls(low, np.minimum(low + 1, entries - 1), (at - low).astype(np.float32), inside)
-
-    def apply(self, values: np.ndarray) -> np.ndarray:
-        part = self.part[:, None]
-        return (values[self.low] * (1 - part) + values[self.high] * part) * self.inside[:, None]
 
 
 def _halved(values: np.ndarray) -> np.ndarray:

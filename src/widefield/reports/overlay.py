@@ -29,6 +29,9 @@ _DETAIL = 192
 _COLOUR = np.array(COLOUR) / 255
 _OPACITY = 0.75
 """Of the greatest evidence."""
+_POWERS, _PAINTED = (2, 4, 8), 0.1
+"""Opacity grows with a power of the share of the greatest evidence: the first that keeps the mean of all shares below this, so that
+weak evidence everywhere does not hide the image."""
 _STRIP_BYTES = 16 * 2**20
 _SHOWN_SHARE = (2, 98)
 """Percentiles of a channel that become black and white where pixels are not of 8 bits."""
@@ -86,18 +89,14 @@ def _paint(figure: Figure, axes: Axes, heatmap: Heatmap) -> None:
     top = max(float(heatmap.evidence.max()), float(np.finfo(np.float32).tiny))
     share = np.clip(heatmap.evidence, 0.0, top) / top  # evidence far below a tiny top would overflow
     (above, below), (left, right) = heatmap.edges
+    power = next((power for power in _POWERS if (share**power).mean() <= _PAINTED), _POWERS[-1])
     colours = np.empty((*share.shape, 4))
-    colours[..., :3], colours[..., 3] = _COLOUR, _opacity(share)
+    colours[..., :3], colours[..., 3] = _COLOUR, _OPACITY * share**power
     axes.imshow(colours, extent=(left, right, below, above), interpolation="nearest")
-    on_white = 1 - _opacity(np.linspace(0, 1, 256))[:, None] * (1 - _COLOUR)
+    on_white = 1 - _OPACITY * np.linspace(0, 1, 256)[:, None] ** power * (1 - _COLOUR)
     bar = ScalarMappable(Normalize(0, top), ListedColormap(on_white))
     label = "evidence for the class (logit)"
     figure.colorbar(bar, ax=axes, shrink=0.5, aspect=40, pad=0.01, location="bottom", label=label)
-
-
-def _opacity(share: np.ndarray) -> np.ndarray:
-    """Return the opacity of a share of the greatest evidence; quadratic, as weak evidence everywhere would hide the image."""
-    return _OPACITY * share**2
 
 
 Region = tuple[float, float, float, float]
