@@ -93,6 +93,22 @@ def test_a_model_of_components_predicts_with_heatmaps(run: Path, tmp_path: Path)
     assert flipped["probability_airplane"] != row["probability_airplane"]
 
 
+def test_the_heatmap_is_that_of_the_class_that_averaged_views_predict(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io.imsave(tmp_path / "cat.png", data.chelsea()[:64, :64], check_contrast=False)
+    explained: list[int | None] = []
+
+    def explain(model: Any, picture: Any, layer: str | None = None, class_index: int | None = None) -> None:
+        explained.append(class_index)
+
+    monkeypatch.setattr("widefield.cli.predict.explain", explain)
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(tmp_path / "cat.png"), "--tta", "hflip"]
+    assert main([*line, "--out", str(tmp_path / "out")]) == 0
+    (row,) = read_csv(tmp_path / "out" / "predictions.csv")
+    assert explained == [("airplane", "automobile").index(row["predicted"])]
+
+
 def test_a_model_that_has_no_map_predicts_without_heatmaps(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

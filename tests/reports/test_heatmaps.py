@@ -175,6 +175,17 @@ def test_an_overlay_colours_cells_alone_and_shows_their_peak_uncovered(tmp_path:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["map.png", "slide.tif"]
 
 
+def test_a_single_cell_of_very_many_is_seen(tmp_path: Path) -> None:
+    evidence = torch.full((3001, 3001), -1.0)
+    evidence[1503, 2002] = 1
+    np.save(tmp_path / "slide.npy", np.full((3001, 3001), 90, np.uint8))
+    image = open_image(tmp_path / "slide.npy")
+    heatmap = Heatmap.of(evidence, Cells((3001, 3001), (0.0, 0.0), (1.0, 1.0)), image)
+    save_overlay(tmp_path / "map.png", image, heatmap, "")
+    picture = pyvips.Image.new_from_file(str(tmp_path / "map.png")).numpy()[..., :3].astype(int)
+    assert (picture[:900, :900, 1] - picture[:900, :900, 0] > 60).sum() in range(1, 20)  # green, in the whole image
+
+
 @pytest.mark.parametrize("evidence", [torch.linspace(-1, 1, 12).reshape(3, 4), torch.full((1, 1), -2.0)])
 def test_an_overlay_of_a_small_picture_has_no_detail(tmp_path: Path, evidence: torch.Tensor) -> None:
     cells = Cells((evidence.shape[0], evidence.shape[1]), (3.5, 3.5), (8.0, 8.0))

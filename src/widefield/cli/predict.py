@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,14 +77,11 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         picture = info.pipeline(image)
-        cells, title, heatmap = _predict(model, info, picture, views, score)
-        out.mkdir(parents=True, exist_ok=True)
-        paths: dict[str, Path] = {}
-        if heatmap is not None:
-            stem = free_stem(file, table.names)
-            paths = {one: out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap}
-            _save(heatmap, paths, picture, f"{file.name}: {title}", cells["predicted"], arguments.thresholds)
-        table.add(file, {**cells, "overlay": ";".join(path.name for path in paths.values())})
+        prediction = _predict(model, info, picture, views, score)
+        stem = free_stem(file, table.names)
+        paths = {one: out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap if prediction.heatmap is not None}
+        _save(prediction, paths, picture, file.name, arguments.thresholds)
+        table.add(file, {**prediction.cells, "overlay": ";".join(path.name for path in paths.values())})
 
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(files))
@@ -133,29 +130,36 @@ def for_each(
         raise ValueError("\n".join([f"{len(reasons)} of {len(files)} images failed:", *reasons[:_SHOWN], *more]))
 
 
-def _predict(
-    model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None, score: str
-) -> tuple[dict[str, str], str, Heatmap | None]:
-    """Return cells of an image's row, the prediction in words, and the heatmap where the model has a map of the image."""
-    found = explain(model, picture)
-    if found is None or views is not None:
-        sample = predict_samples(model, [picture], views)[0]
-        scores, labels = sample.pred_score.float().cpu(), sample.pred_label.tolist()
+class _Prediction(NamedTuple):
+    """Cells of an image's row; the class of the highest score, that score, and the heatmap of its evidence, if there is one."""
+
+    cells: dict[str, str]
+    name: str
+    score: float
+    heatmap: Heatmap | None
+
+
+def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None, score: str) -> _Prediction:
+    """Return the prediction for an image; `score` begins the names of the columns of scores."""
+    heatmap: Heatmap | None = None
+    if views is None and (found := explain(model, picture)) is not None:
+        scores, heatmap = found
+        labels = labels_of(scores, getattr(model, "head", None))
     else:
-        scores = found[0]
-        labels = labels_of(scores, getattr(model, "head", None)).reshape(-1).tolist()
+        sample = predict_samples(model, [picture], views)[0]
+        scores, labels = sample.pred_score.float().cpu(), sample.pred_label
+        found = None if views is None else explain(model, picture, class_index=int(scores.argmax()))
+        heatmap = None if found is None else found[1]
     if not bool(scores.isfinite().all()):
         raise ValueError("the scores are NaN or infinite; look for such pixels in the image, and for such weights")
     names = info.names(len(scores))
-    predicted = [names[label] for label in labels]
-    heatmap = None if found is None else found[1]
+    predicted = [names[label] for label in labels.reshape(-1).tolist()]
     cells = {
         **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
         "predicted": ";".join(predicted),
         **_peak(heatmap if isinstance(picture, ImageFile) else None),
     }
-    top = f" ({float(scores[labels[0]]):.0%})" if len(labels) == 1 else ""
-    return cells, ", ".join(predicted) + top, heatmap
+    return _Prediction(cells, names[int(scores.argmax())], float(scores.max()), heatmap)
 
 
 def _peak(heatmap: Heatmap | None) -> dict[str, str]:
@@ -206,11 +210,14 @@ def explain(
 
 
 def _save(
-    heatmap: Heatmap, paths: dict[str, Path], picture: Picture, title: str, name: str, thresholds: Sequence[float]
+    prediction: _Prediction, paths: dict[str, Path], picture: Picture, image: str, thresholds: Sequence[float]
 ) -> None:
-    """Write a heatmap to `paths`, by format."""
+    """Write the heatmap of a prediction to `paths`, by format."""
+    _, name, score, heatmap = prediction
+    if heatmap is None:
+        return
     if "png" in paths:
-        save_overlay(paths["png"], picture, heatmap, title)
+        save_overlay(paths["png"], picture, heatmap, f"{image}: {name} ({score:.0%})")
     if "tiff" in paths:
         heatmap.save_tiff(paths["tiff"], name)
     if "geojson" in paths:

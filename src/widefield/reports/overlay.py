@@ -24,6 +24,8 @@ _BESIDE_INCHES = 4.5
 """Height and width of what is shown at full resolution."""
 _SIDE = 1024
 """Long side of the picture under an overlay, in pixels."""
+_CELLS = 512
+"""Cells along the long side of the heatmap at most; of more, the greatest stands for its neighbours, as it would vanish alone."""
 _DETAIL = 192
 """Side of what is shown at full resolution, in pixels of the level that the model saw."""
 _COLOUR = np.array(COLOUR) / 255
@@ -88,11 +90,16 @@ def _paint(figure: Figure, axes: Axes, heatmap: Heatmap) -> None:
     """Lay the positive evidence over a picture, and draw its colour bar."""
     top = max(float(heatmap.evidence.max()), float(np.finfo(np.float32).tiny))
     share = np.clip(heatmap.evidence, 0.0, top) / top  # evidence far below a tiny top would overflow
-    (above, below), (left, right) = heatmap.edges
     power = next((power for power in _POWERS if (share**power).mean() <= _PAINTED), _POWERS[-1])
-    colours = np.empty((*share.shape, 4))
-    colours[..., :3], colours[..., 3] = _COLOUR, _OPACITY * share**power
-    axes.imshow(colours, extent=(left, right, below, above), interpolation="nearest")
+    factor = -(-max(share.shape) // _CELLS)
+    rows, cols = (-(-count // factor) for count in share.shape)
+    share = np.pad(share, ((0, rows * factor - share.shape[0]), (0, cols * factor - share.shape[1])))
+    colours = np.empty((rows, cols, 4), np.uint8)
+    colours[..., :3] = COLOUR
+    colours[..., 3] = np.rint(255 * _OPACITY * share.reshape(rows, factor, cols, factor).max((1, 3)) ** power)
+    ((above, _), (left, _)), (down, across) = heatmap.edges, heatmap.cells.stride
+    extent = (left, left + across * factor * cols, above + down * factor * rows, above)
+    axes.imshow(colours, extent=extent, interpolation="nearest")
     on_white = 1 - _OPACITY * np.linspace(0, 1, 256)[:, None] ** power * (1 - _COLOUR)
     bar = ScalarMappable(Normalize(0, top), ListedColormap(on_white))
     label = "evidence for the class (logit)"
