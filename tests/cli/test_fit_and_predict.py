@@ -18,6 +18,7 @@ from tests.small_images import write_folder, write_image
 from widefield.cli import main, predict
 from widefield.cli.history import History
 from widefield.images import open_image
+from widefield.inference import models
 
 EPOCHS = 2
 
@@ -256,7 +257,7 @@ def test_a_full_disk_ends_a_prediction_at_once(
     run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr(predict, "open_image", lambda path, *_, **__: opened.append(path) or open_image(path))
+    monkeypatch.setattr(models, "open_image", lambda path, **_: opened.append(path) or open_image(path))
     monkeypatch.setattr("widefield.writing.Path.replace", full)
     line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(folder / "images"), "--out", str(tmp_path / "out")]
     assert main(line) == 2

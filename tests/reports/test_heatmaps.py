@@ -205,7 +205,7 @@ def test_images_of_any_channels_and_values_are_seen(tmp_path: Path, channels: in
     if dtype == np.float32:
         pixels[:, 9, 9] = np.nan
     np.save(tmp_path / "image.npy", pixels)
-    whole = overview(open_image(tmp_path / "image.npy", channels="first"), 1024)
+    whole = overview(open_image(tmp_path / "image.npy", channel_axis="first"), 1024)
     assert whole.shape == (600, 75, 3)
     assert whole[300, 60].min() > whole[300, 10].min() + 40
     assert as_rgb(pixels).shape == (1200, 150, 3)

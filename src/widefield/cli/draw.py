@@ -20,7 +20,6 @@ from widefield.cli.predict import ENDINGS, explain, for_each, free_stem, image_f
 from widefield.components.metrics.classification_metrics import ConfusionMatrix
 from widefield.config import load, override
 from widefield.errors import MissingExtraError
-from widefield.images import open_image
 from widefield.inference.features import features_of
 from widefield.inference.models import class_names_of, info_of, load_trained
 from widefield.registry import import_module_or_file
@@ -39,7 +38,7 @@ def draw_cam(arguments: argparse.Namespace, others: list[str]) -> None:
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def draw_one(file: Path) -> None:
-        image = open_image(file, info.level, alpha=info.alpha)
+        image = info.open(file)
         picture = info.pipeline(image)
         found = explain(model, picture, arguments.layer, label)
         if found is None:

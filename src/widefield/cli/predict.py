@@ -17,7 +17,7 @@ from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
 from widefield.data.pipeline import Picture
-from widefield.images import ImageFile, image_endings, images_below, open_image
+from widefield.images import ImageFile, image_endings, images_below
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples
@@ -65,7 +65,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         )
     with checkpoint_file(checkpoint).open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    table = PredictionTable(out, {"checkpoint": digest, "level": level, "tta": arguments.tta})
+    table = PredictionTable(
+        out, {"checkpoint": digest, "level": level, "spacing": arguments.spacing, "tta": arguments.tta}
+    )
     alone = len(files) == 1
     if arguments.resume:
         files = table.resume(files)
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         table.refuse_another()
 
     def predict_one(file: Path) -> None:
-        image = open_image(file, info.level if level is None else level, alpha=info.alpha)
+        image = info.open(file, level=level, spacing=arguments.spacing)
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         picture = info.pipeline(image)
@@ -157,18 +159,27 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     cells = {
         **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
         "predicted": ";".join(predicted),
-        **_peak(heatmap if isinstance(picture, ImageFile) else None),
+        **(_peak(heatmap, picture) if isinstance(picture, ImageFile) else _peak(None, None)),
     }
     return _Prediction(cells, names[int(scores.argmax())], float(scores.max()), heatmap)
 
 
-def _peak(heatmap: Heatmap | None) -> dict[str, str]:
-    """Return the cells for where the evidence is greatest: the pixel of the largest level, and micrometres from the corner."""
-    if heatmap is None:
-        return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None)}
-    (y, x), spacing = heatmap.peak, heatmap.spacing
+def _peak(heatmap: Heatmap | None, image: ImageFile | None) -> dict[str, str]:
+    """Return the cells for where the evidence is greatest: the pixel of the largest level, micrometres, and on the map."""
+    if heatmap is None or image is None:
+        return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None), **_peak_in("map", (0, 0), None)}
+    (y, x), spacing, transform = heatmap.peak, heatmap.spacing, image.transform
     micrometres = None if spacing is None else (spacing[1], 0, 0, 0, spacing[0], 0)
-    return {"peak_y": str(y), "peak_x": str(x), **_peak_in("um", (y, x), micrometres)}
+    if transform is not None:  # that of the level which was read
+        rows, columns = (n / full for n, full in zip(image.shape[1:], image.levels[0], strict=True))
+        a, b, c, d, e, f = transform
+        transform = a * columns, b * rows, c, d * columns, e * rows, f
+    return {
+        "peak_y": str(y),
+        "peak_x": str(x),
+        **_peak_in("um", (y, x), micrometres),
+        **_peak_in("map", (y, x), transform),
+    }
 
 
 def _peak_in(unit: str, pixel: tuple[int, int], transform: Sequence[float] | None) -> dict[str, str]:

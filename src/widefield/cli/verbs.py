@@ -253,6 +253,7 @@ image_size=null level=1 streaming.memory_budget=2GiB
             _option("--out", "DIR", "(default: ./predictions)", Path, default=Path("predictions")),
             _flag("--resume", "go on in --out: leave out the images that have a prediction there"),
             _option("--level", "N", "level of the image pyramids (default: that of the training)", int),
+            _option("--spacing", "UM", "micrometres per pixel (default: that of the training)", float),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step (default: chosen)", int),
             _option("--tta", "VIEWS", "average over views: hflip, vflip, crop=SIDE, with commas"),

@@ -131,12 +131,12 @@ class LabelledImages(pl.LightningDataModule):
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
-        self.image_channels = self._check_images()
+        self.image_channels, self.image_type = self._check_images()
         sizes = ", ".join(f"{len(splits[name])} {name}" for name in ("train", "val", "test"))
         _log.info("%s images of the classes %s", sizes, ", ".join(self.class_names))
 
-    def _check_images(self) -> int:
-        """Open every image once; the number of channels that all of them have. Spacings that differ are said."""
+    def _check_images(self) -> tuple[int, str]:
+        """Open every image once; the number of channels and the type that all of them have. Spacings that differ are said."""
         channels: dict[int, Path] = {}
         types: dict[np.dtype, Path] = {}
         spacings: dict[float | None, Path] = {}
@@ -157,7 +157,7 @@ class LabelledImages(pl.LightningDataModule):
             _log.warning(
                 "the images have different spacings: %s micrometres per pixel; --spacing reads all at one", named
             )
-        return next(iter(channels))
+        return next(iter(channels)), str(next(iter(types)))
 
     def write_splits(self, path: Path) -> None:
         """Write which image is in which split, as a CSV file with the columns image, label, split and patient."""
@@ -169,7 +169,7 @@ class LabelledImages(pl.LightningDataModule):
                     writer.writerow((image.path, self.class_names[image.label], split, image.patient or ""))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.options, "class_names": self.class_names}
+        return {**self.options, "pixels": (self.image_channels, self.image_type), "class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:

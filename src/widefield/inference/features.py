@@ -167,10 +167,10 @@ class ImageRetrievalInferencer:
         return found
 
     def _identity(self) -> dict[str, Any]:
-        """Return what the features depend on: images; weights, with the level, the alpha channel and the transforms."""
+        """Return what the features depend on: images; weights, with how images are opened and the transforms."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         images = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        digest = hashlib.sha256(repr((self.info.level, self.info.alpha, self.info.pipeline.description)).encode())
+        digest = hashlib.sha256(repr((sorted(self.info.opening.items()), self.info.pipeline.description)).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

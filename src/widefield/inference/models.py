@@ -13,7 +13,7 @@ from widefield.components.initializers import Pretrained
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
-from widefield.images import Alpha
+from widefield.images import ImageFile, open_image
 from widefield.inference.names import model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
@@ -27,15 +27,33 @@ class ModelInfo:
 
     Attributes:
         class_names: Names of the classes; None where they have none.
-        level: Level of the pyramids that the model was trained on, 0 the largest.
+        opening: How the images of the training were opened: level, spacing, channels, alpha of `open_image`.
         pipeline: What images went through in validation.
-        alpha: "keep" where the model was trained with a last channel that files mark as alpha, see `open_image`.
+        pixels: Number of channels and type of the pixels of the training images; None if that is not known.
     """
 
     class_names: tuple[str, ...] | None = None
-    level: int = 0
+    opening: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Pipeline = field(default_factory=Pipeline)
-    alpha: Alpha = "drop"
+    pixels: tuple[int, str] | None = None
+
+    def open(self, path: str | Path, **other: Any) -> ImageFile:
+        """Open an image as those of the training were, but for what is given otherwise.
+
+        Raises:
+            OSError, ValueError: As of `open_image`; and its channels or type are not those of the training.
+        """
+        given = {name: value for name, value in other.items() if value is not None}
+        if given.keys() & {"level", "spacing"}:
+            given = {"level": None, "spacing": None} | given
+        image = open_image(path, **{**self.opening, **given})
+        found = image.shape[0], str(image.dtype)
+        if self.pixels is not None and found != self.pixels:
+            raise ValueError(
+                f"{path} has {found[0]} channel(s) of {found[1]}, and the model was trained on {self.pixels[0]} of "
+                f"{self.pixels[1]}, whose values mean something else; convert the image"
+            )
+        return image
 
     def names(self, count: int) -> tuple[str, ...]:
         """Names of so many scores: those of the classes, and numbers where there are no names."""
@@ -199,14 +217,21 @@ def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
     """From the state of the data module in the checkpoint, and from the section of the configuration that describes it."""
-    state = next((part for part in checkpoint.values() if isinstance(part, dict) and "class_names" in part), {})
+    state = next(
+        (part for part in checkpoint.values() if isinstance(part, dict) and {"class_names", "level"} <= part.keys()), {}
+    )
     names = state.get("class_names") or checkpoint.get("hyper_parameters", {}).get("class_names")
     seen = data.get("test") or data.get("val") or {}
     return ModelInfo(
         None if names is None else tuple(names),
-        state.get("level", seen.get("level", data.get("level", 0))),
+        {
+            name: one[name]
+            for name in ("level", "spacing", "channels", "alpha")
+            for one in (data, seen, state)
+            if name in one
+        },
         Pipeline(seen.get("transforms")),
-        state.get("alpha", seen.get("alpha", data.get("alpha", "drop"))),
+        None if "pixels" not in state else (int(state["pixels"][0]), str(state["pixels"][1])),
     )
 
 

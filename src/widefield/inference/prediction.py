@@ -14,7 +14,6 @@ from widefield.components.models.base_model import BaseModel
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.data.datasets import as_batch
 from widefield.data.pipeline import Picture, whole
-from widefield.images import open_image
 from widefield.inference.averaged_views import AveragedViews, averaged
 from widefield.inference.models import ModelInfo, Name, as_model, info_of
 from widefield.modules import BaseModule
@@ -31,7 +30,7 @@ def as_picture(image: Image, info: ModelInfo) -> Picture:
         ValueError: An array or tensor of another number of axes.
     """
     if isinstance(image, (str, Path)):
-        picture: Any = open_image(image, info.level, alpha=info.alpha)
+        picture: Any = info.open(image)
     elif isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"an array of shape {image.shape} is no image; give (H, W) or (H, W, C)")

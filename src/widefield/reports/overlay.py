@@ -13,7 +13,7 @@ from matplotlib.patches import Circle, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from widefield.images import ImageFile, open_image, thumbnail
+from widefield.images import ImageFile, thumbnail
 from widefield.reports.heatmap import COLOUR, Heatmap
 from widefield.writing import replacing
 
@@ -134,7 +134,7 @@ def overview(image: ImageFile | Tensor, size: int) -> np.ndarray:
         return thumbnail(image, size)
     enough = [index for index, level in enumerate(image.levels) if max(level) >= size]
     level = max([image.level, *enough])
-    image = image if level == image.level else open_image(image.path, level, image.channels, image.alpha)
+    image = image if level == image.level else image.at_level(level)
     channels, height, width = image.shape
     step = -(-max(height, width) // size)
     rows = max(1, _STRIP_BYTES // (channels * width * image.dtype.itemsize * step)) * step
