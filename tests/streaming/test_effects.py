@@ -371,7 +371,9 @@ def test_random_numbers_of_python_and_numpy_are_refused_and_not_drawn(draw: Call
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
-@pytest.mark.parametrize("of", [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)], ids=repr)
+@pytest.mark.parametrize(
+    "of", [random.Random(0), np.random.default_rng(0), np.random.RandomState(0)], ids=lambda of: type(of).__name__
+)
 @pytest.mark.parametrize("kept", ["in an attribute", "outside"])
 def test_random_generators_are_refused_and_not_drawn_from(of: Any, kept: str) -> None:
     net = Net(lambda net, x: x * getattr(net, "of", of).random())

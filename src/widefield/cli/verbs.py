@@ -241,6 +241,21 @@ image_size=null level=1 streaming.memory_budget=2GiB
 """,
         takes_others=True,
     ),
+    "doctor": Verb(
+        "read every image of a folder once, and tell what is there and what is wrong",
+        "widefield.cli.doctor:run",
+        (
+            _option("--images", "DIR", "folder of images, searched with all folders below", Path, required=True),
+            _option("--labels", "CSV", "label table, as for `widefield fit`", Path),
+            _option("--out", "CSV", "write what was found of each image here", Path),
+            _option("--workers", "N", "images that are read at a time (default: one for each processor)", int),
+        ),
+        """\
+The table has a row for each image: whether it opens and reads to its end, size, channels, type, levels, spacing, least and greatest
+value, the share of pixels without data, its label, and the image that has the same pixels. The exit code is 1 if an image cannot be
+read, or if the images and the label table do not name each other.
+""",
+    ),
     "validate": _evaluation("validation"),
     "test": _evaluation("test"),
     "predict": Verb(

@@ -82,12 +82,14 @@ def read_labels(labels: str | Path, images: str | Path, columns: Mapping[str, st
     if len(found) < len(rows):
         matched = {row.number for row, _ in found}
         missing = [f"{row.image} (line {row.number})" for row in rows if row.number not in matched]
-        beside = f". No row names {len(without)} image(s) there: {_some([p.name for p in without])}" if without else ""
-        raise LabelError(f"{labels} names {len(missing)} image(s) that are not in {images}: {_some(missing)}{beside}")
+        beside = (
+            f". No row names {len(without)} image(s) there: {some_of([p.name for p in without])}" if without else ""
+        )
+        raise LabelError(f"{labels} names {len(missing)} image(s) that are not in {images}: {some_of(missing)}{beside}")
     _refuse_duplicates(labels, found)
     if without:
         _log.warning(
-            "%s names no label of %d image(s): %s", labels, len(without), _some([path.name for path in without])
+            "%s names no label of %d image(s): %s", labels, len(without), some_of([path.name for path in without])
         )
     class_names = _class_names(labels, {row.label for row in rows})
     index = {name: position for position, name in enumerate(class_names)}
@@ -199,7 +201,7 @@ def read_rows(labels: Path, unlabelled: bool = False, columns: Mapping[str, str]
             raise LabelError(f"{labels}, line {number}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
         rows.append(LabelRow(number, entries["image"], entries["label"], split, entries.get("patient") or None))
     if incomplete:
-        raise LabelError(f"{labels}, {_some(incomplete)}; fill it in or remove the row")
+        raise LabelError(f"{labels}, {some_of(incomplete)}; fill it in or remove the row")
     if not rows:
         raise LabelError(f"{labels} has no row with a label")
     return rows
@@ -269,7 +271,7 @@ def _only_match(labels: Path, row: LabelRow, files: FilesByName) -> Path | None:
     matches = files.matches(row.image)
     if len(matches) > 1:
         distinct = len({path.name for path in matches}) == len(matches)
-        names = _some([path.name if distinct else path.as_posix() for path in matches])
+        names = some_of([path.name if distinct else path.as_posix() for path in matches])
         raise LabelError(
             f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension"
         )
@@ -311,5 +313,6 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,76 @@
+"""`widefield doctor` reads every image once and tells what is there and what is wrong."""
+
+import csv
+
+import numpy as np
+import pytest
+import tifffile
+from skimage import data
+
+from widefield.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Good images of two kinds, a copy, one with missing data, a damaged and an unreadable one."""
+    images = tmp_path / "images"
+    (images / "more").mkdir(parents=True)
+    pixels = data.astronaut()[:200, :300]
+    spacing = {"resolution": (20_000, 20_000), "resolutionunit": "centimeter", "metadata": None}
+    for name in ("a.tif", "more/copy.tif"):
+        tifffile.imwrite(images / name, pixels, photometric="rgb", tile=(64, 64), compression="zlib", **spacing)
+    floats = np.full((50, 40), np.nan, np.float32)
+    floats[10:] = 3.5
+    tifffile.imwrite(images / "b.tif", floats, photometric="minisblack", metadata=None)
+    tifffile.imwrite(
+        images / "damaged.tif", pixels, photometric="rgb", tile=(64, 64), compression="zlib", metadata=None
+    )
+    with tifffile.TiffFile(images / "damaged.tif") as file:
+        offset, count = file.pages[0].dataoffsets[7], file.pages[0].databytecounts[7]
+    with (images / "damaged.tif").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * count)
+    (images / "unreadable.png").write_bytes(b"no picture")
+    (images / "a.tif.aux.xml").write_text("<a/>")
+    return images
+
+
+def test_every_image_has_a_row_of_what_it_is_like(folder, tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text("image,label\na,x\nb,y\ncopy,x\ngone,y\ndamaged,x\n")
+    table = tmp_path / "found.csv"
+    assert main(["doctor", "--images", str(folder), "--labels", str(tmp_path / "labels.csv"), "--out", str(table)]) == 1
+    with table.open() as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"a.tif", "b.tif", "damaged.tif", "more/copy.tif", "unreadable.png"}
+    a, b = rows["a.tif"], rows["b.tif"]
+    assert (a["status"], a["height"], a["width"], a["channels"], a["dtype"]) == ("ok", "200", "300", "3", "uint8")
+    pixels = data.astronaut()[:200, :300]
+    assert (float(a["lowest"]), float(a["highest"]), a["spacing_y"], a["label"]) == (
+        pixels.min(),
+        pixels.max(),
+        "0.5",
+        "x",
+    )
+    assert (b["lowest"], b["highest"], b["without_data"], b["spacing_y"]) == ("3.5", "3.5", "0.2", "")
+    assert rows["more/copy.tif"]["duplicate_of"] == "a.tif"
+    assert rows["damaged.tif"]["status"] == "damaged" and "corrupt" in rows["damaged.tif"]["reason"]
+    assert rows["unreadable.png"]["status"] == "unreadable" and "none of" in rows["unreadable.png"]["reason"]
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "5 images, 3 of them without a fault",
+        "channels: 3 (3), 1 (1)",
+        "micrometres per pixel: 0.5 (2), unknown (2)",
+        "1 with pixels without data: b.tif",
+        "1 with the pixels of another: more/copy.tif = a.tif",
+        "line 5: 'gone' is none of the images",
+        "1 image(s) without a label",
+    ):
+        assert part in said
+
+
+def test_a_folder_without_a_fault_ends_with_0(folder, capsys):
+    for name in ("damaged.tif", "unreadable.png"):
+        (folder / name).unlink()
+    assert main(["doctor", "--images", str(folder), "--workers", "1"]) == 0
+    assert main(["doctor", "--images", str(folder / "gone")]) == 2
+    assert "gone is not a folder" in capsys.readouterr().err
