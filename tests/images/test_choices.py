@@ -104,7 +104,6 @@ def test_a_spacing_of_a_microscope_is_one(tmp_path, rgb, spacing):
 
 def test_a_format_of_another_package_is_read_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_FORMATS", list(formats.image_formats()))
-    formats.image_formats.cache_clear()
 
     @image_format("raw squares", endings=(".square",), recognises=lambda path, start: start.startswith(b"SQUARE"))
     def open_square(path, choice):

@@ -135,6 +135,7 @@ def image_format(
 
     def register(opener: Opener) -> Opener:
         _FORMATS.append(ImageFormat(name, tuple(endings), recognises, opener))
+        image_formats.cache_clear()
         return opener
 
     return register
