@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -344,17 +345,31 @@ def test_bad_input_is_one_clear_error_and_leaves_no_output(
     assert not (tmp_path / "out").exists()
 
 
-def test_pixels_that_are_no_numbers_end_a_run_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    images, _ = write_folder(tmp_path, count=4, side=48)
-    pixels = np.full((3, 48, 48), 0.5, np.float32)
-    for index in range(4):
-        (images / f"im{index}.tif").unlink()
-        np.save(images / f"im{index}.npy", pixels if index != 2 else np.where(pixels > 0, np.float32("nan"), 0))
-    assert fit(tmp_path, tmp_path / "out", epochs=1) == 2
+def test_a_loss_that_is_no_number_ends_a_run_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path, count=4, side=48)
+    assert fit(tmp_path, tmp_path / "out", "--lr", "1e30", epochs=1) == 2
     error = capfd.readouterr().err
     assert "(epoch 1) is NaN or infinite" in error
     assert "no epoch was finished, so there is no checkpoint" in error
     assert not list((tmp_path / "out").glob("*.ckpt"))
+
+
+def test_pixels_that_are_no_numbers_count_as_background(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images, _ = write_folder(tmp_path, count=4, side=48)
+    for index in range(4):
+        (images / f"im{index}.tif").unlink()
+        pixels = np.random.default_rng(index).random((3, 48, 48), dtype=np.float32)
+        pixels[:, : 10 * index] = np.nan
+        np.save(images / f"im{index}.npy", pixels)
+    assert fit(tmp_path, tmp_path / "out", epochs=1) == 0
+    assert "pixels without data (NaN, or the value that a file names for them) count as" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    assert (
+        main(["predict", "--checkpoint", str(tmp_path / "out/last.ckpt"), str(images), "--out", str(tmp_path / "p")])
+        == 0
+    )
+    assert all(math.isfinite(float(row["probability_dark"])) for row in read_csv(tmp_path / "p/predictions.csv"))
 
 
 def test_a_run_is_not_overwritten(run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

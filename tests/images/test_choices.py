@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from widefield.images import formats, image_endings, open_image
 from widefield.images.arrays import ArrayPixels
@@ -116,3 +117,15 @@ def test_a_format_of_another_package_is_read_found_and_named(tmp_path, monkeypat
         np.testing.assert_array_equal(open_image(tmp_path / "a.square").read(1, 1, 2, 2), [[[4, 5], [7, 8]]])
     finally:
         formats.image_formats.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_an_array_is_an_image_too(rgb, chw, kind):
+    image = open_image(kind(rgb), channels=[2, 0], fill=0)
+    assert (image.shape, image.dtype, image.levels) == ((2, 201, 333), np.uint8, ((201, 333),))
+    for one in (image, pickle.loads(pickle.dumps(image))):
+        np.testing.assert_array_equal(one.read(5, 6, 70, 80), chw[[2, 0], 5:75, 6:86])
+    with pytest.raises(ValueError, match=r"the shape \(5, 6, 5\) of an array of shape .* does not tell"):
+        open_image(np.ones((5, 6, 5)))
+    with pytest.raises(OSError, match=r"cannot read an array of shape .*complex128"):
+        open_image(np.ones((5, 6), complex))

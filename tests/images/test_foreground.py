@@ -48,6 +48,10 @@ def test_what_holds_no_data_is_neither_foreground_nor_part_of_a_thumbnail(tmp_pa
     image = open_image(tmp_path / "a.tif")
     cells = foreground(image, "hsv").cells
     assert not cells[:32].any() and cells[32:].any()
+    filled = open_image(tmp_path / "a.tif", fill=7)
+    assert (filled.read(0, 0, 40, 64)[:, :32] == 7).all() and (
+        filled.read(32, 0, 8, 64) == image.read(32, 0, 8, 64)
+    ).all()
     picture = thumbnail(image, 16)
     assert (picture[:8] == 0).all() and picture[8:].max() == 255
 

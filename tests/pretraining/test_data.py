@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pyvips
+import rasterio
 import torch
+import zarr
 from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader, Dataset
@@ -253,6 +255,18 @@ def test_levels_and_spacings_of_patches(tmp_path: Path) -> None:
     Image.fromarray(data.astronaut()).save(tmp_path / "photo.png")
     with pytest.raises(ImageReadError, match=r"photo\.png.* does not say its own"):
         read_patch(tmp_path / "photo.png", SlideArgs(64, spacing=1.0), 3, Random(0))
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_every_format_of_open_image_is_read(tmp_path: Path) -> None:
+    pixels = np.ascontiguousarray(data.astronaut()[:40, :50].transpose(2, 0, 1))
+    zarr.create_array(str(tmp_path / "a.zarr"), data=pixels)
+    with rasterio.open(
+        tmp_path / "a.jp2", "w", "JP2OpenJPEG", 50, 40, 3, dtype="uint8", QUALITY=100, REVERSIBLE="YES"
+    ) as file:
+        file.write(pixels)
+    for name in ("a.zarr", "a.jp2"):
+        np.testing.assert_array_equal(read_pixels(tmp_path / name, 3), pixels)
 
 
 def test_slides_train(tmp_path: Path) -> None:

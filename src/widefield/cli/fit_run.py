@@ -188,6 +188,9 @@ def _normalise(model: Classifier, data: LabelledImages, given: Any, seed: int) -
         _log.info(
             "mean %s and standard deviation %s per channel, of the training images", _rounded(mean), _rounded(std)
         )
+    if found.missing:
+        data.options["fill"] = low = (value_range or (0.0, 1.0))[0]
+        _log.info("pixels without data (NaN, or the value that a file names for them) count as %g", low)
     if (mean, std, value_range) != (used.mean, used.std, used.value_range):
         model.normalise_by(mean, std, value_range)
     return found

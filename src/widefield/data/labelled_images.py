@@ -3,7 +3,7 @@
 import csv
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +27,10 @@ class ImageDataset(Dataset[tuple[ImageFile, int]]):
 
     Args:
         images: What to open.
-        options: How, see `open_image`: level, spacing, channels, alpha.
+        options: How, see `open_image`: level, spacing, channels, alpha, fill.
     """
 
-    def __init__(self, images: Sequence[LabelledImage], **options: Any) -> None:
+    def __init__(self, images: Sequence[LabelledImage], options: Mapping[str, Any]) -> None:
         self.images = tuple(images)
         self.options = options
 
@@ -122,12 +122,17 @@ class LabelledImages(pl.LightningDataModule):
         self.class_names = list(table.class_names)
         if spacing is not None and level:
             raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
-        self.options = {"level": None if spacing else level, "spacing": spacing, "channels": channels, "alpha": alpha}
+        self.options: dict[str, Any] = {
+            "level": None if spacing else level,
+            "spacing": spacing,
+            "channels": channels,
+            "alpha": alpha,
+        }
         self.batch_size = batch_size
         self.seed = seed
         splits = _split(labels, table.images, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
-            ImageDataset(splits[name], **self.options) for name in ("train", "val", "test")
+            ImageDataset(splits[name], self.options) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")

@@ -22,6 +22,7 @@ class PixelStatistics:
         dtype: Type of the pixels.
         low, high: The percentiles 0.1 and 99.9 over all channels.
         mean, std: Of each channel.
+        missing: True if some pixels may hold no data: floats, or images that name a value for missing data.
         masks: The foreground of each image.
     """
 
@@ -30,6 +31,7 @@ class PixelStatistics:
     high: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    missing: bool
     masks: tuple[np.ndarray, ...]
 
     def fills_its_type(self) -> bool:
@@ -63,7 +65,13 @@ def pixel_statistics(images: Sequence[ImageFile], seed: int) -> PixelStatistics:
     low, high = np.nanpercentile(pixels, PERCENTILES)
     mean, std = np.nanmean(pixels, axis=1), np.nanstd(pixels, axis=1)
     return PixelStatistics(
-        images[0].dtype, float(low), float(high), tuple(map(float, mean)), tuple(map(float, std)), masks
+        dtype=images[0].dtype,
+        low=float(low),
+        high=float(high),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        missing=images[0].dtype.kind == "f" or any(image.nodata is not None for image in images),
+        masks=masks,
     )
 
 

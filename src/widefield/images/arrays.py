@@ -81,11 +81,14 @@ class MappedArray:
 def open_npy(path: Path, choice: Choice) -> Contents:
     """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
     array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    axes = check_array(path, array.shape, array.dtype, choice.channel_axis)
     is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    mapped = MappedArray(path, array.offset, array.shape, array.dtype, "F" if is_fortran else "C")
-    pixels = ArrayPixels(mapped, axes)
-    choose_series(path, choice.series, [path.name], [pixels.shape[1:]])
+    return of_array(path, MappedArray(path, array.offset, array.shape, array.dtype, "F" if is_fortran else "C"), choice)
+
+
+def of_array(what: object, array: Any, choice: Choice) -> Contents:
+    """The image in an array of shape (H, W), (H, W, C) or (C, H, W), which `what` names in messages."""
+    pixels = ArrayPixels(array, check_array(what, array.shape, array.dtype, choice.channel_axis))
+    choose_series(what, choice.series, [str(what)], [pixels.shape[1:]])
     return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels)
 
 

@@ -2,14 +2,16 @@
 
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from widefield.errors import WidefieldError
+from widefield.images.arrays import of_array
 from widefield.images.formats import (
     Alpha,
     ChannelAxis,
@@ -38,7 +40,7 @@ class ImageFile:
     number of threads may read at the same time. No dataclass: Lightning takes those apart when it converts a batch.
 
     Attributes:
-        path: The file.
+        path: The file; of an array a text that says so.
         level: Level of the pyramid that is read, 0 the largest.
         levels: (height, width) of every level, the largest first.
         spacing: Micrometres per pixel of this image, (y, x); None if the file doesn't say.
@@ -52,6 +54,7 @@ class ImageFile:
 
     def __init__(
         self,
+        source: Any,
         path: Path | str,
         arguments: Mapping[str, Any],
         level: int,
@@ -59,11 +62,12 @@ class ImageFile:
         pixels: Pixels,
         channels: list[int],
     ) -> None:
-        self.path: Any = path  # a string only of a URL
+        self._source, self.path = source, cast(Path, path)  # a string only of a URL or an array
         self.level, self.levels = level, contents.levels
         self.nodata, self.crs, self.associated_images = contents.nodata, contents.crs, contents.associated
         self.channel_names = contents.channel_names and tuple(contents.channel_names[channel] for channel in channels)
         self._arguments, self._pixels, self._channels = arguments, pixels, channels
+        self._fill = arguments["fill"]
         scale = tuple(full / part for full, part in zip(contents.levels[0], pixels.shape[1:], strict=True))
         self.spacing = contents.spacing and (contents.spacing[0] * scale[0], contents.spacing[1] * scale[1])
         self.transform = contents.transform and _scaled(contents.transform, *scale)
@@ -101,28 +105,33 @@ class ImageFile:
                 "clip the region to the image"
             )
         try:
-            return self._pixels.read(y, x, height, width, self._channels)
+            pixels = self._pixels.read(y, x, height, width, self._channels)
         except ImageReadError:
             raise
         except Exception as error:  # decoders raise whatever damaged data lead them to
             problem = "not enough memory for" if isinstance(error, MemoryError) else "truncated or corrupt data in"
             where = f"y={y}, x={x}, height={height}, width={width}"
             raise cannot_read(self.path, f"{problem} the region {where} ({error})") from error
+        if self._fill is not None:
+            has_data = _has_data(pixels, self.nodata)
+            if has_data is not None:
+                pixels[~has_data] = self._fill
+        return pixels
 
     def at_level(self, level: int) -> "ImageFile":
         """The same image, opened at another level."""
-        return open_image(self.path, **{**self._arguments, "level": level, "spacing": None})
+        return open_image(self._source, **{**self._arguments, "level": level, "spacing": None})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, dict(self._arguments))
+        return _reopened, (self._source, dict(self._arguments))
 
 
-def _reopened(path: Path | str, arguments: Mapping[str, Any]) -> ImageFile:
-    return open_image(path, **arguments)
+def _reopened(source: Any, arguments: Mapping[str, Any]) -> ImageFile:
+    return open_image(source, **arguments)
 
 
 def open_image(
-    path: str | Path,
+    path: Any,
     level: int | None = None,
     *,
     spacing: float | None = None,
@@ -130,6 +139,7 @@ def open_image(
     channels: Sequence[int | str] | None = None,
     alpha: Alpha = "drop",
     channel_axis: ChannelAxis | None = None,
+    fill: float | None = None,
 ) -> ImageFile:
     """Open an image file for reading region by region; no pixels are read yet.
 
@@ -144,6 +154,7 @@ def open_image(
 
     Args:
         path: The file, or the folder of a Zarr image; of a Zarr image also a URL that fsspec knows, such as "s3://bucket/scan.zarr".
+            Or an array or a tensor on the CPU, as in `.npy`.
         level: Level of a pyramid, 0 (the default) the largest.
         spacing: Micrometres per pixel, instead of a level. The level of this spacing, if one differs by less than 2%; else the next
             finer one, of which each pixel of the image is the mean of the area that it covers: an image of height H and spacing s
@@ -154,6 +165,7 @@ def open_image(
         alpha: "keep" gives transparency like every other channel.
         channel_axis: Of arrays of three axes in `.npy`: "first" for (C, H, W), "last" for (H, W, C). Needed only where the shape
             leaves it open: by default it is the smaller of the first and the last axis, if that has at most 32 entries.
+        fill: Takes the place of values that are no data: NaN, infinite, or the file's value for missing data. By default they stay.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -172,15 +184,21 @@ def open_image(
         "channels": channels,
         "alpha": alpha,
         "channel_axis": channel_axis,
+        "fill": fill,
     }
-    path = path if is_remote(path) else Path(path)
+    source, array = path, None if isinstance(path, (str, os.PathLike)) else np.asarray(path)
+    if array is not None:
+        path = f"an array of shape {array.shape} and type {array.dtype}"
+    elif not is_remote(path):
+        path = Path(path)
     if alpha not in ("drop", "keep"):
         raise ValueError(f'alpha={alpha!r} for {path}; expected "drop" or "keep"')
     if channel_axis not in ("first", "last", None):
         raise ValueError(f'channel_axis={channel_axis!r} for {path}; expected "first", "last" or None')
     if level is not None and spacing is not None:
         raise ValueError(f"level={level} and spacing={spacing:g} were both given for {path}; give one of them")
-    contents = _contents(path, Choice(series, channel_axis))
+    choice = Choice(series, channel_axis)
+    contents = _contents(path, choice) if array is None else of_array(path, array, choice)
     level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
     check_level(level, contents.levels, path)
     pixels = contents.pixels(level)
@@ -194,7 +212,7 @@ def open_image(
     elif contents.has_alpha and alpha == "drop" and len(every) > 1:
         warn_of_dropped_alpha(path, len(every))
         every.pop()
-    return ImageFile(path, arguments, level, contents, pixels, every)
+    return ImageFile(source, path, arguments, level, contents, pixels, every)
 
 
 def _contents(path: Path | str, choice: Choice) -> Contents:

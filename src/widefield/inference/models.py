@@ -27,7 +27,7 @@ class ModelInfo:
 
     Attributes:
         class_names: Names of the classes; None where they have none.
-        opening: How the images of the training were opened: level, spacing, channels, alpha of `open_image`.
+        opening: How the images of the training were opened: level, spacing, channels, alpha and fill of `open_image`.
         pipeline: What images went through in validation.
         pixels: Number of channels and type of the pixels of the training images; None if that is not known.
     """
@@ -217,16 +217,15 @@ def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
     """From the state of the data module in the checkpoint, and from the section of the configuration that describes it."""
-    state = next(
-        (part for part in checkpoint.values() if isinstance(part, dict) and {"class_names", "level"} <= part.keys()), {}
-    )
+    parts = [part for key, part in checkpoint.items() if key != "hyper_parameters" and isinstance(part, dict)]
+    state = next((part for part in parts if "class_names" in part), {})
     names = state.get("class_names") or checkpoint.get("hyper_parameters", {}).get("class_names")
     seen = data.get("test") or data.get("val") or {}
     return ModelInfo(
         None if names is None else tuple(names),
         {
             name: one[name]
-            for name in ("level", "spacing", "channels", "alpha")
+            for name in ("level", "spacing", "channels", "alpha", "fill")
             for one in (data, seen, state)
             if name in one
         },

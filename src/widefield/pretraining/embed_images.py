@@ -72,6 +72,7 @@ def embed(
     format: EmbeddingFormat = "torch",
     image_size: Size | None = (224, 224),
     level: Annotated[int, Range(0)] = 0,
+    spacing: Annotated[float, Range(0)] | None = None,
     streaming: StreamingArgs | Mapping[str, Any] | None = None,
     batch_size: Count = 128,
     num_workers: Workers = "auto",
@@ -95,6 +96,7 @@ def embed(
         image_size: Pixels to which images are resized, a number or (height, width), whatever size and shape they have. None: they
             stay as they are, and go through the model one after the other.
         level: Level of a pyramid that is read with image_size=None, 0 the largest.
+        spacing: Micrometres per pixel that are read with image_size=None instead of a level, see `open_image`.
         streaming: Run the model tile by tile, as in `widefield.train`. With image_size=None a file is then never held whole, so
             that slides have one embedding each, in the memory of some tiles.
         batch_size: Images that go through the model together.
@@ -112,8 +114,9 @@ def embed(
     given = arguments(embed, locals(), errors, unchecked=("data",))
     errors.raise_if_any("widefield.embed")
     workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
-    if given.image_size is not None and given.level:
-        raise ValueError(f"level={given.level} is for image_size=None, which takes images as they are")
+    if given.image_size is not None and (given.level or given.spacing):
+        told = f"level={given.level}" if given.level else f"spacing={given.spacing:g}"
+        raise ValueError(f"{told} is for image_size=None, which takes images as they are")
     check_file(given.out, given.overwrite)
     if given.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError('format="parquet" needs the package pyarrow, which is not installed; pip install pyarrow')
@@ -124,8 +127,10 @@ def embed(
     with torch.inference_mode():
         if given.image_size is None:
             source = make_source(given.data, args.num_channels, None, None)
-            look = Look(args, next((p.dtype for p in embedding.parameters()), torch.float32))
-            embedded = _at_own_size(model, source, look, given.level, given.streaming is not None, fabric.device)
+            look = Look(
+                args, next((p.dtype for p in embedding.parameters()), torch.float32), given.level, given.spacing
+            )
+            embedded = _at_own_size(model, source, look, given.streaming is not None, fabric.device)
         else:
             views = whole_image(args, given.image_size)
             source = make_source(given.data, args.num_channels, views.reduction, None)
@@ -166,12 +171,12 @@ def _in_batches(
 
 
 def _at_own_size(
-    model: Callable[[Any], Tensor], source: ImageSource, look: "Look", level: int, streams: bool, device: torch.device
+    model: Callable[[Any], Tensor], source: ImageSource, look: "Look", streams: bool, device: torch.device
 ) -> Iterator[Embedded]:
     """One image after the other; whole slides too, which are read tile by tile if the model `streams`."""
     for index in range(len(source)):
         try:
-            image = _open(source, index, look, level)
+            image = _open(source, index, look)
             if isinstance(image, LazyPixels) and not streams:
                 image = image.read(0, 0, *image.shape[1:])
             yield [index], model(image[None].to(device) if isinstance(image, Tensor) else image)
@@ -198,10 +203,12 @@ def _collected(embedded: Iterable[Embedded]) -> tuple[list[int], Tensor]:
 
 @dataclass(frozen=True)
 class Look:
-    """The pixels that a model takes: with the channels, values and normalisation of `args`, of the type `dtype`."""
+    """The pixels that a model takes: at a level or spacing, with the channels, values and normalisation of `args`, of a type."""
 
     args: TransformArgs
     dtype: torch.dtype
+    level: int = 0
+    spacing: float | None = None
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels (C, height, width), normalised."""
@@ -238,19 +245,19 @@ class LazyPixels:
         return self._look(with_channels(pixels, self._look.args.num_channels, self._name))
 
 
-def _open(source: ImageSource, index: int, look: Look, level: int) -> LazyPixels | Tensor:
+def _open(source: ImageSource, index: int, look: Look) -> LazyPixels | Tensor:
     """An image of a file, read lazily if its format allows it, else as a tensor (C, height, width)."""
     if not isinstance(source, Files):
         return look(source.read(index, Random(index)))
     path = source.paths[index]
     with reading(path):
+        level = None if look.spacing else look.level
         try:
-            image = open_lazily(path, look.args.num_channels)
+            return LazyPixels(open_lazily(path, look.args.num_channels, level, look.spacing), look, str(path))
         except ImageReadError:
+            if look.level or look.spacing:
+                raise
             return look(read_pixels(path, look.args.num_channels))
-        if level >= len(image.levels):
-            raise ImageReadError(f"cannot use {path}: it has {len(image.levels)} levels and level={level}")
-        return LazyPixels(open_lazily(path, look.args.num_channels, level) if level else image, look, str(path))
 
 
 def _names(source: ImageSource, data: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
+from widefield.errors import WidefieldError
 from widefield.images import ImageReadError, image_endings, images_below, is_image_name
 from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
 from widefield.pretraining.slides import SlideArgs, read_patch
@@ -73,6 +74,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, MemoryError):
         raise
+    except WidefieldError as error:
+        raise ImageReadError(f"cannot use {path}: {error}") from error
     except Exception as error:
         raise ImageReadError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     finally:
