@@ -136,3 +136,28 @@ def test_an_image_that_is_gone_leaves_nothing_in_memory(tmp_path):
         path.hardlink_to(paths[0])
     result = subprocess.run([sys.executable, "-c", MANY, *paths], check=True, capture_output=True, text=True)
     assert int(result.stdout) < 3 * 256 * 8192 * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_lock_that_another_thread_holds_is_free_in_a_forked_process():
+    code = """
+import os, sys, threading
+from widefield.images.formats import ForkSafeLock
+lock, held, done = ForkSafeLock(), threading.Event(), threading.Event()
+def hold():
+    with lock:
+        held.set()
+        done.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if not child:
+    with lock:
+        os._exit(7)
+try:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+finally:
+    done.set()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout == "7\n"

@@ -1,5 +1,7 @@
-"""Arrays as images: in memory, in a `.npy` file, or anywhere uncompressed in a file, read through a memory map."""
+"""Arrays as images: in memory, in `.npy` and PNM files, or anywhere uncompressed in a file, read through a memory map."""
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -35,8 +37,9 @@ class ArrayPixels:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the pixels, in native byte order."""
-        return np.dtype(self.array.dtype).newbyteorder("=")
+        """Type of the pixels, in native byte order; uint8 of truth values."""
+        dtype = np.dtype(self.array.dtype)
+        return np.dtype("u1") if dtype.kind == "b" else dtype.newbyteorder("=")
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width), a copy."""
@@ -90,6 +93,48 @@ def of_array(what: object, array: Any, choice: Choice) -> Contents:
     pixels = ArrayPixels(array, check_array(what, array.shape, array.dtype, choice.channel_axis))
     choose_series(what, choice.series, [str(what)], [pixels.shape[1:]])
     return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels)
+
+
+_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM = re.compile(rb"P(?:([14])%b(\d+)%b(\d+)|([2356])%b(\d+)%b(\d+)%b(\d+))\s" % ((_GAP,) * 5))
+"""The header of a PNM file: its kind, width and height, and but for bits the greatest value."""
+
+
+@image_format(
+    "PNM", endings=(".pbm", ".pgm", ".ppm"), recognises=lambda path, start: bool(re.match(rb"P[1-6][\s#]", start))
+)
+def open_pnm(path: Path, choice: Choice) -> Contents:
+    """Open a PBM, PGM or PPM file. Values are as stored; bits are 0 for black and 1 for white."""
+    with path.open("rb") as file:
+        header = _PNM.match(file.read(2**16))
+    if header is None:
+        raise cannot_read(path, "its PNM header is damaged")
+    kind, width, height, greatest = (int(part) for part in (*(part for part in header.groups() if part), b"1")[:4])
+    if not 0 < greatest < 65536 or not width or not height:
+        raise cannot_read(path, f"it has {width}x{height} pixels of values up to {greatest}; expected 1 to 65535")
+    shape = (height, width, 3 if kind in (3, 6) else 1)
+    dtype = np.dtype("u1" if greatest < 256 else ">u2")
+    array: Any
+    if kind in (5, 6):
+        array = MappedArray(path, header.end(), shape, dtype)
+        size, end = path.stat().st_size, header.end() + math.prod(shape) * dtype.itemsize
+        if size < end:
+            raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
+    else:
+        array = _few_pixels(path, path.read_bytes()[header.end() :], kind, shape).astype(dtype)
+    choose_series(path, choice.series, [path.name], [shape[:2]])
+    return Contents(levels=(shape[:2],), pixels=lambda level: ArrayPixels(array, "YXC"))
+
+
+def _few_pixels(path: Path, data: bytes, kind: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Pixels that are written as text, or as packed bits."""
+    height, width, _ = shape
+    if kind == 4:
+        rows = np.frombuffer(data, np.uint8, height * -(-width // 8)).reshape(height, -1)
+        return 1 - np.unpackbits(rows, axis=1, count=width)[..., None]
+    text = re.sub(rb"#[^\r\n]*", b"", data)
+    values = np.array(re.findall(rb"[01]", text) if kind == 1 else text.split(), dtype=np.int64)[: math.prod(shape)]
+    return (1 - values if kind == 1 else values).reshape(shape)
 
 
 def check_array(what: object, shape: tuple[int, ...], dtype: np.dtype, channel_axis: ChannelAxis | None) -> str:

@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from widefield.images.formats import Choice, Contents, cannot_read, choose_series, image_format, known, optional
+from widefield.images.formats import (
+    Choice,
+    Contents,
+    ForkSafeLock,
+    cannot_read,
+    choose_series,
+    image_format,
+    known,
+    optional,
+)
 
 _GREY_OR_RGB = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
@@ -34,7 +42,7 @@ def open_dicom(path: Path, choice: Choice) -> Contents:
     frame = choose_series(path, choice.series, [f"frame {k}" for k in range(frames)], [size] * frames)
     white = 2 ** int(header.BitsStored) - 1 if colours == "MONOCHROME1" and dtype.kind == "u" else None
     y, x = header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or (float("nan"),) * 2
-    pixels = FramePixels(path, (samples, *size), dtype, frame, white)
+    pixels = FramePixels(path, (samples, *size), dtype, frame, frames == 1, white)
     return Contents(levels=(size,), pixels=lambda level: pixels, spacing=known(float(y) * 1000, float(x) * 1000))
 
 
@@ -47,10 +55,12 @@ class FramePixels:
     """(channels, height, width)."""
     dtype: np.dtype
     frame: int
+    is_alone: bool
+    """True if there are no other frames."""
     white: int | None
     """What is shown as black, where large values are dark."""
     _decoded: list[np.ndarray] = field(default_factory=list, repr=False)
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
@@ -61,7 +71,11 @@ class FramePixels:
 
     def _decode(self) -> np.ndarray:
         decoders: Any = optional("pydicom.pixels", self.path, "dicom")
-        pixels = np.asarray(decoders.pixel_array(self.path, index=self.frame), self.dtype).reshape(
+        source: Any = self.path
+        if self.is_alone:  # read as a whole, also deflated files and those with damaged tables of frames can be decoded
+            pydicom: Any = optional("pydicom", self.path, "dicom")
+            source = pydicom.dcmread(self.path)
+        pixels = np.asarray(decoders.pixel_array(source, index=self.frame), self.dtype).reshape(
             *self.shape[1:], self.shape[0]
         )
         return pixels if self.white is None else self.dtype.type(self.white) - pixels

@@ -14,6 +14,7 @@ import difflib
 import importlib
 import logging
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import numpy as np
 
@@ -153,11 +155,41 @@ def image_formats() -> tuple[ImageFormat, ...]:
     return tuple(sorted(_FORMATS, key=lambda one: own.index(module) if (module := one.open.__module__) in own else -1))
 
 
+class ForkSafeLock:
+    """A lock that is free in a forked process, whoever held it: of all threads only the one that forked goes on there."""
+
+    def __init__(self) -> None:
+        self.renew()
+        _LOCKS.add(self)
+
+    def renew(self) -> None:
+        """Forget who holds it."""
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_LOCKS: WeakSet[ForkSafeLock] = WeakSet()
+
+
+def _renew_locks() -> None:
+    for lock in _LOCKS:
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 class PerProcess:
     """What a function opens, opened once in each process: a forked one must not share a file's position or a codec's state."""
 
     def __init__(self, opening: Callable[[], Any]) -> None:
-        self._opening, self._lock = opening, Lock()
+        self._opening, self._lock = opening, ForkSafeLock()
         self._opened: dict[int, Any] = {}
 
     def get(self) -> Any:
@@ -209,8 +241,8 @@ def choose_series(path: object, series: int | str | None, names: Sequence[str], 
             reason = f"it holds several images, of which the first is not the largest alone ({listed})"
             raise cannot_read(path, f"{reason}; say which one with series=..., by its number or name")
         return 0
-    if isinstance(series, int) and 0 <= series < len(names):
-        return series
+    if isinstance(series, numbers.Integral) and 0 <= series < len(names):
+        return int(series)
     if isinstance(series, str) and names.count(series) == 1:
         return names.index(series)
     raise WrongArgumentError(f"series={series!r} of {path} does not exist; its images are {listed}")
@@ -222,7 +254,7 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
     Raises:
         ValueError: One of them does not exist, or none is given.
     """
-    if isinstance(chosen, str) or not chosen:
+    if isinstance(chosen, str) or np.ndim(chosen) != 1 or not len(chosen):
         raise ValueError(
             f"channels={chosen!r} for {path}; expected a list of channels such as [0, 1, 2], or None for all"
         )
@@ -230,7 +262,7 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
     for one in chosen:
         if isinstance(one, str) and names is not None and one in names:
             found.append(names.index(one))
-        elif not isinstance(one, str) and 0 <= one < count:
+        elif isinstance(one, numbers.Integral) and 0 <= one < count:
             found.append(int(one))
         else:
             near = difflib.get_close_matches(str(one), names or (), 1)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedRandom
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import PIL.Image
 import pyvips
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import Choice, Contents, cannot_read, choose_series, image_format
+from widefield.images.formats import Choice, Contents, ForkSafeLock, cannot_read, choose_series, image_format
 
 MEMORY_BYTES = 64 * 2**20
 """An image that decodes to more than this many bytes goes to a temporary file."""
@@ -40,16 +39,16 @@ _DTYPES: dict[str, np.dtype] = {
     "float": np.dtype("f4"),
     "double": np.dtype("f8"),
 }
-_OPENING = Lock()
+_OPENING = ForkSafeLock()
 
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".pbm", ".pgm", ".ppm")
-_MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|P[1-6]\s", re.DOTALL)
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 
 
-@image_format("PNG, JPEG, WebP, PNM", endings=_ENDINGS, recognises=lambda path, start: bool(_MAGIC.match(start)))
+@image_format("PNG, JPEG, WebP", endings=_ENDINGS, recognises=lambda path, start: bool(_MAGIC.match(start)))
 def open_photo(path: Path, choice: Choice) -> Contents:
-    """Open a PNG, JPEG, WebP, PBM, PGM or PPM file."""
+    """Open a PNG, JPEG or WebP file."""
     image = _load(path)
     pixels = _DecodedPixels(path, (image.bands, image.height, image.width), dtype_of(image))
     choose_series(path, choice.series, [path.name], [pixels.shape[1:]])
@@ -73,7 +72,7 @@ class _DecodedPixels:
     shape: tuple[int, int, int]
     """(channels, height, width)."""
     dtype: np.dtype[Any]
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Any = field(default_factory=ForkSafeLock, repr=False)
     _decoded: list[ArrayPixels] = field(default_factory=list, repr=False)
     """Empty until the first read."""
 
@@ -137,8 +136,8 @@ def _load(path: Path) -> pyvips.Image:
     except pyvips.Error as error:
         raise cannot_read(path, describe(error)) from error
     bits = image.get("bits-per-sample") if image.get_typeof("bits-per-sample") else 8
-    if bits < 8 and image.bands == 1:  # libpng spreads grey of 1, 2 and 4 bits over 0 to 255
-        image = (image // (255 // (2**bits - 1))).cast("uchar")
+    if bits < 8 and image.bands <= 2:  # libpng spreads grey of 1, 2 and 4 bits over 0 to 255
+        image = (image // [255 // (2**bits - 1), 1][: image.bands]).cast("uchar")
     return image
 
 

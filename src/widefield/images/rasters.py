@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from widefield.images.formats import (
     Choice,
     Contents,
+    ForkSafeLock,
     PerProcess,
     cannot_read,
     check_segment,
@@ -70,7 +70,7 @@ class RasterPixels:
     """(channels, height, width)."""
     dtype: np.dtype
     _raster: PerProcess = field(init=False, repr=False)
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_raster", PerProcess(lambda: _opened(self.path, self.level)))

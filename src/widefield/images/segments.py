@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import Pixels, cannot_read, check_segment
+from widefield.images.formats import ForkSafeLock, Pixels, cannot_read, check_segment
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
 CACHE_BYTES = 16 * 2**20
@@ -46,7 +45,7 @@ def page_pixels(path: Path, page: Page, blank: float) -> Pixels:
     Args:
         path: The file that the pixels lie in.
         page: The page.
-        blank: Value of tiles that have no bytes.
+        blank: Stored value of tiles that have no bytes; the nearest one that their type holds, as in GDAL.
 
     Raises:
         ImageReadError: Something of it is not supported.
@@ -79,8 +78,18 @@ def page_pixels(path: Path, page: Page, blank: float) -> Pixels:
         counts=np.array(page.databytecounts, np.int64),
         decode=_decoder(path, page),
         convert=colours.convert,
-        blank=blank,
+        blank=_blank_pixel(blank, frame, colours),
     )
+
+
+def _blank_pixel(value: float, page: Page, colours: _Colours) -> np.ndarray:
+    """The channels of a pixel whose samples are all `value`."""
+    dtype = page.dtype
+    if dtype.kind in "ui":
+        nearest = math.floor(value + 0.5) if math.isfinite(value) else value
+        value = 0 if math.isnan(value) else min(max(nearest, np.iinfo(dtype).min), np.iinfo(dtype).max)
+    pixel = np.full((1, 1, page.samplesperpixel), value, dtype)
+    return np.ravel(pixel if colours.convert is None else colours.convert(pixel))
 
 
 def _colours(path: Path, page: Page) -> _Colours:
@@ -106,7 +115,7 @@ def _colours(path: Path, page: Page) -> _Colours:
     if photometric == PHOTOMETRIC.PALETTE and page.colormap is not None and samples == 1:
         table = np.asarray(page.colormap).T  # 16 bits, of which some writers fill the lower 8 only
         colours = (table if table.max() < 256 else table >> 8).astype("u1")
-        return _Colours(3, colours.dtype, lambda pixels: colours[pixels[..., 0]])
+        return _Colours(3, colours.dtype, lambda pixels: colours[pixels[..., 0].astype(np.intp)])
     if photometric == PHOTOMETRIC.YCBCR and page.compression in _JPEG:
         return _Colours(samples, dtype)
     if photometric == PHOTOMETRIC.SEPARATED and samples == 4 and dtype == "u1":
@@ -192,9 +201,10 @@ class SegmentPixels:
     """Bytes of each segment; 0 for one that was never written."""
     decode: Decode
     convert: Callable[[np.ndarray], np.ndarray] | None
-    blank: float
+    blank: np.ndarray
+    """The channels of a pixel that was never written."""
     _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
@@ -221,7 +231,7 @@ class SegmentPixels:
                 end = min(y + height, top + rows), min(x + width, left + columns)
                 inside = target[first[0] - y : end[0] - y, first[1] - x : end[1] - x]
                 if not self.counts[index]:
-                    inside[...] = self.blank
+                    inside[...] = self.blank[[plane] if self.planes > 1 else list(channels)]
                     continue
                 part = self._decoded(index, file)[first[0] - top : end[0] - top, first[1] - left : end[1] - left]
                 if part.shape[:2] != inside.shape[:2]:

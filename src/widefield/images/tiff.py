@@ -23,7 +23,7 @@ from widefield.images.formats import (
 )
 from widefield.images.segments import Page, page_pixels
 from widefield.images.slides import open_slide
-from widefield.images.tiff_metadata import channel_names, georeference, nodata, spacing
+from widefield.images.tiff_metadata import channel_names, georeference, nodata, shown_nodata, spacing
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ENDINGS = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".svs", ".qptiff")
@@ -48,7 +48,12 @@ class _Plane:
     at: dict[str, int]
 
 
-@image_format("TIFF", endings=_ENDINGS, recognises=lambda path, start: start.startswith(_MAGIC))
+def _is_tiff(path: Path, start: bytes) -> bool:
+    """True of a TIFF file, but not of DICOM, whose preamble may begin like one."""
+    return start.startswith(_MAGIC) and start[128:132] != b"DICM"
+
+
+@image_format("TIFF", endings=_ENDINGS, recognises=_is_tiff)
 def open_tiff(path: Path, choice: Choice) -> Contents:
     """Open one image of a TIFF file. Channels that lie in other files of the same OME-TIFF are read from there."""
     with tifffile.TiffFile(path) as file:
@@ -83,7 +88,7 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
             spacing=spacing(file, plane.index) if transform is None else None,
             channel_names=named,
             has_alpha=transform is None and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
-            nodata=nodata(page),
+            nodata=shown_nodata(page),
             crs=crs,
             transform=transform,
             associated={name: partial(_picture, path, one) for name, one in _beside_pixels(path, beside)},

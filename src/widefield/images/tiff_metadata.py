@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
+from tifffile import PHOTOMETRIC
 
 from widefield.images.formats import Pixels, Spacing, Transform, known, micrometres
 from widefield.images.segments import Page
@@ -82,8 +83,17 @@ def channel_names(file: tifffile.TiffFile, series: int, pixels: Pixels) -> tuple
     return tuple(map(str, names)) if len(names) == pixels.shape[0] and all(names) else None
 
 
+def shown_nodata(page: Page) -> float | None:
+    """The value of missing pixels after the conversion of colours; None of palettes, where it is an index."""
+    value = nodata(page)
+    if value is None or page.photometric in (PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED):
+        return None
+    is_inverted = page.photometric == PHOTOMETRIC.MINISWHITE and page.dtype.kind in "ub"
+    return 2**page.bitspersample - 1 - value if is_inverted else value
+
+
 def nodata(page: Page) -> float | None:
-    """The value of missing pixels, of GDAL's tag."""
+    """The value of missing pixels as they are stored, of GDAL's tag."""
     try:
         return float(str(page.tags.valueof(42113)).strip("\0 "))
     except ValueError:  # no such tag, or no number in it
