@@ -129,3 +129,19 @@ def test_an_array_is_an_image_too(rgb, chw, kind):
         open_image(np.ones((5, 6, 5)))
     with pytest.raises(OSError, match=r"cannot read an array of shape .*complex128"):
         open_image(np.ones((5, 6), complex))
+
+
+def test_pixels_that_are_nan_do_not_count_at_a_spacing_between_levels_nor_beside_them(tmp_path):
+    pixels = np.ones((8, 8), "f4")
+    pixels[2:4, 2:4] = pixels[0, 0] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", pixels, resolution=(20_000, 20_000), resolutionunit=3, metadata=None)
+    expected = np.ones((4, 4), "f4")
+    expected[1, 1] = np.nan
+    np.testing.assert_array_equal(open_image(tmp_path / "a.tif", spacing=1).read(0, 0, 4, 4)[0], expected)
+
+
+def test_means_of_the_greatest_integers_do_not_wrap(tmp_path):
+    for dtype in ("u8", "i8", "u4"):
+        pixels = np.full((8, 8), np.iinfo(dtype).max, dtype)
+        tifffile.imwrite(tmp_path / "a.tif", pixels, resolution=(20_000, 20_000), resolutionunit=3, metadata=None)
+        assert open_image(tmp_path / "a.tif", spacing=1).read(0, 0, 4, 4).min() > np.iinfo(dtype).max * 0.999

@@ -11,7 +11,7 @@ import rasterio.shutil
 import tifffile
 import zarr
 from pydicom.pixels import pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from zarr.storage import ZipStore
@@ -90,6 +90,44 @@ def test_a_zarr_without_an_image_and_a_damaged_one_are_named(tmp_path, chw):
     (tmp_path / "c").mkdir()
     with pytest.raises(ImageReadError, match="a folder, and no Zarr"):
         open_image(tmp_path / "c")
+
+
+def test_levels_of_an_ome_zarr_are_sorted_and_those_of_other_types_or_channels_left_out(tmp_path, chw):
+    group = zarr.create_group(str(tmp_path / "a.zarr"), zarr_format=2)
+    arrays = [chw[:, ::4, ::4], chw[:, ::2, ::2], chw, chw[:2, ::8, ::8], chw[:, ::8, ::8].astype("f4")]
+    scales = [2.0, 1.0, 0.5, 4.0, 4.0]
+    for k, array in enumerate(arrays):
+        group.create_array(str(k), data=array)
+    datasets = [
+        {"path": str(k), "coordinateTransformations": [{"type": "scale", "scale": [1, scale, scale]}]}
+        for k, scale in enumerate(scales)
+    ]
+    axes = [{"name": axis, "unit": "micrometer"} for axis in "cyx"]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    image = open_image(tmp_path / "a.zarr")
+    assert (image.levels, image.spacing) == (((201, 333), (101, 167), (51, 84)), (0.5, 0.5))
+    np.testing.assert_array_equal(open_image(tmp_path / "a.zarr", 2).read(0, 0, 51, 84), arrays[0])
+
+
+def test_the_axis_of_the_channels_is_said_of_a_zarr_array_without_names_only(tmp_path):
+    pixels = np.arange(3 * 40 * 3, dtype="u2").reshape(3, 40, 3)
+    zarr.create_array(str(tmp_path / "a.zarr"), data=pixels)
+    with pytest.raises(ValueError, match=r"a\.zarr does not tell which axis"):
+        open_image(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(open_image(tmp_path / "a.zarr", channel_axis="first").read(0, 0, 40, 3), pixels)
+    zarr.create_array(str(tmp_path / "b.zarr"), data=pixels, dimension_names=("c", "y", "x"))
+    with pytest.raises(ValueError, match=r"b\.zarr, whose axes have names"):
+        open_image(tmp_path / "b.zarr", channel_axis="last")
+
+
+@pytest.mark.parametrize("names", [("y", "y", "x"), ("c", "z", "x"), ("t", "tile", "y", "x"), ("y", "x")])
+def test_axes_of_an_ome_zarr_that_are_no_image_are_named(tmp_path, names):
+    group = zarr.create_group(str(tmp_path / "a.zarr"), zarr_format=2)
+    group.create_array("0", data=np.zeros((2, 3, 8, 9) if len(names) == 4 else (3, 8, 9), "u1"))
+    axes = [{"name": name} for name in names]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": [{"path": "0"}]}]
+    with pytest.raises(ImageReadError, match=r"a\.zarr: the names of its axes begin with"):
+        open_image(tmp_path / "a.zarr")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -230,3 +268,14 @@ def test_a_dicom_file_without_an_image_is_named(tmp_path):
     dataset.save_as(path)
     with pytest.raises(ImageReadError, match=r"a\.dcm: it is a DICOM file without an image \(MG\)"):
         open_image(path)
+
+
+def test_a_dicom_image_may_have_a_tiff_preamble_or_be_deflated(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 250, (30, 40)).astype("u2")
+    path = _write_dicom(tmp_path / "a.dcm", pixels)
+    path.write_bytes(b"II*\0" + path.read_bytes()[4:])
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 30, 40)[0], pixels)
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path)
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 30, 40)[0], pixels)

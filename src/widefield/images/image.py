@@ -163,8 +163,9 @@ def open_image(
             image. By default the first, which must be the largest, or the only one.
         channels: Which channels, by index or name, in this order. All by default.
         alpha: "keep" gives transparency like every other channel.
-        channel_axis: Of arrays of three axes in `.npy`: "first" for (C, H, W), "last" for (H, W, C). Needed only where the shape
-            leaves it open: by default it is the smaller of the first and the last axis, if that has at most 32 entries.
+        channel_axis: Of arrays of three axes without names in `.npy` or Zarr: "first" for (C, H, W), "last" for (H, W, C). Needed
+            only where the shape leaves it open: by default it is the smaller of the first and the last axis, if that has at most
+            32 entries.
         fill: Takes the place of values that are no data: NaN, infinite, or the file's value for missing data. By default they stay.
 
     Raises:
@@ -226,9 +227,9 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
             raise cannot_read(path, "the file is empty")
     for one in image_formats():
         if one.recognises(path, start):
-            if choice.channel_axis is not None and one.name != "npy":
+            if choice.channel_axis is not None and one.name not in ("npy", "OME-Zarr and Zarr"):
                 raise ValueError(
-                    f"channel_axis={choice.channel_axis!r} for {path}, but only .npy leaves it open; omit it"
+                    f"channel_axis={choice.channel_axis!r} for {path}, but only .npy and Zarr leave it open; omit it"
                 )
             try:
                 return one.open(path, choice)
@@ -300,14 +301,20 @@ class _AveragedPixels:
         top, left = int(rows.min()), int(columns.min())
         part = self.pixels.read(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1, channels)
         weights = rows - top, row_weights, columns - left, column_weights
-        has_data = None if self.nodata is None else _has_data(part, self.nodata)
-        if self.nodata is None or has_data is None:
+        has_data = _has_data(part, self.nodata)
+        if has_data is None:
             mean = _weighted(part.astype(np.float64), *weights)
         else:
             total = _weighted(np.where(has_data, part, 0).astype(np.float64), *weights)
             share = _weighted(has_data.astype(np.float64), *weights)
-            mean = np.where(share > 0, total / np.where(share > 0, share, 1), self.nodata)
-        return (mean if self.dtype.kind == "f" else np.rint(mean)).astype(self.dtype)
+            empty = math.nan if self.nodata is None else self.nodata
+            mean = np.where(share > 0, total / np.where(share > 0, share, 1), empty)
+        if self.dtype.kind == "f":
+            return mean.astype(self.dtype)
+        greatest = float(np.iinfo(self.dtype).max)
+        if self.dtype.itemsize == 8:  # of these the greatest is no float
+            greatest = math.nextafter(greatest, 0)
+        return np.minimum(np.rint(mean), greatest).astype(self.dtype)
 
 
 def _covered(first: int, count: int, full: int, size: int) -> tuple[np.ndarray, np.ndarray]:

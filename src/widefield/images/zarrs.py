@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from widefield.errors import WrongArgumentError
 from widefield.images.arrays import ArrayPixels, check_array
 from widefield.images.formats import (
     Choice,
@@ -85,9 +86,15 @@ def _root(path: Path | str) -> Any:
     import zarr  # slow to import
     from zarr.storage import ZipStore
 
-    if not is_remote(path) and Path(path).is_file():
-        return zarr.open(ZipStore(path, mode="r"), mode="r")
-    return zarr.open(str(path), mode="r")
+    try:
+        if not is_remote(path) and Path(path).is_file():
+            return zarr.open(ZipStore(path, mode="r"), mode="r")
+        return zarr.open(str(path), mode="r")
+    except FileNotFoundError as error:
+        reason = "there is no Zarr array or group at its root"
+        if is_remote(path):
+            raise FileNotFoundError(f"cannot read {path}: {reason}") from error
+        raise cannot_read(path, reason) from error
 
 
 def _images(path: Path | str, root: PerProcess, choice: Choice) -> Iterator[_Image]:
@@ -99,6 +106,8 @@ def _images(path: Path | str, root: PerProcess, choice: Choice) -> Iterator[_Ima
     multiscales = {key: _multiscales(one) for key, one in groups.items() if not hasattr(one, "chunks")}
     for key, described in multiscales.items():
         for one in described:
+            if choice.channel_axis is not None:
+                raise _named_axes(path)
             yield _multiscale(path, root, key, groups[key], one)
     if not any(multiscales.values()):
         for key, array in sorted(groups.items()):
@@ -113,8 +122,25 @@ def _multiscales(group: Any) -> list[dict[str, Any]]:
 
 def _plain(path: Path | str, root: PerProcess, key: str, array: Any, choice: Choice) -> _Image:
     names = "".join(str(name or " ")[0].upper() for name in getattr(array.metadata, "dimension_names", None) or ())
-    axes = names if {"Y", "X"} <= set(names) else check_array(path, array.shape, array.dtype, choice.channel_axis)
+    if not {"Y", "X"} <= set(names):
+        axes = check_array(path, array.shape, array.dtype, choice.channel_axis)
+    elif choice.channel_axis is not None:
+        raise _named_axes(path)
+    else:
+        axes = _checked(path, names, array)
     return _Image(key or "array", axes, [_array(path, root, key, array)], (math.nan, math.nan), None)
+
+
+def _named_axes(path: Path | str) -> WrongArgumentError:
+    return WrongArgumentError(f"channel_axis was given for {path}, whose axes have names; omit it")
+
+
+def _checked(path: Path | str, axes: str, array: Any) -> str:
+    """The letters `axes`, if there is one for each axis of the array, Y and X among them and none twice."""
+    if len(axes) != len(array.shape) or len(set(axes)) < len(axes) or not {"Y", "X"} <= set(axes):
+        reason = f"the names of its axes begin with {', '.join(axes)}, of an array of {len(array.shape)}"
+        raise cannot_read(path, f"{reason}; expected y and x, and at most one of c, t, z and the like each")
+    return axes
 
 
 def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> _Array:
@@ -125,14 +151,14 @@ def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> _Array:
 
 
 def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, described: dict[str, Any]) -> _Image:
-    datasets = described["datasets"]
+    datasets = sorted(described["datasets"], key=lambda one: -math.prod(group[one["path"]].shape))
     keys = [f"{key}/{one['path']}".strip("/") for one in datasets]
     arrays = [_array(path, root, name, group[one["path"]]) for name, one in zip(keys, datasets, strict=True)]
     axes = [
         one if isinstance(one, dict) else {"name": one}
         for one in described.get("axes", "tczyx"[-len(arrays[0].shape) :])
     ]
-    letters = "".join(axis["name"][0].upper() for axis in axes)
+    letters = _checked(path, "".join(axis["name"][0].upper() for axis in axes), arrays[0])
     scales = [math.nan] * len(axes)
     if "coordinateTransformations" in datasets[0]:
         scales = [1.0] * len(axes)
@@ -143,8 +169,12 @@ def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, descri
     shown = dict(group.attrs).get("ome", dict(group.attrs)).get("omero", {}).get("channels", [])
     names = tuple(str(channel.get("label", "")) for channel in shown)
     count = arrays[0].shape[letters.index("C")] if "C" in letters else 1
-    stacked = [index for index, axis in enumerate(letters) if axis not in "CYX"]
-    levels = [one for one in arrays if all(one.shape[k] == arrays[0].shape[k] for k in stacked)]
+    kept = [index for index, axis in enumerate(letters) if axis not in "YX"]
+    levels = [
+        one
+        for one in arrays
+        if one.dtype == arrays[0].dtype and [one.shape[k] for k in kept] == [arrays[0].shape[k] for k in kept]
+    ]
     named = names if len(names) == count and all(names) else None
     return _Image(described.get("name") or key or "image", letters, levels, (y, x), named)
 
