@@ -195,3 +195,8 @@ def test_a_table_that_is_not_text_is_refused(tmp_path: Path, images: Path) -> No
     path.write_bytes(b"image,label\na,\xff\xfe\n")
     with pytest.raises(LabelError, match="not UTF-8"):
         read_labels(path, images)
+
+
+def test_a_field_that_never_ends_is_an_error_that_names_the_line(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(LabelError, match=r"labels\.csv, line .*it is no CSV file"):
+        read_labels(table(tmp_path, "image,label", "a," + "x" * 200_000), images)

@@ -223,8 +223,11 @@ def _csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     if len(_known(first.split(separator))) < 2:
         separator = max(",;\t|", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
-    return header, [(reader.line_num, record) for record in reader if any(entry.strip() for entry in record)]
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        return header, [(reader.line_num, record) for record in reader if any(entry.strip() for entry in record)]
+    except csv.Error as error:
+        raise LabelError(f"{path}, line {reader.line_num}: it is no CSV file ({error})") from None
 
 
 def _known(names: Iterable[str]) -> set[str]:
