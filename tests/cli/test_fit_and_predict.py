@@ -52,9 +52,10 @@ def test_fit_in_python_trains_as_the_command_does(
     monkeypatch.setattr(
         "widefield.cli.fit_run.train", lambda config, left, resume: seen.append((config.data, left, resume))
     )
-    fit(folder, tmp_path / "out", "--trainer.precision", "bf16-mixed")
+    fit(folder, tmp_path / "out", "--trainer.precision", "bf16-mixed", "--columns", "{label: label, patient: null}")
     places = {"out": tmp_path / "out", "images": folder / "images", "labels": str(folder / "labels.csv")}
     options: dict[str, Any] = {"model": "resnet10_w16", "epochs": EPOCHS, "tile_size": 48, "seed": 7}
+    options["columns"] = {"label": "label", "patient": None}
     widefield.fit(**places, **options, **{"trainer.precision": "bf16-mixed"})
     assert seen[0] == seen[1]
     with pytest.raises(ValueError, match="epoch"):
@@ -237,6 +238,8 @@ def grey_images(folder: Path) -> None:
         (None, ["--tile-size", "many"], "--tile-size"),
         (None, ["--memory-budget", "1kB", "--config", "TILE"], "memory_budget"),
         (None, ["--resume"], "no run to resume"),
+        (None, ["--columns", "{lable: label}"], "--columns.lable: Columns has no argument 'lable'; did you mean label"),
+        (None, ["data.columns.label=grade"], "no column 'grade' (columns.label); its columns are image, label"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_no_output(

@@ -19,6 +19,7 @@ from widefield.registry import absolute_place, arguments_of, import_module_or_fi
 SHORTCUTS = {
     "images": "data.images",
     "labels": "data.labels",
+    "columns": "data.columns",
     "level": "data.level",
     "batch_size": "data.batch_size",
     "model": "model.model_name",
@@ -101,7 +102,9 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
     overrides = []
     for name, entry in SHORTCUTS.items():
         value = getattr(arguments, name, None)
-        if isinstance(value, Path) or (value is not None and name in _TEXTS):
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
         if value is not None:
             overrides.append(f"{entry}={value}")

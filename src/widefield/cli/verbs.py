@@ -129,7 +129,8 @@ VERBS = {
         "widefield.cli.fit:run",
         (
             _option("--images", "DIR", "folder of image files", Path),
-            _option("--labels", "CSV", "table with the columns image, label and maybe split", Path),
+            _option("--labels", "TABLE", "CSV or Parquet file with a row per image, see below", Path),
+            _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
             _option("--model", "NAME", "resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"),
             _option("--out", "DIR", "folder of the checkpoints, the configuration and the report", Path),
             _flag("--resume", "continue the run in --out"),
@@ -145,6 +146,9 @@ VERBS = {
             _IMPORTS,
         ),
         """\
+A row of the table has the path of an image (in a column such as image, slide_id, filename, path), its label (label, class,
+target), and maybe its split (split: train, val or test) and patient (case_id, patient_id, patient); --columns names others.
+
 The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
 the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
 `--trainer.accumulate_grad_batches 4`, `model.pooling=max`, `data.val_fraction=0.3`, with or without the dashes) or in a file

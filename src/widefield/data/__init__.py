@@ -4,8 +4,9 @@ from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
 from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate, stratified_split
-from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_labels
+from widefield.data.labels import Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.pipeline import MultiView, Pipeline
+from widefield.data.tables import LabelError
 from widefield.registry import DATASETS, TRANSFORMS
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "TRANSFORMS",
     "AnnotationFile",
     "Batch",
+    "Columns",
     "Datasets",
     "DescribedDataset",
     "EpochShuffle",

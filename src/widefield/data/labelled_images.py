@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widefield.data.labels import LabelError, LabelledImage, read_labels
+from widefield.data.labels import Columns, LabelledImage, read_labels
+from widefield.data.tables import LabelError
 from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
@@ -83,12 +84,13 @@ class LabelledImages(pl.LightningDataModule):
 
     Args:
         images: Folder of the image files.
-        labels: CSV file, see `read_labels`.
+        labels: CSV or Parquet file, see `read_labels`.
         level: Level of the pyramids to train on, 0 the largest.
         batch_size: Images per optimizer step; they may differ in size.
         val_fraction: Share of each class used for validation.
         seed: Of the validation split and of the training order.
         alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
+        columns: Names of columns of the table, such as `{image: slide, label: grade}`; those that are left out are guessed.
 
     Raises:
         OSError: A file or folder is missing or not readable as an image.
@@ -107,11 +109,12 @@ class LabelledImages(pl.LightningDataModule):
         val_fraction: Annotated[float, Range(0, 1)] = 0.2,
         seed: int = 0,
         alpha: Alpha = "drop",
+        columns: Columns | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
-        table = read_labels(labels, images)
+        table = read_labels(labels, images, columns)
         self.class_names = list(table.class_names)
         self.level = level
         self.alpha: Alpha = alpha

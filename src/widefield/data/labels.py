@@ -1,31 +1,72 @@
 """The table that says which image has which label."""
 
-import csv
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import itertools
+import logging
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypedDict
 
-from widefield.errors import WidefieldError
-from widefield.images import is_image_name
+from widefield.data.tables import LabelError, Table, listed, read_table
+from widefield.images import images_below, is_image_name
+from widefield.registry import near_names, suggestion
 
+_log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-_SHOWN = 10
-"""Names listed in an error before "and N more"."""
 
 
-class LabelError(WidefieldError, ValueError):
-    """A label table that cannot be used; the message names the file, the row or the images, and what to do."""
+class Columns(TypedDict, total=False):
+    """Names of the columns of a label table; those that are left out are guessed, see `read_labels`.
+
+    Attributes:
+        image: Paths of the images.
+        label: Labels.
+        patient: Names of patients (or of sites, scenes, animals), whose images stay together when a split is drawn; None uses no
+            such column.
+        split: Any of train, val and test; None uses no such column.
+    """
+
+    image: str
+    label: str
+    patient: str | None
+    split: str | None
+
+
+_GUESSES = {
+    "image": (
+        *("image", "slide_id", "slide", "filename", "file_name", "file", "path", "filepath", "file_path"),
+        *("image_path", "image_id", "image_name", "name"),
+    ),
+    "label": ("label", "labels", "class", "target"),
+    "patient": ("case_id", "patient_id", "patient", "case"),
+    "split": ("split",),
+}
+"""Names by which a column is found where none was given; the first that there is counts."""
+_OPTIONAL = ("patient", "split")
+_MISSING = ("", "nan", "<na>")
+"""What pandas and others write for a value that is not there, in lower case."""
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One row: the file, the index of its class, and the split it was assigned to, if any."""
+    """One row of a label table.
+
+    Attributes:
+        path: The file.
+        label: Index of its class.
+        split: The split that the table assigned it to, if any.
+        patient: Whose image it is, if the table says so.
+        cells: Names of columns and the texts that stood there, for `LabelledImages.split_rows`.
+    """
 
     path: Path
     label: int
     split: str | None = None
+    patient: str | None = None
+    cells: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,47 +77,76 @@ class LabelTable:
     class_names: tuple[str, ...]
 
 
-def read_labels(labels: str | Path, images: str | Path) -> LabelTable:
-    """Read a CSV file with the columns `image` and `label`, and optionally `split`; others are ignored.
+def read_labels(labels: str | Path, images: str | Path, columns: Columns | None = None) -> LabelTable:
+    """Read a table with a row for each image: its name, its label, and maybe its split and whose image it is.
 
-    `image` is a file name inside the folder `images` (subfolders are written with slashes), with or without its
-    extension. `label` is any name or number; class names are sorted, as numbers if all are whole numbers, and the label
-    of an image is its position in that order. `split` is one of train, val and test.
+    The table is a CSV file of any dialect or a Parquet file, see `read_table`. Columns that `columns` does not name are found by
+    usual names, in whatever case: `image`, `slide_id`, `filename`, `file`, `path` and the like; `label`, `class` or `target`;
+    `case_id`, `patient_id`, `patient` or `case`; `split`. Other columns are ignored.
+
+    An image is a path from the folder `images`, or from that of the table, or an absolute one, with slashes or backslashes, with
+    or without its ending: `a` finds `a.svs` and `a.ome.tif`, whatever files of no image lie beside it. A label is any name or
+    number; class names are sorted, as numbers if all are numbers, and the label of an image is its position in that order. A split
+    is one of train, val and test.
+
+    One error lists all rows that cannot be used; if they have no image, images without a row, too. Images without a row alone
+    are left out, which the log says.
 
     Args:
-        labels: The CSV file (UTF-8, comma separated, one header row).
+        labels: The table.
         images: The folder of the images.
+        columns: Names of columns.
 
     Raises:
         FileNotFoundError: The file or the folder does not exist.
         NotADirectoryError: `images` is not a folder.
-        LabelError: The folder is empty, a column is missing, a row is incomplete or double, an image is missing or
+        LabelError: The folder has no images, a column is missing, a row is incomplete or double, an image is missing or
             ambiguous, or there are fewer than two classes.
     """
     labels, images = Path(labels), Path(images)
-    files = FilesByName(_files_in(images), images)
-    rows = read_rows(labels)
-    _refuse_missing(labels, images, [row for row in rows if not files.matches(row.image)])
-    found = [(row, _only_match(labels, row, files)) for row in rows]
-    _refuse_duplicates(labels, found)
-    class_names = _class_names(row.label for row in rows)
+    finder = _Images(images, labels.parent)
+    table = read_table(labels)
+    used = _used_columns(table, columns or {})
+    problems = _Problems(table)
+    rows = _rows(table, used, problems)
+    found = finder.find_all(rows, problems)
+    problems.refuse()
+    class_names = _class_names([row.label for row in rows], table.path)
     if len(class_names) < 2:
         raise LabelError(f"{labels}: every image has the label {class_names[0]!r}; training needs at least two classes")
     index = {name: position for position, name in enumerate(class_names)}
-    return LabelTable(tuple(LabelledImage(path, index[row.label], row.split) for row, path in found), class_names)
+    written = tuple(dict.fromkeys(used.values()))
+    return LabelTable(
+        tuple(
+            LabelledImage(
+                path=path,
+                label=index[row.label],
+                split=row.split,
+                patient=row.patient,
+                cells=tuple((name, row.cells[name]) for name in written),
+            )
+            for row, path in zip(rows, found, strict=True)
+        ),
+        class_names,
+    )
 
 
 class LabelRow(NamedTuple):
-    """A row of a label table: the number of its line, and its entries."""
+    """A row of a label table: its number, what it says, and all its cells by column."""
 
     number: int
     image: str
     label: str
     split: str | None
+    patient: str | None
+    cells: Mapping[str, str]
 
 
 class FilesByName:
-    """Files by their path and by their path without extension.
+    """Files by their path and by their path without ending.
+
+    Names are compared without regard to backslashes, `./` and the Unicode form, which differs between systems. Of `a.ome.tif` both
+    `a.ome` and `a` are paths without ending.
 
     Args:
         files: The files.
@@ -84,105 +154,229 @@ class FilesByName:
     """
 
     def __init__(self, files: Iterable[Path], folder: Path | None) -> None:
-        self._by_name: dict[str, list[Path]] = {}
+        self._by_path: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
         for file in files:
-            path = file if folder is None else file.relative_to(folder)
-            for key in {path.as_posix(), path.with_suffix("").as_posix()}:
-                self._by_name.setdefault(key, []).append(file)
+            path = _key(str(file if folder is None else file.relative_to(folder)))
+            self._by_path.setdefault(path, []).append(file)
+            for stem in _stems(path):
+                self._by_stem.setdefault(stem, []).append(file)
 
     def matches(self, name: str) -> list[Path]:
-        """Return the files that `name` may mean: one of exactly that name, else image files that share the stem, else others."""
-        candidates = self._by_name.get(Path(name).as_posix(), [])
-        exact = [path for path in candidates if path.name == Path(name).name]
-        return exact or [path for path in candidates if is_image_name(path.name)] or candidates
+        """Return the files that `name` may mean: those of exactly that name, else image files that share the stem, else others."""
+        key = _key(name)
+        candidates = self._by_stem.get(key, [])
+        return self._by_path.get(key) or [path for path in candidates if is_image_name(path.name)] or candidates
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return all files below a folder, image files or not, but for hidden ones."""
-    if not folder.exists():
-        raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not files:
-        raise LabelError(f"the folder of images {folder} is empty; check --images")
-    return files
+def _key(name: str) -> str:
+    return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).as_posix()
 
 
-def read_rows(labels: Path, unlabelled: bool = False) -> list[LabelRow]:
-    """Return the rows of a CSV file with the columns `image` and `label`, and optionally `split`; others are ignored.
+def _stems(path: str) -> Iterable[str]:
+    """Yield a path without its last ending, and without those of images and `.ome` before that."""
+    stem = PurePosixPath(path)
+    if stem.suffix:
+        stem = stem.with_suffix("")
+        yield stem.as_posix()
+    while stem.suffix.lower() == ".ome" or is_image_name(stem.name):
+        stem = stem.with_suffix("")
+        yield stem.as_posix()
+
+
+class _Problems:
+    """What is wrong with a table, so that one error says all of it."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._found: list[str] = []
+
+    def add(self, message: str) -> None:
+        self._found.append(message)
+
+    def add_rows(self, numbers: Sequence[int], message: str) -> None:
+        """Add what is wrong with the rows of these numbers, if there are any."""
+        if numbers:
+            self._found.append(f"{self.table.places(numbers)}: {message}")
+
+    def refuse(self) -> None:
+        """Raise LabelError if anything was added."""
+        if self._found:
+            between = "\n  " if len(self._found) > 1 else " "
+            raise LabelError(between.join([f"{self.table.path}:", *self._found]))
+
+
+class _Images:
+    """Finds the images that rows name.
 
     Args:
-        labels: The CSV file (UTF-8, comma separated, one header row).
-        unlabelled: Leave out rows whose label is empty, which are an error otherwise.
+        folder: The folder of the images.
+        beside: The folder of the table, from which paths may count, too.
+    """
+
+    def __init__(self, folder: Path, beside: Path) -> None:
+        if not folder.exists():
+            raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
+        if next(folder.iterdir(), None) is None:
+            raise LabelError(f"the folder of images {folder} is empty; check --images")
+        self._folder, self._beside = folder, beside
+        self._roots = (folder.absolute(), folder.resolve())
+        self._files = images_below(folder)
+        self._by_name = FilesByName(self._files, folder)
+
+    def find_all(self, rows: Sequence[LabelRow], problems: _Problems) -> list[Path]:
+        """Return the image of each row; those that have none, or not only one, are problems."""
+        found: list[Path] = []
+        missing: list[LabelRow] = []
+        owners: dict[Path, list[LabelRow]] = {}
+        for row in rows:
+            matches = self._matches(row.image)
+            if len(matches) > 1:
+                names = ", ".join(path.name for path in matches)
+                problems.add_rows([row.number], f"{row.image!r} may be {names}; write the name with its extension")
+            elif not matches:
+                missing.append(row)
+            for match in matches:
+                owners.setdefault(match.absolute(), []).append(row)
+            found += matches[:1]
+        for path, several in owners.items():
+            if len(several) > 1:
+                where = problems.table.places([row.number for row in several])
+                problems.add(f"names {path.name} {len(several)} times, in {where}; keep one of them")
+        left = [path.relative_to(self._folder).as_posix() for path in self._files if path.absolute() not in owners]
+        if missing:
+            where = [problems.table.places([row.number]) for row in missing]
+            near = [near_names(row.image, left) for row in missing[:3]]  # each a search through all of them
+            hints = [f", did you mean {close[0]}?" if close else "" for close in near] + [""] * len(missing[3:])
+            shown = listed(
+                f"{row.image} ({place}{hint})" for row, place, hint in zip(missing, where, hints, strict=True)
+            )
+            others = f"; {len(left)} image(s) there have no row: {listed(left)}" if left else ""
+            problems.add(f"names {len(missing)} image(s) that are not in {self._folder}: {shown}{others}")
+        elif left:
+            _log.warning("%d image(s) in %s have no row and are left out: %s", len(left), self._folder, listed(left))
+        return found
+
+    def _matches(self, image: str) -> list[Path]:
+        name = image.replace("\\", "/")
+        for folder in (self._folder, self._beside):
+            place = os.path.normpath(folder.absolute() / name)
+            inside = next(
+                (Path(place).relative_to(root) for root in self._roots if Path(place).is_relative_to(root)), None
+            )
+            if os.path.isfile(place):  # noqa: PTH113  # that of pathlib raises for names that are too long
+                return [Path(place) if inside is None else self._folder / inside]
+            if inside is not None and (matches := self._by_name.matches(str(inside))):
+                return matches
+        return []
+
+
+def _used_columns(table: Table, given: Columns) -> dict[str, str]:
+    """Return the name of the column of each role that the table has.
+
+    Raises:
+        LabelError: A column that is needed is not there.
+        ValueError: `given` has a role that there is not.
+    """
+    for role in given:
+        if role not in _GUESSES:
+            raise ValueError(f"columns.{role}: there is no {role!r}; {suggestion(role, _GUESSES)}")
+    by_name = {_simple(name): name for name in reversed(table.columns)}
+    used: dict[str, str] = {}
+    for role, guesses in _GUESSES.items():
+        if role in given:
+            name = given[role]  # type: ignore[literal-required]
+            if name is None and role in _OPTIONAL:
+                continue
+            if name not in table.columns:
+                raise LabelError(
+                    f"{table.path} has no column {name!r} (columns.{role}); {_columns_of(table, str(name))}"
+                )
+            used[role] = name
+            continue
+        guessed = next((by_name[guess] for guess in guesses if guess in by_name), None)
+        if guessed is not None:
+            used[role] = guessed
+        elif role not in _OPTIONAL:
+            raise LabelError(
+                f"{table.path} has no column {role!r}; {_columns_of(table)}. Name the one that holds the {role} as in "
+                f"columns={{{role}: {table.columns[-1] or 'NAME'}}}; {', '.join(guesses[:5])} are found without that"
+            )
+    _log.info("%s: %s", table.path.name, ", ".join(f"{role} from {name!r}" for role, name in used.items()))
+    return used
+
+
+def _simple(name: str) -> str:
+    """Return a name in lower case with underscores for spaces and hyphens."""
+    return name.casefold().replace(" ", "_").replace("-", "_")
+
+
+def _columns_of(table: Table, name: str = "") -> str:
+    near = near_names(name, table.columns)
+    return f"its columns are {listed(table.columns)}{f'; did you mean {near[0]!r}?' if near else ''}"
+
+
+def read_rows(labels: Path) -> list[LabelRow]:
+    """Return the rows of a label table, see `read_labels`, that have a label; no splits and patients.
 
     Raises:
         FileNotFoundError: The file does not exist.
         LabelError: A column is missing, a row is incomplete, or there are no rows.
     """
-    if not labels.is_file():
-        raise FileNotFoundError(
-            f"{labels} does not exist; give a label table, a CSV file with the columns image and label"
-        )
-    try:
-        with labels.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            for needed in ("image", "label"):
-                if needed not in columns:
-                    raise LabelError(
-                        f"{labels} has no column {needed!r}; its columns are {', '.join(columns) or '(none)'}. "
-                        "The first row must have the columns image and label, separated by a comma"
-                    )
-            rows = [
-                _parse_row(labels, reader.line_num, record, "split" in columns)
-                for record in reader
-                if not unlabelled or (record["label"] or "").strip()
-            ]
-    except UnicodeDecodeError as error:
-        raise LabelError(f"{labels} is not UTF-8 text ({error.reason}); save it as a UTF-8 CSV file") from None
-    if not rows:
-        raise LabelError(f"{labels} has a header but no rows; add one row per image")
+    table = read_table(labels)
+    problems = _Problems(table)
+    rows = _rows(table, _used_columns(table, {"patient": None, "split": None}), problems, unlabelled=True)
+    problems.refuse()
     return rows
 
 
-def _parse_row(labels: Path, number: int, record: dict[str, str | None], has_split: bool) -> LabelRow:
-    image, label, split = ((record.get(name) or "").strip() for name in ("image", "label", "split"))
-    for name, value in (("image", image), ("label", label)):
-        if not value:
-            raise LabelError(f"{labels}, line {number}: the {name} is empty; fill it in or remove the row")
-    if has_split and split not in SPLITS:
-        raise LabelError(f"{labels}, line {number}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    return LabelRow(number, image, label, split or None)
+def _rows(table: Table, used: Mapping[str, str], problems: _Problems, unlabelled: bool = False) -> list[LabelRow]:
+    """Return the rows that can be used; with `unlabelled`, those without a label are no problem."""
+    rows: list[LabelRow] = []
+    empty: dict[str, list[int]] = {}
+    for row in table.rows:
+        cells = {role: row.cells[name] for role, name in used.items()}
+        lacking = [role for role, text in cells.items() if role != "split" and text.casefold() in _MISSING]
+        if unlabelled and "label" in lacking:
+            continue
+        for role in lacking:
+            empty.setdefault(role, []).append(row.number)
+        split = cells.get("split")
+        if split is not None and split.casefold() not in SPLITS:
+            problems.add_rows([row.number], f"the split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        elif not lacking:
+            named = None if split is None else split.casefold()
+            rows.append(LabelRow(row.number, cells["image"], cells["label"], named, cells.get("patient"), row.cells))
+    for role, numbers in empty.items():
+        advice = ", or give columns.patient=null" if role == "patient" else " or remove the row"
+        problems.add_rows(numbers, f"the {role} is empty{'' if role == 'image' else ' or nan'}; fill it in{advice}")
+    return rows
 
 
-def _refuse_missing(labels: Path, images: Path, rows: Sequence[LabelRow]) -> None:
-    if rows:
-        names = ", ".join(f"{row.image} (line {row.number})" for row in rows[:_SHOWN])
-        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        raise LabelError(f"{labels} names {len(rows)} image(s) that are not in {images}: {names}{more}")
+def _number(text: str) -> float:
+    """Return a number; infinity and nan become nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
-def _only_match(labels: Path, row: LabelRow, files: FilesByName) -> Path:
-    matches = files.matches(row.image)
-    if len(matches) > 1:
-        names = ", ".join(path.name for path in matches)
-        raise LabelError(
-            f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension"
-        )
-    return matches[0]
-
-
-def _refuse_duplicates(labels: Path, found: Sequence[tuple[LabelRow, Path]]) -> None:
-    path, count = Counter(path for _, path in found).most_common(1)[0]
-    if count > 1:
-        numbers = ", ".join(str(row.number) for row, other in found if other == path)
-        raise LabelError(f"{labels} names {path.name} {count} times, in lines {numbers}; keep one of them")
-
-
-def _class_names(names: Iterable[str]) -> tuple[str, ...]:
-    distinct = set(names)
-    if all(name.lstrip("+-").isdecimal() for name in distinct):
-        return tuple(sorted(distinct, key=int))
-    return tuple(sorted(distinct))
+def _class_names(labels: Sequence[str], table: Path) -> tuple[str, ...]:
+    """Return the distinct labels in the order of the classes."""
+    distinct = sorted(set(labels))
+    for separator in (";", "|"):
+        for label in distinct:
+            parts = [part.strip() for part in label.split(separator)]
+            if len(parts) > 1 and any(part in distinct for part in parts):
+                raise LabelError(f"{table}: {label!r} looks like several labels of one image; give each image one")
+    numbers = {label: _number(label) for label in distinct}
+    if any(map(math.isnan, numbers.values())):
+        return tuple(distinct)
+    ordered = sorted(distinct, key=numbers.__getitem__)
+    for first, second in itertools.pairwise(ordered):
+        if numbers[first] == numbers[second]:
+            raise LabelError(f"{table}: {first!r} and {second!r} are one number and two labels; write it in one way")
+    return tuple(ordered)
