@@ -16,6 +16,7 @@ import widefield
 from tests.small_images import write_folder, write_image
 from widefield.cli import main, predict
 from widefield.cli.history import History
+from widefield.data import LabelledImages
 
 EPOCHS = 2
 
@@ -69,7 +70,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_a_run_leaves_its_configuration_history_report_and_checkpoints(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "history.csv", "report.html", "memory.json"}
+    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "history.csv", "report.html", "memory.json", "split.csv"}
     rows = read_csv(run / "history.csv")
     assert [float(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "train_accuracy", "train_auc", "val_loss", "val_accuracy", "val_auc"} < set(rows[0])
@@ -83,6 +84,16 @@ def test_a_checkpoint_is_tensors_and_plain_data_and_carries_what_predict_needs(r
     assert checkpoint["LabelledImages"]["level"] == 0
     assert "stream_network.module.0.weight" in checkpoint["state_dict"]
     assert "head.2.weight" in checkpoint["state_dict"]
+
+
+def test_the_split_of_a_run_is_a_label_table(run: Path, folder: Path) -> None:
+    rows = read_csv(run / "split.csv")
+    data = LabelledImages(folder / "images", run / "split.csv", seed=1)
+    again = [LabelledImages(folder / "images", folder / "labels.csv", seed=7), data]
+    assert [[image.path.name for image in one.val_set.images] for one in again] == [
+        [Path(row["image"]).name for row in rows if row["split"] == "val"]
+    ] * 2
+    assert [row["label"] for row in rows] == ["dark", "bright"] * 4
 
 
 def test_shortcuts_fill_the_configuration(run: Path, folder: Path) -> None:

@@ -3,9 +3,10 @@
 from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
-from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate, stratified_split
+from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate
 from widefield.data.labels import Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.pipeline import MultiView, Pipeline
+from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError
 from widefield.registry import DATASETS, TRANSFORMS
 

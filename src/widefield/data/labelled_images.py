@@ -1,4 +1,4 @@
-"""Labelled images of a folder: the Lightning data module, its data sets of lazily read images, and the seeded split."""
+"""Labelled images of a folder: the Lightning data module and its data sets of lazily read images."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widefield.data.labels import Columns, LabelledImage, read_labels
-from widefield.data.tables import LabelError
+from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
+from widefield.data.splits import stratified_split
+from widefield.data.tables import LabelError, listed
 from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
@@ -77,8 +77,9 @@ class EpochShuffle(Sampler[int]):
 class LabelledImages(pl.LightningDataModule):
     """Labelled images of a folder, split into training, validation and test images.
 
-    Where the label table has a column `split`, that decides. Images of the training split that it leaves without any
-    validation image, and tables without the column, are split by chance, stratified and seeded.
+    Where the label table has a column `split`, that decides. Where that leaves no validation image, and without the column, some
+    of the images for training are drawn for validation, see `stratified_split`: seeded, stratified by label, and all images of a
+    patient on one side if the table says whose they are.
 
     The table and the header of every image are read at once, so that a wrong path fails before anything is trained.
 
@@ -120,7 +121,8 @@ class LabelledImages(pl.LightningDataModule):
         self.alpha: Alpha = alpha
         self.batch_size = batch_size
         self.seed = seed
-        splits = _split(table.images, val_fraction, seed)
+        self._table = table
+        splits = _split(table, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
             ImageDataset(splits[name], level, alpha) for name in ("train", "val", "test")
         )
@@ -142,6 +144,19 @@ class LabelledImages(pl.LightningDataModule):
                 f"{one.name} has {first} channel(s) and {other.name} has {second}; convert them to the same number"
             )
         return next(iter(channels))
+
+    def split_rows(self) -> list[dict[str, str]]:
+        """Return a row for each image with the columns that were used, its absolute path and its split: a label table again."""
+        images, split = self._table.columns["image"], self._table.columns.get("split", "split")
+        places = {
+            image.path: name
+            for name, dataset in zip(SPLITS, (self.train_set, self.val_set, self.test_set))
+            for image in dataset.images
+        }
+        return [
+            {**dict(image.cells), images: str(image.path.absolute()), split: places[image.path]}
+            for image in self._table.images
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"level": self.level, "alpha": self.alpha, "class_names": self.class_names}
@@ -168,38 +183,27 @@ class LabelledImages(pl.LightningDataModule):
         return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
-def _split(images: tuple[LabelledImage, ...], val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
-    splits: dict[str, list[LabelledImage]] = {"train": [], "val": [], "test": []}
-    for image in images:
+def _split(table: LabelTable, val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
+    splits: dict[str, list[LabelledImage]] = {name: [] for name in SPLITS}
+    for image in table.images:
         splits[image.split or "train"].append(image)
     if not splits["val"]:
         candidates = splits["train"]
-        train, val = stratified_split([image.label for image in candidates], val_fraction, seed)
+        patients = [image.patient for image in candidates] if "patient" in table.columns else None
+        train, val = stratified_split([image.label for image in candidates], val_fraction, seed, patients)
         splits["train"] = [candidates[index] for index in train]
         splits["val"] = [candidates[index] for index in val]
+    _warn_of_leaks(splits, table.columns.get("patient"))
     return splits
 
 
-def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of `labels` for training and for validation, each in ascending order.
-
-    Of each class, `fraction` of its images (rounded, at least one of each side where the class has two or more) go to
-    validation. The same labels, fraction and seed give the same split.
-
-    Raises:
-        ValueError: `fraction` is not in [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"the validation fraction is {fraction}; it must be at least 0 and below 1")
-    if fraction == 0:
-        return list(range(len(labels))), []
-    generator = np.random.default_rng(seed)
-    validation: list[int] = []
-    for label in sorted(set(labels)):
-        members = np.flatnonzero(np.asarray(labels) == label)
-        count = round(fraction * len(members))
-        if len(members) > 1:
-            count = min(max(count, 1), len(members) - 1)
-        validation.extend(generator.permutation(members)[:count].tolist())
-    chosen = set(validation)
-    return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)
+def _warn_of_leaks(splits: dict[str, list[LabelledImage]], column: str | None) -> None:
+    """Say in the log which patients the split of the table puts on several sides."""
+    sides = [{image.patient for image in images if image.patient is not None} for images in splits.values()]
+    several = sorted(one for k, side in enumerate(sides) for one in side if any(one in other for other in sides[:k]))
+    if several:
+        _log.warning(
+            "the table puts images of one %s into several splits, so that what is measured may be too good: %s",
+            column,
+            listed(dict.fromkeys(several)),
+        )

@@ -71,10 +71,17 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Every labelled image and the class names, where the label of an image indexes `class_names`."""
+    """Every labelled image and the class names, where the label of an image indexes `class_names`.
+
+    Attributes:
+        images: In the order of the table.
+        class_names: Names of the classes.
+        columns: The column of each role in `Columns` that was used.
+    """
 
     images: tuple[LabelledImage, ...]
     class_names: tuple[str, ...]
+    columns: Mapping[str, str]
 
 
 def read_labels(labels: str | Path, images: str | Path, columns: Columns | None = None) -> LabelTable:
@@ -128,6 +135,7 @@ def read_labels(labels: str | Path, images: str | Path, columns: Columns | None 
             for row, path in zip(rows, found, strict=True)
         ),
         class_names,
+        used,
     )
 
 
@@ -247,11 +255,11 @@ class _Images:
                 problems.add(f"names {path.name} {len(several)} times, in {where}; keep one of them")
         left = [path.relative_to(self._folder).as_posix() for path in self._files if path.absolute() not in owners]
         if missing:
-            where = [problems.table.places([row.number]) for row in missing]
+            places = [problems.table.places([row.number]) for row in missing]
             near = [near_names(row.image, left) for row in missing[:3]]  # each a search through all of them
             hints = [f", did you mean {close[0]}?" if close else "" for close in near] + [""] * len(missing[3:])
             shown = listed(
-                f"{row.image} ({place}{hint})" for row, place, hint in zip(missing, where, hints, strict=True)
+                f"{row.image} ({place}{hint})" for row, place, hint in zip(missing, places, hints, strict=True)
             )
             others = f"; {len(left)} image(s) there have no row: {listed(left)}" if left else ""
             problems.add(f"names {len(missing)} image(s) that are not in {self._folder}: {shown}{others}")
