@@ -11,9 +11,9 @@ def stratified_split(
     """Split images so that both sides have about the same share of each class, and no group is on both.
 
     `fraction` of the images of each class, rounded, is to go to validation. Groups come by falling size, those of one size by
-    chance, and a group goes there if that brings the numbers of images nearer to these. If a class of two groups or more is then
-    without an image on that side, the group of it that leaves them the nearest goes there, too. No class loses its last image for
-    training. Each image is a group of its own if there are no groups, so that these numbers are met.
+    chance, and a group goes there if that brings the numbers of images, as shares of what is wanted, nearer to that. If a class of
+    two groups or more is then without an image on that side, the group of it that leaves the numbers the nearest goes there, too.
+    No class loses its last image for training. Each image is a group of its own if there are no groups, so that numbers are met.
 
     scikit-learn's StratifiedGroupKFold makes folds of equal size, which gives fractions of 1/2, 1/3, ... alone.
 
@@ -41,13 +41,13 @@ def stratified_split(
     several = (sizes > 0).sum(0) > 1
     if fraction:
         wanted = np.where(several, np.clip(wanted, 1, total - 1), np.minimum(wanted, total - 1))
-    held = np.zeros_like(wanted)
+    held, unit = np.zeros_like(wanted), np.maximum(wanted, 1)
     chosen: set[int] = set()
 
     def distance(group: int) -> float:
         """Return how far from what is wanted the numbers are with this group; infinite if training lost a class by it."""
         loses = (held + sizes[group] == total) & (sizes[group] > 0)
-        return np.inf if loses.any() else float(np.abs(held + sizes[group] - wanted).sum())
+        return np.inf if loses.any() else float((np.abs(held + sizes[group] - wanted) / unit).sum())
 
     def choose(group: int) -> None:
         nonlocal held
@@ -55,7 +55,7 @@ def stratified_split(
         chosen.add(group)
 
     for group in range(len(members)):
-        if distance(group) < np.abs(held - wanted).sum():
+        if distance(group) < (np.abs(held - wanted) / unit).sum():
             choose(group)
     for label in np.flatnonzero(several & (wanted > 0)):
         rest = [group for group in range(len(members)) if sizes[group, label] and group not in chosen]
