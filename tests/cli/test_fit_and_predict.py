@@ -53,10 +53,21 @@ def test_fit_in_python_trains_as_the_command_does(
     monkeypatch.setattr(
         "widefield.cli.fit_run.train", lambda config, left, resume: seen.append((config.data, left, resume))
     )
-    fit(folder, tmp_path / "out", "--trainer.precision", "bf16-mixed", "--columns", "{label: label, patient: null}")
+    fit(
+        folder,
+        tmp_path / "out",
+        "--trainer.precision",
+        "bf16-mixed",
+        "--columns",
+        "{label: label, patient: null}",
+        "--task",
+        "multilabel",
+        "--separator",
+        "|",
+    )
     places = {"out": tmp_path / "out", "images": folder / "images", "labels": str(folder / "labels.csv")}
     options: dict[str, Any] = {"model": "resnet10_w16", "epochs": EPOCHS, "tile_size": 48, "seed": 7}
-    options["columns"] = {"label": "label", "patient": None}
+    options |= {"columns": {"label": "label", "patient": None}, "task": "multilabel", "separator": "|"}
     widefield.fit(**places, **options, **{"trainer.precision": "bf16-mixed"})
     assert seen[0] == seen[1]
     with pytest.raises(ValueError, match="epoch"):

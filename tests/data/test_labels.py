@@ -72,7 +72,10 @@ def test_files_beside_an_image_do_not_make_its_name_ambiguous(tmp_path: Path, im
         (["image,label"], "a header but no rows"),
         ([""], "no header and no rows"),
         (["image,label", "a,x", "b,", "c,NaN"], "lines 3, 4: the label is empty or nan; fill it in or remove the row"),
-        (["case_id,image,label", ",a,x", "1,b,y"], "line 2: the patient is empty or nan; .* columns.patient=null"),
+        (
+            ["case_id,image,label", ",a,x", "1,b,y"],
+            "line 2: the patient \\(case_id\\) is empty or nan; .* columns.patient=null",
+        ),
         (["image,label", "a,x;y", "b,x"], "'x;y' looks like several labels of one image"),
         (["image,label", "a,1", "b,1.0"], "'1' and '1.0' are one number and two labels"),
         (["image,label", ",x"], "line 2: the image is empty"),
@@ -95,12 +98,9 @@ def test_an_ambiguous_stem_is_refused(tmp_path: Path, images: Path) -> None:
         read_labels(table(tmp_path, "image,label", "a,x", "b,y"), images)
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_a_text_table_of_any_dialect_is_read(
-    tmp_path: Path, images: Path, delimiter: str, end: str, encoding: str
-) -> None:
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_text_table_of_any_dialect_is_read(tmp_path: Path, images: Path, delimiter: str, encoding: str) -> None:
     rows = [
         ["Image", "note", "LABEL"],
         ["a.tif", f'"ü{delimiter} 1"', "x"],
@@ -109,11 +109,12 @@ def test_a_text_table_of_any_dialect_is_read(
         ["c", "3", ""],
     ]
     path = tmp_path / "labels.csv"
-    path.write_bytes(end.join(map(delimiter.join, rows)).encode(encoding))
-    with pytest.raises(LabelError, match=r"labels.csv: line 5: the label is empty"):
-        read_labels(path, images)
-    path.write_bytes(end.join(map(delimiter.join, rows[:-1])).encode(encoding))
-    assert [image.path.name for image in read_labels(path, images).images] == ["a.tif", "b.tif"]
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(end.join(map(delimiter.join, rows)).encode(encoding))
+        with pytest.raises(LabelError, match=r"labels.csv: line 5: the label is empty"):
+            read_labels(path, images)
+        path.write_bytes(end.join(map(delimiter.join, rows[:-1])).encode(encoding))
+        assert [image.path.name for image in read_labels(path, images).images] == ["a.tif", "b.tif"]
 
 
 def test_the_separator_that_excel_declares_is_obeyed(tmp_path: Path, images: Path) -> None:
@@ -155,7 +156,9 @@ def test_columns_that_are_named_win_over_those_that_are_guessed(tmp_path: Path, 
     ]
     with pytest.raises(LabelError, match=r"no column 'grad' \(columns.label\); its columns .*; did you mean 'grade'"):
         read_labels(path, images, {"label": "grad"})
-    with pytest.raises(ValueError, match=r"columns.imag: there is no 'imag'; did you mean image"):
+    with pytest.raises(
+        ValueError, match=r"columns.imag: there is no 'imag' for task=classification; did you mean image"
+    ):
         read_labels(path, images, {"imag": "scan"})  # type: ignore[typeddict-unknown-key]
 
 
@@ -199,7 +202,7 @@ def test_one_error_tells_all_that_is_wrong(tmp_path: Path, images: Path) -> None
     with pytest.raises(LabelError) as caught:
         read_labels(table(tmp_path, "image,label", *rows), images)
     assert str(caught.value).splitlines()[1:] == [
-        "  line 6: the image is empty; fill it in or remove the row",
+        "  line 6: the image is empty or nan; fill it in or remove the row",
         "  line 7: the label is empty or nan; fill it in or remove the row",
         "  names a.tif 2 times, in lines 2, 3; keep one of them",
         f"  names 22 image(s) that are not in {images}: gone (line 4), bb.tif (line 5, did you mean b.tif?), "

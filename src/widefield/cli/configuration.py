@@ -20,6 +20,8 @@ SHORTCUTS = {
     "images": "data.images",
     "labels": "data.labels",
     "columns": "data.columns",
+    "task": "data.task",
+    "separator": "data.separator",
     "level": "data.level",
     "batch_size": "data.batch_size",
     "model": "model.model_name",
@@ -30,7 +32,7 @@ SHORTCUTS = {
     "epochs": "trainer.max_epochs",
     "out": "trainer.default_root_dir",
 }
-_TEXTS = ("model", "weights")
+_TEXTS = ("model", "weights", "separator")
 """Shortcuts whose value is a text even where it looks like a number."""
 
 

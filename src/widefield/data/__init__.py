@@ -8,6 +8,7 @@ from widefield.data.labels import Columns, LabelledImage, LabelTable, read_label
 from widefield.data.pipeline import MultiView, Pipeline
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError
+from widefield.data.targets import Target, Task
 from widefield.registry import DATASETS, TRANSFORMS
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "LabelledImages",
     "MultiView",
     "Pipeline",
+    "Target",
+    "Task",
     "collate",
     "collate_items",
     "read_labels",

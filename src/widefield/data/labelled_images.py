@@ -13,16 +13,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
+from widefield.data.targets import Label, Task, interval_names, strata, target_of
 from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
 Batch = tuple[list[ImageFile], Tensor]
-"""Lazy images, of any sizes, and their class indices: an integer tensor of shape (N,)."""
+"""Lazy images, of any sizes, and their class indices, integers of shape (N,); or several numbers each, float32 of shape (N, K), see
+`Label`."""
 
 
-class ImageDataset(Dataset[tuple[ImageFile, int]]):
-    """Pairs (lazy image, class index). Opening an image reads its header only.
+class ImageDataset(Dataset[tuple[ImageFile, Label]]):
+    """Pairs (lazy image, label). Opening an image reads its header only.
 
     Args:
         images: What to open.
@@ -38,15 +40,15 @@ class ImageDataset(Dataset[tuple[ImageFile, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[ImageFile, int]:
+    def __getitem__(self, index: int) -> tuple[ImageFile, Label]:
         image = self.images[index]
         return open_image(image.path, self.level, alpha=self.alpha), image.label
 
-    def __iter__(self) -> Iterator[tuple[ImageFile, int]]:
+    def __iter__(self) -> Iterator[tuple[ImageFile, Label]]:
         return (self[index] for index in range(len(self)))
 
 
-def collate(pairs: Sequence[tuple[ImageFile, int]]) -> Batch:
+def collate(pairs: Sequence[tuple[ImageFile, Label]]) -> Batch:
     """A batch of the pairs that an `ImageDataset` gives; no pixels are read."""
     return [image for image, _ in pairs], torch.tensor([label for _, label in pairs])
 
@@ -92,6 +94,12 @@ class LabelledImages(pl.LightningDataModule):
         seed: Of the validation split and of the training order.
         alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
         columns: Names of columns of the table, such as `{image: slide, label: grade}`; those that are left out are guessed.
+        task: What is to be predicted: one class, any number of labels, numbers, or the time of an event.
+        separator: For task=multilabel, what stands between the labels in one cell.
+
+    Attributes:
+        class_names: Names of the classes, the labels, the numbers, or the intervals of time.
+        target: The task with what was found in the images to train on; a `Classifier` takes it.
 
     Raises:
         OSError: A file or folder is missing or not readable as an image.
@@ -111,26 +119,31 @@ class LabelledImages(pl.LightningDataModule):
         seed: int = 0,
         alpha: Alpha = "drop",
         columns: Columns | None = None,
+        task: Task = "classification",
+        separator: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
-        table = read_labels(labels, images, columns)
-        self.class_names = list(table.class_names)
+        table = read_labels(labels, images, columns, task, separator)
         self.level = level
         self.alpha: Alpha = alpha
         self.batch_size = batch_size
         self.seed = seed
         self._table = table
-        splits = _split(table, val_fraction, seed)
+        splits = _split(table, task, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
             ImageDataset(splits[name], level, alpha) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
+        self.target = target_of(task, [image.label for image in self.train_set.images])
+        self.class_names = list(table.class_names) or interval_names(self.target["edges"])
         self.channels = self._check_images()
-        sizes = ", ".join(f"{len(splits[name])} {name}" for name in ("train", "val", "test"))
-        _log.info("%s images of the classes %s", sizes, ", ".join(self.class_names))
+        sizes = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+        _log.info("%s images; %s", sizes, self.described)
+        if val_fraction and not len(self.val_set):
+            _log.warning("no image is left for validation: those to train on are too few, or of one patient")
 
     def _check_images(self) -> int:
         """Open every image once; the number of channels that all of them have."""
@@ -145,27 +158,44 @@ class LabelledImages(pl.LightningDataModule):
             )
         return next(iter(channels))
 
+    @property
+    def described(self) -> str:
+        """Words for what is predicted."""
+        kind = {
+            "classification": "classes",
+            "multilabel": "labels",
+            "regression": "numbers",
+            "survival": "intervals of time",
+        }
+        return f"{kind[self.target['task']]} {', '.join(self.class_names)}"
+
     def split_rows(self) -> list[dict[str, str]]:
         """Return a row for each image with the columns that were used, its absolute path and its split: a label table again."""
-        images, split = self._table.columns["image"], self._table.columns.get("split", "split")
+        (image_column,), (split,) = self._table.columns["image"], self._table.columns.get("split", ("split",))
         places = {
             image.path: name
             for name, dataset in zip(SPLITS, (self.train_set, self.val_set, self.test_set))
             for image in dataset.images
         }
         return [
-            {**dict(image.cells), images: str(image.path.absolute()), split: places[image.path]}
+            {**dict(image.cells), image_column: str(image.path.absolute()), split: places[image.path]}
             for image in self._table.images
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"level": self.level, "alpha": self.alpha, "class_names": self.class_names}
+        return {"level": self.level, "alpha": self.alpha, "class_names": self.class_names, "target": self.target}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:
             raise LabelError(
                 f"the checkpoint was trained on the classes {', '.join(state_dict['class_names'])}, "
                 f"the label table has {', '.join(self.class_names)}; resume with the labels of the run"
+            )
+        trained = state_dict.get("target", {"task": "classification"})
+        if trained != self.target:
+            raise LabelError(
+                f"the checkpoint was trained with the target {trained}, and the label table gives {self.target}; "
+                "resume with the labels, the split and the task of the run"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -183,21 +213,22 @@ class LabelledImages(pl.LightningDataModule):
         return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
-def _split(table: LabelTable, val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
+def _split(table: LabelTable, task: Task, val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
     splits: dict[str, list[LabelledImage]] = {name: [] for name in SPLITS}
     for image in table.images:
         splits[image.split or "train"].append(image)
     if not splits["val"]:
         candidates = splits["train"]
         patients = [image.patient for image in candidates] if "patient" in table.columns else None
-        train, val = stratified_split([image.label for image in candidates], val_fraction, seed, patients)
+        classes = strata(task, [image.label for image in candidates])
+        train, val = stratified_split(classes, val_fraction, seed, patients)
         splits["train"] = [candidates[index] for index in train]
         splits["val"] = [candidates[index] for index in val]
-    _warn_of_leaks(splits, table.columns.get("patient"))
+    _warn_of_leaks(splits, "".join(table.columns.get("patient", ())))
     return splits
 
 
-def _warn_of_leaks(splits: dict[str, list[LabelledImage]], column: str | None) -> None:
+def _warn_of_leaks(splits: dict[str, list[LabelledImage]], column: str) -> None:
     """Say in the log which patients the split of the table puts on several sides."""
     sides = [{image.patient for image in images if image.patient is not None} for images in splits.values()]
     several = sorted(one for k, side in enumerate(sides) for one in side if any(one in other for other in sides[:k]))

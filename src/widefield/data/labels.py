@@ -1,8 +1,6 @@
 """The table that says which image has which label."""
 
-import itertools
 import logging
-import math
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypedDict
 
-from widefield.data.tables import LabelError, Table, listed, read_table
+from widefield.data.tables import LabelError, Problems, Table, listed, read_table
+from widefield.data.targets import Label, Task, encode
 from widefield.images import images_below, is_image_name
 from widefield.registry import near_names, suggestion
 
@@ -23,14 +22,17 @@ class Columns(TypedDict, total=False):
 
     Attributes:
         image: Paths of the images.
-        label: Labels.
+        label: Labels; several columns for several numbers, or for labels that are 0 or 1 each.
+        time, event: In survival analysis, times, and 1 where the event was observed then, 0 where not until then.
         patient: Names of patients (or of sites, scenes, animals), whose images stay together when a split is drawn; None uses no
             such column.
         split: Any of train, val and test; None uses no such column.
     """
 
     image: str
-    label: str
+    label: str | list[str]
+    time: str
+    event: str
     patient: str | None
     split: str | None
 
@@ -41,6 +43,8 @@ _GUESSES = {
         *("image_path", "image_id", "image_name", "name"),
     ),
     "label": ("label", "labels", "class", "target"),
+    "time": ("time", "survival_time", "survival_months", "survival_days"),
+    "event": ("event", "event_observed"),
     "patient": ("case_id", "patient_id", "patient", "case"),
     "split": ("split",),
 }
@@ -56,14 +60,14 @@ class LabelledImage:
 
     Attributes:
         path: The file.
-        label: Index of its class.
+        label: Index of its class, or several numbers, see `Label`.
         split: The split that the table assigned it to, if any.
         patient: Whose image it is, if the table says so.
         cells: Names of columns and the texts that stood there, for `LabelledImages.split_rows`.
     """
 
     path: Path
-    label: int
+    label: Label
     split: str | None = None
     patient: str | None = None
     cells: tuple[tuple[str, str], ...] = ()
@@ -71,30 +75,41 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Every labelled image and the class names, where the label of an image indexes `class_names`.
+    """Every labelled image.
 
     Attributes:
         images: In the order of the table.
-        class_names: Names of the classes.
-        columns: The column of each role in `Columns` that was used.
+        class_names: Names of the classes, which the label of an image indexes; or of the labels or numbers that it holds; none in
+            survival analysis.
+        columns: The columns of each role in `Columns` that were used.
     """
 
     images: tuple[LabelledImage, ...]
     class_names: tuple[str, ...]
-    columns: Mapping[str, str]
+    columns: Mapping[str, Sequence[str]]
 
 
-def read_labels(labels: str | Path, images: str | Path, columns: Columns | None = None) -> LabelTable:
+def read_labels(
+    labels: str | Path,
+    images: str | Path,
+    columns: Columns | None = None,
+    task: Task = "classification",
+    separator: str | None = None,
+) -> LabelTable:
     """Read a table with a row for each image: its name, its label, and maybe its split and whose image it is.
 
     The table is a CSV file of any dialect or a Parquet file, see `read_table`. Columns that `columns` does not name are found by
     usual names, in whatever case: `image`, `slide_id`, `filename`, `file`, `path` and the like; `label`, `class` or `target`;
-    `case_id`, `patient_id`, `patient` or `case`; `split`. Other columns are ignored.
+    `case_id`, `patient_id`, `patient` or `case`; `split`; for survival analysis `time` and `event`. Other columns are ignored.
 
     An image is a path from the folder `images`, or from that of the table, or an absolute one, with slashes or backslashes, with
-    or without its ending: `a` finds `a.svs` and `a.ome.tif`, whatever files of no image lie beside it. A label is any name or
-    number; class names are sorted, as numbers if all are numbers, and the label of an image is its position in that order. A split
-    is one of train, val and test.
+    or without its ending: `a` finds `a.svs` and `a.ome.tif`, whatever files of no image lie beside it. A split is one of train,
+    val and test. A label is, by `task`,
+
+    - classification: any name or number. Class names are sorted, as numbers if all are numbers;
+    - multilabel: names with `separator` between them, `-` for none; or 0 or 1 in each of several columns, the labels;
+    - regression: a number, or one in each of several columns;
+    - survival: a time, and 1 if the event was observed then; 0 if the image was event-free until then (censored).
 
     One error lists all rows that cannot be used; if they have no image, images without a row, too. Images without a row alone
     are left out, which the log says.
@@ -103,39 +118,41 @@ def read_labels(labels: str | Path, images: str | Path, columns: Columns | None 
         labels: The table.
         images: The folder of the images.
         columns: Names of columns.
+        task: What is to be predicted.
+        separator: What stands between several labels in one cell.
 
     Raises:
         FileNotFoundError: The file or the folder does not exist.
         NotADirectoryError: `images` is not a folder.
-        LabelError: The folder has no images, a column is missing, a row is incomplete or double, an image is missing or
-            ambiguous, or there are fewer than two classes.
+        LabelError: The folder is empty, a column is missing, a row is incomplete or double, an image is missing or ambiguous, a
+            label is none of the task, or all labels are equal.
+        ValueError: Arguments that do not go together.
     """
     labels, images = Path(labels), Path(images)
     finder = _Images(images, labels.parent)
     table = read_table(labels)
-    used = _used_columns(table, columns or {})
-    problems = _Problems(table)
+    used = _used_columns(table, columns or {}, task)
+    problems = Problems(table)
     rows = _rows(table, used, problems)
     found = finder.find_all(rows, problems)
+    names = [name for role, names in used.items() if role in ("label", "time", "event") for name in names]
+    texts, numbers = [row.labels for row in rows], [row.number for row in rows]
+    encoded, class_names = encode(task, names, texts, numbers, separator, problems)
     problems.refuse()
-    class_names = _class_names([row.label for row in rows], table.path)
-    if len(class_names) < 2:
-        raise LabelError(f"{labels}: every image has the label {class_names[0]!r}; training needs at least two classes")
-    index = {name: position for position, name in enumerate(class_names)}
-    written = tuple(dict.fromkeys(used.values()))
+    written = [name for names in used.values() for name in names]
     return LabelTable(
-        tuple(
+        images=tuple(
             LabelledImage(
                 path=path,
-                label=index[row.label],
+                label=label,
                 split=row.split,
                 patient=row.patient,
                 cells=tuple((name, row.cells[name]) for name in written),
             )
-            for row, path in zip(rows, found, strict=True)
+            for row, path, label in zip(rows, found, encoded, strict=True)
         ),
-        class_names,
-        used,
+        class_names=class_names,
+        columns=used,
     )
 
 
@@ -144,7 +161,7 @@ class LabelRow(NamedTuple):
 
     number: int
     image: str
-    label: str
+    labels: tuple[str, ...]
     split: str | None
     patient: str | None
     cells: Mapping[str, str]
@@ -187,31 +204,9 @@ def _stems(path: str) -> Iterable[str]:
     if stem.suffix:
         stem = stem.with_suffix("")
         yield stem.as_posix()
-    while stem.suffix.lower() == ".ome" or is_image_name(stem.name):
+    while stem.suffix.lower() == ".ome" or (stem.suffix and is_image_name(stem.name)):
         stem = stem.with_suffix("")
         yield stem.as_posix()
-
-
-class _Problems:
-    """What is wrong with a table, so that one error says all of it."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-        self._found: list[str] = []
-
-    def add(self, message: str) -> None:
-        self._found.append(message)
-
-    def add_rows(self, numbers: Sequence[int], message: str) -> None:
-        """Add what is wrong with the rows of these numbers, if there are any."""
-        if numbers:
-            self._found.append(f"{self.table.places(numbers)}: {message}")
-
-    def refuse(self) -> None:
-        """Raise LabelError if anything was added."""
-        if self._found:
-            between = "\n  " if len(self._found) > 1 else " "
-            raise LabelError(between.join([f"{self.table.path}:", *self._found]))
 
 
 class _Images:
@@ -234,7 +229,7 @@ class _Images:
         self._files = images_below(folder)
         self._by_name = FilesByName(self._files, folder)
 
-    def find_all(self, rows: Sequence[LabelRow], problems: _Problems) -> list[Path]:
+    def find_all(self, rows: Sequence[LabelRow], problems: Problems) -> list[Path]:
         """Return the image of each row; those that have none, or not only one, are problems."""
         found: list[Path] = []
         missing: list[LabelRow] = []
@@ -281,38 +276,41 @@ class _Images:
         return []
 
 
-def _used_columns(table: Table, given: Columns) -> dict[str, str]:
-    """Return the name of the column of each role that the table has.
+def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[str]]:
+    """Return the names of the columns of each role that the table has.
 
     Raises:
         LabelError: A column that is needed is not there.
-        ValueError: `given` has a role that there is not.
+        ValueError: `given` has a role that there is not for the task, or columns that the task does not take.
     """
+    unused = ("label",) if task == "survival" else ("time", "event")
+    roles = [role for role in _GUESSES if role not in unused]
     for role in given:
-        if role not in _GUESSES:
-            raise ValueError(f"columns.{role}: there is no {role!r}; {suggestion(role, _GUESSES)}")
+        if role not in roles:
+            raise ValueError(f"columns.{role}: there is no {role!r} for task={task}; {suggestion(role, roles)}")
     by_name = {_simple(name): name for name in reversed(table.columns)}
-    used: dict[str, str] = {}
-    for role, guesses in _GUESSES.items():
-        if role in given:
-            name = given[role]  # type: ignore[literal-required]
-            if name is None and role in _OPTIONAL:
-                continue
-            if name not in table.columns:
-                raise LabelError(
-                    f"{table.path} has no column {name!r} (columns.{role}); {_columns_of(table, str(name))}"
-                )
-            used[role] = name
+    used: dict[str, list[str]] = {}
+    for role in roles:
+        guess = next((by_name[guess] for guess in _GUESSES[role] if guess in by_name), None)
+        named = given.get(role, guess)
+        if named is None and role in _OPTIONAL:
             continue
-        guessed = next((by_name[guess] for guess in guesses if guess in by_name), None)
-        if guessed is not None:
-            used[role] = guessed
-        elif role not in _OPTIONAL:
+        if named is None:
             raise LabelError(
                 f"{table.path} has no column {role!r}; {_columns_of(table)}. Name the one that holds the {role} as in "
-                f"columns={{{role}: {table.columns[-1] or 'NAME'}}}; {', '.join(guesses[:5])} are found without that"
+                f"columns={{{role}: {table.columns[-1] or 'NAME'}}}; {', '.join(_GUESSES[role][:5])} are found without that"
             )
-    _log.info("%s: %s", table.path.name, ", ".join(f"{role} from {name!r}" for role, name in used.items()))
+        names = list(named) if isinstance(named, (list, tuple)) else [str(named)]
+        if not names or (len(names) > 1 and (role != "label" or task == "classification")):
+            raise ValueError(
+                f"columns.{role} names {len(names)} columns, and task={task} takes one; several are for task=multilabel (0 or 1 "
+                "in each) and task=regression"
+            )
+        for name in names:
+            if name not in table.columns:
+                raise LabelError(f"{table.path} has no column {name!r} (columns.{role}); {_columns_of(table, name)}")
+        used[role] = names
+    _log.info("%s: %s", table.path.name, ", ".join(f"{role} from {listed(names)}" for role, names in used.items()))
     return used
 
 
@@ -334,57 +332,36 @@ def read_rows(labels: Path) -> list[LabelRow]:
         LabelError: A column is missing, a row is incomplete, or there are no rows.
     """
     table = read_table(labels)
-    problems = _Problems(table)
-    rows = _rows(table, _used_columns(table, {"patient": None, "split": None}), problems, unlabelled=True)
+    problems = Problems(table)
+    used = _used_columns(table, {"patient": None, "split": None}, "classification")
+    rows = _rows(table, used, problems, unlabelled=True)
     problems.refuse()
     return rows
 
 
-def _rows(table: Table, used: Mapping[str, str], problems: _Problems, unlabelled: bool = False) -> list[LabelRow]:
+def _rows(
+    table: Table, used: Mapping[str, Sequence[str]], problems: Problems, unlabelled: bool = False
+) -> list[LabelRow]:
     """Return the rows that can be used; with `unlabelled`, those without a label are no problem."""
     rows: list[LabelRow] = []
     empty: dict[str, list[int]] = {}
+    roles = {name: role for role, names in used.items() for name in names if role != "split"}
     for row in table.rows:
-        cells = {role: row.cells[name] for role, name in used.items()}
-        lacking = [role for role, text in cells.items() if role != "split" and text.casefold() in _MISSING]
-        if unlabelled and "label" in lacking:
+        lacking = [name for name in roles if row.cells[name].casefold() in _MISSING]
+        if unlabelled and any(roles[name] == "label" for name in lacking):
             continue
-        for role in lacking:
-            empty.setdefault(role, []).append(row.number)
-        split = cells.get("split")
-        if split is not None and split.casefold() not in SPLITS:
+        for name in lacking:
+            empty.setdefault(name, []).append(row.number)
+        cells = {role: tuple(row.cells[name] for name in names) for role, names in used.items()}
+        split = cells["split"][0].casefold() if "split" in cells else None
+        if split is not None and split not in SPLITS:
             problems.add_rows([row.number], f"the split is {split!r}; it must be one of {', '.join(SPLITS)}")
         elif not lacking:
-            named = None if split is None else split.casefold()
-            rows.append(LabelRow(row.number, cells["image"], cells["label"], named, cells.get("patient"), row.cells))
-    for role, numbers in empty.items():
-        advice = ", or give columns.patient=null" if role == "patient" else " or remove the row"
-        problems.add_rows(numbers, f"the {role} is empty{'' if role == 'image' else ' or nan'}; fill it in{advice}")
+            labels = tuple(text for role in ("label", "time", "event") for text in cells.get(role, ()))
+            patient = cells["patient"][0] if "patient" in cells else None
+            rows.append(LabelRow(row.number, cells["image"][0], labels, split, patient, row.cells))
+    for name, numbers in empty.items():
+        what = f"the {roles[name]}{'' if _simple(name) == roles[name] else f' ({name})'}"
+        advice = ", or give columns.patient=null" if roles[name] == "patient" else " or remove the row"
+        problems.add_rows(numbers, f"{what} is empty or nan; fill it in{advice}")
     return rows
-
-
-def _number(text: str) -> float:
-    """Return a number; infinity and nan become nan."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def _class_names(labels: Sequence[str], table: Path) -> tuple[str, ...]:
-    """Return the distinct labels in the order of the classes."""
-    distinct = sorted(set(labels))
-    for separator in (";", "|"):
-        for label in distinct:
-            parts = [part.strip() for part in label.split(separator)]
-            if len(parts) > 1 and any(part in distinct for part in parts):
-                raise LabelError(f"{table}: {label!r} looks like several labels of one image; give each image one")
-    numbers = {label: _number(label) for label in distinct}
-    if any(map(math.isnan, numbers.values())):
-        return tuple(distinct)
-    ordered = sorted(distinct, key=numbers.__getitem__)
-    for first, second in itertools.pairwise(ordered):
-        if numbers[first] == numbers[second]:
-            raise LabelError(f"{table}: {first!r} and {second!r} are one number and two labels; write it in one way")
-    return tuple(ordered)

@@ -60,6 +60,34 @@ class Table:
         return f"{self.unit}{'s' if len(numbers) > 1 else ''} {listed(numbers)}"
 
 
+class Problems:
+    """What is wrong with a table, so that one error says all of it.
+
+    Attributes:
+        table: The table.
+        found: A message for each kind of problem.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.found: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Add a message about the whole table."""
+        self.found.append(message)
+
+    def add_rows(self, numbers: Sequence[int], message: str) -> None:
+        """Add what is wrong with the rows of these numbers, if there are any."""
+        if numbers:
+            self.found.append(f"{self.table.places(numbers)}: {message}")
+
+    def refuse(self) -> None:
+        """Raise LabelError if anything was added."""
+        if self.found:
+            between = "\n  " if len(self.found) > 1 else " "
+            raise LabelError(between.join([f"{self.table.path}:", *self.found]))
+
+
 def listed(items: Iterable[object]) -> str:
     """Return the first items, separated by commas, and how many more there are."""
     texts = [str(item) for item in items]

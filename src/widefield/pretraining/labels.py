@@ -57,7 +57,7 @@ def _from_table(paths: list[Path], folder: Path | None, table: Path) -> Labels:
     except (LabelError, OSError) as error:
         raise ValueError(f"callbacks.quality.labels: {error}") from error
     places = [FilesByName(paths, place) for place in {None, folder}]
-    labels = {path: row.label for row in rows for files in places for path in files.matches(row.image)}
+    labels = {path: row.labels[0] for row in rows for files in places for path in files.matches(row.image)}
     if len(set(labels.values())) < 2:
         raise ValueError(
             f"callbacks.quality.labels: {table} has labels of {len(labels)} of the {len(paths)} images, and two classes "

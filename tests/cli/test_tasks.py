@@ -1,0 +1,104 @@
+"""`widefield fit` for labels that are no classes."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small_images import write_folder
+from widefield.cli import main
+from widefield.models import Classifier
+
+
+def write_table(folder: Path, header: str, rows: Sequence[str]) -> None:
+    lines = [f"slide;{header}", *(f"im{k};{row}" for k, row in enumerate(rows))]
+    (folder / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
+def fit(folder: Path, *more: str) -> list[str]:
+    places = ("--images", str(folder / "images"), "--labels", str(folder / "labels.csv"), "--out", str(folder / "run"))
+    return ["fit", *places, "--model", "resnet10_w16", "--epochs", "1", "--tile-size", "48", *more]
+
+
+def last_row(run: Path) -> dict[str, float]:
+    with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+        *_, row = csv.DictReader(file)
+    return {name: float(value) for name, value in row.items()}
+
+
+def numbers_of(run: Path) -> dict[str, Any]:
+    assert main(["test", "--run", str(run), "--out", str(run / "numbers.json")]) == 0
+    found: dict[str, Any] = json.loads((run / "numbers.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "arguments", "names", "metrics"),
+    [
+        (
+            "age;size",
+            [f"{40 + 7 * k};{0.1 * k}" for k in range(10)],
+            ["--task", "regression", "data.columns.label=[age, size]"],
+            ["age", "size"],
+            {"mae_age", "rmse_age", "mae_size", "rmse_size"},
+        ),
+        (
+            "label",
+            ["b|a", "a", "-", "b", "a", "b|a", "c", "b", "a|b|c", "c"],
+            ["--task", "multilabel", "--separator", "|"],
+            ["a", "b", "c"],
+            {"auc", "map", "f1"},
+        ),
+        (
+            "months;died",
+            [f"{k + 1};{int(k % 3 > 0)}" for k in range(10)],
+            ["--task", "survival", "--columns", "{time: months, event: died}"],
+            ["below 3", "3 to 5", "5 to 6", "6 and later"],
+            {"c_index"},
+        ),
+    ],
+)
+def test_a_task_is_trained_tested_and_kept_in_the_checkpoint(
+    tmp_path: Path, header: str, rows: list[str], arguments: list[str], names: list[str], metrics: set[str]
+) -> None:
+    write_folder(tmp_path, count=10, side=48)
+    write_table(tmp_path, header, rows)
+    assert main(fit(tmp_path, *arguments)) == 0
+    row = last_row(tmp_path / "run")
+    assert metrics == {name.removeprefix("val_") for name in row if name.startswith("val_")} - {"loss"}
+    found = numbers_of(tmp_path / "run")
+    assert found["test_loss"] == row["val_loss"]
+    classifier, checkpoint = Classifier.from_checkpoint(tmp_path / "run" / "best.ckpt")
+    assert checkpoint["LabelledImages"]["target"] == classifier.target
+    assert classifier.class_names == names
+    assert classifier.eval().predict_step(torch.rand(2, 3, 64, 64), 0).shape == (2, len(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "regresion"], "--task: got 'regresion', expected"),
+        (["--task", "regression"], "age is 'young', expected a number"),
+        (["--task", "multilabel"], "age is 'young', expected 0 or 1, or give separator=';'"),
+        (["--separator", ";"], "separator=';' is what stands between the labels in a cell, for task=multilabel"),
+        (["data.columns.label=[age, size]"], "columns.label names 2 columns, and task=classification takes one"),
+        (["--task", "survival"], "columns.label: there is no 'label' for task=survival"),
+        (
+            ["--task", "regression", "data.columns.label=size", "metrics=[{type: Accuracy}]"],
+            "the metrics of the configuration",
+        ),
+        (["model.target={task: regression}"], "target"),
+    ],
+)
+def test_a_task_that_does_not_fit_the_table_is_one_clear_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    write_folder(tmp_path, count=4, side=48)
+    write_table(tmp_path, "age;size", ["young;1", "old;2", "old;3", "young;4"])
+    assert main(fit(tmp_path, "--columns", "{label: age}", *arguments)) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
