@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.small_images import write_folder
 from widefield.cli import main
@@ -76,6 +77,30 @@ def test_a_task_is_trained_tested_and_kept_in_the_checkpoint(
     assert checkpoint["LabelledImages"]["target"] == classifier.target
     assert classifier.class_names == names
     assert classifier.eval().predict_step(torch.rand(2, 3, 64, 64), 0).shape == (2, len(names))
+
+
+def test_a_model_of_components_learns_several_labels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path, count=6, side=48)
+    write_table(tmp_path, "label", ["b|a", "a", "-", "b", "a", "-"])
+    head = {"type": "MultiLabelLinearClsHead", "num_classes": 2, "in_channels": 8}
+    stages = {"stem_channels": 4, "base_channels": 4, "num_stages": 2, "out_indices": [1]}
+    model = {
+        "type": "ImageClassifier",
+        "backbone": {"type": "ResNet", "depth": 18, **stages},
+        "neck": {"type": "GlobalAveragePooling"},
+        "head": head,
+    }
+    data = {"type": "LabelledImages", "task": "multilabel", "separator": "|"}
+    config = {"model": model, "data": data, "trainer": {"max_epochs": 1}}
+    places = ("--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels.csv"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    line = ["fit", "--config", str(tmp_path / "config.yaml"), *places, "--out", str(tmp_path / "run")]
+    assert main([*line, f"model.head={json.dumps({**head, 'type': 'LinearClsHead'})}"]) == 2
+    assert "data.task=multilabel does not go with a LinearClsHead" in capfd.readouterr().err
+    assert main(line) == 0
+    assert 0 < last_row(tmp_path / "run")["val_loss"] < 5
+    assert main(["visualize", "tsne", "--run", str(tmp_path / "run")]) == 2
+    assert "data.task=multilabel has no classes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
