@@ -38,6 +38,13 @@ def test_whole_numbers_are_sorted_as_numbers_and_become_indices_without_gaps(tmp
     assert [image.label for image in read.images] == [2, 1, 0]
 
 
+def test_long_codes_keep_their_digits(tmp_path: Path, images: Path) -> None:
+    codes = ("99999999999999999991", "99999999999999999992")
+    read = read_labels(table(tmp_path, "image,label", f"a,{codes[1]}", f"b,{codes[0]}"), images)
+    assert read.class_names == codes
+    assert read_labels(table(tmp_path, "image,label", "a,1_0", "b,9", "c,10"), images).class_names == ("10", "1_0", "9")
+
+
 def test_a_byte_order_mark_and_spaces_are_harmless(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("image , label\r\na, x \r\nb,y\r\n", encoding="utf-8-sig", newline="")
@@ -118,13 +125,13 @@ def test_a_text_table_of_any_dialect_is_read(tmp_path: Path, images: Path, delim
 
 
 def test_the_separator_that_excel_declares_is_obeyed(tmp_path: Path, images: Path) -> None:
-    read = read_labels(table(tmp_path, "sep=;", "image;label;note,with,commas", "a;x;", "b;y;"), images)
+    read = read_labels(table(tmp_path, "", "sep=;", "image;label;note,with,commas", "a;x;", "b;y;"), images)
     assert read.class_names == ("x", "y")
 
 
 def test_a_parquet_table_is_read_and_its_rows_are_counted(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "labels.table"
-    frame = pandas.DataFrame({"slide_id": ["a", "b", "c"], "label": [0.0, 10.0, 2.0]})
+    frame = pandas.DataFrame({"slide_id": ["a", "b", "c"], "label": [0.0, 10.0, 2.0], "vector": [[1.0, 2.0]] * 3})
     frame.to_parquet(path)
     assert read_labels(path, images).class_names == ("0.0", "2.0", "10.0")
     frame["label"] = [0.0, None, 2.0]

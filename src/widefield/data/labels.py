@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, get_args
 
 from widefield.data.tables import LabelError, Problems, Table, listed, read_table
 from widefield.data.targets import Label, Task, encode
@@ -128,6 +128,8 @@ def read_labels(
             label is none of the task, or all labels are equal.
         ValueError: Arguments that do not go together.
     """
+    if task not in get_args(Task):
+        raise ValueError(f"task={task!r}: there is no such task; {suggestion(str(task), get_args(Task))}")
     labels, images = Path(labels), Path(images)
     finder = _Images(images, labels.parent)
     table = read_table(labels)

@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from widefield.errors import MissingExtraError, WidefieldError
 
@@ -100,7 +99,8 @@ def read_table(path: Path) -> Table:
 
     Text may be UTF-8, or UTF-16 or UTF-32 with a byte order mark or mostly of ASCII characters, its cells separated by commas,
     semicolons, tabs or bars, whichever the first row has most of, and its lines may end in any way. A line `sep=;` before the
-    first row, as Excel writes it, is obeyed. The content tells a Parquet file, not the name.
+    first row, as Excel writes it, is obeyed. The content tells a Parquet file, not the name; its columns of lists and structures
+    are left out.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -140,14 +140,14 @@ def read_table(path: Path) -> Table:
 def _text(path: Path, content: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the first row, and the others with the numbers of their lines."""
     text = _decoded(path, content)
-    first = text.splitlines()[0] if text.strip() else ""
+    first = next((line for line in text.splitlines() if line.strip()), "")
     marked = first.lower().startswith("sep=") and len(first) == 5
     delimiter = (
         first[-1] if marked else max(_DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), ())))
     )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        rows = [(reader.line_num, cells) for cells in reader]
+        rows = [(reader.line_num, cells) for cells in reader if any(cells)]
     except csv.Error as error:
         raise LabelError(f"{path}, line {reader.line_num}: {error}; save the table as a UTF-8 CSV file") from error
     (_, header), *others = rows[1 if marked else 0 :] or [(0, [])]
@@ -172,16 +172,13 @@ def _decoded(path: Path, content: bytes) -> str:
 def _parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the names of the columns, and the rows with their numbers."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError:
         raise MissingExtraError("a Parquet table", "pyarrow", "parquet") from None
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
         raise LabelError(f"{path} cannot be read as a Parquet file: {error}") from error
-    columns = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
-    return list(table.column_names), [(number, list(cells)) for number, cells in enumerate(zip(*columns), start=1)]
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)
+    names = [field.name for field in table.schema if not types.is_nested(field.type)]
+    columns = [["" if value is None else str(value) for value in table[name].to_pylist()] for name in names]
+    return names, [(number, list(cells)) for number, cells in enumerate(zip(*columns), start=1)]

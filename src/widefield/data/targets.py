@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -137,8 +138,8 @@ def _separated(texts: Sequence[str], separator: str, problems: Problems) -> tupl
 
 def _sorted(names: set[str], problems: Problems) -> tuple[str, ...]:
     """Return names sorted as numbers, if all of them are numbers."""
-    values = {name: _number(name) for name in names}
-    if any(map(math.isnan, values.values())):
+    values = {name: _decimal(name) for name in names}
+    if not all(value.is_finite() for value in values.values()):
         return tuple(sorted(names))
     ordered = sorted(names, key=lambda name: (values[name], name))
     for first, second in itertools.pairwise(ordered):
@@ -220,8 +221,13 @@ def _yes_or_no(advice: str) -> Parser:
 
 def _number(text: str) -> float:
     """Return a number; infinity and what is no number become nan."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
+    value = float(_decimal(text))
     return value if math.isfinite(value) else math.nan
+
+
+def _decimal(text: str) -> Decimal:
+    """Return a number with all of its digits, of which codes may have more than a float; what is no number becomes nan."""
+    try:
+        return Decimal("nan" if "_" in text else text)  # Python takes 1_000 for a number
+    except InvalidOperation:
+        return Decimal("nan")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from widefield.components.losses.survival_losses import HazardLoss, event_probabilities
 from widefield.components.metrics.survival_metrics import ConcordanceIndex
-from widefield.data import Target
+from widefield.data import Target, Task
 from widefield.modules.streaming_module import Loss
 from widefield.registry import suggestion
 
@@ -64,10 +64,7 @@ def parts_of(names: Sequence[str], target: Target) -> TaskParts:
     if task == "survival":
         _check(names, target, "edges", len(names) - 1)
         return TaskParts(HazardLoss(target["edges"]), {"c_index": ConcordanceIndex()}, event_probabilities)
-    raise ValueError(
-        f"target: there is no task {task!r}; "
-        f"{suggestion(str(task), ('classification', 'multilabel', 'regression', 'survival'))}"
-    )
+    raise ValueError(f"target: there is no task {task!r}; {suggestion(str(task), get_args(Task))}")
 
 
 def _check(names: Sequence[str], target: Mapping[str, Any], key: str, count: int) -> None:

@@ -286,10 +286,14 @@ def _are_lazy(inputs: Any) -> bool:
 
 
 def as_sample(target: Any) -> DataSample:
-    """Return a target as a sample: a `DataSample`, class indices, or scores of the classes (floating numbers)."""
+    """Return a target as a sample: a `DataSample`, class indices, or a score from 0 to 1 for each class (floating numbers)."""
     if isinstance(target, DataSample):
         return target
-    if isinstance(target, Tensor) and target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point() and target.ndim == 1:
+        if not bool(((target >= 0) & (target <= 1)).all()):
+            raise WrongArgumentError(
+                f"a target is {target.tolist()}; give class indices, or a score from 0 to 1 for each class"
+            )
         return DataSample().set_gt_score(target.cpu())
     return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
