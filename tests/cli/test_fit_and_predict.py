@@ -18,6 +18,7 @@ import widefield
 from tests.small_images import write_folder, write_image
 from widefield.cli import main, predict
 from widefield.cli.history import History
+from widefield.data import LabelledImages
 from widefield.images import open_image
 from widefield.inference import models
 
@@ -56,9 +57,21 @@ def test_fit_in_python_trains_as_the_command_does(
     monkeypatch.setattr(
         "widefield.cli.fit_run.train", lambda config, left, resume: seen.append((config.data, left, resume))
     )
-    fit(folder, tmp_path / "out", "--trainer.precision", "bf16-mixed")
+    fit(
+        folder,
+        tmp_path / "out",
+        "--trainer.precision",
+        "bf16-mixed",
+        "--columns",
+        "{label: label, patient: null}",
+        "--task",
+        "multilabel",
+        "--separator",
+        "|",
+    )
     places = {"out": tmp_path / "out", "images": folder / "images", "labels": str(folder / "labels.csv")}
     options: dict[str, Any] = {"model": "resnet10_w16", "epochs": EPOCHS, "tile_size": 48, "seed": 7}
+    options |= {"columns": {"label": "label", "patient": None}, "task": "multilabel", "separator": "|"}
     widefield.fit(**places, **options, **{"trainer.precision": "bf16-mixed"})
     assert seen[0] == seen[1]
     with pytest.raises(ValueError, match="epoch"):
@@ -72,7 +85,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_a_run_leaves_its_configuration_history_report_and_checkpoints(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "splits.csv", "history.csv", "report.html", "memory.json"}
+    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "history.csv", "report.html", "memory.json", "split.csv"}
     rows = read_csv(run / "history.csv")
     assert [float(row["epoch"]) for row in rows] == [1, 2]
     assert {"train_loss", "train_accuracy", "train_auc", "val_loss", "val_accuracy", "val_auc"} < set(rows[0])
@@ -86,6 +99,16 @@ def test_a_checkpoint_is_tensors_and_plain_data_and_carries_what_predict_needs(r
     assert checkpoint["LabelledImages"]["level"] == 0
     assert "stream_network.module.0.weight" in checkpoint["state_dict"]
     assert "head.2.weight" in checkpoint["state_dict"]
+
+
+def test_the_split_of_a_run_is_a_label_table(run: Path, folder: Path) -> None:
+    rows = read_csv(run / "split.csv")
+    data = LabelledImages(folder / "images", run / "split.csv", seed=1)
+    again = [LabelledImages(folder / "images", folder / "labels.csv", seed=7), data]
+    assert [[image.path.name for image in one.val_set.images] for one in again] == [
+        [Path(row["image"]).name for row in rows if row["split"] == "val"]
+    ] * 2
+    assert [row["label"] for row in rows] == ["dark", "bright"] * 4
 
 
 def test_shortcuts_fill_the_configuration(run: Path, folder: Path) -> None:
@@ -321,6 +344,8 @@ def one_grey_image(folder: Path) -> None:
         (None, ["--tile-size", "many"], "--tile-size"),
         (None, ["--memory-budget", "1kB", "--config", "TILE"], "memory_budget"),
         (None, ["--resume"], "no run to resume"),
+        (None, ["--columns", "{lable: label}"], "--columns.lable: Columns has no argument 'lable'; did you mean label"),
+        (None, ["data.columns.label=grade"], "no column 'grade' (columns.label); its columns are image, label"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_no_output(

@@ -1,6 +1,5 @@
 """`widefield fit` on images of any type, number of channels and spacing, from the plain command line."""
 
-import csv
 import logging
 from pathlib import Path
 
@@ -82,16 +81,16 @@ def test_images_of_any_kind_are_trained_on_and_predicted(tmp_path, dtype, channe
 def test_all_images_of_a_patient_are_on_one_side_and_the_split_is_written(tmp_path):
     named = write_folder(tmp_path / "data", "u1", 3, 255, count=20)
     data = LabelledImages(Path(named[1]), Path(named[3]), val_fraction=0.4)
-    data.write_splits(tmp_path / "splits.csv")
-    with (tmp_path / "splits.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = data.split_rows()
     sides = {
-        patient: {row["split"] for row in rows if row["patient"] == patient} for patient in {r["patient"] for r in rows}
+        patient: {row["split"] for row in rows if row["case_id"] == patient} for patient in {r["case_id"] for r in rows}
     }
     assert len(rows) == 20 and len(sides) == 10
     assert all(len(one) == 1 for one in sides.values())
     assert {row["label"] for row in rows if row["split"] == "val"} == {"dark", "bright"}
-    assert [row["image"] for row in rows if row["split"] == "val"] == [str(image.path) for image in data.val_set.images]
+    assert [row["slide_id"] for row in rows if row["split"] == "val"] == [
+        str(image.path) for image in data.val_set.images
+    ]
 
 
 def test_a_patient_on_both_sides_and_spacings_that_differ_are_said(tmp_path, caplog):
@@ -105,7 +104,9 @@ def test_a_patient_on_both_sides_and_spacings_that_differ_are_said(tmp_path, cap
     tifffile.imwrite(tmp_path / "data" / "images" / "im0.tif", pixels, photometric="rgb", metadata=None)
     LabelledImages(Path(named[1]), Path(named[3]))
     said = caplog.text
-    assert "has images of 3 patient(s) in several splits: p0, p1, p2" in said
+    assert (
+        "puts images of one case_id into several splits, so that what is measured may be too good: p0, p1, p2" in said
+    )
     assert "different spacings: unknown (im0.tif), 0.5 (im" in said
     with pytest.raises(ValueError, match=r"im0\.tif, which does not say its own"):
         LabelledImages(Path(named[1]), Path(named[3]), spacing=1.0)

@@ -65,7 +65,11 @@ def test_samples_without_labels_are_predicted() -> None:
     assert found[0] is samples[0]
     assert found[0] is not found[1]
     with pytest.raises(ValueError, match="labels are class indices"):
-        model.preprocess((images, torch.rand(2, 3)))
+        model.preprocess((images, torch.rand(2)))
+    with pytest.raises(ValueError, match="a score from 0 to 1 for each class"):
+        model.preprocess((images, torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.5, 0.5]])))
+    _, taken = model.preprocess((images, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])))
+    assert [sample.gt_score.tolist() for sample in taken] == [[0, 1, 1], [0, 0, 0]]
 
 
 def test_pixels_are_normalised_in_32_bits_at_least() -> None:

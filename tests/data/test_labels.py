@@ -1,7 +1,10 @@
 """The label table."""
 
+import logging
+import unicodedata
 from pathlib import Path
 
+import pandas
 import pytest
 
 from widefield.data import LabelError, read_labels
@@ -35,6 +38,13 @@ def test_whole_numbers_are_sorted_as_numbers_and_become_indices_without_gaps(tmp
     assert [image.label for image in read.images] == [2, 1, 0]
 
 
+def test_long_codes_keep_their_digits(tmp_path: Path, images: Path) -> None:
+    codes = ("99999999999999999991", "99999999999999999992")
+    read = read_labels(table(tmp_path, "image,label", f"a,{codes[1]}", f"b,{codes[0]}"), images)
+    assert read.class_names == codes
+    assert read_labels(table(tmp_path, "image,label", "a,1_0", "b,9", "c,10"), images).class_names == ("10", "1_0", "9")
+
+
 def test_a_byte_order_mark_and_spaces_are_harmless(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("image , label\r\na, x \r\nb,y\r\n", encoding="utf-8-sig", newline="")
@@ -60,106 +70,24 @@ def test_files_beside_an_image_do_not_make_its_name_ambiguous(tmp_path: Path, im
 
 
 @pytest.mark.parametrize(
-    "header", ["image,label", "slide_id,class", "filename,Target", "case_id,slide_id,label", "IMAGE_PATH,label"]
-)
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_a_table_of_any_dialect_is_read(
-    tmp_path: Path, images: Path, header: str, separator: str, encoding: str, newline: str
-) -> None:
-    lines = [
-        header,
-        *((("7,", "8,") if "case_id" in header else ("", ""))[k] + row for k, row in enumerate(("a,x", "b,é"))),
-    ]
-    path = tmp_path / "labels.csv"
-    path.write_bytes(newline.join(line.replace(",", separator) for line in lines).encode(encoding))
-    read = read_labels(path, images)
-    assert [image.path.name for image in read.images] == ["a.tif", "b.tif"]
-    assert read.class_names == ("x", "é")
-    assert [image.patient for image in read.images] == (["7", "8"] if "case_id" in header else [None, None])
-
-
-def test_columns_of_other_names_are_said(tmp_path: Path, images: Path) -> None:
-    path = table(tmp_path, "label,Slide,Grade,MRN", "?,a,x,1", "?,b,y,2")
-    read = read_labels(path, images, {"image": "Slide", "label": "Grade", "patient": "MRN"})
-    assert (read.class_names, [image.patient for image in read.images]) == (("x", "y"), ["1", "2"])
-    with pytest.raises(LabelError, match="no column 'Grades', which is to be the label; its columns are label, Slide"):
-        read_labels(path, images, {"image": "Slide", "label": "Grades"})
-    with pytest.raises(
-        LabelError, match="columns: picture is no kind of column; those are image, label, split, patient"
-    ):
-        read_labels(path, images, {"picture": "Slide"})
-
-
-def test_a_parquet_table_is_read(tmp_path: Path, images: Path) -> None:
-    pandas = pytest.importorskip("pandas")
-    pandas.DataFrame({"slide_id": ["a", "b", "c"], "label": [10, 2, 10]}).to_parquet(tmp_path / "labels.parquet")
-    assert read_labels(tmp_path / "labels.parquet", images).class_names == ("2", "10")
-    (tmp_path / "bad.parquet").write_bytes(b"x")
-    with pytest.raises(LabelError, match=r"bad\.parquet is no Parquet file"):
-        read_labels(tmp_path / "bad.parquet", images)
-
-
-def test_numbers_of_any_kind_are_sorted_as_numbers(tmp_path: Path, images: Path) -> None:
-    read = read_labels(table(tmp_path, "image,label", "a,10.0", "b,2.0", "c,-1.5"), images)
-    assert read.class_names == ("-1.5", "2.0", "10.0")
-
-
-@pytest.mark.parametrize(
-    ("written", "file"),
-    [
-        ("./a.tif", "a.tif"),
-        ("more\\d.png", "more/d.png"),
-        ("d", "more/d.png"),
-        ("d.png", "more/d.png"),
-        ("g", "g.ome.tif"),
-        ("g.ome", "g.ome.tif"),
-        ("h", "h.svs"),
-        ("caf\u00e9", "cafe\u0301.tif"),
-        ("cafe\u0301.tif", "cafe\u0301.tif"),
-        ("z", "z.zarr"),
-        ("FOLDER/a.tif", "a.tif"),
-        ("FOLDER/a", "a.tif"),
-    ],
-)
-def test_an_image_is_found_however_its_name_is_written(tmp_path: Path, images: Path, written: str, file: str) -> None:
-    for name in ("g.ome.tif", "h.svs", "h.xml", "cafe\u0301.tif"):
-        (images / name).write_bytes(b"x")
-    (images / "z.zarr").mkdir()
-    (images / "z.zarr" / "zarr.json").write_text("{}")
-    path = table(tmp_path, "image,label", f"{written.replace('FOLDER', str(images))},x", "b,y")
-    assert read_labels(path, images).images[0].path == images / file
-
-
-def test_an_absolute_path_may_lie_elsewhere(tmp_path: Path, images: Path) -> None:
-    (tmp_path / "e.tif").write_bytes(b"x")
-    read = read_labels(table(tmp_path, "image,label", f"{tmp_path / 'e.tif'},x", "b,y"), images)
-    assert read.images[0].path == tmp_path / "e.tif"
-
-
-@pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["image,grade", "a,x"], r"no column 'label' \(it may also be called class, .*; its columns are image, grade"),
-        (
-            ["picture;label", "a;x"],
-            r"no column 'image' \(it may also be called slide_id, .*; its columns are picture, label",
-        ),
-        (
-            ["image,label", "a,nan", "b,", ",y"],
-            r"line 2: the label is empty \('nan'\), line 3: .*, line 4: the image is empty",
-        ),
-        (["image,label", "a,1", "b,1.0"], "the labels '1', '1.0' are the same number"),
-        (["image,label", "a,x", "b,y", "c,x;y"], "'x;y' names several classes"),
+        (["image,kind", "a,x"], r"no column 'label'; its columns are image, kind. Name .* as in columns={label: kind}"),
+        (["scan;label", "a;x"], r"no column 'image'; its columns are scan, label"),
+        (["image,label,label", "a,x,y"], "several columns named label"),
+        (["image,label", "a,x", "b,y,z"], "line 3 has 3 cells and the first row 2"),
         (["image,label"], "a header but no rows"),
-        (["image,label", "a,x", "b,"], "line 3: the label is empty"),
+        ([""], "no header and no rows"),
+        (["image,label", "a,x", "b,", "c,NaN"], "lines 3, 4: the label is empty or nan; fill it in or remove the row"),
+        (
+            ["case_id,image,label", ",a,x", "1,b,y"],
+            "line 2: the patient \\(case_id\\) is empty or nan; .* columns.patient=null",
+        ),
+        (["image,label", "a,x;y", "b,x"], "'x;y' looks like several labels of one image"),
+        (["image,label", "a,1", "b,1.0"], "'1' and '1.0' are one number and two labels"),
         (["image,label", ",x"], "line 2: the image is empty"),
         (["image,label", "a,x", "b,y", "a.tif,x"], r"names a.tif 2 times, in lines 2, 4"),
-        (
-            ["image,label", "a,x", "gone,y", "lost.tif,y"],
-            r"2 image\(s\).*gone \(line 3\), lost.tif \(line 4\)\. No row names 3 image\(s\) there: b.tif, c.tif, d.png",
-        ),
+        (["image,label", "a,x", "gone,y", "lost.tif,y"], r"2 image\(s\).*gone \(line 3\), lost.tif \(line 4\)"),
         (["image,label", "a,x", "b,x"], "every image has the label 'x'"),
         (["image,label,split", "a,x,trian"], "line 2: the split is 'trian'; it must be one of train, val, test"),
     ],
@@ -175,6 +103,128 @@ def test_an_ambiguous_stem_is_refused(tmp_path: Path, images: Path) -> None:
     (images / "a.png").write_bytes(b"x")
     with pytest.raises(LabelError, match=r"'a' may be a.png, a.tif; write the name with its extension"):
         read_labels(table(tmp_path, "image,label", "a,x", "b,y"), images)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_text_table_of_any_dialect_is_read(tmp_path: Path, images: Path, delimiter: str, encoding: str) -> None:
+    rows = [
+        ["Image", "note", "LABEL"],
+        ["a.tif", f'"ü{delimiter} 1"', "x"],
+        ["", "", ""],
+        ["b", "2", "y"],
+        ["c", "3", ""],
+    ]
+    path = tmp_path / "labels.csv"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(end.join(map(delimiter.join, rows)).encode(encoding))
+        with pytest.raises(LabelError, match=r"labels.csv: line 5: the label is empty"):
+            read_labels(path, images)
+        path.write_bytes(end.join(map(delimiter.join, rows[:-1])).encode(encoding))
+        assert [image.path.name for image in read_labels(path, images).images] == ["a.tif", "b.tif"]
+
+
+def test_the_separator_that_excel_declares_is_obeyed(tmp_path: Path, images: Path) -> None:
+    read = read_labels(table(tmp_path, "", "sep=;", "image;label;note,with,commas", "a;x;", "b;y;"), images)
+    assert read.class_names == ("x", "y")
+
+
+def test_a_parquet_table_is_read_and_its_rows_are_counted(tmp_path: Path, images: Path) -> None:
+    path = tmp_path / "labels.table"
+    frame = pandas.DataFrame({"slide_id": ["a", "b", "c"], "label": [0.0, 10.0, 2.0], "vector": [[1.0, 2.0]] * 3})
+    frame.to_parquet(path)
+    assert read_labels(path, images).class_names == ("0.0", "2.0", "10.0")
+    frame["label"] = [0.0, None, 2.0]
+    frame.to_parquet(path)
+    with pytest.raises(LabelError, match="row 2: the label is empty or nan"):
+        read_labels(path, images)
+    path.write_bytes(b"PAR1, says the first line")
+    with pytest.raises(LabelError, match="cannot be read as a Parquet file"):
+        read_labels(path, images)
+    path.write_bytes(b"PK\3\4 as zip files begin")
+    with pytest.raises(LabelError, match="Excel workbook"):
+        read_labels(path, images)
+
+
+@pytest.mark.parametrize("image", ["slide_id", "Slide ID", "filename", "File", "path", "image_path"])
+@pytest.mark.parametrize("label", ["label", "class", "Target"])
+def test_columns_are_found_by_usual_names(tmp_path: Path, images: Path, image: str, label: str) -> None:
+    read = read_labels(table(tmp_path, f"case_id,{image},{label}", "p,a,x", "q,b,y"), images)
+    assert [(one.path.name, one.label, one.patient) for one in read.images] == [("a.tif", 0, "p"), ("b.tif", 1, "q")]
+
+
+def test_columns_that_are_named_win_over_those_that_are_guessed(tmp_path: Path, images: Path) -> None:
+    path = table(tmp_path, "image,label,case_id,split,scan,grade", "c,z,p,none,a,1", "c,z,,none,b,2")
+    read = read_labels(path, images, {"image": "scan", "label": "grade", "patient": None, "split": None})
+    assert read.class_names == ("1", "2")
+    assert [(one.path.name, one.patient, one.split) for one in read.images] == [
+        ("a.tif", None, None),
+        ("b.tif", None, None),
+    ]
+    with pytest.raises(LabelError, match=r"no column 'grad' \(columns.label\); its columns .*; did you mean 'grade'"):
+        read_labels(path, images, {"label": "grad"})
+    with pytest.raises(
+        ValueError, match=r"columns.imag: there is no 'imag' for task=classification; did you mean image"
+    ):
+        read_labels(path, images, {"imag": "scan"})  # type: ignore[typeddict-unknown-key]
+
+
+def test_a_path_may_be_written_in_many_ways(tmp_path: Path, images: Path) -> None:
+    (images / "more" / "é.tif").write_bytes(b"x")
+    (tmp_path / "elsewhere.png").write_bytes(b"x")
+    decomposed = unicodedata.normalize("NFD", "more/é")
+    written = {
+        "./a.tif": "a.tif",
+        r"more\d": "more/d.png",
+        str(images / "b"): "b.tif",
+        "images/c.tif": "c.tif",
+        decomposed: "more/é.tif",
+        "more/../a": "a.tif",
+    }
+    for name, file in written.items():
+        rows = (f"{name},x", "elsewhere.png,y")
+        assert [one.path for one in read_labels(table(tmp_path, "image,label", *rows), images).images] == [
+            images / file,
+            tmp_path / "elsewhere.png",
+        ]
+    (images / "more" / "é.tif").rename(images / "more" / unicodedata.normalize("NFD", "ö.tif"))
+    read = read_labels(table(tmp_path, "image,label", "more/ö.tif,x", "a,y"), images)
+    assert unicodedata.normalize("NFC", read.images[0].path.name) == "ö.tif"
+
+
+@pytest.mark.parametrize(
+    ("file", "names"), [("g.ome.tif", ["g", "g.ome"]), ("h.svs.tif", ["h", "h.svs"]), ("i.1.svs", ["i.1"])]
+)
+def test_a_file_of_two_endings_is_found_without_them(tmp_path: Path, images: Path, file: str, names: list[str]) -> None:
+    (images / file).write_bytes(b"x")
+    for name in (file, *names):
+        read = read_labels(table(tmp_path, "image,label", f"{name},x", "a,y"), images)
+        assert read.images[0].path == images / file
+    with pytest.raises(LabelError, match="1 image"):
+        read_labels(table(tmp_path, "image,label", "i,x", "a,y"), images)
+
+
+def test_one_error_tells_all_that_is_wrong(tmp_path: Path, images: Path) -> None:
+    rows = ("a.tif,x", "a,y", "gone,x", "bb.tif,y", ",x", "b,", *(f"no{k},x" for k in range(20)))
+    with pytest.raises(LabelError) as caught:
+        read_labels(table(tmp_path, "image,label", *rows), images)
+    assert str(caught.value).splitlines()[1:] == [
+        "  line 6: the image is empty or nan; fill it in or remove the row",
+        "  line 7: the label is empty or nan; fill it in or remove the row",
+        "  names a.tif 2 times, in lines 2, 3; keep one of them",
+        f"  names 22 image(s) that are not in {images}: gone (line 4), bb.tif (line 5, did you mean b.tif?), "
+        + ", ".join(f"no{k} (line {k + 8})" for k in range(8))
+        + " and 12 more; 3 image(s) there have no row: b.tif, c.tif, more/d.png",
+    ]
+
+
+def test_images_without_a_row_are_left_out_and_named(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert len(read_labels(table(tmp_path, "image,label", "a,x", "b,y"), images).images) == 2
+    assert "2 image(s)" in caplog.text
+    assert "c.tif, more/d.png" in caplog.text
 
 
 def test_missing_paths_are_named(tmp_path: Path, images: Path) -> None:
@@ -197,6 +247,16 @@ def test_a_table_that_is_not_text_is_refused(tmp_path: Path, images: Path) -> No
         read_labels(path, images)
 
 
-def test_a_field_that_never_ends_is_an_error_that_names_the_line(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(LabelError, match=r"labels\.csv, line .*it is no CSV file"):
+def test_a_folder_that_is_an_image_and_a_name_in_a_folder_below_are_found(tmp_path: Path, images: Path) -> None:
+    (images / "z.zarr").mkdir()
+    (images / "z.zarr" / "zarr.json").write_text("{}")
+    path = table(tmp_path, "image,label", "z,x", "z.zarr,x", "b,y", "d,x")
+    with pytest.raises(LabelError, match=r"names z\.zarr 2 times"):
+        read_labels(path, images)
+    read = read_labels(table(tmp_path, "image,label", "z.zarr,x", "b,y", "d,x"), images)
+    assert [image.path for image in read.images] == [images / "z.zarr", images / "b.tif", images / "more" / "d.png"]
+
+
+def test_a_field_that_never_ends_is_an_error_that_names_the_file(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(LabelError, match=r"labels\.csv"):
         read_labels(table(tmp_path, "image,label", "a," + "x" * 200_000), images)

@@ -1,5 +1,6 @@
 """The data module."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,37 @@ def test_the_split_column_decides(tmp_path: Path) -> None:
     data = LabelledImages(images, labels)
     assert [image.path.stem for image in data.val_set.images] == ["im2", "im3"]
     assert [image.path.stem for image in data.test_set.images] == ["im4", "im5"]
+
+
+def with_column(labels: Path, name: str, values: list[str]) -> None:
+    header, *rows = labels.read_text().splitlines()
+    labels.write_text("\n".join([f"{header},{name}", *(f"{row},{one}" for row, one in zip(rows, values, strict=True))]))
+
+
+def test_images_of_a_patient_stay_together(tmp_path: Path) -> None:
+    images, labels = write_folder(tmp_path, count=12, side=32)
+    with_column(labels, "patient", [f"p{k // 4}" for k in range(12)])
+    for seed in range(4):
+        data = LabelledImages(images, labels, seed=seed, val_fraction=0.3)
+        assert len(data.val_set) == 4
+        assert len({image.patient for image in data.val_set.images}) == 1
+    apart = LabelledImages(images, labels, columns={"patient": None}, val_fraction=0.3)
+    assert {image.patient for image in apart.val_set.images} == {None}
+
+
+def test_a_split_that_tears_a_patient_apart_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = write_folder(tmp_path, count=4, side=32)
+    with_column(labels, "case_id", ["p", "q", "p", "r"])
+    with_column(labels, "split", ["train", "train", "test", "val"])
+    with caplog.at_level(logging.WARNING):
+        data = LabelledImages(images, labels)
+    assert "images of one case_id into several splits, so that what is measured may be too good: p" in caplog.text
+    assert data.split_rows()[2] == {
+        "image": str(images / "im2.tif"),
+        "label": "dark",
+        "case_id": "p",
+        "split": "test",
+    }
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:

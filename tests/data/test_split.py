@@ -1,5 +1,6 @@
 """The validation split."""
 
+import numpy as np
 import pytest
 
 from widefield.data import stratified_split
@@ -11,6 +12,36 @@ def test_each_class_gives_its_share() -> None:
     assert sorted([*train, *val]) == list(range(30))
     assert [labels[index] for index in val].count(0) == 4
     assert [labels[index] for index in val].count(1) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_stay_together_and_classes_are_balanced(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    groups = [f"{label}-{generator.integers(0, 20)}" for label in labels]
+    train, val = stratified_split(labels, 0.2, seed, groups)
+    assert sorted([*train, *val]) == list(range(100))
+    assert not {groups[index] for index in train} & {groups[index] for index in val}
+    counts = np.bincount(labels[val], minlength=3)
+    assert np.abs(counts - [12, 6, 2]).max() <= 3
+    assert counts.min() >= 1
+
+
+def test_groups_that_are_too_large_to_fit_still_give_a_validation_set() -> None:
+    labels = [0, 1] * 10
+    train, val = stratified_split(labels, 0.05, 0, ["p"] * 12 + ["q"] * 8)
+    assert val == list(range(12, 20))
+    train, val = stratified_split(labels, 0.2, 0, ["p"] * 20)
+    assert (len(train), val) == (20, [])
+    train, val = stratified_split([0, 0, 0, 1, 1], 0.5, 0, ["p", "p", "q", "r", "r"])
+    assert {3, 4} <= set(train)
+
+
+def test_images_of_several_classes_or_none_are_split() -> None:
+    labels = np.random.default_rng(0).random((100, 3)) < [0.5, 0.2, 0.05]
+    _, val = stratified_split(labels, 0.2, seed=0)
+    assert len(val) == 20
+    assert np.abs(labels[val].sum(0) - 0.2 * labels.sum(0)).max() < 2
 
 
 def test_the_seed_decides() -> None:

@@ -83,8 +83,8 @@ def test_labels_of_a_table_and_of_a_dataset(images: Path, tmp_path: Path) -> Non
     table.write_text("image,label\na/00.png,cat\nb/03.png,dog\nb/04.png,\n")
     assert labels_of(source, images, table) == ("cat", *[None] * 7, "dog", None)
     for text, message in (
-        ("picture,label\n", "has no column 'image'"),
-        ("image,label\na/00.png,cat\n99.png,dog\n", "has labels of 1 of the 10 images, and two classes are needed"),
+        ("file,kind\na,b\n", "callbacks.quality.labels: .* has no column 'label'; its columns are file, kind"),
+        ("image,label\na/00.png,cat\n00.png,dog\n", "has labels of 1 of the 10 images, and two classes are needed"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):

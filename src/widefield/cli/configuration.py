@@ -19,6 +19,9 @@ from widefield.registry import absolute_place, arguments_of, import_module_or_fi
 SHORTCUTS = {
     "images": "data.images",
     "labels": "data.labels",
+    "columns": "data.columns",
+    "task": "data.task",
+    "separator": "data.separator",
     "level": "data.level",
     "spacing": "data.spacing",
     "channels": "data.channels",
@@ -32,7 +35,7 @@ SHORTCUTS = {
     "epochs": "trainer.max_epochs",
     "out": "trainer.default_root_dir",
 }
-_TEXTS = ("model", "weights")
+_TEXTS = ("model", "weights", "separator")
 """Shortcuts whose value is a text even where it looks like a number."""
 
 
@@ -104,7 +107,9 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
     overrides = []
     for name, entry in SHORTCUTS.items():
         value = getattr(arguments, name, None)
-        if isinstance(value, Path) or (value is not None and name in _TEXTS):
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
         if value is not None:
             overrides.append(f"{entry}={value}")

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.progress import StreamingProgress
+from widefield.components.heads.classification_heads import MultiLabelClsHead, ScoreHead
 from widefield.components.metrics import METRICS
 from widefield.config import Config, Section, write_yaml
 from widefield.config.check import MAPPINGS, mark_of
@@ -28,7 +29,7 @@ from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, impo
 class ConfiguredCLI(LightningCLI):
     """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
 
-    Of these the classes come from the data.
+    Of these the classes and the target come from the data.
 
     Attributes:
         evaluation: What computes the metrics of the configuration.
@@ -84,11 +85,16 @@ class ConfiguredCLI(LightningCLI):
         ):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
         if self._links_classes:
-            parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-            parser.link_arguments("data.image_channels", "model.in_channels", apply_on="instantiate")
+            for source, name in (
+                ("class_names", "class_names"),
+                ("target", "target"),
+                ("image_channels", "in_channels"),
+            ):
+                parser.link_arguments(f"data.{source}", f"model.{name}", apply_on="instantiate")
 
     def after_instantiate_classes(self) -> None:
         _refuse_other_classes(self.model, self.datamodule)
+        _refuse_other_tasks(self.model, self.datamodule, bool(self.evaluation.metrics))
         described = self.config.optimizer
         if described is None:
             return
@@ -128,6 +134,23 @@ def _refuse_other_classes(model: LightningModule, data: LightningDataModule) -> 
         )
 
 
+def _refuse_other_tasks(model: LightningModule, data: LightningDataModule, has_metrics: bool) -> None:
+    """Refuse a task that the head or the metrics of the configuration are not for; they would compare other things in silence."""
+    task, head = getattr(data, "target", {}).get("task", "classification"), getattr(model, "head", None)
+    if task == "classification":
+        return
+    if isinstance(head, ScoreHead) and not (task == "multilabel" and isinstance(head, MultiLabelClsHead)):
+        others = ", or model.head.type=MultiLabelLinearClsHead" if task == "multilabel" else ""
+        raise ValueError(
+            f"data.task={task} does not go with a {type(head).__name__}; name a network with model.model_name, which gets "
+            f"outputs and the loss of the task{others}"
+        )
+    if has_metrics:
+        raise ValueError(
+            f"the metrics of the configuration compare classes, and data.task={task}; leave them out, the task has its own"
+        )
+
+
 def ignore_irrelevant_warnings() -> None:
     """Ignore deprecations among other libraries, and advice of Lightning that is wrong for lazily read images."""
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -136,7 +159,8 @@ def ignore_irrelevant_warnings() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LightningCLI's args parameter is intended.*",
         ".*You have overridden `transfer_batch_to_device`.*",
-        ".*No (positive|negative) samples in targets.*",
+        ".*No (positive|negative) samples (in|found in) target.*",
+        ".*for one or more classes was `nan`.*",
         ".*available but not used.*",
         ".*Total length of .* across ranks is zero.*",
         ".*callbacks used to create the checkpoint need to be provided.*",

@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from widefield.data.labels import FilesByName, read_rows, some_of
+from widefield.data.labels import FilesByName, read_rows
+from widefield.data.tables import listed
 from widefield.images import ImageFile, images_below, open_image
 from widefield.writing import replacing
 
@@ -135,17 +136,17 @@ def _with_data(pixels: np.ndarray, image: ImageFile) -> np.ndarray:
 def _label(findings: Sequence[Finding], files: Sequence[Path], folder: Path, table: Path) -> list[str]:
     """Note the label of each image; what the table and the folder say of different images."""
     by_name, labels, problems = FilesByName(files, folder), dict[Path, str](), []
-    for row in read_rows(table, unlabelled=True):
+    for row in read_rows(table):
         matches = by_name.matches(row.image)
         if len(matches) != 1:
             problems.append(f"{table}, line {row.number}: {row.image!r} is {len(matches) or 'none'} of the images")
         for file in matches:
-            labels[file] = row.label
+            labels[file] = row.labels[0]
     for finding, file in zip(findings, files, strict=True):
         finding.label = labels.get(file, "")
     without = [finding.image for finding in findings if not finding.label]
     if without:
-        problems.append(f"{len(without)} image(s) without a label in {table}: {some_of(without)}")
+        problems.append(f"{len(without)} image(s) without a label in {table}: {listed(without)}")
     return problems
 
 
@@ -183,8 +184,8 @@ def _summary(findings: Sequence[Finding]) -> list[str]:
             lines.append(f"values: {min(lows):g} to {max(highs):g}")
     missing = [one.image for one in opened if one.without_data]
     if missing:
-        lines.append(f"{len(missing)} with pixels without data: {some_of(missing)}")
+        lines.append(f"{len(missing)} with pixels without data: {listed(missing)}")
     twice = [f"{one.image} = {one.duplicate_of}" for one in opened if one.duplicate_of]
     if twice:
-        lines.append(f"{len(twice)} with the pixels of another: {some_of(twice)}")
+        lines.append(f"{len(twice)} with the pixels of another: {listed(twice)}")
     return lines

@@ -67,6 +67,9 @@ def draw_tsne(arguments: argparse.Namespace, others: list[str]) -> None:
     with warnings.catch_warnings():
         ignore_irrelevant_warnings()
         data = ConfiguredCLI(config, [], "widefield visualize").datamodule
+    task = getattr(data, "target", {}).get("task", "classification")
+    if task != "classification":
+        raise ValueError(f"points have the colour of the class of an image, and data.task={task} has no classes")
     if not len(getattr(data, f"{arguments.split}_set", (None,))):
         raise ValueError(f"there are no {arguments.split} images; choose others with --split")
     loader = getattr(data, f"{arguments.split}_dataloader")()

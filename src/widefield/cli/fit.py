@@ -29,7 +29,7 @@ def fit(
     Args:
         out: Folder of the checkpoints, the configuration and the report.
         images: Folder of image files.
-        labels: CSV file with the columns image, label and maybe split.
+        labels: CSV or Parquet file with a row per image, see `widefield.data.read_labels`.
         model: resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME.
         config: Configuration to start from, YAML or Python, or several, each over the last.
         imports: Python files (or modules) with components of yours.

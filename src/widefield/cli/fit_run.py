@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
-from widefield.cli.history import History, StepMemory, write_training_report
+from widefield.cli.history import History, StepMemory, write_csv, write_training_report
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
@@ -28,7 +28,6 @@ from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3
-SPLITS_TABLE = "splits.csv"
 
 
 class LastEpoch(ModelCheckpoint):
@@ -74,7 +73,8 @@ def train(config: Config, others: list[str], resume: bool) -> Path:
     """Train as `config` and flags of LightningCLI say; the folder of the results.
 
     Everything that can be wrong with the input is checked before the folder is made. It gets `config.yaml`, `best.ckpt`
-    (least validation loss), `last.ckpt`, `history.csv`, and of a streamed classifier `memory.json` and `report.html`.
+    (least validation loss), `last.ckpt`, `history.csv`, of labelled images `split.csv` (their table, with the split that was
+    drawn), and of a streamed classifier `memory.json` and `report.html`.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
@@ -103,10 +103,10 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     elif classifies and cli.config.model.weights is None:
         _calibrate(model, data, statistics, cli.config.data.seed)
     out.mkdir(parents=True, exist_ok=True)
-    if classifies:
-        data.write_splits(out / SPLITS_TABLE)
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
+    if isinstance(data, LabelledImages):
+        write_csv(out / "split.csv", data.split_rows())
     try:
         cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C

@@ -13,7 +13,7 @@ SECTIONS: Sections = {
         component=ComponentOf(MODELS, "model"),
         base="lightning.pytorch:LightningModule",
         default="widefield.models:Classifier",
-        given=("class_names", "in_channels"),
+        given=("class_names", "target", "in_channels"),
         ranges={"lr": _NOT_NEGATIVE, "weight_decay": _NOT_NEGATIVE},
     ),
     "data": Section(

@@ -102,7 +102,7 @@ def write_training_report(
     """
     page = Page(f"Training of {model.hparams['model_name']}")
     sizes = (f"{len(data.train_set)} images for training", f"{len(data.val_set)} for validation")
-    page.paragraph(f"{', '.join(sizes)}; classes {', '.join(model.class_names)}; {_scale(data)}.")
+    page.paragraph(f"{', '.join(sizes)}; {data.described}; {_scale(data)}.")
     page.heading("Numbers of every epoch")
     if rows:
         page.picture(_curves(rows), "Loss and metrics by epoch")

@@ -20,7 +20,7 @@ from widefield.data.pipeline import Picture
 from widefield.images import ImageFile, image_endings, images_below
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
-from widefield.inference.prediction import labels_of, predict_samples
+from widefield.inference.prediction import labels_of, predict_samples, task_of
 from widefield.models import Classifier
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
 
@@ -133,11 +133,11 @@ def for_each(
 
 
 class _Prediction(NamedTuple):
-    """Cells of an image's row; the class of the highest score, that score, and the heatmap of its evidence, if there is one."""
+    """Cells of an image's row; the name of the highest score, words for that score, and the heatmap of its evidence, if any."""
 
     cells: dict[str, str]
     name: str
-    score: float
+    score: str
     heatmap: Heatmap | None
 
 
@@ -146,7 +146,7 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     heatmap: Heatmap | None = None
     if views is None and (found := explain(model, picture)) is not None:
         scores, heatmap = found
-        labels = labels_of(scores, getattr(model, "head", None))
+        labels = labels_of(scores, model)
     else:
         sample = predict_samples(model, [picture], views)[0]
         scores, labels = sample.pred_score.float().cpu(), sample.pred_label
@@ -156,12 +156,15 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
         raise ValueError("the scores are NaN or infinite; look for such pixels in the image, and for such weights")
     names = info.names(len(scores))
     predicted = [names[label] for label in labels.reshape(-1).tolist()]
+    is_number = task_of(model) == "regression"
+    score = "predicted" if is_number else score
     cells = {
         **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
         "predicted": ";".join(predicted),
         **(_peak(heatmap, picture) if isinstance(picture, ImageFile) else _peak(None, None)),
     }
-    return _Prediction(cells, names[int(scores.argmax())], float(scores.max()), heatmap)
+    told = f"{float(scores.max()):.4g}" if is_number else f"{float(scores.max()):.0%}"
+    return _Prediction(cells, names[int(scores.argmax())], told, heatmap)
 
 
 def _peak(heatmap: Heatmap | None, image: ImageFile | None) -> dict[str, str]:
@@ -228,7 +231,7 @@ def _save(
     if heatmap is None:
         return
     if "png" in paths:
-        save_overlay(paths["png"], picture, heatmap, f"{image}: {name} ({score:.0%})")
+        save_overlay(paths["png"], picture, heatmap, f"{image}: {name} ({score})")
     if "tiff" in paths:
         heatmap.save_tiff(paths["tiff"], name)
     if "geojson" in paths:

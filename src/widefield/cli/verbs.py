@@ -146,11 +146,14 @@ Without test images, `test` takes the validation images and shows what `fit` sho
 
 VERBS = {
     "fit": Verb(
-        "train a classifier on whole images with one label each",
+        "train a network on whole images with one label each",
         "widefield.cli.fit:run",
         (
             _option("--images", "DIR", "folder of image files", Path),
-            _option("--labels", "CSV", "table with columns image, label and maybe split, patient", Path),
+            _option("--labels", "TABLE", "CSV or Parquet file with a row per image, see below", Path),
+            _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
+            _option("--task", "TASK", "classification, multilabel, regression or survival (default: classification)"),
+            _option("--separator", "TEXT", "between several labels in one cell, for multilabel"),
             _option("--model", "NAME", "resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"),
             _option("--out", "DIR", "folder of the checkpoints, the configuration and the report", Path),
             _flag("--resume", "continue the run in --out"),
@@ -171,6 +174,14 @@ VERBS = {
             _IMPORTS,
         ),
         """\
+A row of the table has the path of an image (in a column such as image, slide_id, filename, path), its label (label, class,
+target), and maybe its split (split: train, val or test) and patient (case_id, patient_id, patient); --columns names others:
+  --columns "{image: scan, label: grade}"
+  --task multilabel --separator ";"                          labels in one cell
+  --task multilabel --columns "{label: [necrosis, mitosis]}"  0 or 1 in each
+  --task regression --columns "{label: age}"                  a number, or several as a list
+  --task survival --columns "{time: months, event: died}"     1 where the event was observed, 0 where not until then
+
 The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
 the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
 `--trainer.accumulate_grad_batches 4`, `model.pooling=max`, `data.val_fraction=0.3`, with or without the dashes) or in a file

@@ -3,9 +3,12 @@
 from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
-from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate, stratified_split
-from widefield.data.labels import LabelError, LabelledImage, LabelTable, read_labels
+from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate
+from widefield.data.labels import Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.pipeline import MultiView, Pipeline
+from widefield.data.splits import stratified_split
+from widefield.data.tables import LabelError
+from widefield.data.targets import Target, Task
 from widefield.registry import DATASETS, TRANSFORMS
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "TRANSFORMS",
     "AnnotationFile",
     "Batch",
+    "Columns",
     "Datasets",
     "DescribedDataset",
     "EpochShuffle",
@@ -26,6 +30,8 @@ __all__ = [
     "LabelledImages",
     "MultiView",
     "Pipeline",
+    "Target",
+    "Task",
     "collate",
     "collate_items",
     "read_labels",

@@ -10,8 +10,8 @@ import torch
 
 from widefield.components.transforms.masks import MaskGeneratorConfig
 from widefield.data.described import DescribedDataset
-from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, TransformsConfig
+from widefield.data.tables import LabelError
 from widefield.registry import DATASETS
 
 _SIDE = 32

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from widefield.components.data_sample import DataSample
 from widefield.data.described import Item
 from widefield.data.labelled_images import EpochShuffle
-from widefield.data.labels import LabelError
+from widefield.data.tables import LabelError
 from widefield.registry import DATASETS, ComponentOf, Range
 
 DatasetConfig = Annotated[Dataset | dict[str, Any], ComponentOf(DATASETS, "dataset")]

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from widefield.components.data_sample import DataSample
 from widefield.components.transforms.masks import MASK_GENERATORS, MaskGeneratorConfig
-from widefield.data.labels import LabelError
 from widefield.data.pipeline import Picture, Pipeline, TransformsConfig
+from widefield.data.tables import LabelError
 from widefield.images import Alpha, image_endings, images_below, open_image
 from widefield.registry import DATASETS, Range
 

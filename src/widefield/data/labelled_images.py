@@ -1,8 +1,6 @@
-"""Labelled images of a folder: the Lightning data module, its data sets of lazily read images, and the seeded split."""
+"""Labelled images of a folder: the Lightning data module and its data sets of lazily read images."""
 
-import csv
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widefield.data.labels import SPLITS, LabelError, LabelledImage, read_labels
+from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
+from widefield.data.splits import stratified_split
+from widefield.data.tables import LabelError, listed
+from widefield.data.targets import Label, Task, interval_names, strata, target_of
 from widefield.images import Alpha, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
 Batch = tuple[list[ImageFile], Tensor]
-"""Lazy images, of any sizes, and their class indices: an integer tensor of shape (N,)."""
+"""Lazy images, of any sizes, and their class indices, integers of shape (N,); or several numbers each, float32 of shape (N, K), see
+`Label`."""
 
 
-class ImageDataset(Dataset[tuple[ImageFile, int]]):
-    """Pairs (lazy image, class index). Opening an image reads its header only.
+class ImageDataset(Dataset[tuple[ImageFile, Label]]):
+    """Pairs (lazy image, label). Opening an image reads its header only.
 
     Args:
         images: What to open.
@@ -37,15 +39,15 @@ class ImageDataset(Dataset[tuple[ImageFile, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[ImageFile, int]:
+    def __getitem__(self, index: int) -> tuple[ImageFile, Label]:
         image = self.images[index]
         return open_image(image.path, **self.options), image.label
 
-    def __iter__(self) -> Iterator[tuple[ImageFile, int]]:
+    def __iter__(self) -> Iterator[tuple[ImageFile, Label]]:
         return (self[index] for index in range(len(self)))
 
 
-def collate(pairs: Sequence[tuple[ImageFile, int]]) -> Batch:
+def collate(pairs: Sequence[tuple[ImageFile, Label]]) -> Batch:
     """A batch of the pairs that an `ImageDataset` gives; no pixels are read."""
     return [image for image, _ in pairs], torch.tensor([label for _, label in pairs])
 
@@ -76,23 +78,29 @@ class EpochShuffle(Sampler[int]):
 class LabelledImages(pl.LightningDataModule):
     """Labelled images of a folder, split into training, validation and test images.
 
-    Where the label table has a column `split`, that decides. Images of the training split that it leaves without any
-    validation image, and tables without the column, are split by chance, stratified and seeded; where the table names patients,
-    all images of one are on the same side.
+    Where the label table has a column `split`, that decides. Where that leaves no validation image, and without the column, some
+    of the images for training are drawn for validation, see `stratified_split`: seeded, stratified by label, and all images of a
+    patient on one side if the table says whose they are.
 
     The table and the header of every image are read at once, so that a wrong path fails before anything is trained.
 
     Args:
         images: Folder of the image files.
-        labels: Label table, see `read_labels`.
+        labels: CSV or Parquet file, see `read_labels`.
         level: Level of the pyramids to train on, 0 the largest.
         spacing: Micrometres per pixel instead of a level, see `open_image`.
         channels: Which channels, by index or name, see `open_image`; all by default.
-        columns: Names of columns of the table that are not guessed, see `read_labels`.
         batch_size: Images per optimizer step; they may differ in size.
         val_fraction: Share of each class used for validation.
         seed: Of the validation split and of the training order.
         alpha: "keep" takes a last channel that is marked as alpha like every other, see `open_image`.
+        columns: Names of columns of the table, such as `{image: slide, label: grade}`; those that are left out are guessed.
+        task: What is to be predicted: one class, any number of labels, numbers, or the time of an event.
+        separator: For task=multilabel, what stands between the labels in one cell.
+
+    Attributes:
+        class_names: Names of the classes, the labels, the numbers, or the intervals of time.
+        target: The task with what was found in the images to train on; a `Classifier` takes it.
 
     Raises:
         OSError: A file or folder is missing or not readable as an image.
@@ -109,19 +117,20 @@ class LabelledImages(pl.LightningDataModule):
         level: Annotated[int, Range(0)] = 0,
         spacing: Annotated[float, Range(0)] | None = None,
         channels: list[int | str] | None = None,
-        columns: dict[str, str] | None = None,
         batch_size: Annotated[int, Range(1)] = 1,
         val_fraction: Annotated[float, Range(0, 1)] = 0.2,
         seed: int = 0,
         alpha: Alpha = "drop",
+        columns: Columns | None = None,
+        task: Task = "classification",
+        separator: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
-        table = read_labels(labels, images, columns)
-        self.class_names = list(table.class_names)
         if spacing is not None and level:
             raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
+        table = read_labels(labels, images, columns, task, separator)
         self.options: dict[str, Any] = {
             "level": None if spacing else level,
             "spacing": spacing,
@@ -130,15 +139,20 @@ class LabelledImages(pl.LightningDataModule):
         }
         self.batch_size = batch_size
         self.seed = seed
-        splits = _split(labels, table.images, val_fraction, seed)
+        self._table = table
+        splits = _split(table, task, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
             ImageDataset(splits[name], self.options) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
+        self.target = target_of(task, [image.label for image in self.train_set.images])
+        self.class_names = list(table.class_names) or interval_names(self.target["edges"])
         self.image_channels, self.image_type = self._check_images()
-        sizes = ", ".join(f"{len(splits[name])} {name}" for name in ("train", "val", "test"))
-        _log.info("%s images of the classes %s", sizes, ", ".join(self.class_names))
+        sizes = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+        _log.info("%s images; %s", sizes, self.described)
+        if val_fraction and not len(self.val_set):
+            _log.warning("no image is left for validation: those to train on are too few, or of one patient")
 
     def _check_images(self) -> tuple[int, str]:
         """Open every image once; the number of channels and the type that all of them have. Spacings that differ are said."""
@@ -164,23 +178,49 @@ class LabelledImages(pl.LightningDataModule):
             )
         return next(iter(channels)), str(next(iter(types)))
 
-    def write_splits(self, path: Path) -> None:
-        """Write which image is in which split, as a CSV file with the columns image, label, split and patient."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("image", "label", "split", "patient"))
-            for split, dataset in zip(SPLITS, (self.train_set, self.val_set, self.test_set), strict=True):
-                for image in dataset.images:
-                    writer.writerow((image.path, self.class_names[image.label], split, image.patient or ""))
+    @property
+    def described(self) -> str:
+        """Words for what is predicted."""
+        kind = {
+            "classification": "classes",
+            "multilabel": "labels",
+            "regression": "numbers",
+            "survival": "intervals of time",
+        }
+        return f"{kind[self.target['task']]} {', '.join(self.class_names)}"
+
+    def split_rows(self) -> list[dict[str, str]]:
+        """Return a row for each image with the columns that were used, its absolute path and its split: a label table again."""
+        (image_column,), (split,) = self._table.columns["image"], self._table.columns.get("split", ("split",))
+        places = {
+            image.path: name
+            for name, dataset in zip(SPLITS, (self.train_set, self.val_set, self.test_set))
+            for image in dataset.images
+        }
+        return [
+            {**dict(image.cells), image_column: str(image.path.absolute()), split: places[image.path]}
+            for image in self._table.images
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.options, "pixels": (self.image_channels, self.image_type), "class_names": self.class_names}
+        return {
+            **self.options,
+            "pixels": (self.image_channels, self.image_type),
+            "class_names": self.class_names,
+            "target": self.target,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:
             raise LabelError(
                 f"the checkpoint was trained on the classes {', '.join(state_dict['class_names'])}, "
                 f"the label table has {', '.join(self.class_names)}; resume with the labels of the run"
+            )
+        trained = state_dict.get("target", {"task": "classification"})
+        if trained != self.target:
+            raise LabelError(
+                f"the checkpoint was trained with the target {trained}, and the label table gives {self.target}; "
+                "resume with the labels, the split and the task of the run"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -198,48 +238,28 @@ class LabelledImages(pl.LightningDataModule):
         return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
-def _split(
-    table: Path, images: tuple[LabelledImage, ...], val_fraction: float, seed: int
-) -> dict[str, list[LabelledImage]]:
+def _split(table: LabelTable, task: Task, val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:
     splits: dict[str, list[LabelledImage]] = {name: [] for name in SPLITS}
-    for image in images:
+    for image in table.images:
         splits[image.split or "train"].append(image)
     if not splits["val"]:
-        groups: dict[Any, list[LabelledImage]] = {}
-        for index, image in enumerate(splits["train"]):
-            groups.setdefault(image.patient or index, []).append(image)
-        patients = list(groups.values())
-        labels = [Counter(image.label for image in one).most_common(1)[0][0] for one in patients]
-        for name, chosen in zip(("train", "val"), stratified_split(labels, val_fraction, seed), strict=True):
-            members = {image for index in chosen for image in patients[index]}
-            splits[name] = [image for image in images if image in members]
-    seen = [{image.patient for image in splits[name] if image.patient} for name in SPLITS]
-    shared = sorted((seen[0] & seen[1]) | (seen[0] & seen[2]) | (seen[1] & seen[2]))
-    if shared:
-        _log.warning("%s has images of %d patient(s) in several splits: %s", table, len(shared), ", ".join(shared[:8]))
+        candidates = splits["train"]
+        patients = [image.patient for image in candidates] if "patient" in table.columns else None
+        classes = strata(task, [image.label for image in candidates])
+        train, val = stratified_split(classes, val_fraction, seed, patients)
+        splits["train"] = [candidates[index] for index in train]
+        splits["val"] = [candidates[index] for index in val]
+    _warn_of_leaks(splits, "".join(table.columns.get("patient", ())))
     return splits
 
 
-def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of `labels` for training and for validation, each in ascending order.
-
-    Of each class, `fraction` of its images (rounded, at least one of each side where the class has two or more) go to
-    validation. The same labels, fraction and seed give the same split.
-
-    Raises:
-        ValueError: `fraction` is not in [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"the validation fraction is {fraction}; it must be at least 0 and below 1")
-    if fraction == 0:
-        return list(range(len(labels))), []
-    generator = np.random.default_rng(seed)
-    validation: list[int] = []
-    for label in sorted(set(labels)):
-        members = np.flatnonzero(np.asarray(labels) == label)
-        count = round(fraction * len(members))
-        if len(members) > 1:
-            count = min(max(count, 1), len(members) - 1)
-        validation.extend(generator.permutation(members)[:count].tolist())
-    chosen = set(validation)
-    return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)
+def _warn_of_leaks(splits: dict[str, list[LabelledImage]], column: str) -> None:
+    """Say in the log which patients the split of the table puts on several sides."""
+    sides = [{image.patient for image in images if image.patient is not None} for images in splits.values()]
+    several = sorted(one for k, side in enumerate(sides) for one in side if any(one in other for other in sides[:k]))
+    if several:
+        _log.warning(
+            "the table puts images of one %s into several splits, so that what is measured may be too good: %s",
+            column,
+            listed(dict.fromkeys(several)),
+        )

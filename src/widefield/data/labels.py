@@ -1,115 +1,179 @@
 """The table that says which image has which label."""
 
-import csv
-import io
 import logging
-import math
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, get_args
 
-from widefield.errors import WidefieldError
-from widefield.images import image_endings, images_below, is_image_name
+from widefield.data.tables import LabelError, Problems, Table, listed, read_table
+from widefield.data.targets import Label, Task, encode
+from widefield.images import images_below, is_image_name
+from widefield.registry import near_names, suggestion
 
 _log = logging.getLogger(__name__)
-
 SPLITS = ("train", "val", "test")
-COLUMNS = {
-    "image": ("image", "slide_id", "slide", "filename", "file_name", "file", "image_path", "path", "image_id"),
-    "label": ("label", "class", "target", "diagnosis", "category"),
+
+
+class Columns(TypedDict, total=False):
+    """Names of the columns of a label table; those that are left out are guessed, see `read_labels`.
+
+    Attributes:
+        image: Paths of the images.
+        label: Labels; several columns for several numbers, or for labels that are 0 or 1 each.
+        time, event: In survival analysis, times, and 1 where the event was observed then, 0 where not until then.
+        patient: Names of patients (or of sites, scenes, animals), whose images stay together when a split is drawn; None uses no
+            such column.
+        split: Any of train, val and test; None uses no such column.
+    """
+
+    image: str
+    label: str | list[str]
+    time: str
+    event: str
+    patient: str | None
+    split: str | None
+
+
+_GUESSES = {
+    "image": (
+        *("image", "slide_id", "slide", "filename", "file_name", "file", "path", "filepath", "file_path"),
+        *("image_path", "image_id", "image_name", "name"),
+    ),
+    "label": ("label", "labels", "class", "target"),
+    "time": ("time", "survival_time", "survival_months", "survival_days"),
+    "event": ("event", "event_observed"),
+    "patient": ("case_id", "patient_id", "patient", "case"),
     "split": ("split",),
-    "patient": ("patient", "patient_id", "case_id", "case", "subject", "subject_id"),
 }
-"""Names by which a column is known unless the caller says its name; in any case, and the first that is there."""
-
-_MISSING = ("", "nan", "<na>", "null")
-_SHOWN = 10
-"""Names listed in an error before "and N more"."""
-
-
-class LabelError(WidefieldError, ValueError):
-    """A label table that cannot be used; the message names the file, the row or the images, and what to do."""
+"""Names by which a column is found where none was given; the first that there is counts."""
+_OPTIONAL = ("patient", "split")
+_MISSING = ("", "nan", "<na>")
+"""What pandas and others write for a value that is not there, in lower case."""
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One row: the file, the index of its class, the split it was assigned to and the patient, if the table says them."""
+    """One row of a label table.
+
+    Attributes:
+        path: The file.
+        label: Index of its class, or several numbers, see `Label`.
+        split: The split that the table assigned it to, if any.
+        patient: Whose image it is, if the table says so.
+        cells: Names of columns and the texts that stood there, for `LabelledImages.split_rows`.
+    """
 
     path: Path
-    label: int
+    label: Label
     split: str | None = None
     patient: str | None = None
+    cells: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Every labelled image and the class names, where the label of an image indexes `class_names`."""
+    """Every labelled image.
+
+    Attributes:
+        images: In the order of the table.
+        class_names: Names of the classes, which the label of an image indexes; or of the labels or numbers that it holds; none in
+            survival analysis.
+        columns: The columns of each role in `Columns` that were used.
+    """
 
     images: tuple[LabelledImage, ...]
     class_names: tuple[str, ...]
+    columns: Mapping[str, Sequence[str]]
 
 
-def read_labels(labels: str | Path, images: str | Path, columns: Mapping[str, str] | None = None) -> LabelTable:
-    """Read a table with a column of images and one of labels, and optionally of splits and patients; others are ignored.
+def read_labels(
+    labels: str | Path,
+    images: str | Path,
+    columns: Columns | None = None,
+    task: Task = "classification",
+    separator: str | None = None,
+) -> LabelTable:
+    """Read a table with a row for each image: its name, its label, and maybe its split and whose image it is.
 
-    The image is a file name inside the folder `images` (subfolders are written with slashes), with or without its ending
-    (`scan` may be `scan.ome.tif`), or a path. Where no file has that name in the folder itself, one in a subfolder counts. The
-    label is any name or number; class names are sorted, as numbers if all are numbers, and the label of an image is its position
-    in that order. The split is one of train, val and test.
+    The table is a CSV file of any dialect or a Parquet file, see `read_table`. Columns that `columns` does not name are found by
+    usual names, in whatever case: `image`, `slide_id`, `filename`, `file`, `path` and the like; `label`, `class` or `target`;
+    `case_id`, `patient_id`, `patient` or `case`; `split`; for survival analysis `time` and `event`. Other columns are ignored.
+
+    An image is a path from the folder `images`, or from that of the table, or an absolute one, with slashes or backslashes, with
+    or without its ending: `a` finds `a.svs` and `a.ome.tif`, whatever files of no image lie beside it. A name without a folder
+    that is not in `images` itself may lie in any folder below. A split is one of train, val and test. A label is, by `task`,
+
+    - classification: any name or number. Class names are sorted, as numbers if all are numbers;
+    - multilabel: names with `separator` between them, `-` for none; or 0 or 1 in each of several columns, the labels;
+    - regression: a number, or one in each of several columns;
+    - survival: a time, and 1 if the event was observed then; 0 if the image was event-free until then (censored).
+
+    One error lists all rows that cannot be used; if they have no image, images without a row, too. Images without a row alone
+    are left out, which the log says.
 
     Args:
-        labels: A CSV file (comma, semicolon or tab; UTF-8, or UTF-16 with a byte order mark) with one header row, or Parquet.
+        labels: The table.
         images: The folder of the images.
-        columns: The names of columns, such as `{"image": "Slide", "label": "Grade", "patient": "MRN"}`. One that is not named is
-            guessed, see `COLUMNS`.
+        columns: Names of columns.
+        task: What is to be predicted.
+        separator: What stands between several labels in one cell.
 
     Raises:
         FileNotFoundError: The file or the folder does not exist.
         NotADirectoryError: `images` is not a folder.
-        LabelError: The folder is empty, a column is missing, a row is incomplete or double, an image is missing or
-            ambiguous, or there are fewer than two classes.
+        LabelError: The folder is empty, a column is missing, a row is incomplete or double, an image is missing or ambiguous, a
+            label is none of the task, or all labels are equal.
+        ValueError: Arguments that do not go together.
     """
+    if task not in get_args(Task):
+        raise ValueError(f"task={task!r}: there is no such task; {suggestion(str(task), get_args(Task))}")
     labels, images = Path(labels), Path(images)
-    every = _files_in(images)
-    files = FilesByName(every, images)
-    rows = read_rows(labels, columns=columns)
-    found = [(row, path) for row in rows if (path := _only_match(labels, row, files)) is not None]
-    without = sorted({path for path in every if is_image_name(path.name)} - {path for _, path in found})
-    if len(found) < len(rows):
-        matched = {row.number for row, _ in found}
-        missing = [f"{row.image} (line {row.number})" for row in rows if row.number not in matched]
-        beside = (
-            f". No row names {len(without)} image(s) there: {some_of([p.name for p in without])}" if without else ""
-        )
-        raise LabelError(f"{labels} names {len(missing)} image(s) that are not in {images}: {some_of(missing)}{beside}")
-    _refuse_duplicates(labels, found)
-    if without:
-        _log.warning(
-            "%s names no label of %d image(s): %s", labels, len(without), some_of([path.name for path in without])
-        )
-    class_names = _class_names(labels, {row.label for row in rows})
-    index = {name: position for position, name in enumerate(class_names)}
+    finder = _Images(images, labels.parent)
+    table = read_table(labels)
+    used = _used_columns(table, columns or {}, task)
+    problems = Problems(table)
+    rows = _rows(table, used, problems)
+    found = finder.find_all(rows, problems)
+    names = [name for role, names in used.items() if role in ("label", "time", "event") for name in names]
+    texts, numbers = [row.labels for row in rows], [row.number for row in rows]
+    encoded, class_names = encode(task, names, texts, numbers, separator, problems)
+    problems.refuse()
+    written = [name for names in used.values() for name in names]
     return LabelTable(
-        tuple(LabelledImage(path, index[row.label], row.split, row.patient) for row, path in found), class_names
+        images=tuple(
+            LabelledImage(
+                path=path,
+                label=label,
+                split=row.split,
+                patient=row.patient,
+                cells=tuple((name, row.cells[name]) for name in written),
+            )
+            for row, path, label in zip(rows, found, encoded, strict=True)
+        ),
+        class_names=class_names,
+        columns=used,
     )
 
 
 class LabelRow(NamedTuple):
-    """A row of a label table: the number of its line, and its entries."""
+    """A row of a label table: its number, what it says, and all its cells by column."""
 
     number: int
     image: str
-    label: str
+    labels: tuple[str, ...]
     split: str | None
     patient: str | None
+    cells: Mapping[str, str]
 
 
 class FilesByName:
     """Files by their path and by their path without ending.
+
+    Names are compared without regard to backslashes, `./` and the Unicode form, which differs between systems. Of `a.ome.tif` both
+    `a.ome` and `a` are paths without ending.
 
     Args:
         files: The files.
@@ -117,205 +181,193 @@ class FilesByName:
     """
 
     def __init__(self, files: Iterable[Path], folder: Path | None) -> None:
-        self._folder = folder
-        self._by_name: dict[str, list[Path]] = {}
-        self._in_subfolders: dict[str, list[Path]] = {}
+        self._by_path: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
         for file in files:
-            path = _normal(file if folder is None else file.relative_to(folder))
-            for key in _names(path):
-                self._by_name.setdefault(key, []).append(file)
-                self._in_subfolders.setdefault(PurePosixPath(key).name, []).append(file)
+            path = _key(str(file if folder is None else file.relative_to(folder)))
+            self._by_path.setdefault(path, []).append(file)
+            for stem in _stems(path):
+                self._by_stem.setdefault(stem, []).append(file)
 
     def matches(self, name: str) -> list[Path]:
-        """Return the files that `name` may mean: one of exactly that name, else image files that share the stem, else others."""
-        wanted = _normal(PurePosixPath(name.replace("\\", "/")))
-        if self._folder is not None and PurePosixPath(wanted).is_absolute():
-            folder = _normal(self._folder.absolute())
-            wanted = wanted.removeprefix(folder).lstrip("/") if wanted.startswith(folder + "/") else wanted
-        candidates = self._by_name.get(wanted) or ("/" not in wanted and self._in_subfolders.get(wanted)) or []
-        exact = [path for path in candidates if _normal(path).endswith(wanted)]
-        return exact or [path for path in candidates if is_image_name(path.name)] or candidates
+        """Return the files that `name` may mean: those of exactly that name, else image files that share the stem, else others."""
+        key = _key(name)
+        candidates = self._by_stem.get(key, [])
+        return self._by_path.get(key) or [path for path in candidates if is_image_name(path.name)] or candidates
 
 
-def _normal(path: PurePosixPath | Path) -> str:
-    """A path with slashes and composed letters: macOS writes names apart that others write together."""
-    return unicodedata.normalize("NFC", os.path.normpath(path.as_posix()))
+def _key(name: str) -> str:
+    return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).as_posix()
 
 
-def _names(path: str) -> set[str]:
-    """The path itself, and without its ending; `scan.ome.tif` is also called `scan.ome` and `scan`."""
-    names = {path, path.removesuffix(PurePosixPath(path).suffix)}
-    for ending in image_endings():
-        if path.lower().endswith(ending):
-            stem = path[: -len(ending)]
-            names |= {stem, stem.removesuffix(".ome")}
-    return names
+def _stems(path: str) -> Iterable[str]:
+    """Yield a path without its last ending, and without those of images and `.ome` before that."""
+    stem = PurePosixPath(path)
+    if stem.suffix:
+        stem = stem.with_suffix("")
+        yield stem.as_posix()
+    while stem.suffix.lower() == ".ome" or (stem.suffix and is_image_name(stem.name)):
+        stem = stem.with_suffix("")
+        yield stem.as_posix()
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return all files below a folder, image files or not, but for hidden ones; folders that are images count as files."""
-    if not folder.exists():
-        raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
-    images = images_below(folder)
-    inside = {path for path in images if path.is_dir()}
-    others = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = sorted({*images, *(path for path in others if not inside.intersection(path.parents))})
-    if not files:
-        raise LabelError(f"the folder of images {folder} is empty; check --images")
-    return files
-
-
-def read_rows(labels: Path, unlabelled: bool = False, columns: Mapping[str, str] | None = None) -> list[LabelRow]:
-    """Return the rows of a label table, see `read_labels`.
+class _Images:
+    """Finds the images that rows name.
 
     Args:
-        labels: The CSV or Parquet file.
-        unlabelled: Leave out rows whose label is empty, which are an error otherwise.
-        columns: Names of its columns, see `read_labels`.
+        folder: The folder of the images.
+        beside: The folder of the table, from which paths may count, too.
+    """
+
+    def __init__(self, folder: Path, beside: Path) -> None:
+        if not folder.exists():
+            raise FileNotFoundError(f"the folder of images {folder} does not exist; check --images")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
+        if next(folder.iterdir(), None) is None:
+            raise LabelError(f"the folder of images {folder} is empty; check --images")
+        self._folder, self._beside = folder, beside
+        self._roots = (folder.absolute(), folder.resolve())
+        self._files = images_below(folder)
+        self._by_name = FilesByName(self._files, folder)
+        self._anywhere: dict[str, list[Path]] = {}
+        for file in self._files:
+            for name in {_key(file.name), *_stems(_key(file.name))}:
+                self._anywhere.setdefault(name, []).append(file)
+
+    def find_all(self, rows: Sequence[LabelRow], problems: Problems) -> list[Path]:
+        """Return the image of each row; those that have none, or not only one, are problems."""
+        found: list[Path] = []
+        missing: list[LabelRow] = []
+        owners: dict[Path, list[LabelRow]] = {}
+        for row in rows:
+            matches = self._matches(row.image)
+            if len(matches) > 1:
+                names = ", ".join(path.name for path in matches)
+                problems.add_rows([row.number], f"{row.image!r} may be {names}; write the name with its extension")
+            elif not matches:
+                missing.append(row)
+            for match in matches:
+                owners.setdefault(match.absolute(), []).append(row)
+            found += matches[:1]
+        for path, several in owners.items():
+            if len(several) > 1:
+                where = problems.table.places([row.number for row in several])
+                problems.add(f"names {path.name} {len(several)} times, in {where}; keep one of them")
+        left = [path.relative_to(self._folder).as_posix() for path in self._files if path.absolute() not in owners]
+        if missing:
+            places = [problems.table.places([row.number]) for row in missing]
+            near = [near_names(row.image, left) for row in missing[:3]]  # each a search through all of them
+            hints = [f", did you mean {close[0]}?" if close else "" for close in near] + [""] * len(missing[3:])
+            shown = listed(
+                f"{row.image} ({place}{hint})" for row, place, hint in zip(missing, places, hints, strict=True)
+            )
+            others = f"; {len(left)} image(s) there have no row: {listed(left)}" if left else ""
+            problems.add(f"names {len(missing)} image(s) that are not in {self._folder}: {shown}{others}")
+        elif left:
+            _log.warning("%d image(s) in %s have no row and are left out: %s", len(left), self._folder, listed(left))
+        return found
+
+    def _matches(self, image: str) -> list[Path]:
+        name = image.replace("\\", "/")
+        for folder in (self._folder, self._beside):
+            place = os.path.normpath(folder.absolute() / name)
+            inside = next(
+                (Path(place).relative_to(root) for root in self._roots if Path(place).is_relative_to(root)), None
+            )
+            if os.path.isfile(place) or (os.path.isdir(place) and is_image_name(place)):  # noqa: PTH112, PTH113  # pathlib raises for long names
+                return [Path(place) if inside is None else self._folder / inside]
+            if inside is not None and (matches := self._by_name.matches(str(inside))):
+                return matches
+        return self._anywhere.get(_key(name), [])
+
+
+def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[str]]:
+    """Return the names of the columns of each role that the table has.
+
+    Raises:
+        LabelError: A column that is needed is not there.
+        ValueError: `given` has a role that there is not for the task, or columns that the task does not take.
+    """
+    unused = ("label",) if task == "survival" else ("time", "event")
+    roles = [role for role in _GUESSES if role not in unused]
+    for role in given:
+        if role not in roles:
+            raise ValueError(f"columns.{role}: there is no {role!r} for task={task}; {suggestion(role, roles)}")
+    by_name = {_simple(name): name for name in reversed(table.columns)}
+    used: dict[str, list[str]] = {}
+    for role in roles:
+        guess = next((by_name[guess] for guess in _GUESSES[role] if guess in by_name), None)
+        named = given.get(role, guess)
+        if named is None and role in _OPTIONAL:
+            continue
+        if named is None:
+            raise LabelError(
+                f"{table.path} has no column {role!r}; {_columns_of(table)}. Name the one that holds the {role} as in "
+                f"columns={{{role}: {table.columns[-1] or 'NAME'}}}; {', '.join(_GUESSES[role][:5])} are found without that"
+            )
+        names = list(named) if isinstance(named, (list, tuple)) else [str(named)]
+        if not names or (len(names) > 1 and (role != "label" or task == "classification")):
+            raise ValueError(
+                f"columns.{role} names {len(names)} columns, and task={task} takes one; several are for task=multilabel (0 or 1 "
+                "in each) and task=regression"
+            )
+        for name in names:
+            if name not in table.columns:
+                raise LabelError(f"{table.path} has no column {name!r} (columns.{role}); {_columns_of(table, name)}")
+        used[role] = names
+    _log.info("%s: %s", table.path.name, ", ".join(f"{role} from {listed(names)}" for role, names in used.items()))
+    return used
+
+
+def _simple(name: str) -> str:
+    """Return a name in lower case with underscores for spaces and hyphens."""
+    return name.casefold().replace(" ", "_").replace("-", "_")
+
+
+def _columns_of(table: Table, name: str = "") -> str:
+    near = near_names(name, table.columns)
+    return f"its columns are {listed(table.columns)}{f'; did you mean {near[0]!r}?' if near else ''}"
+
+
+def read_rows(labels: Path) -> list[LabelRow]:
+    """Return the rows of a label table, see `read_labels`, that have a label; no splits and patients.
 
     Raises:
         FileNotFoundError: The file does not exist.
         LabelError: A column is missing, a row is incomplete, or there are no rows.
     """
-    if not labels.is_file():
-        raise FileNotFoundError(
-            f"{labels} does not exist; give a label table, a CSV file with the columns image and label"
-        )
-    header, records = _parquet(labels) if labels.suffix.lower() == ".parquet" else _csv(labels)
-    places = _places(labels, header, columns or {})
-    if not records:
-        raise LabelError(f"{labels} has a header but no rows; add one row per image")
-    rows, incomplete = [], []
-    for number, record in records:
-        entries = {kind: record[place].strip() if place < len(record) else "" for kind, place in places.items()}
-        if entries["label"].lower() in _MISSING and unlabelled:
-            continue
-        lacking = [kind for kind in ("image", "label") if entries[kind].lower() in _MISSING]
-        incomplete += [
-            f"line {number}: the {kind} is empty" + (f" ({v!r})" if (v := entries[kind]) else "") for kind in lacking
-        ]
-        split = entries.get("split") or None
-        if split is not None and split not in SPLITS:
-            raise LabelError(f"{labels}, line {number}: the split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        rows.append(LabelRow(number, entries["image"], entries["label"], split, entries.get("patient") or None))
-    if incomplete:
-        raise LabelError(f"{labels}, {some_of(incomplete)}; fill it in or remove the row")
-    if not rows:
-        raise LabelError(f"{labels} has no row with a label")
+    table = read_table(labels)
+    problems = Problems(table)
+    used = _used_columns(table, {"patient": None, "split": None}, "classification")
+    rows = _rows(table, used, problems, unlabelled=True)
+    problems.refuse()
     return rows
 
 
-def _csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows of a CSV file, each with the number of its line; whatever separates the columns and ends the lines."""
-    data = path.read_bytes()
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise LabelError(
-            f"{path} is not {encoding.upper().removesuffix('-SIG')} text ({error.reason}); save it as a UTF-8 CSV file"
-        ) from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    first = text.partition("\n")[0]
-    separator = max(",;\t|", key=lambda one: len(_known(first.split(one)))) if first else ","
-    if len(_known(first.split(separator))) < 2:
-        separator = max(",;\t|", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        return header, [(reader.line_num, record) for record in reader if any(entry.strip() for entry in record)]
-    except csv.Error as error:
-        raise LabelError(f"{path}, line {reader.line_num}: it is no CSV file ({error})") from None
-
-
-def _known(names: Iterable[str]) -> set[str]:
-    given = {name.strip().strip('"').lower() for name in names}
-    return {kind for kind, known in COLUMNS.items() if given.intersection(known)}
-
-
-def _parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ModuleNotFoundError:
-        raise LabelError(
-            f"{path} needs pyarrow, which is not installed; pip install 'widefield[parquet]', or save it as CSV"
-        ) from None
-    try:
-        table = parquet.read_table(path)
-    except (ArrowInvalid, OSError) as error:
-        raise LabelError(f"{path} is no Parquet file ({error})") from None
-    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    texts = [["" if entry is None else str(entry) for entry in row] for row in rows]
-    return table.column_names, list(enumerate(texts, start=1))
-
-
-def _places(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Where each kind of column stands in a row."""
-    there = f"its columns are {', '.join(header) or '(none)'}"
-    if unknown := set(columns) - set(COLUMNS):
-        raise LabelError(f"columns: {', '.join(sorted(unknown))} is no kind of column; those are {', '.join(COLUMNS)}")
-    places, lower = {}, [name.lower() for name in header]
-    for kind, names in COLUMNS.items():
-        if kind in columns:
-            if columns[kind] not in header:
-                raise LabelError(f"{path} has no column {columns[kind]!r}, which is to be the {kind}; {there}")
-            places[kind] = header.index(columns[kind])
-        elif guessed := [name for name in names if name in lower]:
-            places[kind] = lower.index(guessed[0])
-        elif kind in ("image", "label"):
-            known = f"it may also be called {', '.join(names[1:])}"
-            raise LabelError(f"{path} has no column {kind!r} ({known}); {there}. Rename it, or say its name in columns")
-    return places
-
-
-def _only_match(labels: Path, row: LabelRow, files: FilesByName) -> Path | None:
-    matches = files.matches(row.image)
-    if len(matches) > 1:
-        distinct = len({path.name for path in matches}) == len(matches)
-        names = some_of([path.name if distinct else path.as_posix() for path in matches])
-        raise LabelError(
-            f"{labels}, line {row.number}: {row.image!r} may be {names}; write the name with its extension"
-        )
-    elsewhere = Path(row.image)
-    return matches[0] if matches else elsewhere if elsewhere.is_absolute() and elsewhere.exists() else None
-
-
-def _refuse_duplicates(labels: Path, found: Sequence[tuple[LabelRow, Path]]) -> None:
-    path, count = Counter(path for _, path in found).most_common(1)[0]
-    if count > 1:
-        numbers = ", ".join(str(row.number) for row, other in found if other == path)
-        raise LabelError(f"{labels} names {path.name} {count} times, in lines {numbers}; keep one of them")
-
-
-def _class_names(labels: Path, names: set[str]) -> tuple[str, ...]:
-    if len(names) < 2:
-        raise LabelError(f"{labels}: every image has the label {min(names)!r}; training needs at least two classes")
-    for name in sorted(names):
-        parts = name.replace("|", ";").split(";")
-        if len(parts) > 1 and names.issuperset(part.strip() for part in parts):
-            raise LabelError(
-                f"{labels}: {name!r} names several classes, and an image has one; keep one of them in each row"
-            )
-    numbers = {name: _number(name) for name in names}
-    if any(map(math.isnan, numbers.values())):
-        return tuple(sorted(names))
-    same = [name for name, number in numbers.items() if list(numbers.values()).count(number) > 1]
-    if same:
-        raise LabelError(
-            f"{labels}: the labels {', '.join(map(repr, sorted(same)))} are the same number; write it in one way"
-        )
-    return tuple(sorted(names, key=numbers.__getitem__))
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def _rows(
+    table: Table, used: Mapping[str, Sequence[str]], problems: Problems, unlabelled: bool = False
+) -> list[LabelRow]:
+    """Return the rows that can be used; with `unlabelled`, those without a label are no problem."""
+    rows: list[LabelRow] = []
+    empty: dict[str, list[int]] = {}
+    roles = {name: role for role, names in used.items() for name in names if role != "split"}
+    for row in table.rows:
+        lacking = [name for name in roles if row.cells[name].casefold() in _MISSING]
+        if unlabelled and any(roles[name] == "label" for name in lacking):
+            continue
+        for name in lacking:
+            empty.setdefault(name, []).append(row.number)
+        cells = {role: tuple(row.cells[name] for name in names) for role, names in used.items()}
+        split = cells["split"][0].casefold() if "split" in cells else None
+        if split is not None and split not in SPLITS:
+            problems.add_rows([row.number], f"the split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        elif not lacking:
+            labels = tuple(text for role in ("label", "time", "event") for text in cells.get(role, ()))
+            patient = cells["patient"][0] if "patient" in cells else None
+            rows.append(LabelRow(row.number, cells["image"][0], labels, split, patient, row.cells))
+    for name, numbers in empty.items():
+        what = f"the {roles[name]}{'' if _simple(name) == roles[name] else f' ({name})'}"
+        advice = ", or give columns.patient=null" if roles[name] == "patient" else " or remove the row"
+        problems.add_rows(numbers, f"{what} is empty or nan; fill it in{advice}")
+    return rows

@@ -1,6 +1,6 @@
 """Predictions for images by any kind of model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ def predict_samples(model: Any, pictures: Sequence[Picture], views: AveragedView
     if views is None:
         return _predicted(model, pictures)
     scores = averaged(lambda batch: [one.pred_score for one in _predicted(model, batch)], pictures, views)
-    head = getattr(model, "head", None)
-    return [DataSample().set_pred_score(score).set_pred_label(labels_of(score, head)) for score in scores]
+    return [DataSample().set_pred_score(score).set_pred_label(labels_of(score, model)) for score in scores]
 
 
 def _predicted(model: Any, pictures: Sequence[Picture]) -> list[DataSample]:
@@ -84,7 +83,8 @@ def _predicted(model: Any, pictures: Sequence[Picture]) -> list[DataSample]:
         inputs = [one.to(model.device) for one in inputs]
     if isinstance(model, BaseModule):
         return [
-            DataSample().set_pred_score(score).set_pred_label(score.argmax()) for score in model.predict_step(inputs, 0)
+            DataSample().set_pred_score(score).set_pred_label(labels_of(score, model))
+            for score in model.predict_step(inputs, 0)
         ]
     samples: list[DataSample] = model.predict_step((inputs, [DataSample() for _ in pictures]), 0)
     return samples
@@ -94,8 +94,22 @@ def _predicts(model: object) -> bool:
     return isinstance(model, BaseModule) or (isinstance(model, BaseModel) and hasattr(model, "predict"))
 
 
-def labels_of(score: Tensor, head: Any) -> Tensor:
-    """The classes that the scores (C,) of an image predict, by the rule of the head, (k,) or a single one."""
+def task_of(model: Any) -> str:
+    """The task of a `Classifier`, see `LabelledImages`; of all else classification."""
+    target = getattr(model, "target", None)
+    return str(target["task"]) if isinstance(target, Mapping) else "classification"
+
+
+def labels_of(score: Tensor, model: Any) -> Tensor:
+    """The classes that the scores (C,) of an image predict, by the rule of the task and the head, (k,) or a single one.
+
+    Numbers that a regression predicts are no classes: an empty tensor.
+    """
+    task, head = task_of(model), getattr(model, "head", None)
+    if task == "regression":
+        return score.new_empty(0, dtype=torch.long)
+    if task == "multilabel":
+        return (score >= 0.5).nonzero()[:, 0]
     if not isinstance(head, MultiLabelClsHead):
         return score.argmax()
     if head.thr is not None:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
+from widefield.data import Target
 from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_timm
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
+from widefield.models.tasks import parts_of
 from widefield.models.weights import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
@@ -21,13 +22,20 @@ Pooling = Literal["average", "max"]
 
 
 class Classifier(ImageNetClassifier):
-    """A network by name, streamed, trained with cross-entropy on images that have one label each.
+    """A network by name, streamed, trained to predict one of several classes of an image; or by `target` something else.
+
+    By its task, the loss, the metrics, and what metrics and `predict_step` get:
+
+    - classification: cross-entropy; accuracy and AUC; probabilities of the classes, which add up to 1;
+    - multilabel: binary cross-entropy; AUC, mean average precision and F1 at 0.5; a probability for each label;
+    - regression: squared error in standard deviations; in units, mean absolute and root mean squared error, and the numbers;
+    - survival: see `HazardLoss`; Harrell's concordance index; the probability of the event in each interval of time.
 
     Its hyperparameters are plain data and stand in the checkpoint, so `Classifier.from_checkpoint` needs nothing else.
 
     Args:
         model_name: A torchvision ResNet, a narrow ResNet such as `resnet18_w16`, or any timm model as `timm/NAME`.
-        class_names: Names of the classes; a target is an index into them.
+        class_names: Names of the classes; a target is an index into them. Or names of the labels, numbers or intervals.
         tile_size: See `StreamingCNN`; None lets the engine choose.
         memory_budget: See `StreamingCNN`.
         weights: None for random weights, "DEFAULT" for pretrained ones (a download), or a file for `load_weights`.
@@ -42,9 +50,10 @@ class Classifier(ImageNetClassifier):
             fill less than a quarter of their type's range.
         lr: Learning rate of AdamW.
         weight_decay: Its weight decay.
+        target: The task and its numbers, as `LabelledImages.target` has them; None is classification.
 
     Raises:
-        ValueError: An unknown model name, fewer than two classes, or weights that don't belong to the model.
+        ValueError: An unknown model name, fewer than two classes, weights that don't belong to the model, or a wrong target.
         OSError: The weights cannot be downloaded or read.
     """
 
@@ -63,20 +72,20 @@ class Classifier(ImageNetClassifier):
         value_range: tuple[float, float] | Literal["dtype", "percentiles"] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        target: Target | None = None,
     ) -> None:
-        count = len(class_names)
-        if count < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {list(class_names)}")
-        trunk, head = _trunk_and_head(model_name, count, weights, pooling, in_channels)
+        target = {"task": "classification"} if target is None else target
+        task = parts_of(class_names, target)
+        trunk, head = _trunk_and_head(model_name, len(class_names), weights, pooling, in_channels)
         if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
             mean, std = IMAGENET_MEAN, IMAGENET_STD
         super().__init__(
             trunk,
             head,
             tile_size,
-            nn.CrossEntropyLoss(),
+            task.loss,
             train_streaming_layers,
-            MetricCollection({"accuracy": MulticlassAccuracy(count, average="micro"), "auc": MulticlassAUROC(count)}),
+            MetricCollection(task.metrics),
             memory_budget=memory_budget,
             mean=mean,
             std=std,
@@ -85,13 +94,16 @@ class Classifier(ImageNetClassifier):
             weight_decay=weight_decay,
         )
         self.class_names = list(class_names)
+        self.target = target
         self.model_name = model_name
+        self._predictions = task.predictions
         self._plain = {
             "model_name": model_name,
             "class_names": self.class_names,
             "pooling": pooling,
             "train_streaming_layers": train_streaming_layers,
             "in_channels": in_channels,
+            "target": target,
         }
         self.save_plain_hyperparameters(**self._plain)
 
@@ -106,6 +118,10 @@ class Classifier(ImageNetClassifier):
         super().on_load_checkpoint(checkpoint)
         used = checkpoint["hyper_parameters"]
         self.normalise_by(used["mean"], used["std"], used["value_range"])
+
+    def predictions(self, output: Tensor) -> Tensor:
+        """Return predictions (N, classes) of outputs, see the class."""
+        return self._predictions(output)
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The weights under torchvision's or timm's names, on the CPU."""

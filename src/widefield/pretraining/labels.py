@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from widefield.data.labels import FilesByName, LabelError, read_rows
+from widefield.data.labels import FilesByName, read_rows
+from widefield.data.tables import LabelError
 from widefield.pretraining.source import ImageSource, Items
 
 Labels = tuple[str | None, ...]
@@ -20,7 +21,7 @@ def labels_of(source: ImageSource, data: Any, table: Path | None) -> Labels | No
         source: The images.
         data: What names them. Of a folder whose images all lie in folders below, the first of these is the label, if there are
             at least two, with two images each on average; of a dataset its `targets`, as those of torchvision have it.
-        table: A CSV file with the columns image and label instead; an image is a path in the folder, or as it was given.
+        table: A label table instead, see `widefield.data.read_labels`; an image is a path in the folder, or as it was given.
 
     Raises:
         ValueError: The table cannot be used.
@@ -52,14 +53,14 @@ def _targets(source: Items) -> Labels | None:
 
 def _from_table(paths: list[Path], folder: Path | None, table: Path) -> Labels:
     try:
-        rows = read_rows(table, unlabelled=True)
+        rows = read_rows(table)
     except (LabelError, OSError) as error:
         raise ValueError(f"callbacks.quality.labels: {error}") from error
     places = [FilesByName(paths, place) for place in {None, folder}]
-    labels = {path: row.label for row in rows for files in places for path in files.matches(row.image)}
+    labels = {path: row.labels[0] for row in rows for files in places for path in files.matches(row.image)}
     if len(set(labels.values())) < 2:
         raise ValueError(
             f"callbacks.quality.labels: {table} has labels of {len(labels)} of the {len(paths)} images, and two classes "
-            "are needed; its column image must hold paths in the folder of the data"
+            "are needed; its images must be paths in the folder of the data"
         )
     return tuple(labels.get(path) for path in paths)

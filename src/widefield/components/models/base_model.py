@@ -33,8 +33,8 @@ class BaseModel(Component, _KeepsArguments):
     """A model that gives its losses by name: a subclass writes `loss`, and Lightning does the rest.
 
     A batch is `(inputs, targets)`, or a dictionary with `inputs` and maybe `data_samples`. Inputs are images as a tensor
-    (N, C, H, W), a list of lazily read images, or whatever else the data preprocessor takes; targets are class indices (N,), or a
-    `DataSample` for each image.
+    (N, C, H, W), a list of lazily read images, or whatever else the data preprocessor takes; targets are class indices (N,),
+    scores (N, C), or a `DataSample` for each image.
 
     The arguments of the constructor that are plain data stand in the checkpoint, so `load_from_checkpoint` needs no others than
     those that were given as objects.
@@ -286,9 +286,15 @@ def _are_lazy(inputs: Any) -> bool:
 
 
 def as_sample(target: Any) -> DataSample:
-    """Return a target, a `DataSample` or class indices, as a sample."""
+    """Return a target as a sample: a `DataSample`, class indices, or a score from 0 to 1 for each class (floating numbers)."""
     if isinstance(target, DataSample):
         return target
+    if isinstance(target, Tensor) and target.is_floating_point() and target.ndim == 1:
+        if not bool(((target >= 0) & (target <= 1)).all()):
+            raise WrongArgumentError(
+                f"a target is {target.tolist()}; give class indices, or a score from 0 to 1 for each class"
+            )
+        return DataSample().set_gt_score(target.cpu())
     return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
 
