@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.streaming.exactness import TOLERANCE, relative_error
-from widefield.streaming import StreamingCNN, UnsupportedOpError, programs, stream
+from widefield.streaming import StreamingCNN, UnsupportedOpError, program_cache, stream
 from widefield.streaming.capture import capture
 from widefield.streaming.captured import Captured, Ref
 
@@ -105,7 +105,7 @@ def test_many_sizes_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         traced.append(args[1])
         return capture(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(programs, "capture", counted)
+    monkeypatch.setattr(program_cache, "capture", counted)
     streamed = stream(module, 11)
     for size in SIZES:
         image = torch.rand(1, 3, *size, dtype=torch.float64)

@@ -19,9 +19,9 @@ import torch
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fold import fold_batch_norms
-from widefield.streaming.graph import Program, Stage
 from widefield.streaming.normal_form import normal_form
 from widefield.streaming.placing import Placing
+from widefield.streaming.program import Program, Stage
 from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 from widefield.streaming.rules.norms import statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.rewriting import parts_of

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
-from widefield.streaming.graph import Program, Stage, Value
 from widefield.streaming.heap import watch
 from widefield.streaming.image import TileReader
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
+from widefield.streaming.program import Program, Stage, Value
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store

@@ -83,7 +83,7 @@ _CLASS_STATE = frozenset(
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Return a hashable value that differs when `module` would be captured differently.
 
-    Modes of norm layers with running statistics are left out: see `Programs.get`.
+    Modes of norm layers with running statistics are left out: see `ProgramCache.get`.
     """
     walk = _Walk(module)
     parts: list[Any] = []

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from widefield.streaming.buffers import Cut
 from widefield.streaming.extents import Span
-from widefield.streaming.graph import Stage
+from widefield.streaming.program import Stage
 from widefield.streaming.schedule import Schedule
 
 Range = tuple[int, int]

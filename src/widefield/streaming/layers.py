@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from widefield.streaming.extents import clamp
-from widefield.streaming.graph import Program, Value
 from widefield.streaming.grid import Grid
+from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from widefield.streaming.graph import Stage
+from widefield.streaming.program import Stage
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

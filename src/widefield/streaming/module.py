@@ -18,13 +18,13 @@ from widefield.streaming.captured import Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import execute, fill, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
-from widefield.streaming.graph import Program
 from widefield.streaming.image import LazyImage, Normalisation, TileReader, pixel_dtype
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import PlanRequest, StagePlan, make_plan
-from widefield.streaming.programs import Programs
+from widefield.streaming.program import Program
+from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
@@ -117,7 +117,7 @@ class StreamingCNN(nn.Module):
         self.verify = verify
         self.enabled = True
         self.progress: Progress | None = None
-        self._programs = Programs()
+        self._programs = ProgramCache()
         self._plans: WeakKeyDictionary[Program, dict[PlanRequest, tuple[Plan, tuple[StagePlan, ...]]]] = (
             WeakKeyDictionary()
         )
@@ -127,7 +127,7 @@ class StreamingCNN(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._programs, self._plans = Programs(), WeakKeyDictionary()
+        self._programs, self._plans = ProgramCache(), WeakKeyDictionary()
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"

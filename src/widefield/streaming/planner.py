@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from widefield.streaming.budget import format_bytes, free_memory
-from widefield.streaming.graph import Program, Stage
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
 from widefield.streaming.memory_model import MemoryModel
 from widefield.streaming.plan import Plan
+from widefield.streaming.program import Program, Stage
 from widefield.streaming.schedule import schedules
 from widefield.streaming.store import PLACES, Place
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from widefield.streaming.graph import Stage
 from widefield.streaming.job import Job
+from widefield.streaming.program import Stage
 from widefield.streaming.tape import Made, Recorded
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from widefield.streaming.buffers import cut_out
-from widefield.streaming.graph import Value
 from widefield.streaming.grid import Grid
 from widefield.streaming.job import Job
+from widefield.streaming.program import Value
 from widefield.streaming.results import InputGradients, ResultGradients, Results
 from widefield.streaming.rules import TileContext
 from widefield.streaming.tape import Carry, Made, Recorded, Tape, compact

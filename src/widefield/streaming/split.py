@@ -7,7 +7,7 @@ from widefield.streaming.build import build
 from widefield.streaming.capture import capture
 from widefield.streaming.captured import Node
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.graph import Program, Stage
+from widefield.streaming.program import Program, Stage
 
 _EXAMPLE = (1, 3, 224, 224)
 

@@ -6,7 +6,7 @@ import torch
 
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.extents import identity
-from widefield.streaming.graph import Stage, Value
+from widefield.streaming.program import Stage, Value
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from widefield.streaming.arena import Arena
-from widefield.streaming.graph import Stage
 from widefield.streaming.job import Job
+from widefield.streaming.program import Stage
 from widefield.streaming.rules import TileContext
 
 ByMap = dict[int, Tensor]  # by the index of a map

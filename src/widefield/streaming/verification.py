@@ -38,7 +38,7 @@ from widefield.streaming.comparison import (
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
-from widefield.streaming.graph import Program
+from widefield.streaming.program import Program
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.watch import Inlined
 

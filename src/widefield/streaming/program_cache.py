@@ -10,14 +10,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from widefield.streaming.build import build
 from widefield.streaming.capture import capture
 from widefield.streaming.fingerprint import fingerprint
-from widefield.streaming.graph import Program
+from widefield.streaming.program import Program
 from widefield.streaming.trace import Trace
 
 _KEPT_SIZES = 16  # image sizes whose program is kept
 _KEPT_TRACES = 8  # traces that are kept of all that were needed
 
 
-class Programs:
+class ProgramCache:
     """See the module's docstring. `get` notices when the module has changed in a way that matters."""
 
     def __init__(self) -> None:
