@@ -315,7 +315,7 @@ def test_what_forward_leaves_without_gradients_does_not_count_as_a_change(monkey
     streamed = StreamingCNN(net, 7)
     with torch.no_grad():
         streamed(IMAGE)
-        monkeypatch.setattr("widefield.streaming.program_cache.capture", None)
+        monkeypatch.setattr("widefield.streaming.program_cache.trace_module", None)
         streamed(IMAGE + 1)
 
 

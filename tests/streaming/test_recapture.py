@@ -249,7 +249,7 @@ def test_nothing_changed_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) 
     net.cfg = types.SimpleNamespace(scale=float("nan"), other=[np.ones(3), {1, 2}, torch.ones(3), object(), print])
     streamed = StreamingCNN(net, 7, verify=False)
     streamed(IMAGE)
-    monkeypatch.setattr("widefield.streaming.program_cache.capture", None)
+    monkeypatch.setattr("widefield.streaming.program_cache.trace_module", None)
     streamed(IMAGE)
 
 

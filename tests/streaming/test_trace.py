@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.streaming.exactness import TOLERANCE, relative_error
 from widefield.streaming import StreamingCNN, UnsupportedOpError, program_cache, stream
-from widefield.streaming.capture import capture
+from widefield.streaming.capture import trace_module
 from widefield.streaming.captured import Captured, Ref
 
 
@@ -85,11 +85,11 @@ def renamed(captured: Captured) -> tuple[object, ...]:
 )  # more slices, which do nothing
 def test_a_derived_trace_is_that_of_the_size(name: str) -> None:
     module = Fn(FUNCTIONS[name])
-    trace = capture(module, (1, 3, *SIZES[0]), torch.float32)
+    trace = trace_module(module, (1, 3, *SIZES[0]), torch.float32)
     assert not trace.fixed
     derived = 0
     for size in SIZES:
-        own = capture(module, (1, 3, *size), torch.float32, symbolic=False).at(*size)
+        own = trace_module(module, (1, 3, *size), torch.float32, symbolic=False).at(*size)
         assert own is not None
         if (found := trace.at(*size)) is not None:
             assert renamed(found) == renamed(own)
@@ -103,9 +103,9 @@ def test_many_sizes_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def counted(*args: object, **kwargs: object) -> object:
         traced.append(args[1])
-        return capture(*args, **kwargs)  # type: ignore[arg-type]
+        return trace_module(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(program_cache, "capture", counted)
+    monkeypatch.setattr(program_cache, "trace_module", counted)
     streamed = stream(module, 11)
     for size in SIZES:
         image = torch.rand(1, 3, *size, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_an_image_of_one_row() -> None:
 
 def test_a_module_that_needs_long_with_symbols_is_traced_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
-    assert capture(Fn(lambda x: x.relu()), (1, 3, 33, 47), torch.float32).fixed
+    assert trace_module(Fn(lambda x: x.relu()), (1, 3, 33, 47), torch.float32).fixed
 
 
 def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:

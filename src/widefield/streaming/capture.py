@@ -27,7 +27,7 @@ from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
-from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref
+from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref, overwrite
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
 from widefield.streaming.functional import functional
@@ -48,7 +48,7 @@ _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 _QUIET = patch.object(_trace, "print", lambda *args, **kwargs: None, create=True)
 
 
-def capture(
+def trace_module(
     module: nn.Module,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -101,14 +101,14 @@ def _capture(
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
     watch = Watch(skeleton, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"), sees_reads)
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
-    recorded = _Recorded(skeleton, watch, image_requires_grad)
+    wrapped = _WithAttributes(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
     watch.mode_dependent = surroundings.looks_at_mode
     try:
         with _UNHOOKED, watch, _QUIET, torch.autocast(CAPTURE_DEVICE.type, enabled=False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of results that forward reads
-            program = torch.export.export(recorded, (image,), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(wrapped, (image,), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast is not None)
             program = functional(program)
     except UnsupportedOpError:
@@ -147,7 +147,7 @@ def _capture(
     return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)
 
 
-class _Recorded(nn.Module):
+class _WithAttributes(nn.Module):
     """`module`, whose result is followed by the tensors and plain values that its forward has left in attributes of modules."""
 
     def __init__(self, module: nn.Module, watch: Watch, image_requires_grad: bool) -> None:
@@ -448,11 +448,6 @@ def _node(fx: torch.fx.Node) -> Node:
         _module_path(fx),
         _source(fx),
     )
-
-
-def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Return what `x` holds after `x.copy_(source)`."""
-    return source.to(x.dtype).expand_as(x)
 
 
 # Out-of-place forms of in-place updates that have no derivative of their own.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from widefield.streaming.build import build
-from widefield.streaming.capture import capture
+from widefield.streaming.capture import trace_module
 from widefield.streaming.fingerprint import fingerprint
 from widefield.streaming.program import Program
 from widefield.streaming.trace import Trace
@@ -34,7 +34,7 @@ class ProgramCache:
         allow_whole: bool,
         image_requires_grad: bool = False,
     ) -> Program:
-        """The program of `module` for images of `shape` (N, C, H, W) and `dtype`; arguments as for `capture` and `build`.
+        """The program of `module` for images of `shape` (N, C, H, W) and `dtype`; arguments as for `trace_module` and `build`.
 
         What `forward` decides by the grad mode is decided by the current one.
         """
@@ -50,7 +50,7 @@ class ProgramCache:
         trace, captured = next(((t, c) for t in usable if (c := t.at(*shape[2:])) is not None), (None, None))
         if trace is None or captured is None:
             fixed = any(trace.fixed for _, trace in traces)  # it could not be traced with symbols: not again
-            trace = capture(module, shape, dtype, autocast, batch_statistics, not fixed, image_requires_grad)  # type: ignore[arg-type]
+            trace = trace_module(module, shape, dtype, autocast, batch_statistics, not fixed, image_requires_grad)  # type: ignore[arg-type]
             captured = trace.at(*shape[2:])
             assert captured is not None
             traces.append((mode if trace.mode_dependent else None, trace))

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from widefield.streaming.capture import overwrite
-from widefield.streaming.captured import Node
+from widefield.streaming.captured import Node, overwrite
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import Axes, Maps, Placed, TileContext, caller, only_map, rule, sources, swap_refs
 
