@@ -176,6 +176,6 @@ def test_what_is_declared_of_results_is_so(name: str) -> None:
 
 
 def test_every_registered_operation_is_looked_at() -> None:
-    placed = [target for target, op in OPS.items() if op.place and isinstance(target, torch._ops.OpOverload)]
+    placed = [target for target, op in OPS.items() if op.rule and isinstance(target, torch._ops.OpOverload)]
     names = {target._schema.name.removeprefix("aten::") for target in placed}
     assert names - CALLS.keys() - VIEWS - WITHOUT_DERIVATIVE - set(unary()) == set()

@@ -39,7 +39,7 @@ def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     program = streamed._program(tuple(image.shape), torch.float32, torch.device("cpu"))
     grid = streamed._planned(program, torch.device("cpu"))[1][0].grid
     return max(
-        value.pixel_bytes * (row[v].ready - row[v].kept) * (col[v].ready - col[v].kept)
+        value.pixel_bytes * (row[v].ready - row[v].held_from) * (col[v].ready - col[v].held_from)
         for v, value in enumerate(grid.stage.values)
         for row in grid.rows
         for col in grid.cols

@@ -16,7 +16,7 @@ from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
-from widefield.streaming.image import Normalisation
+from widefield.streaming.tiles import Normalisation
 
 Pooling = Literal["average", "max"]
 

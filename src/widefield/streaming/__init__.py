@@ -2,11 +2,11 @@
 
 from widefield.streaming.calibration import calibrate_batch_norm
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
-from widefield.streaming.image import LazyImage
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.split import split
+from widefield.streaming.tiles import LazyImage
 from widefield.streaming.watch import register_op
 
 __all__ = [

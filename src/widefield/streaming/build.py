@@ -190,7 +190,7 @@ def _program(graph: Graph) -> Program:
     for level in range(max(levels.values()) + 1):
         items += [node for node in plain if levels[node.name] == level]
         items += [graph.stages[level]] if level in graph.stages else []
-    used = {name for stage in graph.stages.values() for name in stage.weights}
+    used = {name for stage in graph.stages.values() for name in stage.operands}
     streamed = sum(size_of(node) for node in graph.streamed if not isinstance(node.target, Reduction))
     of_image = [node for node in plain if levels[node.name] > 0]
     extents = {maps.extent(name) for name in maps.axes} - {(1, 1)}

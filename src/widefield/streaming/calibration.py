@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widefield.streaming.image import Normalisation
 from widefield.streaming.module import StreamingCNN
+from widefield.streaming.tiles import Normalisation
 
 
 def calibrate_batch_norm(

@@ -1,4 +1,4 @@
-"""A program, executed on one image: stage_plans, and plain operations before, between and after them."""
+"""A program, executed on one image: scans, and plain operations before, between and after them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.heap import watch
-from widefield.streaming.image import TileReader
 from widefield.streaming.job import Job, Progress
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
@@ -20,14 +19,15 @@ from widefield.streaming.program import Program, Stage, Value
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store
+from widefield.streaming.tiles import TileReader
 
 
 def execute(
     program: Program,
     plan: Plan,
     stage_plans: Sequence[StagePlan],
-    image: TileReader,
-    leaf: Tensor | None,
+    reader: TileReader,
+    image_tensor: Tensor | None,
     values: dict[str, Any],
     *,
     memory_budget: int | None,
@@ -35,21 +35,21 @@ def execute(
     deterministic: bool,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Run `program` on `image` by ordinary autograd; return what its outputs and statistics are made of, by name.
+    """Run `program` on the image of `reader` by ordinary autograd; return what its outputs and statistics are made of, by name.
 
     Args:
-        program: stage_plans and plain operations.
+        program: scans and plain operations.
         plan: where maps and carries live.
         stage_plans: how each stage is scanned.
-        image: where the image is read.
-        leaf: the tensor behind it, for autograd; None for an image that is read lazily.
+        reader: where the image is read.
+        image_tensor: the tensor behind it, for autograd; None for an image that is read lazily.
         values: parameters, buffers and constants by name; each goes when its last reader is done.
         memory_budget: bytes, within which the heap of the CPU is kept.
         scratch_dir: folder for files; None: the system's.
         deterministic: run with deterministic algorithms only.
         progress: called as progress(phase, steps done, steps of the scan).
     """
-    device = image.device
+    device = reader.device
     autocast = torch.is_autocast_enabled(device.type)
     settings = partial(_settings, device.type, torch.get_autocast_dtype(device.type), autocast, deterministic)
     seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
@@ -60,7 +60,7 @@ def execute(
 
     def reader_of(value: Value) -> tuple[TileReader, Tensor | None]:
         if value.name == program.captured.image:
-            return replace(image, channels=value.shape[1]), leaf
+            return replace(reader, channels=value.shape[1]), image_tensor
         tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
         return TileReader(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
 
@@ -69,7 +69,7 @@ def execute(
         job = Job(
             grid=plan_of_stage.grid,
             readers=readers,
-            weight_names=stage.weights,
+            weight_names=stage.operands,
             seed=seed,
             store=store,
             carry_store=Store(plan.carry_place, scratch_dir),
@@ -80,7 +80,7 @@ def execute(
             progress=progress,
         )
         with settings():
-            return scan(job, inputs, [_in_format(values[name], image.memory_format) for name in stage.weights])
+            return scan(job, inputs, [_in_format(values[name], reader.memory_format) for name in stage.operands])
 
     remaining = iter(stage_plans)
     for item, last_reads in zip(program.items, program.last_reads, strict=True):

@@ -17,14 +17,15 @@ GATE = 8  # rows that a strided op waits for: enough for a convolution to run at
 class AxisStep:
     """One map in one step along one axis, in positions of the whole axis.
 
-    The buffer holds `[kept, ready)`, of which `[done, ready)` is computed now and `[keep, ready)` is kept for the next step.
+    The buffer holds `[held_from, ready)`, of which `[done, ready)` is computed now and `[carried_from, ready)` is carried to the
+    next step.
     `reads[k]` is what the k-th reader takes, None if it computes nothing; `spans` is how the map itself is computed.
     """
 
-    kept: int
+    held_from: int
     done: int
     ready: int
-    keep: int
+    carried_from: int
     spans: tuple[Span, ...]
     reads: tuple[Range | None, ...]
 
@@ -101,16 +102,16 @@ class Grid:
                 placed = self.stage.values[reader].placed
                 exclusive = placed is not None and placed.exclusive
                 who.append((reader, k))
-                cuts.append(
-                    Cut(rows[0] - row.kept, rows[1] - row.kept, cols[0] - col.kept, cols[1] - col.kept, exclusive)
-                )
-        height, width = row.ready - row.kept, col.ready - col.kept
-        below = row.keep < row.ready and col.new > 0
-        right = col.keep < col.ready and height > 0
+                (y, y_end), (x, x_end) = rows, cols
+                top, left = row.held_from, col.held_from
+                cuts.append(Cut(y - top, y_end - top, x - left, x_end - left, exclusive))
+        height, width = row.ready - row.held_from, col.ready - col.held_from
+        below = row.carried_from < row.ready and col.new > 0
+        right = col.carried_from < col.ready and height > 0
         if below:
-            cuts.append(Cut(row.keep - row.kept, height, col.done - col.kept, width))
+            cuts.append(Cut(row.carried_from - row.held_from, height, col.done - col.held_from, width))
         if right:
-            cuts.append(Cut(0, height, col.keep - col.kept, width))
+            cuts.append(Cut(0, height, col.carried_from - col.held_from, width))
         return Cuts(who, cuts, below, right)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from widefield.streaming.buffers import empty_like
 from widefield.streaming.grid import Grid
 from widefield.streaming.heap import Heap
-from widefield.streaming.image import TileReader
 from widefield.streaming.store import Store
+from widefield.streaming.tiles import TileReader
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,7 +96,7 @@ class Job:
         return [None if raw is None else reader.to_device(raw) for reader, raw in zip(self.readers, raws, strict=True)]
 
     def box(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
-        """Return the place of map v's new tile of step (i, j): y, x, height, width."""
+        """Return the region of map v that step (i, j) computes: y, x, height, width, in pixels of the map."""
         row, col = self.grid.rows[i][v], self.grid.cols[j][v]
         return row.done, col.done, row.new, col.new
 

@@ -71,7 +71,7 @@ class Footprint:
     @cached_property
     def recorded(self) -> Array:
         """Bytes that autograd keeps of each step until its backward pass: (tile rows, tile columns)."""
-        weights = np.concatenate(_kept(self.needs, [self.rows], [self.cols]))[:, 0]
+        weights = np.concatenate(_saved_by_autograd(self.needs, [self.rows], [self.cols]))[:, 0]
         return (self.rows.work * weights).T @ self.cols.work  # type: ignore[no-any-return]
 
     @cached_property
@@ -88,23 +88,23 @@ class Footprint:
     def cost(self) -> Cost:
         i, j = np.unravel_index(int(np.argmax(self.recorded)), self.recorded.shape)
         largest = (self.rows.work[:, i] * self.cols.work[:, j])[:, None, None]
-        step = _step(self.needs, largest, _kept(self.needs, [self.rows], [self.cols]), self.training)
+        step = _step(self.needs, largest, _saved_by_autograd(self.needs, [self.rows], [self.cols]), self.training)
         return Cost(sum(self.carries.values()), _row_of_carries(self.needs, self.rows, self.cols), float(step[0, 0]))
 
 
 def estimates(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis], training: bool) -> list[list[Cost]]:
     """The cost of each tile height with each width; of schedules that are not whole, in proportion."""
-    kept = _kept(needs, rows, cols)
-    weights = np.concatenate(kept)
+    saved = _saved_by_autograd(needs, rows, cols)
+    weights = np.concatenate(saved)
     # The largest step: the row that is largest with the columns' largest numbers, the column that is largest with that row, ...
     across = np.stack([axis.work.max(1) for axis in cols], axis=1)[:, None, :]
     for _ in range(2):
         down = _largest(rows, weights * across)
         across = _largest(cols, (weights * down).transpose(0, 2, 1)).transpose(0, 2, 1)
-    steps = _step(needs, down * across, kept, training)
+    steps = _step(needs, down * across, saved, training)
     carries = (_saved_positions(rows, cols) * needs.sizes[:, None, None]).sum(0)
     return [
-        [Cost(saved, row, step) for saved, step in zip(carries[h].tolist(), steps[h].tolist(), strict=True)]
+        [Cost(carried, row, step) for carried, step in zip(carries[h].tolist(), steps[h].tolist(), strict=True)]
         for h, row in enumerate(_row_of_carries(needs, axis, cols[0]) for axis in rows)
     ]
 
@@ -120,18 +120,18 @@ def _largest(axes: Sequence[Axis], weights: Array) -> Array:
     return np.stack([axis.work[:, steps] for axis, steps in zip(axes, best, strict=True)], axis=1)
 
 
-def _kept(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis]) -> tuple[Array, Array]:
+def _saved_by_autograd(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis]) -> tuple[Array, Array]:
     """Bytes per position that autograd keeps of new positions and of buffers: (maps, rows, cols)."""
     down, across = (np.stack([axis.buffered for axis in axes], axis=1) for axes in (rows, cols))
-    return needs.kept(down[:, :, None] | across[:, None, :])
+    return needs.saved_by_autograd(down[:, :, None] | across[:, None, :])
 
 
-def _step(needs: MemoryModel, largest: Array, kept: tuple[Array, Array], training: bool) -> Array:
+def _step(needs: MemoryModel, largest: Array, saved: tuple[Array, Array], training: bool) -> Array:
     """The peak of steps that compute and hold so many positions: (2 * maps, rows, cols) to (rows, cols)."""
     sizes = needs.sizes[:, None, None]
     new, held = _halves(largest)
     if training:
-        peak = needs.backward(new * sizes, held * sizes, new * kept[0] + held * kept[1])
+        peak = needs.backward(new * sizes, held * sizes, new * saved[0] + held * saved[1])
     else:
         peak = needs.forward(new * sizes, held * sizes)
     return peak + needs.reading(new * sizes)

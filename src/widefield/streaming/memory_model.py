@@ -34,7 +34,7 @@ class MemoryModel:
         """Bytes per position of each map."""
         return np.array([value.pixel_bytes for value in self.stage.values], dtype=np.float64)
 
-    def kept(self, buffered: Flags) -> tuple[Array, Array]:
+    def saved_by_autograd(self, buffered: Flags) -> tuple[Array, Array]:
         """Bytes per position that autograd keeps of the new positions and of the buffer, where there is one apart from them."""
         results, read, views = (x.reshape(-1, *[1] * (buffered.ndim - 1)) for x in self._derivatives)
         sizes, extra = (x.reshape(results.shape) for x in (self.sizes, self._extra))
@@ -82,13 +82,13 @@ class MemoryModel:
         alive = np.cumsum(stays - gone, axis=0) - (stays - gone)  # before each map
         return (alive + added + buffers).max(0)  # type: ignore[no-any-return]
 
-    def backward(self, new: Array, held: Array, kept: Array) -> Array:
-        """The peak of a recorded step in its backward pass: what is `kept`, and the gradients that are alive at a time."""
+    def backward(self, new: Array, held: Array, saved: Array) -> Array:
+        """The peak of a recorded step in its backward pass: what is `saved`, and the gradients that are alive at a time."""
         stage = self.stage
         gradient = np.zeros_like(new)
         for v in (*stage.outputs, *stage.reductions):
             gradient[v] = new[v]
-        alive, remaining = gradient.sum(0), np.cumsum(kept, axis=0)
+        alive, remaining = gradient.sum(0), np.cumsum(saved, axis=0)
         peak = remaining[-1]
         for v, value in reversed(list(enumerate(stage.values))):
             arriving = gradient[v]  # of the buffer; that of the new positions is cut out of it

@@ -18,7 +18,6 @@ from widefield.streaming.captured import Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import execute, fill, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
-from widefield.streaming.image import LazyImage, Normalisation, TileReader, pixel_dtype
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
 from widefield.streaming.plan import Plan
@@ -28,6 +27,7 @@ from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
+from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, pixel_dtype
 from widefield.streaming.verification import verify_at_first_use
 
 

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from widefield.streaming.captured import Captured, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.rules import Axes, Maps, Placed, Reduction, TileContext, op_of, place, swap_refs, unflatten
+from widefield.streaming.rules import (
+    Axes,
+    Maps,
+    Placed,
+    Reduction,
+    TileContext,
+    apply_rule,
+    op_of,
+    swap_refs,
+    unflatten,
+)
 from widefield.streaming.rules.base import groups
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
@@ -119,7 +129,7 @@ class Placing:
         if isinstance(node.target, Reduction):
             self._add_reduction(node)
         elif any(name in self.maps for name in node.refs):
-            found = place(node, self.maps)
+            found = apply_rule(node, self.maps)
             if 0 in (node.shape[found.axes.rows], node.shape[found.axes.cols]):
                 raise node.refuse(
                     f"makes an empty map of shape {node.shape}",
@@ -174,4 +184,4 @@ def _gathered(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
 def _rule(node: Node) -> Any:
     """The rule of a node's operator, None if there is none."""
     op = op_of(node.target)
-    return op and op.place
+    return op and op.rule

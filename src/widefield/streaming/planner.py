@@ -213,7 +213,7 @@ def _draft(
     saved = 0.0
     if request.training:
         saved = sum(cost.carries for cost in costs) if carries == "device" else row
-    kept = program.kept_bytes + program.gradient_bytes * request.training
+    kept = program.stored_bytes + program.gradient_bytes * request.training
     sizes = {
         "weights": program.combined_bytes + program.weight_bytes * (request.copied_weights + request.training),
         "carries": int(saved + row),

@@ -86,18 +86,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Stage:
-    """The work of one scan: maps and weights in, maps and reductions out.
+    """The work of one scan: maps and operands in, maps and reductions out.
 
     `values` are in topological order, stage inputs first; `inputs`, `outputs` and `reductions` are indices into them. Inputs
-    are the image, maps that earlier stages have left, and weights as large as the image. `weights` names the other tensors
-    used. `stored` are the outputs that only later stages read: they may live in host memory or in a file.
+    are the image, maps that earlier stages have left, and weights as large as the image. `operands` names what is used and is
+    no map: weights, and what plain operations make of reductions. `stored` are the outputs that only later stages read: they may
+    live in host memory or in a file.
     """
 
     values: tuple[Value, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     reductions: tuple[int, ...]
-    weights: tuple[str, ...]
+    operands: tuple[str, ...]
     stored: frozenset[int]
 
     @property
@@ -146,7 +147,7 @@ class Program:
         return sum(stage.values[v].bytes for stage in self.stages for v in stage.outputs if v not in stage.stored)
 
     @cached_property
-    def kept_bytes(self) -> int:
+    def stored_bytes(self) -> int:
         """Bytes of the maps between stages."""
         return sum(map(self._stored_bytes, self.stages))
 
@@ -183,4 +184,4 @@ class Program:
         if isinstance(item, Node):
             return set(item.refs)
         names = {item.values[v].name for v in item.inputs}
-        return {*item.weights, *(self.broadcast.get(name, name) for name in names)}
+        return {*item.operands, *(self.broadcast.get(name, name) for name in names)}

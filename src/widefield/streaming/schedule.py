@@ -16,15 +16,15 @@ from widefield.streaming.extents import AxisMap, Positions, Span, identity
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One map along one axis, as it follows from others: `sources[k]` is read through `maps[k]`. No sources: a stage input."""
+    """One map along one axis, as it follows from others: `sources[k]` is read through `axis_maps[k]`. No sources: a stage input."""
 
     size: int
     sources: tuple[int, ...] = ()
-    maps: tuple[AxisMap, ...] = ()
+    axis_maps: tuple[AxisMap, ...] = ()
 
     @property
     def strided(self) -> bool:
-        return any(m.stride > 1 for m in self.maps)
+        return any(m.stride > 1 for m in self.axis_maps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Schedule:
 
     def span(self, v: int, k: int, t: int) -> Span:
         """Return what map `v` reads from its `k`-th source in step `t`."""
-        return self.flows[v].maps[k].span(self.ready[v][t - 1], self.ready[v][t])
+        return self.flows[v].axis_maps[k].span(self.ready[v][t - 1], self.ready[v][t])
 
 
 def schedules(
@@ -93,7 +93,7 @@ def _aliases(flows: Sequence[Flow]) -> list[int]:
     alias = list(range(len(flows)))
     for v, flow in enumerate(flows):
         first = {alias[s] for s in flow.sources}
-        if len(first) == 1 and all(m == identity(flow.size) for m in flow.maps):
+        if len(first) == 1 and all(m == identity(flow.size) for m in flow.axis_maps):
             alias[v] = first.pop()
     return alias
 
@@ -110,8 +110,8 @@ def _ready(
         elif not flow.sources:
             ready[v] = np.minimum(-(-t * tiles * flow.size // length), flow.size)
         else:
-            possible = flow.maps[0].ready_all(ready[flow.sources[0]])
-            for s, m in zip(flow.sources[1:], flow.maps[1:], strict=True):
+            possible = flow.axis_maps[0].ready_all(ready[flow.sources[0]])
+            for s, m in zip(flow.sources[1:], flow.axis_maps[1:], strict=True):
                 possible = np.minimum(possible, m.ready_all(ready[s]))
             steady = tiles * flow.size / length
             most = np.maximum(np.ceil(1.5 * steady), np.ceil(steady) + gate).astype(np.int64)
@@ -137,7 +137,7 @@ def _kept(flows: Sequence[Flow], alias: Sequence[int], ready: Positions) -> Posi
     """`kept` of all maps: (maps, tiles, steps + 1)."""
     kept = ready.copy()
     for v, flow in enumerate(flows):
-        for s, m in zip(flow.sources, flow.maps, strict=True):
+        for s, m in zip(flow.sources, flow.axis_maps, strict=True):
             if alias[v] != alias[s]:
                 first = m.first_all(ready[v])
                 padding = np.minimum(

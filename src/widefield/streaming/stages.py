@@ -127,7 +127,7 @@ def _stage(
         inputs=tuple(range(len(inputs))),
         outputs=tuple(index[name] for name in leaving),
         reductions=tuple(v for v, value in enumerate(values) if value.reduction is not None),
-        weights=tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
+        operands=tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
         stored=frozenset(index[name] for name in leaving if name in stored),
     )
 

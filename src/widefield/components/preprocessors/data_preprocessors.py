@@ -13,7 +13,7 @@ from widefield.components.data_sample import DataSample
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig, RandomBatchAugment
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, ComponentOf
-from widefield.streaming.image import Normalisation
+from widefield.streaming.tiles import Normalisation
 
 _log = logging.getLogger(__name__)
 _SCALED = 2.0

@@ -1,11 +1,11 @@
-"""One rule per operation: how its extents follow, and how it runs on a tile. `place` looks a rule up and applies it.
+"""One rule per operation: how its extents follow, and how it runs on a tile. `apply_rule` looks a rule up and applies it.
 
 Operations over the whole image have a rewriting instead: reductions, and local operations on their results. All that is known of an
 operation is in one `Op`, made by the decorators of its rule or rewriting.
 """
 
 from widefield.streaming.rules import channels, norms, pointwise, random, resize, shapes, whole, windows
-from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, TileContext, op_of, place, swap_refs
+from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, TileContext, apply_rule, op_of, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
 
@@ -18,8 +18,8 @@ __all__ = [
     "Reduction",
     "Run",
     "TileContext",
+    "apply_rule",
     "op_of",
-    "place",
     "swap_refs",
     "unflatten",
 ]

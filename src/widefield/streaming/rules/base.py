@@ -55,7 +55,7 @@ class Op:
     """Facts about an operation that hold whatever its arguments are; planner, stages and layers ask for them.
 
     Args:
-        place: the rule; None where there is none.
+        rule: the rule; None where there is none.
         rewrite: how it becomes reductions and local operations where it is one over the whole image.
         flat: how it looks on maps with height and width apart, where the model has flattened them (see `rules.flat`).
         saves: what autograd keeps for the derivative: the maps that the operation reads, its result, the position of each maximum
@@ -70,7 +70,7 @@ class Op:
         on_tokens: tokens are made by it or go through it: where attention begins.
     """
 
-    place: "Rule | None" = None
+    rule: "Rule | None" = None
     rewrite: "Rewrite | None" = None
     flat: "Flat | None" = None
     saves: frozenset[Saved] = frozenset(("inputs",))
@@ -85,7 +85,11 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An op in a scan. `exclusive`: autograd gives its input gradients as new tensors that nobody else holds."""
+    """An op in a scan: the maps that it reads, in order, where height and width stand in its result, and how it runs on a tile.
+
+    `exclusive`: the derivative of the op allocates the gradient of what it reads (a convolution does), so that nobody else holds
+    that tensor and the gradients of other readers may be added into it. An op that passes its gradient on (`add`) is not.
+    """
 
     reads: tuple[Read, ...]
     axes: Axes
@@ -99,7 +103,8 @@ class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
 
     `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
-    names maps of which the model sees height and width in one dimension (see `rules.flat`), `synchronised` the paths of batch norm
+    names maps that the model has flattened (see `rules.flat`), and counts the dimensions of `shapes` that the model sees as one: 2
+    for height and width, 3 where the batch is flattened with them. `synchronised` are the paths of batch norm
     layers whose statistics are those of all processes.
     """
 
@@ -153,7 +158,7 @@ def rule(*targets: Any, saves: Iterable[Saved] = ("inputs",), **facts: Any) -> C
     """
 
     def register(function: Rule) -> Rule:
-        declare(*targets, place=function, saves=frozenset(saves), **facts)
+        declare(*targets, rule=function, saves=frozenset(saves), **facts)
         return function
 
     return register
@@ -176,16 +181,16 @@ def op_of(target: Any) -> Op | None:
     return OPS.get(target) or (OPS[torch.ops.aten.where.self] if elementwise else None)
 
 
-def place(node: Node, maps: Maps) -> Placed:
+def apply_rule(node: Node, maps: Maps) -> Placed:
     """Apply the rule of `node`'s operator. Raises `UnsupportedOpError` where there is none."""
     op = op_of(node.target)
-    if op is None or op.place is None:
+    if op is None or op.rule is None:
         raise node.refuse(
             "has no streaming rule",
             "stream(model) runs such a layer on the whole map after streaming what comes before it; "
             "or end the streamed module before this layer, or replace the layer",
         )
-    placed = replace(op.place(node, maps), op=op)
+    placed = replace(op.rule(node, maps), op=op)
     planned = node.shape[placed.axes.rows], node.shape[placed.axes.cols]
     if any((read.rows.n_out, read.cols.n_out) != planned for read in placed.reads):
         raise node.refuse(

@@ -15,7 +15,18 @@ import torch
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.rules.base import Flat, Maps, argument, declare, dims, groups, op_of, place, sources, swap_refs
+from widefield.streaming.rules.base import (
+    Flat,
+    Maps,
+    apply_rule,
+    argument,
+    declare,
+    dims,
+    groups,
+    op_of,
+    sources,
+    swap_refs,
+)
 
 aten = torch.ops.aten
 
@@ -95,7 +106,7 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
 def _flattening_one_position(node: Node, maps: Maps) -> tuple[tuple[int, ...], int] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
     try:
-        place(node, maps)
+        apply_rule(node, maps)
     except UnsupportedOpError:
         ones = [d for d, size in enumerate(node.shape) if size == 1]
         return ((*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2) if ones else None

@@ -190,6 +190,10 @@ class TileReader:
         return tile.to(self.device, non_blocking=True)
 
     def prepare(self, raw: Tensor | None) -> Tensor | None:
+        """Return a raw tile as the network sees it: normalised, of `dtype`, in `memory_format`; None for None (no new tile).
+
+        It is differentiable in `raw`. Raises ValueError as `Normalisation.apply` does.
+        """
         if raw is None:
             return None
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
