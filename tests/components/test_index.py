@@ -34,6 +34,13 @@ class Saw(Plane):
         class Inside: ...
 
 
+# A comment above a decorator, and one empty line before it.
+
+@PARTS.register_module(kind="glue")
+def paste():
+    """Holds."""
+
+
 @OTHERS.register_module()
 class Other(Plane):
     """Of another registry."""
@@ -84,13 +91,16 @@ def test_the_index_read_from_the_source_is_what_importing_the_source_registers(i
         assert sorted(map(str, index)) == sorted(str(Entry(**entry)) for entry in registered)
 
 
-def test_decorators_are_read_with_all_that_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decorators_are_read_with_all_that_they_say_below_a_comment_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "_PACKAGE", tmp_path)
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "base.py").write_text('class Base:\n    """A base."""\n\n    component_kind = "tool"\n')
     (tmp_path / "room" / "parts.py").write_text(PARTS)
     assert registered_in("PARTS", "room") == [
         Entry("Saw", "widefield.room.parts:Saw", "tool", "Cuts.", replaceable=True),
+        Entry("paste", "widefield.room.parts:paste", "glue", "Holds."),
         Entry("hammer", "widefield.room.parts:Hammer", "heavy", "Hits."),
         Entry("mallet", "widefield.room.parts:Hammer", "heavy", "another name of hammer"),
         Entry("maul", "widefield.room.parts:Hammer", "heavy", "another name of hammer"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).parent.parent
+_Definition = ast.ClassDef | ast.FunctionDef
 
 # fmt: off
 _TORCHVISION = (
@@ -57,7 +58,7 @@ def as_names(names: Any, argument: str) -> list[str]:
 
 
 def registered_in(registry: str, *folders: str) -> list[Entry]:
-    """Return the entries of all classes that have the decorator `@REGISTRY.register_module(...)`.
+    """Return the entries of all classes and functions that have the decorator `@REGISTRY.register_module(...)`.
 
     Nothing is imported: the kind is the `component_kind` of the class or of the nearest base class in these folders that has one,
     and the summary the first line of the docstring.
@@ -66,19 +67,19 @@ def registered_in(registry: str, *folders: str) -> list[Entry]:
         registry: The name of the variable, such as `MODELS`.
         folders: Folders of the package `widefield`, which are searched with all that is below them.
     """
-    classes = [one for folder in folders for one in _classes(_PACKAGE / folder)]
-    nodes = {node.name: node for _, node in classes}
+    definitions = [one for folder in folders for one in _definitions(_PACKAGE / folder)]
+    classes = {node.name: node for _, node in definitions if isinstance(node, ast.ClassDef)}
     return [
         entry
-        for module, node in classes
+        for module, node in definitions
         for call in node.decorator_list
         if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{registry}.register_module"
-        for entry in _entries(call, node, module, _kind(node, nodes))
+        for entry in _entries(call, node, module, _kind(node, classes))
     ]
 
 
-def _entries(call: ast.Call, node: ast.ClassDef, module: str, kind: str) -> list[Entry]:
-    """Return the entries that a decorator makes of a class."""
+def _entries(call: ast.Call, node: _Definition, module: str, kind: str) -> list[Entry]:
+    """Return the entries that a decorator makes of a class or function."""
     given = dict(zip(("name", "force"), call.args)) | {one.arg: one.value for one in call.keywords}
     values = {name: ast.literal_eval(value) for name, value in given.items()}
     names = [*(as_names(values.get("name"), "name") or [node.name]), *as_names(values.get("aliases"), "aliases")]
@@ -92,23 +93,18 @@ def transforms() -> list[Entry]:
     return [*torchvision, *registered_in("TRANSFORMS", "data", "components/transforms")]
 
 
-def _classes(folder: Path) -> Iterator[tuple[str, ast.ClassDef]]:
-    """Yield each class in the files below `folder` with the name of its module.
-
-    Its body is parsed up to the first method only, which takes a third of the time of parsing the files. Two empty lines end a
-    class, as the formatter has it.
-    """
+def _definitions(folder: Path) -> Iterator[tuple[str, _Definition]]:
+    """Yield each class and function at the top level of the files below `folder`, with the name of its module."""
     for path in sorted(folder.rglob("*.py")):
         module = ".".join(["widefield", *path.relative_to(_PACKAGE).with_suffix("").parts])
-        for block in path.read_text(encoding="utf-8").split("\n\n\n"):
-            if block.startswith(("@", "class ")):
-                head = min((block.partition(f"\n    {begin}")[0] for begin in ("@", "def ")), key=len)
-                node = ast.parse(f"{head}\n    pass", str(path)).body[0]
-                if isinstance(node, ast.ClassDef):
-                    yield module, node
+        for node in ast.parse(path.read_bytes(), str(path)).body:
+            if isinstance(node, _Definition):
+                yield module, node
 
 
-def _kind(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> str:
+def _kind(node: _Definition, classes: Mapping[str, ast.ClassDef]) -> str:
+    if not isinstance(node, ast.ClassDef):
+        return ""
     for line in node.body:
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "component_kind":
             return str(ast.literal_eval(line.value))

@@ -190,7 +190,7 @@ class TileReader:
         return tile.to(self.device, non_blocking=True)
 
     def prepare(self, raw: Tensor | None) -> Tensor | None:
-        """Return a raw tile as the network sees it: normalised, of `dtype`, in `memory_format`; None for None (no new tile).
+        """Return a raw tile as the network sees it: normalised if it is one of the image; None for None.
 
         It is differentiable in `raw`. Raises ValueError as `Normalisation.apply` does.
         """
