@@ -39,9 +39,6 @@ def write_folder(folder: Path, dtype: str, channels: int, scale: float, count: i
         ("u2", 5, 4095, ["--spacing", "1.0"], (5, "percentiles")),
         ("u2", 5, 65_535, ["--channels", "[4, 0]"], (2, None)),
         ("f4", 4, 1e4, ["--level", "0"], (4, "percentiles")),
-        ("f4", 3, 1.0, [], (3, None)),
-        ("u2", 3, 4095, ["--value-range", "[0, 4095]"], (3, (0, 4095))),
-        ("u2", 3, 4095, ["--value-range", "dtype"], (3, None)),
         ("u1", 3, 100, ["--value-range", "percentiles"], (3, "percentiles")),
     ],
 )

@@ -84,7 +84,7 @@ def test_labels_of_a_table_and_of_a_dataset(images: Path, tmp_path: Path) -> Non
     assert labels_of(source, images, table) == ("cat", *[None] * 7, "dog", None)
     for text, message in (
         ("file,kind\na,b\n", "callbacks.quality.labels: .* has no column 'label'; its columns are file, kind"),
-        ("image,label\na/00.png,cat\n00.png,dog\n", "has labels of 1 of the 10 images, and two classes are needed"),
+        ("image,label\na/00.png,cat\n99.png,dog\n", "has labels of 1 of the 10 images, and two classes are needed"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -183,16 +183,22 @@ class FilesByName:
     def __init__(self, files: Iterable[Path], folder: Path | None) -> None:
         self._by_path: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
+        self._by_bare_name: dict[str, list[Path]] = {}
         for file in files:
             path = _key(str(file if folder is None else file.relative_to(folder)))
             self._by_path.setdefault(path, []).append(file)
             for stem in _stems(path):
                 self._by_stem.setdefault(stem, []).append(file)
+            for name in {file.name, *_stems(file.name)}:
+                self._by_bare_name.setdefault(_key(name), []).append(file)
 
     def matches(self, name: str) -> list[Path]:
-        """Return the files that `name` may mean: those of exactly that name, else image files that share the stem, else others."""
+        """Return the files that `name` may mean: those of exactly that name, else image files that share the stem, else others.
+
+        Where there is none, a name without a folder means files in whatever folder.
+        """
         key = _key(name)
-        candidates = self._by_stem.get(key, [])
+        candidates = self._by_stem.get(key) or self._by_bare_name.get(key, [])
         return self._by_path.get(key) or [path for path in candidates if is_image_name(path.name)] or candidates
 
 
@@ -230,10 +236,6 @@ class _Images:
         self._roots = (folder.absolute(), folder.resolve())
         self._files = images_below(folder)
         self._by_name = FilesByName(self._files, folder)
-        self._anywhere: dict[str, list[Path]] = {}
-        for file in self._files:
-            for name in {_key(file.name), *_stems(_key(file.name))}:
-                self._anywhere.setdefault(name, []).append(file)
 
     def find_all(self, rows: Sequence[LabelRow], problems: Problems) -> list[Path]:
         """Return the image of each row; those that have none, or not only one, are problems."""
@@ -279,7 +281,7 @@ class _Images:
                 return [Path(place) if inside is None else self._folder / inside]
             if inside is not None and (matches := self._by_name.matches(str(inside))):
                 return matches
-        return self._anywhere.get(_key(name), [])
+        return []
 
 
 def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[str]]:
