@@ -16,7 +16,8 @@ from rich.progress import track
 
 from widefield.data.labels import FilesByName, read_rows
 from widefield.data.tables import listed
-from widefield.images import ImageFile, images_below, open_image
+from widefield.images import images_below, open_image
+from widefield.images.image import has_data
 from widefield.writing import replacing
 
 STRIP_BYTES = 16 * 2**20
@@ -27,7 +28,7 @@ _SHOWN = 10
 
 @dataclass
 class Finding:
-    """What one image is like; numbers are None where it could not be opened or holds no data.
+    """Description of one image; numbers are None where it could not be opened or holds no data.
 
     Attributes:
         image: Its path from the folder.
@@ -115,7 +116,7 @@ def examine(file: Path, folder: Path) -> tuple[Finding, str]:
             finding.status, finding.reason = "damaged", finding.reason or str(error)
             continue
         digest.update(np.ascontiguousarray(strip).data)
-        known = _with_data(strip, image)
+        known = strip[has_data(strip, image.nodata)]
         read, missing = read + strip.size, missing + strip.size - known.size
         if known.size:
             low, high = min(low, float(known.min())), max(high, float(known.max()))
@@ -125,12 +126,6 @@ def examine(file: Path, folder: Path) -> tuple[Finding, str]:
         finding.lowest, finding.highest = low, high
     finding.without_data = missing / read if read else None
     return finding, digest.hexdigest()
-
-
-def _with_data(pixels: np.ndarray, image: ImageFile) -> np.ndarray:
-    if pixels.dtype.kind == "f":
-        pixels = pixels[np.isfinite(pixels)]
-    return pixels if image.nodata is None else pixels[pixels != image.nodata]
 
 
 def _label(findings: Sequence[Finding], files: Sequence[Path], folder: Path, table: Path) -> list[str]:

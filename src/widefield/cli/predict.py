@@ -31,7 +31,7 @@ _BESIDE = (".xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".pgw", ".wld")
 """Endings of files that stand beside an image of the same name (`scene.tif.aux.xml`, `scene.tif.ovr`): no images, though some could
 be read as one."""
 ENDINGS = {"png": ".png", "tiff": ".ome.tif", "geojson": ".geojson"}
-"""How the names of heatmaps end, by format."""
+"""Endings of the names of heatmaps, by format."""
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:

@@ -51,7 +51,7 @@ _GUESSES = {
 """Names by which a column is found where none was given; the first that there is counts."""
 _OPTIONAL = ("patient", "split")
 _MISSING = ("", "nan", "<na>")
-"""What pandas and others write for a value that is not there, in lower case."""
+"""Texts that pandas and others write for a value that is not there, in lower case."""
 
 
 @dataclass(frozen=True)

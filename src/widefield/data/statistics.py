@@ -1,12 +1,12 @@
-"""What the pixels of training images are like: their range, mean and standard deviation, from crops of the foreground."""
+"""Range, mean and standard deviation of the pixels of training images, from crops of the foreground."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from widefield.images import ImageFile, foreground
+from widefield.images.image import has_data
 
 CROP, CROPS = 256, 64
 """Side and number of the crops that are read."""
@@ -58,10 +58,9 @@ def pixel_statistics(images: Sequence[ImageFile], seed: int) -> PixelStatistics:
     """
     chosen = images[:CROPS]
     masks = tuple(foreground(image).cells for image in chosen)
-    crops = [crop.reshape(len(crop), -1).astype(np.float64) for crop in _crops(chosen, masks, seed)]
-    pixels = np.concatenate(crops, axis=1)
+    pixels = np.concatenate([crop.reshape(len(crop), -1) for crop in _crops(chosen, masks, seed)], axis=1)
     if not np.isfinite(pixels).any(1).all():
-        raise ValueError(f"the images hold no data in a channel: none of {len(crops)} crops has a finite pixel there")
+        raise ValueError(f"the images hold no data in a channel: none of {CROPS} crops has a finite pixel there")
     low, high = np.nanpercentile(pixels, PERCENTILES)
     mean, std = np.nanmean(pixels, axis=1), np.nanstd(pixels, axis=1)
     return PixelStatistics(
@@ -76,9 +75,9 @@ def pixel_statistics(images: Sequence[ImageFile], seed: int) -> PixelStatistics:
 
 
 def _crops(images: Sequence[ImageFile], masks: Sequence[np.ndarray], seed: int) -> Iterator[np.ndarray]:
-    """Crops (C, h, w), NaN where there are no data."""
+    """Yield float64 crops (C, h, w), NaN where there are no data."""
     random = np.random.default_rng(seed)
-    for number in range(max(CROPS, len(images))):
+    for number in range(CROPS):
         image, mask = images[number % len(images)], masks[number % len(images)]
         cells = np.argwhere(mask if mask.any() else np.ones_like(mask))
         size = image.shape[1:]
@@ -88,8 +87,4 @@ def _crops(images: Sequence[ImageFile], masks: Sequence[np.ndarray], seed: int) 
             int(np.clip(m - n / 2, 0, extent - n)) for m, n, extent in zip(middle, (height, width), size, strict=True)
         )
         crop = image.read(y, x, height, width)
-        values = crop.astype(np.float64)
-        values[~np.isfinite(values)] = np.nan
-        if image.nodata is not None and not math.isnan(image.nodata):
-            values[crop == image.nodata] = np.nan
-        yield values
+        yield np.where(has_data(crop, image.nodata), crop.astype(np.float64), np.nan)

@@ -60,7 +60,7 @@ class Table:
 
 
 class Problems:
-    """What is wrong with a table, so that one error says all of it.
+    """Faults of a table, collected so that one error says all of it.
 
     Attributes:
         table: The table.

@@ -1,4 +1,4 @@
-"""What is to be predicted of an image: from the texts of a label table to classes, several labels, numbers, and times of events."""
+"""Targets of images: from the texts of a label table to classes, several labels, numbers, and times of events."""
 
 import itertools
 import math

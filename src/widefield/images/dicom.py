@@ -58,7 +58,7 @@ class FramePixels:
     is_alone: bool
     """True if there are no other frames."""
     white: int | None
-    """What is shown as black, where large values are dark."""
+    """Value that is shown as black, where large values are dark; None where they are bright."""
     _decoded: list[np.ndarray] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 

@@ -77,7 +77,7 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the caller of `open_image` said that a reader must know to open the file."""
+    """Arguments of `open_image` that a reader must know to open the file."""
 
     series: int | str | None = None
     channel_axis: ChannelAxis | None = None
@@ -92,7 +92,7 @@ class Contents:
     pixels: Callable[[int], Pixels]
     """Opens the pixels of a level."""
     spacing: Spacing | None = None
-    """Of level 0; None if the file doesn't say."""
+    """Micrometres per pixel of level 0; None if the file doesn't say."""
     channel_names: tuple[str, ...] | None = None
     has_alpha: bool = False
     """True if the last channel is the transparency of a picture."""
@@ -101,7 +101,7 @@ class Contents:
     crs: str | None = None
     """Coordinate reference system, such as "EPSG:32632"."""
     transform: Transform | None = None
-    """Of level 0."""
+    """Place of level 0 on the map; None if it is no map."""
     associated: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     """Readers of the pictures beside the image (label, macro, thumbnail), as uint8 arrays (height, width, 3), by name."""
 
@@ -186,14 +186,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 class PerProcess:
-    """What a function opens, opened once in each process: a forked one must not share a file's position or a codec's state."""
+    """Opens something once in each process, by a function: a forked one must not share a file's position or a codec's state."""
 
     def __init__(self, opening: Callable[[], Any]) -> None:
         self._opening, self._lock = opening, ForkSafeLock()
         self._opened: dict[int, Any] = {}
 
     def get(self) -> Any:
-        """What was opened in this process, or is now."""
+        """Return what was opened in this process, or open it now."""
         process = os.getpid()
         if process not in self._opened:
             with self._lock:

@@ -113,9 +113,7 @@ class ImageFile:
             where = f"y={y}, x={x}, height={height}, width={width}"
             raise cannot_read(self.path, f"{problem} the region {where} ({error})") from error
         if self._fill is not None:
-            has_data = _has_data(pixels, self.nodata)
-            if has_data is not None:
-                pixels[~has_data] = self._fill
+            pixels[~has_data(pixels, self.nodata)] = self._fill
         return pixels
 
     def at_level(self, level: int) -> "ImageFile":
@@ -301,12 +299,12 @@ class _AveragedPixels:
         top, left = int(rows.min()), int(columns.min())
         part = self.pixels.read(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1, channels)
         weights = rows - top, row_weights, columns - left, column_weights
-        has_data = _has_data(part, self.nodata)
-        if has_data is None:
+        if self.nodata is None and self.dtype.kind != "f":
             mean = _weighted(part.astype(np.float64), *weights)
         else:
-            total = _weighted(np.where(has_data, part, 0).astype(np.float64), *weights)
-            share = _weighted(has_data.astype(np.float64), *weights)
+            found = has_data(part, self.nodata)
+            total = _weighted(np.where(found, part, 0).astype(np.float64), *weights)
+            share = _weighted(found.astype(np.float64), *weights)
             empty = math.nan if self.nodata is None else self.nodata
             mean = np.where(share > 0, total / np.where(share > 0, share, 1), empty)
         if self.dtype.kind == "f":
@@ -369,8 +367,7 @@ def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
     if smallest != image.level:
         image = image.at_level(smallest)
     means = _box_mean(image, target)
-    has_data = np.isfinite(means).any(0)
-    return _as_rgb(means, image.dtype), has_data
+    return _as_rgb(means, image.dtype), np.isfinite(means).any(0)
 
 
 def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
@@ -387,9 +384,9 @@ def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
         strip = image.read(int(edges[0]), 0, int(edges[-1] - edges[0]), width)
         boxes = columns[:-1], edges[:-1] - edges[0]
         counts: Any = np.diff(edges)[:, None] * np.diff(columns)
-        has_data = _has_data(strip, image.nodata)
-        if has_data is not None and not has_data.all():
-            strip, counts = np.where(has_data, strip, 0), _box_sum(has_data, *boxes)
+        found = has_data(strip, image.nodata)
+        if not found.all():
+            strip, counts = np.where(found, strip, 0), _box_sum(found, *boxes)
         with np.errstate(divide="ignore", invalid="ignore"):
             means[:, first : first + group] = _box_sum(strip, *boxes) / counts
     return means
@@ -399,12 +396,10 @@ def _box_sum(pixels: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.nd
     return np.add.reduceat(np.add.reduceat(pixels, columns, axis=2, dtype=np.float64), rows, axis=1)
 
 
-def _has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
-    """Where `pixels` hold data; None where they all do, by their type."""
-    is_float = pixels.dtype.kind == "f"
-    if nodata is None or math.isnan(nodata):
-        return np.isfinite(pixels) if is_float else None
-    return (pixels != nodata) & (np.isfinite(pixels) if is_float else True)
+def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Return a boolean array, False where `pixels` hold no data: NaN, infinite, or the file's value `nodata` for that."""
+    found = np.isfinite(pixels)
+    return found if nodata is None else found & (pixels != nodata)
 
 
 def _as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What GDAL reads, through rasterio, which the extra `geo` brings: JPEG 2000 (Sentinel-2), VRT, NITF, Erdas Imagine."""
+"""Rasters that GDAL reads, through rasterio, which the extra `geo` brings: JPEG 2000 (Sentinel-2), VRT, NITF, Erdas Imagine."""
 
 import re
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ Page = Any
 
 @dataclass(frozen=True)
 class _Colours:
-    """What stored samples become: how many channels, of which type, and by which function of (height, width, samples)."""
+    """Channels that stored samples become: how many channels, of which type, and by which function of (height, width, samples)."""
 
     channels: int
     dtype: np.dtype
@@ -196,7 +196,7 @@ class SegmentPixels:
     planes: int
     """More than 1 if each channel has segments of its own, one channel's after the other's."""
     offsets: np.ndarray
-    """Of each segment in the file, in bytes."""
+    """Place of each segment in the file, in bytes."""
     counts: np.ndarray
     """Bytes of each segment; 0 for one that was never written."""
     decode: Decode

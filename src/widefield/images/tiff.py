@@ -43,7 +43,7 @@ class _Plane:
 
     name: str
     index: int
-    """Of the series in the file."""
+    """Number of the series in the file."""
     series: tifffile.TiffPageSeries
     at: dict[str, int]
 

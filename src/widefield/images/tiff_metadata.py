@@ -1,4 +1,4 @@
-"""What TIFF files say of their images: spacing, names of channels, value of missing pixels, place on the map."""
+"""Metadata of the images in TIFF files: spacing, names of channels, value of missing pixels, place on the map."""
 
 import math
 import re

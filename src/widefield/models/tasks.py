@@ -27,7 +27,7 @@ from widefield.registry import suggestion
 
 @dataclass(frozen=True)
 class TaskParts:
-    """What a task brings.
+    """Parts that a task brings.
 
     Attributes:
         loss: Called with outputs (N, K) and targets.

@@ -14,7 +14,7 @@ from torch import Tensor
 from widefield.images import ImageFile, ImageReadError, open_image, warn_of_dropped_alpha
 
 _BY_PILLOW = re.compile(rb"\x89PNG\r\n\x1a\n.{16}[^\x10]|\xff\xd8\xff|RIFF....WEBP|P[1-6]\s|BM|GIF8", re.DOTALL)
-"""How pictures begin that Pillow decodes faster: not PNG of 16 bits, which it cuts to 8."""
+"""First bytes of pictures that Pillow decodes faster: not PNG of 16 bits, which it cuts to 8."""
 
 Reduction = Callable[[int, int], float]
 """A function of height and width: how many times smaller an image may be decoded."""

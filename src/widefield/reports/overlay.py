@@ -30,7 +30,7 @@ _DETAIL = 192
 """Side of what is shown at full resolution, in pixels of the level that the model saw."""
 _COLOUR = np.array(COLOUR) / 255
 _OPACITY = 0.75
-"""Of the greatest evidence."""
+"""Opacity of the greatest evidence, from 0 to 1."""
 _POWERS, _PAINTED = (2, 4, 8), 0.1
 """Opacity grows with a power of the share of the greatest evidence: the first that keeps the mean of all shares below this, so that
 weak evidence everywhere does not hide the image."""

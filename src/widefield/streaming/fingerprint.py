@@ -381,7 +381,7 @@ class _Walk:
     def _of_module(
         self, module: types.ModuleType, names: tuple[str, ...], inside: tuple[Any, ...] = ()
     ) -> tuple[Any, ...]:
-        """What the code that has these names may read of `module`, which it has reached through the modules `inside`."""
+        """Return what the code that has these names may read of `module`, which it has reached through the modules `inside`."""
         held = {name: vars(module)[name] for name in names if name in vars(module)}
         self.names += [(vars(module), name) for name in held]
         return tuple((name, self._global(value, names, (*inside, module))) for name, value in held.items())
