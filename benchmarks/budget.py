@@ -2,7 +2,7 @@
 
     uv run python benchmarks/budget.py
 
-One fresh process per row: a warm-up on a small image, then a step on an image of the given size, under the given budget.
+One fresh process per row on a CPU: a warm-up on a small image, then a step on an image of the given size, under the given budget.
 Measured is the peak above the weights, their gradients and the image (CPU: VmHWM; CUDA: max_memory_allocated). Prints a
 Markdown table.
 """
@@ -84,7 +84,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in options.rows:
         model, size, budget = ROWS[row]
-        found, limit = peak_in_new_process(str(row)), parse_bytes(budget)
+        found = measure(*ROWS[row], "cuda") if options.device == "cuda" else peak_in_new_process(str(row))
+        limit = parse_bytes(budget)
         assert limit is not None
         peak, predicted = found["peak"], found["predicted"]
         cells = (

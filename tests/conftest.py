@@ -11,6 +11,24 @@ settings.register_profile("busy machine", deadline=None, suppress_health_check=[
 settings.load_profile("busy machine")
 
 
+class _Generator(torch.Generator):
+    """Draws where the tests make their tensors."""
+
+    def __new__(cls, device: str | None = None) -> "_Generator":
+        return super().__new__(cls, device or torch.get_default_device())  # type: ignore[call-arg]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests make their tensors: `pytest tests/streaming --device cuda`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        torch.set_default_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.Generator = _Generator  # type: ignore[assignment, misc]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -103,7 +103,7 @@ def _backward(leaves: Sequence[Any]) -> None:
     """Backward from a random weighting of all outputs, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     terms = [
-        (leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum()
+        (leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype, device=generator.device).to(leaf)).sum()
         for leaf in leaves
         if isinstance(leaf, Tensor) and leaf.requires_grad
     ]

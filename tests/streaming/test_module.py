@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.streaming.exactness import assert_exact, plain_reference, randomise, relative_error
 from widefield.streaming import LazyImage, StreamingCNN, UnsupportedOpError, stream
+from widefield.streaming.check import EXACT, check
 
 
 def small() -> nn.Sequential:
@@ -447,3 +448,27 @@ def test_no_grad_inside_of_forward_is_refused() -> None:
 def test_a_model_with_nothing_to_stream_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="nothing is left to stream"):
         stream(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)))(torch.zeros(1, 3, 8, 8))
+
+
+class MakesATensor(nn.Module):
+    """Makes a tensor on the default device, and pools into cells that differ in size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.pool = small(), nn.AdaptiveAvgPool2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.pool(self.features(x) * torch.ones(4, 1, 1)), 0.5)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    x, found = image(dtype=torch.float32), {}
+    for default in ("cpu", "meta"):
+        module, plain = MakesATensor(), nn.Sequential(small(), nn.AdaptiveAvgPool2d(3))
+        torch.manual_seed(0)
+        with torch.device(default):
+            drawn, verified = StreamingCNN(module, 8, verify=False)(x), stream(plain, 8)(x)
+            drawn.sum().backward()
+            assert check(plain, (3, 30, 30), plan_shape=None).verdict in EXACT
+        found[default] = drawn, verified, module.features[0].weight.grad
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))

@@ -128,7 +128,7 @@ def _random_crop(image: Any, mask: Any, side: int, generator: torch.Generator | 
         y, x = (_draw(extent - side + 1, generator) for extent in size)
     else:
         cell = cells[_draw(len(cells), generator)].tolist()
-        share = torch.rand(2, generator=generator).tolist()
+        share = torch.rand(2, generator=generator, device=_device(generator)).tolist()
         middles = ((c + s) * n / m for c, s, n, m in zip(cell, share, size, mask.shape, strict=True))
         y, x = (min(max(0, round(middle - side / 2)), n - side) for middle, n in zip(middles, size, strict=True))
     if not isinstance(image, Tensor):
@@ -145,4 +145,8 @@ def _prepare(crop: Tensor, normalisation: Normalisation, like: Tensor) -> Tensor
 
 
 def _draw(upper: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(upper, (), generator=generator))
+    return int(torch.randint(upper, (), generator=generator, device=_device(generator)))
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device

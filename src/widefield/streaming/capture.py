@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -104,8 +105,16 @@ def _capture(
     wrapped = _WithAttributes(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
     watch.mode_dependent = surroundings.looks_at_mode
+    here = nullcontext() if torch.get_default_device() == CAPTURE_DEVICE else CAPTURE_DEVICE
     try:
-        with _UNHOOKED, watch, _QUIET, torch.autocast(CAPTURE_DEVICE.type, enabled=False), warnings.catch_warnings():
+        with (
+            here,
+            _UNHOOKED,
+            watch,
+            _QUIET,
+            torch.autocast(CAPTURE_DEVICE.type, enabled=False),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of results that forward reads
             program = torch.export.export(wrapped, (image,), dynamic_shapes=dynamic, strict=False)

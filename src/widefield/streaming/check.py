@@ -164,8 +164,8 @@ def check(
         raise ValueError(f"shape={tuple(shape)} must be (channels, height, width) of positive ints")
     full = (1,) * (4 - len(shape)) + tuple(shape)
     tile_size = tile_size if tile_size is not None else (-(-full[2] // 3), -(-full[3] // 3))
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(full, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image = torch.randn(full, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     image = image.to(device)
 
@@ -259,7 +259,7 @@ def _shaken(model: nn.Module, image: Tensor, generator: torch.Generator) -> tupl
     image = image.clone()
     with torch.no_grad():
         for tensor in (image, *model.parameters()):
-            sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+            sign = torch.randint(0, 2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
             tensor.mul_(1 + sign * torch.finfo(tensor.dtype).eps)
     return model, image
 

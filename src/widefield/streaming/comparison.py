@@ -36,9 +36,9 @@ def outcome(
         seed: another seed gives other weights.
     """
     leaves, spec = pytree.tree_flatten(result)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
     terms = [
-        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).sum()
+        (leaf * torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)).sum()
         for leaf in leaves
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
     ]

@@ -52,7 +52,7 @@ def execute(
     device = reader.device
     autocast = torch.is_autocast_enabled(device.type)
     settings = partial(_settings, device.type, torch.get_autocast_dtype(device.type), autocast, deterministic)
-    seed = int(torch.randint(2**63 - 1, ()).item()) if program.random else 0
+    seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if program.random else 0
     store = Store(plan.map_place, scratch_dir)
     heap = None
     if memory_budget is not None and device.type == "cpu":

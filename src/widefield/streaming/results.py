@@ -86,4 +86,4 @@ class InputGradients:
         inputs = self.job.grid.stage.inputs
         for reader, raw, whole, v in zip(self.job.readers, raws, self.wholes, inputs, strict=True):
             if raw is not None and whole is not None and raw.grad is not None:
-                reader.view(whole, *self.job.box(v, i, j)).add_(raw.grad)
+                reader.view(whole, *self.job.box(v, i, j)).add_(raw.grad.to(whole.device))

@@ -35,7 +35,7 @@ class Store:
             return empty_like(like, shape)
         if self.place == "host":
             pinned = like.device.type == "cuda"
-            return torch.empty(shape, dtype=like.dtype, pin_memory=pinned, memory_format=_format(like))
+            return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=pinned, memory_format=_format(like))
         size = torch.Size(shape).numel()
         flat = torch.frombuffer(_mapping(size * like.dtype.itemsize, self.folder), dtype=like.dtype, count=size)
         if _format(like) == torch.channels_last:

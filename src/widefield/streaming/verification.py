@@ -103,7 +103,8 @@ def verify_at_first_use(
     reasons = []
     for size in sizes:
         small = network._alike((-(-size[0] // 2), -(-size[1] // 2)))
-        pixels = torch.rand((*shape[:2], *size), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        generator = torch.Generator("cpu").manual_seed(0)
+        pixels = torch.rand((*shape[:2], *size), generator=generator, device="cpu").to(device, dtype)
         image = network.normalisation.unchecked(pixels, dtype).requires_grad_(image_requires_grad)
         try:
             own = small._program((*shape[:2], *size), dtype, device, image_requires_grad)
@@ -152,7 +153,8 @@ def verify(streamed: "StreamingCNN", image: Tensor, program: Program, itemsize: 
     expected = passes.one(module, image)
     worst = largest_difference(passes.one(streamed, image), expected)
     if usual < worst.error <= most:
-        signs = torch.randint(0, 2, image.shape, generator=torch.Generator().manual_seed(0)).to(image) * 2 - 1
+        generator = torch.Generator("cpu").manual_seed(0)
+        signs = torch.randint(0, 2, image.shape, generator=generator, device="cpu").to(image) * 2 - 1
         shaken = image.detach() * (1 + 8 * torch.finfo(image.dtype).eps * signs)
         shaken = shaken.contiguous(memory_format=torch.channels_last).requires_grad_(image.requires_grad)
         usual = min(_OF_ROUNDING * largest_difference(passes.one(module, shaken), expected).error, most)
@@ -246,7 +248,7 @@ class _Passes:
         torch.manual_seed(0)
         if network is self.streamed:
             return network(at)
-        seed = int(torch.randint(2**63 - 1, ()).item()) if self.program.random else 0
+        seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if self.program.random else 0
         with _Masks(self._masks, seed), ExitStack() as stack:
             for part in self.module.modules():
                 if isinstance(part, _NormBase):

@@ -123,7 +123,7 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
     new = Rewriting(node)
     (total,) = new.reduce([name], sum_of_cells(axes, extent, cells), (*shape[:-2], *cells))
     rows, cols = ([cell(i, n, k)[1] - cell(i, n, k)[0] for i in range(k)] for n, k in zip(extent, cells, strict=True))
-    count = torch.tensor(rows)[:, None] * torch.tensor(cols)
+    count = torch.tensor(rows, device="cpu")[:, None] * torch.tensor(cols, device="cpu")
     return new.result(divide, total, count if count.numel() > 1 else int(count), node.shape, node.dtype)
 
 
