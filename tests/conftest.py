@@ -29,11 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.Generator = _Generator  # type: ignore[assignment, misc]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("cpu") and device:
+            item.add_marker(pytest.mark.skip(reason=f"on {device}"))
 
 
 def pytest_collection_finish() -> None:

@@ -145,3 +145,32 @@ def test_streams_of_cuda_and_threads_do_not_mix() -> None:
 def test_an_image_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="move one of them"):
         StreamingCNN(nn.Conv2d(3, 4, 3, device="cpu"), 8)(torch.zeros(1, 3, 9, 9, device="cuda"))
+
+
+class HoldsTensors(nn.Module):
+    """Keeps a frozen layer in a list, makes a grid once, and asks for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(3, 4, 3), [nn.Conv2d(4, 4, 1).requires_grad_(False)]
+        self.scale, self.grids = torch.tensor(3.0), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hidden[0](self.conv(x)) * self.scale * (3 if x.is_cuda else 2)
+        key = int(x.shape[2]), int(x.shape[3])
+        if key not in self.grids:
+            self.grids[key] = torch.linspace(0, 1, key[1], device=x.device, dtype=x.dtype).expand(key)
+        return x * self.grids[key] + torch.ones(4, 1, 1, device="cuda").to(x)
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_tensors_of_the_device_that_no_module_registers_are_found(plain_first: bool) -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        module = HoldsTensors().double()
+        module.hidden[0].double()
+    image = torch.rand(1, 3, 30, 40, device="cuda", dtype=torch.float64)
+    if plain_first:
+        module(image)
+    found = StreamingCNN(module, 8)(image)
+    assert relative_error(found.detach(), module(image).detach()) < 1e-10

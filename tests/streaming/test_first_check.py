@@ -12,7 +12,7 @@ from tests.streaming.test_effects import clamps_a_map_past_autograd, counts_in_a
 from tests.streaming.test_functions_and_hooks import FUNCTIONS, Reverse, backward_hook, backward_pre_hook, hooked
 from tests.streaming.test_recapture import BRANCHES
 from tests.streaming.unseen import IMAGE, Net
-from widefield.streaming import StreamingCNN, VerificationError, capture
+from widefield.streaming import StreamingCNN, VerificationError, capture, verification
 from widefield.streaming.watch import Watch
 
 
@@ -126,3 +126,21 @@ def test_a_forward_pass_that_is_never_the_same_is_refused() -> None:
     net.a.register_forward_hook(lambda module, args, out: out * next(seen))
     with pytest.raises(VerificationError, match="differ from each other"):
         StreamingCNN(net, 7)(IMAGE)
+
+
+def test_the_check_computes_in_float32_whatever_else_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, compare = [], verification.outcome
+
+    def outcome(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(verification, "_VERIFIED", {})
+    monkeypatch.setattr(verification, "outcome", outcome)
+    torch.set_float32_matmul_precision("high")
+    try:
+        StreamingCNN(Net(lambda net, x: net.b(x)), 7)(IMAGE)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"ieee"}

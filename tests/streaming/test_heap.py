@@ -6,6 +6,8 @@ import torch
 from widefield.streaming import heap
 from widefield.streaming.heap import Heap, watch
 
+pytestmark = pytest.mark.cpu
+
 
 def test_free_memory_is_given_back_above_the_limit() -> None:
     watching = watch(budget=1 << 40, margin=1 << 20)

@@ -175,6 +175,7 @@ def test_state_dict_round_trip() -> None:
     small().load_state_dict(torch.load(buffer, weights_only=True), strict=True)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_the_same_in_the_recomputation(dtype: torch.dtype) -> None:
     module = small()
@@ -240,6 +241,7 @@ class Stored:
         return self.array[:, y : y + height, x : x + width]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
 def test_lazy_images_are_read_tile_by_tile(dtype: Any) -> None:
     values = np.random.default_rng(0).random((3, 40, 50))

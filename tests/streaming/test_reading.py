@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tests.streaming.exactness import TOLERANCE, relative_error
 from widefield.streaming import StreamingCNN
 
+pytestmark = pytest.mark.cpu  # arrays and tensors of host memory
+
 
 class OnDisk:
     """Tells which rows were read in which order, and by how many at a time."""

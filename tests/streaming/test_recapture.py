@@ -20,6 +20,7 @@ from tests.streaming import unseen
 from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
 from widefield.streaming import StreamingCNN, UnsupportedOpError
+from widefield.streaming.capture import trace_module
 
 
 @dataclasses.dataclass
@@ -118,14 +119,14 @@ CHANGES: dict[str, tuple[Any, Any, Callable[[pytest.MonkeyPatch, Net], Any]]] = 
         lambda patch, net: setattr(net.cfg["a"][0], "scale", 5.0),
     ),
     "array": (
-        lambda net, x: x * torch.from_numpy(net.cfg),
+        lambda net, x: x * torch.from_numpy(net.cfg).to(x.device),
         _attribute(lambda: np.full((4, 1, 1), 2.0)),
         lambda patch, net: net.cfg.fill(5.0),
     ),
     "tensor past its version": (
         lambda net, x: x * net.cfg,
         _attribute(lambda: torch.full((4, 1, 1), 2.0).double()),
-        lambda patch, net: net.cfg.numpy().fill(5.0),
+        lambda patch, net: net.cfg.data.fill_(5.0),
     ),
     "class attribute": (
         lambda net, x: x * net.of_class,
@@ -265,7 +266,7 @@ BRANCHES: dict[str, Callable[[Net, Tensor], Any]] = {
     "is_leaf": lambda net, x: x * (1 if x.is_leaf else 2),
     "training": lambda net, x: x * (1 if net.training else 2),
     "dtype": lambda net, x: x * (1 if x.dtype == torch.float64 else 2),
-    "device": lambda net, x: x * (1 if x.device.type == "cpu" else 2),
+    "device": lambda net, x: x * (1 if x.device.type == "cpu" else 2) * torch.ones(1, device=x.device),
     "size as text": lambda net, x: x * (1 if str(x.shape[2]) == "21" else 2) * (1 if f"{x.shape[3]}" == "17" else 2),
     "shape as text": lambda net, x: x * (1 if "21, 17" in str(tuple(x.shape)) else 2),
     "size as an int": lambda net, x: x * (1 if int(x.shape[2]) == 21 else 2),
@@ -361,3 +362,15 @@ def test_a_part_with_gradients_is_refused_where_they_are_off() -> None:
     assert relative_error(streamed(IMAGE).detach(), net(IMAGE).detach()) < 1e-12
     with torch.no_grad(), pytest.raises(UnsupportedOpError, match="runs a part of forward in another mode"):
         streamed(IMAGE)
+
+
+def test_a_forward_pass_on_another_device_is_told_of_it_and_captured() -> None:
+    """Whether there is such a device does not matter to a capture."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return x * (3 if x.is_cuda and x.get_device() == 1 else 2) + torch.ones(4, 1, 1, device=x.device).cuda()
+
+    captured = trace_module(Net(forward), (1, 3, 9, 9), torch.float64, device=torch.device("cuda", 1)).at(9, 9)
+    assert captured is not None
+    factors = [node.args[1] for node in captured.nodes if node.op == "aten.mul"]
+    assert factors == [3]

@@ -139,6 +139,7 @@ def test_tiles_and_budget_together() -> None:
         StreamingCNN(module, 64, memory_budget="100KiB").plan((3, 512, 512))
 
 
+@pytest.mark.cpu
 def test_processes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "free_memory", lambda device: 160 << 20)
     module = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))

@@ -200,6 +200,7 @@ def test_outputs_that_no_input_reaches(layer: nn.Module) -> None:
     assert_exact(module, torch.randn(1, 3, 20, 12), [(5, None), (1, 3)])
 
 
+@pytest.mark.cpu
 def test_indices_out_of_range_raise_the_error_of_plain_indexing() -> None:
     module = nn.Sequential(
         nn.Conv2d(3, 4, 3), Fn(lambda x: x[:, torch.tensor([0, 4])], after=None, before=nn.Identity())

@@ -289,6 +289,7 @@ def test_weights_along_one_axis(place: str, tmp_path: Path) -> None:
     assert_exact(module, torch.randn(2, 3, 37, 29), [(8, None), (9, 11), (40, 40)], wrap=wrap)
 
 
+@pytest.mark.cpu
 def test_a_short_budget_moves_the_maps_to_a_file(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(2, 16), nn.ReLU(), nn.Conv2d(16, 4, 3))
     shape = (1, 3, 400, 300)

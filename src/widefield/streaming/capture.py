@@ -57,8 +57,9 @@ def trace_module(
     batch_statistics: bool = False,
     symbolic: bool = True,
     image_requires_grad: bool = False,
+    device: torch.device = CAPTURE_DEVICE,
 ) -> Trace:
-    """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype`, in the current grad mode.
+    """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype` on `device`, in the current grad mode.
 
     `autocast`: the dtype of the autocast that it will run under. `batch_statistics`: batch norm layers in training mode
     normalise by the batch, and not by their running statistics. `symbolic`: with symbols for height and width, if the module
@@ -73,7 +74,7 @@ def trace_module(
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.set_grad_enabled(grads):
         if symbolic:
             try:
-                trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad)
+                trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad, device)
                 if trace.at(*shape[2:]) is not None:
                     return trace
             except UnsupportedOpError as error:
@@ -83,7 +84,7 @@ def trace_module(
                 _LOG.debug("no trace with symbols: %s", error)
             except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
                 _LOG.debug("no trace with symbols: %s", error)
-        return _capture(module, shape, dtype, autocast, batch_statistics, False, image_requires_grad)
+        return _capture(module, shape, dtype, autocast, batch_statistics, False, image_requires_grad, device)
 
 
 def _capture(
@@ -94,13 +95,15 @@ def _capture(
     batch_statistics: bool,
     symbolic: bool,
     image_requires_grad: bool,
+    device: torch.device,
     sees_reads: bool = False,
 ) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
-    watch = Watch(skeleton, autocast, time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf"), sees_reads)
+    limit = time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf")
+    watch = Watch(skeleton, device, autocast, limit, sees_reads)
     dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
     wrapped = _WithAttributes(skeleton, watch, image_requires_grad)
     surroundings = Surroundings(skeleton)
@@ -147,10 +150,14 @@ def _capture(
     _refuse_changes(changes, watch)
     if watch.left and not sees_reads:  # slow, so only where forward sets attributes
         return _capture(
-            module, shape, dtype, autocast, batch_statistics, symbolic, image_requires_grad, sees_reads=True
+            module, shape, dtype, autocast, batch_statistics, symbolic, image_requires_grad, device, sees_reads=True
         )
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    captured = replace(_captured(program), image_shape=shape, synchronised=synchronised, attributes=watch.left)
+    captured = _captured(program)
+    constants = {name: watch.original(tensor) for name, tensor in captured.constants.items()}
+    captured = replace(
+        captured, image_shape=shape, constants=constants, synchronised=synchronised, attributes=watch.left
+    )
     if batch_statistics:
         _refuse_unknown_norms(module, captured)
     return replace(_with_guards(program, captured), mode_dependent=watch.mode_dependent)

@@ -286,7 +286,7 @@ class StreamingCNN(nn.Module):
                 )
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
-        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad)
+        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad, device)
 
     def _alike(self, tile_size: tuple[int, int]) -> "StreamingCNN":
         """The same module with other tiles, for images that are normalised already; it shares what was captured."""

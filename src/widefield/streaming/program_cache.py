@@ -32,15 +32,16 @@ class ProgramCache:
         autocast: torch.dtype | None,
         batch_statistics: bool,
         allow_whole: bool,
-        image_requires_grad: bool = False,
+        image_requires_grad: bool,
+        device: torch.device,
     ) -> Program:
-        """The program of `module` for images of `shape` (N, C, H, W) and `dtype`; arguments as for `trace_module` and `build`.
+        """The program of `module` for images of `shape` (N, C, H, W); arguments as for `trace_module` and `build`.
 
         What `forward` decides by the grad mode is decided by the current one.
         """
         norms = (part.training for part in module.modules() if isinstance(part, _NormBase))
         modes = tuple(norms) if batch_statistics else ()
-        kind = (shape[:2], dtype, autocast, modes, allow_whole, fingerprint(module))
+        kind = (shape[:2], dtype, device.type, autocast, modes, allow_whole, fingerprint(module))
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), image_requires_grad
         for at in (None, mode):
             if (found := self._programs.get((shape, kind, at))) is not None:
@@ -50,7 +51,16 @@ class ProgramCache:
         trace, captured = next(((t, c) for t in usable if (c := t.at(*shape[2:])) is not None), (None, None))
         if trace is None or captured is None:
             fixed = any(trace.fixed for _, trace in traces)  # it could not be traced with symbols: not again
-            trace = trace_module(module, shape, dtype, autocast, batch_statistics, not fixed, image_requires_grad)  # type: ignore[arg-type]
+            trace = trace_module(
+                module,
+                shape,  # type: ignore[arg-type]
+                dtype,
+                autocast,
+                batch_statistics,
+                not fixed,
+                image_requires_grad,
+                device,
+            )
             captured = trace.at(*shape[2:])
             assert captured is not None
             traces.append((mode if trace.mode_dependent else None, trace))

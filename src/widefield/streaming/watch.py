@@ -6,7 +6,7 @@ either answers such a question truly, or refuses by name, or notes what the capt
 
     refused         custom `autograd.Function`s, hooks on gradients, `backward` and `grad`, updates of detached tensors in
                     place, `.item()` of what depends on the image, generators, weights that are not the module's
-    answered        the autocast state; a size as text
+    answered        the autocast state; the device, whatever the capture pretends to run on; a size as text
     noted           whether `forward` looks at the grad mode: then the capture holds for one mode only (`mode_dependent`);
                     which attributes of modules it reads, and what it finds there (`read`)
 
@@ -27,12 +27,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.autograd import Function
 from torch.autograd.function import FunctionMeta
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
 
 from widefield.streaming.captured import CAPTURE_DEVICE
 from widefield.streaming.errors import UnsupportedOpError
@@ -60,6 +62,12 @@ _GRADIENT_CALLS: dict[Any, str] = {
     _GETTERS["grad_fn"]: "looks at the graph of autograd",
     _GETTERS["grad"]: "looks at a gradient",
 }
+_DEVICE_GETTERS: dict[Any, Callable[[torch.device], Any]] = {
+    Tensor.device.__get__: lambda device: device,  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.get_device: lambda device: -1 if device.index is None else device.index,
+}
 _VALUE_CALLS = frozenset(
     (
         *(getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__array__", "__dlpack__", "data_ptr")),
@@ -85,14 +93,19 @@ class Watch(TorchFunctionMode):
 
     Args:
         module: the module that is captured; errors name its layers.
+        device: where the module is. Tensors there that forward finds elsewhere are copied to `CAPTURE_DEVICE`.
         autocast: the dtype of the autocast that the module is to run under, None without. `x.float()` is then kept as an
             operation, even though it changes nothing in the capture, which is in float32.
         limit: the time (`time.thread_time`, seconds) at which the capture is given up with `TimeoutError`.
         sees_reads: note which attributes of modules forward reads; every look at an attribute of any module is slower then.
     """
 
-    def __init__(self, module: nn.Module, autocast: torch.dtype | None, limit: float, sees_reads: bool) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, autocast: torch.dtype | None, limit: float, sees_reads: bool
+    ) -> None:
         super().__init__()
+        self._device = device
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the original's identity: it and its copy, both held
         self._sees_reads = sees_reads
         self.autocast = autocast
         self.limit = limit
@@ -161,11 +174,32 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         self._refuse_foreign(name, leaves)
         self._refuse_lost(func, name, args, kwargs, tensors)
+        if self._device != CAPTURE_DEVICE:
+            if func in _DEVICE_GETTERS and is_fake(args[0]):
+                return _DEVICE_GETTERS[func](self._device)
+            if func is Tensor.cuda and is_fake(args[0]):
+                return args[0]
+            args, kwargs = pytree.tree_map(self._here, (args, kwargs))
         if self.autocast is not None and func is Tensor.float and args[0].dtype == torch.float32:
             return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
         result = args[0].detach() if func == _GETTERS["data"] else func(*args, **kwargs)
         self._follow(func, name, tensors, result)
         return result
+
+    def _here(self, leaf: Any) -> Any:
+        """An argument of a call as it is on `CAPTURE_DEVICE`: tensors of the module's device are copied, once."""
+        if isinstance(leaf, str | torch.device) and str(leaf).partition(":")[0] == self._device.type:
+            return CAPTURE_DEVICE
+        if not isinstance(leaf, Tensor) or is_fake(leaf) or leaf.device == CAPTURE_DEVICE:
+            return leaf
+        if id(leaf) not in self._copies:
+            with _disable_current_modes(), torch.no_grad():
+                self._copies[id(leaf)] = leaf, leaf.to(CAPTURE_DEVICE)
+        return self._copies[id(leaf)][1]
+
+    def original(self, constant: Tensor) -> Tensor:
+        """The tensor that `constant` was copied from, or `constant` itself."""
+        return next((tensor for tensor, copied in self._copies.values() if copied is constant), constant)
 
     def _refuse_foreign(self, name: str, leaves: list[Any]) -> None:
         for leaf in leaves:
@@ -243,6 +277,8 @@ class Watch(TorchFunctionMode):
         yield patch.object(torch, "is_autocast_cpu_enabled", functools.partial(cpu, CAPTURE_DEVICE.type))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
+        if self._device != CAPTURE_DEVICE:
+            yield patch.object(FakeTensor, "device", property(self._device_of))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
         if self._sees_reads:
@@ -266,6 +302,9 @@ class Watch(TorchFunctionMode):
         """Return a function that answers as `function(*asked)` did before the capture, which switches autocast off."""
         answer = function(*asked)
         return lambda *args: answer if args == asked and self._is_mine(sys._getframe(1)) else function(*args)
+
+    def _device_of(self, x: FakeTensor, answer: Callable[..., Any] = FakeTensor.device.fget) -> torch.device:  # type: ignore[attr-defined]
+        return self._device if self._is_mine(sys._getframe(1)) else answer(x)
 
     @property
     def _function_attribute(self) -> Callable[[type, str], Any]:

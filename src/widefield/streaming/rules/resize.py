@@ -78,17 +78,19 @@ def _chosen_alike(axis: Resample, scale: float) -> bool:
 
     The kernels compute in float32 or float64, in several orders. For contiguous tensors they use the factor that was given, for
     tensors in channels_last and for gradients only the sizes where those are as for factor 1 or 2: by 2.01, 43 rows become 86,
-    of which the first kernel takes floor(o / 2.01) and the others o // 2.
+    of which the first kernel takes floor(o / 2.01) and the others o // 2. Those of CUDA copy where the size stays.
     """
     half = 0.5 if axis.mode == "nearest-exact" else 0.0
     outputs = np.arange(axis.n_out) + half
     exact = np.array([axis.taps(o)[0][0] for o in range(axis.n_out)])
-    kernels = (
+    kernels: tuple[np.ndarray, ...] = (
         np.float32(scale) * outputs.astype(np.float32),
         (np.float64(np.float32(scale)) * outputs).astype(np.float32),
         (np.float64(scale) * outputs).astype(np.float32),
         np.float32(scale) * outputs.astype(np.float32) - np.float32(half) + np.float32(half),
     )
+    if axis.n_in == axis.n_out:
+        kernels += (outputs,)
     return all((np.minimum(np.floor(k).astype(np.int64), axis.n_in - 1) == exact).all() for k in kernels)
 
 

@@ -292,8 +292,10 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
 
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(node: Node, maps: Maps) -> Placed:
-    """Channels dealt out to groups."""
-    name = _channels_first(node, maps)
-    return Placed(
-        (maps.read(name),), maps.axes[name], lambda tiles, context: torch.channel_shuffle(tiles[0], node.args[1])
-    )
+    """Channels dealt out to groups; by hand, as PyTorch's kernel for CUDA takes contiguous tensors only."""
+    name, groups = _channels_first(node, maps), node.args[1]
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        return tiles[0].unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+    return Placed((maps.read(name),), maps.axes[name], run)
