@@ -344,11 +344,11 @@ def test_modules_that_hide_their_operations_are_refused_by_name() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.script(net)
+        scripted, compiled = torch.jit.script(net), torch.compile(net)
     wrapped = {
         "TorchScript": scripted,
         "is a wrapper around": nn.DataParallel(net),
-        "model._orig_mod": torch.compile(net),
+        "model._orig_mod": compiled,
         "already streams": StreamingCNN(net, 7, verify=False),
     }
     for reason, module in wrapped.items():

@@ -21,6 +21,7 @@ def twice(x: Tensor) -> Tensor:
 def shortcut(x: Tensor) -> Tensor:
     y = nn.functional.hardswish(x + 1, inplace=True)
     y.add_(x).clamp_(-0.5, 0.5)
+    y = nn.functional.leaky_relu(y, 0.1, inplace=True)
     return torch.cat([y, x], 1)
 
 
@@ -47,6 +48,13 @@ def seen_by_no_dropout(x: Tensor) -> Tensor:
     y = x * 2
     z = nn.functional.dropout(y, 0.5, training=False)
     y.tanh_()
+    return nn.functional.dropout(y, 0.0, training=True) + z
+
+
+def view_seen_by_no_dropout(x: Tensor) -> Tensor:
+    y = x * 2
+    z = nn.functional.dropout(y, 0.5, training=False)
+    y[:, 0].add_(1)
     return z
 
 
@@ -62,7 +70,8 @@ def other_dtype(x: Tensor) -> Tensor:
     return y
 
 
-SIMPLE, OTHERS = (twice, shortcut, result), (view, seen_by_a_view, seen_by_no_dropout, copied, other_dtype)
+SIMPLE = (twice, shortcut, result, seen_by_no_dropout)
+OTHERS = (view, seen_by_a_view, view_seen_by_no_dropout, copied, other_dtype)
 
 
 class Net(nn.Module):

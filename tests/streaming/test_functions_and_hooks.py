@@ -50,6 +50,22 @@ class OwnSwish(torch.autograd.Function):
         return grad * s * (1 + ctx.saved_tensors[0] * (1 - s)) * 0.5  # not the true one, so that it is noticed
 
 
+class Scaled(torch.autograd.Function):
+    """A forward pass without the context, and a default."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float = 2.0) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return -grad * ctx.scale, None
+
+
 class WholeMaximum(torch.autograd.Function):
     """Not pointwise, whatever is said of it."""
 
@@ -70,6 +86,7 @@ FUNCTIONS: dict[str, Callable[[Net, Tensor], Any]] = {
     "between layers": lambda net, x: net.b(OwnSwish.apply(x)),
     "of a weight": lambda net, x: x * Reverse.apply(net.gain),
     "with a scale": lambda net, x: Round.apply(x, net.gain, 4),
+    "that sets its context up": lambda net, x: Scaled.apply(x),
 }
 
 
@@ -87,7 +104,7 @@ def test_a_function_with_its_own_backward_is_refused_in_training_and_exact_in_in
 def registered() -> Iterator[None]:
     from widefield.streaming.watch import PointwiseCall
 
-    for function in (Reverse, Round, OwnSwish, WholeMaximum):
+    for function in (Reverse, Round, OwnSwish, Scaled, WholeMaximum):
         register_op(function)
     yield
     PointwiseCall.known.clear()

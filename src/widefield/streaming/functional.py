@@ -20,10 +20,17 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 # Operations that PyTorch breaks into others, and the engine knows as they are.
 _KNOWN = (aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
+# Elementwise, though not every version of PyTorch marks them as pointwise.
+_UNMARKED = (aten.hardswish.default, aten.leaky_relu.default, aten.ldexp.Tensor)
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """Return a program that computes the same without updates in place; `program` itself, changed, if that is simple."""
+    for node in program.graph.nodes:
+        # Such a dropout gives its input itself, of which run_decompositions of PyTorch 2.11 makes a copy.
+        if node.target is aten.dropout.default and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
     nodes = list(program.graph.nodes)
     holders: dict[Any, list[Node]] = defaultdict(list)
     for node in nodes:
@@ -37,10 +44,6 @@ def functional(program: ExportedProgram) -> ExportedProgram:
         assert isinstance(updated, Node)
         node.target = _result_form(node.target)
         updated.replace_all_uses_with(node, delete_user_cb=node.__lt__)
-    for node in nodes:
-        if node.target is aten.dropout.default and not node.args[2]:  # it gives what it gets
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
     return program
 
 
@@ -65,8 +68,7 @@ def _result_form(target: Any) -> OpOverload | None:
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     found: OpOverload | None = getattr(packet, target._overloadname, None)
-    # PyTorch has not marked hardswish as pointwise.
-    elementwise = found is not None and (torch.Tag.pointwise in found.tags or found is aten.hardswish.default)
+    elementwise = found is not None and (torch.Tag.pointwise in found.tags or found in _UNMARKED)
     return found if elementwise else None
 
 

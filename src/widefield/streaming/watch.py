@@ -46,7 +46,7 @@ _BETWEEN = frozenset(
     f"{_TORCH}/{name}"
     for name in (
         *("overrides.py", "_tensor.py", "functional.py", "autograd/__init__.py", "autograd/graph.py", "_VF.py"),
-        *("autograd/grad_mode.py", "utils/_contextlib.py"),
+        *("autograd/function.py", "autograd/grad_mode.py", "utils/_contextlib.py"),
     )
 )
 _DECORATORS = f"{_TORCH}/utils/_contextlib.py"
@@ -315,7 +315,13 @@ class Watch(TorchFunctionMode):
             if name != "forward" or kind.__module__.startswith("torch.") or not self._is_mine(sys._getframe(1)):
                 return found
             if kind in PointwiseCall.known:
-                return lambda ctx, *args: PointwiseCall.record(kind, args)
+                takes_context = kind.setup_context is Function.setup_context
+
+                @functools.wraps(found)  # `apply` may ask for its signature
+                def recorded(*args: Any) -> Tensor:
+                    return PointwiseCall.record(kind, args[1:] if takes_context else args)
+
+                return recorded
             if self._grads:
                 raise self.refusal(
                     f"the autograd.Function '{kind.__qualname__}'",
