@@ -58,6 +58,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "max": lambda x: x.max(1)[0],
     "min": lambda x: x.min(1)[0],
     "add": lambda x: x + x,
+    "leaky_relu": F.leaky_relu,
     "sub": lambda x: x - 1,
     "rsub": lambda x: 1 - x,
     "square": torch.square,

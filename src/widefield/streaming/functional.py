@@ -21,7 +21,7 @@ aten = torch.ops.aten
 # Operations that PyTorch breaks into others, and the engine knows as they are.
 _KNOWN = (aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
 # Elementwise, though not every version of PyTorch marks them as pointwise.
-_UNMARKED = (aten.hardswish.default, aten.leaky_relu.default, aten.ldexp.Tensor)
+_UNMARKED = (aten.hardswish.default, aten.leaky_relu.default)
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:

@@ -19,7 +19,7 @@ _pointwise = partial(rule, cheap=True, flat=flat.elementwise)
 # Operators that PyTorch tags as pointwise come here without being listed, where they save what they read; some are tagged in
 # newer versions only.
 @_pointwise(
-    *(aten.hardswish, aten.leaky_relu, aten.ldexp, aten.softplus, aten.square, aten.floor_divide),
+    *(aten.hardswish, aten.leaky_relu, aten.softplus, aten.square, aten.floor_divide),
     *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.alias, aten.contiguous),
     *(aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
 )
