@@ -74,3 +74,17 @@ def test_a_folder_without_a_fault_ends_with_0(folder, capsys):
     assert main(["doctor", "--images", str(folder), "--workers", "1"]) == 0
     assert main(["doctor", "--images", str(folder / "gone")]) == 2
     assert "gone is not a folder" in capsys.readouterr().err
+
+
+def test_a_table_is_read_before_any_image_by_the_columns_that_are_named(folder, tmp_path, capsys):
+    table = tmp_path / "labels.csv"
+    table.write_text("scan;age;months;died\na;50;3;1\nb;61;4;0\ncopy;40;7;1\ndamaged;33;2;0\n")
+    command = ["doctor", "--images", str(folder), "--labels", str(table), "--out", str(tmp_path / "found.csv")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("widefield.cli.doctor.examine", lambda *args: pytest.fail("an image was read"))
+        assert main(command) == 2
+    assert "columns={image: scan}" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--columns", "{image: scan}", "--task", "survival"]) == 2
+    assert main([*command, "--columns", "{image: scan, time: months, event: died}", "--task", "survival"]) == 1
+    with (tmp_path / "found.csv").open() as file:
+        assert {row["label"] for row in csv.DictReader(file)} == {"", "3, 1", "4, 0", "7, 1", "2, 0"}

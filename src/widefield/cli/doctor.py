@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from widefield.data.labels import FilesByName, read_rows
+from widefield.data.labels import FilesByName, LabelRow, read_rows
 from widefield.data.tables import listed
 from widefield.images import images_below, open_image
 from widefield.images.image import has_data
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     files = images_below(folder)
     if not files:
         raise ValueError(f"the folder {folder} holds no images")
+    rows = read_rows(arguments.labels, arguments.columns, arguments.task) if arguments.labels is not None else None
     console = Console()
     findings: list[Finding] = []
     digests: dict[str, str] = {}
@@ -78,8 +79,8 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
                 finding.duplicate_of = "" if first == finding.image else first
             findings.append(finding)
     problems = [f"{one.image}: {one.status}: {one.reason}" for one in findings if one.status != "ok"]
-    if arguments.labels is not None:
-        problems += _label(findings, files, folder, arguments.labels)
+    if rows is not None:
+        problems += _label(findings, files, folder, arguments.labels, rows)
     if arguments.out is not None:
         write_table(arguments.out, findings)
         console.print(f"the table is {arguments.out}", markup=False, highlight=False, soft_wrap=True)
@@ -128,15 +129,17 @@ def examine(file: Path, folder: Path) -> tuple[Finding, str]:
     return finding, digest.hexdigest()
 
 
-def _label(findings: Sequence[Finding], files: Sequence[Path], folder: Path, table: Path) -> list[str]:
+def _label(
+    findings: Sequence[Finding], files: Sequence[Path], folder: Path, table: Path, rows: Sequence[LabelRow]
+) -> list[str]:
     """Note the label of each image; what the table and the folder say of different images."""
     by_name, labels, problems = FilesByName(files, folder), dict[Path, str](), []
-    for row in read_rows(table):
+    for row in rows:
         matches = by_name.matches(row.image)
         if len(matches) != 1:
             problems.append(f"{table}, line {row.number}: {row.image!r} is {len(matches) or 'none'} of the images")
         for file in matches:
-            labels[file] = row.labels[0]
+            labels[file] = ", ".join(row.labels)
     for finding, file in zip(findings, files, strict=True):
         finding.label = labels.get(file, "")
     without = [finding.image for finding in findings if not finding.label]

@@ -37,19 +37,23 @@ def run_verb(run: Callable[[], Any], arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
-    """Our log lines on the console; of Lightning's only warnings, its other lines being about its own products."""
+    """Our log lines on the console; of Lightning's only warnings, its other lines being about its own products; none of tifffile's,
+    whose errors come as ours.
+    """
     import lightning.fabric
     import lightning.pytorch  # sets the levels of its loggers, so it has to come first
 
     ours = logging.getLogger("widefield")
-    theirs = [logging.getLogger(package.__name__) for package in (lightning.fabric, lightning.pytorch)]
+    wanted = {package.__name__: logging.WARNING for package in (lightning.fabric, lightning.pytorch)}
+    wanted["tifffile"] = logging.CRITICAL
+    theirs = [logging.getLogger(name) for name in wanted]
     before = ours.handlers, ours.level, ours.propagate
     levels = [logger.level for logger in theirs]
     ours.handlers = [RichHandler(level, console=console, show_path=False, show_level=False, log_time_format="[%X]")]
     ours.propagate = False
     ours.setLevel(level)
     for logger in theirs:
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(wanted[logger.name])
     try:
         yield
     finally:

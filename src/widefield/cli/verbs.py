@@ -50,6 +50,19 @@ def _flag(name: str, text: str, **options: Any) -> Declaration:
     return name, {"action": "store_true", "help": text, **options}
 
 
+def _columns(text: str) -> dict[str, Any]:
+    """The names of columns by role from "{image: slide, label: grade}"."""
+    import yaml
+
+    try:
+        columns = yaml.safe_load(text)
+    except yaml.YAMLError:
+        columns = None
+    if not isinstance(columns, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} names no columns; give them as in '{{image: slide, label: grade}}'")
+    return columns
+
+
 def _size(text: str) -> tuple[int, int]:
     """(height, width) from "97x113"."""
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
@@ -257,7 +270,14 @@ image_size=null level=1 streaming.memory_budget=2GiB
         "widefield.cli.doctor:run",
         (
             _option("--images", "DIR", "folder of images, searched with all folders below", Path, required=True),
-            _option("--labels", "CSV", "label table, as for `widefield fit`", Path),
+            _option("--labels", "TABLE", "label table, as for `widefield fit`", Path),
+            _option(
+                "--columns",
+                "COLUMNS",
+                "of the table, such as '{image: slide, label: grade}' (default: guessed)",
+                _columns,
+            ),
+            _option("--task", "TASK", "as for `widefield fit` (default: classification)", default="classification"),
             _option("--out", "CSV", "write what was found of each image here", Path),
             _option("--workers", "N", "images that are read at a time (default: one for each processor)", int),
         ),

@@ -128,8 +128,6 @@ def read_labels(
             label is none of the task, or all labels are equal.
         ValueError: Arguments that do not go together.
     """
-    if task not in get_args(Task):
-        raise ValueError(f"task={task!r}: there is no such task; {suggestion(str(task), get_args(Task))}")
     labels, images = Path(labels), Path(images)
     finder = _Images(images, labels.parent)
     table = read_table(labels)
@@ -289,8 +287,10 @@ def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[st
 
     Raises:
         LabelError: A column that is needed is not there.
-        ValueError: `given` has a role that there is not for the task, or columns that the task does not take.
+        ValueError: There is no such task, or `given` has a role that there is not for it, or columns that the task does not take.
     """
+    if task not in get_args(Task):
+        raise ValueError(f"task={task!r}: there is no such task; {suggestion(str(task), get_args(Task))}")
     unused = ("label",) if task == "survival" else ("time", "event")
     roles = [role for role in _GUESSES if role not in unused]
     for role in given:
@@ -306,7 +306,8 @@ def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[st
         if named is None:
             raise LabelError(
                 f"{table.path} has no column {role!r}; {_columns_of(table)}. Name the one that holds the {role} as in "
-                f"columns={{{role}: {table.columns[-1] or 'NAME'}}}; {', '.join(_GUESSES[role][:5])} are found without that"
+                f"columns={{{role}: {table.columns[0 if role == 'image' else -1] or 'NAME'}}}; "
+                f"{', '.join(_GUESSES[role][:5])} are found without that"
             )
         names = list(named) if isinstance(named, (list, tuple)) else [str(named)]
         if not names or (len(names) > 1 and (role != "label" or task == "classification")):
@@ -332,7 +333,7 @@ def _columns_of(table: Table, name: str = "") -> str:
     return f"its columns are {listed(table.columns)}{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
-def read_rows(labels: Path) -> list[LabelRow]:
+def read_rows(labels: Path, columns: Columns | None = None, task: Task = "classification") -> list[LabelRow]:
     """Return the rows of a label table, see `read_labels`, that have a label; no splits and patients.
 
     Raises:
@@ -341,7 +342,7 @@ def read_rows(labels: Path) -> list[LabelRow]:
     """
     table = read_table(labels)
     problems = Problems(table)
-    used = _used_columns(table, {"patient": None, "split": None}, "classification")
+    used = _used_columns(table, {**(columns or {}), "patient": None, "split": None}, task)
     rows = _rows(table, used, problems, unlabelled=True)
     problems.refuse()
     return rows
