@@ -140,9 +140,14 @@ def test_the_check_computes_in_float32_whatever_else_is_allowed(monkeypatch: pyt
     monkeypatch.setattr(verification, "_VERIFIED", {})
     monkeypatch.setattr(verification, "outcome", outcome)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.conv.fp32_precision = (
+        "ieee"  # beside "tf32" of recurrent layers, which torch.export does not take
+    )
     try:
         StreamingCNN(Net(lambda net, x: net.b(x)), 7)(IMAGE)
         assert torch.get_float32_matmul_precision() == "high"
+        assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision) == ("ieee", "tf32")
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
     assert set(seen) == {"ieee"}

@@ -12,8 +12,8 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -39,7 +39,52 @@ _LOG = logging.getLogger(__name__)
 
 _SYMBOLIC_LIMIT = 20.0  # seconds of computing after which a trace with symbols is given up for one without
 
-_ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threads
+_ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state for all threads, and PyTorch that of `full_float32`
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 as such, neither in TensorFloat32 nor in bfloat16, whatever is allowed; in one thread at a time.
+
+    torch.export needs it as well: it asks for one setting of all cuDNN layers, and fails if they have several.
+    """
+    backends: Any = torch.backends
+    layers = (
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.cuda.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.matmul,
+    )
+    with _ONE_AT_A_TIME:
+        precisions = [layer.fp32_precision for layer in layers]
+        convolutions, products = (_or_none(ask) for ask in (_allow_tf32, torch.get_float32_matmul_precision))
+        try:
+            backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+            for layer in layers:
+                layer.fp32_precision = "ieee"
+            yield
+        finally:
+            if convolutions is not None:
+                backends.cudnn.allow_tf32 = convolutions
+            if products is not None:
+                torch.set_float32_matmul_precision(products)
+            for layer, precision in zip(layers, precisions, strict=True):
+                layer.fp32_precision = precision
+
+
+def _allow_tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _or_none(ask: Callable[[], Any]) -> Any:
+    """What `ask` answers, None if PyTorch has several answers."""
+    try:
+        return ask()
+    except RuntimeError:
+        return None
+
 
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
 _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -71,7 +116,7 @@ def trace_module(
     """
     _refuse_structure(module, batch_statistics)
     grads = torch.is_grad_enabled()
-    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.set_grad_enabled(grads):
+    with full_float32(), torch.inference_mode(False), torch.set_grad_enabled(grads):
         if symbolic:
             try:
                 trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad, device)

@@ -2,7 +2,7 @@
 
 Compared are all outputs and, where gradients are enabled, the gradients of a random weighting of them with respect to every
 parameter (and the image, if it requires grad), in the module's own dtype and modes, under the caller's autocast and grad mode, but
-without TensorFloat32.
+without TensorFloat32, which rounds too coarsely to tell a fault.
 Random numbers are the same in both: the plain run is given the masks of the streamed one. Differences are Euclidean norms
 relative to the plain result. Above a tolerance that fits the dtype they are compared with what the plain result itself changes
 by when the image is rounded differently.
@@ -27,6 +27,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
+from widefield.streaming.capture import full_float32
 from widefield.streaming.captured import Node
 from widefield.streaming.comparison import (
     Difference,
@@ -56,14 +57,6 @@ _TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
 # Times what the plain result changes by when the image changes a little, in its values and its memory format.
 _OF_ROUNDING = 100
 
-
-# Whose float32 may be TensorFloat32 or bfloat16: the check is in float32, as these round too coarsely to tell a fault.
-_FLOAT32: Sequence[Any] = (
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul,
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-)
 
 # Kinds of programs that were compared with the plain module, those used last at the end.
 _VERIFIED: dict[Any, None] = {}
@@ -310,11 +303,8 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
         for buffer in part.buffers()
     ]
     devices = list({p.device.index for p in module.parameters() if p.is_cuda})
-    precisions = [(layers, layers.fp32_precision) for layers in _FLOAT32]
     try:
-        with ExitStack() as stack:
-            for layers in _FLOAT32:
-                layers.fp32_precision = "ieee"
+        with full_float32(), ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
             stack.enter_context(
                 patch.object(checkpoint, "CheckpointFunction", Inlined)
@@ -331,8 +321,6 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
                     buffer.copy_(value)
         surroundings.restore()
         torch.clear_autocast_cache()
-        for layers, precision in precisions:
-            layers.fp32_precision = precision
 
 
 def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
