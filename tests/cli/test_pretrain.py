@@ -120,3 +120,16 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods", "sim*"]) == 0
     shown: Any = capsys.readouterr().out
     assert shown.startswith("simclr  method  Tells two views of an image")
+
+
+def test_a_spacing_is_that_of_the_patches_of_slides(monkeypatch):
+    called = {}
+
+    def pretrain(out, data, model, slides=None):
+        called["slides"] = slides
+
+    monkeypatch.setattr("widefield.pretraining.pretrain", pretrain)
+    assert (
+        main(["pretrain", "--out", "o", "--data", "d", "--model", "m", "--spacing", "0.5", "slides.patch_size=64"]) == 0
+    )
+    assert called["slides"] == {"spacing": 0.5, "patch_size": 64}

@@ -22,7 +22,10 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     """
     function = getattr(pretraining, arguments.verb)
     flags = {name: value for name, value in vars(arguments).items() if name not in _NOT_ARGUMENTS}
-    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        if value not in (None, False):
+            _put(given, name.split("."), value, name)
     if len(given.get("data", ())) == 1:
         # A folder alone is not a list of folders: images are named by their paths in it.
         (given["data"],) = given["data"]

@@ -218,6 +218,7 @@ parameters apart.
             _option("--epochs", "N", "passes over the images (default: 100)", int),
             _option("--batch-size", "N", "images of a step (default: 128)", int),
             _option("--seed", "N", "of all that is drawn (default: 0)", int),
+            _option("--spacing", "UM", "micrometres per pixel of patches of slides", float, dest="slides.spacing"),
             _flag("--resume", "continue the run in --out", dest="resume_interrupted"),
             *_CALL,
         ),
@@ -256,6 +257,7 @@ Arguments of widefield.export may also be given as key=value.
             _PRETRAINED,
             _option("--format", "FORMAT", "(default: torch)"),
             _option("--batch-size", "N", "images at a time (default: 128)", int),
+            _option("--spacing", "UM", "micrometres per pixel of slides as a whole, with image_size=null", float),
             *_CALL,
         ),
         """\
