@@ -133,3 +133,20 @@ def test_a_spacing_is_that_of_the_patches_of_slides(monkeypatch):
         main(["pretrain", "--out", "o", "--data", "d", "--model", "m", "--spacing", "0.5", "slides.patch_size=64"]) == 0
     )
     assert called["slides"] == {"spacing": 0.5, "patch_size": 64}
+
+
+def test_zero_is_a_value_and_the_seed_counts_for_a_wrapper_in_a_file(monkeypatch, tmp_path):
+    (tmp_path / "my.py").write_text(
+        "import torch\n\nclass Wrapper(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(3, 3)\n"
+    )
+    called = []
+
+    def pretrain(out, data, model, epochs=100, seed=0):
+        called.append((epochs, model.weight.tolist()))
+
+    monkeypatch.setattr("widefield.pretraining.pretrain", pretrain)
+    for seed in ("0", "7", "7"):
+        model = f"{tmp_path}/my.py:Wrapper"
+        main(["pretrain", "--out", "o", "--data", "d", "--model", model, "--epochs", "0", "--seed", seed])
+    assert [epochs for epochs, _ in called] == [0, 0, 0]
+    assert called[0] != called[1] == called[2]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -42,6 +43,30 @@ def test_weights_load_and_another_number_of_classes_keeps_the_classifier(tmp_pat
     load_weights(target, path)
     assert torch.equal(target.conv1.weight, source.conv1.weight)
     assert torch.equal(target.fc.weight, classifier)
+
+
+def test_a_classifier_more_or_less_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "widefield")
+    whole, path = make_model("timm/resnet10t", 2, None), tmp_path / "weights.pth"
+    trunk = timm.create_model("resnet10t", num_classes=0)
+    torch.save(trunk.state_dict(), path)
+    load_weights(whole, path)
+    assert torch.equal(next(whole.parameters()), next(trunk.parameters()))
+    assert "has no classifier of these classes: fc.weight, fc.bias stay" in caplog.text.replace("stays random", "stay")
+    torch.save(make_model("timm/resnet10t", 5, None).state_dict(), path)
+    load_weights(trunk, path)
+    assert "has a classifier, which is left out: fc.bias, fc.weight" in caplog.text
+
+
+def test_a_checkpoint_of_pretraining_is_answered_with_the_file_of_its_weights(tmp_path: Path) -> None:
+    for name, content in (
+        ("checkpoints/last.ckpt", {"method.a": torch.zeros(1)}),
+        ("exported_models/exported_last.pt", {}),
+    ):
+        (tmp_path / name).parent.mkdir()
+        torch.save({"state_dict": content}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"exported_last\.pt holds its weights"):
+        load_weights(make_model("resnet10_w16", 2, None), tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

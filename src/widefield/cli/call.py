@@ -4,6 +4,8 @@ import argparse
 import inspect
 from typing import Any
 
+import torch
+
 from widefield import pretraining
 from widefield.cli.inspect_model import find_model
 from widefield.config.load import parse_value
@@ -24,7 +26,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     flags = {name: value for name, value in vars(arguments).items() if name not in _NOT_ARGUMENTS}
     given: dict[str, Any] = {}
     for name, value in flags.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is a value
             _put(given, name.split("."), value, name)
     if len(given.get("data", ())) == 1:
         # A folder alone is not a list of folders: images are named by their paths in it.
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         raise ValueError(f"give {', '.join(f'--{name}' for name in missing)}")
     model = given.get("model")
     if isinstance(model, str) and ":" in model:  # else it is the name of a model
+        if "seed" in parameters:
+            torch.manual_seed(given.get("seed", parameters["seed"].default))
         given["model"] = find_model(model)
     function(**given)
 

@@ -28,6 +28,7 @@ from widefield.streaming import calibrate_batch_norm
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3
+_SETTLED = 50  # batches after which, with PyTorch's momentum of 0.1, half a per cent of the initial statistics is left
 
 
 class LastEpoch(ModelCheckpoint):
@@ -100,8 +101,9 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()
-    elif classifies and cli.config.model.weights is None:
-        _calibrate(model, data, statistics, cli.config.data.seed)
+    elif classifies and (cli.config.model.weights is None or _unsettled(model)):
+        why = "random weights" if cli.config.model.weights is None else "weights of a short training"
+        _calibrate(model, data, statistics, cli.config.data.seed, why)
     out.mkdir(parents=True, exist_ok=True)
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
@@ -200,11 +202,15 @@ def _rounded(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def _calibrate(model: Classifier, data: LabelledImages, found: PixelStatistics, seed: int) -> None:
+def _unsettled(model: Classifier) -> bool:
+    """True if running statistics come from so few batches that their initial values, 0 and 1, still count in them."""
+    counts = (buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked"))
+    return any(0 < int(count) < _SETTLED for count in counts)  # 0 in files that do not tell it
+
+
+def _calibrate(model: Classifier, data: LabelledImages, found: PixelStatistics, seed: int, why: str) -> None:
     images = [image for image, _ in data.train_set][: len(found.masks)]
     generator = torch.Generator().manual_seed(seed)
     layers = calibrate_batch_norm(model.stream_network, images, masks=found.masks, generator=generator)
     if layers:
-        _log.info(
-            "random weights: set the statistics of %d batch norm layers from crops of the training images", layers
-        )
+        _log.info("%s: set the statistics of %d batch norm layers from crops of the training images", why, layers)

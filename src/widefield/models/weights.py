@@ -13,11 +13,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Load a state dict into `net`, all keys, but for a classifier of another number of classes.
+    """Load a state dict into `net`, all keys, but for those of a classifier.
 
     The file is `.safetensors`, or what `torch.save` wrote: a state dict, or a dict that holds one as `state_dict` or
-    `model`. It is read with `weights_only=True`, so it can execute nothing. Where the last linear layer has other
-    outputs than the file's, it keeps its random weights, which is logged.
+    `model`. It is read with `weights_only=True`, so it can execute nothing. Where the file has no weights for the last linear
+    layer, or others in number, that keeps its random weights; where it has those of a linear layer that the network lacks,
+    they are left out. Either is logged.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -27,20 +28,21 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     state = _read(path)
     own = net.state_dict()
     classifier = _classifier_keys(net)
-    other_classes = [key for key in classifier if key in state and state[key].shape != own[key].shape]
-    for key in other_classes:
-        state[key] = own[key]
-    if other_classes:
-        _log.info("%s has other classes: %s stays random", path.name, ", ".join(other_classes))
+    if fresh := [key for key in classifier if key not in state or state[key].shape != own[key].shape]:
+        state.update({key: own[key] for key in fresh})
+        _log.info("%s has no classifier of these classes: %s stays random", path.name, ", ".join(fresh))
     missing = sorted(own.keys() - state.keys())
     surplus = sorted(state.keys() - own.keys())
+    if _is_linear_layer(surplus, state):
+        _log.info("%s has a classifier, which is left out: %s", path.name, ", ".join(surplus))
+        state, surplus = {key: state[key] for key in own if key in state}, []
     shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     for what, keys in (("lacks", missing), ("has, unlike the network,", surplus), ("has in another shape", shapes)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(
                 f"{path} is not for this network ({type(net).__name__}): it {what} {', '.join(keys[:3])}{more}; "
-                "give weights of the same architecture"
+                f"give weights of the same architecture{_exported_beside(path)}"
             )
     net.load_state_dict(state)
 
@@ -60,6 +62,17 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict; save `model.state_dict()` with torch.save or safetensors")
     return dict(content)
+
+
+def _is_linear_layer(keys: list[str], state: dict[str, Tensor]) -> bool:
+    layers = {key.rpartition(".")[0] for key in keys}
+    return len(layers) == 1 and sorted(state[key].ndim for key in keys) in ([2], [1, 2])
+
+
+def _exported_beside(path: Path) -> str:
+    """Where the weights of a run of `pretrain` are, if `path` is one of its checkpoints."""
+    exported = path.parent.parent / "exported_models" / "exported_last.pt"
+    return f", not the checkpoint of a run: {exported} holds its weights" if exported.is_file() else ""
 
 
 def _classifier_keys(net: nn.Module) -> list[str]:
