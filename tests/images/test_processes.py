@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import pyvips
+from pylibCZIrw import czi as pyczi
 
 from widefield.images import open_image
 
@@ -19,11 +20,15 @@ WRITERS = {
 }
 
 
-@pytest.fixture(params=[*WRITERS, "a.npy"])
+@pytest.fixture(params=[*WRITERS, "a.npy", "a.czi"])
 def path(request, tmp_path, rgb):
     path = tmp_path / request.param
     if path.suffix == ".npy":
         np.save(path, rgb)
+    elif path.suffix == ".czi":
+        with pyczi.create_czi(str(path), compression_options="zstd1:") as file:
+            for y in range(0, 201, 64):
+                file.write(np.ascontiguousarray(rgb[y : y + 64, :, ::-1]), (-20, y - 30))
     else:
         # in a process of its own: saving starts the thread pool of libvips, which does not survive the fork below
         np.save(tmp_path / "pixels.npy", rgb)

@@ -143,7 +143,8 @@ def open_image(
 
     The format is told by the file's content, not by its name: TIFF, BigTIFF, OME-TIFF and GeoTIFF with every compression that
     imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; JPEG 2000 and VRT with the extra
-    `geo`, DICOM with the extra `dicom`. Other packages may register more, see `widefield.images.formats`.
+    `geo`, DICOM with the extra `dicom`, CZI with the extra `microscopy`. Other packages may register more, see
+    `widefield.images.formats`.
 
     Values are as stored, whatever their type (1 to 64 bits, floats), and not rotated by EXIF orientation. A palette becomes RGB;
     CMYK of 8 bits becomes sRGB; where white is zero, unsigned grey is inverted. Tiles that were never written hold the file's value
@@ -237,7 +238,7 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
                 raise _damaged(path, error) from error
     if not start:
         raise cannot_read(path, "it is a folder, and no Zarr image; give the path of an image file")
-    names = ", ".join(one.name for one in image_formats())
+    names = ", ".join(one.name for one in image_formats() if one.endings)
     raise cannot_read(path, f"its content is none of {names}; convert it to one of these")
 
 

@@ -1,4 +1,4 @@
-"""Slides of the scanners that OpenSlide knows: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, DICOM.
+"""Slides of the scanners that OpenSlide knows: Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, DICOM.
 
 Aperio's slides, which are plain TIFF files, are read as those, unless their tiles are JPEG 2000.
 """
@@ -15,7 +15,7 @@ import openslide
 from widefield.images.formats import Choice, Contents, PerProcess, choose_series, image_format, known, micrometres
 
 _READ_AS_TIFF = ("aperio", "generic-tiff", None)
-_ENDINGS = (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi")
+_ENDINGS = (".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
 
 
 def _is_slide(path: Path, start: bytes) -> bool:
@@ -33,7 +33,7 @@ def open_slide(path: Path, choice: Choice) -> Contents:
         colour = said.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         background = tuple(bytes.fromhex(colour))
         scales = slide.level_downsamples
-        associated = {name: partial(_associated, path, name) for name in slide.associated_images}
+        associated = {name: partial(associated_image, path, name) for name in slide.associated_images}
     return Contents(
         levels=levels,
         pixels=lambda level: SlidePixels(path, level, levels[level], scales[level], background),
@@ -43,7 +43,8 @@ def open_slide(path: Path, choice: Choice) -> Contents:
     )
 
 
-def _associated(path: Path, name: str) -> np.ndarray:
+def associated_image(path: Path, name: str) -> np.ndarray:
+    """Read a picture beside the slide: uint8 array (height, width, 3)."""
     with openslide.OpenSlide(str(path)) as slide:
         return np.array(slide.associated_images[name].convert("RGB"))
 

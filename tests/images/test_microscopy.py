@@ -1,0 +1,205 @@
+"""CZI files come as they were written and as pylibCZIrw reads them; other microscopy files are refused by name."""
+
+import re
+import struct
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+from pylibCZIrw import czi as pyczi
+
+from widefield.images import ImageReadError, open_image
+
+CORNER = (-13, -7)
+"""(x, y) of the upper left tile."""
+
+TYPES = [("u1", 1), ("u2", 1), ("f4", 1), ("u1", 3), ("u2", 3)]
+"""Types and bands that the writer knows: Gray8, Gray16, Gray32Float, Bgr24, Bgr48."""
+
+
+def _noise(height, width, dtype="u1", bands=1, seed=0):
+    values = np.random.default_rng(seed).random((height, width, bands))
+    return (values * (1 if dtype == "f4" else np.iinfo(dtype).max)).astype(dtype)
+
+
+def _write(path, parts, compression=None, **metadata):
+    """Write parts (pixels (H, W, bands), (x, y), scene, plane), each as a tile."""
+    with pyczi.create_czi(str(path), compression_options=compression) as file:
+        for pixels, corner, scene, plane in parts:
+            file.write(np.ascontiguousarray(pixels), corner, plane, scene=scene)
+        file.write_metadata(**metadata)
+    return path
+
+
+def _mosaic(pixels, scene=0, plane=None, tile=64):
+    """Tiles of an image, but the one in its middle."""
+    height, width, _ = pixels.shape
+    corners = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile) if (y, x) != (tile, tile)]
+    return [(pixels[y : y + tile, x : x + tile], (CORNER[0] + x, CORNER[1] + y), scene, plane) for y, x in corners]
+
+
+def _enlarge_last(path, factor):
+    """Make the last tile one of a level of a pyramid: it covers `factor` times as many pixels as it holds.
+
+    The writer writes the largest level only. An entry of an axis is its name, start, size, a float, and the size as stored.
+    """
+    content = bytearray(path.read_bytes())
+    entries = list(re.finditer(rb"[XY]\0\0\0.{16}", content, re.DOTALL))
+    directory = content.index(b"ZISRAWDIRECTORY")
+    before = [one.start() for one in entries if one.start() < directory]
+    for offset in (*before[-2:], *(one.start() for one in entries[-2:])):  # beside the pixels, and in the directory
+        (size,) = struct.unpack_from("<i", content, offset + 8)
+        struct.pack_into("<i", content, offset + 8, size * factor)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("dtype", "bands"), TYPES)
+@pytest.mark.parametrize("compression", [None, "zstd1:"])
+def test_a_czi_file_is_read_as_it_was_written_and_as_pylibczirw_reads_it(tmp_path, dtype, bands, compression):
+    if dtype == "f4" and compression:
+        compression = "zstd0:"
+    pixels = _noise(150, 200, dtype, bands)
+    path = _write(tmp_path / "ä b.czi", _mosaic(pixels), compression, scale_x=5e-7, scale_y=2.5e-7)
+    image = open_image(path)
+    assert (image.shape, image.dtype, image.levels) == ((bands, 150, 200), np.dtype(dtype), ((150, 200),))
+    assert image.spacing == pytest.approx((0.25, 0.5))
+    assert image.channel_names == (("red", "green", "blue") if bands == 3 else None)
+    expected = pixels[..., ::-1].transpose(2, 0, 1).copy()
+    expected[:, 64:128, 64:128] = np.iinfo(dtype).max if bands == 3 else 0
+    np.testing.assert_array_equal(image.read(0, 0, 150, 200), expected)
+    np.testing.assert_array_equal(image.read(60, 61, 70, 80), expected[:, 60:130, 61:141])
+    with pyczi.open_czi(str(path)) as file:
+        theirs = file.read(roi=(CORNER[0], CORNER[1], 200, 60), scene=0)
+    np.testing.assert_array_equal(image.read(0, 0, 60, 200), theirs[..., ::-1].transpose(2, 0, 1))
+
+
+def test_channels_are_in_the_order_of_the_file_and_can_be_chosen_by_name(tmp_path):
+    one, two = _noise(40, 50, "u2"), _noise(40, 50, "u2", seed=1)
+    parts = [(two, (5, 9), 0, {"C": 1}), (one, (5, 9), 0, {"C": 0})]
+    path = _write(tmp_path / "a.czi", parts, channel_names={0: "DAPI", 1: "GFP"})
+    assert open_image(path).channel_names == ("DAPI", "GFP") and open_image(path).spacing is None
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 40, 50), np.stack([one[..., 0], two[..., 0]]))
+    chosen = open_image(path, channels=["GFP", 0])
+    np.testing.assert_array_equal(chosen.read(3, 2, 30, 40), np.stack([two, one])[:, 3:33, 2:42, 0])
+
+
+def test_three_bands_can_be_chosen_by_name(tmp_path):
+    pixels = _noise(40, 50, bands=3)
+    path = _write(tmp_path / "a.czi", [(pixels, (0, 0), 0, None)])
+    np.testing.assert_array_equal(
+        open_image(path, channels=["blue", "green"]).read(0, 0, 40, 50), pixels[..., :2].transpose(2, 0, 1)
+    )
+
+
+def test_channels_of_different_types_are_refused(tmp_path):
+    parts = [(_noise(40, 50), (0, 0), 0, {"C": 0}), (_noise(40, 50, "u2"), (0, 0), 0, {"C": 1})]
+    with pytest.raises(ImageReadError, match=r"a\.czi: its channels are of type Gray16, Gray8; expected one of Gray8"):
+        open_image(_write(tmp_path / "a.czi", parts))
+
+
+def test_scenes_are_images_though_they_overlap(tmp_path):
+    one, two = _noise(40, 50), _noise(60, 70, seed=1)
+    path = _write(tmp_path / "a.czi", [(one, (-30, -20), 0, None), (two, (-10, 5), 1, None)])
+    with pytest.raises(ImageReadError, match=r"several images.*0: scene 0 40x50, 1: scene 1 60x70"):
+        open_image(path)
+    np.testing.assert_array_equal(open_image(path, series=0).read(0, 0, 40, 50)[0], one[..., 0])
+    np.testing.assert_array_equal(open_image(path, series="scene 1").read(0, 0, 60, 70)[0], two[..., 0])
+    first = _write(tmp_path / "b.czi", [(two, (-10, 5), 0, None), (one, (-30, -20), 1, None)])
+    assert open_image(first).shape == (1, 60, 70)
+
+
+def test_every_position_in_time_and_depth_is_an_image(tmp_path):
+    places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    planes = {place: _noise(30, 40, seed=seed) for seed, place in enumerate(places)}
+    parts = [(pixels, (0, 0), 0, {"T": t, "Z": z}) for (t, z), pixels in planes.items()]
+    path = _write(tmp_path / "a.czi", parts)
+    with pytest.raises(ImageReadError, match=r"several images.*0: scene 0 T=0 Z=0 30x40.* 4: scene 0 T=1 Z=1 30x40"):
+        open_image(path)
+    for index, (t, z) in enumerate(places):
+        for series in (index, f"scene 0 T={t} Z={z}"):
+            np.testing.assert_array_equal(open_image(path, series=series).read(0, 0, 30, 40)[0], planes[t, z][..., 0])
+    with pytest.raises(ValueError, match=r"series='scene 0 T=1 Z=2' of .* does not exist"):
+        open_image(path, series="scene 0 T=1 Z=2")
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_levels_are_those_that_the_file_stores(tmp_path, factor):
+    pixels = _noise(128, 193, bands=3)
+    small = _noise(128 // factor, 193 // factor, bands=3, seed=1)  # another picture, so that pixels made up would show
+    path = _write(tmp_path / "a.czi", [*_mosaic(pixels), (small, CORNER, 0, None)], scale_x=5e-7, scale_y=5e-7)
+    _enlarge_last(path, factor)
+    image, expected = open_image(path, 1), small[..., ::-1].transpose(2, 0, 1)
+    height, width = expected.shape[1:]
+    assert image.levels == ((128, 193), (height, width)) and image.shape == (3, height, width)
+    np.testing.assert_array_equal(image.read(0, 0, height, width), expected)
+    for y, x, h, w in ((1, 3, 20, 17), (7, 11, 1, 1), (height - 5, width - 9, 5, 9)):
+        np.testing.assert_array_equal(image.read(y, x, h, w), expected[:, y : y + h, x : x + w])
+    np.testing.assert_array_equal(open_image(path, spacing=0.5 * factor).read(0, 0, height, width), expected)
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 64, 193), pixels[:64, :, ::-1].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("keep", [0.005, 0.3, 0.9, 0.99])
+def test_a_truncated_czi_file_is_named_when_it_is_opened(tmp_path, keep):
+    path = _write(tmp_path / "a.czi", _mosaic(_noise(150, 200)))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    with pytest.raises(ImageReadError, match=r"cannot read .*a\.czi: its structure is truncated or damaged"):
+        open_image(path)
+
+
+def test_a_damaged_tile_is_an_error_where_it_lies_and_only_there(tmp_path):
+    pixels = _noise(64, 128)
+    path = _write(tmp_path / "a.czi", _mosaic(pixels))
+    content = path.read_bytes()
+    start = content.rindex(b"ZISRAWSUBBLOCK")
+    path.write_bytes(content[:start] + b"X" * 14 + content[start + 14 :])
+    image = open_image(path)
+    for _ in range(2):
+        with pytest.raises(ImageReadError, match=r"a\.czi: truncated or corrupt data in the region y=0, x=60"):
+            image.read(0, 60, 10, 10)
+        np.testing.assert_array_equal(image.read(0, 0, 64, 64)[0], pixels[:, :64, 0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are counted in /proc")
+def test_an_image_of_which_nothing_was_read_holds_no_file_open(tmp_path):
+    path = _write(tmp_path / "a.czi", [(_noise(40, 50), (0, 0), 0, None)])
+    open_image(path).read(0, 0, 1, 1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    images = [open_image(path) for _ in range(5)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before and len(images) == 5
+
+
+def test_the_pictures_beside_a_czi_slide_are_those_of_openslide(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.czi", [(_noise(40, 50, bands=3), (0, 0), 0, None)])
+    assert open_image(path).associated_images == {}  # OpenSlide does not take files of this writer for slides
+    label = _noise(20, 30, bands=3)
+    slide = SimpleNamespace(associated_images={"label": Image.fromarray(label)})
+    monkeypatch.setattr(openslide, "OpenSlide", lambda name: nullcontext(slide))
+    np.testing.assert_array_equal(open_image(path).associated_images["label"](), label)
+
+
+def test_the_extra_that_reads_czi_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.czi", [(_noise(40, 50), (0, 0), 0, None)])
+    monkeypatch.delitem(sys.modules, "pylibCZIrw.czi")
+    monkeypatch.setitem(sys.modules, "pylibCZIrw", None)
+    needed = r"a\.czi: pylibCZIrw.* is needed for it; install it with pip install 'widefield\[microscopy\]'"
+    with pytest.raises(ImageReadError, match=needed):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.lif", "a.VSI", "a.oib", "a.oif", "a.ims", "a.nd2", "a.zvi"])
+def test_microscopy_files_that_are_not_read_are_refused_with_what_to_do(tmp_path, name):
+    tifffile.imwrite(tmp_path / name, _noise(40, 50)[..., 0])  # a VSI file is a TIFF file, of an overview
+    with pytest.raises(ImageReadError, match=rf"{name}: .* files .* are not read; convert it to OME-TIFF or OME-Zarr"):
+        open_image(tmp_path / name)
+
+
+def test_what_is_refused_is_not_among_the_formats_that_a_message_lists(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"nothing known")
+    with pytest.raises(ImageReadError, match="none of Zeiss CZI, slides that OpenSlide reads, TIFF"):
+        open_image(tmp_path / "a.bin")
