@@ -70,7 +70,7 @@ def _is_linear_layer(keys: list[str], state: dict[str, Tensor]) -> bool:
 
 
 def _exported_beside(path: Path) -> str:
-    """Where the weights of a run of `pretrain` are, if `path` is one of its checkpoints."""
+    """Say where the weights of a run of `pretrain` are, if `path` is one of its checkpoints; else nothing."""
     exported = path.parent.parent / "exported_models" / "exported_last.pt"
     return f", not the checkpoint of a run: {exported} holds its weights" if exported.is_file() else ""
 

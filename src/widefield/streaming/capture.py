@@ -79,7 +79,7 @@ def _allow_tf32() -> bool:
 
 
 def _or_none(ask: Callable[[], Any]) -> Any:
-    """What `ask` answers, None if PyTorch has several answers."""
+    """The answer of `ask`, None if PyTorch has several."""
     try:
         return ask()
     except RuntimeError:
