@@ -5,12 +5,15 @@ import errno
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
+import tifffile
 import torch
 import yaml
 
@@ -307,6 +310,38 @@ def test_heatmaps_are_written_in_the_formats_asked_for(run: Path, folder: Path, 
         main([*line, "--heatmap", "jpeg"])
     with pytest.raises(SystemExit):
         main([*line, "--thresholds", "50"])
+
+
+def test_the_heatmap_of_a_map_is_a_geotiff_without_what_holds_no_data(run: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 256, 192), dtype=np.uint8)
+    pixels[:, :, 96:] = 0
+    place = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000), "nodata": 0}
+    shape = {"height": 256, "width": 192, "count": 3, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "scene.tif", "w", driver="GTiff", **shape, **place) as file:
+        file.write(pixels)
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(tmp_path / "scene.tif"), "--out", str(tmp_path)]
+    assert main([*line, "--heatmap", "png,tiff"]) == 0
+    (row,) = read_csv(tmp_path / "predictions.csv")
+    assert row["overlay"] == "scene.tif.png;scene.tif.tif"
+    with rasterio.open(tmp_path / "scene.tif.tif") as file:
+        evidence = file.read(1)
+        assert np.isnan(evidence).tolist() == [[False] * 3 + [True] * 3] * 8  # cells of 32 pixels, from pixel 0 on
+        peak = file.index(float(row["peak_x_map"]), float(row["peak_y_map"]))
+        assert evidence[peak] == np.nanmax(evidence)
+
+
+def test_without_rasterio_a_heatmap_of_a_map_says_so_before_computing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extra = [(33550, "d", 3, (10, 10, 0)), (33922, "d", 6, (0, 0, 0, 5e5, 5e6, 0))]
+    tifffile.imwrite(tmp_path / "scene.tif", np.ones((64, 64, 3), np.uint8), photometric="rgb", extratags=extra)
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    monkeypatch.setattr("widefield.cli.predict._predict", None)
+    line = ["predict", "--checkpoint", str(run / "best.ckpt"), str(tmp_path / "scene.tif"), "--out", str(tmp_path)]
+    assert main([*line, "--heatmap", "tiff"]) == 2
+    assert (
+        "(GeoTIFF) needs rasterio, which is not installed; run: pip install 'widefield[geo]'" in capfd.readouterr().err
+    )
 
 
 def no_images(folder: Path) -> None:

@@ -90,3 +90,13 @@ def test_wrong_arguments_of_a_mask_are_named(tmp_path, slide):
     np.save(tmp_path / "a.npy", np.ones((9, 9), np.uint8))
     with pytest.raises(ValueError, match=r"needs the spacing of .*a\.npy, which has none"):
         foreground(open_image(tmp_path / "a.npy"), spacing=2)
+
+
+def test_pixels_that_are_filled_hold_no_data(tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 200, (64, 64, 3)).astype(np.float32)
+    pixels[:, 32:] = np.nan
+    np.save(tmp_path / "a.npy", pixels)
+    image = open_image(tmp_path / "a.npy", fill=180.0)
+    assert image.read(0, 32, 1, 1).tolist() == [[[180]]] * 3
+    assert foreground(image).cells[:, :32].any() and not foreground(image).cells[:, 32:].any()
+    assert thumbnail(image, 64)[:, :32].any() and not thumbnail(image, 64)[:, 32:].any()

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import pyvips
+import rasterio
 import tifffile
 import torch
+from rasterio.enums import Resampling
 from torch import nn
 
 from tests.small_images import write_tiff
-from widefield.images import open_image
+from widefield.cli.predict import _peak
+from widefield.images import ImageFile, open_image
 from widefield.modules import ImageNetClassifier
 from widefield.registry import MODELS
 from widefield.reports import Heatmap, cells_of, class_activation, grad_cam, save_overlay
@@ -123,6 +126,96 @@ def test_a_tiff_is_a_pyramid_in_the_place_of_the_image(tmp_path: Path) -> None:
         assert file.is_ome
         assert 'Name="tumor"' in (file.ome_metadata or "")
     assert [path.name for path in tmp_path.iterdir()] == ["map.ome.tif"]
+
+
+PLACE = rasterio.Affine(9.5, 1.25, 500_000, -1.5, -10.5, 5_000_000)  # turned
+
+
+def write_map(path: Path, pixels: np.ndarray, factors: list[int], **options: Any) -> None:
+    shape = {"height": pixels.shape[0], "width": pixels.shape[1], "count": 1, "dtype": pixels.dtype}
+    layout = {"tiled": True, "blockxsize": 64, "blockysize": 64}
+    with rasterio.open(
+        path, "w", driver="GTiff", crs="EPSG:32632", transform=PLACE, **shape, **layout, **options
+    ) as file:
+        file.write(pixels, 1)
+        file.build_overviews(factors, Resampling.nearest)
+
+
+@pytest.mark.parametrize(("level", "cells"), [(0, ((0.5, 0.5), (2.0, 2.0))), (1, ((0.0, 0.0), (1.0, 1.0)))])
+def test_a_geotiff_lies_where_the_network_looked_on_the_map(
+    tmp_path: Path, level: int, cells: tuple[tuple[float, float], tuple[float, float]]
+) -> None:
+    write_map(tmp_path / "scene.tif", np.zeros((600, 560), np.uint8), [2])
+    evidence = torch.rand(300, 280)
+    heatmap = Heatmap.of(evidence, Cells((300, 280), *cells), open_image(tmp_path / "scene.tif", level))
+    heatmap.save_geotiff(tmp_path / "map.tif", "water")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "scene.tif"]
+    with rasterio.open(tmp_path / "map.tif") as file:
+        np.testing.assert_array_equal(file.read(1), evidence)
+        assert file.xy(0, 0) == pytest.approx(PLACE @ (1.0, 1.0))  # of pixels 0 and 1 each way
+        assert file.xy(299, 7) == pytest.approx(PLACE @ (15.0, 599.0))
+        greatest = np.unravel_index(int(evidence.argmax()), (300, 280))
+        peak = _peak(heatmap)
+        assert file.index(float(peak["peak_x_map"]), float(peak["peak_y_map"])) == greatest
+        assert (file.crs, file.descriptions) == ("EPSG:32632", ("water",)) and np.isnan(file.nodata)
+        assert file.overviews(1) == [2] and file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+
+
+def test_an_image_that_is_no_map_has_no_geotiff(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no place on a map"):
+        spot(5, 5).save_geotiff(tmp_path / "map.tif", "tumor")
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_is_no_evidence_where_an_image_holds_no_data(tmp_path: Path) -> None:
+    pixels = np.zeros((512, 512), np.float32)
+    pixels[:, :256] = np.nan
+    np.save(tmp_path / "image.npy", pixels)
+    evidence = torch.full((16, 16), 3.0)
+    evidence[3, 9] = 4.0
+    evidence[:, 2:5] = 9.0
+    image = open_image(tmp_path / "image.npy", fill=0.0)
+    heatmap = Heatmap.of(evidence, Cells((16, 16), (0.0, 0.0), (32.0, 32.0)), image)
+    np.testing.assert_array_equal(np.isnan(heatmap.evidence), np.broadcast_to(np.arange(16) < 8, (16, 16)))
+    assert heatmap.peak == (96, 288)
+    assert heatmap.resampled((16.0, 16.0))[:, :15].max() == 0
+    ((outline,),) = heatmap.regions(2.0)
+    assert 240.5 <= outline[:, 0].min() <= 256.5  # of 240.5, where the cells with data begin
+    assert not heatmap.regions(5.0)
+    save_overlay(tmp_path / "map.png", image, heatmap, "")
+    picture = pyvips.Image.new_from_file(str(tmp_path / "map.png")).numpy()[:900, :900, :3].astype(int)
+    columns = np.nonzero((picture[..., 1] - picture[..., 0] > 60).any(0))[0]
+    black = np.nonzero((picture.sum(2) == 0).any(0))[0]
+    assert columns.min() > black.min() + 300  # beyond the half without data
+
+
+def test_an_image_without_any_data_has_no_peak(tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", np.full((600, 600), np.nan, np.float32))
+    image = open_image(tmp_path / "image.npy", fill=0.0)
+    heatmap = Heatmap.of(torch.ones(3, 3), Cells((3, 3), (0.0, 0.0), (200.0, 200.0)), image)
+    assert heatmap.peak is None and set(_peak(heatmap).values()) == {""}
+    heatmap.save_geojson(tmp_path / "map.geojson", "tumor", (0.5,))
+    assert json.loads((tmp_path / "map.geojson").read_text())["features"] == []
+    save_overlay(tmp_path / "map.png", image, heatmap, "")
+    assert (tmp_path / "map.png").stat().st_size > 0
+
+
+def test_data_are_looked_for_at_a_coarse_level_and_only_where_some_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.ones((1024, 1024), np.uint8)
+    pixels[512:] = 7
+    for name, options in (("some.tif", {"nodata": 7}), ("none.tif", {})):
+        write_map(tmp_path / name, pixels, [2, 4, 8, 16], **options)
+    read, levels = ImageFile.read, []
+    monkeypatch.setattr(ImageFile, "read", lambda image, *region: levels.append(image.level) or read(image, *region))
+    some, none = (
+        Heatmap.of(torch.ones(32, 32), Cells((32, 32), (15.5, 15.5), (32.0, 32.0)), open_image(tmp_path / name))
+        for name in ("some.tif", "none.tif")
+    )
+    assert levels == [3]  # of 128 x 128 pixels
+    assert np.isnan(some.evidence).any(1).tolist() == [False] * 16 + [True] * 16
+    assert not np.isnan(none.evidence).any()
 
 
 def test_contours_are_annotations_of_qupath(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load
 from widefield.inference.prediction import labels_of, predict_samples, task_of
 from widefield.models import Classifier
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
+from widefield.reports.heatmap import import_rasterio
 
 _log = logging.getLogger(__name__)
 _SHOWN = 10
@@ -30,8 +31,8 @@ _SHOWN = 10
 _BESIDE = (".xml", ".ovr", ".msk", ".tfw", ".tifw", ".jgw", ".pgw", ".wld")
 """Endings of files that stand beside an image of the same name (`scene.tif.aux.xml`, `scene.tif.ovr`): no images, though some could
 be read as one."""
-ENDINGS = {"png": ".png", "tiff": ".ome.tif", "geojson": ".geojson"}
-"""Endings of the names of heatmaps, by format."""
+ENDINGS = {"png": ".png", "tiff": ".ome.tif", "geotiff": ".tif", "geojson": ".geojson"}
+"""Endings of the names of heatmaps, by format; "tiff" is a "geotiff" where the image is a map."""
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> None:
@@ -76,12 +77,16 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
     def predict_one(file: Path) -> None:
         image = info.open(file, level=level, spacing=arguments.spacing)
+        named = {"tiff": "tiff" if image.transform is None else "geotiff"}
+        formats = [named.get(one, one) for one in arguments.heatmap]
+        if "geotiff" in formats:
+            import_rasterio()  # rather than after hours of computing
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         picture = info.pipeline(image)
         prediction = _predict(model, info, picture, views, score)
         stem = free_stem(file, table.names)
-        paths = {one: out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap if prediction.heatmap is not None}
+        paths = {one: out / f"{stem}{ENDINGS[one]}" for one in formats if prediction.heatmap is not None}
         _save(prediction, paths, picture, file.name, arguments.thresholds)
         table.add(file, {**prediction.cells, "overlay": ";".join(path.name for path in paths.values())})
 
@@ -161,27 +166,23 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     cells = {
         **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
         "predicted": ";".join(predicted),
-        **(_peak(heatmap, picture) if isinstance(picture, ImageFile) else _peak(None, None)),
+        **_peak(heatmap if isinstance(picture, ImageFile) else None),
     }
     told = f"{float(scores.max()):.4g}" if is_number else f"{float(scores.max()):.0%}"
     return _Prediction(cells, names[int(scores.argmax())], told, heatmap)
 
 
-def _peak(heatmap: Heatmap | None, image: ImageFile | None) -> dict[str, str]:
+def _peak(heatmap: Heatmap | None) -> dict[str, str]:
     """Return the cells for where the evidence is greatest: the pixel of the largest level, micrometres, and on the map."""
-    if heatmap is None or image is None:
+    if heatmap is None or heatmap.peak is None:
         return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None), **_peak_in("map", (0, 0), None)}
-    (y, x), spacing, transform = heatmap.peak, heatmap.spacing, image.transform
+    (y, x), spacing = heatmap.peak, heatmap.spacing
     micrometres = None if spacing is None else (spacing[1], 0, 0, 0, spacing[0], 0)
-    if transform is not None:  # that of the level which was read
-        rows, columns = (n / full for n, full in zip(image.shape[1:], image.levels[0], strict=True))
-        a, b, c, d, e, f = transform
-        transform = a * columns, b * rows, c, d * columns, e * rows, f
     return {
         "peak_y": str(y),
         "peak_x": str(x),
         **_peak_in("um", (y, x), micrometres),
-        **_peak_in("map", (y, x), transform),
+        **_peak_in("map", (y, x), heatmap.transform),
     }
 
 
@@ -234,6 +235,8 @@ def _save(
         save_overlay(paths["png"], picture, heatmap, f"{image}: {name} ({score})")
     if "tiff" in paths:
         heatmap.save_tiff(paths["tiff"], name)
+    if "geotiff" in paths:
+        heatmap.save_geotiff(paths["geotiff"], name)
     if "geojson" in paths:
         heatmap.save_geojson(paths["geojson"], name, thresholds)
 

@@ -325,8 +325,10 @@ code is 2.
 
 Where the model has a map of the image, the evidence for the predicted class is written as
   png      the image with the evidence over it, and what lies where it is greatest at full resolution
-  tiff     a pyramidal OME-TIFF of the evidence as float32, in the image's place and with its spacing (GeoTIFF is not to be had yet)
+  tiff     a pyramidal OME-TIFF of the evidence as float32, in the image's place and with its spacing; of a map a GeoTIFF with its
+           coordinate reference system, which needs widefield[geo]
   geojson  annotations for QuPath: contours of the evidence above --thresholds
+There is no evidence where the image holds no data (NaN, or the value that the file names for missing data).
 """,
     ),
     "visualize": Verb(

@@ -70,7 +70,7 @@ class ImageFile:
         self._fill = arguments["fill"]
         scale = tuple(full / part for full, part in zip(contents.levels[0], pixels.shape[1:], strict=True))
         self.spacing = contents.spacing and (contents.spacing[0] * scale[0], contents.spacing[1] * scale[1])
-        self.transform = contents.transform and _scaled(contents.transform, *scale)
+        self.transform = contents.transform and scaled(contents.transform, *scale)
 
     def __repr__(self) -> str:
         return f"ImageFile(path={str(self.path)!r}, level={self.level}, shape={self.shape}, dtype={self.dtype})"
@@ -268,8 +268,8 @@ def _level_of(path: Path | str, contents: Contents, spacing: float) -> tuple[int
     return finer[-1], (max(1, round(height * y / spacing)), max(1, round(width * x / spacing)))
 
 
-def _scaled(transform: Transform, y: float, x: float) -> Transform:
-    """The transform of an image whose pixels are y times as high and x times as wide."""
+def scaled(transform: Transform, y: float, x: float) -> Transform:
+    """Return the transform of an image whose pixels are y times as high and x times as wide."""
     a, b, c, d, e, f = transform
     return a * x, b * y, c, d * x, e * y, f
 
@@ -363,12 +363,52 @@ def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
     _, height, width = image.shape
     scale = min(1.0, size / max(height, width))
     target = max(1, round(height * scale)), max(1, round(width * scale))
+    means = _box_mean(_as_stored(image, target), target)
+    return _as_rgb(means, image.dtype), np.isfinite(means).any(0)
+
+
+def data_at(image: ImageFile, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return where an image holds data in a channel, at the crossings of rows and columns.
+
+    It is read strip by strip, at its smallest level with four pixels for each of `rows` and `columns`, if it has a smaller one than
+    `image`; not at all, if its type and its header tell that no pixel is without data.
+
+    Args:
+        image: An opened image.
+        rows, columns: Positions in pixels of the largest level, from its corner. Beyond the image the nearest pixel counts.
+
+    Returns:
+        Boolean array (len(rows), len(columns)).
+
+    Raises:
+        ImageReadError: As in `ImageFile.read`.
+    """
+    found = np.ones((len(rows), len(columns)), bool)
+    if image.dtype.kind != "f" and image.nodata is None:
+        return found
+    image = _as_stored(image, (4 * len(rows), 4 * len(columns)))
+    channels, height, width = image.shape
+    y, x = (
+        np.clip(np.floor(places * n / full).astype(int), 0, n - 1)
+        for places, n, full in zip((rows, columns), (height, width), image.levels[0], strict=True)
+    )
+    group = max(1, STRIP_BYTES // (channels * width * image.dtype.itemsize))
+    for top in range(0, height, group):
+        inside = (y >= top) & (y < top + group)
+        if inside.any():
+            strip = image.read(top, 0, min(group, height - top), width)
+            found[inside] = has_data(strip[:, y[inside] - top][..., x], image.nodata).any(0)
+    return found
+
+
+def _as_stored(image: ImageFile, target: Size) -> ImageFile:
+    """The image without `fill`, at its smallest level of at least `target` (height, width) pixels, never a larger one than now."""
     enough = [index for index, level in enumerate(image.levels) if level[0] >= target[0] and level[1] >= target[1]]
     smallest = max([image.level, *enough])
-    if smallest != image.level:
-        image = image.at_level(smallest)
-    means = _box_mean(image, target)
-    return _as_rgb(means, image.dtype), np.isfinite(means).any(0)
+    if smallest == image.level and image._fill is None:
+        return image
+    place = {} if smallest == image.level else {"level": smallest, "spacing": None}
+    return open_image(image._source, **{**image._arguments, **place, "fill": None})
 
 
 def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 import tifffile
 from torch import Tensor
 
+from widefield.errors import MissingExtraError
 from widefield.images import ImageFile
+from widefield.images.formats import Transform
+from widefield.images.image import data_at, scaled
 from widefield.streaming import Cells
 from widefield.writing import replacing
 
@@ -28,20 +31,24 @@ class Heatmap:
     """The evidence for a class, and where in the image its entries lie. Everything is told in pixels of the largest level.
 
     Attributes:
-        evidence: Array (h, w) of floats, see `class_activation` and `grad_cam`.
+        evidence: Array (h, w) of floats, see `class_activation` and `grad_cam`; NaN where the image holds no data.
         cells: The places that the entries look at.
         size: (height, width) of the image.
         spacing: Micrometres per pixel, (y, x); None if unknown.
+        crs: Coordinate reference system of a map, see `ImageFile`.
+        transform: Place of the largest level on the map, see `ImageFile`; None if the image is no map.
     """
 
     evidence: np.ndarray
     cells: Cells
     size: tuple[int, int]
     spacing: tuple[float, float] | None = None
+    crs: str | None = None
+    transform: Transform | None = None
 
     @classmethod
     def of(cls, evidence: Tensor, cells: Cells, image: ImageFile | Tensor) -> "Heatmap":
-        """Return the heatmap of an image.
+        """Return the heatmap of an image, without the cells whose middle lies where a file holds no data, see `data_at`.
 
         Args:
             evidence: (h, w), on any device.
@@ -51,8 +58,7 @@ class Heatmap:
         height, width = image.shape[-2:]
         size = (height, width) if isinstance(image, Tensor) else image.levels[0]
         scale = size[0] / height, size[1] / width
-        known = None if isinstance(image, Tensor) else image.spacing
-        return cls(
+        found = cls(
             evidence=evidence.float().cpu().numpy(),
             cells=Cells(
                 cells.size,
@@ -61,13 +67,35 @@ class Heatmap:
                 (cells.stride[0] * scale[0], cells.stride[1] * scale[1]),
             ),
             size=size,
-            spacing=None if known is None else (known[0] / scale[0], known[1] / scale[1]),
+        )
+        if isinstance(image, Tensor):
+            return found
+        return replace(
+            found,
+            evidence=np.where(data_at(image, *found._middles), found.evidence, np.nan),
+            spacing=image.spacing and (image.spacing[0] / scale[0], image.spacing[1] / scale[1]),
+            crs=image.crs,
+            transform=image.transform and scaled(image.transform, 1 / scale[0], 1 / scale[1]),
         )
 
     @property
-    def peak(self) -> tuple[int, int]:
-        """Pixel (y, x) of the image that the entry of the greatest evidence looks at, the nearest one inside of the image."""
-        entry = np.unravel_index(int(self.evidence.argmax()), self.evidence.shape)
+    def _middles(self) -> tuple[np.ndarray, np.ndarray]:
+        """Middles of the rows and columns of cells, in pixels from the corner of the image."""
+        rows, columns = (
+            start + 0.5 + step * np.arange(count)
+            for start, step, count in zip(self.cells.origin, self.cells.stride, self.evidence.shape, strict=True)
+        )
+        return rows, columns
+
+    @property
+    def peak(self) -> tuple[int, int] | None:
+        """Pixel (y, x) of the image that the entry of the greatest evidence looks at, the nearest one inside of the image.
+
+        None if there is no evidence, as the image holds no data.
+        """
+        if np.isnan(self.evidence).all():
+            return None
+        entry = np.unravel_index(int(np.nanargmax(self.evidence)), self.evidence.shape)
         y, x = (
             min(max(math.floor(start + step * int(index) + 0.5), 0), size - 1)
             for start, step, index, size in zip(self.cells.origin, self.cells.stride, entry, self.size, strict=True)
@@ -96,9 +124,9 @@ class Heatmap:
             np.floor(((np.arange(math.ceil(size / side - 1e-9)) + 0.5) * side - first) / step).astype(int)
             for size, side, (first, _), step in zip(self.size, pixel, self.edges, self.cells.stride, strict=True)
         )
-        known = np.outer((rows >= 0) & (rows < self.cells.size[0]), (cols >= 0) & (cols < self.cells.size[1]))
+        inside = np.outer((rows >= 0) & (rows < self.cells.size[0]), (cols >= 0) & (cols < self.cells.size[1]))
         found = self.evidence[np.ix_(rows.clip(0, self.cells.size[0] - 1), cols.clip(0, self.cells.size[1] - 1))]
-        return np.where(known, found, 0).astype(np.float32)
+        return np.where(inside & ~np.isnan(found), found, 0).astype(np.float32)
 
     def save_tiff(self, path: Path, name: str) -> None:
         """Write a pyramidal OME-TIFF of float32, two entries to a cell each way, from the corner of the image on.
@@ -132,6 +160,39 @@ class Heatmap:
                     of_level |= {"resolution": per_cm, "resolutionunit": "CENTIMETER"}
                 file.write(level, tile=(_TILE, _TILE), compression="zlib", photometric="minisblack", **of_level)
 
+    def save_geotiff(self, path: Path, name: str) -> None:
+        """Write a cloud optimized GeoTIFF of float32 in the place of the image on the map, a pixel for each cell.
+
+        It is written whole or not at all. The middle of a pixel is the middle of the receptive field of its cell. NaN is its value
+        for missing data.
+
+        Args:
+            path: Of the file.
+            name: Of the band.
+
+        Raises:
+            MissingExtraError: rasterio, which the extra `geo` brings, is not installed.
+            ValueError: The image is no map: `transform` is None.
+        """
+        rasterio = import_rasterio()
+        if self.transform is None:
+            raise ValueError("the image has no place on a map, so there is no GeoTIFF of it; use save_tiff")
+        a, b, c, d, e, f = self.transform
+        (top, _), (left, _) = self.edges
+        corner = (a, b, a * left + b * top + c, d, e, d * left + e * top + f)
+        place = rasterio.Affine(*scaled(corner, *self.cells.stride))
+        (height, width), layout = self.evidence.shape, {"compress": "deflate", "predictor": "yes", "blocksize": _TILE}
+        shape = {"height": height, "width": width, "count": 1, "dtype": "float32", "nodata": math.nan}
+        averaged = {"overview_resampling": "average"}
+        with (
+            replacing(path) as partial,
+            rasterio.open(
+                partial, "w", driver="COG", crs=self.crs, transform=place, **shape, **layout, **averaged
+            ) as file,
+        ):
+            file.write(self.evidence.astype(np.float32), 1)
+            file.set_band_description(1, name)
+
     def save_geojson(self, path: Path, name: str, shares: Sequence[float]) -> None:
         """Write the contours of the evidence as annotations for QuPath: a FeatureCollection of polygons. Whole or not at all.
 
@@ -143,7 +204,7 @@ class Heatmap:
             name: Of the class.
             shares: Thresholds, as shares of the greatest evidence.
         """
-        top = float(self.evidence.max())
+        top = float(np.fmax.reduce(self.evidence, axis=None))
         features = [
             self._feature(rings, name, share, share * top)
             for share in (shares if top > 0 else ())
@@ -156,7 +217,8 @@ class Heatmap:
     def regions(self, threshold: float) -> list[list[np.ndarray]]:
         """Return the polygons in which the evidence, interpolated between cells, is above `threshold`.
 
-        Each is a list of closed rings, arrays (n, 2) of (x, y) in pixels from the corner of the image: the outline, and holes.
+        They end at the latest where a cell without evidence begins. Each is a list of closed rings, arrays (n, 2) of (x, y) in
+        pixels from the corner of the image: the outline, and holes.
         """
         y, x = (
             np.clip(start + 0.5 + step * np.array([-0.5, *range(count), count - 0.5]), 0, size)
@@ -164,7 +226,11 @@ class Heatmap:
                 self.cells.origin, self.cells.stride, self.evidence.shape, self.size, strict=True
             )
         )
-        around = np.pad(self.evidence.astype(np.float64), 1, mode="edge")  # cells at the border end at their edges
+        evidence = self.evidence.astype(np.float64)
+        # halfway to a cell without evidence, even the greatest falls to the threshold
+        without = threshold - abs(np.fmax.reduce(evidence, axis=None) - threshold)
+        evidence = np.where(np.isnan(evidence), without, evidence)
+        around = np.pad(evidence, 1, mode="edge")  # cells at the border end at their edges
         generator: Any = contourpy.contour_generator(x, y, around, fill_type=contourpy.FillType.OuterOffset)
         outlines, starts = generator.filled(threshold, np.inf)[:2]
         found = [
@@ -188,6 +254,15 @@ class Heatmap:
                 "measurements": measurements,
             },
         }
+
+
+def import_rasterio() -> Any:
+    """Return the module rasterio. Raises MissingExtraError if it is not installed."""
+    try:
+        import rasterio
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("a heatmap on a map (GeoTIFF)", "rasterio", "geo") from error
+    return rasterio
 
 
 def _halved(values: np.ndarray) -> np.ndarray:

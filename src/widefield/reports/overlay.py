@@ -44,7 +44,8 @@ def save_overlay(path: str | Path, image: ImageFile | Tensor, heatmap: Heatmap, 
 
     The greater the evidence, the more of the colour; where it is at or below zero the image is as it is. The surroundings of the
     peak are shown at the resolution of `image`, and framed in the picture of the whole; of an image that is hardly larger than
-    they are, a circle shows the peak. The scale bar is in pixels where the spacing is unknown.
+    they are, a circle shows the peak. Where the image holds no data there is no evidence. The scale bar is in
+    pixels where the spacing is unknown.
 
     Args:
         path: Of the PNG file; written whole or not at all.
@@ -54,7 +55,8 @@ def save_overlay(path: str | Path, image: ImageFile | Tensor, heatmap: Heatmap, 
         title: Above the picture.
     """
     height, width = heatmap.size
-    has_detail = not isinstance(image, Tensor) and max(image.shape[1:]) > 2 * _DETAIL
+    peak = heatmap.peak
+    has_detail = peak is not None and not isinstance(image, Tensor) and max(image.shape[1:]) > 2 * _DETAIL
     inch = min(_LARGEST[0] / height, _LARGEST[1] / width)
     shown_height, shown_width = max(2.0, inch * height), max(2.5, inch * width)
     added = _BESIDE_INCHES * has_detail
@@ -67,29 +69,31 @@ def save_overlay(path: str | Path, image: ImageFile | Tensor, heatmap: Heatmap, 
     _paint(figure, axes, heatmap)
     spacing = None if heatmap.spacing is None else heatmap.spacing[1]
     _frame(axes, (0, 0, height, width), spacing)
-    y, x = heatmap.peak
-    mark: Patch = Circle((x, y), 0.03 * max(heatmap.size), fill=False, edgecolor="white", linewidth=1.5)
-    for beside in others:
-        assert not isinstance(image, Tensor)
-        pixels, region = _detail(image, heatmap)
-        top, left, high, wide = region
-        beside.imshow(pixels, extent=(left, left + wide, top + high, top))
-        beside.set_title("around the greatest evidence (framed), as the model saw it", fontsize=9)
-        down, across = heatmap.cells.stride
-        corner = x + 0.5 - across / 2, y + 0.5 - down / 2
-        beside.add_patch(Rectangle(corner, across, down, fill=False, edgecolor=_COLOUR, linewidth=2))
-        _frame(beside, region, spacing)
-        mark = Rectangle((left, top), wide, high, fill=False, edgecolor="white", linewidth=1.5)
-    mark.set_path_effects([withStroke(linewidth=3, foreground="black")])
-    axes.add_patch(mark)
+    if peak is not None:
+        y, x = peak
+        mark: Patch = Circle((x, y), 0.03 * max(heatmap.size), fill=False, edgecolor="white", linewidth=1.5)
+        for beside in others:
+            assert not isinstance(image, Tensor)
+            pixels, region = _detail(image, heatmap, peak)
+            top, left, high, wide = region
+            beside.imshow(pixels, extent=(left, left + wide, top + high, top))
+            beside.set_title("around the greatest evidence (framed), as the model saw it", fontsize=9)
+            down, across = heatmap.cells.stride
+            corner = x + 0.5 - across / 2, y + 0.5 - down / 2
+            beside.add_patch(Rectangle(corner, across, down, fill=False, edgecolor=_COLOUR, linewidth=2))
+            _frame(beside, region, spacing)
+            mark = Rectangle((left, top), wide, high, fill=False, edgecolor="white", linewidth=1.5)
+        mark.set_path_effects([withStroke(linewidth=3, foreground="black")])
+        axes.add_patch(mark)
     with replacing(Path(path)) as partial:  # at the default compression of 6, half of the time goes into this
         figure.savefig(partial, format="png", pil_kwargs={"compress_level": 1})
 
 
 def _paint(figure: Figure, axes: Axes, heatmap: Heatmap) -> None:
     """Lay the positive evidence over a picture, and draw its colour bar."""
-    top = max(float(heatmap.evidence.max()), float(np.finfo(np.float32).tiny))
-    share = np.clip(heatmap.evidence, 0.0, top) / top  # evidence far below a tiny top would overflow
+    evidence = np.where(np.isnan(heatmap.evidence), 0, heatmap.evidence)
+    top = max(float(evidence.max()), float(np.finfo(np.float32).tiny))
+    share = np.clip(evidence, 0.0, top) / top  # evidence far below a tiny top would overflow
     power = next((power for power in _POWERS if (share**power).mean() <= _PAINTED), _POWERS[-1])
     factor = -(-max(share.shape) // _CELLS)
     rows, cols = (-(-count // factor) for count in share.shape)
@@ -110,14 +114,14 @@ Region = tuple[float, float, float, float]
 """(y, x, height, width) in pixels of the largest level."""
 
 
-def _detail(image: ImageFile, heatmap: Heatmap) -> tuple[np.ndarray, Region]:
+def _detail(image: ImageFile, heatmap: Heatmap, peak: tuple[int, int]) -> tuple[np.ndarray, Region]:
     """Return the surroundings of the peak as a picture, and where they lie."""
     size = image.shape[1:]
     scale = heatmap.size[0] / size[0], heatmap.size[1] / size[1]
     sides = min(_DETAIL, size[0]), min(_DETAIL, size[1])
     y, x = (
         min(max(int((place + 0.5) / factor) - side // 2, 0), full - side)
-        for place, factor, side, full in zip(heatmap.peak, scale, sides, size, strict=True)
+        for place, factor, side, full in zip(peak, scale, sides, size, strict=True)
     )
     region = y * scale[0], x * scale[1], sides[0] * scale[0], sides[1] * scale[1]
     return as_rgb(image.read(y, x, *sides)), region
