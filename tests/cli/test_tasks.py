@@ -13,6 +13,7 @@ import yaml
 from tests.small_images import write_folder
 from widefield.cli import main
 from widefield.images import open_image
+from widefield.inference import ImageClassificationInferencer
 from widefield.models import Classifier
 
 
@@ -86,6 +87,14 @@ def test_a_task_is_trained_tested_and_kept_in_the_checkpoint(
     assert shown == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
     chosen = {"regression": [], "multilabel": [n for n, p in zip(names, shown, strict=True) if p >= 0.5]}
     assert predicted["predicted"] == ";".join(chosen.get(arguments[1], [names[int(expected.argmax())]]))
+    (result,) = ImageClassificationInferencer(model)(image)
+    row = {
+        column: value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+        for column, value in result["row"].items()
+    }
+    assert {column: predicted[column] if column == "predicted" else float(predicted[column]) for column in row} == row
+    several = arguments[1] != "survival"
+    assert result["pred_class"] == (chosen[arguments[1]] if several else predicted["predicted"])
     classifier, checkpoint = Classifier.from_checkpoint(tmp_path / "run" / "best.ckpt")
     assert checkpoint["LabelledImages"]["target"] == classifier.target
     assert classifier.class_names == names

@@ -20,7 +20,7 @@ from widefield.data.pipeline import Picture
 from widefield.images import ImageFile, image_endings, images_below
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
-from widefield.inference.prediction import labels_of, predict_samples, task_of
+from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
 from widefield.models import Classifier
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
 from widefield.reports.heatmap import import_rasterio
@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     streaming = {name: value for name, value in options.items() if value is not None}
     config = None if arguments.config is None else load(arguments.config)
     model: Any = load_trained(checkpoint, streaming=streaming, config=config)
-    info, score = info_of(model), "probability"
+    info = info_of(model)
     if isinstance(model, ImageToImageRetriever):
-        info, score = replace(info, class_names=None), "similarity"  # with the items of the collection, by their index
+        info = replace(info, class_names=None)  # its scores are those of the items of the collection, by their index
     network = streamed_network(model)
     if not isinstance(model, Classifier) and not hasattr(model, "predict"):
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         picture = info.pipeline(image)
-        prediction = _predict(model, info, picture, views, score)
+        prediction = _predict(model, info, picture, views)
         stem = free_stem(file, table.names)
         paths = {one: out / f"{stem}{ENDINGS[one]}" for one in formats if prediction.heatmap is not None}
         _save(prediction, paths, picture, file.name, arguments.thresholds)
@@ -146,8 +146,8 @@ class _Prediction(NamedTuple):
     heatmap: Heatmap | None
 
 
-def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None, score: str) -> _Prediction:
-    """Return the prediction for an image; `score` begins the names of the columns of scores."""
+def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None) -> _Prediction:
+    """Return the prediction for an image."""
     heatmap: Heatmap | None = None
     if views is None and (found := explain(model, picture)) is not None:
         scores, heatmap = found
@@ -160,15 +160,10 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     if not bool(scores.isfinite().all()):
         raise ValueError("the scores are NaN or infinite; look for such pixels in the image, and for such weights")
     names = info.names(len(scores))
-    predicted = [names[label] for label in labels.reshape(-1).tolist()]
-    is_number = task_of(model) == "regression"
-    score = "predicted" if is_number else score
-    cells = {
-        **{f"{score}_{name}": f"{value:.6g}" for name, value in zip(names, scores.tolist(), strict=True)},
-        "predicted": ";".join(predicted),
-        **_peak(heatmap if isinstance(picture, ImageFile) else None),
-    }
-    told = f"{float(scores.max()):.4g}" if is_number else f"{float(scores.max()):.0%}"
+    row = row_of(scores, labels, model, names)
+    cells = {column: value if isinstance(value, str) else f"{value:.6g}" for column, value in row.items()}
+    cells |= _peak(heatmap if isinstance(picture, ImageFile) else None)
+    told = f"{float(scores.max()):.4g}" if task_of(model) == "regression" else f"{float(scores.max()):.0%}"
     return _Prediction(cells, names[int(scores.argmax())], told, heatmap)
 
 

@@ -118,8 +118,27 @@ def labels_of(score: Tensor, model: Any) -> Tensor:
     return score.topk(min(head.topk, len(score))).indices
 
 
+def row_of(scores: Tensor, labels: Tensor, model: Any, names: Sequence[str]) -> dict[str, float | str]:
+    """Return what `widefield predict` writes of the scores of an image, by column.
+
+    Args:
+        scores: (C,), on any device.
+        labels: Indices of what is predicted, see `labels_of`.
+        model: Its task says what the scores are: `probability_NAME`; of a regression `predicted_NAME`, of a retriever
+            `similarity_NAME`.
+        names: Of the C scores.
+
+    Returns:
+        A number for each score, and `predicted`: the names of what is predicted, separated by semicolons.
+    """
+    kind = "similarity" if isinstance(model, ImageToImageRetriever) else "probability"
+    kind = "predicted" if task_of(model) == "regression" else kind
+    columns = {f"{kind}_{name}": value for name, value in zip(names, scores.tolist(), strict=True)}
+    return {**columns, "predicted": ";".join(names[label] for label in labels.reshape(-1).tolist())}
+
+
 class ImageClassificationInferencer:
-    """Predicts the classes of images.
+    """Predicts the classes of images, or what else the task of a `Classifier` is.
 
     Args:
         model: A model, or what `get_model` takes: the folder of a run, a checkpoint, a configuration.
@@ -149,7 +168,9 @@ class ImageClassificationInferencer:
         """A dictionary for each image.
 
         `pred_scores` is an array of a score per class, `pred_label` the index of the highest, `pred_score` its score, and
-        `pred_class` its name, if the classes have names. Large images are read tile by tile where the model streams.
+        `pred_class` its name, if the classes have names. Of a model that predicts several labels these are lists, of a regression
+        empty ones. `row` is what `widefield predict` writes: by task `probability_NAME` or `predicted_NAME`, and `predicted`. Large
+        images are read tile by tile where the model streams.
 
         Args:
             inputs: A file, an array (H, W, C), a tensor (C, H, W) or a lazily read image, or a list of them.
@@ -165,14 +186,15 @@ class ImageClassificationInferencer:
         return results
 
     def _result(self, sample: Any) -> dict[str, Any]:
-        scores = sample.pred_score.float().cpu().numpy()
-        label = int(scores.argmax())
-        result = {"pred_scores": scores, "pred_label": label, "pred_score": float(scores[label])}
-        return (
-            result
-            if self.classes is None
-            else {**result, "pred_class": ModelInfo(self.classes).names(len(scores))[label]}
-        )
+        scores = sample.pred_score.float().cpu()
+        labels, names = labels_of(scores, self.model), ModelInfo(self.classes).names(len(scores))
+        result = {
+            "pred_scores": scores.numpy(),
+            "pred_label": labels.tolist(),
+            "pred_score": scores[labels].tolist(),
+            "row": row_of(scores, sample.pred_label, self.model, names),
+        }
+        return result if self.classes is None else {**result, "pred_class": np.array(names)[labels.numpy()].tolist()}
 
 
 def inference_model(model: nn.Module | Name, image: Image) -> Any:
