@@ -148,6 +148,20 @@ def compare_with_unbroken(
     assert f"step {saved}" in (tmp_path / "broken" / "train.log").read_text()
 
 
+def test_the_last_checkpoint_is_the_finished_model_whatever_the_steps_between(tmp_path: Path, images: Path) -> None:
+    by_steps: dict[str, Any] = {"batch_size": 2, "callbacks": {"model_checkpoint": {"every_n_train_steps": 2}}}
+    train(tmp_path / "unbroken", images, epochs=2, **by_steps)
+    train(tmp_path / "out", images, epochs=1, **by_steps)
+    last = checkpoint(tmp_path / "out")
+    assert last["global_step"] == 5
+    kept = {name: value for name, value in last["state_dict"].items() if ".embedding." in name}
+    for name, value in exported(tmp_path / "out").items():
+        assert any(key.endswith(f".{name}") and torch.equal(value, other) for key, other in kept.items())
+    train(tmp_path / "out", images, epochs=2, resume_interrupted=True, **by_steps)
+    assert [step for step, _ in losses(tmp_path / "out")] == [4, 9]
+    assert checkpoint(tmp_path / "out")["global_step"] == 10
+
+
 def test_max_steps_ends_a_resumed_run_and_broken_lines_of_metrics_go(tmp_path: Path, images: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "trainer_args": {"max_steps": 12}}
     train(tmp_path / "out", images, epochs=2, **options)

@@ -35,10 +35,11 @@ class SaveLast(Callback):
     Args:
         path: Of the checkpoint; None writes none, and only stops.
         seconds: Since it was written here that make it old; None: none do.
+        at_end: Write it at the end of training too, where nothing else does.
     """
 
-    def __init__(self, path: Path | None, seconds: float | None) -> None:
-        self._path, self._seconds = path, seconds
+    def __init__(self, path: Path | None, seconds: float | None, at_end: bool) -> None:
+        self._path, self._seconds, self._at_end = path, seconds, at_end
         self._saved = time.monotonic()
         self._received: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -64,6 +65,8 @@ class SaveLast(Callback):
             raise SystemExit(TERMINATED) if self._received == signal.SIGTERM else KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._path is not None and self._at_end:
+            trainer.save_checkpoint(self._path)
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -188,8 +191,8 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
     if args.model_export is not None:
         callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
     saving = args.model_checkpoint
+    by_steps = saving is not None and saving.every_n_train_steps is not None
     if saving is not None:
-        by_steps = saving.every_n_train_steps is not None
         options = asdict(saving)
         del options["every_n_minutes"]
         options["every_n_epochs"] = None if by_steps else saving.every_n_epochs or 1
@@ -202,7 +205,7 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
         callbacks.append(Report(out, quality))
     keeps_last = saving is not None and saving.save_last
     minutes = saving.every_n_minutes if saving is not None and keeps_last else None
-    callbacks.append(SaveLast(out.last if keeps_last else None, None if minutes is None else 60 * minutes))
+    callbacks.append(SaveLast(out.last if keeps_last else None, None if minutes is None else 60 * minutes, by_steps))
     return callbacks
 
 
