@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.streaming.exactness import assert_exact, plain_reference, randomise, relative_error
 from widefield.streaming import StreamingCNN, stream
+from widefield.streaming.check import explain
 
 pytestmark = pytest.mark.gpu
 
@@ -174,3 +175,4 @@ def test_tensors_of_the_device_that_no_module_registers_are_found(plain_first: b
         module(image)
     found = StreamingCNN(module, 8)(image)
     assert relative_error(found.detach(), module(image).detach()) < 1e-10
+    assert "aten.conv2d" in explain(module, (3, 30, 40))

@@ -94,6 +94,11 @@ _UNHOOKED = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 _QUIET = patch.object(_trace, "print", lambda *args, **kwargs: None, create=True)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter or buffer; the CPU for a module that has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 def trace_module(
     module: nn.Module,
     shape: tuple[int, int, int, int],
@@ -102,9 +107,11 @@ def trace_module(
     batch_statistics: bool = False,
     symbolic: bool = True,
     image_requires_grad: bool = False,
-    device: torch.device = CAPTURE_DEVICE,
+    device: torch.device | None = None,
 ) -> Trace:
     """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype` on `device`, in the current grad mode.
+
+    `device`: None for that of the module.
 
     `autocast`: the dtype of the autocast that it will run under. `batch_statistics`: batch norm layers in training mode
     normalise by the batch, and not by their running statistics. `symbolic`: with symbols for height and width, if the module
@@ -115,7 +122,7 @@ def trace_module(
     can reach (caches, globals, objects in attributes) is left as it was.
     """
     _refuse_structure(module, batch_statistics)
-    grads = torch.is_grad_enabled()
+    grads, device = torch.is_grad_enabled(), device or device_of(module)
     with full_float32(), torch.inference_mode(False), torch.set_grad_enabled(grads):
         if symbolic:
             try:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.build import explain as explain_passes
-from widefield.streaming.capture import trace_module
+from widefield.streaming.capture import device_of, trace_module
 from widefield.streaming.comparison import Outcome, contiguous_gradient, differences, outcome
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
@@ -166,8 +166,7 @@ def check(
     tile_size = tile_size if tile_size is not None else (-(-full[2] // 3), -(-full[3] // 3))
     generator = torch.Generator("cpu").manual_seed(seed)
     image = torch.randn(full, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    image = image.to(device)
+    image = image.to(device_of(model))
 
     plain = _reference(model, dtype)
     casts = _Casts(dtype)
