@@ -113,6 +113,17 @@ def test_many_sizes_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(traced) < len(SIZES)
 
 
+def test_same_padding_of_many_layers_is_one_trace_for_sizes_of_one_remainder() -> None:
+    module = Fn(lambda x: same_padding(same_padding(same_padding(same_padding(x))))).double()
+    trace = trace_module(module, (1, 3, 101, 87), torch.float64)
+    held = [size for size in range(64, 160) if trace.at(size, 87) is not None]
+    assert {size % 32 for size in held} == {101 % 32, 102 % 32}  # the convolution before makes 51 of both
+    streamed = stream(module, 40)
+    for height in held:
+        image = torch.rand(1, 3, height, 87, dtype=torch.float64)
+        assert relative_error(streamed(image).detach(), module(image).detach()) < TOLERANCE
+
+
 def test_a_decision_on_the_size_is_taken_again() -> None:
     module = Fn(lambda x: x.tanh() if x.shape[2] > 20 else x.relu()).double()
     streamed = StreamingCNN(module, 9)

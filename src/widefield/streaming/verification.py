@@ -99,7 +99,8 @@ def verify_at_first_use(
         return
     started = time.perf_counter()
     computed_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-    sizes = sorted(SIZES, key=lambda size: not network._has_program(program, (*shape[:2], *size)))
+    alike = (shape[2] % 64 + 64, shape[3] % 64 + 64)  # what decides by the remainder of a size decides here as there
+    sizes = sorted((*SIZES, alike), key=lambda size: not network._has_program(program, (*shape[:2], *size)))
     if shape[2] * shape[3] <= 512**2:
         sizes.append((shape[2], shape[3]))
     reasons = []

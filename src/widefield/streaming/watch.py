@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.functions import Max
 
 from widefield.streaming.captured import CAPTURE_DEVICE
 from widefield.streaming.errors import UnsupportedOpError
@@ -182,6 +183,8 @@ class Watch(TorchFunctionMode):
             args, kwargs = pytree.tree_map(self._here, (args, kwargs))
         if self.autocast is not None and func is Tensor.float and args[0].dtype == torch.float32:
             return torch.ops.aten._to_copy.default(args[0], dtype=torch.float32)
+        if func is nn.functional.pad:
+            args, kwargs = pytree.tree_map(_decided, (args, kwargs))
         result = args[0].detach() if func == _GETTERS["data"] else func(*args, **kwargs)
         self._follow(func, name, tensors, result)
         return result
@@ -457,6 +460,15 @@ def _pointwise_function(tensors: list[Tensor], call: int) -> Tensor:
 @_pointwise_function.register_fake
 def _(tensors: list[Tensor], call: int) -> Tensor:
     return torch.empty_like(torch.broadcast_tensors(*tensors)[0], memory_format=torch.contiguous_format)
+
+
+def _decided(amount: Any) -> Any:
+    """Return an amount of padding that is the larger of two formulas as a number, for which the trace gets a guard.
+
+    "Same" padding is max(0, ...) of the size before it. Left as a formula it would be part of all later sizes, and of the amount
+    at each later layer, until nothing can be decided about them in reasonable time.
+    """
+    return int(amount) if isinstance(amount, torch.SymInt) and amount.node.expr.has(Max) else amount
 
 
 def _as_number(original: Callable[[Any], str]) -> Callable[[Any], str]:
