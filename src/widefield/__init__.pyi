@@ -11,12 +11,14 @@ from widefield.inference import get_model, list_models
 from widefield.inference import inference_model as inference_model
 from widefield.models.classifier import StreamingTimm as StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt as StreamingConvNeXt
+from widefield.models.convnext import StreamingConvNext as StreamingConvNext
 from widefield.models.convnext import StreamingConvnext as StreamingConvnext
 from widefield.models.resnet import StreamingResNet as StreamingResNet
 from widefield.models.resnet import split_resnet as split_resnet
 from widefield.modules import AtomicCheckpointIO as AtomicCheckpointIO
 from widefield.modules import BaseModule as BaseModule
 from widefield.modules import ImageNetClassifier as ImageNetClassifier
+from widefield.modules import LightningStreamingModule as LightningStreamingModule
 from widefield.modules import RandomState as RandomState
 from widefield.modules import StreamingConstructor as StreamingConstructor
 from widefield.modules import StreamingModule

@@ -20,6 +20,17 @@ def test_split_resnet_makes_a_head_of_the_right_width(name: str, features: int) 
         assert torch.allclose(head(trunk(image)), net(image), atol=1e-6)
 
 
+def test_split_resnet_without_classes_is_the_trunk_alone() -> None:
+    net = tv.resnet18().eval()
+    image = torch.rand(1, 3, 64, 64)
+    assert split_resnet(net)(image).shape == (1, 512, 2, 2)
+    assert (
+        split_resnet(net, True)(image).shape == split_resnet(net, remove_last_block=True)(image).shape == (1, 256, 4, 4)
+    )
+    trunk, head = split_resnet(net, 5, remove_last_block=True)
+    assert head(trunk(image)).shape == (1, 5)
+
+
 def test_streaming_resnet_is_importable_from_both_places() -> None:
     assert resnet.resnet.StreamingResNet is StreamingResNet
     module = StreamingResNet("resnet18_w16", 32, nn.CrossEntropyLoss(), num_classes=2, weights=None)

@@ -19,6 +19,7 @@ from widefield.models.classifier import StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt, StreamingConvnext
 from widefield.models.resnet import StreamingResNet
 from widefield.modules import ImageNetClassifier
+from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 
 
 def equals_plain(module: ImageNetClassifier, size: tuple[int, int] = (70, 90)) -> None:
@@ -63,6 +64,24 @@ def test_convnext() -> None:
     equals_plain(StreamingConvNeXt("convnext_atto", 64, num_classes=2, weights=None), (96, 128))
     with pytest.raises(ValueError, match="convnext_tiny"):
         StreamingConvNeXt("convnext_tny", weights=None)
+
+
+@pytest.mark.parametrize("remove_last_block", [False, True])
+@pytest.mark.parametrize("kind", [StreamingResNet, StreamingConvNeXt])
+def test_without_loss_and_classes_it_is_the_trunk_alone(kind: Any, remove_last_block: bool) -> None:
+    name = "resnet18_w8" if kind is StreamingResNet else "convnext_atto"
+    options = {"weights": None, "remove_last_block": remove_last_block}
+    module = kind(name, 64, additional_modules=nn.MaxPool2d(2), **options).eval()
+    assert name in kind.get_model_names()
+    image = torch.rand(1, 3, 128, 192) * 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    right = module.stream_network.module((image / 255 - mean) / std)
+    assert right.shape[2:] == ((4, 6) if remove_last_block else (2, 3))
+    torch.testing.assert_close(module(image), right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kind(name, 64, normalize_on_gpu=False, **options).eval()(image).shape[1], right.shape[1])
+    if kind is StreamingConvNeXt:
+        with pytest.raises(ValueError, match="are for a trunk alone"):
+            kind(name, 64, num_classes=2, additional_modules=nn.MaxPool2d(2), **options)
 
 
 def test_torchvision_convnext_has_a_head_of_its_own() -> None:

@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 import widefield.transforms as A
 from tests.fresh import fresh
 from widefield.models.resnet import StreamingResNet
-from widefield.modules import BaseModule, StreamingConstructor, StreamingModule
+from widefield.modules import (
+    BaseModule,
+    ImageNetClassifier,
+    LightningStreamingModule,
+    StreamingConstructor,
+    StreamingModule,
+)
 from widefield.modules.constructor import without_effect
 from widefield.streaming import StreamingCNN
 
@@ -477,6 +483,58 @@ def test_names_that_lightstream_users_know() -> None:
     assert module.stream_network.module[0].training
     module.save_tile_cache_if_needed(overwrite=True)
     module.load_tile_cache_if_needed(use_tile_cache=False)
+
+
+class SecondGeneration(LightningStreamingModule):
+    """As lightstream 1.x has it: manual optimisation, and a backward pass of the trunk by hand."""
+
+    def __init__(self, stream_network: nn.Module) -> None:
+        super().__init__(stream_network)
+        self.head = make_head()
+        self.automatic_optimization = False
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(make_batches())  # type: ignore[arg-type]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        image, target = batch
+        fmap = self.stream_network(image)
+        fmap.requires_grad = self.training
+        self.manual_backward(nn.functional.cross_entropy(self.head(fmap), target))
+        self.stream_network.backward(image, fmap.grad)
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+def test_modules_of_the_second_generation_train_as_plain_pytorch() -> None:
+    module = SecondGeneration(StreamingModule(make_trunk(), 32))
+    assert module.tile_size == (32, 32)
+    train(module)
+    assert_trained(module, *train_plainly(True))
+
+
+class Classifies(ImageNetClassifier):
+    def train_dataloader(self) -> Any:
+        return DataLoader(make_batches())  # type: ignore[arg-type]
+
+
+def test_the_classifier_of_the_second_generation_trains_as_plain_pytorch() -> None:
+    trunk, loss = StreamingModule(make_trunk(), 32, "cache.pth"), nn.CrossEntropyLoss()
+    assert (Classifies(trunk, make_head(), loss).lr, Classifies(trunk, make_head(), loss).weight_decay) == (1e-4, 1e-5)
+    module = Classifies(trunk, make_head(), loss, lr=1e-2, weight_decay=0.0)
+    train(module)
+    assert_trained(module, *train_plainly(True, together=2))
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2, the trainer 3"):
+        train(Classifies(trunk, make_head(), loss), accumulate_grad_batches=3)
+    with pytest.raises(ValueError, match="streams already, as it was told when it was made; give tile_size there"):
+        Classifies(trunk, make_head(), 64, loss)
+    with pytest.raises(ValueError, match="this Classifies has a head already"):
+        Classifies(module, make_head(), loss)
+    with pytest.warns(UserWarning, match="the first image are at most .* but 255 stands for white"):
+        train(Classifies(StreamingModule(make_trunk(), 32, value_range=(0, 255)), make_head(), loss))
 
 
 def test_the_constructor_takes_its_arguments_in_the_order_of_lightstreams() -> None:

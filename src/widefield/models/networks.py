@@ -134,6 +134,20 @@ def _no_download(name: str, error: Exception) -> OSError:
     )
 
 
+def one_name(model_name: str | None, encoder: str | None, choices: Iterable[str]) -> str:
+    """Return the name of a model that was given as one of two arguments.
+
+    Raises:
+        ValueError: It was given as both or none, or is not among `choices`.
+    """
+    if (model_name is None) == (encoder is None):
+        raise ValueError(f"give model_name or encoder, one of them: got model_name={model_name!r}, encoder={encoder!r}")
+    name = model_name or encoder or ""
+    if name not in choices:
+        raise unknown_model(name, choices)
+    return name
+
+
 def unknown_model(name: str, choices: Iterable[str]) -> ValueError:
     """Return the error for a model name that is not among `choices`; it names the nearest ones."""
     return ValueError(f"there is no model {name!r}; {suggestion(name, choices)}")

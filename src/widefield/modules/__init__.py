@@ -2,13 +2,20 @@
 
 from widefield.modules.constructor import StreamingConstructor
 from widefield.modules.runs import AtomicCheckpointIO, FiniteTraining, NotFiniteError, RandomState
-from widefield.modules.streaming_module import BaseModule, ImageNetClassifier, PlainModel, StreamingModule
+from widefield.modules.streaming_module import (
+    BaseModule,
+    ImageNetClassifier,
+    LightningStreamingModule,
+    PlainModel,
+    StreamingModule,
+)
 
 __all__ = [
     "AtomicCheckpointIO",
     "BaseModule",
     "FiniteTraining",
     "ImageNetClassifier",
+    "LightningStreamingModule",
     "NotFiniteError",
     "PlainModel",
     "RandomState",

@@ -103,6 +103,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def by_default(trunk_alone: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Return how a ready network normalises unless `options` say otherwise: by ImageNet's mean and std.
+
+    `trunk_alone`: float images are from 0 to 255, as lightstream 1.x takes them.
+    """
+    scaled = trunk_alone and options.get("normalize_on_gpu") is not False
+    return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "value_range": (0, 255) if scaled else None}
+
+
 @cache
 def without_effect(name: str) -> None:
     """Say once that an argument or method is accepted, and that nothing depends on it."""

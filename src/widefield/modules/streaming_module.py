@@ -42,7 +42,8 @@ class BaseModule(pl.LightningModule):
         train_metrics, val_metrics, test_metrics: The metrics of each phase, or None.
 
     Args:
-        stream_network: The trunk, of operations that are local in space; see `StreamingCNN`.
+        stream_network: The trunk, of operations that are local in space; see `StreamingCNN`. Or a module or `StreamingCNN` that
+            streams already, whose trunk is used as it is: tile, budget and normalisation are not given again.
         head: Applied to the trunk's map (N, C, h, w) of one image or batch; None returns the map.
         tile_size: Pixels read per step; see `StreamingCNN`. None lets the engine choose.
         loss_fn: Called as `loss_fn(output, targets)`; returns a scalar tensor.
@@ -53,7 +54,8 @@ class BaseModule(pl.LightningModule):
         weight_decay: Its weight decay.
         optimizer: Makes another optimizer of the parameters to train, `functools.partial(torch.optim.SGD, lr=0.1)` say.
         lr_scheduler: Makes a schedule of the optimizer, stepped once an epoch; `ReduceLROnPlateau` watches `val_loss`.
-        tile_cache_dir, tile_cache_fname: Without effect: there is nothing to cache.
+        accumulate_grad_batches: That of the trainer, which it sets; None leaves the trainer's.
+        tile_cache_dir, tile_cache_fname, tile_cache_path: Without effect: there is nothing to cache.
         options: Those of `StreamingConstructor`.
     """
 
@@ -78,8 +80,10 @@ class BaseModule(pl.LightningModule):
         weight_decay: float = 0.0,
         optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeSchedule | None = None,
+        accumulate_grad_batches: int | None = None,
         tile_cache_dir: Any = None,
         tile_cache_fname: str | None = None,
+        tile_cache_path: Any = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -92,21 +96,23 @@ class BaseModule(pl.LightningModule):
                 f"loss_fn={loss_fn!r:.100} cannot be called with (output, targets); give torch.nn.CrossEntropyLoss() say"
             )
         options = {"mean": mean, "std": std, "memory_budget": memory_budget, "value_range": value_range, **options}
-        self.stream_network = StreamingConstructor(stream_network, tile_size, **options).prepare_streaming_model()
+        self.stream_network = _streamed(stream_network, tile_size, options)
         self.head = head
         self.loss_fn = loss_fn
         self._train_streaming_layers = train_streaming_layers
         if not train_streaming_layers:
             self.stream_network.requires_grad_(False)
         self.tile_cache_dir, self.tile_cache_fname = tile_cache_dir, tile_cache_fname
-        if tile_cache_dir is not None or tile_cache_fname is not None:
-            without_effect("tile_cache_dir, tile_cache_fname")
+        if any(given is not None for given in (tile_cache_dir, tile_cache_fname, tile_cache_path)):
+            without_effect("tile_cache_dir, tile_cache_fname, tile_cache_path")
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.lr = lr
         self.weight_decay = weight_decay
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self._extra_params: list[nn.Parameter] = []
         self._recordings = Recordings()
+        self._range_seen = False
         for phase in ("train", "val", "test"):
             setattr(self, f"{phase}_metrics", _for_phase(metrics, phase))
 
@@ -237,7 +243,19 @@ class BaseModule(pl.LightningModule):
         return [part for part in self.stream_network.modules() if getattr(part, "track_running_stats", False)]
 
     def setup(self, stage: str) -> None:
-        """Raise ValueError for strategies that split parameters, and for weight averaging that resets frozen norm layers."""
+        """Set the trainer's accumulation of gradients, if this module was given one.
+
+        Raises:
+            ValueError: For strategies that split parameters, weight averaging that resets frozen norm layers, and a trainer that
+                accumulates otherwise than this module.
+        """
+        if stage == "fit" and self.accumulate_grad_batches is not None:
+            if self.trainer.accumulate_grad_batches not in (1, self.accumulate_grad_batches):
+                raise ValueError(
+                    f"the module was given accumulate_grad_batches={self.accumulate_grad_batches}, the trainer "
+                    f"{self.trainer.accumulate_grad_batches}; give it to the trainer alone, and accumulate_grad_batches=None here"
+                )
+            self.trainer.accumulate_grad_batches = self.accumulate_grad_batches
         if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ValueError(
                 f"{type(self.trainer.strategy).__name__} splits parameters among devices, but a streamed trunk needs whole ones at "
@@ -352,9 +370,26 @@ class BaseModule(pl.LightningModule):
         With `copy_to_gpu=True`, or while streaming is disabled, tensors among them are moved too.
         """
         move = partial(super().transfer_batch_to_device, device=device, dataloader_idx=dataloader_idx)
-        if self.stream_network.copy_to_gpu or not self.use_streaming:
-            return parts_moved(batch, lambda part: part if is_lazy(part) else move(part), move)
-        return parts_moved(batch, lambda image: image, move)
+        whole = self.stream_network.copy_to_gpu or not self.use_streaming
+
+        def placed(image: Any) -> Any:
+            self._look_at_range(image)
+            return move(image) if whole and not is_lazy(image) else image
+
+        return parts_moved(batch, placed, move)
+
+    def _look_at_range(self, image: Any) -> None:
+        """Warn if the first image is of floats up to 1 where they are taken to be up to 255, say."""
+        top = (self.stream_network.normalisation.value_range or (0, 1))[1]
+        if self._range_seen or not isinstance(image, Tensor) or not image.is_floating_point() or not image.numel():
+            return
+        self._range_seen = True
+        if top > 2 and image.amax() <= 1:
+            warnings.warn(
+                f"the values of the first image are at most {image.amax():g}, but {top:g} stands for white here: to the network it "
+                "is black. If its values are from 0 to 1, give value_range=(0, 1)",
+                stacklevel=2,
+            )
 
     def _step(self, batch: Any, phase: str) -> Tensor:
         if self.loss_fn is None:
@@ -378,6 +413,28 @@ class BaseModule(pl.LightningModule):
         return loss
 
 
+def _streamed(network: nn.Module, tile_size: Any, options: dict[str, Any]) -> StreamingCNN:
+    """The trunk, streamed by these options; that of a module that streams already as it is.
+
+    Raises:
+        ValueError: It streams already, and options are given nevertheless, or it has a head of its own.
+    """
+    if isinstance(network, BaseModule) and network.head is not None:
+        raise ValueError(
+            f"this {type(network).__name__} has a head already: train it as it is, or make it without loss_fn and num_classes, or "
+            "give its stream_network"
+        )
+    trunk = network.stream_network if isinstance(network, BaseModule) else network
+    if not isinstance(trunk, StreamingCNN):
+        return StreamingConstructor(trunk, tile_size, **options).prepare_streaming_model()
+    given = sorted(name for name, value in {"tile_size": tile_size, **options}.items() if value is not None)
+    if given:
+        raise ValueError(
+            f"{type(network).__name__} streams already, as it was told when it was made; give {', '.join(given)} there"
+        )
+    return trunk
+
+
 def _for_phase(metrics: Any, phase: str) -> MetricCollection | None:
     if metrics is None:
         return None
@@ -386,45 +443,79 @@ def _for_phase(metrics: Any, phase: str) -> MetricCollection | None:
 
 
 class StreamingModule(BaseModule):
-    """A trunk that streams, a head on its map, and a loss: `BaseModule`, by the name to subclass, with all three given.
+    """A trunk that streams, a head on its map, and a loss: `BaseModule`, by the name to subclass.
 
     The trunk and the head are parts of a network that was split, for example by `widefield.split` or `split_resnet`. Arguments,
-    batches and attributes are those of `BaseModule`.
+    batches and attributes are those of `BaseModule`; with two differences in what may be given by position, as lightstream 1.x has
+    it: `(trunk, tile_size)` is a trunk alone, and `(trunk, head, loss_fn)` has a trunk that streams already.
     """
-
-    head: nn.Module
-    loss_fn: Loss
 
     def __init__(
         self,
         stream_network: nn.Module,
-        head: nn.Module,
-        tile_size: int | tuple[int, int | None] | None,
-        loss_fn: Loss | None,
+        head: nn.Module | int | tuple[int, int | None] | None = None,
+        tile_size: int | tuple[int, int | None] | Loss | None = None,
+        loss_fn: Loss | None = None,
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(head, (int, tuple)):
+            head, tile_size, loss_fn = None, head, None  # behind them stands where the tile cache was
+        elif tile_size is not None and not isinstance(tile_size, (int, tuple, list)):
+            tile_size, loss_fn = None, tile_size
         super().__init__(stream_network, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
+
+
+class LightningStreamingModule(StreamingModule):
+    """A trunk that streams as lightstream 1.x has it: its map is a leaf of autograd, and its backward pass is called by hand.
+
+        fmap = self.stream_network(image)
+        fmap.requires_grad = self.training
+        self.manual_backward(self.loss_fn(self.head(fmap), target))
+        self.stream_network.backward(image, fmap.grad)
+
+    The trunk is streamed once more in the backward pass, and does not train without. In new code a `StreamingModule` does both.
+    Arguments are those of `StreamingModule`.
+    """
+
+    def __init__(self, stream_network: nn.Module, *arguments: Any, **options: Any) -> None:
+        super().__init__(stream_network, *arguments, **options)
+        self.stream_network.register_forward_hook(_as_leaf)
+
+    def freeze_normalization_layers(self) -> None:
+        """Another name of `freeze_streaming_normalization_layers`."""
+        self.freeze_streaming_normalization_layers()
+
+    def unfreeze_streaming_network(self) -> None:
+        """Let the trunk train."""
+        self.train_streaming_layers = True
+
+
+def _as_leaf(network: StreamingCNN, images: Any, fmap: Any) -> Any:
+    return fmap.detach() if isinstance(fmap, Tensor) and network.enabled else fmap
 
 
 class ImageNetClassifier(StreamingModule):
     """A `StreamingModule` whose outputs are logits (N, classes) and whose targets are class indices (N,).
 
-    Metrics and `predict_step` get probabilities, the softmax of the logits. Arguments are those of `BaseModule`, whose
-    `stream_network` is called `stream_net` here.
+    Metrics and `predict_step` get probabilities, the softmax of the logits. Arguments are those of `StreamingModule`, whose
+    `stream_network` is called `stream_net` here. With a trunk that streams already, as in lightstream 1.x, they are its by
+    default: `lr=1e-4, weight_decay=1e-5, accumulate_grad_batches=2`.
     """
 
     def __init__(
         self,
         stream_net: nn.Module,
-        head: nn.Module,
-        tile_size: int | tuple[int, int | None] | None,
-        loss_fn: Loss | None,
+        head: nn.Module | None,
+        tile_size: int | tuple[int, int | None] | Loss | None = None,
+        loss_fn: Loss | None = None,
         train_streaming_layers: bool = True,
         metrics: Metric | MetricCollection | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(stream_net, BaseModule):
+            options = {"lr": 1e-4, "weight_decay": 1e-5, "accumulate_grad_batches": 2, **options}
         super().__init__(stream_net, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
 
     def save_plain_hyperparameters(self, **arguments: Any) -> None:

@@ -174,10 +174,11 @@ class StreamingCNN(nn.Module):
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
 
-        The result is computed once more for it. `self(image).backward(grad)` adds the same, and computes it once.
+        The result is computed once more for it. `self(image).backward(grad)` adds the same, and computes it once. Hooks on the
+        result of this module take no part.
         """
         with torch.enable_grad():
-            self(image).backward(grad)
+            self.forward(image).backward(grad)
 
     def disable(self) -> None:
         """Run the plain module on whole images from now on; layers that keep running statistics are evaluated with them still."""

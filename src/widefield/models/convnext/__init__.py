@@ -2,6 +2,6 @@
 
 from widefield.models.convnext.convnext import StreamingConvNeXt
 
-StreamingConvnext = StreamingConvNeXt  # lightstream's spelling
+StreamingConvnext = StreamingConvNext = StreamingConvNeXt  # lightstream's spellings, of 0.0.x and 1.x
 
-__all__ = ["StreamingConvNeXt", "StreamingConvnext"]
+__all__ = ["StreamingConvNeXt", "StreamingConvNext", "StreamingConvnext"]
