@@ -40,7 +40,7 @@ _TEXTS = ("model", "weights", "separator")
 
 
 def read_configuration(
-    arguments: argparse.Namespace, files: Sequence[Path], others: Sequence[str]
+    arguments: argparse.Namespace, files: Sequence[Path], others: Sequence[str], starts: bool = True
 ) -> tuple[Config, list[str]]:
     """The configuration, and what is left of the command line.
 
@@ -50,6 +50,7 @@ def read_configuration(
         arguments: The flags: `imports`, and those of `SHORTCUTS` and `seed` that the verb has.
         files: YAML or Python files.
         others: `path=value`, `--path=value` or `--path value`.
+        starts: See `try_out`.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -65,7 +66,7 @@ def read_configuration(
     config = override(config, [*_from_flags(arguments, config), *overrides], SECTIONS)
     check_config(config, SECTIONS)
     _refuse_untrainable(config)
-    try_out(config)
+    try_out(config, starts)
     return config, left
 
 
@@ -87,7 +88,7 @@ def read_run(arguments: argparse.Namespace, others: list[str]) -> tuple[Config, 
     if not checkpoint.is_file():
         raise FileNotFoundError(f"the checkpoint {checkpoint} does not exist")
     try:
-        config, left = read_configuration(argparse.Namespace(imports=arguments.imports), files, others)
+        config, left = read_configuration(argparse.Namespace(imports=arguments.imports), files, others, starts=False)
     except (ArgumentError, ConfigError) as error:
         raise ValueError(str(error)) from error
     if left:

@@ -15,8 +15,8 @@ from widefield.cli.configuration import read_run
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.config import Config
 from widefield.inference.averaged_views import AveragedViews
-from widefield.inference.models import other_weights
-from widefield.models.weights import read_torch_file
+from widefield.inference.models import load_all, other_weights
+from widefield.models import read_checkpoint
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         config: A checked configuration.
-        checkpoint: A file that `fit` wrote.
+        checkpoint: A file that `fit` wrote, or one of MMPretrain.
         phase: "validate", or "test", which takes the validation images where there are no test images.
         views: Test-time augmentation of the metrics.
         more: Metrics beside those of the configuration.
@@ -54,7 +54,7 @@ def evaluate(
     Raises:
         ValueError: There are no images, or the checkpoint is of another model.
     """
-    read_torch_file(checkpoint)  # says what is wrong with a file that is none
+    of_lightning = "pytorch-lightning_version" in read_checkpoint(checkpoint)
     (config.data.get("model") or {}).pop(
         "weights", None
     )  # where training began; a `Classifier` would load them once more
@@ -71,9 +71,17 @@ def evaluate(
                 f"there are no images to {phase} with; give some rows of data.labels the split val or test, or describe data.val "
                 "or data.test"
             )
+        if not of_lightning:
+            load_all(cli.model, checkpoint)
         step = cli.trainer.validate if phase == "validate" else cli.trainer.test
         try:
-            step(cli.model, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            step(
+                cli.model,
+                datamodule=data,
+                ckpt_path=checkpoint if of_lightning else None,
+                weights_only=True,
+                verbose=False,
+            )
         except RuntimeError as error:
             if "state_dict" not in str(error):
                 raise

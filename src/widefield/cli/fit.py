@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
     try:
-        config, left = read_configuration(arguments, _files(arguments), others)
+        config, left = read_configuration(arguments, _files(arguments), others, starts=not arguments.resume)
         return fit_run.train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
         message = str(error)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.history import History, StepMemory, write_csv, write_training_report
+from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
@@ -22,7 +23,6 @@ from widefield.data import LabelledImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
 from widefield.inference.models import BEST, CONFIG, LAST, other_weights
 from widefield.models import Classifier
-from widefield.models.weights import read_torch_file
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
 

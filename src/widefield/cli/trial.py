@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from widefield.components.component import Component
 from widefield.components.metrics import METRICS
 from widefield.config import Config, build, find_class
 from widefield.config.check import Problem, mark_of, written
@@ -27,8 +28,12 @@ _WITHOUT_EFFECTS = dict.fromkeys(
 _ONE_WEIGHT = nn.Linear(1, 1, bias=False)
 
 
-def try_out(config: Config) -> None:
+def try_out(config: Config, starts: bool = True) -> None:
     """Make all of a checked `config` but its data, to see whether it can be made.
+
+    Args:
+        config: A checked configuration.
+        starts: Training begins with it, so the checkpoints that it names have to be there and to fit.
 
     Raises:
         ConfigError: Something cannot be made; a line for each part.
@@ -39,8 +44,39 @@ def try_out(config: Config) -> None:
     for k in range(len(config.data.get("metrics") or [])):
         build(config, ("metrics", str(k)), METRICS)
     problems = [*_transforms(config), *_trainer(config), *_optimization(config, model)]
+    if starts and model is not None:
+        problems += _checkpoints(config, model)
     if problems:
         raise config.error(*problems)
+
+
+def _checkpoints(config: Config, model: nn.Module) -> Iterator[Problem]:
+    """Yield problems of the checkpoints of the model and its parts, each where the configuration has it."""
+    seen = []
+    for name, part in model.named_modules():
+        for checkpoint in part.checkpoints if isinstance(part, Component) else ():
+            if (checkpoint, type(part)) in seen:  # of a copy
+                continue
+            seen.append((checkpoint, type(part)))
+            try:
+                with _quiet():
+                    checkpoint.check(part)
+            except (OSError, ValueError) as error:
+                last = "init_cfg" if name or "pretrained" not in config.data["model"] else "pretrained"
+                yield _written(config, ("model", *name.split("."), last) if name else ("model", last)), str(error)
+
+
+def _written(config: Config, path: Path) -> Path:
+    """Return the longest begin of `path` that stands in the configuration."""
+    value: Any = config.data
+    for end, key in enumerate(path):
+        if isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            return path[:end]
+    return path
 
 
 def _of(config: Config, key: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from widefield.components.initializers import INITIALIZERS, Pretrained
+from widefield.components.key_maps import AdaptsWeights
 from widefield.registry import MODELS, ComponentOf, Entry, Registry
 
 CONVS = Registry(
@@ -15,6 +16,7 @@ CONVS = Registry(
         Entry("Conv2d", "torch.nn:Conv2d"),
         Entry("Conv3d", "torch.nn:Conv3d"),
         Entry("Conv", "torch.nn:Conv2d"),
+        Entry("Conv2dAdaptivePadding", "timm.layers:Conv2dSame"),
     ],
 )
 NORMS = Registry(
@@ -66,7 +68,7 @@ NormConfig = Annotated[
 ActivationConfig = Annotated[dict[str, Any] | None, ComponentOf(ACTIVATIONS)]
 
 
-class Component(nn.Module):
+class Component(AdaptsWeights):
     """A module with `init_cfg`.
 
     `init_weights` runs the descriptions in order, then that of every part, then the checkpoints: what is loaded stays. A module on
@@ -89,18 +91,21 @@ class Component(nn.Module):
     @property
     def is_pretrained(self) -> bool:
         """True if weights come from a checkpoint, so that no other initialisation matters."""
-        return any(isinstance(initializer, Pretrained) for initializer in self._initializers())
+        return bool(self.checkpoints)
+
+    @property
+    def checkpoints(self) -> list[Pretrained]:
+        """The checkpoints that weights come from."""
+        return [initializer for initializer in self._initializers() if isinstance(initializer, Pretrained)]
 
     def init_weights(self) -> None:
         """Initialise the weights."""
-        initializers = self._initializers()
-        for initializer in initializers:
+        for initializer in self._initializers():
             if not isinstance(initializer, Pretrained):
                 initializer(self)
         _init_parts(self)
-        for initializer in initializers:
-            if isinstance(initializer, Pretrained):
-                initializer(self)
+        for checkpoint in self.checkpoints:
+            checkpoint(self)
 
     def _initializers(self) -> list[Any]:
         given = self.default_init_cfg if self.init_cfg is None else self.init_cfg

@@ -1,15 +1,15 @@
 """Weight initialisation by description, `init_cfg`: `{type: Kaiming, layer: Conv2d}`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from widefield.components.checkpoints import locate, read_weights
+from widefield.components.key_maps import AdaptsWeights, adapted
 from widefield.errors import WrongArgumentError
 from widefield.registry import Registry, suggestion
 
@@ -178,8 +178,11 @@ class Caffe2Xavier(Initializer):
 class Pretrained:
     """Weights of a checkpoint; they win over all other initialisation.
 
+    Names may be those of MMPretrain, and for some networks those of timm and torchvision, see `widefield.components.key_maps`.
+
     Args:
-        checkpoint: A file with tensors and plain data (.pth, .ckpt, .safetensors), or its address.
+        checkpoint: A file with tensors and plain data (.pth, .ckpt, .safetensors), an address, or a name such as
+            `torchvision://resnet50` or `timm/resnet50`, see `widefield.components.checkpoints.read_weights`.
         prefix: Take only keys that begin so, and strip it: `backbone.`; a dot at the end is added.
         map_location: Where tensors are read to.
     """
@@ -193,53 +196,137 @@ class Pretrained:
 
         Raises:
             FileNotFoundError: There is no such file.
-            WrongArgumentError: It has none of the module's weights.
+            OSError: It cannot be fetched.
+            WrongArgumentError: It has none of the module's weights, or those of another backbone.
         """
-        weights = self._read()
-        if self.prefix is not None:
-            start = self.prefix.removesuffix(".") + "."
-            weights = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
-        own = module.state_dict()
-        other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-        if not set(weights) & set(own) - set(other):
-            some = ", ".join(list(weights)[:3])
-            hint = f"it has {some}, ..." if weights else f"no key begins with {self.prefix!r}"
-            raise WrongArgumentError(
-                f"{self.checkpoint} has no weight of {type(module).__name__}: {hint}; "
-                + ("their shapes are others" if other else "check prefix")
-            )
-        result = module.load_state_dict({key: weights[key] for key in weights if key not in other}, strict=False)
-        missing = [key for key in result.missing_keys if key not in other]
+        weights = self._selected(read_weights(self.checkpoint, self.map_location))
+        found = self._compared(module, weights)
+        module.load_state_dict({key: found.weights[key] for key in found.fitting}, strict=False)
         for what, keys in (
-            ("lacks", missing),
-            ("has in excess", result.unexpected_keys),
-            ("has in another shape, so they are not loaded", other),
+            ("lacks", found.missing),
+            ("has in excess", found.surplus),
+            ("has in another shape, so they are not loaded", found.other),
         ):
             if keys:
                 _log.warning("%s %s: %s", self.checkpoint, what, ", ".join(keys))
 
-    def _read(self) -> dict[str, Tensor]:
-        if "://" in self.checkpoint:
-            found = torch.hub.load_state_dict_from_url(
-                self.checkpoint, map_location=self.map_location, weights_only=True
-            )
-        elif not Path(self.checkpoint).is_file():
-            raise FileNotFoundError(f"the checkpoint {self.checkpoint} does not exist")
-        elif self.checkpoint.endswith(".safetensors"):
-            from safetensors.torch import load_file
+    def check(self, module: nn.Module) -> None:
+        """Compare the weights with `module`, and load nothing; of what would have to be fetched only the name is checked.
 
-            found = load_file(self.checkpoint, device=self.map_location)
+        Raises:
+            FileNotFoundError, WrongArgumentError: As for a call.
+        """
+        if Path(locate(self.checkpoint)).is_file():
+            self._compared(module, self._selected(read_weights(self.checkpoint, "meta")))
+
+    def _selected(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.prefix is None:
+            return weights
+        start = self.prefix.removesuffix(".") + "."
+        found = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+        if not found:
+            raise WrongArgumentError(
+                f"{self.checkpoint}: no key begins with {start!r}; they begin with {_few(dict.fromkeys(map(_first, weights)))}"
+            )
+        return found
+
+    def _compared(self, module: nn.Module, weights: dict[str, Tensor]) -> "_Comparison":
+        found = _Comparison.of(module, weights)
+        reason = found.misfit(module) if found.fitting else _why_nothing_fits(module, weights, found)
+        if reason:
+            raise WrongArgumentError(f"{self.checkpoint} {reason}")
+        return found
+
+
+_OTHER_SHAPES = 2
+"""Weights of a backbone that may have another shape: the first convolution's for other channels, and an embedding of positions."""
+_MISSING = 0.25
+"""Share of a backbone's weights that a checkpoint may lack: norm layers of outputs that it was not trained with."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Weights, by the names of a module, and which of them it has, by their shapes too."""
+
+    weights: dict[str, Tensor]
+    fitting: list[str]
+    other: list[str]
+    missing: list[str]
+    surplus: list[str]
+
+    @classmethod
+    def of(cls, module: nn.Module, weights: dict[str, Tensor]) -> "_Comparison":
+        found, own = adapted(module, weights), module.state_dict()
+        common = [key for key in own if key in found]
+        fitting = [key for key in common if found[key].shape == own[key].shape]
+        return cls(
+            weights=found,
+            fitting=fitting,
+            other=[key for key in common if found[key].shape != own[key].shape],
+            missing=[key for key in own if key not in found],
+            surplus=[key for key in found if key not in own],
+        )
+
+    def misfit(self, module: nn.Module) -> str:
+        """Return why these are not the weights of the backbone that `module` has or is, "" if they may be."""
+        start = "" if getattr(module, "component_kind", "") == "backbone" else "backbone."
+        backbone = module if not start else getattr(module, "backbone", None)
+        fitting, other, missing, deeper = (
+            [key for key in keys if key.startswith(start) and not key.endswith("num_batches_tracked")]
+            for keys in (
+                self.fitting,
+                self.other,
+                self.missing,
+                [key for key in self.surplus if _is_deeper(module, key)],
+            )
+        )
+        if backbone is None or not fitting + other:
+            return ""
+        own, name = module.state_dict(), type(backbone).__name__
+        if len(other) > _OTHER_SHAPES:
+            first = other[0]
+            what = f"{first} has the shape {tuple(self.weights[first].shape)}, expected {tuple(own[first].shape)}"
+            what += f", and {len(other) - 1} more have another"
+        elif len(missing) > _MISSING * len(fitting + other + missing):
+            what = f"it lacks {len(missing)} of {len(fitting + other + missing)} weights, {_few(missing)}"
+        elif deeper:
+            what = f"it has more layers, {_few(deeper)}"
         else:
-            try:
-                found = torch.load(self.checkpoint, map_location=self.map_location, weights_only=True)
-            except (UnpicklingError, EOFError, RuntimeError) as error:
-                raise WrongArgumentError(
-                    f"{self.checkpoint} cannot be read as tensors and plain data saved by torch ({type(error).__name__}); it is "
-                    "another kind of file, truncated, or a whole model: save model.state_dict() instead"
-                ) from error
-        if not isinstance(found, dict):
-            raise WrongArgumentError(f"{self.checkpoint} holds a {type(found).__name__}, expected weights by name")
-        for key in ("state_dict", "model"):
-            if isinstance(found, dict) and isinstance(found.get(key), dict):
-                found = found[key]
-        return {key.removeprefix("module."): value for key, value in found.items()}
+            return ""
+        return f"is not of this {name}: {what}; give weights of this architecture, or the architecture of the weights"
+
+
+def _why_nothing_fits(module: nn.Module, weights: dict[str, Tensor], found: _Comparison) -> str:
+    """Return what to do about weights of which `module` has none."""
+    begin = f"has no weight of {type(module).__name__}: "
+    if found.other:
+        own, first = module.state_dict(), found.other[0]
+        return f"{begin}{first} has the shape {tuple(found.weights[first].shape)}, expected {tuple(own[first].shape)}"
+    for start in dict.fromkeys(map(_first, weights)):
+        inside = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+        if _Comparison.of(module, inside).fitting:
+            return f"{begin}its names begin with {start!r}; give prefix: {start}"
+    for name, part in module.named_children():
+        if isinstance(part, AdaptsWeights) and _Comparison.of(part, weights).fitting:
+            return f"{begin}it has those of the {name} alone; give it as the init_cfg of the {name}"
+    return f"{begin}it has {_few(weights)}, and the {type(module).__name__} has {_few(found.missing)}"
+
+
+def _is_deeper(module: nn.Module, key: str) -> bool:
+    """Return True if a weight is of one more in a row of numbered parts of `module`."""
+    for name in key.split(".")[:-1]:
+        part = module._modules.get(name)
+        if part is None:
+            return name.isdigit() and "0" in module._modules
+        module = part
+    return False
+
+
+def _first(key: str) -> str:
+    return key.partition(".")[0] + "."
+
+
+def _few(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from widefield.components.checkpoints import read_weights
 from widefield.components.initializers import Pretrained
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
@@ -162,12 +163,21 @@ def load_trained(
         config = load(beside)
     config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if streaming else {})
     model = build(_changed(config, overrides or {}), ("model",))
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise other_weights(error, path) from error
+    load_all(model, path)
     set_info(model, _info(checkpoint, config.data.get("data") or {}))
     return model  # type: ignore[no-any-return]
+
+
+def load_all(model: nn.Module, path: Path) -> None:
+    """Load all weights of a model from a checkpoint of this library or of MMPretrain.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise other_weights(error, path) from error
 
 
 def checkpoint_file(path: Path) -> Path:

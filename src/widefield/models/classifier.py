@@ -7,11 +7,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from widefield.components.checkpoints import read_torch_file
 from widefield.data import Target
 from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_timm
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
 from widefield.models.tasks import parts_of
-from widefield.models.weights import read_torch_file
 from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
 from widefield.modules.streaming_module import Loss

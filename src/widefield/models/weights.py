@@ -1,13 +1,11 @@
-"""Weights and checkpoints from files, read so that they can execute nothing."""
+"""Weights of networks from files."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from widefield.components.checkpoints import read_weights
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +23,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         ValueError: The file holds no state dict, or one of another network.
     """
     path = Path(path)
-    state = _read(path)
+    state = read_weights(path)
     own = net.state_dict()
     classifier = _classifier_keys(net)
     if fresh := [key for key in classifier if key not in state or state[key].shape != own[key].shape]:
@@ -47,23 +45,6 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     net.load_state_dict(state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors" and path.is_file():
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}); it is another file, or truncated"
-            ) from error
-    content = read_torch_file(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict; save `model.state_dict()` with torch.save or safetensors")
-    return dict(content)
-
-
 def _is_linear_layer(keys: list[str], state: dict[str, Tensor]) -> bool:
     layers = {key.rpartition(".")[0] for key in keys}
     return len(layers) == 1 and sorted(state[key].ndim for key in keys) in ([2], [1, 2])
@@ -79,22 +60,3 @@ def _classifier_keys(net: nn.Module) -> list[str]:
     """Keys of the last linear layer."""
     linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
     return [key for key in net.state_dict() if linear and key.rpartition(".")[0] == linear[-1]]
-
-
-def read_torch_file(path: Path) -> Any:
-    """The content of a file of tensors and plain data, on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such file, or it is truncated, or it holds other objects.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what the unpickler raises on a foreign file is anything: KeyError, EOFError, ...
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} cannot be read as tensors and plain data saved by torch ({type(error).__name__}: {reason}); "
-            "it is another kind of file, or truncated"
-        ) from error

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.base_model import is_plain
-from widefield.models.weights import read_torch_file
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments

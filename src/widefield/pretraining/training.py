@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from widefield.components.checkpoints import read_torch_file
 from widefield.images import ImageReadError
-from widefield.models.weights import read_torch_file
 from widefield.modules import NotFiniteError
 from widefield.pretraining.arguments import Settings, Workers, parse
 from widefield.pretraining.callbacks import TERMINATED, CallbackArgs, Export, StopAfter, leave_signals

@@ -1,6 +1,5 @@
 """ConvNeXt."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -114,16 +113,13 @@ class ConvNeXt(StreamableBackbone):
     def frozen_parts(self) -> Iterable[nn.Module]:
         return [self.stem, *self.stages[: self.frozen_stages]] if self.frozen_stages else []
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load, from checkpoints of classifiers too: their last norm layer is that of the last stage."""
-        weights = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        expected = self.state_dict()
-        for key, value in weights.items():
-            name = _timm_name(key.removeprefix(prefix))
-            like = expected.get(name, value)
-            reshapes = like.ndim != value.ndim and like.numel() == value.numel()  # 1 x 1 convolutions and linear layers
-            state_dict[prefix + name] = value.reshape(like.shape) if reshapes else value
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def adapt(self, weights: dict[str, Any], prefix: str) -> None:
+        """See `AdaptsWeights`; 1 x 1 convolutions load linear layers, and the other way round."""
+        super().adapt(weights, prefix)
+        for name, like in self.state_dict().items():
+            value = weights.get(prefix + name)
+            if value is not None and like.ndim != value.ndim and like.numel() == value.numel():
+                weights[prefix + name] = value.reshape(like.shape)
 
 
 def _architecture(arch: str | Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -138,29 +134,3 @@ def _architecture(arch: str | Mapping[str, Sequence[int]]) -> tuple[tuple[int, .
     if not (len(depths) == len(channels) == _STAGES) or min(*depths, *channels) < 1:
         raise WrongArgumentError(f"arch={dict(arch)} must have {_STAGES} positive depths, and as many channels")
     return depths, channels
-
-
-_TORCHVISION_LAYERS = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
-
-
-def _timm_name(name: str) -> str:
-    """The name here of what timm or torchvision call `name`; others as they are.
-
-    torchvision's `features` are the stem, then by turns the blocks of a stage and what leads to the next one.
-    """
-    last = re.fullmatch(r"(?:head\.norm|classifier\.0)\.(weight|bias)", name)
-    if last:
-        return f"norm{_STAGES - 1}.{last[1]}"
-    found = re.fullmatch(r"features\.(\d)\.(\d+)\.(.+)", name)
-    if not found:
-        return name
-    position, index, rest = int(found[1]), found[2], found[3]
-    if position == 0:
-        return f"stem.{index}.{rest}"
-    if position % 2 == 0:
-        return f"stages.{position // 2}.downsample.{index}.{rest}"
-    block = f"stages.{position // 2}.blocks.{index}."
-    if rest == "layer_scale":
-        return block + "gamma"
-    _, layer, what = rest.split(".")
-    return block + f"{_TORCHVISION_LAYERS[layer]}.{what}"

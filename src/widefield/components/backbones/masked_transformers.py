@@ -141,6 +141,9 @@ class MaskFeatViT(VisionTransformer):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
 
+_TABLE = "rel_pos_bias.relative_position_bias_table"
+
+
 @MODELS.register_module()
 class BEiTViT(VisionTransformer):
     """Vision transformer with biases of relative positions, as BEiT has it for fine-tuning.
@@ -150,10 +153,12 @@ class BEiTViT(VisionTransformer):
     Args:
         use_abs_pos_emb: Whether there is a position embedding too.
         use_rel_pos_bias: Each layer has biases of its own.
-        use_shared_rel_pos_bias: All layers share their biases.
+        use_shared_rel_pos_bias: All layers share their biases. Where each has its own, they load shared ones too, as BEiT is
+            fine-tuned.
         qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone.
         layer_scale_init_value: See `VisionTransformer`.
         out_type: See `VisionTransformer`.
+        final_norm: See `VisionTransformer`; the average of the patches has a norm layer of its own.
         kwargs: Those of `VisionTransformer`; there is always a class token.
     """
 
@@ -167,13 +172,20 @@ class BEiTViT(VisionTransformer):
         qkv_bias: QKVBias = "qv",
         layer_scale_init_value: float = 0.1,
         out_type: OutType = "avg_featmap",
+        final_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         if use_rel_pos_bias and use_shared_rel_pos_bias:
             raise WrongArgumentError(
                 "use_rel_pos_bias and use_shared_rel_pos_bias exclude each other; set one to False"
             )
-        super().__init__(qkv_bias=qkv_bias, layer_scale_init_value=layer_scale_init_value, out_type=out_type, **kwargs)
+        super().__init__(
+            qkv_bias=qkv_bias,
+            layer_scale_init_value=layer_scale_init_value,
+            out_type=out_type,
+            final_norm=final_norm,
+            **kwargs,
+        )
         if not use_abs_pos_emb:
             self.pos_embed = None
         self.rel_pos_bias = self._new_bias() if use_shared_rel_pos_bias else None
@@ -200,6 +212,14 @@ class BEiTViT(VisionTransformer):
         if shared is not None and self.frozen_stages == self.num_layers:
             yield shared
 
+    def adapt(self, weights: dict[str, Any], prefix: str) -> None:
+        """See `AdaptsWeights`; biases that all layers share become those of each layer, if each has its own."""
+        super().adapt(weights, prefix)
+        table = weights.pop(f"{prefix}{_TABLE}", None) if self.use_rel_pos_bias else None
+        if table is not None:
+            for k in range(self.num_layers):
+                weights.setdefault(f"{prefix}layers.{k}.{_TABLE}", table)
+
     def _new_bias(self) -> RelativePositionBias:
         return RelativePositionBias(self.patch_resolution, self.num_heads)
 
@@ -214,6 +234,7 @@ class BEiTPretrainViT(BEiTViT):
         use_rel_pos_bias: See `BEiTViT`.
         use_shared_rel_pos_bias: See `BEiTViT`.
         out_type: See `VisionTransformer`.
+        final_norm: See `VisionTransformer`.
         kwargs: Those of `BEiTViT`.
     """
 
@@ -222,12 +243,14 @@ class BEiTPretrainViT(BEiTViT):
         use_rel_pos_bias: bool = False,
         use_shared_rel_pos_bias: bool = True,
         out_type: OutType = "raw",
+        final_norm: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             use_rel_pos_bias=use_rel_pos_bias,
             use_shared_rel_pos_bias=use_shared_rel_pos_bias,
             out_type=out_type,
+            final_norm=final_norm,
             **kwargs,
         )
         self.mask_token = nn.Parameter(new_tokens(1, self.embed_dims))

@@ -263,16 +263,16 @@ class VisionTransformer(BaseBackbone):
             return patches.transpose(1, 2).unflatten(2, resolution)
         return self.norm2(patches.mean(1))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; a position embedding for another square of patches is resized."""
-        given = state_dict.get(f"{prefix}pos_embed")
+    def adapt(self, weights: dict[str, Any], prefix: str) -> None:
+        """See `AdaptsWeights`; a position embedding for another square of patches is resized."""
+        super().adapt(weights, prefix)
+        given = weights.get(f"{prefix}pos_embed")
         if given is not None and self.pos_embed is not None and given.shape != self.pos_embed.shape:
             side = round((given.shape[1] - self.num_extra_tokens) ** 0.5)
             if side**2 + self.num_extra_tokens == given.shape[1]:
-                state_dict[f"{prefix}pos_embed"] = resize_position_embedding(
+                weights[f"{prefix}pos_embed"] = resize_position_embedding(
                     given, (side, side), self.patch_resolution, self.interpolate_mode, self.num_extra_tokens
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def new_tokens(count: int, channels: int) -> Tensor:

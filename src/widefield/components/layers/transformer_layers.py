@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
 from widefield.components.component import build_norm_layer
+from widefield.components.key_maps import AdaptsWeights
 from widefield.errors import WrongArgumentError
 
 Resolution = tuple[int, int]
@@ -53,7 +54,7 @@ def resize_position_embedding(
     return torch.cat((extra, grid.flatten(2).transpose(1, 2)), dim=1)
 
 
-class RelativePositionBias(nn.Module):
+class RelativePositionBias(AdaptsWeights):
     """A learned number per head for each offset between two tokens, added to the attention.
 
     As in BEiT (Bao et al., 2021). Three more are for the class token: towards patches, from patches, and towards itself.
@@ -86,16 +87,15 @@ class RelativePositionBias(nn.Module):
         grid = functional.interpolate(grid, sizes[1], mode="bicubic", align_corners=False)
         return torch.cat((grid[0].flatten(1).T, table[-3:]))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Load; a table for another square of patches is resized."""
+    def adapt(self, weights: dict[str, Any], prefix: str) -> None:
+        """See `AdaptsWeights`; a table for another square of patches is resized."""
         key = prefix + "relative_position_bias_table"
-        table = state_dict.get(key)
+        table = weights.get(key)
         own = self.relative_position_bias_table
         if table is not None and table.ndim == own.ndim and len(table) != len(own) and table.shape[1] == own.shape[1]:
             side = (round((len(table) - 3) ** 0.5) + 1) // 2
             if (2 * side - 1) ** 2 == len(table) - 3:
-                state_dict[key] = self.resized(table, (side, side), self.resolution)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+                weights[key] = self.resized(table, (side, side), self.resolution)
 
 
 class PatchEmbed(nn.Module):

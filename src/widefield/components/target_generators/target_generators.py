@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.component import BackboneConfig, Component, InitConfig
+from widefield.components.key_maps import adapted
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
@@ -90,7 +91,8 @@ class PretrainedTargetGenerator(BaseTargetGenerator):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Load, and note what has not been loaded so far."""
-        missing = {name for name in self.state_dict() if prefix + name not in state_dict}
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing = self.state_dict().keys() - adapted(self, given).keys()
         self._missing = missing if self._missing is None else self._missing & missing
         super()._load_from_state_dict(state_dict, prefix, *args)
 
