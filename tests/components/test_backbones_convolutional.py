@@ -109,7 +109,7 @@ def test_maps_are_those_of_the_stages_in_their_order() -> None:
         (1280, 2, 3),
     ]
     v3 = MobileNetV3("small_050", out_indices=(12, 0, -2)).eval()
-    assert shapes(v3(image)) == [(8, 32, 48), (48, 2, 3), (288, 2, 3)]
+    assert shapes(v3(image)) == [(16, 32, 48), (48, 2, 3), (288, 2, 3)]
     assert shapes(MobileNetV3("small_075").eval()(image)) == [(432, 2, 3)]
     assert shapes(EfficientNet(out_indices=range(7)).eval()(image)) == [
         (32, 32, 48),

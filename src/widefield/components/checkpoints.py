@@ -125,8 +125,8 @@ def locate(source: str | Path) -> str:
     if scheme in ADDRESSES:
         if name not in ADDRESSES[scheme]:
             raise WrongArgumentError(
-                f"{text}: no address is known here for the name {name!r}; {suggestion(name, ADDRESSES[scheme])}. Others stand in "
-                "MMEngine, in the folder hub: give the address, or the file"
+                f"{text}: no address is known here for the name {name!r}, so give the address that MMEngine has for it in its "
+                f"folder hub, or the file; {suggestion(name, ADDRESSES[scheme])}"
             )
         return ADDRESSES[scheme][name]
     if scheme in ("http", "https", "file"):
@@ -149,10 +149,9 @@ def _torchvision_address(name: str) -> str:
     if not known:
         raise WrongArgumentError(f"torchvision publishes no weights of {network}")
     version = version.upper() or ("IMAGENET1K_V1" if "IMAGENET1K_V1" in known else next(iter(known)))
-    if version != "DEFAULT" and version not in known:
+    if version not in known:
         raise WrongArgumentError(f"torchvision has no weights {version} of {network}; {suggestion(version, known)}")
-    member: Any = getattr(models.get_model_weights(network), version)
-    return str(member.url)
+    return str(known[version].url)
 
 
 def _fetch(address: str) -> Path:
@@ -199,8 +198,10 @@ def read_torch_file(path: Path, map_location: str = "cpu") -> Any:
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in _names_in(path)]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # what the unpickler raises on a foreign file is anything: KeyError, EOFError, ...
-        said = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        reason = said[1].strip() if said else str(error).partition("\n")[0]
+        inner = (
+            error if error.__context__ is None else error.__context__
+        )  # torch wraps it in advice to load without checks
+        reason = str(inner).partition("\n")[0]
         raise WrongArgumentError(
             f"{path} cannot be read as tensors and plain data saved by torch ({type(error).__name__}: {reason}); "
             "it is another kind of file, or truncated"

@@ -158,7 +158,7 @@ def load_trained(
         beside = path.parent / CONFIG
         if not beside.is_file():
             raise FileNotFoundError(
-                f"{beside} does not exist; {path} says nothing of its model, so give the configuration"
+                f"{beside} does not exist, and {path} does not say what its model is; put the configuration there"
             )
         config = load(beside)
     config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if streaming else {})
