@@ -124,7 +124,7 @@ def test_a_prefix_selects_and_is_stripped(tmp_path: Path, caplog: pytest.LogCapt
     assert bool((part.conv.weight == 9).all())
     assert "lacks: fc.weight, fc.bias" in caplog.text
     assert "has in excess: more" in caplog.text
-    with pytest.raises(ValueError, match="no key begins with 'neck'; check prefix"):
+    with pytest.raises(ValueError, match=r"no key begins with 'neck\.'; they begin with backbone\., head\."):
         made({"type": "Pretrained", "checkpoint": str(tmp_path / "x.safetensors"), "prefix": "neck"})
     with pytest.raises(ValueError, match=r"has no weight of Part: it has backbone\."):
         made({"type": "Pretrained", "checkpoint": str(tmp_path / "x.safetensors")})

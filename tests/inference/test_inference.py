@@ -98,7 +98,7 @@ def test_a_run_brings_its_weights_and_class_names(run: Path, tmp_path: Path) -> 
     described = widefield.get_model(run / "config.yaml", pretrained=run / "best.ckpt")
     assert torch.equal(described.head.fc.weight, weights["head.fc.weight"])
     (tmp_path / "alone.ckpt").write_bytes((run / "best.ckpt").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist; .*so give the configuration"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist, and .* does not say what its model is"):
         widefield.get_model(tmp_path / "alone.ckpt")
     with pytest.raises(ValueError, match="is no checkpoint of this model"):
         widefield.get_model(run, head={"num_classes": 3})

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.small_images import write_folder, write_image
 from widefield.cli import VERBS, main
 from widefield.cli.fit_sections import SECTIONS
-from widefield.registry import MODELS
+from widefield.inference import get_model
+from widefield.registry import MODELS, import_module_or_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-mmpretrain.md"
 MARKS = "<!-- what `widefield config check` says -->\n", "<!-- end -->\n"
@@ -48,6 +50,8 @@ WRONG = [
     "model.backbone.norm_cfg.type=BM",
     "model.backbone.norm_cfg.epsilon=1e-3",
     "model.backbone.init_cfg={type: Pretrained, checkpoint: r.pth, prefx: backbone}",
+    "model.pretrained=r.pth",
+    "model.backbone.init_cfg={type: Pretrained, checkpoint: 'torchvision://resnet43'}",
     "model.backbone.streaming.tile=512",
     "model.data_preprocessor.mean=[0, 0]",
     "model.train_cfg={augments: [{type: Mixup, alpha: 1.0, prob: 0.5}]}",
@@ -206,7 +210,8 @@ def test_every_component_is_on_the_page() -> None:
 @pytest.mark.parametrize("title", ["Configurations", "Names", "Tools"])
 def test_every_entry_and_verb_on_the_page_exists(title: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = " ".join(ours for _, ours in section(title))
-    (folder / "FILE").touch()
+    import_module_or_file("my_models.py")
+    torch.save(get_model("my.yaml").state_dict(), "FILE")
     entries = [one for one in re.findall(r"`([a-z_.]+=[^`]+)`", ours) if re.split(r"[.=]", one)[0] in SECTIONS]
     for entry in entries:
         assert main(["config", "check", "my.yaml", "--imports", "my_models.py", entry]) == 0, entry

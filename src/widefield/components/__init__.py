@@ -16,6 +16,7 @@ _HOME = {
     "DataSample": "data_sample",
     "build_conv_layer": "component",
     "build_norm_layer": "component",
+    "mmpretrain_names": "key_maps",
     "weighted_loss": "losses.reduction",
 }
 
