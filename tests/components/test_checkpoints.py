@@ -366,3 +366,9 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_found_before_training(
             try_out(config)
     else:
         try_out(config)
+
+
+def test_weights_of_a_network_that_are_not_there_are_found_too() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.weights: gone\.pth does not exist"):
+        try_out(Config({"model": {"model_name": "resnet18", "weights": "gone.pth"}}))
+    try_out(Config({"model": {"model_name": "resnet18", "weights": "DEFAULT"}}))

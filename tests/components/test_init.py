@@ -126,7 +126,9 @@ def test_a_prefix_selects_and_is_stripped(tmp_path: Path, caplog: pytest.LogCapt
     assert "has in excess: more" in caplog.text
     with pytest.raises(ValueError, match=r"no key begins with 'neck\.'; they begin with backbone\., head\."):
         made({"type": "Pretrained", "checkpoint": str(tmp_path / "x.safetensors"), "prefix": "neck"})
-    with pytest.raises(ValueError, match=r"has no weight of Part: it has backbone\."):
+    with pytest.raises(
+        ValueError, match=r"has no weight of Part: its names begin with 'backbone\.'; give prefix: backbone\."
+    ):
         made({"type": "Pretrained", "checkpoint": str(tmp_path / "x.safetensors")})
     with pytest.raises(FileNotFoundError, match=r"gone\.pth does not exist"):
         made({"type": "Pretrained", "checkpoint": "gone.pth"})

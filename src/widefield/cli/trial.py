@@ -1,6 +1,7 @@
 """Make all that a configuration describes once before any data is read: constructors refuse more than their types say."""
 
 import logging
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ _WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", 
 _WITHOUT_EFFECTS = dict.fromkeys(
     ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
 )
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 _ONE_WEIGHT = nn.Linear(1, 1, bias=False)
 
 
@@ -44,10 +46,17 @@ def try_out(config: Config, starts: bool = True) -> None:
     for k in range(len(config.data.get("metrics") or [])):
         build(config, ("metrics", str(k)), METRICS)
     problems = [*_transforms(config), *_trainer(config), *_optimization(config, model)]
-    if starts and model is not None:
-        problems += _checkpoints(config, model)
+    if starts:
+        problems += _missing_weights(config) if model is None else _checkpoints(config, model)
     if problems:
         raise config.error(*problems)
+
+
+def _missing_weights(config: Config) -> list[Problem]:
+    """Return a problem if the weights of a network are those of a file that is not there; published ones have names."""
+    weights = _of(config, "model").get("weights")
+    is_missing = isinstance(weights, str) and weights.endswith(_WEIGHTS) and not pathlib.Path(weights).is_file()
+    return [(("model", "weights"), f"{weights} does not exist")] if is_missing else []
 
 
 def _checkpoints(config: Config, model: nn.Module) -> Iterator[Problem]:
