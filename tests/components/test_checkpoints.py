@@ -183,11 +183,11 @@ def test_weights_of_timm_load_into_a_vision_transformer(monkeypatch: pytest.Monk
 
 
 def test_an_efficientnet_that_does_not_say_how_it_pads_refuses_their_weights() -> None:
-    weights = theirs("EfficientNet")
+    weights = {"layers.0.conv.weight": torch.zeros(32, 3, 3, 3)}
     with pytest.raises(
         ValueError, match=r"pads and normalises otherwise.*give conv_cfg=\{type: Conv2dAdaptivePadding\}"
     ):
-        MODELS.build({"type": "EfficientNet"}).load_state_dict(weights)
+        MODELS.build({"type": "EfficientNet"}).load_state_dict(weights, strict=False)
 
 
 # --- files
