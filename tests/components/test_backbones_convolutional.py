@@ -268,3 +268,12 @@ def test_a_network_of_timm_takes_a_checkpoint_channels_and_options(tmp_path: Any
 def test_wrong_arguments_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_layers_of_an_efficientnet_are_those_that_are_described() -> None:
+    with torch.device("meta"):
+        backbone = EfficientNet("b5", conv_cfg={"type": "Conv2dAdaptivePadding"}, norm_cfg={"type": "BN", "eps": 0.002})
+    assert {part.eps for part in backbone.modules() if isinstance(part, _BatchNorm)} == {0.002}
+    strided = [part for part in backbone.modules() if isinstance(part, nn.Conv2d) and part.stride == (2, 2)]
+    assert {type(part).__name__ for part in strided} == {"Conv2dSame"}
+    assert len(strided) == 5
