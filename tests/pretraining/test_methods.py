@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tests.pretraining.tiny import SMALL, TinyWrapper, train, write_images
-from widefield.components.models.contrastive_models import follow
+from widefield.components.models.contrastive_models import follow, rising
 from widefield.pretraining import METHODS, EmbeddingModel, Run
-from widefield.pretraining.methods.base import Queue, queue_length, rising
+from widefield.pretraining.methods.base import Queue, queue_length
 from widefield.pretraining.optimizers import parameter_groups, warmup_and_cosine
 
 

@@ -40,7 +40,9 @@ _CHANNELS = {"GN": "num_channels", "LN": "normalized_shape", "LN2d": "num_channe
 ACTIVATIONS = Registry(
     "activation",
     lambda: [
+        Entry("HSigmoid", "torch.nn:Hardsigmoid"),
         Entry("HSwish", "torch.nn:Hardswish"),
+        Entry("QuickGELU", "timm.layers.activations:QuickGELU"),
         Entry("Swish", "torch.nn:SiLU"),
         *(
             Entry(name, f"torch.nn:{name}")
@@ -159,6 +161,8 @@ def build_norm_layer(cfg: dict[str, Any], num_features: int, postfix: int | str 
     arguments = dict(cfg)
     requires_grad = arguments.pop("requires_grad", True)
     name = arguments.get("type", "")
+    if name == "LN2d":
+        arguments.setdefault("eps", 1e-5)  # as of every other norm; timm's would be 1e-6
     layer: nn.Module = NORMS.build(arguments, **{_CHANNELS.get(name, "num_features"): num_features})
     for parameter in layer.parameters():
         parameter.requires_grad = requires_grad

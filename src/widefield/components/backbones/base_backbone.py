@@ -1,14 +1,16 @@
 """Base classes of backbones: streaming, stages, and parts that do not train."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import SqueezeExcitation
 
-from widefield.components.component import Component, InitConfig
+from widefield.components.component import Component, InitConfig, build_conv_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import suggestion
 from widefield.streaming import StreamingCNN
@@ -142,6 +144,32 @@ def check_drop_path_rate(drop_path_rate: float) -> None:
         raise WrongArgumentError(f"drop_path_rate={drop_path_rate} must be a probability below 1")
 
 
+def replace_layers(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Put what `make` gives for it in the place of each layer of this kind in `module`, but for Squeeze-and-Excite convolutions."""
+    for name, part in module.named_children():
+        if isinstance(part, kind):
+            setattr(module, name, make(part))
+        elif not (isinstance(part, SqueezeExcitation) and issubclass(kind, nn.Conv2d)):
+            replace_layers(part, kind, make)
+
+
+def convolution_like(layer: nn.Conv2d, conv_cfg: dict[str, Any]) -> nn.Module:
+    """Return the convolution that `conv_cfg` describes, see `build_conv_layer`, with the sizes and the weights of `layer`."""
+    made = build_conv_layer(
+        conv_cfg,
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
 class SequentialBackbone(StreamableBackbone):
     """A backbone that is one sequence of layers, `features`, as the classifiers of torchvision have it.
 
@@ -151,6 +179,7 @@ class SequentialBackbone(StreamableBackbone):
         out_indices: Stages whose maps are returned, from 0; negative ones count from the end.
         frozen_layers: How many of the first layers do not train.
         norm_eval: Batch norms stay in evaluation mode; their affine weights train.
+        with_cp: Recompute the layers in the backward pass instead of keeping their activations.
         streaming: See `StreamableBackbone`.
         init_cfg: See `Component`; None keeps what torchvision initialises with.
     """
@@ -162,10 +191,12 @@ class SequentialBackbone(StreamableBackbone):
         out_indices: int | Sequence[int],
         frozen_layers: int,
         norm_eval: bool = False,
+        with_cp: bool = False,
         streaming: StreamingOptions | None = None,
         init_cfg: InitConfig = None,
     ) -> None:
         super().__init__(streaming, init_cfg)
+        self.with_cp = with_cp
         self.out_indices = parse_out_indices(out_indices, len(ends))
         self.norm_eval = norm_eval
         self.features = features
@@ -176,7 +207,7 @@ class SequentialBackbone(StreamableBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         outs = []
         for count, layer in enumerate(self.features[: self._taps[-1]], 1):
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.with_cp and x.requires_grad else layer(x)
             if count in self._taps:
                 outs.append(x)
         return tuple(outs)

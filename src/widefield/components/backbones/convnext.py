@@ -14,7 +14,7 @@ from widefield.components.backbones.base_backbone import (
     check_frozen_stages,
     parse_out_indices,
 )
-from widefield.components.component import InitConfig
+from widefield.components.component import ActivationConfig, InitConfig, NormConfig, build_activation_layer
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
 
@@ -50,6 +50,9 @@ class ConvNeXt(StreamableBackbone):
         layer_scale_init_value: What each block's output is multiplied by at first; 0 leaves the factor out, as V2 does.
         out_indices: Stages that are returned, from 0; negative ones count from the end. Each has a norm layer of its own.
         frozen_stages: How many stages, from the stem on, do not train.
+        norm_cfg: Options of the norm layers, which are LN2d.
+        act_cfg: Type and options of the activations.
+        with_cp: Recompute the blocks in the backward pass instead of keeping their activations.
         gap_before_final_norm: Return the normalised averages over all positions (N, C), not the normalised maps (N, C, H, W).
         streaming: See `StreamableBackbone`.
         init_cfg: See `Component`; None keeps what timm initialises with.
@@ -68,6 +71,9 @@ class ConvNeXt(StreamableBackbone):
         out_indices: int | Sequence[int] = -1,
         frozen_stages: int = 0,
         gap_before_final_norm: bool = True,
+        norm_cfg: NormConfig = {"type": "LN2d", "eps": 1e-6},  # noqa: B006  # read, never written
+        act_cfg: ActivationConfig = {"type": "GELU"},  # noqa: B006  # read, never written
+        with_cp: bool = False,
         streaming: StreamingOptions | None = None,
         init_cfg: InitConfig = None,
     ) -> None:
@@ -75,6 +81,11 @@ class ConvNeXt(StreamableBackbone):
         depths, channels = _architecture(arch)
         check_drop_path_rate(drop_path_rate)
         check_frozen_stages(frozen_stages, 0, _STAGES)
+        if norm_cfg.get("type") != "LN2d" or norm_cfg.keys() > {"type", "eps"}:
+            raise WrongArgumentError(
+                f"norm_cfg={norm_cfg} must be {{type: LN2d, eps: ...}}: ConvNeXt has no other norms"
+            )
+        eps = norm_cfg.get("eps", 1e-5)
         self.arch = arch
         self.out_indices = parse_out_indices(out_indices, _STAGES)
         self.frozen_stages = frozen_stages
@@ -88,7 +99,10 @@ class ConvNeXt(StreamableBackbone):
             use_grn=use_grn,
             ls_init_value=layer_scale_init_value or None,
             drop_path_rate=drop_path_rate,
+            norm_eps=eps,
+            act_layer=lambda: build_activation_layer(act_cfg),
         )
+        net.set_grad_checkpointing(with_cp)
         if stem_patch_size != net.stem[0].stride[0]:  # timm would give the first stage a stride as well
             net.stem[0] = nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size)
             nn.init.trunc_normal_(net.stem[0].weight, std=0.02)
@@ -96,7 +110,7 @@ class ConvNeXt(StreamableBackbone):
         self.stem = net.stem
         self.stages = net.stages
         for stage in self.out_indices:
-            self.add_module(f"norm{stage}", LayerNorm2d(channels[stage]))
+            self.add_module(f"norm{stage}", LayerNorm2d(channels[stage], eps=eps))
         self.train(self.training)  # freezes the stages
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -6,21 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield.components.backbones.vision_transformer import OutType, VisionTransformer, new_tokens
+from widefield.components.backbones.vision_transformer import OutType, SinCosTransformer, VisionTransformer, new_tokens
 from widefield.components.layers.transformer_layers import (
     QKVBias,
     RelativePositionBias,
     Resolution,
     leave_out,
     shrink_branches,
-    sincos_position_embedding,
 )
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
 
 @MODELS.register_module(replaceable=True)
-class MAEViT(VisionTransformer):
+class MAEViT(SinCosTransformer):
     """Vision transformer that sees a random part of the patches, the encoder of MAE.
 
     He et al., 2021, https://arxiv.org/abs/2111.06377. The position embedding is one of sines and cosines and does not train.
@@ -31,32 +30,11 @@ class MAEViT(VisionTransformer):
         kwargs: Those of `VisionTransformer`; there is always a class token.
     """
 
-    default_init_cfg = (
-        {"type": "Xavier", "distribution": "uniform", "layer": "Linear"},
-        {"type": "Constant", "val": 1, "layer": "LayerNorm"},
-    )
-    needs_cls_token = True
-
     def __init__(self, mask_ratio: float = 0.75, out_type: OutType = "raw", **kwargs: Any) -> None:
         super().__init__(out_type=out_type, **kwargs)
         self.mask_ratio = mask_ratio
         self.num_patches = self.patch_resolution[0] * self.patch_resolution[1]
         _kept(self.num_patches, mask_ratio)  # refuses a wrong ratio now
-        self.pos_embed = nn.Parameter(self._sincos(), requires_grad=False)
-
-    def frozen_parts(self) -> Iterable[nn.Module]:
-        assert self.pos_embed is not None
-        yield from super().frozen_parts()
-        yield nn.ParameterList([self.pos_embed])
-
-    def init_tokens(self) -> None:
-        with torch.no_grad():
-            assert self.pos_embed is not None
-            self.pos_embed.copy_(self._sincos())
-        projection = self.patch_embed.projection.weight
-        nn.init.xavier_uniform_(projection.view(len(projection), -1))  # as the linear layer that it is
-        assert self.cls_token is not None
-        nn.init.normal_(self.cls_token, std=0.02)
 
     def random_masking(self, x: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
         """Leave out a share `mask_ratio` of the tokens, drawn for each image.
@@ -90,9 +68,6 @@ class MAEViT(VisionTransformer):
         visible, removed, ids_restore = self.random_masking(x[:, 1:], self.mask_ratio)
         *_, latent = self.layer_outputs(torch.cat((x[:, :1], visible), dim=1), None)
         return latent, removed, ids_restore
-
-    def _sincos(self) -> Tensor:
-        return sincos_position_embedding(self.patch_resolution, self.embed_dims, cls_token=True)
 
 
 def _kept(length: int, mask_ratio: float) -> int:
@@ -157,8 +132,8 @@ class BEiTViT(VisionTransformer):
             fine-tuned.
         qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone.
         layer_scale_init_value: See `VisionTransformer`.
+        final_norm: Normalise the output of the last layer; averages of "avg_featmap" have a norm of their own.
         out_type: See `VisionTransformer`.
-        final_norm: See `VisionTransformer`; the average of the patches has a norm layer of its own.
         kwargs: Those of `VisionTransformer`; there is always a class token.
     """
 
@@ -171,8 +146,8 @@ class BEiTViT(VisionTransformer):
         use_shared_rel_pos_bias: bool = False,
         qkv_bias: QKVBias = "qv",
         layer_scale_init_value: float = 0.1,
-        out_type: OutType = "avg_featmap",
         final_norm: bool = False,
+        out_type: OutType = "avg_featmap",
         **kwargs: Any,
     ) -> None:
         if use_rel_pos_bias and use_shared_rel_pos_bias:
@@ -182,8 +157,8 @@ class BEiTViT(VisionTransformer):
         super().__init__(
             qkv_bias=qkv_bias,
             layer_scale_init_value=layer_scale_init_value,
-            out_type=out_type,
             final_norm=final_norm,
+            out_type=out_type,
             **kwargs,
         )
         if not use_abs_pos_emb:
@@ -233,8 +208,8 @@ class BEiTPretrainViT(BEiTViT):
     Args:
         use_rel_pos_bias: See `BEiTViT`.
         use_shared_rel_pos_bias: See `BEiTViT`.
+        final_norm: See `BEiTViT`.
         out_type: See `VisionTransformer`.
-        final_norm: See `VisionTransformer`.
         kwargs: Those of `BEiTViT`.
     """
 
@@ -242,15 +217,15 @@ class BEiTPretrainViT(BEiTViT):
         self,
         use_rel_pos_bias: bool = False,
         use_shared_rel_pos_bias: bool = True,
-        out_type: OutType = "raw",
         final_norm: bool = True,
+        out_type: OutType = "raw",
         **kwargs: Any,
     ) -> None:
         super().__init__(
             use_rel_pos_bias=use_rel_pos_bias,
             use_shared_rel_pos_bias=use_shared_rel_pos_bias,
-            out_type=out_type,
             final_norm=final_norm,
+            out_type=out_type,
             **kwargs,
         )
         self.mask_token = nn.Parameter(new_tokens(1, self.embed_dims))

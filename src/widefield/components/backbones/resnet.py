@@ -1,4 +1,4 @@
-"""ResNet, and its form for small images."""
+"""ResNet, and its forms for small images and with a deep stem."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -291,6 +291,32 @@ class ResNet(StreamableBackbone):
         pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if pools else []
         conv = _convolution(self.conv_cfg, before, after, 1, 1 if pools else stride)
         return nn.Sequential(*pool, conv, build_norm_layer(self.norm_cfg, after)[1])
+
+
+@MODELS.register_module()
+class ResNetV1c(ResNet):
+    """ResNet whose stem is three 3 x 3 convolutions instead of one of 7 x 7.
+
+    Args:
+        kwargs: Those of `ResNet`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(deep_stem=True, avg_down=False, **kwargs)
+
+
+@MODELS.register_module()
+class ResNetV1d(ResNet):
+    """ResNet with a stem of three 3 x 3 convolutions, whose shortcuts pool on average before a 1 x 1 convolution of stride 1.
+
+    He et al., 2018, Bag of tricks for image classification, https://arxiv.org/abs/1812.01187.
+
+    Args:
+        kwargs: Those of `ResNet`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(deep_stem=True, avg_down=True, **kwargs)
 
 
 @MODELS.register_module(replaceable=True)

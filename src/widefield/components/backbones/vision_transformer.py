@@ -1,7 +1,7 @@
 """Vision transformer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from widefield.components.backbones.base_backbone import (
 )
 from widefield.components.component import InitConfig, NormConfig, build_norm_layer
 from widefield.components.layers.transformer_layers import (
+    LayerConfig,
+    PatchConfig,
     PatchEmbed,
     QKVBias,
     Resolution,
     TransformerEncoderLayer,
     replace_masked,
     resize_position_embedding,
+    sincos_position_embedding,
 )
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS, suggestion
@@ -28,7 +31,9 @@ from widefield.registry import MODELS, suggestion
 OutType = Literal["cls_token", "raw", "featmap", "avg_featmap"]
 _ViT = Literal["s", "small", "b", "base", "l", "large", "h", "huge"]
 _DeiT = Literal["deit-t", "deit-tiny", "deit-s", "deit-small", "deit-b", "deit-base"]
-_Others = Literal["dinov2-s", "dinov2-small", "dinov2-g", "dinov2-giant", "eva-g", "eva-giant"]
+_Others = Literal[
+    "mocov3-s", "mocov3-small", "dinov2-s", "dinov2-small", "dinov2-g", "dinov2-giant", "eva-g", "eva-giant"
+]
 _SETTINGS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
 _ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
     **dict.fromkeys(("s", "small"), (768, 8, 8, 2304)),
@@ -37,6 +42,7 @@ _ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
     **dict.fromkeys(("h", "huge"), (1280, 32, 16, 5120)),
     **dict.fromkeys(("deit-t", "deit-tiny"), (192, 12, 3, 768)),
     **dict.fromkeys(("deit-s", "deit-small", "dinov2-s", "dinov2-small"), (384, 12, 6, 1536)),
+    **dict.fromkeys(("mocov3-s", "mocov3-small"), (384, 12, 12, 1536)),
     **dict.fromkeys(("eva-g", "eva-giant"), (1408, 40, 16, 6144)),
     **dict.fromkeys(("dinov2-g", "dinov2-giant"), (1536, 40, 24, 6144)),
 }
@@ -68,6 +74,8 @@ class VisionTransformer(BaseBackbone):
             nothing.
         interpolate_mode: How the position embedding is resized, a mode of `torch.nn.functional.interpolate`.
         layer_scale_init_value: What each branch's output is multiplied by at first, per channel; 0 leaves the factor out.
+        patch_cfg: Options of the layer that makes tokens of patches: stride, padding, bias.
+        layer_cfgs: Options of all layers, or a list of those of each: `{act_cfg: {type: QuickGELU}}`.
         pre_norm: Normalise the tokens before the first layer, as CLIP does.
         streaming: Not to be had: each token depends on all others.
         init_cfg: See `Component`.
@@ -99,6 +107,8 @@ class VisionTransformer(BaseBackbone):
         frozen_stages: int = -1,
         interpolate_mode: Literal["nearest", "bilinear", "bicubic", "area"] = "bicubic",
         layer_scale_init_value: float = 0.0,
+        patch_cfg: PatchConfig | None = None,
+        layer_cfgs: LayerConfig | Sequence[LayerConfig] | None = None,
         pre_norm: bool = False,
         streaming: StreamingOptions | None = None,
         init_cfg: InitConfig = None,
@@ -129,7 +139,13 @@ class VisionTransformer(BaseBackbone):
         self.out_type = out_type
         self.frozen_stages = frozen_stages
         self.interpolate_mode = interpolate_mode
-        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_channels, self.embed_dims, bias=not pre_norm)
+        self.patch_embed = PatchEmbed(
+            self.img_size,
+            patch_size,
+            in_channels,
+            self.embed_dims,
+            **{"bias": not pre_norm, **(patch_cfg or {})},  # type: ignore[arg-type]
+        )
         self.patch_resolution = self.patch_embed.resolution
         patches = self.patch_resolution[0] * self.patch_resolution[1]
         self.num_extra_tokens = int(with_cls_token)
@@ -137,19 +153,22 @@ class VisionTransformer(BaseBackbone):
         self.pos_embed: nn.Parameter | None = nn.Parameter(new_tokens(self.num_extra_tokens + patches, self.embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
         self.pre_norm = build_norm_layer(norm_cfg, self.embed_dims)[1] if pre_norm else nn.Identity()
-        self.layers = nn.ModuleList(
-            TransformerEncoderLayer(
-                self.embed_dims,
-                self.num_heads,
-                self.feedforward_channels,
-                layer_scale_init_value=layer_scale_init_value,
-                drop_rate=drop_rate,
-                drop_path_rate=drop_path_rate * index / max(self.num_layers - 1, 1),
-                qkv_bias=qkv_bias,
-                norm_cfg=norm_cfg,
-            )
-            for index in range(self.num_layers)
-        )
+        layer: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "feedforward_channels": self.feedforward_channels,
+            "layer_scale_init_value": layer_scale_init_value,
+            "drop_rate": drop_rate,
+            "qkv_bias": qkv_bias,
+            "norm_cfg": norm_cfg,
+        }
+        given: Any = layer_cfgs or {}
+        own = [given] * self.num_layers if isinstance(given, Mapping) else list(given)
+        if len(own) != self.num_layers:
+            raise WrongArgumentError(f"layer_cfgs has {len(own)} items, and there are {self.num_layers} layers")
+        self.layers = nn.ModuleList()
+        for index, options in enumerate(own):
+            rate = drop_path_rate * index / max(self.num_layers - 1, 1)
+            self.layers.append(TransformerEncoderLayer(self.embed_dims, **{**layer, "drop_path_rate": rate, **options}))
         self.norm1_name, norm1 = build_norm_layer(norm_cfg, self.embed_dims, postfix=1)
         self.add_module(self.norm1_name, norm1 if final_norm else nn.Identity())
         if out_type == "avg_featmap":
@@ -273,6 +292,70 @@ class VisionTransformer(BaseBackbone):
                 weights[f"{prefix}pos_embed"] = resize_position_embedding(
                     given, (side, side), self.patch_resolution, self.interpolate_mode, self.num_extra_tokens
                 )
+
+
+class SinCosTransformer(VisionTransformer):
+    """A vision transformer whose position embedding is one of sines and cosines and does not train; it has a class token."""
+
+    default_init_cfg = (
+        {"type": "Xavier", "distribution": "uniform", "layer": "Linear"},
+        {"type": "Constant", "val": 1, "layer": "LayerNorm"},
+    )
+    needs_cls_token = True
+    token_std: ClassVar[float] = _TOKEN_STD
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pos_embed = nn.Parameter(self._sincos(), requires_grad=False)
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        assert self.pos_embed is not None
+        yield from super().frozen_parts()
+        yield nn.ParameterList([self.pos_embed])
+
+    def init_tokens(self) -> None:
+        assert self.pos_embed is not None
+        assert self.cls_token is not None
+        with torch.no_grad():
+            self.pos_embed.copy_(self._sincos())
+        projection = self.patch_embed.projection.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))  # as the linear layer that it is
+        nn.init.normal_(self.cls_token, std=self.token_std)
+
+    def _sincos(self) -> Tensor:
+        return sincos_position_embedding(self.patch_resolution, self.embed_dims, cls_token=True)
+
+
+@MODELS.register_module()
+class MoCoV3ViT(SinCosTransformer):
+    """Vision transformer of MoCo v3, with a position embedding of sines and cosines that does not train.
+
+    Chen et al., 2021, https://arxiv.org/abs/2104.02057.
+
+    Args:
+        stop_grad_conv1: The layer that makes tokens of patches does not train, which makes training stable.
+        kwargs: Those of `VisionTransformer`; there is always a class token.
+    """
+
+    token_std = 1e-6
+
+    def __init__(self, stop_grad_conv1: bool = False, **kwargs: Any) -> None:
+        self.stop_grad_conv1 = stop_grad_conv1
+        super().__init__(**kwargs)
+
+    def init_tokens(self) -> None:
+        super().init_tokens()
+        for layer in self.layers:  # queries, keys and values are layers of their own
+            for weight in layer.get_parameter("attn.qkv.weight").detach().chunk(3):
+                nn.init.xavier_uniform_(weight)
+        bias = self.patch_embed.projection.bias
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        yield from super().frozen_parts()
+        if self.stop_grad_conv1:
+            yield self.patch_embed
 
 
 def new_tokens(count: int, channels: int) -> Tensor:

@@ -1,18 +1,31 @@
 """Heads of classification: from features to scores, a loss and predictions."""
 
 import inspect
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from widefield.components.component import ActivationConfig, InitConfig, LossConfig, LossHead, build_activation_layer
+from widefield.components.component import (
+    ActivationConfig,
+    InitConfig,
+    LossConfig,
+    LossHead,
+    NormConfig,
+    build_activation_layer,
+    build_norm_layer,
+)
 from widefield.components.data_sample import DataSample
+from widefield.components.losses.label_losses import label_scores
 from widefield.components.metrics.classification_metrics import Accuracy, as_topk
 from widefield.errors import WrongArgumentError
-from widefield.registry import MODELS
+from widefield.registry import MODELS, Range
 
 Features = Tensor | Sequence[Tensor]
 _DEFAULT_THRESHOLD = 0.5
@@ -103,7 +116,7 @@ class ClsHead(ScoreHead):
             data_samples: One per image, each with `gt_score` or each with one `gt_label`.
             kwargs: Passed to the loss.
         """
-        score = self(feats)
+        score = self._scores(feats, data_samples)
         has_scores = "gt_score" in data_samples[0]
         if has_scores:
             target = torch.stack([sample.gt_score for sample in data_samples]).to(score.device)
@@ -129,6 +142,11 @@ class ClsHead(ScoreHead):
             losses |= {f"accuracy_top-{k}": found[f"accuracy/top{k}"].item() for k in self.topk}
         return losses
 
+    def _scores(self, feats: Features, data_samples: Sequence[DataSample]) -> Tensor:
+        """Return the scores (N, C) that the loss gets."""
+        scores: Tensor = self(feats)
+        return scores
+
     def _probabilities(self, scores: Tensor) -> Tensor:
         return scores.softmax(dim=1)
 
@@ -139,6 +157,144 @@ class ClsHead(ScoreHead):
 @MODELS.register_module()
 class LinearClsHead(LinearScoreHead, ClsHead):
     """Classification by one linear layer."""
+
+
+@MODELS.register_module()
+class StackedLinearClsHead(ClsHead):
+    """Classification by several linear layers, each but the last with a norm, an activation and dropout.
+
+    Args:
+        num_classes: Classes.
+        in_channels: Channels of the features.
+        mid_channels: Channels behind each layer but the last; one at least.
+        dropout_rate: Of the dropout.
+        norm_cfg: Type and options of the norm layers, such as `{type: BN1d}`; None for none.
+        act_cfg: Type and options of the activations; None for none.
+        kwargs: Those of `ClsHead`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        mid_channels: Sequence[int],
+        dropout_rate: Annotated[float, Range(0, 1)] = 0.0,
+        norm_cfg: NormConfig | None = None,
+        act_cfg: ActivationConfig = {"type": "ReLU"},  # noqa: B006  # read, never written
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_classes(num_classes)
+        if not mid_channels:
+            raise WrongArgumentError("mid_channels is empty; for one layer there is LinearClsHead")
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.layers = nn.ModuleList()
+        for before, after in itertools.pairwise([in_channels, *mid_channels]):
+            layers: dict[str, nn.Module] = {"fc": nn.Linear(before, after)}
+            if norm_cfg is not None:
+                layers["norm"] = build_norm_layer(norm_cfg, after)[1]
+            layers |= {"act": build_activation_layer(act_cfg), "dropout": nn.Dropout(dropout_rate)}
+            self.layers.append(nn.Sequential(OrderedDict(layers)))
+        self.layers.append(nn.Sequential(OrderedDict(fc=nn.Linear(mid_channels[-1], num_classes))))
+
+    def pre_logits(self, feats: Features) -> Tensor:
+        """Return what the last layer gets, (N, last of mid_channels)."""
+        x = _vectors(super().pre_logits(feats), self.in_channels)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return x
+
+    def forward(self, feats: Features) -> Tensor:
+        """Return scores (N, num_classes)."""
+        scores: Tensor = self.layers[-1](self.pre_logits(feats))
+        return scores
+
+
+@MODELS.register_module()
+class ArcFaceClsHead(ClsHead):
+    """Classification by the angles between features and one vector per class, with an additive angular margin in training.
+
+    Scores are scale * cos(angle), and in the loss scale * cos(angle + margin) for the true class (Deng et al., 2018,
+    https://arxiv.org/abs/1801.07698). Where angle + margin is above pi, cos(angle) - margin * sin(margin) takes its place, which
+    goes on falling. With several centres per class the nearest counts (Deng et al., 2020, Sub-center ArcFace).
+
+    Args:
+        num_classes: Classes.
+        in_channels: Channels of the features.
+        num_subcenters: Centres per class.
+        scale: Scores are multiplied by it.
+        margins: Of all classes, in radians, of each class, or a text file with a line for each.
+        easy_margin: Add the margin only to angles below pi / 2, and leave others as they are.
+        kwargs: Those of `ClsHead`. Mixed images keep the margin of their own label.
+    """
+
+    margins: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        num_subcenters: Annotated[int, Range(1)] = 1,
+        scale: float = 64.0,
+        margins: float | Sequence[float] | str = 0.5,
+        easy_margin: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_classes(num_classes)
+        if num_subcenters < 1:
+            raise WrongArgumentError(f"num_subcenters={num_subcenters} must be positive")
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.num_subcenters = num_subcenters
+        self.scale = scale
+        self.easy_margin = easy_margin
+        self.norm_product = nn.Linear(in_channels, num_classes * num_subcenters, bias=False)
+        if isinstance(margins, str):
+            margins = [float(line) for line in Path(margins).read_text(encoding="utf-8").split()]
+        self.register_buffer("margins", torch.empty(num_classes), persistent=False)
+        self.set_margins(margins)
+
+    def set_margins(self, margins: float | Sequence[float]) -> None:
+        """Set the margin of all classes, or of each.
+
+        Raises:
+            WrongArgumentError: There is not one for each class.
+        """
+        given = [margins] * self.num_classes if isinstance(margins, (int, float)) else list(margins)
+        if len(given) != self.num_classes:
+            raise WrongArgumentError(
+                f"there are {len(given)} margins for {self.num_classes} classes; give one for each"
+            )
+        self.margins = torch.as_tensor(given, dtype=torch.float32, device=self.margins.device)
+
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, feats: Features, target: Tensor | None = None) -> Tensor:
+        """Return scores (N, num_classes); with class indices `target` (N,) those that have the margin.
+
+        Computed in the precision of the weights, whatever autocast says: a difference of angles is lost in 16 bits.
+        """
+        weight = self.norm_product.weight
+        x = _vectors(self.pre_logits(feats), self.in_channels).to(weight.dtype)
+        cosine = functional.linear(functional.normalize(x), functional.normalize(weight))
+        cosine = cosine.unflatten(1, (self.num_classes, self.num_subcenters)).amax(2)
+        if target is None:
+            return self.scale * cosine
+        # cos(angle + margin), for of an angle the slope at 0 and at pi is infinite
+        margins = self.margins.to(cosine.dtype)
+        sine = (1 - cosine**2).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+        moved = cosine * margins.cos() - sine * margins.sin()
+        if self.easy_margin:
+            moved = torch.where(cosine > 0, moved, cosine)
+        else:
+            falling = cosine - margins * (math.pi - margins).sin()
+            moved = torch.where(cosine > (math.pi - margins).cos(), moved, falling)
+        return self.scale * torch.where(label_scores(target, self.num_classes) > 0, moved, cosine)
+
+    def _scores(self, feats: Features, data_samples: Sequence[DataSample]) -> Tensor:
+        label = torch.cat([sample.gt_label for sample in data_samples])
+        return self(feats, label.to(self.margins.device))
 
 
 @MODELS.register_module(replaceable=True)

@@ -4,9 +4,12 @@ import math
 
 import torch
 from lightly.models.utils import normalize_mean_var, patchify, unpatchify
+from lightly.utils.dist import rank
 from torch import Tensor, nn
+from torch.nn import functional
 
 from widefield.components.component import InitConfig, LossConfig, LossHead, NeckConfig
+from widefield.components.losses.embedding_losses import joint
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
 
@@ -66,6 +69,68 @@ class LatentPredictHead(LossHead):
         """Return the loss of features (N, C) of one view against those of the other."""
         predicted = self.predictor((input,))[0]
         return self.loss_module(predicted, target.detach())
+
+
+@MODELS.register_module()
+class LatentCrossCorrelationHead(LossHead):
+    """The cross-correlation of two views' projections over the batch, which is that of all processes.
+
+    Zbontar et al., 2021 (Barlow Twins), https://arxiv.org/abs/2103.03230.
+
+    Args:
+        in_channels: Width D of the projections.
+        loss: Called with the matrix (D, D) of correlations.
+        init_cfg: See `Component`.
+    """
+
+    def __init__(self, in_channels: int, loss: LossConfig, init_cfg: InitConfig = None) -> None:
+        super().__init__(loss, init_cfg)
+        self.bn = nn.BatchNorm1d(in_channels, affine=False, track_running_stats=False)
+
+    def loss(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of projections (N, D) of one view and of the other."""
+        first, second = self.bn(joint(input)), self.bn(joint(target))
+        return self.loss_module(first.T @ second / len(first))
+
+
+@MODELS.register_module()
+class MoCoV3Head(LossHead):
+    """Finds what a predictor makes of one view among the other views of the batch, which is that of all processes.
+
+    Chen et al., 2021, https://arxiv.org/abs/2104.02057.
+
+    Args:
+        predictor: A neck.
+        loss: Called with similarities (N, N * processes) and the number of the right one for each.
+        temperature: Similarities are divided by it.
+        init_cfg: See `Component`.
+    """
+
+    def __init__(
+        self, predictor: NeckConfig, loss: LossConfig, temperature: float = 1.0, init_cfg: InitConfig = None
+    ) -> None:
+        super().__init__(loss, init_cfg)
+        if temperature <= 0:
+            raise WrongArgumentError(f"temperature={temperature} must be positive")
+        self.predictor = MODELS.build(predictor)
+        self.temperature = temperature
+
+    def loss(self, base_out: Tensor, momentum_out: Tensor) -> Tensor:
+        """Return the loss of features (N, C) of one view against those of the other, which get no gradient."""
+        predicted = functional.normalize(self.predictor((base_out,))[0], dim=1)
+        target = joint(functional.normalize(momentum_out.detach(), dim=1))
+        score = predicted @ target.T / self.temperature
+        label = torch.arange(len(score), device=score.device) + len(score) * rank()
+        return self.loss_module(score, label)
+
+
+@MODELS.register_module()
+class SwAVHead(LossHead):
+    """The loss of the features of all crops of a batch, see `SwAVLoss`."""
+
+    def loss(self, pred: Tensor) -> Tensor:
+        """Return the loss of features (crops * N, D)."""
+        return self.loss_module(pred)
 
 
 @MODELS.register_module()

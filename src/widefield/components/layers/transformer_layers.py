@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, gen_relative_position_index
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
-from widefield.components.component import build_norm_layer
+from widefield.components.component import ActivationConfig, NormConfig, build_activation_layer, build_norm_layer
 from widefield.components.key_maps import AdaptsWeights
 from widefield.errors import WrongArgumentError
 
@@ -98,32 +98,60 @@ class RelativePositionBias(AdaptsWeights):
                 weights[key] = self.resized(table, (side, side), self.resolution)
 
 
+class PatchConfig(TypedDict, total=False):
+    """Options of `PatchEmbed`."""
+
+    stride: int
+    padding: int | Literal["corner"]
+    bias: bool
+
+
 class PatchEmbed(nn.Module):
-    """A token per patch: a convolution whose kernel size is its stride. The image is padded with zeros at its end to whole patches.
+    """A token per patch, by a convolution.
 
     Args:
         img_size: Height and width for which `resolution` holds.
-        patch_size: Of a patch, in pixels.
+        patch_size: Side of a patch, in pixels.
         in_channels: Channels of the image.
         embed_dims: Channels of a token.
         bias: Whether the convolution has one.
+        stride: From one patch to the next; None is the patch size.
+        padding: Zeros around the image; "corner" adds as many at its end as whole patches need.
 
     Attributes:
         resolution: Rows and columns of patches of an image of `img_size`.
     """
 
     def __init__(
-        self, img_size: tuple[int, int], patch_size: int, in_channels: int, embed_dims: int, bias: bool = True
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        embed_dims: int,
+        bias: bool = True,
+        stride: int | None = None,
+        padding: int | Literal["corner"] = "corner",
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size, bias=bias)
-        self.resolution = (math.ceil(img_size[0] / patch_size), math.ceil(img_size[1] / patch_size))
+        self.stride = patch_size if stride is None else stride
+        self.pads_corner = padding == "corner"
+        margin = 0 if padding == "corner" else padding
+        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, self.stride, margin, bias=bias)
+        if self.pads_corner:
+            self.resolution = (math.ceil(img_size[0] / self.stride), math.ceil(img_size[1] / self.stride))
+        else:
+            rows, columns = ((side + 2 * margin - patch_size) // self.stride + 1 for side in img_size)
+            self.resolution = (rows, columns)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Resolution]:
         """Tokens (N, L, C) of an image (N, channels, H, W), row by row, and their rows and columns."""
-        height, width = x.shape[-2:]
-        x = functional.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        if self.pads_corner:
+            height, width = (
+                max((math.ceil(side / self.stride) - 1) * self.stride + self.patch_size - side, 0)
+                for side in x.shape[-2:]
+            )
+            x = functional.pad(x, (0, width, 0, height))
         x = self.projection(x)
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
@@ -164,6 +192,19 @@ def replace_masked(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
 QKVBias = bool | Literal["qv"]
 
 
+class LayerConfig(TypedDict, total=False):
+    """Options of a `TransformerEncoderLayer`."""
+
+    num_heads: int
+    feedforward_channels: int
+    layer_scale_init_value: float
+    drop_rate: float
+    drop_path_rate: float
+    qkv_bias: QKVBias
+    norm_cfg: NormConfig
+    act_cfg: ActivationConfig
+
+
 class TransformerEncoderLayer(nn.Module):
     """A pre-norm block: x + gamma1 attention(LN(x)), then x + gamma2 ffn(LN(x)) (Dosovitskiy et al., 2020).
 
@@ -177,6 +218,7 @@ class TransformerEncoderLayer(nn.Module):
         drop_path_rate: Probability with which an image skips a branch in training.
         qkv_bias: Biases of queries, keys and values; "qv": of queries and values alone, as BEiT has it.
         norm_cfg: See `build_norm_layer`.
+        act_cfg: See `build_activation_layer`.
     """
 
     def __init__(
@@ -189,6 +231,7 @@ class TransformerEncoderLayer(nn.Module):
         drop_path_rate: float = 0.0,
         qkv_bias: QKVBias = True,
         norm_cfg: dict[str, Any] = {"type": "LN", "eps": 1e-6},  # noqa: B006  # read, never written
+        act_cfg: dict[str, Any] | None = {"type": "GELU"},  # noqa: B006  # read, never written
     ) -> None:
         super().__init__()
         if embed_dims % num_heads:
@@ -197,7 +240,9 @@ class TransformerEncoderLayer(nn.Module):
         self.ln1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = attention(embed_dims, num_heads, qkv_bias=bool(qkv_bias), proj_drop=drop_rate)
         self.ln2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        first = nn.Sequential(nn.Linear(embed_dims, feedforward_channels), nn.GELU(), nn.Dropout(drop_rate))
+        first = nn.Sequential(
+            nn.Linear(embed_dims, feedforward_channels), build_activation_layer(act_cfg), nn.Dropout(drop_rate)
+        )
         layers = nn.Sequential(first, nn.Linear(feedforward_channels, embed_dims), nn.Dropout(drop_rate))
         self.ffn = nn.Sequential(OrderedDict(layers=layers))  # the names of MMPretrain's weights
         self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate else nn.Identity()

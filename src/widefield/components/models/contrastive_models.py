@@ -1,28 +1,22 @@
 """Contrastive learning: SimCLR and MoCo, and the steps that they share with the methods of `widefield.pretraining`."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightly.models.utils import batch_shuffle, batch_unshuffle
-from lightly.utils.dist import gather, world_size
+from lightly.utils.dist import world_size
+from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.components.data_sample import DataSample
+from widefield.components.losses.embedding_losses import joint
 from widefield.components.models.base_model import BaseSelfSupervisor
 from widefield.errors import WrongArgumentError
 from widefield.registry import MODELS
-
-
-def joint(batch: Tensor) -> Tensor:
-    """Return the batches (N, ...) of all processes, one after the other, (N * processes, ...), with gradients.
-
-    A loss of it, averaged over the processes as DistributedDataParallel does, has the gradient of one process on all of them. Each
-    process has to bring as many rows.
-    """
-    return torch.cat(gather(batch.contiguous())) if world_size() > 1 else batch
 
 
 def momentum_copy(module: nn.Module) -> Any:
@@ -38,6 +32,11 @@ def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> Non
     """
     for module, moving in pairs:
         torch._foreach_lerp_(list(moving.parameters()), list(module.parameters()), 1.0 - momentum)
+
+
+def rising(step: int, steps: float, start: float) -> float:
+    """Return a momentum that rises from `start` to 1 in `steps` steps as half a cosine; it stays where they are infinitely many."""
+    return start if math.isinf(steps) else cosine_schedule(min(step, int(steps)), int(steps) + 1, start, 1.0)
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ class SimCLR(BaseSelfSupervisor):
     def loss(self, inputs: Sequence[Tensor], data_samples: Sequence[DataSample]) -> dict[str, Any]:
         """Return the loss of two views, in a list, each (N, C, H, W)."""
         self._require("neck", "head")
-        projected = self.neck(self.backbone(torch.cat(_two_views(inputs))))[0]
+        projected = self.neck(self.backbone(torch.cat(two_views(inputs))))[0]
         first, second = functional.normalize(projected, dim=1).chunk(2)
         return {"loss": self.head.loss(*compare_in_batch(first, second))}
 
@@ -134,7 +133,7 @@ class MoCo(BaseSelfSupervisor):
 
     def loss(self, inputs: Sequence[Tensor], data_samples: Sequence[DataSample]) -> dict[str, Any]:
         """Return the loss of two views, in a list, each (N, C, H, W): queries and keys."""
-        of_query, of_key = _two_views(inputs)
+        of_query, of_key = two_views(inputs)
         query = functional.normalize(self.neck(self.backbone(of_query))[0], dim=1)
         if query.shape[1] != len(self.queue):
             raise WrongArgumentError(
@@ -168,7 +167,7 @@ class MoCo(BaseSelfSupervisor):
         return batch_unshuffle(keys, order, distributed=True) if shuffles else keys
 
 
-def _two_views(inputs: Any) -> tuple[Tensor, Tensor]:
+def two_views(inputs: Any) -> tuple[Tensor, Tensor]:
     """Return the views of a batch, both (N, C, H, W).
 
     Raises:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from widefield.components.component import (
     ActivationConfig,
@@ -57,6 +59,66 @@ class GlobalAveragePooling(Component):
         if one.ndim != self.dim + 2:
             raise ValueError(f"a map has the shape {tuple(one.shape)}; with dim={self.dim} it has {self.dim + 2} axes")
         return one.flatten(2).mean(2)
+
+
+@MODELS.register_module()
+class GeneralizedMeanPooling(Component):
+    """The generalised mean of each channel over all positions, (mean of x^p)^(1/p): 1 averages, and large p take the maximum.
+
+    Radenovic et al., 2017, https://arxiv.org/abs/1711.02512.
+
+    Args:
+        p: The exponent at first, at least 1.
+        eps: Values below it count as it.
+        clamp: False takes values as they are; of negative ones most powers are no number.
+        p_trainable: Whether the exponent is trained.
+    """
+
+    component_kind = "neck"
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6, clamp: bool = True, p_trainable: bool = True) -> None:
+        super().__init__()
+        if p < 1:
+            raise WrongArgumentError(f"p={p} must be at least 1")
+        self.p = nn.Parameter(torch.ones(1) * p, requires_grad=p_trainable)
+        self.eps = eps
+        self.clamp = clamp
+
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """Return the means (N, C) of a map (N, C, H, W); of a tuple of maps a tuple."""
+        if isinstance(inputs, tuple):
+            return tuple(self._pool(one) for one in inputs)
+        return self._pool(last_features(inputs))
+
+    def _pool(self, one: Tensor) -> Tensor:
+        x = one.clamp(min=self.eps) if self.clamp else one
+        return x.pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+@MODELS.register_module()
+class ClsBatchNormNeck(Component):
+    """Batch norm of features, before the head of a linear probe of a vision transformer.
+
+    He et al., 2021 (MAE), https://arxiv.org/abs/2111.06377, appendix A.
+
+    Args:
+        input_features: Width of the features.
+        affine: Whether the norm has weights.
+        eps: Added to the variance.
+        init_cfg: See `Component`.
+    """
+
+    component_kind = "neck"
+
+    def __init__(
+        self, input_features: int, affine: bool = False, eps: float = 1e-6, init_cfg: InitConfig = None
+    ) -> None:
+        super().__init__(init_cfg)
+        self.bn = nn.BatchNorm1d(input_features, affine=affine, eps=eps)
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return a tuple of normalised features, each (N, input_features)."""
+        return tuple(self.bn(one) for one in inputs)
 
 
 @MODELS.register_module()
@@ -160,3 +222,88 @@ class NonLinearNeck(Component):
         """Return a tuple with (N, out_channels) of maps (N, in_channels, H, W), or without pooling of vectors (N, in_channels)."""
         x = last_features(inputs)
         return (self.layers(x if self.avgpool is None else self.avgpool(x)),)
+
+
+@MODELS.register_module()
+class MoCoV2Neck(Component):
+    """The projection of MoCo v2: two linear layers with a ReLU between them.
+
+    Chen et al., 2020, https://arxiv.org/abs/2003.04297.
+
+    Args:
+        in_channels: Channels of the features.
+        hid_channels: Channels between the layers.
+        out_channels: Channels of the result.
+        with_avg_pool: Average maps over their positions first.
+        init_cfg: See `Component`.
+    """
+
+    component_kind = "neck"
+
+    def __init__(
+        self,
+        in_channels: int,
+        hid_channels: int,
+        out_channels: int,
+        with_avg_pool: bool = True,
+        init_cfg: InitConfig = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.avgpool = GlobalAveragePooling() if with_avg_pool else None
+        self.mlp = nn.Sequential(nn.Linear(in_channels, hid_channels), nn.ReLU(), nn.Linear(hid_channels, out_channels))
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor]:
+        """Return a tuple with (N, out_channels) of maps (N, in_channels, H, W), or without pooling of vectors (N, in_channels)."""
+        x = last_features(inputs)
+        return (self.mlp(x if self.avgpool is None else self.avgpool(x)),)
+
+
+@MODELS.register_module()
+class SwAVNeck(Component):
+    """The projection of SwAV: linear layer, norm, ReLU, linear layer, and vectors of length 1, for crops of several sizes.
+
+    Caron et al., 2020, https://arxiv.org/abs/2006.09882.
+
+    Args:
+        in_channels: Channels of the features.
+        hid_channels: Channels between the layers; 0 for one linear layer.
+        out_channels: Channels of the result; 0 for no layer.
+        with_avg_pool: Average maps over their positions first.
+        with_l2norm: Scale the results to length 1.
+        norm_cfg: Type and options of the norm layer, see `NonLinearNeck`.
+        init_cfg: See `Component`.
+    """
+
+    component_kind = "neck"
+
+    def __init__(
+        self,
+        in_channels: int,
+        hid_channels: int,
+        out_channels: int,
+        with_avg_pool: bool = True,
+        with_l2norm: bool = True,
+        norm_cfg: NormConfig = {"type": "SyncBN"},  # noqa: B006  # read, never written
+        init_cfg: InitConfig = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.avgpool = GlobalAveragePooling() if with_avg_pool else None
+        self.with_l2norm = with_l2norm
+        if out_channels == 0:
+            self.projection_neck: nn.Module = nn.Identity()
+        elif hid_channels == 0:
+            self.projection_neck = nn.Linear(in_channels, out_channels)
+        else:
+            self.projection_neck = nn.Sequential(
+                nn.Linear(in_channels, hid_channels),
+                build_norm_layer(norm_cfg, hid_channels)[1],
+                nn.ReLU(),
+                nn.Linear(hid_channels, out_channels),
+            )
+
+    def forward(self, inputs: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return projections (sum of N, out_channels) of what the backbone gives for each size of crops, a tuple of maps."""
+        maps = [last_features(one) for one in inputs]
+        x = torch.cat(maps if self.avgpool is None else [self.avgpool(one) for one in maps])
+        x = self.projection_neck(x)
+        return functional.normalize(x, dim=1) if self.with_l2norm else x

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from lightly.loss import BarlowTwinsLoss
 from lightly.models.modules.heads import BarlowTwinsProjectionHead
 from torch import Tensor
 
-from widefield.components.models.contrastive_models import joint
+from widefield.components.heads.self_supervised_heads import LatentCrossCorrelationHead
+from widefield.components.losses.embedding_losses import CrossCorrelationLoss
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, PairMethod, Run, Weight
@@ -39,10 +39,8 @@ class BarlowTwins(PairMethod):
     ) -> None:
         super().__init__(embedding, run)
         self.head = BarlowTwinsProjectionHead(run.embedding_dim, hidden_dim, output_dim)
-        self.criterion = BarlowTwinsLoss(
-            lambda_param
-        )  # of the joint batch: its own gathering normalises by each process
+        self.criterion = LatentCrossCorrelationHead(output_dim, CrossCorrelationLoss(lambda_param))
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
-        first, second = (joint(self.head(self.embedding.vectors(view))) for view in views)
-        return {"loss": self.criterion(first, second)}
+        first, second = (self.head(self.embedding.vectors(view)) for view in views)
+        return {"loss": self.criterion.loss(first, second)}

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
-from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
-from widefield.components.models.contrastive_models import enqueue, joint
+from widefield.components.losses.embedding_losses import joint
+from widefield.components.models.contrastive_models import enqueue
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
 from widefield.pretraining.transform_args import Normalize, TransformArgs
@@ -121,11 +121,6 @@ def for_run(momentum: float, steps: int) -> float:
     A copy remembers 1 / (1 - momentum) steps. At 0.99, rising to 1, it would after 160 steps still be by 45 % the untrained model.
     """
     return max(0.0, min(momentum, 1 - 10 / max(steps, 1)))
-
-
-def rising(step: int, steps: int, start: float) -> float:
-    """Return a momentum that rises from `start` to 1 as half a cosine."""
-    return cosine_schedule(min(step, steps), steps + 1, start, 1.0)
 
 
 class Queue(MemoryBankModule):

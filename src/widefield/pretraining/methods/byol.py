@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
-from widefield.components.models.contrastive_models import follow, momentum_copy
+from widefield.components.losses.reconstruction_losses import CosineSimilarityLoss
+from widefield.components.models.contrastive_models import follow, momentum_copy, rising
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, PairMethod, Run, Share, rising
+from widefield.pretraining.methods.base import Count, PairMethod, Run, Share
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, SecondView, Solarize, TransformArgs
 
@@ -50,7 +50,7 @@ class BYOL(PairMethod):
         self.projection = BYOLProjectionHead(run.embedding_dim, hidden_dim, output_dim)
         self.prediction = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
         self.target_embedding, self.target_projection = momentum_copy(embedding), momentum_copy(self.projection)
-        self.criterion = NegativeCosineSimilarity()
+        self.criterion = CosineSimilarityLoss()
 
     def before_step(self, step: int) -> None:
         pairs = [(self.embedding, self.target_embedding), (self.projection, self.target_projection)]

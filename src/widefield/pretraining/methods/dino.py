@@ -11,10 +11,10 @@ from lightly.models.modules.heads import DINOProjectionHead
 from lightly.utils.scheduler import linear_warmup_schedule
 from torch import Tensor, nn
 
-from widefield.components.models.contrastive_models import follow, momentum_copy
+from widefield.components.models.contrastive_models import follow, momentum_copy, rising
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Run, Share, Steps, Temperature, for_each, for_run, rising
+from widefield.pretraining.methods.base import Count, Method, Run, Share, Steps, Temperature, for_each, for_run
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import (
     ColorJitter,

@@ -10,7 +10,8 @@ from lightly.models.modules.heads import DINOProjectionHead
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
-from widefield.components.models.contrastive_models import joint, momentum_copy
+from widefield.components.losses.embedding_losses import joint
+from widefield.components.models.contrastive_models import momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Run, Share, Temperature, Weight, for_each, for_run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from widefield.components.models.contrastive_models import joint
+from widefield.components.losses.embedding_losses import joint
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS

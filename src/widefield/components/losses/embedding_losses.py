@@ -1,0 +1,102 @@
+"""Losses of the embeddings of a batch as a whole, and not of one image each."""
+
+from collections.abc import Sequence
+
+import torch
+from lightly.loss import SwaVLoss as LightlySwaVLoss
+from lightly.utils.dist import gather, world_size
+from torch import Tensor, nn
+
+from widefield.errors import WrongArgumentError
+from widefield.registry import MODELS
+
+
+def joint(batch: Tensor) -> Tensor:
+    """Return the batches (N, ...) of all processes, one after the other, (N * processes, ...), with gradients.
+
+    A loss of it, averaged over the processes as DistributedDataParallel does, has the gradient of one process on all of them. Each
+    process has to bring as many rows.
+    """
+    return torch.cat(gather(batch.contiguous())) if world_size() > 1 else batch
+
+
+@MODELS.register_module()
+class CrossCorrelationLoss(nn.Module):
+    """How far a cross-correlation matrix is from the identity: sum of (1 - c_ii)^2 + lambd * sum of c_ij^2, with i and j different.
+
+    Zbontar et al., 2021 (Barlow Twins), https://arxiv.org/abs/2103.03230, equation 1.
+
+    Args:
+        lambd: The weight of what lies off the diagonal.
+    """
+
+    component_kind = "loss"
+
+    def __init__(self, lambd: float = 0.0051) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def forward(self, cross_correlation_matrix: Tensor) -> Tensor:
+        """Return the loss of a matrix (D, D)."""
+        on_diagonal = torch.eye(len(cross_correlation_matrix), device=cross_correlation_matrix.device)
+        squares = (cross_correlation_matrix - on_diagonal) ** 2
+        return (squares * (self.lambd + (1 - self.lambd) * on_diagonal)).sum()
+
+
+@MODELS.register_module()
+class SwAVLoss(nn.Module):
+    """Predicts which prototypes the other crops of an image are assigned to, where a batch is assigned evenly to all prototypes.
+
+    Caron et al., 2020, https://arxiv.org/abs/2006.09882. The loss and the assignment (Sinkhorn-Knopp) are lightly's; the batch is
+    that of all processes. Prototypes are scaled to length 1 at each call. There is no queue of earlier features.
+
+    Args:
+        feat_dim: Width of the features.
+        sinkhorn_iterations: Iterations of the assignment.
+        epsilon: Its temperature.
+        temperature: Of the predictions.
+        crops_for_assign: The crops that are assigned; the others are only predicted from.
+        num_crops: Crops of each size.
+        num_prototypes: How many there are.
+    """
+
+    component_kind = "loss"
+
+    def __init__(
+        self,
+        feat_dim: int,
+        sinkhorn_iterations: int = 3,
+        epsilon: float = 0.05,
+        temperature: float = 0.1,
+        crops_for_assign: Sequence[int] = (0, 1),
+        num_crops: Sequence[int] = (2,),
+        num_prototypes: int = 3000,
+    ) -> None:
+        super().__init__()
+        self.num_crops = sum(num_crops)
+        self.crops_for_assign = tuple(crops_for_assign)
+        if not self.crops_for_assign or not set(self.crops_for_assign) <= set(range(self.num_crops)):
+            raise WrongArgumentError(
+                f"crops_for_assign={list(crops_for_assign)} must be among the {self.num_crops} crops, from 0"
+            )
+        self.prototypes = nn.Linear(feat_dim, num_prototypes, bias=False)
+        self.criterion = LightlySwaVLoss(temperature, sinkhorn_iterations, epsilon, sinkhorn_gather_distributed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the loss of features (crops * N, feat_dim) of length 1, those of one crop of all images after those of another.
+
+        Raises:
+            WrongArgumentError: There are not as many for each crop.
+        """
+        if len(x) % self.num_crops:
+            raise WrongArgumentError(
+                f"there are {len(x)} features for {self.num_crops} crops of each image; give num_crops as the views are"
+            )
+        with torch.no_grad():
+            self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
+        scores = self.prototypes(x)
+        crops = scores.to(torch.promote_types(scores.dtype, torch.float32)).chunk(self.num_crops)
+        assigned = [crops[k] for k in self.crops_for_assign]
+        others = [crop for k, crop in enumerate(crops) if k not in self.crops_for_assign]
+        loss: Tensor = self.criterion(assigned, others)[0]
+        return loss
