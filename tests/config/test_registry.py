@@ -253,6 +253,47 @@ class Inherits(HandsOn):
     pass
 
 
+class PassesAll(HandsOn):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class Pops(Above):
+    def __init__(self, **kwargs: Any) -> None:
+        self.colour = kwargs.pop("colour", "red")
+        self.size = kwargs.pop("size")
+        kwargs.setdefault("depth", 5)
+        super().__init__(**kwargs)
+
+
+class Sets(Above):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "depth" not in kwargs:
+            kwargs["depth"] = 7
+        Above.__init__(self, *args, flag=True, **kwargs)
+
+
+class PopsWhatTheBaseHas(Above):
+    def __init__(self, **kwargs: Any) -> None:
+        width = kwargs.pop("width", 8)
+        super().__init__(width=width, **kwargs)
+
+
+class Swallows(Above):
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(3)
+
+
+_WITHOUT_SOURCE: dict[str, Any] = {"Above": Above}
+exec(
+    "class NoSource(Above):\n"
+    "    def __init__(self, extra, **kwargs):\n"
+    "        self.own = kwargs.pop('own', 1)\n"
+    "        super().__init__(3, **kwargs)\n",
+    _WITHOUT_SOURCE,
+)
+
+
 @pytest.mark.parametrize(
     ("component", "names", "is_open"),
     [
@@ -260,6 +301,12 @@ class Inherits(HandsOn):
         (HandsOn, ["extra", "depth", "width", "late"], False),
         (OldStyle, ["extra", "depth", "width", "late"], False),
         (Inherits, ["extra", "depth", "width", "late"], False),
+        (PassesAll, ["extra", "depth", "width", "late"], False),
+        (Pops, ["size", "colour", "depth", "width", "flag", "late"], False),
+        (Sets, ["depth", "width", "late"], False),
+        (PopsWhatTheBaseHas, ["depth", "width", "flag", "late"], False),
+        (Swallows, ["name"], True),
+        (_WITHOUT_SOURCE["NoSource"], ["extra"], True),
         (Elsewhere, ["name"], True),
         (Strict, ["name", "size"], False),
         (Part, ["size"], True),
@@ -273,6 +320,26 @@ def test_arguments_are_followed_through_kwargs(component: Any, names: list[str],
     found = arguments_of(component)
     assert list(found.named) == names
     assert found.open is is_open
+
+
+def test_arguments_that_a_constructor_pops_or_sets_have_the_defaults_written_there() -> None:
+    pops = arguments_of(Pops).named
+    assert pops["size"].required
+    assert [pops[name].default for name in ("colour", "depth")] == ["red", 5]
+    assert arguments_of(Sets).named["depth"].default == 7
+    assert arguments_of(PopsWhatTheBaseHas).named["width"].default == 8
+
+
+def test_components_of_their_idioms_are_built_and_their_slips_refused(parts: Registry) -> None:
+    for component in (PassesAll, Pops, Sets, _WITHOUT_SOURCE["NoSource"]):
+        parts.register_module(module=component)
+    assert parts.build({"type": "Pops", "size": 2, "width": 3}).colour == "red"
+    assert parts.build({"type": "NoSource", "extra": 1, "own": 2, "width": 3}).own == 2
+    assert isinstance(parts.build({"type": "PassesAll"}, default_args={"extra": "x", "depth": 1}), PassesAll)
+    assert parts.build({"type": "Part", "size": 5}, default_args={"size": 4}).size == 5
+    for wrong in ({"type": "Pops", "size": 2, "colur": "x"}, {"type": "Sets", "flag": True}, {"type": "PassesAll"}):
+        with pytest.raises(TypeError, match="did you mean colour|has no argument 'flag'|needs extra, depth"):
+            parts.build(wrong)
 
 
 def test_arguments_know_type_default_and_the_class_that_describes_them() -> None:

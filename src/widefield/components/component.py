@@ -163,7 +163,7 @@ def build_norm_layer(cfg: dict[str, Any], num_features: int, postfix: int | str 
     name = arguments.get("type", "")
     if name == "LN2d":
         arguments.setdefault("eps", 1e-5)  # as of every other norm; timm's would be 1e-6
-    layer: nn.Module = NORMS.build(arguments, **{_CHANNELS.get(name, "num_features"): num_features})
+    layer: nn.Module = NORMS.build(arguments, {_CHANNELS.get(name, "num_features"): num_features})
     for parameter in layer.parameters():
         parameter.requires_grad = requires_grad
     return f"{NORMS.kind(name) or 'norm'}{postfix}", layer

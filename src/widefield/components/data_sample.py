@@ -1,6 +1,6 @@
 """Labels and predictions of one image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ class DataSample:
         num_classes: Set by the first score.
 
     Args:
-        fields: More attributes, such as `img_path`.
+        metainfo: More attributes, such as `img_path`, in a dictionary.
+        fields: More attributes, by name.
     """
 
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
+    def __init__(self, metainfo: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        self.__dict__.update(metainfo or {}, **fields)
 
     def set_gt_label(self, value: Values) -> "DataSample":
         """Set the true classes."""
@@ -55,6 +56,23 @@ class DataSample:
     def get(self, name: str, default: Any = None) -> Any:
         """The attribute `name`, or `default` if it is not set."""
         return self.__dict__.get(name, default)
+
+    def set_field(self, value: Any, name: str) -> "DataSample":
+        """Set the attribute `name`."""
+        self.__dict__[name] = value
+        return self
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Remove the attribute `name` and return it, or `default` if it is not set."""
+        return self.__dict__.pop(name, *default)
+
+    def keys(self) -> list[str]:
+        """Return the names of all attributes that are set."""
+        return list(self.__dict__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all attributes that are set, by name."""
+        return dict(self.__dict__)
 
     def __contains__(self, name: str) -> bool:
         return name in self.__dict__

@@ -171,8 +171,15 @@ def find_class(name: str, base: type) -> type:
         return found
     loaded = {known.__name__: known for known in _subclasses(base)}
     if name not in loaded:
-        raise ValueError(f"no {base.__name__} named {name!r}; {suggestion(name, loaded)}")
+        usable = [known for known in loaded.values() if known is not base and not _is_internal(known)]
+        raise ValueError(f"no {base.__name__} named {name!r}; {suggestion(name, (one.__name__ for one in usable))}")
     return loaded[name]
+
+
+def _is_internal(known: type) -> bool:
+    """Return True for classes that are no choice for a user: private ones, and those made for tests."""
+    words = {word for part in known.__module__.split(".") for word in part.split("_")}
+    return known.__name__.startswith("_") or bool(words & {"", "test", "tests", "testing", "mock"})
 
 
 def _subclasses(base: type) -> list[type]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from widefield.components.data_sample import DataSample
+from widefield.components.models.base_model import as_sample
 from widefield.data.described import Item
 from widefield.data.labelled_images import EpochShuffle
 from widefield.data.tables import LabelError
@@ -108,12 +109,36 @@ class Datasets(pl.LightningDataModule):
 
 
 def collate_items(items: Sequence[Item]) -> tuple[Any, list[DataSample]]:
-    """The batch of the items of a data set, see `Datasets`."""
-    pictures = [picture for picture, _ in items]
-    samples = [sample for _, sample in items]
-    if isinstance(pictures[0], tuple):
+    """The batch of the items of a data set, see `Datasets`.
+
+    Raises:
+        TypeError: An item is no picture (or tuple of views) with a sample, as data sets of one's own may give.
+    """
+    pairs = [_as_pair(item) for item in items]
+    pictures = [picture for picture, _ in pairs]
+    samples = [sample for _, sample in pairs]
+    if isinstance(pictures[0], (tuple, list)):
         return [as_batch(list(view)) for view in zip(*pictures, strict=True)], samples
     return as_batch(pictures), samples
+
+
+def _as_pair(item: Any) -> Item:
+    """Return picture and sample of an item: (picture, sample or label), or a dictionary of inputs and data_samples."""
+    if isinstance(item, dict) and "inputs" in item:
+        item = item["inputs"], item.get("data_samples")
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not _is_picture(item[0]):
+        given = [type(one).__name__ for one in item] if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(
+            f"an item of a data set is {given}; it must be (picture, DataSample), a picture being a tensor (C, H, W), "
+            "a lazily read image or a tuple of views; a class index may stand for the sample"
+        )
+    picture, sample = item
+    return picture, DataSample() if sample is None else as_sample(sample)
+
+
+def _is_picture(value: Any) -> bool:
+    views = value if isinstance(value, (tuple, list)) else [value]
+    return bool(views) and all(hasattr(view, "shape") and len(view.shape) == 3 for view in views)
 
 
 def as_batch(pictures: list[Any]) -> Any:

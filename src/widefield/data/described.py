@@ -1,7 +1,10 @@
 """Data sets that a configuration describes: their base class, files in folders, and files that a text file names."""
 
 import logging
+import mimetypes
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +58,7 @@ class DescribedDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         picture = self.picture(index)
         place = {} if isinstance(picture, Tensor) else {"img_path": str(picture.path)}
-        sample = DataSample(sample_idx=index, **place)
+        sample = DataSample(place, sample_idx=index)
         label = self.label(index)
         if label is not None:
             sample.set_gt_label(torch.as_tensor(label, dtype=torch.long))  # a list may be empty
@@ -140,8 +143,23 @@ class ImageFolder(_ImageFiles):
         if not self.files:
             raise LabelError(f"{root} holds no images; those end in {', '.join(extensions or image_endings())}")
 
+        _warn_of_others(root, extensions or image_endings())
+
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
+
+
+def _warn_of_others(root: Path, endings: Sequence[str]) -> None:
+    """Say in the log how many files of `root` have names of images, and are left out for they do not end in `endings`."""
+    known = {ending for ending, kind in mimetypes.types_map.items() if kind.startswith("image/")} | {*image_endings()}
+    others = known - {ending.lower() for ending in endings}
+    left_out = [path for path in images_below(root, sorted({*others, ".zarr"})) if path.suffix.lower() in others]
+    if left_out:
+        counts = Counter(path.suffix.lower() for path in left_out)
+        named = ", ".join(f"{count} of {ending}" for ending, count in counts.items())
+        _log.warning(
+            "%s has images that are left out: %s; those that are taken end in %s", root, named, ", ".join(endings)
+        )
 
 
 @DATASETS.register_module()

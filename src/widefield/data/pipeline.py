@@ -45,23 +45,30 @@ class Pipeline:
 
 @TRANSFORMS.register_module()
 class MultiView:
-    """Several random views of an image.
+    """Several random views of an image, of one kind or of several.
 
     Args:
-        transforms: What makes a view.
-        num_views: How many views there are.
+        transforms: What makes a view; or a list of several lists, each of which makes views of its own.
+        num_views: How many views there are; of several kinds a list of how many of each.
     """
 
-    def __init__(self, transforms: TransformsConfig, num_views: Annotated[int, Range(1)] = 2) -> None:
-        if num_views < 1:
-            raise ValueError(f"num_views={num_views} must be positive")
-        self.num_views = num_views
-        self._view = Pipeline(transforms)
+    def __init__(
+        self,
+        transforms: TransformsConfig | list[TransformsConfig],
+        num_views: Annotated[int, Range(1)] | list[int] = 2,
+    ) -> None:
+        kinds: list[Any] = [transforms] if not transforms or isinstance(transforms[0], dict) else transforms
+        counts = [num_views] * len(kinds) if isinstance(num_views, int) else list(num_views)
+        if len(counts) != len(kinds) or min(counts) < 1:
+            raise ValueError(
+                f"num_views={num_views} must be positive, and one number for each of {len(kinds)} kinds of views"
+            )
+        self._views = [view for kind, count in zip(kinds, counts) for view in [Pipeline(kind)] * count]
 
     def __call__(self, picture: Picture) -> tuple[Any, ...]:
         """The views."""
         picture = whole(picture)
-        return tuple(self._view(picture) for _ in range(self.num_views))
+        return tuple(view(picture) for view in self._views)
 
 
 @dataclass(frozen=True)

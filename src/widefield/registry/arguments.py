@@ -5,7 +5,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -57,21 +57,27 @@ def arguments_of(component: Callable[..., Any]) -> Arguments:
         return Arguments(own, variadic is not None)
     named: dict[str, Argument] = {}
     given: set[str] = set()
-    for owner in component.__mro__:
+    set_here: dict[str, Any] = {}
+    owners = list(component.__mro__)
+    while owners:
+        owner = owners.pop(0)
         constructor = vars(owner).get("__init__")
         if constructor is None:
             continue
         if owner is object:
-            return Arguments(named, False)
+            break
         own, variadic = _own(constructor, owner, skip=1)
         named |= {name: own[name] for name in own if name not in given | set(named)}
         if variadic is None:
             break
-        call = _super_call(constructor, variadic)
-        if call is None:
-            return Arguments(_in_order(named), True)
-        given |= _given_to_base(call, owner, component.__mro__)
-    return Arguments(_in_order(named), False)
+        use = _use_of(constructor, variadic, owner, [one for one in owners if "__init__" in vars(one)])
+        named |= {name: argument for name, argument in use.popped.items() if name not in given | set(named)}
+        set_here = use.defaults | set_here
+        if use.base is None:
+            return Arguments(_in_order(_with_defaults(named, set_here)), True)
+        given |= use.given
+        owners = owners[owners.index(use.base) :]
+    return Arguments(_in_order(_with_defaults(named, set_here)), False)
 
 
 def wrong_names(
@@ -137,25 +143,88 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {name: hint for name, hint in written.items() if not isinstance(hint, str)}
 
 
-def _super_call(constructor: Callable[..., Any], variadic: str) -> ast.Call | None:
-    """Return the call `super().__init__(..., **kwargs)` in the source of a constructor, if that is where its `**kwargs` go."""
+def _with_defaults(named: dict[str, Argument], defaults: dict[str, Any]) -> dict[str, Argument]:
+    return {
+        name: replace(argument, default=defaults[name]) if argument.required and name in defaults else argument
+        for name, argument in named.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a constructor does with its `**kwargs`.
+
+    Attributes:
+        popped: Arguments that it takes out: `kwargs.pop("name", default)`.
+        defaults: Values that it sets where none is given, by name: `kwargs.setdefault("name", value)`, `kwargs["name"] = value`.
+        base: The class whose constructor gets the rest; None where that cannot be told.
+        given: Names that this constructor does not get from outside.
+    """
+
+    popped: dict[str, Argument]
+    defaults: dict[str, Any]
+    base: type | None
+    given: set[str]
+
+
+def _use_of(constructor: Callable[..., Any], variadic: str, owner: type, bases: list[type]) -> _Use:
+    """Read from the source of a constructor where its `**kwargs` go; without source nothing is known.
+
+    Args:
+        constructor: Of `owner`.
+        variadic: The name of its `**kwargs`.
+        owner: The class.
+        bases: Classes above it that have a constructor, nearest first.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
     except (OSError, TypeError, SyntaxError):
-        return ast.parse("super().__init__()").body[0].value  # type: ignore[attr-defined]  # no source: the usual thing
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and any(
+        return _Use({}, {}, None, set())
+    popped: dict[str, Argument] = {}
+    defaults: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            defaults |= {
+                str(_literal(target.slice)): _literal(node.value)
+                for target in node.targets
+                if isinstance(target, ast.Subscript) and ast.unparse(target.value) == variadic
+            }
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == f"{variadic}.update":
+            defaults |= {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == f"{variadic}.setdefault":
+            defaults[str(_literal(node.args[0]))] = _literal(node.args[-1])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == f"{variadic}.pop" and node.args:
+            key, *default = map(_literal, node.args)
+            popped[str(key)] = Argument(str(key), Any, default[0] if default else REQUIRED, owner)
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and any(
             keyword.arg is None and isinstance(keyword.value, ast.Name) and keyword.value.id == variadic
-            for keyword in call.keywords
-        ):
-            method = ast.unparse(call.func)
-            return call if method.startswith("super(") and method.endswith(".__init__") else None
-    return None
+            for keyword in node.keywords
+        )
+    ]
+    for call in calls:
+        method = ast.unparse(call.func)
+        if not method.endswith(".__init__"):
+            continue
+        name, arguments = method.removesuffix(".__init__"), call.args
+        base = next(iter(bases), None)
+        if not name.startswith("super("):  # Base.__init__(self, **kwargs)
+            base = next((one for one in bases if one.__name__ == name.rpartition(".")[2]), None)
+            arguments = arguments[1:]
+        if base is not None:
+            positional = [] if base is object else list(_own(vars(base)["__init__"], base, skip=1)[0])
+            # `*args` of the constructor is empty where all is given by name
+            count = sum(not isinstance(argument, ast.Starred) for argument in arguments)
+            named = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+            return _Use(popped, defaults, base, {*popped, *named, *positional[:count]})
+    return _Use(popped, defaults, None, set())
 
 
-def _given_to_base(call: ast.Call, owner: type, mro: tuple[type, ...]) -> set[str]:
-    """Names that a call of the base class's constructor fills in."""
-    given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
-    base = next((base for base in mro[mro.index(owner) + 1 :] if "__init__" in vars(base)), object)
-    positional = [] if base is object else list(_own(vars(base)["__init__"], base, skip=1)[0])
-    return given | set(positional[: len(call.args)])
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

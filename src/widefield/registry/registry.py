@@ -178,17 +178,19 @@ class Registry:
             raise UnknownNameError(f"{name} is a {type(component).__name__}, not a class or function", name)
         return component
 
-    def build(self, description: Any, **defaults: Any) -> Any:
+    def build(self, description: Any, default_args: Mapping[str, Any] | None = None, **defaults: Any) -> Any:
         """Make the component that `description` describes; what is no description is taken as made already.
 
         Args:
             description: `{type: NAME, argument: value, ...}`, or a list of them, which make a sequence.
-            defaults: Arguments where the description has none.
+            default_args: Arguments where the description has none.
+            defaults: The same, by name.
 
         Raises:
             UnknownNameError: There is no component of that name.
             TypeError: The description has no type, an argument that the component does not take, or lacks one that it needs.
         """
+        defaults = {**(default_args or {}), **defaults}
         if isinstance(description, (list, tuple)) and self._sequence:
             return import_object(self._sequence)(*(self.build(one, **defaults) for one in description))
         if description is None or isinstance(description, (str, int, float, list, tuple)):

@@ -22,6 +22,7 @@ class MeanMetric(Metric):
 
     Args:
         names: Of the numbers.
+        prefix: What the names of the values begin with, before a slash.
         dtype: Of their sums.
     """
 
@@ -30,9 +31,9 @@ class MeanMetric(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, names: Sequence[str], dtype: torch.dtype = torch.long) -> None:
+    def __init__(self, names: Sequence[str], prefix: str, dtype: torch.dtype = torch.long) -> None:
         super().__init__()
-        self.names = names
+        self.names = [f"{prefix}/{name}" for name in names]
         self.add_state("total", torch.zeros(len(names), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -124,12 +125,14 @@ class Accuracy(MeanMetric):
     Args:
         topk: For which k.
         thrs: A score counts only above its threshold; None is no threshold. With several, names end in `_thr-0.50` or `_no-thr`.
+        prefix: What the names begin with instead of "accuracy".
     """
 
-    def __init__(self, topk: int | Sequence[int] = (1,), thrs: Thresholds = 0.0) -> None:
+    def __init__(self, topk: int | Sequence[int] = (1,), thrs: Thresholds = 0.0, prefix: str | None = None) -> None:
         self.topk = as_topk(topk)
         self.thrs = _as_thresholds(thrs)
-        super().__init__([f"accuracy/top{k}{suffix}" for k in self.topk for suffix in _threshold_suffixes(self.thrs)])
+        names = [f"top{k}{suffix}" for k in self.topk for suffix in _threshold_suffixes(self.thrs)]
+        super().__init__(names, prefix or "accuracy")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -168,6 +171,7 @@ class SingleLabelMetric(PrecisionRecallMetric):
         average: The mean over classes ("macro"), of all images together ("micro"), or None for a value per class. Names end in
             `_micro` and `_classwise`.
         num_classes: Needed for predictions that are class indices.
+        prefix: What the names begin with instead of "single-label".
     """
 
     def __init__(
@@ -176,9 +180,10 @@ class SingleLabelMetric(PrecisionRecallMetric):
         items: Sequence[str] = ("precision", "recall", "f1-score"),
         average: Average = "macro",
         num_classes: int | None = None,
+        prefix: str | None = None,
     ) -> None:
         self.thrs = _as_thresholds(thrs)
-        super().__init__("single-label", _threshold_suffixes(self.thrs), items, average)
+        super().__init__(prefix or "single-label", _threshold_suffixes(self.thrs), items, average)
         self.num_classes = num_classes
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -203,12 +208,14 @@ class ConfusionMatrix(CountingMetric):
 
     Args:
         num_classes: Needed for predictions that are class indices.
+        prefix: What the names begin with instead of "confusion_matrix".
     """
 
     higher_is_better = None
 
-    def __init__(self, num_classes: int | None = None) -> None:
+    def __init__(self, num_classes: int | None = None, prefix: str | None = None) -> None:
         super().__init__()
+        self.prefix = prefix or "confusion_matrix"
         self.num_classes = num_classes
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -223,7 +230,7 @@ class ConfusionMatrix(CountingMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the matrix (C, C), with true classes as rows and predicted ones as columns."""
-        return {"confusion_matrix/result": self._total()}
+        return {f"{self.prefix}/result": self._total()}
 
 
 @METRICS.register_module()
@@ -237,6 +244,7 @@ class MultiLabelMetric(PrecisionRecallMetric):
         items: Which of "precision", "recall", "f1-score" and "support".
         average: The mean over classes ("macro"), of all labels together ("micro"), or None for a value per class. Names end in
             `_micro` and `_classwise`.
+        prefix: What the names begin with instead of "multi-label".
     """
 
     def __init__(
@@ -245,11 +253,12 @@ class MultiLabelMetric(PrecisionRecallMetric):
         topk: int | None = None,
         items: Sequence[str] = ("precision", "recall", "f1-score"),
         average: Average = "macro",
+        prefix: str | None = None,
     ) -> None:
         self.topk = None if topk is None else as_topk(topk)[0]
         self.thr = _DEFAULT_THRESHOLD if thr is None and topk is None else thr
         suffix = f"_top{self.topk}" if self.thr is None else f"_thr-{self.thr:.2f}"
-        super().__init__("multi-label", ["" if self.thr == _DEFAULT_THRESHOLD else suffix], items, average)
+        super().__init__(prefix or "multi-label", ["" if self.thr == _DEFAULT_THRESHOLD else suffix], items, average)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -279,6 +288,7 @@ class AveragePrecision(Metric):
 
     Args:
         average: The mean over classes ("macro"), or None for a value per class.
+        prefix: What the names begin with instead of "multi-label".
     """
 
     full_state_update = False
@@ -286,11 +296,12 @@ class AveragePrecision(Metric):
     preds: list[Tensor]
     target: list[Tensor]
 
-    def __init__(self, average: Literal["macro"] | None = "macro") -> None:
+    def __init__(self, average: Literal["macro"] | None = "macro", prefix: str | None = None) -> None:
         super().__init__()
         if average not in ("macro", None):
             raise WrongArgumentError(f"average={average!r} is not one of 'macro', None")
         self.average = average
+        self.prefix = prefix or "multi-label"
         self.add_state("preds", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
@@ -313,7 +324,11 @@ class AveragePrecision(Metric):
             for score, label in zip(preds.unbind(1), target.unbind(1), strict=True)
         ]
         values = 100 * torch.stack(classes)
-        return {"multi-label/AP_classwise": values} if self.average is None else {"multi-label/mAP": values.nanmean()}
+        return (
+            {f"{self.prefix}/AP_classwise": values}
+            if self.average is None
+            else {f"{self.prefix}/mAP": values.nanmean()}
+        )
 
 
 def as_topk(topk: int | Sequence[int]) -> tuple[int, ...]:

@@ -16,12 +16,15 @@ class RankingMetric(MeanMetric):
 
     Args:
         names: Of the means.
+        prefix: What their names begin with, before a slash.
         depth: Rank to look at; None looks at all.
         dtype: Of the sums.
     """
 
-    def __init__(self, names: Sequence[str], depth: int | None, dtype: torch.dtype = torch.long) -> None:
-        super().__init__(names, dtype)
+    def __init__(
+        self, names: Sequence[str], prefix: str | None, depth: int | None, dtype: torch.dtype = torch.long
+    ) -> None:
+        super().__init__(names, prefix or "retrieval", dtype)
         self.depth = depth
 
     def update(self, preds: Tensor, target: Tensor | Sequence[Tensor]) -> None:
@@ -69,11 +72,12 @@ class RetrievalRecall(RankingMetric):
 
     Args:
         topk: For which k.
+        prefix: What the names begin with instead of "retrieval".
     """
 
-    def __init__(self, topk: int | Sequence[int]) -> None:
+    def __init__(self, topk: int | Sequence[int], prefix: str | None = None) -> None:
         self.topk = as_topk(topk)
-        super().__init__([f"retrieval/Recall@{k}" for k in self.topk], max(self.topk))
+        super().__init__([f"Recall@{k}" for k in self.topk], prefix, max(self.topk))
 
     def _values(self, relevant: Tensor, positives: Tensor) -> Tensor:
         return torch.stack([relevant[:, :k].any(dim=1) for k in self.topk], dim=1)
@@ -90,14 +94,17 @@ class RetrievalAveragePrecision(RankingMetric):
         topk: k; None takes the whole ranking, and the name is `retrieval/mAP`.
         mode: The precision at a relevant item ("IR"), or the mean of that and of the one before it ("integrate"), the trapezoidal
             rule (Philbin et al., 2007).
+        prefix: What the names begin with instead of "retrieval".
     """
 
-    def __init__(self, topk: int | None = None, mode: Literal["IR", "integrate"] = "IR") -> None:
+    def __init__(
+        self, topk: int | None = None, mode: Literal["IR", "integrate"] = "IR", prefix: str | None = None
+    ) -> None:
         if mode not in ("IR", "integrate"):
             raise WrongArgumentError(f"mode={mode!r} is not one of 'IR', 'integrate'")
         self.topk = None if topk is None else as_topk(topk)[0]
         self.mode = mode
-        super().__init__(["retrieval/mAP" if topk is None else f"retrieval/mAP@{topk}"], topk, torch.float32)
+        super().__init__(["mAP" if topk is None else f"mAP@{topk}"], prefix, topk, torch.float32)
 
     def _values(self, relevant: Tensor, positives: Tensor) -> Tensor:
         rank = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)

@@ -17,6 +17,14 @@ from widefield.registry import MODELS, ComponentOf
 TargetGeneratorConfig = Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "target_generator")]
 
 
+_STEPS = {
+    "train_step": "write loss(), or override training_step(batch, batch_idx)",
+    "val_step": "write predict(), or override validation_step(batch, batch_idx)",
+    "parse_losses": "loss() returns numbers by name, and those with 'loss' in their name are summed",
+}
+"""Methods of MMEngine's models that Lightning's take the place of, and what to do instead."""
+
+
 class _KeepsArguments(LightningModule):
     """Keeps the arguments of the outermost constructor, which alone make the same model again.
 
@@ -63,6 +71,11 @@ class BaseModel(Component, _KeepsArguments):
         pretrained: str | None = None,
     ) -> None:
         super().__init__(init_cfg if pretrained is None else {"type": "Pretrained", "checkpoint": pretrained})
+        for theirs, ours in _STEPS.items():
+            if hasattr(self, theirs):
+                raise WrongArgumentError(
+                    f"{type(self).__name__} has a {theirs}, which nothing calls: Lightning trains; {ours}"
+                )
         args, kwargs = self.__dict__.pop("_call")
         self.save_hyperparameters(_plain_arguments(type(self), args, kwargs), logger=False)
         self.lr = lr
@@ -88,6 +101,16 @@ class BaseModel(Component, _KeepsArguments):
         if mode == "predict" and predict is not None:
             return predict(inputs, data_samples)
         raise RuntimeError(f'Invalid mode "{mode}".')
+
+    @property
+    def with_neck(self) -> bool:
+        """True if there is a neck."""
+        return getattr(self, "neck", None) is not None
+
+    @property
+    def with_head(self) -> bool:
+        """True if there is a head."""
+        return getattr(self, "head", None) is not None
 
     def extract_feat(self, inputs: Any) -> Any:
         """Return the features of images (N, C, H, W)."""
@@ -179,16 +202,6 @@ class BaseSelfSupervisor(BaseModel):
         self.neck: Any = None if neck is None else MODELS.build(neck)
         self.head: Any = None if head is None else MODELS.build(head)
         self.target_generator: Any = None if target_generator is None else MODELS.build(target_generator)
-
-    @property
-    def with_neck(self) -> bool:
-        """True if there is a neck."""
-        return self.neck is not None
-
-    @property
-    def with_head(self) -> bool:
-        """True if there is a head."""
-        return self.head is not None
 
     @property
     def with_target_generator(self) -> bool:
@@ -298,15 +311,22 @@ def as_sample(target: Any) -> DataSample:
     return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
 
-def _plain_arguments(model: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor that are plain data, with their defaults."""
+def _plain_arguments(
+    model: type, args: tuple[Any, ...], kwargs: dict[str, Any], partial: bool = False
+) -> dict[str, Any]:
+    """Return the arguments of a constructor that are plain data, with their defaults, or `partial` those alone that are given."""
     signature = inspect.signature(model.__init__)  # type: ignore[misc]
-    bound = signature.bind(None, *args, **kwargs)
-    bound.apply_defaults()
+    bound = (signature.bind_partial if partial else signature.bind)(None, *args, **kwargs)
+    if not partial:
+        bound.apply_defaults()
     given: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:  # without self
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
             given |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:  # handed on to the next constructor, which has names for them
+            after = [one for one in model.__mro__ if "__init__" in vars(one)][1:]
+            given |= _plain_arguments(after[0], value, {}, partial=True) if value else {}
         else:
             given[name] = value
     return {name: value for name, value in given.items() if is_plain(value)}

@@ -5,16 +5,16 @@ They never learn, and those that were trained need their weights.
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from widefield.components.component import BackboneConfig, Component, InitConfig
+from widefield.components.component import Component, InitConfig
 from widefield.components.key_maps import adapted
 from widefield.errors import WrongArgumentError
-from widefield.registry import MODELS
+from widefield.registry import MODELS, ComponentOf
 
 _WIDTHS = (1, 2, 4, 8)
 """Channels of each group, in multiples of those of the first."""
@@ -129,7 +129,7 @@ class _Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-@MODELS.register_module()
+@MODELS.register_module(aliases="DALL-E")
 class DALLEEncoder(PretrainedTargetGenerator):
     """Scores of the visual tokens of DALL-E's discrete autoencoder, the targets of BEiT.
 
@@ -202,7 +202,8 @@ class VQKD(PretrainedTargetGenerator):
     https://arxiv.org/abs/2208.06366, section 3.1). Tokens are computed in 32 bits from what the transformer gives.
 
     Args:
-        encoder_config: The transformer; it gives maps (`out_type: featmap`) and knows its `embed_dims`.
+        encoder_config: The transformer; it gives maps (`out_type: featmap`) and knows its `embed_dims`. Without a type it is a
+            BEiTViT.
         num_embed: Codes.
         embed_dims: Width of a code.
         init_cfg: `{type: Pretrained, checkpoint: FILE}`.
@@ -211,14 +212,14 @@ class VQKD(PretrainedTargetGenerator):
 
     def __init__(
         self,
-        encoder_config: BackboneConfig,
+        encoder_config: Annotated[nn.Module | dict[str, Any], ComponentOf(MODELS, "backbone", typed=False)],
         num_embed: int = 8192,
         embed_dims: int = 32,
         init_cfg: InitConfig = None,
         allow_random_weights: bool = False,
     ) -> None:
         super().__init__(init_cfg, allow_random_weights)
-        self.encoder = MODELS.build(encoder_config)
+        self.encoder = MODELS.build(encoder_config, {"type": "BEiTViT"})
         width = getattr(self.encoder, "embed_dims", None)
         if not isinstance(width, int):
             raise WrongArgumentError(
