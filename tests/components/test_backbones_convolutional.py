@@ -41,8 +41,11 @@ def frozen(backbone: nn.Module) -> set[str]:
         (lambda **more: MobileNetV2(0.5, **more), lambda: torchvision.models.mobilenet_v2(width_mult=0.5)),
         (MobileNetV3, torchvision.models.mobilenet_v3_small),
         (lambda **more: MobileNetV3("large", **more), torchvision.models.mobilenet_v3_large),
-        (EfficientNet, torchvision.models.efficientnet_b0),
-        (lambda **more: EfficientNet("b5", **more), torchvision.models.efficientnet_b5),
+        (
+            lambda **more: EfficientNet(conv_cfg={"type": "Conv2d"}, norm_cfg={"type": "BN"}, **more),
+            torchvision.models.efficientnet_b0,
+        ),
+        (lambda **more: EfficientNet("b5", conv_cfg={"type": "Conv2d"}, **more), torchvision.models.efficientnet_b5),
     ],
     ids=["MobileNetV2", "MobileNetV3 small", "MobileNetV3 large", "EfficientNet b0", "EfficientNet b5"],
 )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.components.test_models_self_supervised import CNN, MASKS, MODEL, NORM
+from tests.components.test_same_networks import LEARNERS
 from widefield import RandomState
 from widefield.cli import main
 from widefield.cli.fit_sections import SECTIONS
@@ -64,6 +65,16 @@ MODELS_BY_NAME: dict[str, dict[str, Any]] = {
         linear(8, loss={"type": "L1Loss"}, topk=[1, 3]),
         train_cfg={"augments": [{"type": "Mixup", "alpha": 0.8}, {"type": "CutMix", "alpha": 1.0}]},
     ),
+    "ResNetV1c": classifier(
+        {"type": "ResNetV1c", **RESNET, "with_cp": True},
+        {"type": "GeneralizedMeanPooling"},
+        {"type": "StackedLinearClsHead", "num_classes": 3, "in_channels": 8, "mid_channels": [4]},
+    ),
+    "ResNetV1d": classifier(
+        {"type": "ResNetV1d", **RESNET, "num_stages": 1, "out_indices": [0]},
+        [POOL, {"type": "ClsBatchNormNeck", "input_features": 4}],
+        {"type": "ArcFaceClsHead", "num_classes": 3, "in_channels": 4},
+    ),
     "ConvNeXt": classifier(
         {"type": "ConvNeXt", "arch": {"depths": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}, None, linear(8)
     ),
@@ -93,7 +104,20 @@ MODELS_BY_NAME: dict[str, dict[str, Any]] = {
     "BEiT v1": {**MODEL["BEiT v1"], "mask_generator": MASKS},
     "BEiT v2": MODEL["BEiT v2"],
     **{name: {**MODEL[name], "data_preprocessor": SELF_SUP} for name in ("MaskFeat", "SimCLR", "MoCo")},
-    "SimSiam": {
+    **{name: {"type": name, **description} for name, (description, _) in LEARNERS.items()},
+    "SimSiam, transformer": {
+        "type": "SimSiam",
+        "backbone": {"type": "MoCoV3ViT", **VIT, "stop_grad_conv1": True},
+        "neck": {
+            "type": "MoCoV2Neck",
+            "in_channels": 16,
+            "hid_channels": 5,
+            "out_channels": 6,
+            "with_avg_pool": False,
+        },
+        "head": LEARNERS["SimSiam"][0]["head"],
+    },
+    "user's SimSiam": {
         "type": "tests.SimSiam",
         **CNN,
         "head": {
@@ -123,9 +147,11 @@ def described(description: Any) -> Iterator[str]:
 
 
 def model_of(component: str) -> str:
-    """The first model that names the component."""
+    """The first model that names the component, by whichever of its names."""
+    target = getattr(MODELS.index.get(component), "target", None)
+    names = {component, *(name for name, entry in MODELS.index.items() if entry.target == target)}
     for name, description in MODELS_BY_NAME.items():
-        if component in described(description):
+        if names & set(described(description)):
             return name
     pytest.fail(
         f"no model tests the component {component!r}: add a small one that describes it, {{type: {component}, ...}}, to "
@@ -138,7 +164,7 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, description: dict[str, Any]) -> None:
         names = set(described(description))
-        self.views = bool(names & {"SimCLR", "MoCo", "tests.SimSiam"})
+        self.views = 3 if "SwAV" in names else int(bool(names & {"SimCLR", "MoCo", "tests.SimSiam", *LEARNERS}))
         self.several_labels = any(name.startswith("MultiLabel") for name in names)
 
     def __len__(self) -> int:

@@ -338,7 +338,7 @@ def test_components_of_their_idioms_are_built_and_their_slips_refused(parts: Reg
     assert isinstance(parts.build({"type": "PassesAll"}, default_args={"extra": "x", "depth": 1}), PassesAll)
     assert parts.build({"type": "Part", "size": 5}, default_args={"size": 4}).size == 5
     for wrong in ({"type": "Pops", "size": 2, "colur": "x"}, {"type": "Sets", "flag": True}, {"type": "PassesAll"}):
-        with pytest.raises(TypeError, match="did you mean colour|has no argument 'flag'|needs extra, depth"):
+        with pytest.raises(TypeError, match=r"did you mean colour|has no argument 'flag'|needs extra, depth"):
             parts.build(wrong)
 
 

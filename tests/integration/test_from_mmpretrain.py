@@ -5,12 +5,14 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,10 @@ import torch
 from tests.small_images import write_folder, write_image
 from widefield.cli import VERBS, main
 from widefield.cli.fit_sections import SECTIONS
+from widefield.components.metrics import METRICS
+from widefield.components.preprocessors.batch_augments import BATCH_AUGMENTS
 from widefield.inference import get_model
-from widefield.registry import MODELS, import_module_or_file
+from widefield.registry import MODELS, arguments_of, import_module_or_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "from-mmpretrain.md"
 MARKS = "<!-- what `widefield config check` says -->\n", "<!-- end -->\n"
@@ -202,8 +206,33 @@ def section(title: str) -> list[tuple[str, str]]:
     return [(theirs.removeprefix("| "), ours.removesuffix(" |")) for theirs, ours in cells[1:]]
 
 
+SIGNATURES: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "mmpretrain_signatures.json").read_text(encoding="utf-8")
+)
+"""The arguments of MMPretrain 1.2's classes with their defaults; ["required"] for those that have none."""
+
+
+def differences() -> set[str]:
+    """Arguments, as Class.argument, that are not here, or have another default, but for `init_cfg`."""
+    found = set()
+    for name, theirs in SIGNATURES.items():
+        registry = next(one for one in (MODELS, METRICS, BATCH_AUGMENTS) if name in one)
+        arguments = arguments_of(registry.get(name)).named
+        ours = {key: ["required"] if one.required else one.default for key, one in arguments.items()}
+        plain = json.loads(json.dumps(ours, default=repr))
+        found |= {f"{name}.{key}" for key, default in theirs.items() if plain.get(key, plain) != default}
+    return {one for one in found if not one.endswith(".init_cfg")}
+
+
+def test_the_page_names_every_argument_that_differs_and_no_other() -> None:
+    rows = section("Arguments that differ")
+    named = [one for names, _ in rows for one in re.findall(r"`([\w-]+\.\w+)`", names)]
+    assert sorted(named) == sorted(differences())
+    assert len(SIGNATURES) > 60
+
+
 def test_every_component_is_on_the_page() -> None:
-    named = set(re.findall(r"`(\w+)[(`]", "".join(theirs + ours for theirs, ours in section("Names"))))
+    named = set(re.findall(r"`([\w-]+)[(`]", "".join(theirs + ours for theirs, ours in section("Names"))))
     assert set(MODELS.index) - named == set()
 
 

@@ -107,8 +107,8 @@ class VisionTransformer(BaseBackbone):
         frozen_stages: int = -1,
         interpolate_mode: Literal["nearest", "bilinear", "bicubic", "area"] = "bicubic",
         layer_scale_init_value: float = 0.0,
-        patch_cfg: PatchConfig | None = None,
-        layer_cfgs: LayerConfig | Sequence[LayerConfig] | None = None,
+        patch_cfg: PatchConfig = {},  # noqa: B006  # read, never written
+        layer_cfgs: LayerConfig | Sequence[LayerConfig] = {},  # noqa: B006  # read, never written
         pre_norm: bool = False,
         streaming: StreamingOptions | None = None,
         init_cfg: InitConfig = None,
@@ -144,7 +144,7 @@ class VisionTransformer(BaseBackbone):
             patch_size,
             in_channels,
             self.embed_dims,
-            **{"bias": not pre_norm, **(patch_cfg or {})},  # type: ignore[arg-type]
+            **{"bias": not pre_norm, **patch_cfg},  # type: ignore[arg-type]
         )
         self.patch_resolution = self.patch_embed.resolution
         patches = self.patch_resolution[0] * self.patch_resolution[1]
@@ -161,7 +161,7 @@ class VisionTransformer(BaseBackbone):
             "qkv_bias": qkv_bias,
             "norm_cfg": norm_cfg,
         }
-        given: Any = layer_cfgs or {}
+        given: Any = layer_cfgs
         own = [given] * self.num_layers if isinstance(given, Mapping) else list(given)
         if len(own) != self.num_layers:
             raise WrongArgumentError(f"layer_cfgs has {len(own)} items, and there are {self.num_layers} layers")

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from widefield.components.component import Component, InitConfig
+from widefield.components.component import Component, InitConfig, NormConfig, build_norm_layer
 from widefield.components.layers.transformer_layers import (
     TransformerEncoderLayer,
     shrink_branches,
@@ -32,6 +32,7 @@ class MAEPretrainDecoder(Component):
         decoder_depth: Transformer blocks.
         decoder_num_heads: Attention heads.
         mlp_ratio: Width inside of a block's perceptron, per width of the decoder.
+        norm_cfg: Type and options of the norm layers.
         predict_feature_dim: Values that are predicted for a patch; None is that of its pixels.
         init_cfg: See `Component`.
     """
@@ -48,6 +49,7 @@ class MAEPretrainDecoder(Component):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        norm_cfg: NormConfig = {"type": "LN", "eps": 1e-6},  # noqa: B006  # read, never written
         predict_feature_dim: int | None = None,
         init_cfg: InitConfig = None,
     ) -> None:
@@ -61,10 +63,12 @@ class MAEPretrainDecoder(Component):
         positions = sincos_position_embedding((side, side), decoder_embed_dim, cls_token=True)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            TransformerEncoderLayer(decoder_embed_dim, decoder_num_heads, int(mlp_ratio * decoder_embed_dim))
+            TransformerEncoderLayer(
+                decoder_embed_dim, decoder_num_heads, int(mlp_ratio * decoder_embed_dim), norm_cfg=norm_cfg
+            )
             for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_norm = build_norm_layer(norm_cfg, decoder_embed_dim)[1]
         features = patch_size**2 * in_chans if predict_feature_dim is None else predict_feature_dim
         self.decoder_pred = nn.Linear(decoder_embed_dim, features)
 
@@ -114,6 +118,7 @@ class BEiTV2Neck(Component):
         drop_rate: Dropout behind the linear layers.
         drop_path_rate: Of the last layer of the backbone, see there.
         layer_scale_init_value: Initial factor of what blocks add; 0 for none.
+        norm_cfg: Type and options of the norm layers.
         init_cfg: See `Component`.
     """
 
@@ -128,6 +133,7 @@ class BEiTV2Neck(Component):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 0.1,
+        norm_cfg: NormConfig = {"type": "LN", "eps": 1e-6},  # noqa: B006  # read, never written
         init_cfg: InitConfig = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -148,10 +154,11 @@ class BEiTV2Neck(Component):
                 drop_rate=drop_rate,
                 drop_path_rate=rates[early_layers + k],
                 qkv_bias="qv",
+                norm_cfg=norm_cfg,
             )
             for k in range(num_layers)
         )
-        self.fc_norm = nn.LayerNorm(arch["embed_dims"], eps=1e-6)
+        self.fc_norm = build_norm_layer(norm_cfg, arch["embed_dims"])[1]
 
     def init_weights(self) -> None:
         """Initialise the weights; what a block adds is divided by sqrt(2 * its number, counted from 1 through the backbone)."""
