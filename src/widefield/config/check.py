@@ -177,9 +177,8 @@ def find_class(name: str, base: type) -> type:
 
 
 def _is_internal(known: type) -> bool:
-    """Return True for classes that are no choice for a user: private ones, and those made for tests."""
-    words = {word for part in known.__module__.split(".") for word in part.split("_")}
-    return known.__name__.startswith("_") or bool(words & {"", "test", "tests", "testing", "mock"})
+    """Return True for classes that are no choice for a user: private ones, and those that stand in for others in tests."""
+    return known.__name__.startswith(("_", "Mock")) or bool({"testing", "mock"} & {*known.__module__.split(".")})
 
 
 def _subclasses(base: type) -> list[type]:
