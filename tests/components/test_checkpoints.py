@@ -182,11 +182,9 @@ def test_weights_of_timm_load_into_a_vision_transformer(monkeypatch: pytest.Monk
     torch.testing.assert_close(vit.eval()(image)[0], net.forward_features(image)[:, 0])
 
 
-def test_an_efficientnet_that_does_not_say_how_it_pads_refuses_their_weights() -> None:
-    weights = {"layers.0.conv.weight": torch.zeros(32, 3, 3, 3)}
-    with pytest.raises(
-        ValueError, match=r"pads and normalises otherwise.*give conv_cfg=\{type: Conv2dAdaptivePadding\}"
-    ):
+def test_an_efficientnet_that_pads_otherwise_refuses_weights_of_torchvision() -> None:
+    weights = {"features.0.0.weight": torch.zeros(32, 3, 3, 3), "classifier.1.weight": torch.zeros(1000, 1280)}
+    with pytest.raises(ValueError, match=r"pads and normalises otherwise.*give conv_cfg=\{type: Conv2d\}"):
         MODELS.build({"type": "EfficientNet"}).load_state_dict(weights, strict=False)
 
 

@@ -168,8 +168,9 @@ class EfficientNet(SequentialBackbone):
     """EfficientNet b0 to b7: a stem, five stages, and a last convolution.
 
     Tan and Le, 2019, https://arxiv.org/abs/1905.11946. The layers are torchvision's, but by default they pad as TensorFlow does,
-    and `eps` is 1e-3, as in the paper's networks and in MMPretrain. Checkpoints of torchvision load too, and need
-    `conv_cfg={type: Conv2d}`, and up to b4 `norm_cfg={type: BN}`. `TimmBackbone` has the edge networks and EfficientNetV2.
+    and `eps` is 1e-3, as in the paper's networks and in MMPretrain, whose checkpoints load. Those of torchvision need
+    `conv_cfg={type: Conv2d}`, and up to b4 `norm_cfg={type: BN}`, and are refused otherwise. `TimmBackbone` has the edge
+    networks and EfficientNetV2.
 
     Args:
         arch: The network.
@@ -222,27 +223,12 @@ class EfficientNet(SequentialBackbone):
         """See `AdaptsWeights`.
 
         Raises:
-            WrongArgumentError: The weights are MMPretrain's, and it is not said that the network is as it is there.
+            WrongArgumentError: The weights are torchvision's, whose network pads otherwise.
         """
-        if (self.conv_cfg is None or self.norm_cfg is None) and f"{prefix}layers.0.conv.weight" in weights:
+        padded = self.conv_cfg is not None and self.conv_cfg.get("type") == "Conv2dAdaptivePadding"
+        if padded and f"{prefix}classifier.1.weight" in weights:
             raise WrongArgumentError(
-                "these are weights of MMPretrain's EfficientNet, which pads and normalises otherwise than torchvision's, unless "
-                "its configuration says so; give conv_cfg={type: Conv2dAdaptivePadding} and norm_cfg={type: BN, eps: 0.001}, "
-                "or what the configuration says"
+                "these are weights of torchvision's EfficientNet, which pads and normalises otherwise than this one; give "
+                "conv_cfg={type: Conv2d}, and up to b4 norm_cfg={type: BN}"
             )
         super().adapt(weights, prefix)
-
-
-def _replace_layers(features: nn.Module, conv_cfg: ConvConfig, norm_cfg: NormConfig | None) -> None:
-    """Replace the convolutions that a norm layer follows, which keep their weights, and the norm layers; for None neither."""
-    for layer in features.modules():
-        if not isinstance(layer, Conv2dNormActivation):
-            continue
-        conv = layer[0]
-        assert isinstance(conv, nn.Conv2d)
-        if conv_cfg is not None:
-            options = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
-            layer[0] = build_conv_layer(conv_cfg, conv.in_channels, conv.out_channels, **options, bias=False)
-            layer[0].weight = conv.weight
-        if norm_cfg is not None:
-            layer[1] = build_norm_layer(norm_cfg, conv.out_channels)[1]
