@@ -23,7 +23,13 @@ from widefield.modules import RandomState as RandomState
 from widefield.modules import StreamingConstructor as StreamingConstructor
 from widefield.modules import StreamingModule
 from widefield.pretraining import METHODS as METHODS
+from widefield.pretraining import EmbeddingFormat as EmbeddingFormat
+from widefield.pretraining import ModelFormat as ModelFormat
+from widefield.pretraining import ModelPart as ModelPart
 from widefield.pretraining import embed, export, pretrain
+from widefield.pretraining import list_methods as list_methods
+from widefield.pretraining import load_model as load_model
+from widefield.pretraining import load_model_from_checkpoint as load_model_from_checkpoint
 from widefield.pretraining import train as train
 from widefield.registry import MODELS
 from widefield.streaming import Plan as Plan

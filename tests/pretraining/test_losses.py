@@ -172,7 +172,10 @@ def test_densecl_finds_the_most_similar_position_too() -> None:
 
 
 def test_distillation_repeats_the_teachers_similarities() -> None:
-    method, (view,) = make("distillation", temperature=0.3, queue_size=QUEUE, local_weight=0.5), views(16)
+    method, (view,) = (
+        make("distillation", temperature_global=0.3, temperature_local=0.2, queue_size=QUEUE, loss_local_weight=0.5),
+        views(16),
+    )
     queue, teacher = method.queue.bank.clone(), method.companions[0]
     torch.manual_seed(2)
     loss = method.loss([view], 0)["loss"]
@@ -183,19 +186,19 @@ def test_distillation_repeats_the_teachers_similarities() -> None:
     wanted = wanted_maps.mean((2, 3))
     student = method.head(maps.mean((2, 3)))
 
-    def divergence(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-        p, q = (torch.stack(x).div(0.3).softmax(0) for x in (theirs, ours))
+    def divergence(ours: list[Tensor], theirs: list[Tensor], temperature: float) -> Tensor:
+        p, q = (torch.stack(x).div(temperature).softmax(0) for x in (theirs, ours))
         return (p * (p / q).log()).sum()
 
     others = [*wanted, *queue]
     whole = [
-        divergence([cosine(student[k], o) for o in others], [cosine(wanted[k], o) for o in others])
+        divergence([cosine(student[k], o) for o in others], [cosine(wanted[k], o) for o in others], 0.3)
         for k in range(BATCH)
     ]
     ours, theirs = (x.flatten(2).transpose(1, 2) for x in (maps, wanted_maps))
     ours = method.local_head(ours)
     local = [
-        divergence([cosine(x[n], y) for y in x], [cosine(t[n], y) for y in t])
+        divergence([cosine(x[n], y) for y in x], [cosine(t[n], y) for y in t], 0.2)
         for x, t in zip(ours, theirs, strict=True)
         for n in range(x.shape[0])
     ]
@@ -208,7 +211,7 @@ def test_moving_copies_follow_each_their_own_module() -> None:
         "moco": (("embedding", "key_embedding"), ("head", "key_head")),
         "dino": (("embedding", "teacher_embedding"), ("head", "teacher_head")),
     }.items():
-        method: nn.Module = make(name, momentum=0.9)
+        method: nn.Module = make(name, **{"dino": {"momentum_start": 0.9}}.get(name, {"momentum": 0.9}))
         before = {copy: [p.clone() for p in method.get_submodule(copy).parameters()] for _, copy in pairs}
         method.before_step(0)  # type: ignore[operator]
         for module, copy in pairs:

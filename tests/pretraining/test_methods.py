@@ -22,14 +22,14 @@ def make(name: str, dataset_size: int = 100, steps: int = 100, **options: Any) -
 
 def test_dino_depends_on_the_number_of_images() -> None:
     sizes = (10, 19_999, 20_000, 141_421, 1_000_000, 10_000_000)
-    methods = [make("dino", size, output_dim=None, steps=1_000_000) for size in sizes[:3]]
+    methods = [make("dino", size, output_dim="auto", steps=1_000_000) for size in sizes[:3]]
     assert [method.criterion.center.shape[-1] for method in methods] == [1024, 1024, 2048]
     values = [make("dino", size, steps=1_000_000) for size in sizes]
     assert [round(method.teacher_temp, 4) for method in values] == [0.02, 0.02, 0.02, 0.045, 0.07, 0.07]
     assert [round(method.momentum, 4) for method in values] == [0.99, 0.99, 0.99, 0.993, 0.996, 0.996]
-    assert values[0].warmup_steps == 37_500 and values[0].head.freeze_last_layer == 1_250
+    assert values[0].temp_steps == 37_500 and values[0].head.freeze_last_layer == 1_250
     short = make("dino", steps=100)
-    assert short.warmup_steps == 30 and short.head.freeze_last_layer == 10, "a short run trains its last layer, too"
+    assert short.temp_steps == 30 and short.head.freeze_last_layer == 10, "a short run trains its last layer, too"
 
 
 def test_the_last_layer_of_dino_waits() -> None:
@@ -51,7 +51,7 @@ def test_a_moving_copy_follows_and_a_momentum_rises() -> None:
 
 
 def test_a_queue_is_smaller_than_the_data() -> None:
-    assert [queue_length(None, size, 8192) for size in (2, 10, 1000, 10**6)] == [1, 4, 256, 8192]
+    assert [queue_length("auto", size, 8192) for size in (2, 10, 1000, 10**6)] == [1, 4, 256, 8192]
     with pytest.raises(ValueError, match="queue_size=100 must be above 0 and below the number of images, 100"):
         make("moco", 100, queue_size=100)
 
@@ -103,7 +103,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_thousandth() -> None:
 def test_the_default_optimizer_is_that_of_the_method(name: str, optimizer: str, lr: float) -> None:
     optim = METHODS.get(name).optim
     assert optim.named("auto").name == optimizer and optim.named("auto").lr == lr
-    scaled = optim.scaled(lr, 4 * optim.reference_batch)
+    scaled = optim.scaled(lr, 4 * optim.reference_batch_size)
     assert scaled == pytest.approx(lr * (2 if name == "distillation" else 4))
     assert optim.named("adam") is None
 

@@ -252,7 +252,7 @@ def test_a_tenth_of_the_steps_warms_up_however_many_there_are(
 
 def test_gradients_are_clipped_in_mixed_precision(tmp_path: Path, images: Path) -> None:
     train(tmp_path, images, "dino", precision="bf16-mixed", optim="adamw")
-    assert METHODS.get("dino").optim.clip == 3.0 and exported(tmp_path)["0.weight"].dtype == torch.float32
+    assert METHODS.get("dino").optim.gradient_clip_val == 3.0 and exported(tmp_path)["0.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -386,7 +386,7 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"optim_args": {"lr": float("nan")}}, r"optim_args\.lr: got nan, expected a number"),
         ({"optim": "adamw", "optim_args": {"betas": [2, 0.9]}}, r"Invalid beta parameter at index 0: 2"),
         (
-            {"transform_args": {"normalize": {"mean": [0.5] * 5, "std": [1] * 5}}},
+            {"transform_args": {"normalize": {"mean": [0.5] * 5, "std": [1] * 5}, "num_channels": 3}},
             r"of 5 channels and num_channels is 3",
         ),
         ({"callbacks": {"early_stopping": {"monitor": "val_loss"}}}, r"monitor='val_loss' is not logged"),

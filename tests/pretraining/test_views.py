@@ -119,17 +119,19 @@ def test_crops_have_the_scale_and_ratio_that_were_asked_for() -> None:
     assert 0.45 < min(ratios) < 0.6 and 1.7 < max(ratios) < 2.1
 
 
-def test_flips_solarisation_and_dropped_channels() -> None:
+def test_flips_solarisation_and_removed_channels() -> None:
     flipped = replace(PLAIN, random_flip=RandomFlip(1.0, 1.0))
     assert torch.equal(Views(flipped)(PICTURE, Random(0))[0], Views(PLAIN)(PICTURE, Random(0))[0].flip(-1, -2))
     (solarised,) = Views(replace(PLAIN, solarize=Solarize(1.0, 0.5)))(PICTURE, Random(0))
     assert solarised.max() <= 128
     many = torch.rand(5, 20, 20)
-    drop = replace(PLAIN, num_channels=5, channel_drop=ChannelDrop(2, (0.0, 1.0, 1.0, 1.0, 1.0)))
-    for k in range(10):
-        (view,) = Views(drop)(many, Random(k))
-        dropped = [not bool(channel.any()) for channel in view]
-        assert sum(dropped) == 3 and not dropped[0]
+    whole = Views(replace(PLAIN, num_channels=5))(many, Random(0))[0].tolist()
+    drop = replace(PLAIN, channel_drop=ChannelDrop(2, (0.0, 1.0, 1.0, 1.0, 0.0)))
+    assert (drop.channels, drop.image_channels) == (2, 5)
+    assert all(Views(drop)(many, Random(k))[0].tolist() == [whole[0], whole[4]] for k in range(3))
+    any_two = replace(PLAIN, channel_drop=ChannelDrop(2, (1.0, 1.0, 1.0, 1.0, 1.0)))
+    kept = [[whole.index(channel) for channel in Views(any_two)(many, Random(k))[0].tolist()] for k in range(20)]
+    assert all(first < second for first, second in kept) and {*sum(kept, [])} == {*range(5)}
 
 
 def test_other_numbers_of_channels_turn_off_what_is_for_colours() -> None:

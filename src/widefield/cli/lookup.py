@@ -94,8 +94,9 @@ def component_help(name: str) -> str:
     """
     from widefield.components.metrics import METRICS
     from widefield.config.check import describe
+    from widefield.pretraining.methods import METHODS
 
-    registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS) if name in one), MODELS)
+    registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS, METHODS) if name in one), MODELS)
     component = registry.get(name)
     what = registry.kind(name) or ("" if registry is MODELS else registry.name)
     kind = f", a {what}" if what else ""
@@ -107,14 +108,15 @@ def component_help(name: str) -> str:
         "arguments:",
     ]
     arguments = arguments_of(component)
-    for argument in arguments.named.values():
+    named = [one for one in arguments.named.values() if registry is not METHODS or one.name not in ("embedding", "run")]
+    for argument in named:
         default = "required" if argument.required else f"default {_short(argument.default)}"
         lines.append(f"  {argument.name}: {describe(argument.annotation)} ({default})")
         docs = _argument_docs(argument.owner).get(argument.name, "")
         lines += textwrap.wrap(docs, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if arguments.open:
         lines.append("  ... and others, which it hands on")
-    return "\n".join(lines if arguments.named or arguments.open else [*lines, "  none"])
+    return "\n".join(lines if named or arguments.open else [*lines, "  none"])
 
 
 def _short(default: object) -> str:

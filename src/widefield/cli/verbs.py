@@ -447,12 +447,12 @@ PATTERN may have * and ?; without them it is any part of a name.
             _option(
                 "name",
                 "NAME",
-                "a component, data set, transform or metric, an import path of a class, or a verb",
+                "a component, data set, transform, metric or method, an import path of a class, or a verb",
                 nargs="?",
             ),
             _IMPORTS,
         ),
-        "`widefield list components` shows the names; so do `list datasets`, `list transforms` and `list metrics`.",
+        "`widefield list components` shows the names; so do `list datasets`, `list transforms`, `list metrics` and `list methods`.",
         light=True,
     ),
     "config": Verb(

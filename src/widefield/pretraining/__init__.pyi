@@ -1,7 +1,13 @@
+from widefield.pretraining.checkpoint import ModelFormat as ModelFormat
+from widefield.pretraining.checkpoint import ModelPart as ModelPart
 from widefield.pretraining.checkpoint import export as export
+from widefield.pretraining.checkpoint import load_model as load_model
+from widefield.pretraining.checkpoint import load_model_from_checkpoint as load_model_from_checkpoint
+from widefield.pretraining.embed_images import EmbeddingFormat as EmbeddingFormat
 from widefield.pretraining.embed_images import embed as embed
 from widefield.pretraining.embedding import EmbeddingModel as EmbeddingModel
 from widefield.pretraining.methods import METHODS as METHODS
+from widefield.pretraining.methods import list_methods as list_methods
 from widefield.pretraining.methods.base import Method as Method
 from widefield.pretraining.methods.base import Run as Run
 from widefield.pretraining.training import pretrain as pretrain

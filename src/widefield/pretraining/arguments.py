@@ -16,7 +16,7 @@ from widefield.pretraining.callbacks import CallbackArgs
 from widefield.pretraining.loggers import LoggerArgs
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Method
-from widefield.pretraining.optimizers import OptimArgs
+from widefield.pretraining.optimizers import Optim, OptimArgs
 from widefield.pretraining.settings import Count, Errors, updated, values_for
 from widefield.pretraining.settings import arguments as arguments_of_call
 from widefield.pretraining.transform_args import TransformArgs
@@ -45,8 +45,21 @@ _LOADER_ARGUMENTS = {
     "dataset": "data",
     "num_workers": "num_workers",
     "generator": "seed",
-    **dict.fromkeys(("batch_sampler", "collate_fn", "drop_last", "sampler", "shuffle")),
+    **dict.fromkeys(("batch_sampler", "collate_fn", "sampler")),
 }
+_DONE_BY_LOADERS = ("shuffle", "drop_last")
+"""Arguments of a `DataLoader` that are True here."""
+
+RULE = ("lr_scale_method", "reference_batch_size", "gradient_clip_val")
+"""Entries of `method_args` that every method has."""
+
+_SAME_METHODS = {"distillationv3": "distillation"}
+_OTHER_METHODS = {
+    "distillationv1": "distillation, which compares positions too: method_args={'loss_local_weight': 0} leaves them out",
+    "distillationv2": "distillation",
+    "dinov31": "dinov2",
+}
+"""Methods of LightlyTrain that are none here, and what is nearest."""
 
 MAX_WORKERS = 8
 Workers = Annotated[int, Range(0)] | Literal["auto"]
@@ -59,6 +72,7 @@ class Settings:
     Attributes:
         given: The arguments of `widefield.train`, by their names.
         method, method_args, epochs, num_workers, transforms, optim, loggers, callbacks: What follows from them.
+        rule: How the learning rate is scaled, and gradients are cut.
     """
 
     given: SimpleNamespace
@@ -68,12 +82,14 @@ class Settings:
     num_workers: int
     transforms: TransformArgs
     optim: OptimArgs
+    rule: Optim
     loggers: LoggerArgs
     callbacks: CallbackArgs
 
     def as_yaml(self, longest: int | None = None) -> str:
         """Return the settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
-        made = {name: value for name, value in vars(self).items() if name not in ("given", "method")}
+        made = {name: value for name, value in vars(self).items() if name not in ("given", "method", "rule")}
+        made["method_args"] = {**self.method_args, **{name: getattr(self.rule, name) for name in RULE}}
         plain = {name: _plain(value, longest) for name, value in (vars(self.given) | made).items()}
         return yaml.safe_dump({**plain, "optim": self.optim.name, "optim_args": asdict(self.optim)}, sort_keys=False)
 
@@ -86,6 +102,7 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
     """
     errors = Errors()
     arguments = arguments_of_call(train, given, errors, unchecked=("data", "model"))
+    arguments.method = _SAME_METHODS.get(arguments.method, arguments.method)
     method = _method(arguments.method, errors)
     _check_resuming(arguments, errors)
     _check_passed_on(Trainer, arguments.trainer_args or {}, _TRAINER_ARGUMENTS, "trainer_args", errors)
@@ -100,7 +117,10 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
     if transforms.local_view is not None and not method.takes_local_views:
         errors.append(f"transform_args.local_view: {arguments.method} takes no local views; leave it out")
     optim = _optim(method, arguments, errors)
-    method_args = values_for(method, arguments.method_args or {}, "method_args", errors, given=("embedding", "run"))
+    method_args = dict(arguments.method_args or {})
+    ruled = {name: method_args.pop(name) for name in RULE if name in method_args}
+    rule = updated(method.optim, ruled, "method_args", errors)
+    method_args = values_for(method, method_args, "method_args", errors, given=("embedding", "run"))
     errors.raise_if_any("widefield.train")
     assert optim is not None
     workers = arguments.num_workers
@@ -112,6 +132,7 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
         num_workers=auto_workers(os.cpu_count(), device_count(arguments.devices)) if workers == "auto" else workers,
         transforms=transforms.for_channels(),
         optim=optim,
+        rule=rule,
         loggers=arguments.loggers or LoggerArgs(),
         callbacks=arguments.callbacks or CallbackArgs(),
     )
@@ -137,7 +158,8 @@ def _method(name: str, errors: Errors) -> type[Method]:
     try:
         found = METHODS.get(name)
     except UnknownNameError as error:
-        errors.append(f"method: {error}")
+        near = _OTHER_METHODS.get(name)
+        errors.append(f"method: {error}" if near is None else f"method={name!r} is not here; the nearest is {near}")
         return Method
     if not (isinstance(found, type) and issubclass(found, Method)):
         errors.append(f"method: {name} is no subclass of widefield.pretraining.Method")
@@ -146,6 +168,9 @@ def _method(name: str, errors: Errors) -> type[Method]:
 
 
 def _check_resuming(arguments: SimpleNamespace, errors: Errors) -> None:
+    if arguments.resume is False and arguments.resume_interrupted:
+        errors.append("resume=False and resume_interrupted=True are the same argument; give resume_interrupted alone")
+    arguments.resume_interrupted = arguments.resume_interrupted or bool(arguments.resume)
     if arguments.resume_interrupted and arguments.checkpoint is not None:
         errors.append("checkpoint begins a new run and resume_interrupted goes on with one; give one of them")
     if arguments.resume_interrupted and arguments.overwrite:
@@ -161,6 +186,9 @@ def _check_passed_on(
         by = f"the argument {ours[name]}" if ours[name] else "Widefield"
         errors.append(f"{where}.{name} is set by {by}; leave it out here")
     values_for(function, {name: given[name] for name in given if name not in ours}, where, errors, given=("dataset",))
+    for name in set(_DONE_BY_LOADERS) & given.keys() if where == "loader_args" else ():
+        if given[name] is not True:
+            errors.append(f"{where}.{name}={given[name]!r}; training batches are shuffled and full: leave it out")
     for name in ("max_steps", "batch_size"):
         if name in given:
             errors.add(check_value(given[name], Count, (where, name)))
@@ -172,7 +200,10 @@ def _optim(method: type[Method], arguments: SimpleNamespace, errors: Errors) -> 
         names = [one.name for one in method.optim.choices]
         errors.append(f"optim={arguments.optim!r}; {suggestion(arguments.optim, ['auto', *names])}")
         return None
-    return updated(optim, arguments.optim_args, "optim_args", errors)
+    changes = arguments.optim_args
+    if changes and changes.get("weight_decay") == "auto":  # as if it were left out, see `Method.optim_for`
+        changes = {name: value for name, value in changes.items() if name != "weight_decay"}
+    return updated(optim, changes, "optim_args", errors)
 
 
 def _plain(value: Any, longest: int | None) -> Any:

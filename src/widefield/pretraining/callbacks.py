@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -135,20 +137,34 @@ class ExportArgs:
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """Writes checkpoints: at the end of epochs or every so many steps, and the last one every so many minutes beside."""
+    """Writes checkpoints: at the end of epochs, every so many steps or after some time, and the last one every so many minutes
+    beside. All but `every_n_minutes` are Lightning's.
+    """
 
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "dirpath": (None, "checkpoints lie in the folder checkpoints of out, where resume_interrupted looks for them"),
+        "save_weights_only": (False, "exported_models/exported_last.pt has the weights alone"),
+        "save_on_exception": (False, "Ctrl-C and SIGTERM write a checkpoint, and every_n_minutes does"),
+    }
     every_n_epochs: int | None = None
     every_n_train_steps: int | None = None
+    train_time_interval: timedelta | None = None
     every_n_minutes: float | None = 10.0
     save_last: bool = True
     save_top_k: int = 1
     monitor: str | None = None
     mode: Literal["min", "max"] = "min"
     filename: str | None = None
+    auto_insert_metric_name: bool = True
+    verbose: bool = False
+    save_on_train_epoch_end: bool | None = None
+    enable_version_counter: bool = False
 
     def __post_init__(self) -> None:
-        if self.every_n_epochs is not None and self.every_n_train_steps is not None:
-            raise ValueError("every_n_epochs and every_n_train_steps were both given; give one of them")
+        every = ("every_n_epochs", "every_n_train_steps", "train_time_interval")
+        given = [name for name in every if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were both given; give one of them")
         if self.monitor is None and self.save_top_k > 1:
             raise ValueError(
                 f"save_top_k={self.save_top_k} needs a monitor that says which are best, such as train_loss"
@@ -191,16 +207,14 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
     if args.model_export is not None:
         callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
     saving = args.model_checkpoint
-    by_steps = saving is not None and saving.every_n_train_steps is not None
+    by_steps = saving is not None and (saving.every_n_train_steps or saving.train_time_interval) is not None
     if saving is not None:
         options = asdict(saving)
         del options["every_n_minutes"]
         options["every_n_epochs"] = None if by_steps else saving.every_n_epochs or 1
-        callbacks.append(
-            ModelCheckpoint(
-                out.checkpoints, **options, save_on_train_epoch_end=not by_steps, enable_version_counter=False
-            )
-        )
+        if saving.save_on_train_epoch_end is None:
+            options["save_on_train_epoch_end"] = not by_steps
+        callbacks.append(ModelCheckpoint(out.checkpoints, **options))
     if args.report is not None:
         callbacks.append(Report(out, quality))
     keeps_last = saving is not None and saving.save_last

@@ -67,7 +67,6 @@ class Changes(NamedTuple):
         grey: Without colour.
         sigma: Blurred, with this standard deviation in pixels.
         solarize: Values from this one on are inverted.
-        dropped: Channels that are 0.
     """
 
     angle: float | None = None
@@ -75,7 +74,6 @@ class Changes(NamedTuple):
     grey: bool = False
     sigma: float | None = None
     solarize: float | None = None
-    dropped: tuple[int, ...] = ()
 
 
 def draw(args: TransformArgs, random: Random) -> Changes:
@@ -84,14 +82,14 @@ def draw(args: TransformArgs, random: Random) -> Changes:
     def happens(part: Part | None) -> TypeGuard[Part]:
         return part is not None and random.random() < part.prob
 
-    rotation, drop = args.random_rotation, args.channel_drop
+    rotation = args.random_rotation
+    degrees = 0.0 if rotation is None else rotation.degrees
     return Changes(
-        angle=random.uniform(-rotation.degrees, rotation.degrees) if happens(rotation) else None,
+        angle=random.uniform(*(degrees if isinstance(degrees, tuple) else (-degrees, degrees))) if happens(rotation) else None,
         jitter=_jitter(args.color_jitter, random) if happens(args.color_jitter) else (),
         grey=args.random_gray_scale is not None and random.random() < args.random_gray_scale,
         sigma=random.uniform(*args.gaussian_blur.sigmas) if happens(args.gaussian_blur) else None,
         solarize=args.solarize.threshold if happens(args.solarize) else None,
-        dropped=() if drop is None else _dropped(list(drop.weight_drop), drop.num_channels_keep, random),
     )
 
 
@@ -127,11 +125,7 @@ def _changed(out: Tensor, changes: Sequence[Changes]) -> Tensor:
     )
     out = _on(out, {k: one.sigma for k, one in enumerate(changes) if one.sigma is not None}, blur)
     thresholds = {k: one.solarize for k, one in enumerate(changes) if one.solarize is not None}
-    out = _on(out, thresholds, lambda x, values: torch.where(x >= _column(values, x), 1 - x, x))
-    for k, one in enumerate(changes):
-        if one.dropped:
-            out[k, list(one.dropped)] = 0
-    return out
+    return _on(out, thresholds, lambda x, values: torch.where(x >= _column(values, x), 1 - x, x))
 
 
 def _recoloured(function: Callable[[Tensor, Tensor], Tensor], views: Tensor, values: Sequence[float]) -> Tensor:
@@ -180,12 +174,3 @@ def _jitter(jitter: ColorJitter, random: Random) -> tuple[tuple[str, float], ...
     ]
     random.shuffle(changes)
     return tuple(changes)
-
-
-def _dropped(weights: list[float], kept: int, random: Random) -> tuple[int, ...]:
-    dropped = []
-    for _ in range(len(weights) - kept):
-        (channel,) = random.choices(range(len(weights)), weights)
-        weights[channel] = 0.0
-        dropped.append(channel)
-    return tuple(dropped)

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,24 @@ from widefield.writing import replacing, write_torch_file
 KEY = "widefield"
 """The key of a checkpoint under which our part stands."""
 Part = Literal["model", "wrapped_model", "embedding_model"]
+
+
+class ModelPart(StrEnum):
+    """Parts of a checkpoint, as `export` takes them."""
+
+    MODEL = "model"
+    WRAPPED_MODEL = "wrapped_model"
+    EMBEDDING_MODEL = "embedding_model"
+
+
+class ModelFormat(StrEnum):
+    """Formats of `export`."""
+
+    PACKAGE_DEFAULT = "package_default"
+    TORCH_MODEL = "torch_model"
+    TORCH_STATE_DICT = "torch_state_dict"
+    SAFETENSORS = "safetensors"
+
 
 _WRAPPED, _HEAD = "wrapped_model.", "embed_head."
 _PUBLISHED_WEIGHTS = ("weights", "pretrained")
@@ -113,7 +132,7 @@ class Checkpoint:
         head = weights.get(f"{_HEAD}weight")
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
             made, args = (model, None) if named is None else (named["name"], named["args"])
-            wrapper = wrap(made, args, self.transforms.num_channels)
+            wrapper = wrap(made, args, self.transforms.channels)
             embedding = EmbeddingModel(wrapper, None if head is None else len(head), streaming)
         try:
             embedding.load_state_dict(weights)
@@ -177,6 +196,31 @@ def part_of(embedding: EmbeddingModel, part: Part) -> nn.Module:
     return embedding.wrapped_model if part == "wrapped_model" else embedding.wrapped_model.get_model()
 
 
+def load_model_from_checkpoint(
+    checkpoint: Path | str, device: str | torch.device | None = None, *, model: Any = None
+) -> nn.Module:
+    """Return the trained model of a checkpoint of `widefield.train`, what `get_model` of its wrapper returns, in evaluation mode.
+
+    Args:
+        checkpoint: A .ckpt file in the folder `checkpoints` of a run.
+        device: Where it is put; None: the CPU.
+        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed if the run was not given
+            it by name, because checkpoints hold no code.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is another file, or `model` is needed or another one.
+    """
+    embedding = Checkpoint.read(Path(checkpoint)).embedding_model(model)
+    found: nn.Module = embedding.wrapped_model.get_model().to(device)
+    return found.eval()
+
+
+def load_model(model: Path | str, device: str | torch.device | None = None) -> nn.Module:
+    """Return the trained model of a checkpoint; `load_model_from_checkpoint` says more."""
+    return load_model_from_checkpoint(model, device)
+
+
 ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors"]
 
 
@@ -184,8 +228,8 @@ def export(
     out: Path | str,
     checkpoint: Path | str,
     *,
-    part: Part = "model",
-    format: ExportFormat = "package_default",
+    part: Part | ModelPart = "model",
+    format: ExportFormat | ModelFormat = "package_default",
     overwrite: bool = False,
     model: Any = None,
 ) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -31,10 +32,19 @@ from widefield.registry import Range
 from widefield.writing import replacing, write_torch_file
 
 _log = logging.getLogger(__name__)
-EmbeddingFormat = Literal["torch", "csv", "lightly_csv", "parquet"]
+Format = Literal["torch", "csv", "lightly_csv", "parquet"]
 
 
-def write_embeddings(path: Path, names: Sequence[str], embeddings: Tensor, format: EmbeddingFormat) -> None:
+class EmbeddingFormat(StrEnum):
+    """Formats of `embed`."""
+
+    TORCH = "torch"
+    CSV = "csv"
+    LIGHTLY_CSV = "lightly_csv"
+    PARQUET = "parquet"
+
+
+def write_embeddings(path: Path, names: Sequence[str], embeddings: Tensor, format: Format) -> None:
     """Write a row per image, whole or not at all; for the formats see `embed`."""
     if format == "torch":
         write_torch_file({"filenames": list(names), "embeddings": embeddings}, path)
@@ -69,7 +79,7 @@ def embed(
     data: str | Path | Sequence[str | Path] | Dataset[Any],
     checkpoint: Path | str,
     *,
-    format: EmbeddingFormat = "torch",
+    format: Format | EmbeddingFormat = "torch",
     image_size: Size | None = (224, 224),
     level: Annotated[int, Range(0)] = 0,
     spacing: Annotated[float, Range(0)] | None = None,
@@ -126,14 +136,14 @@ def embed(
     model, args = fabric.setup_module(embedding), found.transforms
     with torch.inference_mode():
         if given.image_size is None:
-            source = make_source(given.data, args.num_channels, None, None)
+            source = make_source(given.data, args.channels, None, None)
             look = Look(
                 args, next((p.dtype for p in embedding.parameters()), torch.float32), given.level, given.spacing
             )
             embedded = _at_own_size(model, source, look, given.streaming is not None, fabric.device)
         else:
             views = whole_image(args, given.image_size)
-            source = make_source(given.data, args.num_channels, views.reduction, None)
+            source = make_source(given.data, args.channels, views.reduction, None)
             loader = DataLoader(
                 Pictures(source, views),
                 given.batch_size,
@@ -228,7 +238,7 @@ class LazyPixels:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) as the model sees them."""
-        return self._look.args.num_channels, *self._image.shape[1:]
+        return self._look.args.channels, *self._image.shape[1:]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,7 +252,7 @@ class LazyPixels:
             ImageReadError: It cannot be read, or has channels that the model does not take.
         """
         pixels = torch.from_numpy(self._image.read(y, x, height, width))
-        return self._look(with_channels(pixels, self._look.args.num_channels, self._name))
+        return self._look(with_channels(pixels, self._look.args.channels, self._name))
 
 
 def _open(source: ImageSource, index: int, look: Look) -> LazyPixels | Tensor:
@@ -253,11 +263,11 @@ def _open(source: ImageSource, index: int, look: Look) -> LazyPixels | Tensor:
     with reading(path):
         level = None if look.spacing else look.level
         try:
-            return LazyPixels(open_lazily(path, look.args.num_channels, level, look.spacing), look, str(path))
+            return LazyPixels(open_lazily(path, look.args.channels, level, look.spacing), look, str(path))
         except ImageReadError:
             if look.level or look.spacing:
                 raise
-            return look(read_pixels(path, look.args.num_channels))
+            return look(read_pixels(path, look.args.channels))
 
 
 def _names(source: ImageSource, data: Any) -> list[str]:

@@ -1,10 +1,13 @@
 """A wrapper with the embedding layer on top."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from widefield.pretraining.settings import Count
 from widefield.pretraining.wrapping import Wrapped
 from widefield.streaming import StreamingCNN
 
@@ -30,6 +33,30 @@ class StreamingArgs:
     def stream(self, module: nn.Module) -> StreamingCNN:
         """`module`, streamed."""
         return StreamingCNN(module, **vars(self))
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointArgs:
+    """Whether blocks of a vision transformer are computed again in the backward pass, and which: one of `every_n_blocks`."""
+
+    enabled: bool = False
+    every_n_blocks: Count = 1
+
+
+def checkpoint_blocks(model: nn.Module, every_n_blocks: int) -> None:
+    """Make one of `every_n_blocks` blocks of a vision transformer keep its input alone for the backward pass.
+
+    Raises:
+        ValueError: The model has no `blocks`, as those of timm, nor `layers`, as those of Widefield.
+    """
+    blocks = next((part for name, part in model.named_children() if name in ("blocks", "layers")), None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(
+            f"activation_checkpoint_args are for vision transformers, and the model is a {type(model).__name__}; "
+            'streaming={"memory_budget": "4GiB"} saves memory of convolutional networks'
+        )
+    for block in blocks[::every_n_blocks]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class FeaturesOf(nn.Module):

@@ -12,12 +12,15 @@ from lightning.fabric.loggers import TensorBoardLogger as WithoutFiles
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from widefield.pretraining.settings import Count
 from widefield.writing import replacing
 
 
 @dataclass(frozen=True)
 class JsonlArgs:
-    """metrics.jsonl has no settings."""
+    """metrics.jsonl. Every line is in the file at once, which `flush_logs_every_n_steps` asks for every so many."""
+
+    flush_logs_every_n_steps: Count = 1
 
 
 @dataclass(frozen=True)

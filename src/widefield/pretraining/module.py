@@ -125,14 +125,15 @@ class Pretraining(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optim, run = self.settings.optim, self.method.run
-        lr = self.settings.method.optim.scaled(optim.lr, run.batch_size)
+        lr = self.settings.rule.scaled(optim.lr, run.batch_size)
         groups = self.method.parameter_groups(optim.weight_decay)
         for group in groups:
             group["lr"] = lr * group.pop("lr_scale", 1.0)
             group["first_weight_decay"] = group.get("weight_decay", optim.weight_decay)
         fused = self.fused and can_fuse(p for group in groups for p in group["params"])
         optimizer = optim.make(groups, lr, fused)
-        warmup_steps = round(min(10 / max(self.settings.epochs, 1), 0.1) * run.steps)  # of what max_steps leaves
+        usual = round(min(10 / max(self.settings.epochs, 1), 0.1) * run.steps)  # of what max_steps leaves
+        warmup_steps = self.method.warmup_steps(usual)
         scheduler = warmup_and_cosine(optimizer, warmup_steps, run.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -207,6 +208,7 @@ class Pretraining(pl.LightningModule):
             "embed_dim": settings.given.embed_dim,
             "optim": settings.optim.name,
             "optim_args": asdict(settings.optim),
+            "lr_scale": [settings.rule.lr_scale_method, settings.rule.reference_batch_size],
             "transform_args": asdict(settings.transforms),
             "method_args": {
                 name: value

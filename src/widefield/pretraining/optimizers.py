@@ -10,7 +10,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from widefield.pretraining.settings import Checked, NotNegative
+from widefield.pretraining.settings import Checked, Count, NotNegative
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class LARS(_Optimizer):
     lr: NotNegative = 0.2
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-6
+    dampening: NotNegative = 0.0
+    nesterov: bool = False
+    trust_coefficient: NotNegative = 0.001
+    eps: NotNegative = 1e-8
 
 
 OptimArgs = SGD | AdamW | LARS
@@ -97,15 +101,15 @@ class Optim:
 
     Attributes:
         choices: Every optimizer that can be named, with the method's values for it; the first is the default.
-        reference_batch: The batch size that their learning rates are for.
-        scaling: How the learning rate grows with the batch: as batch / reference_batch, or as its square root.
-        clip: Largest norm of the gradient; None leaves it.
+        reference_batch_size: The batch size that their learning rates are for.
+        lr_scale_method: How the learning rate grows with the batch: as batch / reference, or as its square root.
+        gradient_clip_val: Largest norm of the gradient; None leaves it.
     """
 
     choices: tuple[OptimArgs, ...]
-    reference_batch: int = 256
-    scaling: Literal["linear", "sqrt"] = "linear"
-    clip: float | None = None
+    reference_batch_size: Count = 256
+    lr_scale_method: Literal["linear", "sqrt"] = "linear"
+    gradient_clip_val: NotNegative | None = None
 
     def named(self, name: str) -> OptimArgs | None:
         """Return the values for the optimizer called `name` or "auto"; None if there is none of the name."""
@@ -113,8 +117,8 @@ class Optim:
 
     def scaled(self, lr: float, batch_size: int) -> float:
         """Return the learning rate for batches of `batch_size`."""
-        ratio = batch_size / self.reference_batch
-        return lr * (ratio if self.scaling == "linear" else ratio**0.5)
+        ratio = batch_size / self.reference_batch_size
+        return lr * (ratio if self.lr_scale_method == "linear" else ratio**0.5)
 
 
 def parameter_groups(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import is_dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -88,6 +89,9 @@ def values_for(
 ) -> dict[str, Any]:
     """Return the values of the arguments `changes` for `function`, each of the type that its annotation says.
 
+    A class may have two tables of the names that users of LightlyTrain know. `also_called` says our name of theirs. `fixed` says of
+    an argument that is none here which value of it is what happens, and what to do instead of giving another.
+
     Args:
         function: What will be called.
         changes: By name.
@@ -96,6 +100,7 @@ def values_for(
         default: An object whose attributes are the arguments that `changes` leaves out; None if there are none.
         given: Arguments that the caller adds.
     """
+    changes = _in_our_names(function, changes, where, errors)
     known = arguments_of(function).named
     names = changes if default is None else {**known, **changes}
     errors.add(((where, *at), message) for at, message in wrong_names(function, names, given))
@@ -106,8 +111,27 @@ def values_for(
     }
 
 
+def _in_our_names(function: Any, changes: Mapping[str, Any], where: str, errors: Errors) -> dict[str, Any]:
+    """Return `changes` without those that `fixed` allows, under our names; see `values_for`."""
+    also_called, fixed = getattr(function, "also_called", {}), getattr(function, "fixed", {})
+    renamed: dict[str, Any] = {}
+    for name, value in changes.items():
+        ours = also_called.get(name, name)
+        if name in fixed:
+            allowed, advice = fixed[name]
+            if value != allowed:
+                errors.append(f"{where}.{name}={value!r}; {advice}")
+        elif ours != name and ours in changes:
+            errors.append(f"{where}.{name} is {ours} under another name; give one of them")
+        else:
+            renamed[ours] = value
+    return renamed
+
+
 def _fitted(value: Any, kind: Any, default: Any, where: str, errors: Errors) -> Any:
-    """Return `value` as its annotation says, and `default` if it does not fit."""
+    """Return `value` as its annotation says, and `default` if it does not fit; the text of an enumeration stands for its member."""
+    if isinstance(value, StrEnum):
+        value = value.value
     if kind is Any:
         return value
     for option in get_args(kind) if get_origin(kind) in UNIONS else (kind,):

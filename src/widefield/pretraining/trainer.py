@@ -36,7 +36,7 @@ def make_trainer(settings: Settings, folder: OutFolder, labels: Labels | None) -
     options: dict[str, Any] = {
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
-        "gradient_clip_val": settings.method.optim.clip,
+        "gradient_clip_val": settings.rule.gradient_clip_val,
         **(given.trainer_args or {}),
     }
     options.pop("max_steps", None)

@@ -30,7 +30,7 @@ from widefield.pretraining.callbacks import TERMINATED, CallbackArgs, Export, St
 from widefield.pretraining.checkpoint import Checkpoint, load_checkpoint, read_to_resume
 from widefield.pretraining.dataset import Index, OnBadImage, ViewDataset
 from widefield.pretraining.dry_run import dry_run
-from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
+from widefield.pretraining.embedding import ActivationCheckpointArgs, EmbeddingModel, StreamingArgs, checkpoint_blocks
 from widefield.pretraining.labels import labels_of
 from widefield.pretraining.loggers import LoggerArgs, forget_after
 from widefield.pretraining.methods.base import Run
@@ -85,6 +85,8 @@ def train(
     loader_args: Mapping[str, Any] | None = None,
     trainer_args: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    activation_checkpoint_args: ActivationCheckpointArgs | Mapping[str, Any] | None = None,
+    resume: bool | None = None,
 ) -> None:
     """Pretrain a model on images without labels.
 
@@ -132,6 +134,9 @@ def train(
         loader_args: Of torch's `DataLoader`; batch_size counts per device here.
         trainer_args: Of Lightning's `Trainer`, such as max_steps.
         model_args: Of the constructor of a model that is given by name.
+        activation_checkpoint_args: Of vision transformers: {"enabled": True} computes what is in a block again in the backward
+            pass instead of keeping it; with "every_n_blocks" in one of so many blocks.
+        resume: An older name of `resume_interrupted`.
 
     Raises:
         ValueError: Something that was given cannot be used; the message has a line for each error. `out` is as it was.
@@ -177,18 +182,20 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         torch.set_float32_matmul_precision(given.float32_matmul_precision)
     resumed = read_to_resume(folder.last, given.method) if given.resume_interrupted else None
     views = Views(settings.transforms)
-    source = make_source(given.data, settings.transforms.num_channels, views.reduction, given.slides, folder.views)
+    source = make_source(given.data, settings.transforms.image_channels, views.reduction, given.slides, folder.views)
     dataset = ViewDataset(source, views, given.seed, given.on_bad_image)
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(source, given.data, quality.labels)
     trainer = make_trainer(settings, folder, labels)
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     dataset = replace(dataset, deferred=not on_cpu)
-    wrapper = wrap(given.model, given.model_args, settings.transforms.num_channels)
+    wrapper = wrap(given.model, given.model_args, settings.transforms.channels)
+    if "weight_decay" not in (given.optim_args or {}) or given.optim_args["weight_decay"] == "auto":
+        settings = replace(settings, optim=settings.method.optim_for(settings.optim, wrapper))
     if given.checkpoint is not None:
         load_checkpoint(wrapper, given.checkpoint)
     embedding = EmbeddingModel(wrapper, given.embed_dim, settings.given.streaming)
-    numbers = dry_run(embedding, settings.transforms.num_channels, views.sizes)
+    numbers = dry_run(embedding, settings.transforms.channels, views.sizes)
     _check_first_image(dataset)
 
     batch_size = _batch_size(settings, trainer, len(dataset))
@@ -202,6 +209,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     optimized = batch_size * given.gradient_accumulation_steps
     run = Run(numbers, len(dataset), optimized, steps, settings.transforms.normalize)
     to_training_mode(wrapper)  # before the method copies it
+    if given.activation_checkpoint_args is not None and given.activation_checkpoint_args.enabled:
+        checkpoint_blocks(wrapper.get_model(), given.activation_checkpoint_args.every_n_blocks)
     method = settings.method(embedding, run, **settings.method_args)
     loader_args = {
         "num_workers": settings.num_workers,
@@ -210,7 +219,8 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
         "persistent_workers": settings.num_workers > 0,
         **(given.loader_args or {}),
     }
-    loader_args.pop("batch_size", None)
+    for name in ("batch_size", "shuffle", "drop_last"):
+        loader_args.pop(name, None)
     try:
         DataLoader(dataset, **loader_args)  # starts no worker process
     except (TypeError, ValueError) as error:

@@ -1,8 +1,9 @@
 """The settings `transform_args`, by which the views of an image are drawn. Every method has defaults of its own."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal
 
 from widefield.pretraining.settings import Checked, Count, NotNegative, Share
 from widefield.registry import Range
@@ -45,10 +46,11 @@ class RandomFlip(Checked):
 
 @dataclass(frozen=True)
 class RandomRotation(Checked):
-    """Turns the view by an angle drawn from -degrees to degrees; what comes in from outside is black."""
+    """Turns the view by an angle drawn from -degrees to degrees, or between two; what comes in from outside is black."""
 
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {"interpolation": (3, "pixels are interpolated linearly")}
     prob: Share = 0.5
-    degrees: Annotated[float, Range(0, 180)] = 90
+    degrees: Annotated[float, Range(0, 180)] | tuple[float, float] = 90
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class ColorJitter(Checked):
 class GaussianBlur(Checked):
     """Blurs the view with a standard deviation drawn between the two `sigmas`, in pixels."""
 
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "blur_limit": (0, "how far a blur reaches follows from `sigmas`, three of them; give those")
+    }
     prob: Share = 0.5
     sigmas: tuple[float, float] = (0.1, 2.0)
 
@@ -93,7 +98,7 @@ class Solarize(Checked):
 
 @dataclass(frozen=True)
 class ChannelDrop(Checked):
-    """Keeps `num_channels_keep` channels, drawn by weight, and sets the others to 0."""
+    """Removes channels, drawn by weight, so that `num_channels_keep` are left, in their order; 0 is never drawn."""
 
     num_channels_keep: Count
     weight_drop: tuple[NotNegative, ...]
@@ -147,15 +152,20 @@ class TransformArgs(Checked):
 
     Attributes:
         image_size: Pixels of a global view, a number or (height, width).
-        num_channels: Of the images. Other than 3 turns off what is defined for colours: jitter, grey scale, solarisation.
+        num_channels: Of what the model sees, which are those of the images unless `channel_drop` removes some; "auto": as many
+            as that leaves, or as `normalize` has. Other than 3 turns off what is for colours: jitter, grey scale, solarisation.
         value_range: (low, high), which values become 0 and 1. None: 0 and the largest value of an integer type; 0 and 1 of floats.
         num_views: Global views.
         global_view_1: How the second of them differs.
         local_view: Views beside the global ones.
     """
 
+    also_called: ClassVar[Mapping[str, str]] = {"random_grayscale": "random_gray_scale"}
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "record_geometry": (False, "no method here needs where views were cut; leave it out")
+    }
     image_size: Size = 224
-    num_channels: Count = 3
+    num_channels: Count | Literal["auto"] = "auto"
     value_range: tuple[float, float] | None = None
     channel_drop: ChannelDrop | None = None
     random_resize: RandomResize | None = field(default_factory=RandomResize)
@@ -173,23 +183,34 @@ class TransformArgs(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         values = len(self.normalize.mean)
-        if values > self.num_channels and self.normalize != Normalize():
-            raise ValueError(
-                f"normalize has a mean and std of {values} channels and num_channels is {self.num_channels}"
-            )
+        if values > self.channels and self.normalize != Normalize():
+            raise ValueError(f"normalize has a mean and std of {values} channels and num_channels is {self.channels}")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range={self.value_range} must be (low, high) with low < high")
-        if self.channel_drop is not None and len(self.channel_drop.weight_drop) != self.num_channels:
+        if self.channel_drop is not None and self.channel_drop.num_channels_keep != self.channels:
             raise ValueError(
-                f"channel_drop.weight_drop has {len(self.channel_drop.weight_drop)} values and num_channels is {self.num_channels}"
+                f"channel_drop keeps {self.channel_drop.num_channels_keep} channels and num_channels, which are those that the "
+                f"model sees, is {self.channels}; leave num_channels out"
             )
+
+    @property
+    def channels(self) -> int:
+        """Channels that the model sees."""
+        if self.num_channels != "auto":
+            return self.num_channels
+        return len(self.normalize.mean) if self.channel_drop is None else self.channel_drop.num_channels_keep
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.channels if self.channel_drop is None else len(self.channel_drop.weight_drop)
 
     def for_channels(self) -> "TransformArgs":
         """Return these settings without what `num_channels` turns off, and with a mean and std for every channel."""
         given = self.normalize.mean, self.normalize.std
-        mean, std = (tuple(values[k % len(values)] for k in range(self.num_channels)) for values in given)
-        args = replace(self, normalize=Normalize(mean, std))
-        if self.num_channels == 3:
+        mean, std = (tuple(values[k % len(values)] for k in range(self.channels)) for values in given)
+        args = replace(self, num_channels=self.channels, normalize=Normalize(mean, std))
+        if self.channels == 3:
             return args
         second = self.global_view_1 and replace(self.global_view_1, solarize=None)
         return replace(args, color_jitter=None, random_gray_scale=None, solarize=None, global_view_1=second)

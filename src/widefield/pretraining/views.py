@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from widefield.pretraining.changes import Changes, change, draw
-from widefield.pretraining.transform_args import TransformArgs, pair
+from widefield.pretraining.transform_args import ChannelDrop, TransformArgs, pair
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class View:
         args = self.args
         y, x, height, width = self._box(image.shape[-2], image.shape[-1], random)
         part = image[:, y : y + height, x : x + width]
+        if args.channel_drop is not None:
+            part = part[_kept(args.channel_drop, random)]
         if part.dtype != torch.uint8 or args.value_range is not None:
             part = to_unit(part, args.value_range)
         view = F.resize(part, list(self.size), antialias=True)
@@ -53,6 +55,16 @@ class View:
         ratio = min(max(width / height, resize.min_ratio), resize.max_ratio)
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _kept(drop: ChannelDrop, random: Random) -> list[int]:
+    """Return the numbers of the channels that are kept."""
+    weights = list(drop.weight_drop)
+    kept = list(range(len(weights)))
+    while len(kept) > drop.num_channels_keep:
+        (channel,) = random.choices(kept, [weights[k] for k in kept])
+        kept.remove(channel)
+    return kept
 
 
 def to_unit(image: Tensor, value_range: tuple[float, float] | None) -> Tensor:
@@ -122,7 +134,7 @@ def whole_image(args: TransformArgs, size: int | tuple[int, int]) -> Views:
     return Views(
         TransformArgs(
             image_size=size,
-            num_channels=args.num_channels,
+            num_channels=args.channels,
             value_range=args.value_range,
             random_resize=None,
             random_flip=None,

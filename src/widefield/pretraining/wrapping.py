@@ -181,6 +181,17 @@ def wrap(model: Any, model_args: Mapping[str, Any] | None = None, num_channels: 
     )
 
 
+def has_batch_norm(wrapper: Wrapped) -> bool:
+    """Return True if the model is a convolutional network with batch norm.
+
+    Its optional `architecture_info()` says so, {"model_type": "convolutional", "norm_type": "batchnorm"}, else its layers do.
+    """
+    if callable(getattr(wrapper, "architecture_info", None)):
+        return wrapper.architecture_info() == {"model_type": "convolutional", "norm_type": "batchnorm"}  # type: ignore[no-any-return]
+    kinds = [type(part).__name__ for part in wrapper.get_model().modules()]
+    return any("BatchNorm" in kind for kind in kinds) and not any("Attention" in kind for kind in kinds)
+
+
 def to_training_mode(model: nn.Module) -> None:
     """`model.train()`, which Lightning leaves to its user, but what is frozen and in evaluation mode stays in it.
 

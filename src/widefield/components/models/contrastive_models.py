@@ -34,9 +34,12 @@ def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> Non
         torch._foreach_lerp_(list(moving.parameters()), list(module.parameters()), 1.0 - momentum)
 
 
-def rising(step: int, steps: float, start: float) -> float:
-    """Return a momentum that rises from `start` to 1 in `steps` steps as half a cosine; it stays where they are infinitely many."""
-    return start if math.isinf(steps) else cosine_schedule(min(step, int(steps)), int(steps) + 1, start, 1.0)
+def rising(step: int, steps: float, start: float, end: float = 1.0) -> float:
+    """Return a momentum, or a weight decay, that goes from `start` to `end` in `steps` steps as half a cosine.
+
+    It stays where they are infinitely many.
+    """
+    return start if math.isinf(steps) else cosine_schedule(min(step, int(steps)), int(steps) + 1, start, end)
 
 
 @torch.no_grad()

@@ -18,4 +18,10 @@ from widefield.registry import Registry, registered_in
 
 METHODS = Registry("method", partial(registered_in, "METHODS", "pretraining/methods"), group="widefield.methods")
 
-__all__ = ["METHODS"]
+
+def list_methods() -> list[str]:
+    """Return the names of all methods of pretraining."""
+    return METHODS.names()
+
+
+__all__ = ["METHODS", "list_methods"]

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from lightly.models.modules.memory_bank import MemoryBankModule
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from widefield.components.losses.embedding_losses import joint
 from widefield.components.models.contrastive_models import enqueue
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, OptimArgs, parameter_groups
 from widefield.pretraining.transform_args import Normalize, TransformArgs
 from widefield.registry import Range
 
+Auto = Literal["auto"]
 Count = Annotated[int, Range(1)]
 Steps = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -53,6 +54,7 @@ class Method(nn.Module):
         optim: The optimizer, unless `optim` and `optim_args` say otherwise.
         most_views: Global views that it can take; None: any number.
         takes_local_views: Whether it can take local ones beside.
+        also_called, fixed: Arguments as users of LightlyTrain know them; see `widefield.pretraining.settings.values_for`.
         companions: Modules that never train: they go where the method goes, and stand in no checkpoint.
 
     Args:
@@ -65,6 +67,8 @@ class Method(nn.Module):
     optim: ClassVar[Optim] = Optim((SGD(), AdamW(), LARS()))
     most_views: ClassVar[int | None] = None
     takes_local_views: ClassVar[bool] = True
+    also_called: ClassVar[Mapping[str, str]] = {}
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {}
 
     def __init__(self, embedding: EmbeddingModel, run: Run) -> None:
         super().__init__()
@@ -86,6 +90,11 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def optim_for(cls, optim: OptimArgs, wrapper: Any) -> OptimArgs:
+        """Return `optim` with the weight decay that suits the model in `wrapper`, for a user who says none."""
+        return optim
+
     def before_step(self, step: int) -> None:
         """Called once before every optimizer step, ahead of the losses that it accumulates."""
 
@@ -106,6 +115,10 @@ class Method(nn.Module):
     def weight_decay(self, start: float, step: int) -> float:
         """Weight decay of a group that begins with `start`, after so many optimizer steps."""
         return start
+
+    def warmup_steps(self, usual: int) -> int:
+        """Return the steps in which the learning rate rises; `usual` are 10 epochs, at most a tenth of the run."""
+        return usual
 
 
 class PairMethod(Method):
@@ -140,13 +153,13 @@ class Queue(MemoryBankModule):
         enqueue(self.bank, self.bank_ptr, joint(batch))
 
 
-def queue_length(size: int | None, dataset_size: int, largest: int) -> int:
-    """`size`, or by default a power of two of at most half the images.
+def queue_length(size: int | Literal["auto"], dataset_size: int, largest: int) -> int:
+    """`size`, or if that is "auto" a power of two of at most half the images.
 
     Raises:
         ValueError: The queue would hold more than all images.
     """
-    if size is None:
+    if size == "auto":
         return min(largest, 2 ** max(0, int(math.log2(max(1, dataset_size // 2)))))
     if not 0 < size < dataset_size:
         raise ValueError(f"queue_size={size} must be above 0 and below the number of images, {dataset_size}")

@@ -46,7 +46,9 @@ class BEiT(MaskedMethod):
 
     transforms = replace(MaskedMethod.transforms, color_jitter=ColorJitter(1.0, 1.0, 0.4, 0.4, 0.4, 0.0))
     optim = Optim(
-        (AdamW(1.5e-3, (0.9, 0.98), weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), 2048, clip=3.0
+        (AdamW(1.5e-3, (0.9, 0.98), weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)),
+        2048,
+        gradient_clip_val=3.0,
     )
 
     mean: Tensor

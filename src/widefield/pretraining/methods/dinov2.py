@@ -1,20 +1,19 @@
 """DINOv2."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightly.loss import IBOTPatchLoss, KoLeoLoss
 from lightly.models.modules.heads import DINOProjectionHead
-from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
 from widefield.components.losses.embedding_losses import joint
 from widefield.components.models.contrastive_models import momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Run, Share, Temperature, Weight, for_each, for_run
+from widefield.pretraining.methods.base import Auto, Run, Share, Temperature, Weight, for_each, for_run
 from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
@@ -42,11 +41,11 @@ class DINOv2(DINO):
     Args:
         embedding, run: See `Method`.
         student_temp, teacher_temp: Temperatures; that of the teacher begins with `warmup_teacher_temp`.
-        momentum: Of the teacher at the start; it rises to 1. None: `MOMENTUM`, less in a run of few steps.
+        momentum_start: Of the teacher at the start; "auto" is `MOMENTUM`, less in a run of few steps.
         center_momentum: Of the means that are taken from the teacher's outputs.
         patch_weight, koleo_weight: Of these parts of the loss.
         layer_decay: Factor of the learning rate from each layer of the transformer to the one before it.
-        weight_decay_growth: How many times the weight decay of the start is that of the end; it rises as half a cosine.
+        weight_decay_end: At the last step; it rises as half a cosine.
         kwargs: Those of `DINO`, for the two heads, one for class tokens and one for patches.
 
     Raises:
@@ -58,8 +57,32 @@ class DINOv2(DINO):
         random_resize=RandomResize(0.32, 1.0),
         local_view=LocalViews(8, 96, RandomResize(0.05, 0.32)),
     )
+    also_called: ClassVar[Mapping[str, str]] = {
+        "dino_bottleneck_dim": "bottleneck_dim",
+        "ibot_loss_weight": "patch_weight",
+        "koleo_loss_weight": "koleo_weight",
+        "layerwise_decay": "layer_decay",
+        "teacher_temp_start": "warmup_teacher_temp",
+        "teacher_temp_end": "teacher_temp",
+        "teacher_temp_warmup_steps": "warmup_teacher_temp_steps",
+    }
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "ibot_separate_head": (True, "patches have a head of their own here"),
+        "ibot_bottleneck_dim": (256, "bottleneck_dim is that of both heads"),
+        "student_freeze_backbone_steps": (0, "all of the model trains from the first step on"),
+        "dino_loss_weight": (1.0, "it is 1; scale ibot_loss_weight, koleo_loss_weight and optim_args.lr instead"),
+        "center_method": ("softmax", "the teacher is centred by a moving mean, as 'softmax' does"),
+        "mask_ratio_min": (0.1, "a tenth to a half of the patches of a view are hidden"),
+        "mask_ratio_max": (0.5, "a tenth to a half of the patches of a view are hidden"),
+        "mask_probability": (0.5, "half of the global views have hidden patches"),
+        "min_lr": (1e-6, "the learning rate ends at a thousandth of optim_args.lr"),
+        "patch_embed_lr_multiplier": (0.2, "patches are embedded at the learning rate of layer_decay"),
+    }
     optim = Optim(
-        (AdamW(4e-3, weight_decay=0.04), SGD(0.03, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), 1024, scaling="sqrt", clip=3.0
+        (AdamW(4e-3, weight_decay=0.04), SGD(0.03, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)),
+        1024,
+        lr_scale_method="sqrt",
+        gradient_clip_val=3.0,
     )
 
     def __init__(
@@ -68,12 +91,12 @@ class DINOv2(DINO):
         run: Run,
         student_temp: Temperature = 0.1,
         teacher_temp: Temperature = 0.07,
-        momentum: Share | None = None,
+        momentum_start: Share | Auto = "auto",
         center_momentum: Share = 0.9,
         patch_weight: Weight = 1.0,
         koleo_weight: Weight = 0.1,
         layer_decay: Share = 0.9,
-        weight_decay_growth: float = 10.0,
+        weight_decay_end: Weight | Auto = 0.4,
         **kwargs: Any,
     ) -> None:
         transformer = opened(embedding, "dinov2", class_token=True)
@@ -82,13 +105,14 @@ class DINOv2(DINO):
             replace(run, embedding_dim=transformer.width),
             student_temp=student_temp,
             teacher_temp=teacher_temp,
-            momentum=for_run(MOMENTUM, run.steps) if momentum is None else momentum,
+            momentum_start=for_run(MOMENTUM, run.steps) if momentum_start == "auto" else momentum_start,
             center_momentum=center_momentum,
+            weight_decay_end=weight_decay_end,
             **kwargs,
         )
         self.transformer = transformer
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
-        self.layer_decay, self.weight_decay_growth = layer_decay, weight_decay_growth
+        self.layer_decay = layer_decay
         self.patch_head = self.make_head()
         self.mask_token = mask_token(self.transformer)
         self.teacher_patch_head = momentum_copy(self.patch_head)
@@ -136,10 +160,6 @@ class DINOv2(DINO):
             return self.layer_decay ** (model.depth + 1 - depths.get(parameter, model.depth + 1))  # type: ignore[no-any-return]
 
         return parameter_groups(self, weight_decay, scale, list(self.embedding.parameters()))
-
-    def weight_decay(self, start: float, step: int) -> float:
-        steps = self.run.steps
-        return cosine_schedule(min(step, steps), steps + 1, start, start * self.weight_decay_growth)
 
 
 def random_masks(count: int, grid: tuple[int, int]) -> Tensor:

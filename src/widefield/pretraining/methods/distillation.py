@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from widefield.components.losses.embedding_losses import joint
 from widefield.models import load_weights
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Method, Queue, Run, Temperature, Weight, queue_length
-from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.pretraining.methods.base import Auto, Count, Method, Queue, Run, Temperature, Weight, queue_length
+from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, OptimArgs
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
-from widefield.pretraining.wrapping import wrap
+from widefield.pretraining.wrapping import has_batch_norm, wrap
 
 
 @METHODS.register_module("distillation")
@@ -24,7 +25,7 @@ class Distillation(Method):
     """Learns to see images as a teacher does: which other images are alike, and which positions of an image are.
 
     The loss is KL(teacher || student) of softmax(similarities / temperature), of a pooled embedding with those of a queue and of
-    the batch, plus `local_weight` times the same of every position of a map with all others of that map. The student's
+    the batch, plus `loss_local_weight` times the same of every position of a map with all others of that map. The student's
     features go through a linear layer each, its map is resized to the teacher's. Images are mixed in pairs, by a share
     that is drawn anew for every batch (Zhang et al., mixup, https://arxiv.org/abs/1710.09412).
 
@@ -33,9 +34,9 @@ class Distillation(Method):
         teacher: A wrapper, a model of torchvision or timm, or the name of one; see `widefield.pretraining.wrap`.
         teacher_args: Arguments of its constructor, if `teacher` is a name: `{"pretrained": True}` downloads weights of timm.
         teacher_weights: A file with its weights.
-        temperature: Of the similarities.
-        local_weight: Of the loss of positions.
-        queue_size: Images that are remembered; None: a power of two of at most half the images, at most 8192.
+        temperature_global, temperature_local: Of the similarities of images, and of positions.
+        loss_local_weight: Of the loss of positions.
+        queue_size: Images that are remembered; "auto": a power of two of at most half the images, at most 8192.
 
     Raises:
         ValueError: The teacher is unknown, or has random weights.
@@ -48,7 +49,10 @@ class Distillation(Method):
         num_views=1,
     )
     optim = Optim(
-        (AdamW(5e-4, weight_decay=0.04), SGD(0.1, 0.9, 1e-4), LARS(1.8, 0.9, 1e-6)), 1536, scaling="sqrt", clip=1.0
+        (AdamW(5e-4, weight_decay=0.04), SGD(0.1, 0.9, 1e-4), LARS(1.8, 0.9, 1e-6)),
+        1536,
+        lr_scale_method="sqrt",
+        gradient_clip_val=1.0,
     )
     takes_local_views = False
 
@@ -59,9 +63,10 @@ class Distillation(Method):
         teacher: Any,
         teacher_args: dict[str, Any] | None = None,
         teacher_weights: str | Path | None = None,
-        temperature: Temperature = 0.07,
-        local_weight: Weight = 1.0,
-        queue_size: Count | None = None,
+        temperature_global: Temperature = 0.07,
+        temperature_local: Temperature = 0.07,
+        loss_local_weight: Weight = 1.0,
+        queue_size: Count | Auto = "auto",
     ) -> None:
         super().__init__(embedding, run)
         if isinstance(teacher, str) and not teacher_args and teacher_weights is None:
@@ -75,12 +80,17 @@ class Distillation(Method):
             load_weights(wrapper.get_model(), teacher_weights)
         dim: int = wrapper.feature_dim()
         self.companions = (wrapper.eval().requires_grad_(False),)
-        self.temperature, self.local_weight = temperature, local_weight
+        self.temperatures, self.local_weight = (temperature_global, temperature_local), loss_local_weight
         self.head, self.local_head = nn.Linear(run.embedding_dim, dim), nn.Linear(embedding.channels, dim)
         for layer in (self.head, self.local_head):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.queue = Queue(queue_length(queue_size, run.dataset_size, 8192), dim)
+
+    @classmethod
+    def optim_for(cls, optim: OptimArgs, wrapper: Any) -> OptimArgs:
+        """Return `optim`, for a convolutional network with batch norm with almost no weight decay, as its weights have no scale."""
+        return replace(optim, weight_decay=1e-6) if isinstance(optim, AdamW) and has_batch_norm(wrapper) else optim
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         images = torch.cat([_mixed(view) for view in views])
@@ -104,17 +114,18 @@ class Distillation(Method):
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         _, remembered = self.queue(teacher, update=student.requires_grad)
         others = torch.cat([joint(teacher).T, remembered], dim=1)
-        return self._divergence(student @ others, teacher @ others)
+        return _divergence(student @ others, teacher @ others, self.temperatures[0])
 
     def _local(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of positions (B, N, D)."""
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         ours, theirs = (x @ x.transpose(1, 2) for x in (student, teacher))
-        return self._divergence(ours.flatten(0, 1), theirs.flatten(0, 1))
+        return _divergence(ours.flatten(0, 1), theirs.flatten(0, 1), self.temperatures[1])
 
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = ((x / self.temperature).log_softmax(-1) for x in (student, teacher))
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    ours, theirs = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _mixed(images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class MaskFeat(MaskedMethod):
     """
 
     transforms = replace(MaskedMethod.transforms, random_resize=RandomResize(0.5, 1.0))
-    optim = Optim((AdamW(2e-4, weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), clip=0.02)
+    optim = Optim((AdamW(2e-4, weight_decay=0.05), SGD(0.1, 0.9, 1e-4), LARS(0.3, 0.9, 1e-6)), gradient_clip_val=0.02)
 
     def __init__(
         self, embedding: EmbeddingModel, run: Run, mask_ratio: float = 0.4, nbins: int = 9, cell: int | None = None

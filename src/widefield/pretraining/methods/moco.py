@@ -11,7 +11,7 @@ from widefield.components.heads.self_supervised_heads import ContrastiveHead
 from widefield.components.models.contrastive_models import compare_with_queue, follow, momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, PairMethod, Queue, Run, Share, Temperature, queue_length
+from widefield.pretraining.methods.base import Auto, Count, PairMethod, Queue, Run, Share, Temperature, queue_length
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
 from widefield.pretraining.transform_args import ColorJitter, RandomResize, TransformArgs
 
@@ -47,7 +47,7 @@ class MoCo(PairMethod):
         hidden_dim, output_dim: Width of the projection head, and of what it makes.
         temperature: Of the similarities.
         momentum: Of the moving copy.
-        queue_size: Images that are remembered; None: a power of two of at most half the images, at most 65536.
+        queue_size: Images that are remembered; "auto": a power of two of at most half the images, at most 65536.
     """
 
     transforms = TransformArgs(
@@ -63,7 +63,7 @@ class MoCo(PairMethod):
         output_dim: Count = 128,
         temperature: Temperature = 0.2,
         momentum: Share = 0.999,
-        queue_size: Count | None = None,
+        queue_size: Count | Auto = "auto",
     ) -> None:
         super().__init__(embedding, run)
         self.momentum = momentum

@@ -1,6 +1,7 @@
 """SimCLR."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from lightly.models.modules.heads import SimCLRProjectionHead
@@ -13,6 +14,7 @@ from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Count, PairMethod, Run, Temperature
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
+from widefield.registry import Range
 
 
 @METHODS.register_module("simclr")
@@ -24,6 +26,8 @@ class SimCLR(PairMethod):
     Args:
         embedding, run: See `Method`.
         hidden_dim, output_dim: Width of the projection head, and of what it makes.
+        num_layers: Of the head.
+        batch_norm: Batch norm in the head.
         temperature: Of the similarities.
     """
 
@@ -35,10 +39,12 @@ class SimCLR(PairMethod):
         run: Run,
         hidden_dim: Count = 2048,
         output_dim: Count = 128,
+        num_layers: Annotated[int, Range(2)] = 2,
+        batch_norm: bool = True,
         temperature: Temperature = 0.1,
     ) -> None:
         super().__init__(embedding, run)
-        self.head = SimCLRProjectionHead(run.embedding_dim, hidden_dim, output_dim)
+        self.head = SimCLRProjectionHead(run.embedding_dim, hidden_dim, output_dim, num_layers, batch_norm)
         self.criterion = ContrastiveHead(temperature=temperature)
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:

@@ -1,0 +1,217 @@
+"""What a script written for LightlyTrain 0.18 holds: every name and default of theirs is ours, or answered.
+
+lightlytrain_0_18.json has their functions' arguments, and for each method the arguments, views and optimizers, by name with defaults.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import widefield
+from tests.pretraining.test_lightlytrain_page import PAGE
+from tests.pretraining.tiny import TinyWrapper
+from widefield.cli import main
+from widefield.pretraining.arguments import RULE, Settings, parse
+from widefield.pretraining.embedding import EmbeddingModel, checkpoint_blocks
+from widefield.pretraining.methods import METHODS
+from widefield.pretraining.methods.base import Run
+from widefield.pretraining.methods.dino import ScaledRows
+from widefield.pretraining.settings import Errors, values_for
+from widefield.pretraining.wrapping import has_batch_norm, wrap
+from widefield.registry import arguments_of
+
+THEIRS = json.loads(Path(__file__).with_name("lightlytrain_0_18.json").read_text())
+DIFFERENT = {
+    "pretrain.method",
+    "dino.optim_args.lars.momentum",
+    "dino.optim_args.lars.weight_decay",
+    "dinov2.ibot_separate_head",
+    "dinov2.output_dim",
+    "dinov2.student_freeze_last_layer_steps",
+    "dinov2.momentum_start",
+    "dinov2.teacher_temp_start",
+    "dinov2.teacher_temp_warmup_steps",
+    "dinov2.transform_args.local_view.view_size",
+    "dinov2.optim_args.sgd.lr",
+    "dinov2.optim_args.lars.momentum",
+    "dinov2.optim_args.lars.weight_decay",
+    "distillation.teacher",
+    "distillation.optim_args.adamw.weight_decay",
+    "distillation.optim_args.sgd.lr",
+    "simclr.optim_args.lars.momentum",
+    "simclr.optim_args.lars.weight_decay",
+}
+"""Defaults that are not theirs. The page names each of them."""
+
+
+def settings(**options: Any) -> Settings:
+    defaults = {name: one.default for name, one in inspect.signature(widefield.train).parameters.items()}
+    return parse(widefield.train, {**defaults, "out": "out", "data": "data", "model": "timm/resnet10t", **options})
+
+
+def differences(path: str, ours: Any, theirs: Any) -> Iterator[str]:
+    """The paths where a default is another; an AttributeError says which name is missing."""
+    if isinstance(theirs, dict) and is_dataclass(ours):
+        fixed, also_called = getattr(ours, "fixed", {}), getattr(ours, "also_called", {})
+        for name, value in theirs.items():
+            known = fixed[name][0] if name in fixed else getattr(ours, also_called.get(name, name))
+            yield from differences(f"{path}.{name}", known, value)
+        return
+    plain = list(ours) if isinstance(ours, tuple) else "required" if ours is inspect.Parameter.empty else ours
+    if theirs not in (plain, [plain, plain]):
+        yield path
+
+
+def test_every_name_of_theirs_is_known_and_every_other_default_is_listed() -> None:
+    found = []
+    for function, arguments in THEIRS["functions"].items():
+        parameters = inspect.signature(getattr(widefield, function)).parameters
+        for name, default in arguments.items():
+            found += differences(f"{function}.{name}", parameters[name].default, default)
+    for name, parts in THEIRS["methods"].items():
+        method = METHODS.get(name)
+        known = arguments_of(method).named
+        for argument, default in parts["method_args"].items():
+            ours: Any = getattr(method.optim, argument) if argument in RULE else None
+            if argument in method.fixed:
+                ours = method.fixed[argument][0]
+            elif argument not in RULE:
+                one = known[method.also_called.get(argument, argument)]
+                ours = inspect.Parameter.empty if one.required else one.default
+            found += differences(f"{name}.{argument}", ours, default)
+        found += differences(f"{name}.transform_args", method.transforms, parts["transform_args"])
+        for optim, values in parts["optim_args"].items():
+            found += differences(f"{name}.optim_args.{optim}", method.optim.named(optim), values)
+    assert set(found) == DIFFERENT
+    defaults = PAGE.split("## Defaults that differ")[1].split("##")[0]
+    for path in DIFFERENT:
+        assert f"`{path.split('.')[0]}`" in defaults and f"`{path.rpartition('.')[2]}`" in defaults, path
+
+
+def test_their_defaults_given_by_hand_are_taken_wherever_they_are_ours() -> None:
+    for name, parts in THEIRS["methods"].items():
+        left_out = {path.split(".")[1] for path in DIFFERENT if path.startswith(f"{name}.") and path.count(".") == 1}
+        method_args = {key: value for key, value in parts["method_args"].items() if key not in left_out}
+        if name == "distillation":
+            method_args["teacher"] = TinyWrapper()
+        loggers = {"jsonl": THEIRS["loggers"]["jsonl"]}
+        options = {"transform_args": parts["transform_args"], "callbacks": THEIRS["callbacks"], "loggers": loggers}
+        made = settings(method=name, method_args=method_args, **options)
+        assert (made.transforms.channels, made.callbacks.model_checkpoint.save_last) == (3, True)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform_args": {"gaussian_blur": {"blur_limit": 7}}}, r"gaussian_blur\.blur_limit=7; how far .* `sigmas`"),
+        ({"transform_args": {"random_grayscale": 0.1, "random_gray_scale": 0.2}}, "is random_gray_scale under another"),
+        ({"callbacks": {"model_checkpoint": {"dirpath": "x"}}}, r"dirpath='x'; checkpoints lie in the folder"),
+        ({"callbacks": {"model_checkpoint": {"save_weights_only": True}}}, "exported_last.pt has the weights alone"),
+        ({"loader_args": {"shuffle": False}}, r"loader_args\.shuffle=False; training batches are shuffled"),
+        ({"method": "dino", "method_args": {"warmup_teacher_temp_epochs": 3}}, "give warmup_teacher_temp_steps"),
+        ({"method": "dinov2", "method_args": {"ibot_separate_head": False}}, "patches have a head of their own"),
+        ({"method": "dino", "method_args": {"momentum_start": "low"}}, "method_args.momentum_start: got 'low'"),
+        ({"method": "distillationv2"}, r"method='distillationv2' is not here; the nearest is distillation"),
+        ({"resume": False, "resume_interrupted": True}, "resume=False and resume_interrupted=True"),
+        ({"activation_checkpoint_args": {"every_n_blocks": 0}}, "every_n_blocks: got 0, expected int, at least 1"),
+    ],
+)
+def test_what_is_not_here_is_answered_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**options)
+
+
+def test_their_names_have_their_meaning() -> None:
+    made = settings(
+        method="distillationv3",
+        method_args={
+            "teacher": "timm/resnet10t",
+            "loss_local_weight": 0.5,
+            "reference_batch_size": 512,
+            "lr_scale_method": "linear",
+        },
+        transform_args={"random_grayscale": 0.125, "random_rotation": {"degrees": (10, 20)}},
+        callbacks={"model_checkpoint": {"train_time_interval": timedelta(hours=1)}},
+        loader_args={"shuffle": True, "drop_last": True},
+        optim_args={"weight_decay": "auto"},
+        resume=True,
+    )
+    assert made.given.method == "distillation" and made.given.resume_interrupted
+    assert made.method_args == {"teacher": "timm/resnet10t", "loss_local_weight": 0.5}
+    assert made.rule.scaled(1.0, 1024) == 2.0 and made.transforms.random_gray_scale == 0.125
+    assert "reference_batch_size: 512" in made.as_yaml()
+
+
+def dino(**options: Any) -> Any:
+    sizes = {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32}
+    return METHODS.get("dino")(EmbeddingModel(TinyWrapper()), Run(12, 100, 4, 100), **sizes, **options)
+
+
+def test_dinos_schedules_go_from_their_start_to_their_end() -> None:
+    method = dino(momentum_start=0.5, momentum_end=0.9, weight_decay_start=0.1, weight_decay_end=0.3, warmup_steps=4)
+    assert [method.momentum_at(step) for step in (0, 50, 100)] == pytest.approx([0.5, 0.7, 0.9])
+    assert [method.weight_decay(0.04, step) for step in (0, 50, 100)] == pytest.approx([0.1, 0.2, 0.3])
+    assert method.weight_decay(0.0, 50) == 0 and method.warmup_steps(10) == 4 and dino().warmup_steps(10) == 10
+    assert dino(student_freeze_last_layer_steps=50).head.freeze_last_layer == 50
+
+
+def test_the_rows_of_dinos_last_layer_train_their_length_without_norm_last_layer() -> None:
+    head = dino(norm_last_layer=False).head
+    assert isinstance(head.last_layer, ScaledRows)
+    x = torch.rand(2, 8)
+    with torch.no_grad():
+        head.last_layer.gain.mul_(3)
+    torch.testing.assert_close(head.last_layer(x), 3 * x @ nn.functional.normalize(head.last_layer.weight, dim=1).T)
+
+
+def test_distillation_takes_little_weight_decay_for_convolutions_with_batch_norm() -> None:
+    method = METHODS.get("distillation")
+    optim, vit = method.optim.choices[0], wrap("timm/vit_tiny_patch16_224", {"depth": 1})
+    assert method.optim_for(optim, TinyWrapper()).weight_decay == 1e-6
+    assert method.optim_for(optim, vit) == optim and not has_batch_norm(vit)
+    told = TinyWrapper()
+    told.architecture_info = lambda: {"model_type": "hybrid", "norm_type": "batchnorm"}  # type: ignore[assignment]
+    assert not has_batch_norm(told)
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    model = wrap("timm/vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32}).get_model()
+    images = torch.rand(2, 3, 32, 32)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(images).sum(), list(model.parameters())))
+
+    before, calls = gradients(), []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append("0"))  # of each call of forward
+    checkpoint_blocks(model, 1)
+    model.blocks[1].attn.register_forward_hook(lambda *_: calls.append("1"))
+    after = gradients()
+    assert calls == ["0", "1", "1"], "the second block was computed again"
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="activation_checkpoint_args are for vision transformers"):
+        checkpoint_blocks(TinyWrapper().get_model(), 1)
+
+
+def test_a_member_of_an_enumeration_is_its_text() -> None:
+    errors = Errors()
+    given = values_for(
+        widefield.export, {"out": "a", "checkpoint": "b", "part": widefield.ModelPart.MODEL}, "x", errors
+    )
+    assert type(given["part"]) is str and given["part"] == "model" and not errors
+    assert [*widefield.ModelFormat] == ["package_default", "torch_model", "torch_state_dict", "safetensors"]
+    assert [*widefield.EmbeddingFormat] == ["torch", "csv", "lightly_csv", "parquet"]
+
+
+def test_help_shows_the_arguments_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "dino"]) == 0
+    shown = capsys.readouterr().out
+    assert "momentum_start: a number, from 0 to 1 or 'auto' (default auto)" in shown and "embedding:" not in shown
