@@ -28,7 +28,17 @@ def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(verb in shown for verb in VERBS)
 
 
-@pytest.mark.parametrize("arguments", [["tarin"], ["predict"], ["demo", "--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tarin"],
+        ["predict"],
+        ["demo", "--no-such-flag"],
+        ["doctor", "--images", ".", "--workers", "0"],
+        ["check", "timm/resnet10t", "--channels", "0"],
+        ["predict", "--checkpoint", "c", "a.tif", "--tile-size", "0"],
+    ],
+)
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -103,6 +103,7 @@ def test_a_method_in_a_file_is_imported(file: str, images: Path, tmp_path: Path)
         (["--model", "torchvision/resnet18", "epochs.x=1", "--epochs=2"], "epochs has the value 2 already"),
         (["--model", "torchvision/resnet18", "optim_args.rate=1"], "optim_args.rate: SGD has no argument 'rate'"),
         (["--model", "torchvision/resnet18", "batch_size=four"], "batch_size: got 'four', expected int"),
+        (["--model", "torchvision/resnet18", "--batch-size", "0"], "batch_size: got 0, expected int, at least 1"),
         (["--model", "nowhere.py:Net"], "nowhere.py; there are none"),
         ([], "give --model"),
     ],

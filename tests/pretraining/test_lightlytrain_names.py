@@ -1,6 +1,6 @@
 """What a script written for LightlyTrain 0.18 holds: every name and default of theirs is ours, or answered.
 
-lightlytrain_0_18.json has their functions' arguments, and for each method the arguments, views and optimizers, by name with defaults.
+lightlytrain_0_18.json has the arguments of their functions, and of each method its arguments, views and optimizers, with defaults.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import widefield
@@ -20,10 +21,12 @@ from tests.pretraining.test_lightlytrain_page import PAGE
 from tests.pretraining.tiny import TinyWrapper
 from widefield.cli import main
 from widefield.pretraining.arguments import RULE, Settings, parse
+from widefield.pretraining.callbacks import CallbackArgs, CheckpointArgs, make_callbacks
 from widefield.pretraining.embedding import EmbeddingModel, checkpoint_blocks
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.methods.dino import ScaledRows
+from widefield.pretraining.out import OutFolder
 from widefield.pretraining.settings import Errors, values_for
 from widefield.pretraining.wrapping import has_batch_norm, wrap
 from widefield.registry import arguments_of
@@ -215,3 +218,18 @@ def test_help_shows_the_arguments_of_a_method(capsys: pytest.CaptureFixture[str]
     assert main(["help", "dino"]) == 0
     shown = capsys.readouterr().out
     assert "momentum_start: a number, from 0 to 1 or 'auto' (default auto)" in shown and "embedding:" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "steps"),
+    [({}, 1, 0), ({"every_n_epochs": 0}, 0, 0), ({"every_n_epochs": 3}, 3, 0), ({"every_n_train_steps": 5}, 0, 5)],
+)
+def test_0_epochs_between_checkpoints_are_not_1(given: dict[str, int], epochs: int, steps: int, tmp_path: Path) -> None:
+    made = make_callbacks(CallbackArgs(model_checkpoint=CheckpointArgs(**given)), OutFolder(tmp_path), False, None)
+    saver = next(one for one in made if isinstance(one, ModelCheckpoint))
+    assert (saver._every_n_epochs, saver._every_n_train_steps) == (epochs, steps)
+
+
+def test_a_spacing_of_0_is_no_level(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="spacing=0 must be above 0"):
+        widefield.embed(tmp_path / "x", tmp_path, tmp_path / "last.ckpt", image_size=None, spacing=0)

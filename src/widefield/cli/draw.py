@@ -93,7 +93,9 @@ def draw_schedule(arguments: argparse.Namespace, others: list[str]) -> None:
         raise ValueError(
             "the configuration has no optimizer, so its rate is model.lr throughout; describe one, as in optimizer.type=SGD"
         )
-    epochs = (data.get("trainer") or {}).get("max_epochs") or 20
+    epochs = (data.get("trainer") or {}).get("max_epochs", 20)
+    if epochs is None or epochs < 1:
+        raise ValueError(f"trainer.max_epochs={epochs}; give how many epochs are drawn, as in trainer.max_epochs=20")
     rates = learning_rates(data["optimizer"], data.get("lr_scheduler"), epochs, arguments.steps_per_epoch)
     save_schedule(arguments.out, rates)
     _log.info("%d epochs: %s", epochs, arguments.out)

@@ -71,6 +71,13 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _count(text: str) -> int:
+    """A number of things, of which there is at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 1")
+    return int(text)
+
+
 def _formats(text: str) -> tuple[str, ...]:
     """Formats of heatmaps from "png,geojson"."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -109,10 +116,10 @@ _RUN = (
 )
 _MODEL = (
     _option("model", "MODEL", "which model, see below"),
-    _option("--channels", "N", "of the image (default: what the first layer takes)", int),
+    _option("--channels", "N", "of the image (default: what the first layer takes)", _count),
 )
 _PLAN = (
-    _option("--tile-size", "N", "pixels per step of the plan (default: chosen)", int),
+    _option("--tile-size", "N", "pixels per step of the plan (default: chosen)", _count),
     _option("--memory-budget", "SIZE", "of the plan, such as 2GiB (default: the free memory)"),
     _flag("--json", "print the result as JSON"),
 )
@@ -281,7 +288,7 @@ image_size=null level=1 streaming.memory_budget=2GiB
             ),
             _option("--task", "TASK", "as for `widefield fit` (default: classification)", default="classification"),
             _option("--out", "CSV", "write what was found of each image here", Path),
-            _option("--workers", "N", "images that are read at a time (default: one for each processor)", int),
+            _option("--workers", "N", "images that are read at a time (default: one for each processor)", _count),
         ),
         """\
 The table has a row for each image: whether it opens and reads to its end, size, channels, type, levels, spacing, least and greatest
@@ -303,7 +310,7 @@ read, or if the images and the label table do not name each other.
             _option("--level", "N", "level of the image pyramids (default: that of the training)", int),
             _option("--spacing", "UM", "micrometres per pixel (default: that of the training)", float),
             _MEMORY_BUDGET,
-            _option("--tile-size", "N", "pixels per step (default: chosen)", int),
+            _option("--tile-size", "N", "pixels per step (default: chosen)", _count),
             _option("--tta", "VIEWS", "average over views: hflip, vflip, crop=SIDE, with commas"),
             _option(
                 "--heatmap", "FORMATS", "png, tiff, geojson, with commas (default: png)", _formats, default=("png",)
@@ -374,7 +381,10 @@ There is no evidence where the image holds no data (NaN, or the value that the f
                 (
                     _option("--config", "FILE", "configuration", Path, action="append", required=True),
                     _option(
-                        "--steps-per-epoch", "N", "optimizer steps, for a schedule that goes on with each of them", int
+                        "--steps-per-epoch",
+                        "N",
+                        "optimizer steps, for a schedule that goes on with each of them",
+                        _count,
                     ),
                     _option("--out", "PNG", "(default: schedule.png)", Path, default=Path("schedule.png")),
                     _IMPORTS,

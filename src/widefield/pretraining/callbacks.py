@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -23,6 +23,7 @@ from widefield.pretraining.labels import Labels
 from widefield.pretraining.observe import Quality, QualityArgs, Report, ReportArgs
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.settings import Count
+from widefield.registry import Range
 from widefield.writing import write_torch_file
 
 _log = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ class CheckpointArgs:
         "save_weights_only": (False, "exported_models/exported_last.pt has the weights alone"),
         "save_on_exception": (False, "Ctrl-C and SIGTERM write a checkpoint, and every_n_minutes does"),
     }
-    every_n_epochs: int | None = None
-    every_n_train_steps: int | None = None
+    every_n_epochs: Annotated[int, Range(0)] | None = None
+    every_n_train_steps: Annotated[int, Range(0)] | None = None
     train_time_interval: timedelta | None = None
     every_n_minutes: float | None = 10.0
     save_last: bool = True
@@ -207,11 +208,12 @@ def make_callbacks(args: CallbackArgs, out: OutFolder, has_logger: bool, labels:
     if args.model_export is not None:
         callbacks.append(Export(out.exported, args.model_export.every_n_epochs))
     saving = args.model_checkpoint
-    by_steps = saving is not None and (saving.every_n_train_steps or saving.train_time_interval) is not None
+    by_steps = saving is not None and (saving.every_n_train_steps, saving.train_time_interval) != (None, None)
     if saving is not None:
         options = asdict(saving)
         del options["every_n_minutes"]
-        options["every_n_epochs"] = None if by_steps else saving.every_n_epochs or 1
+        if saving.every_n_epochs is None and not by_steps:
+            options["every_n_epochs"] = 1
         if saving.save_on_train_epoch_end is None:
             options["save_on_train_epoch_end"] = not by_steps
         callbacks.append(ModelCheckpoint(out.checkpoints, **options))

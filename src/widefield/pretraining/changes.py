@@ -85,7 +85,9 @@ def draw(args: TransformArgs, random: Random) -> Changes:
     rotation = args.random_rotation
     degrees = 0.0 if rotation is None else rotation.degrees
     return Changes(
-        angle=random.uniform(*(degrees if isinstance(degrees, tuple) else (-degrees, degrees))) if happens(rotation) else None,
+        angle=random.uniform(*(degrees if isinstance(degrees, tuple) else (-degrees, degrees)))
+        if happens(rotation)
+        else None,
         jitter=_jitter(args.color_jitter, random) if happens(args.color_jitter) else (),
         grey=args.random_gray_scale is not None and random.random() < args.random_gray_scale,
         sigma=random.uniform(*args.gaussian_blur.sigmas) if happens(args.gaussian_blur) else None,

@@ -124,6 +124,8 @@ def embed(
     given = arguments(embed, locals(), errors, unchecked=("data",))
     errors.raise_if_any("widefield.embed")
     workers = auto_workers(os.cpu_count(), 1) if given.num_workers == "auto" else given.num_workers
+    if given.spacing == 0:
+        raise ValueError("spacing=0 must be above 0")
     if given.image_size is not None and (given.level or given.spacing):
         told = f"level={given.level}" if given.level else f"spacing={given.spacing:g}"
         raise ValueError(f"{told} is for image_size=None, which takes images as they are")
