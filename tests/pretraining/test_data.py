@@ -150,15 +150,6 @@ def test_items_that_are_no_images_are_named(tmp_path: Path) -> None:
         train(tmp_path / "out", [{"pixels": 1}] * 4)
     with pytest.raises(ValueError, match=r"data: an image must be a tensor .* got int"):
         train(tmp_path / "out", [7] * 4)
-    with pytest.raises(
-        ValueError, match=r"torchvision/resnet18 takes 3 channels, and the images have 5; models of timm"
-    ):
-        train(
-            tmp_path / "out",
-            [torch.rand(5, 24, 24)] * 4,
-            model="torchvision/resnet18",
-            transform_args={"num_channels": 5},
-        )
 
 
 class Noisy(Dataset):
@@ -304,3 +295,15 @@ def test_changes_that_wait_for_the_batch_are_those_of_the_views(method: str, tmp
 def test_a_run_on_cuda(tmp_path: Path) -> None:
     train(tmp_path / "out", write_images(tmp_path / "images"), "dino", accelerator="cuda")
     assert exported(tmp_path / "out")["0.weight"].isfinite().all()
+
+
+def test_pictures_of_every_common_ending_are_read_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = Image.fromarray(data.astronaut()[:20, :24])
+    for name, kind in (("a.gif", "GIF"), ("b.jfif", "JPEG"), ("c.JPE", "JPEG"), ("d.pnm", "PPM"), ("e.tga", "TGA")):
+        picture.save(tmp_path / name, format=kind)
+    (tmp_path / "f.heic").write_bytes(b"x")
+    found = find_images(tmp_path)
+    assert [path.name for path in found] == ["a.gif", "b.jfif", "c.JPE", "d.pnm"]
+    assert "left out: 1 .heic, 1 .tga; convert them to PNG" in caplog.text
+    for path in found:
+        assert read_pixels(path, 3).shape == open_image(path).shape == (3, 20, 24)

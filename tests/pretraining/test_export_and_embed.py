@@ -318,6 +318,8 @@ def test_half_precision(run: Path, images: Path, tmp_path: Path) -> None:
         found[name] = torch.load(tmp_path / name, weights_only=True)["embeddings"]
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], found["a"], atol=0.05, rtol=0.05)
+    with pytest.raises(ValueError, match="precision='16-true' is for GPUs"):
+        widefield.embed(tmp_path / "e", images, run, model=TinyWrapper(), precision="16-true", **SIDE)
 
 
 def test_of_a_pyramid_the_smallest_level_that_is_large_enough_is_read(tmp_path: Path) -> None:

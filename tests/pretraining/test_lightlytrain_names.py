@@ -28,6 +28,7 @@ from widefield.pretraining.methods.base import Run
 from widefield.pretraining.methods.dino import ScaledRows
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.settings import Errors, values_for
+from widefield.pretraining.transform_args import Normalize
 from widefield.pretraining.wrapping import has_batch_norm, wrap
 from widefield.registry import arguments_of
 
@@ -183,6 +184,21 @@ def test_distillation_takes_little_weight_decay_for_convolutions_with_batch_norm
     told = TinyWrapper()
     told.architecture_info = lambda: {"model_type": "hybrid", "norm_type": "batchnorm"}  # type: ignore[assignment]
     assert not has_batch_norm(told)
+
+
+def test_a_teacher_sees_images_normalised_as_its_own_configuration_says() -> None:
+    teacher = TinyWrapper(dim=10)
+    teacher.model.pretrained_cfg = {"mean": (0.5, 0.25, 0.5), "std": (0.5, 0.5, 0.25)}  # type: ignore[assignment]
+    normalize = Normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    method = METHODS.get("distillation")(
+        EmbeddingModel(TinyWrapper()), Run(12, 100, 4, 100, normalize), teacher=teacher
+    )
+    images, seen = torch.rand(1, 3, 8, 8), []
+    teacher.forward_features = lambda x: (seen.append(x), TinyWrapper.forward_features(teacher, x))[1]  # type: ignore[method-assign]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+    method.loss([(images - mean) / std], 0)
+    wanted = (images - torch.tensor([0.5, 0.25, 0.5]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
+    torch.testing.assert_close(seen[0], wanted)
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:

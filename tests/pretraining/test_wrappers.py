@@ -71,6 +71,16 @@ def test_timm_models_are_made_for_the_channels_of_the_images() -> None:
     assert dry_run(EmbeddingModel(wrap("timm/resnet10t", num_channels=5)), 5, [(64, 64)]) == 512
 
 
+def test_models_of_torchvision_get_a_first_layer_for_other_channels() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        before = wrap("torchvision/shufflenet_v2_x0_5").get_model().conv1[0].weight
+        torch.manual_seed(0)
+        wrapper = wrap("torchvision/shufflenet_v2_x0_5", num_channels=4)
+    torch.testing.assert_close(wrapper.get_model().conv1[0].weight, before[:, [0, 1, 2, 0]] * 0.75)
+    assert dry_run(EmbeddingModel(wrapper), 4, [(64, 64)]) == 1024
+
+
 def test_what_is_missing_is_named() -> None:
     class Half(nn.Module):
         def get_model(self) -> nn.Module:
@@ -116,6 +126,10 @@ def features(x: Tensor) -> Tensor:
         (Changed(feature_dim=lambda: 100), r"feature_dim\(\) returns 100, but \"features\" .* has 12 channels"),
         (Changed(feature_dim=lambda: "12"), r"feature_dim\(\) must return a positive integer, got '12'"),
         (Changed(get_model=lambda: None), r"get_model\(\) must return a torch\.nn\.Module, got NoneType"),
+        (Changed(get_model=TinyWrapper), r"get_model\(\) returns a TinyWrapper, which is a wrapper itself"),
+        (TinyWrapper().half(), r"weights of float16, .* give model\.float\(\)"),
+        (TinyWrapper().bfloat16(), r"weights of bfloat16"),
+        (TinyWrapper().double(), r"weights of float64, .* '64-true' in 64"),
         (
             Changed(forward_features=features),
             r"forward_features must return a dict with an entry \"features\", got Tensor",

@@ -101,7 +101,9 @@ _PNM = re.compile(rb"P(?:([14])%b(\d+)%b(\d+)|([2356])%b(\d+)%b(\d+)%b(\d+))\s" 
 
 
 @image_format(
-    "PNM", endings=(".pbm", ".pgm", ".ppm"), recognises=lambda path, start: bool(re.match(rb"P[1-6][\s#]", start))
+    "PNM",
+    endings=(".pbm", ".pgm", ".ppm", ".pnm"),
+    recognises=lambda path, start: bool(re.match(rb"P[1-6][\s#]", start)),
 )
 def open_pnm(path: Path, choice: Choice) -> Contents:
     """Open a PBM, PGM or PPM file. Values are as stored; bits are 0 for black and 1 for white."""

@@ -42,7 +42,7 @@ _DTYPES: dict[str, np.dtype] = {
 _OPENING = ForkSafeLock()
 
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 
 
@@ -55,9 +55,11 @@ def open_photo(path: Path, choice: Choice) -> Contents:
     return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels, has_alpha=image.hasalpha())
 
 
-@image_format("BMP", endings=(".bmp",), recognises=lambda path, start: start.startswith(b"BM"))
+@image_format(
+    "BMP, GIF", endings=(".bmp", ".gif"), recognises=lambda path, start: start.startswith((b"BM", b"GIF87a", b"GIF89a"))
+)
 def open_bmp(path: Path, choice: Choice) -> Contents:
-    """Open a BMP file, into memory."""
+    """Open a BMP file or the first picture of a GIF file, into memory."""
     with PIL.Image.open(path) as image:
         pixels = np.array(image.convert("RGB") if image.mode == "P" else image)
     choose_series(path, choice.series, [path.name], [pixels.shape[:2]])

@@ -154,6 +154,12 @@ def device_count(devices: int | str | list[int]) -> int:
     return max(1, devices if isinstance(devices, int) else len(devices))
 
 
+def check_precision(precision: Any, on_cpu: bool) -> None:
+    """Raises ValueError for weights of float16 on a CPU: small values and gradients are lost, and nothing scales them there."""
+    if on_cpu and precision in ("16-true", "transformer-engine-float16"):
+        raise ValueError(f"precision={precision!r} is for GPUs; give 'bf16-true', 'bf16-mixed' or '32-true' on a CPU")
+
+
 def _method(name: str, errors: Errors) -> type[Method]:
     try:
         found = METHODS.get(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.pretraining.embedding import EmbeddingModel
-from widefield.pretraining.wrapping import evaluating
+from widefield.pretraining.wrapping import METHODS_OF_A_WRAPPER, evaluating
 
 BATCH = 2
 ENOUGH = 256
@@ -48,6 +48,17 @@ def _check_model(wrapper: Any) -> None:
     model, dim = wrapper.get_model(), wrapper.feature_dim()
     if not isinstance(model, nn.Module):
         raise ValueError(f"get_model() must return a torch.nn.Module, got {type(model).__name__}")
+    if model is not wrapper and all(callable(getattr(model, name, None)) for name in METHODS_OF_A_WRAPPER):
+        raise ValueError(
+            f"get_model() returns a {type(model).__name__}, which is a wrapper itself; give that, without another around it"
+        )
+    types = {p.dtype for p in wrapper.parameters() if p.is_floating_point()} - {torch.float32}
+    if types:
+        told = ", ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        raise ValueError(
+            f"the model has weights of {told}, and those that train are kept as float32; give model.float(), and "
+            "precision='bf16-mixed' or '16-mixed' to compute in 16 bits, '64-true' in 64"
+        )
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise ValueError(f"feature_dim() must return a positive integer, got {dim!r}")
 
@@ -56,8 +67,7 @@ def _run(embedding: EmbeddingModel, channels: int, size: tuple[int, int]) -> Ten
     """Pooled embeddings of noise."""
     wrapper: Any = embedding.wrapped_model
     weight = next(embedding.parameters(), torch.empty(0))
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    views = torch.rand(BATCH, channels, *size, device=weight.device, dtype=dtype)
+    views = torch.rand(BATCH, channels, *size, device=weight.device)
     shape = tuple(views.shape)
     features = _tried(embedding.features, views, f"forward_features failed on views of shape {shape}")
     _check_output("forward_features", features, "features", wrapper.feature_dim())

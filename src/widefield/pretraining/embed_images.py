@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.accelerators import CPUAccelerator
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from widefield.images import ImageReadError
-from widefield.pretraining.arguments import Workers, auto_workers
+from widefield.pretraining.arguments import Workers, auto_workers, check_precision
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.dataset import BadImage, Pictures, normalized
 from widefield.pretraining.embedding import StreamingArgs
@@ -162,9 +163,11 @@ def embed(
 
 def _fabric(accelerator: str, precision: Any) -> Fabric:
     try:
-        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+        fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(f"accelerator={accelerator!r} and precision={precision!r} cannot be used: {error}") from error
+    check_precision(precision, isinstance(fabric.accelerator, CPUAccelerator))
+    return fabric
 
 
 Embedded = tuple[list[int], Tensor] | str

@@ -1,6 +1,7 @@
 """Sources of images: files, slides or a dataset of the user's, all by number."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from widefield.pretraining.slides import SlideArgs, read_patch
 
 _log = logging.getLogger(__name__)
 
+OTHER_PICTURES = (
+    *(".apng", ".avif", ".dds", ".dib", ".exr", ".heic", ".heif", ".ico", ".j2c"),
+    *(".jpf", ".jpx", ".jxl", ".mpo", ".pcx", ".psd", ".sgi", ".tga"),
+)
+"""Endings of pictures that are not read."""
+
 
 def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None) -> list[Path]:
     """All image files but one, those of a folder sorted by their path in it.
@@ -33,7 +40,13 @@ def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None
     wrong: list[str] = []
     for path in given:
         if path.is_dir():
-            images = [one for one in images_below(path) if but is None or one.name != but.name or one.resolve() != but]
+            seen = images_below(path, [*image_endings(), *OTHER_PICTURES])
+            images = [one for one in seen if is_image_name(one.name)]
+            if len(images) < len(seen):
+                left_out = Counter(one.suffix.lower() for one in seen if not is_image_name(one.name))
+                told = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
+                _log.warning("pictures in %s that are not read are left out: %s; convert them to PNG", path, told)
+            images = [one for one in images if but is None or one.name != but.name or one.resolve() != but]
             if not images and not one:
                 _log.warning("the folder %s holds no images", path)
             found += images

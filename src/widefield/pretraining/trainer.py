@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield.modules import AtomicCheckpointIO
-from widefield.pretraining.arguments import Settings, device_count
+from widefield.pretraining.arguments import Settings, check_precision, device_count
 from widefield.pretraining.callbacks import make_callbacks
 from widefield.pretraining.labels import Labels
 from widefield.pretraining.loggers import make_loggers
@@ -52,6 +52,7 @@ def make_trainer(settings: Settings, folder: OutFolder, labels: Labels | None) -
             plugins.append(SyncBatchNormOnCPU())
         else:
             options["sync_batchnorm"] = True
+    check_precision(given.precision, _is_cpu(given.accelerator))
     try:
         return pl.Trainer(
             default_root_dir=folder.path,

@@ -136,6 +136,7 @@ def whole_image(args: TransformArgs, size: int | tuple[int, int]) -> Views:
             image_size=size,
             num_channels=args.channels,
             value_range=args.value_range,
+            channel_drop=args.channel_drop,
             random_resize=None,
             random_flip=None,
             color_jitter=None,

@@ -157,7 +157,7 @@ def wrap(model: Any, model_args: Mapping[str, Any] | None = None, num_channels: 
         model: A wrapper, which is returned as it is; a model of torchvision or timm or a backbone of Widefield; or
             "package/name", such as "torchvision/resnet18", "timm/convnext_tiny" or "widefield/ResNet".
         model_args: Arguments of the model's constructor, for a name only.
-        num_channels: Of the images; timm models are made for them.
+        num_channels: Of the images; models of timm and torchvision are made for them.
 
     Raises:
         ValueError: It is none of these; the message names the methods that a wrapper of one's own still lacks, or the near names.
@@ -246,12 +246,8 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
     if package == "torchvision" and short:
         if short not in of_torchvision:
             raise ValueError(f"no model named {name!r}; {_near(short, of_torchvision, package)}")
-        if num_channels != RGB:
-            raise ValueError(
-                f"{name} takes {RGB} channels, and the images have {num_channels}; models of timm are made for them, "
-                "or give a wrapper of your own"
-            )
-        return _built(name, torchvision.models.get_model, short, **arguments)  # type: ignore[no-any-return]
+        made = _built(name, torchvision.models.get_model, short, **arguments)
+        return made if num_channels == RGB else with_first_layer_for(made, num_channels)
     if package == "timm" and short:
         import timm
 
@@ -267,6 +263,30 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         f"did you mean torchvision/{name} or timm/{name}?" if name in of_torchvision else "such as torchvision/resnet18"
     )
     raise ValueError(f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}, {hint}")
+
+
+def with_first_layer_for(model: nn.Module, channels: int) -> nn.Module:
+    """Return `model`, whose first convolution is replaced by one of so many channels.
+
+    Its weights are those of the old one, repeated over the channels and scaled so that outputs keep their size, as timm does.
+    """
+    from timm.models import adapt_input_conv
+
+    path, old = next((path, part) for path, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
+        new = nn.Conv2d(
+            channels,
+            old.out_channels,
+            old.kernel_size,  # type: ignore[arg-type]
+            old.stride,  # type: ignore[arg-type]
+            old.padding,  # type: ignore[arg-type]
+            old.dilation,  # type: ignore[arg-type]
+            bias=old.bias is not None,
+        )
+    new.weight = nn.Parameter(adapt_input_conv(channels, old.weight.detach()))
+    new.bias = old.bias
+    model.set_submodule(path, new)
+    return model
 
 
 def _built(name: str, make: Any, *positional: Any, **arguments: Any) -> Any:

@@ -1,7 +1,7 @@
 """Distillation."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Auto, Count, Method, Queue, Run, Temperature, Weight, queue_length
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, OptimArgs
-from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, RandomResize, TransformArgs
+from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, Normalize, RandomResize, TransformArgs
 from widefield.pretraining.wrapping import has_batch_norm, wrap
 
 
 @METHODS.register_module("distillation")
 class Distillation(Method):
     """Learns to see images as a teacher does: which other images are alike, and which positions of an image are.
+
+    The teacher sees images normalised as the configuration of its weights says, if it is of timm, else as the student does.
 
     The loss is KL(teacher || student) of softmax(similarities / temperature), of a pooled embedding with those of a queue and of
     the batch, plus `loss_local_weight` times the same of every position of a map with all others of that map. The student's
@@ -55,6 +57,8 @@ class Distillation(Method):
         gradient_clip_val=1.0,
     )
     takes_local_views = False
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -79,6 +83,9 @@ class Distillation(Method):
         if teacher_weights is not None:
             load_weights(wrapper.get_model(), teacher_weights)
         dim: int = wrapper.feature_dim()
+        scale, shift = _renormalisation(run.normalize, getattr(wrapper.get_model(), "pretrained_cfg", None) or {})
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
         self.companions = (wrapper.eval().requires_grad_(False),)
         self.temperatures, self.local_weight = (temperature_global, temperature_local), loss_local_weight
         self.head, self.local_head = nn.Linear(run.embedding_dim, dim), nn.Linear(embedding.channels, dim)
@@ -96,7 +103,7 @@ class Distillation(Method):
         images = torch.cat([_mixed(view) for view in views])
         wrapper: Any = self.companions[0]
         with torch.no_grad():
-            seen = wrapper.forward_features(images)
+            seen = wrapper.forward_features(images * self.scale + self.shift)
             wanted = wrapper.forward_pool(seen)["pooled_features"].flatten(1)
             wanted_map = seen["features"]
         features = self.embedding.features(images)
@@ -121,6 +128,14 @@ class Distillation(Method):
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         ours, theirs = (x @ x.transpose(1, 2) for x in (student, teacher))
         return _divergence(ours.flatten(0, 1), theirs.flatten(0, 1), self.temperatures[1])
+
+
+def _renormalisation(student: Normalize, teacher: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return factors and summands (C, 1, 1) that make of images normalised for the student such as the teacher was trained on."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (student.mean, student.std))
+    wanted = [torch.tensor(teacher.get(name) or ours) for name, ours in (("mean", student.mean), ("std", student.std))]
+    mean_there, std_there = (values[torch.arange(len(mean)) % len(values)].view(-1, 1, 1) for values in wanted)
+    return std / std_there, (mean - mean_there) / std_there
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
