@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -22,6 +23,7 @@ from tests.pretraining.tiny import TinyWrapper
 from widefield.cli import main
 from widefield.pretraining.arguments import RULE, Settings, parse
 from widefield.pretraining.callbacks import CallbackArgs, CheckpointArgs, make_callbacks
+from widefield.pretraining.checkpoint import load_checkpoint
 from widefield.pretraining.embedding import EmbeddingModel, checkpoint_blocks
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Run
@@ -199,6 +201,37 @@ def test_a_teacher_sees_images_normalised_as_its_own_configuration_says() -> Non
     method.loss([(images - mean) / std], 0)
     wanted = (images - torch.tensor([0.5, 0.25, 0.5]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
     torch.testing.assert_close(seen[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("dinov3/vitb16", "timm/vit_base_patch16_dinov3"),
+        ("dinov3/vith16plus", "timm/vit_huge_plus_patch16_dinov3"),
+        ("dinov3/convnext-tiny", "timm/convnext_tiny.dinov3_lvd1689m"),
+        ("dinov2/vitl14", "timm/vit_large_patch14_reg4_dinov2"),
+        ("dinov2/vitb14-noreg", "timm/vit_base_patch14_dinov2"),
+    ],
+)
+def test_a_model_under_their_name_is_told_where_its_weights_come_from(name: str, found: str) -> None:
+    assert timm.is_model(found.removeprefix("timm/"))
+    with pytest.raises(ValueError, match=f"{name!r} is a name of LightlyTrain; the model is {found}, whose weights"):
+        METHODS.get("distillation")(EmbeddingModel(TinyWrapper()), Run(12, 100, 4, 100), teacher=name)
+    with pytest.raises(ValueError, match="it is not here: make the model with its own package"):
+        wrap("ultralytics/yolov8s")
+
+
+def test_a_checkpoint_with_another_head_is_taken(tmp_path: Path) -> None:
+    given, wrapper = TinyWrapper(seed=1), TinyWrapper(seed=2)
+    own = wrapper.model[5].weight.clone()
+    state = given.model.state_dict()
+    del state["5.weight"], state["5.bias"]
+    torch.save({**state, "head.norm.weight": torch.ones(3), "head.fc.weight": torch.ones(2, 3)}, tmp_path / "a.pt")
+    load_checkpoint(wrapper, tmp_path / "a.pt")
+    assert torch.equal(wrapper.model[0].weight, given.model[0].weight) and torch.equal(wrapper.model[5].weight, own)
+    torch.save({**state, "6.weight": torch.ones(3, 3, 3, 3)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"b\.pt is not of this model: .* it has, unlike the network, 6\.weight"):
+        load_checkpoint(wrapper, tmp_path / "b.pt")
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:

@@ -4,7 +4,7 @@ from widefield.models.classifier import Classifier, StreamingTimm, read_checkpoi
 from widefield.models.convnext import StreamingConvNeXt
 from widefield.models.networks import RESNETS, make_model
 from widefield.models.resnet import StreamingResNet
-from widefield.models.weights import load_weights
+from widefield.models.weights import load_state, load_weights
 
 __all__ = [
     "RESNETS",
@@ -12,6 +12,7 @@ __all__ = [
     "StreamingConvNeXt",
     "StreamingResNet",
     "StreamingTimm",
+    "load_state",
     "load_weights",
     "make_model",
     "read_checkpoint",

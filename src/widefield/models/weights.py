@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from widefield.components.checkpoints import read_weights
 
 _log = logging.getLogger(__name__)
+HEADS = {"fc", "head", "heads", "head_dist", "classifier", "dino_head", "ibot_head"}
+"""Names of parts that stand on top of a network of timm, torchvision or DINO."""
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -15,15 +17,22 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
 
     The file is `.safetensors`, or what `torch.save` wrote: a state dict, or a dict that holds one as `state_dict` or
     `model`. It is read with `weights_only=True`, so it can execute nothing. Where the file has no weights for the last linear
-    layer, or others in number, that keeps its random weights; where it has those of a linear layer that the network lacks,
-    they are left out. Either is logged.
+    layer, or others in number, that keeps its random weights; where it has those of a linear layer that the network lacks, or
+    of parts that are called head or the like (`HEADS`), they are left out. Either is logged.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file holds no state dict, or one of another network.
     """
-    path = Path(path)
-    state = read_weights(path)
+    load_state(net, read_weights(Path(path)), Path(path))
+
+
+def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load the state dict of the file `path` into `net`, as `load_weights` does.
+
+    Raises:
+        ValueError: It is of another network.
+    """
     own = net.state_dict()
     classifier = _classifier_keys(net)
     if fresh := [key for key in classifier if key not in state or state[key].shape != own[key].shape]:
@@ -31,7 +40,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         _log.info("%s has no classifier of these classes: %s stays random", path.name, ", ".join(fresh))
     missing = sorted(own.keys() - state.keys())
     surplus = sorted(state.keys() - own.keys())
-    if _is_linear_layer(surplus, state):
+    if surplus and (_is_linear_layer(surplus, state) or all(HEADS & {*key.split(".")[:-1]} for key in surplus)):
         _log.info("%s has a classifier, which is left out: %s", path.name, ", ".join(surplus))
         state, surplus = {key: state[key] for key in own if key in state}, []
     shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.base_model import is_plain
+from widefield.models import load_state, load_weights
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments
@@ -157,15 +158,18 @@ class Checkpoint:
 def load_checkpoint(wrapper: Any, path: Path) -> None:
     """Load the model's weights of a checkpoint of `train`, or an exported state dict, into `wrapper`.
 
+    A classifier more or less is no error, see `widefield.models.load_weights`.
+
     Raises:
         ValueError: They are of another model.
     """
-    content = read_torch_file(path)
-    found = Checkpoint.of(path, content)
-    target, weights = (wrapper.get_model(), content) if found is None else (wrapper, found.weights("wrapped_model"))
     try:
-        target.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+        found = None if path.suffix == ".safetensors" else Checkpoint.of(path, read_torch_file(path))
+        if found is None:
+            load_weights(wrapper.get_model(), path)
+        else:
+            load_state(wrapper, found.weights("wrapped_model"), path)
+    except ValueError as error:
         raise ValueError(f"checkpoint: {path} is not of this model: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Wrappers: their contract, those of models that are known, and which of them a model gets."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
@@ -259,6 +260,8 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         return _built(name, timm.create_model, short, **given)  # type: ignore[no-any-return]
     if package == "widefield" and short:
         return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
+    if package in THEIRS and short:
+        raise ValueError(f"{name!r} is a name of LightlyTrain; {_theirs(package, short)}")
     hint = (
         f"did you mean torchvision/{name} or timm/{name}?" if name in of_torchvision else "such as torchvision/resnet18"
     )
@@ -287,6 +290,34 @@ def with_first_layer_for(model: nn.Module, channels: int) -> nn.Module:
     new.bias = old.bias
     model.set_submodule(path, new)
     return model
+
+
+THEIRS = {
+    "dinov2": "Meta's, Apache-2.0",
+    "dinov3": "Meta's, under its DINOv3 licence",
+    **dict.fromkeys(("edgecrafter", "rfdetr", "super_gradients", "ultralytics"), ""),
+}
+"""Packages in the names of LightlyTrain's models, and whose the weights are that timm has of them."""
+
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant", "h": "huge", "7b": "7b"}
+
+
+def _theirs(package: str, name: str) -> str:
+    """Return where a model of LightlyTrain is found, and its weights."""
+    made = re.fullmatch(r"(vit(s|b|l|g|h|7b)1[46](plus)?|convnext-(\w+))(-noreg|-notpretrained)?", name)
+    if not THEIRS[package] or made is None:
+        return "it is not here: make the model with its own package, load its weights, and give a wrapper of it"
+    size, convnext = _SIZES.get(made[2] or ""), made[4]
+    if convnext:
+        found = f"convnext_{convnext}.dinov3_lvd1689m"
+    elif package == "dinov3":
+        found = f"vit_{size}{'_plus' if made[3] else ''}_patch16_dinov3"
+    else:
+        found = f"vit_{size}_patch14_{'' if made[5] == '-noreg' else 'reg4_'}dinov2"
+    return (
+        f"the model is timm/{found}, whose weights ({THEIRS[package]}) timm downloads with {{'pretrained': True}} as model_args, "
+        "or as teacher_args of a teacher; a file of them is taken as checkpoint, or as teacher_weights"
+    )
 
 
 def _built(name: str, make: Any, *positional: Any, **arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Auto, Count, Method, Queue, Run, Temperature, Weight, queue_length
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, OptimArgs
 from widefield.pretraining.transform_args import ColorJitter, GaussianBlur, Normalize, RandomResize, TransformArgs
-from widefield.pretraining.wrapping import has_batch_norm, wrap
+from widefield.pretraining.wrapping import THEIRS, has_batch_norm, wrap
 
 
 @METHODS.register_module("distillation")
@@ -73,7 +73,8 @@ class Distillation(Method):
         queue_size: Count | Auto = "auto",
     ) -> None:
         super().__init__(embedding, run)
-        if isinstance(teacher, str) and not teacher_args and teacher_weights is None:
+        named = isinstance(teacher, str) and teacher.partition("/")[0] not in THEIRS  # of those `wrap` says more
+        if named and not teacher_args and teacher_weights is None:
             raise ValueError(
                 f"the teacher {teacher} would have random weights; give a file as teacher_weights, or arguments as teacher_args"
             )
