@@ -139,6 +139,12 @@ def test_weight_decay_rises_and_layers_keep_their_share_of_the_learning_rate(tmp
     assert groups["params_lr_0.6561"]["initial_lr"] == pytest.approx(0.9**4 * groups["params"]["initial_lr"])
 
 
+def test_epochs_are_as_many_as_125000_steps_take(tmp_path: Path, data: Path) -> None:
+    train(tmp_path, data, "dinov2", model=timm_vit(), epochs="auto", trainer_args={"max_steps": 1})
+    images = len(list(data.rglob("*.png")))
+    assert f"epochs: {math.ceil(125_000 * 4 / images)}\n" in (tmp_path / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize("steps", [40, 160, 1000])
 def test_a_teacher_forgets_the_untrained_model_in_short_runs_too(steps: int) -> None:
     student = torch.nn.Linear(1, 1).double().requires_grad_(False)

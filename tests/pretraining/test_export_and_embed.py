@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from widefield.pretraining import EmbeddingModel
 from widefield.pretraining.embed_images import LazyPixels, Look
 from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.pixels import read_pixels
+from widefield.pretraining.slides import PatchArgs
+from widefield.pretraining.source import Patches
 from widefield.pretraining.transform_args import TransformArgs
 
 SIDE = {"image_size": 16, "num_workers": 0, "accelerator": "cpu"}
@@ -69,6 +72,42 @@ def test_slides_of_any_ending_are_pretrained_on_and_embedded_beside_files_that_a
         options = {**SIDE, "image_size": size, "model": TinyWrapper(), "overwrite": True}
         widefield.embed(tmp_path / "e.pt", folder, last, **options)
         assert torch.load(tmp_path / "e.pt", weights_only=True)["filenames"] == names
+
+
+def test_every_patch_of_tissue_has_an_embedding(run: Path, tmp_path: Path) -> None:
+    picture = np.full((150, 200, 3), 245, np.uint8)
+    picture[10:60, 70:120] = data.immunohistochemistry()[:50, :50]
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides" / "a.tif", picture)
+    slides = {"patch_size": 64}
+    widefield.embed(tmp_path / "e.pt", tmp_path / "slides", run, model=TinyWrapper(), slides=slides, **SIDE)
+    content = torch.load(tmp_path / "e.pt", weights_only=True)
+    assert content["filenames"] == ["a.tif:0,64"] and content["embeddings"].shape == (1, 6)
+    picture = picture[:64, 64:128]
+    write_tiff(tmp_path / "cut.tif", picture)
+    widefield.embed(tmp_path / "c.pt", tmp_path / "cut.tif", run, model=TinyWrapper(), **SIDE)
+    assert torch.equal(torch.load(tmp_path / "c.pt", weights_only=True)["embeddings"], content["embeddings"])
+    all_of_it = Patches.of(tmp_path / "slides", 3, PatchArgs(64, foreground=False))
+    assert [all_of_it.name(k).partition(":")[2] for k in range(len(all_of_it))][-1] == "86,136"
+    assert len(all_of_it) == 3 * 4 and all_of_it.read(11, Random(0)).shape == (3, 64, 64)
+    (tmp_path / "slides" / "a.tif").write_bytes(b"II*\0")
+    with pytest.raises(ValueError, match="none of the slides can be used"):
+        widefield.embed(tmp_path / "f.pt", tmp_path / "slides", run, model=TinyWrapper(), slides=slides, **SIDE)
+
+
+def test_maps_before_pooling_are_embeddings_of_positions(run: Path, images: Path, tmp_path: Path) -> None:
+    found = {}
+    for pool in (True, False):
+        widefield.embed(tmp_path / f"{pool}", images, run, model=TinyWrapper(), pool=pool, **SIDE)
+        found[pool] = torch.load(tmp_path / f"{pool}", weights_only=True)["embeddings"]
+    assert found[False].shape == (*found[True].shape, 4, 4)
+    torch.testing.assert_close(found[False].mean((2, 3)), found[True])
+    with pytest.raises(ValueError, match="pool=False gives maps, and format='csv' is for vectors"):
+        widefield.embed(tmp_path / "c", images, run, model=TinyWrapper(), pool=False, format="csv", **SIDE)
+    Image.new("RGB", (64, 32)).save(tmp_path / "wide.png")
+    sizes = [images / "a" / "00.png", tmp_path / "wide.png"]
+    with pytest.raises(ValueError, match="images have maps of 6 x 14 x 14 and 6 x 8 x 16; give an image_size"):
+        widefield.embed(tmp_path / "d", sizes, run, model=TinyWrapper(), pool=False, **{**SIDE, "image_size": None})
 
 
 def test_an_image_that_a_model_cannot_take_loses_no_other(run: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ lightlytrain_0_18.json has the arguments of their functions, and of each method 
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -232,6 +234,21 @@ def test_a_checkpoint_with_another_head_is_taken(tmp_path: Path) -> None:
     torch.save({**state, "6.weight": torch.ones(3, 3, 3, 3)}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"b\.pt is not of this model: .* it has, unlike the network, 6\.weight"):
         load_checkpoint(wrapper, tmp_path / "b.pt")
+
+
+def test_adamw_of_8_bits_has_the_methods_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = METHODS.get("dino").optim.named("adamw8bit")
+    assert (optim.lr, optim.weight_decay) == (5e-4, 0.04)
+    made: dict[str, Any] = {}
+    module = ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = lambda groups, **options: made.update(options, groups=groups)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    optim.make([{"params": []}], 0.5, fused=True)
+    assert made == {"groups": [{"params": []}], "lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.04}
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match=r"pip install 'widefield\[adamw8bit\]'"):
+        optim.make([], 0.5)
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:

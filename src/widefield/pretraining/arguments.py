@@ -204,7 +204,7 @@ def _optim(method: type[Method], arguments: SimpleNamespace, errors: Errors) -> 
     optim = method.optim.named(arguments.optim)
     if optim is None:
         names = [one.name for one in method.optim.choices]
-        errors.append(f"optim={arguments.optim!r}; {suggestion(arguments.optim, ['auto', *names])}")
+        errors.append(f"optim={arguments.optim!r}; {suggestion(arguments.optim, ['auto', *names, 'adamw8bit'])}")
         return None
     changes = arguments.optim_args
     if changes and changes.get("weight_decay") == "auto":  # as if it were left out, see `Method.optim_for`

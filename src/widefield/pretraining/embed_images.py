@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -26,7 +27,8 @@ from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.out import check_file
 from widefield.pretraining.pixels import open_lazily, read_pixels, with_channels
 from widefield.pretraining.settings import Count, Errors, arguments
-from widefield.pretraining.source import Files, ImageSource, make_source, reading
+from widefield.pretraining.slides import PatchArgs
+from widefield.pretraining.source import Files, ImageSource, Patches, make_source, reading
 from widefield.pretraining.transform_args import Normalize, Size, TransformArgs
 from widefield.pretraining.views import to_unit, whole_image
 from widefield.registry import Range
@@ -84,6 +86,8 @@ def embed(
     image_size: Size | None = (224, 224),
     level: Annotated[int, Range(0)] = 0,
     spacing: Annotated[float, Range(0)] | None = None,
+    slides: PatchArgs | Mapping[str, Any] | None = None,
+    pool: bool = True,
     streaming: StreamingArgs | Mapping[str, Any] | None = None,
     batch_size: Count = 128,
     num_workers: Workers = "auto",
@@ -108,6 +112,10 @@ def embed(
             stay as they are, and go through the model one after the other.
         level: Level of a pyramid that is read with image_size=None, 0 the largest.
         spacing: Micrometres per pixel that are read with image_size=None instead of a level, see `open_image`.
+        slides: Take `data` for slides, each patch of which has an embedding: patch_size, level or spacing, foreground. Patches tile
+            the slide where there is tissue, and are named by the slide, a colon, and y and x of their corner: "a.svs:512,1024".
+        pool: False writes the maps before pooling, one embedding for each position, as "embeddings" (N, D, h, w), for a format of
+            "torch" and images of one size. Of a vision transformer these are its patches.
         streaming: Run the model tile by tile, as in `widefield.train`. With image_size=None a file is then never held whole, so
             that slides have one embedding each, in the memory of some tiles.
         batch_size: Images that go through the model together.
@@ -130,23 +138,29 @@ def embed(
     if given.image_size is not None and (given.level or given.spacing):
         told = f"level={given.level}" if given.level else f"spacing={given.spacing:g}"
         raise ValueError(f"{told} is for image_size=None, which takes images as they are")
+    if given.slides is not None and (given.level or given.spacing):
+        raise ValueError("slides has level and spacing of its own; give them there, as in slides={'spacing': 0.5}")
+    if not given.pool and given.format != "torch":
+        raise ValueError(f'pool=False gives maps, and format={given.format!r} is for vectors; give format="torch"')
     check_file(given.out, given.overwrite)
     if given.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError('format="parquet" needs the package pyarrow, which is not installed; pip install pyarrow')
     found = Checkpoint.read(given.checkpoint)
     fabric = _fabric(given.accelerator, given.precision)
     embedding = found.embedding_model(given.model, given.streaming).eval()
-    model, args = fabric.setup_module(embedding), found.transforms
+    model, args = partial(fabric.setup_module(embedding), pool=given.pool), found.transforms
+    patches = None if given.slides is None else Patches.of(given.data, args.channels, given.slides)
+    source: ImageSource
     with torch.inference_mode():
         if given.image_size is None:
-            source = make_source(given.data, args.channels, None, None)
+            source = patches or make_source(given.data, args.channels, None, None)
             look = Look(
                 args, next((p.dtype for p in embedding.parameters()), torch.float32), given.level, given.spacing
             )
             embedded = _at_own_size(model, source, look, given.streaming is not None, fabric.device)
         else:
             views = whole_image(args, given.image_size)
-            source = make_source(given.data, args.channels, views.reduction, None)
+            source = patches or make_source(given.data, args.channels, views.reduction, None)
             loader = DataLoader(
                 Pictures(source, views),
                 given.batch_size,
@@ -155,10 +169,11 @@ def embed(
                 generator=torch.Generator(),  # else an epoch would draw from torch's default one
             )
             embedded = _in_batches(model, loader, args.normalize, fabric.device)
-        indices, embeddings = _collected(embedded)
+        indices, embeddings = _collected(embedded, maps=not given.pool)
     names = _names(source, given.data)
     write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
-    _log.info("%d embeddings of %d numbers: %s", *embeddings.shape, given.out)
+    shape = " x ".join(map(str, embeddings.shape[1:]))
+    _log.info("%d embeddings of %s numbers: %s", len(embeddings), shape, given.out)
 
 
 def _fabric(accelerator: str, precision: Any) -> Fabric:
@@ -199,8 +214,8 @@ def _at_own_size(
             yield str(error) if isinstance(error, OSError) else f"{source.name(index)}: {error}"
 
 
-def _collected(embedded: Iterable[Embedded]) -> tuple[list[int], Tensor]:
-    """Numbers of the images that can be used, and their embeddings, float32 (N, D)."""
+def _collected(embedded: Iterable[Embedded], maps: bool) -> tuple[list[int], Tensor]:
+    """Numbers of the images that can be used, and their embeddings, float32 (N, D), or (N, D, h, w) as `maps`."""
     indices: list[int] = []
     embeddings: list[Tensor] = []
     reason = ""
@@ -210,7 +225,11 @@ def _collected(embedded: Iterable[Embedded]) -> tuple[list[int], Tensor]:
             _log.warning("skipped an image: %s", reason)
         else:
             indices += one[0]
-            embeddings.append(one[1].flatten(1).float().cpu())
+            embedded_here = one[1] if maps else one[1].flatten(1)
+            if embeddings and embedded_here.shape[1:] != embeddings[0].shape[1:]:
+                shapes = [" x ".join(map(str, each.shape[1:])) for each in (embeddings[0], embedded_here)]
+                raise ValueError(f"images have maps of {shapes[0]} and {shapes[1]}; give an image_size, or pool=True")
+            embeddings.append(embedded_here.float().cpu())
     if not embeddings:
         raise ValueError(f"data: none of the images can be used; the last: {reason}")
     return indices, torch.cat(embeddings)

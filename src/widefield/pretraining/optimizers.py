@@ -55,6 +55,25 @@ class AdamW(_Optimizer):
 
 
 @dataclass(frozen=True)
+class AdamW8bit(AdamW):
+    """The same with a state of 8 bits, by bitsandbytes."""
+
+    name = "adamw8bit"
+    takes_fused = False
+
+    def make(self, groups: list[dict[str, Any]], lr: float, fused: bool = False) -> torch.optim.Optimizer:
+        """Return the optimizer; ValueError if bitsandbytes is not installed."""
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ValueError(
+                "optim='adamw8bit' needs the package bitsandbytes, which is not installed; pip install 'widefield[adamw8bit]'"
+            ) from error
+        optimizer: torch.optim.Optimizer = kind(groups, **{**asdict(self), "lr": lr})
+        return optimizer
+
+
+@dataclass(frozen=True)
 class LARS(_Optimizer):
     """SGD whose steps are scaled layer by layer (You et al., https://arxiv.org/abs/1708.03888), for large batches."""
 
@@ -113,6 +132,8 @@ class Optim:
 
     def named(self, name: str) -> OptimArgs | None:
         """Return the values for the optimizer called `name` or "auto"; None if there is none of the name."""
+        if name == AdamW8bit.name:
+            return next((AdamW8bit(**asdict(one)) for one in self.choices if isinstance(one, AdamW)), None)
         return next((one for one in self.choices if name in ("auto", one.name)), None)
 
     def scaled(self, lr: float, batch_size: int) -> float:

@@ -1,5 +1,7 @@
 """Settings as frozen dataclasses: made of dictionaries, every key and value checked, all errors of a call collected."""
 
+import functools
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import is_dataclass, replace
 from enum import StrEnum
@@ -132,6 +134,9 @@ def _fitted(value: Any, kind: Any, default: Any, where: str, errors: Errors) -> 
     """Return `value` as its annotation says, and `default` if it does not fit; the text of an enumeration stands for its member."""
     if isinstance(value, StrEnum):
         value = value.value
+    if get_origin(kind) in UNIONS:  # in messages the texts say enough
+        kinds = (one for one in get_args(kind) if not (isinstance(one, type) and issubclass(one, StrEnum)))
+        kind = functools.reduce(operator.or_, kinds)
     if kind is Any:
         return value
     for option in get_args(kind) if get_origin(kind) in UNIONS else (kind,):

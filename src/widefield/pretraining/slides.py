@@ -15,19 +15,17 @@ from widefield.pretraining.settings import Count
 
 
 @dataclass(frozen=True)
-class SlideArgs:
-    """Settings of drawing patches from slides.
+class PatchArgs:
+    """Which patches of slides are read.
 
     Attributes:
-        patch_size: Side of a patch in pixels of the level, or at the spacing; views are cropped from it.
-        patches_per_slide: Patches of each slide in an epoch.
+        patch_size: Side of a patch in pixels of the level, or at the spacing.
         level: Level of the pyramid that is read, 0 the largest.
         spacing: Micrometres per pixel of the patches instead of a level, see `open_image`.
         foreground: Only where there is tissue.
     """
 
     patch_size: Count = 512
-    patches_per_slide: Count = 64
     level: int | None = None
     spacing: float | None = None
     foreground: bool = True
@@ -40,6 +38,17 @@ class SlideArgs:
 
 
 @dataclass(frozen=True)
+class SlideArgs(PatchArgs):
+    """Settings of drawing patches from slides at random; views are cropped from them.
+
+    Attributes:
+        patches_per_slide: Patches of each slide in an epoch.
+    """
+
+    patches_per_slide: Count = 64
+
+
+@dataclass(frozen=True)
 class Region:
     """A square of a slide, in pixels of the level or spacing that is read."""
 
@@ -49,7 +58,7 @@ class Region:
     width: int
 
 
-def draw_region(image: ImageFile, args: SlideArgs, random: Random) -> Region:
+def draw_region(image: ImageFile, args: PatchArgs, random: Random) -> Region:
     """A region around a place of the foreground, drawn uniformly; moved inside where it would reach over the border."""
     _, height, width = image.shape
     rows, columns, cells = foreground_cells(image.path) if args.foreground else (1, 1, ((0, 0),))
@@ -66,13 +75,45 @@ def read_patch(path: Path, args: SlideArgs, num_channels: int, random: Random) -
     Raises:
         ImageReadError: The slide cannot be read there, lacks the level or the spacing, or has other channels.
     """
+    image = _open(path, args, num_channels)
+    return read_region(image, draw_region(image, args, random), num_channels)
+
+
+def read_region(image: ImageFile, region: Region, num_channels: int) -> Tensor:
+    """The pixels (C, H, W) of a region."""
+    pixels = image.read(region.y, region.x, region.height, region.width)
+    return with_channels(torch.from_numpy(np.ascontiguousarray(pixels)), num_channels, str(image.path))
+
+
+def grid(path: Path, args: PatchArgs, num_channels: int) -> list[Region]:
+    """Regions that tile the slide in rows, those with foreground; the last of a row or column are moved inside.
+
+    Raises:
+        ImageReadError: The slide cannot be read, or lacks the level or the spacing.
+    """
+    _, height, width = _open(path, args, num_channels).shape
+    size = args.patch_size
+    rows, columns, cells = foreground_cells(path) if args.foreground else (1, 1, ((0, 0),))
+    mask = np.zeros((rows, columns), bool)
+    mask[tuple(np.array(cells).T)] = True
+    regions = (
+        Region(_inside(y, height - size), _inside(x, width - size), min(size, height), min(size, width))
+        for y in range(0, height, size)
+        for x in range(0, width, size)
+    )
+    return [r for r in regions if mask[_cells(r.y, size, height, rows), _cells(r.x, size, width, columns)].any()]
+
+
+def _cells(start: int, size: int, length: int, cells: int) -> slice:
+    """Which of so many `cells` of a side of `length` pixels touch `size` pixels from `start` on."""
+    return slice(start * cells // length, -(-(start + size) * cells // length))
+
+
+def _open(path: Path, args: PatchArgs, num_channels: int) -> ImageFile:
     try:
-        image = open_lazily(path, num_channels, args.level, args.spacing)
+        return open_lazily(path, num_channels, args.level, args.spacing)
     except ValueError as error:
         raise ImageReadError(f"cannot use {path}: {error}") from error
-    region = draw_region(image, args, random)
-    pixels = image.read(region.y, region.x, region.height, region.width)
-    return with_channels(torch.from_numpy(np.ascontiguousarray(pixels)), num_channels, str(path))
 
 
 @lru_cache(maxsize=1024)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from widefield.errors import WidefieldError
 from widefield.images import ImageReadError, image_endings, images_below, is_image_name
-from widefield.pretraining.pixels import Reduction, as_tensor, read_pixels, with_channels
-from widefield.pretraining.slides import SlideArgs, read_patch
+from widefield.pretraining.pixels import Reduction, as_tensor, open_lazily, read_pixels, with_channels
+from widefield.pretraining.slides import PatchArgs, Region, SlideArgs, grid, read_patch, read_region
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +132,49 @@ class Slides:
         path = self.paths[index // self.args.patches_per_slide]
         with reading(path):
             return read_patch(path, self.args, self.num_channels, random)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of slides at given places, each named by the slide's name, a colon, and y and x of its corner."""
+
+    places: Sequence[tuple[Path, str, Region]]
+    num_channels: int
+    args: PatchArgs
+
+    @classmethod
+    def of(cls, data: Any, num_channels: int, args: PatchArgs) -> "Patches":
+        """All patches with foreground of the slides in `data`; one that cannot be read has none, and is named in a warning.
+
+        Raises:
+            ValueError: There are none.
+        """
+        places: list[tuple[Path, str, Region]] = []
+        for path in find_images(data):
+            name = (
+                path.relative_to(data).as_posix() if isinstance(data, (str, Path)) and path != Path(data) else str(path)
+            )
+            try:
+                with reading(path):
+                    places += ((path, name, region) for region in grid(path, args, num_channels))
+            except ImageReadError as error:
+                _log.warning("skipped a slide: %s", error)
+        if not places:
+            raise ValueError("data: none of the slides can be used")
+        return cls(places, num_channels, args)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        _, name, region = self.places[index]
+        return f"{name}:{region.y},{region.x}"
+
+    def read(self, index: int, random: Random) -> Tensor:
+        path, _, region = self.places[index]
+        with reading(path):
+            image = open_lazily(path, self.num_channels, self.args.level, self.args.spacing)
+            return read_region(image, region, self.num_channels)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def train(
         method: One of `widefield.pretraining.METHODS`, or an import path.
         method_args: Arguments of the method's class.
         embed_dim: Channels of an embedding layer on top of the model, a 1x1 convolution; None: no such layer.
-        epochs: "auto" is 100.
+        epochs: "auto" is 100, and for dinov2 as many as 125000 steps take.
         batch_size: Images of a batch over all devices and nodes.
         gradient_accumulation_steps: Batches of an optimizer step; the learning rate is scaled to all of them.
         num_workers: Processes that read images, for each device.
@@ -124,7 +124,8 @@ def train(
         callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping,
             model_export, model_checkpoint, device_stats_monitor (off), quality (effective rank and spread of embeddings, k-nearest-
             neighbour accuracy if there are labels: folders of classes, `targets` of a dataset or {"labels": CSV file}), report.
-        optim: "auto" is what the method is best trained with; or sgd, adamw, lars.
+        optim: "auto" is what the method is best trained with; or sgd, adamw, lars; or adamw8bit, adamw whose state takes a byte for
+            each number (needs bitsandbytes, which the extra adamw8bit brings).
         optim_args: lr (for the method's reference batch; it is scaled to yours), weight_decay and others of the optimizer.
         transform_args: Changes of the method's views; None turns one off. See `widefield.pretraining.transform_args.TransformArgs`.
         slides: Take `data` for slides, of which random patches are read: patch_size, patches_per_slide, level or spacing,
@@ -159,8 +160,8 @@ def train(
             stack.enter_context(folder.as_it_was(if_true=lambda: module.batches <= 1))
             stack.enter_context(folder.opened(clear=settings.given.overwrite))
             stack.enter_context(_logging_to(folder.log))
-            folder.config.write_text(settings.as_yaml(), encoding="utf-8")
-            _log.debug("settings:\n%s", settings.as_yaml(longest=10))
+            folder.config.write_text(module.settings.as_yaml(), encoding="utf-8")
+            _log.debug("settings:\n%s", module.settings.as_yaml(longest=10))
             _log.info("training %s images into %s", len(module.dataset), folder.path)
             if resumed is not None:
                 _log.info("restoring %s: epoch %d, step %d", folder.last, resumed.epoch, resumed.step)
@@ -184,6 +185,9 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     views = Views(settings.transforms)
     source = make_source(given.data, settings.transforms.image_channels, views.reduction, given.slides, folder.views)
     dataset = ViewDataset(source, views, given.seed, given.on_bad_image)
+    if given.epochs == "auto" and settings.method.auto_steps is not None:
+        batches = len(dataset) / min(given.batch_size, len(dataset))
+        settings = replace(settings, epochs=math.ceil(settings.method.auto_steps / batches))
     quality = settings.callbacks.quality
     labels = None if quality is None else labels_of(source, given.data, quality.labels)
     trainer = make_trainer(settings, folder, labels)

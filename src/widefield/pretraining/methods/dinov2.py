@@ -57,6 +57,7 @@ class DINOv2(DINO):
         random_resize=RandomResize(0.32, 1.0),
         local_view=LocalViews(8, 96, RandomResize(0.05, 0.32)),
     )
+    auto_steps = 125_000
     also_called: ClassVar[Mapping[str, str]] = {
         "dino_bottleneck_dim": "bottleneck_dim",
         "ibot_loss_weight": "patch_weight",
