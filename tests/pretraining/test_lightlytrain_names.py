@@ -155,7 +155,7 @@ def test_their_names_have_their_meaning() -> None:
     assert made.given.method == "distillation" and made.given.resume_interrupted
     assert made.method_args == {"teacher": "timm/resnet10t", "loss_local_weight": 0.5}
     assert made.rule.scaled(1.0, 1024) == 2.0 and made.transforms.random_gray_scale == 0.125
-    assert "reference_batch_size: 512" in made.as_yaml()
+    assert "reference_batch_size: 512" in made.as_yaml() and "train_time_interval: '1:00:00'" in made.as_yaml()
 
 
 def dino(**options: Any) -> Any:

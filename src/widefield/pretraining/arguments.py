@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -215,7 +216,7 @@ def _optim(method: type[Method], arguments: SimpleNamespace, errors: Errors) -> 
 def _plain(value: Any, longest: int | None) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, (Path, timedelta)):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value), longest)
