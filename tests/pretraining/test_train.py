@@ -354,7 +354,7 @@ def test_the_wrapper_is_never_pickled(tmp_path: Path, images: Path) -> None:
         ({"trainer_args": {"accumulate_grad_batches": 2}}, r"set by the argument gradient_accumulation_steps"),
         ({"trainer_args": {"limit_train_batches": 2}}, r"set by the argument data"),
         ({"loader_args": {"shufle": 2}}, r"loader_args\.shufle: DataLoader has no argument 'shufle'; did you mean"),
-        ({"optim": "adam"}, r"optim='adam'; did you mean adamw\?"),
+        ({"optim": "adam"}, r"optim='adam'; did you mean adamw or adamw8bit\?"),
         ({"callbacks": {"modelcheckpoint": {}}}, r"did you mean model_checkpoint"),
         ({"loggers": {"json": {}}}, r"did you mean jsonl\?"),
         ({"checkpoint": "no.ckpt"}, r"checkpoint: no\.ckpt does not exist"),
