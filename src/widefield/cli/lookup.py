@@ -49,7 +49,15 @@ def _wildcards(pattern: str) -> str:
 
 
 def show_config(arguments: argparse.Namespace, others: list[str]) -> int:
-    """Print or check the configuration."""
+    """Print, check or convert the configuration."""
+    if arguments.what == "convert":
+        from widefield.cli.mmpretrain.convert import run
+
+        if others:
+            raise ValueError(f"got {others[0]!r}, expected one file; values are changed in the result, as path=value")
+        return run(arguments)
+    if arguments.out is not None or arguments.timm:
+        raise ValueError(f"--out and --timm belong to `widefield config convert`, not to `{arguments.what}`")
     from widefield.cli.fit_sections import SECTIONS
     from widefield.config import ConfigError, check_config, load, override, write_yaml
 

@@ -466,11 +466,18 @@ PATTERN may have * and ?; without them it is any part of a name.
         light=True,
     ),
     "config": Verb(
-        "show a configuration with all that it is based on, or check it",
+        "show a configuration with all that it is based on, check it, or convert one of MMPretrain",
         "widefield.cli.lookup:show_config",
         (
-            _option("what", None, "show it, or see whether it can be used", choices=("print", "check")),
+            _option(
+                "what",
+                None,
+                "show it, see whether it can be used, or convert it",
+                choices=("print", "check", "convert"),
+            ),
             _option("file", "FILE", "YAML or Python file; of several, each goes over the last"),
+            _option("--out", "NEW", "YAML file that convert writes (default: shows it)", Path),
+            _flag("--timm", "convert a backbone that is not here to one of timm"),
             _IMPORTS,
         ),
         """\
@@ -478,11 +485,16 @@ path=value, such as model.backbone.depth=34 or trainer.max_epochs=3, goes over t
 
 print shows the whole configuration, with what it is based on. check compares every value with the constructor that gets it, and
 makes all but the data sets once: model, metrics, transforms, optimizer, schedule, trainer. No data is read.
+convert writes a configuration of MMPretrain, with the files that it is based on, as one of ours, and lists what is not the same.
+It is read, and not run. Where its backbone is not here, the network of timm that takes its place is named, and taken with --timm.
 Exit code: 0 fine, 1 something is wrong with the configuration, 2 another error such as a file that is not there.
 """,
         takes_others=True,
         light=True,
-        usage="widefield config {print,check} FILE [FILE ...] [--imports FILE] [path=value ...]",
+        usage=(
+            "widefield config {print,check} FILE [FILE ...] [--imports FILE] [path=value ...]\n"
+            "       widefield config convert OLD [--out NEW] [--timm] [--imports FILE]"
+        ),
     ),
     "demo": Verb(
         "make a small set of large images, train on them, predict, and write a report",

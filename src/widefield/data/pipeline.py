@@ -71,6 +71,24 @@ class MultiView:
         return tuple(view(picture) for view in self._views)
 
 
+@TRANSFORMS.register_module()
+class RandomApply:
+    """Several transforms, all of them or none.
+
+    Args:
+        transforms: One after the other.
+        p: Probability of them.
+    """
+
+    def __init__(self, transforms: TransformsConfig, p: Annotated[float, Range(0, 1)] = 0.5) -> None:
+        self.p = p
+        self._pipeline = Pipeline(transforms)
+
+    def __call__(self, picture: Picture) -> Any:
+        """The picture, changed or as it is."""
+        return self._pipeline(picture) if torch.rand(()).item() < self.p else picture
+
+
 @dataclass(frozen=True)
 class _OfTorchvision:
     """A transform of whole images."""

@@ -1,0 +1,1 @@
+"""Configurations of MMPretrain as ours: `widefield config convert`."""

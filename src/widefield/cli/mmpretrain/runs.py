@@ -1,0 +1,295 @@
+"""Optimizer, schedule, loops, hooks and evaluators of an MMPretrain run as ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from widefield.cli.mmpretrain.entries import Entries, Notes, bare, listed, plain
+from widefield.components.metrics import METRICS
+
+_OPTIMIZERS = {"LARS": "timm.optim.Lars", "Lamb": "timm.optim.Lamb"}
+_SCHEDULES = {
+    **{
+        name: name for name in ("LinearLR", "CosineAnnealingLR", "MultiStepLR", "StepLR", "ConstantLR", "ExponentialLR")
+    },
+    "PolyLR": "PolynomialLR",
+}
+_METRICS = {"VOCMultiLabelMetric": "MultiLabelMetric", "VOCAveragePrecision": "AveragePrecision"}
+_ALWAYS = (
+    "IterTimerHook",
+    "ParamSchedulerHook",
+    "DistSamplerSeedHook",
+    "SyncBuffersHook",
+    "PrepareProtoBeforeValLoopHook",
+)
+"""Hooks whose work is always done here."""
+Sections = dict[str, Any]
+
+
+def optimization(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sections:
+    """Return `optimizer`, `paramwise_cfg` and `lr_scheduler`; what the trainer does is added to `trainer`."""
+    if not old.get("optim_wrapper"):
+        return {}
+    wrapper = Entries(old["optim_wrapper"], ("optim_wrapper",), notes)
+    if wrapper.type == "AmpOptimWrapper":
+        half = {"bfloat16": "bf16-mixed", "float16": "16-mixed", None: "16-mixed"}
+        trainer["precision"] = half[wrapper.take("dtype")]
+    elif wrapper.type not in ("", "OptimWrapper"):
+        wrapper.note(f"{wrapper.type} is not here; the run is one without it", "type")
+    if accumulated := wrapper.take("accumulative_counts"):
+        trainer["accumulate_grad_batches"] = accumulated
+    if clipping := wrapper.take("clip_grad"):
+        clip = Entries(clipping, ("optim_wrapper", "clip_grad"), notes)
+        by_value = clip.take("clip_value")
+        if by_value is not None:
+            trainer |= {"gradient_clip_val": by_value, "gradient_clip_algorithm": "value"}
+        elif (norm := clip.take("max_norm")) is not None:
+            trainer["gradient_clip_val"] = norm
+        if clip.take("norm_type", 2) != 2:
+            clip.note("gradients are clipped by their Euclidean norm", "norm_type")
+        clip.finish("error_if_nonfinite")
+    made: Sections = {}
+    described = dict(wrapper.take("optimizer") or {})
+    if described:
+        described["type"] = _OPTIMIZERS.get(bare(described.get("type")), bare(described.get("type")))
+        made["optimizer"] = described
+        if described["type"] == "timm.optim.Lamb":
+            described["max_grad_norm"] = None  # theirs does not clip by itself
+    given = wrapper.take("paramwise_cfg")
+    constructor = bare(wrapper.take("constructor", ""))
+    if constructor not in ("", "DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor"):
+        wrapper.note(f"{constructor} is not here", "constructor")
+    options = _parameter_options(given or {}, notes)
+    if options:
+        made["paramwise_cfg"] = options
+    wrapper.finish("loss_scale", "use_fsdp")
+    if schedule := _schedules(old, described, notes):
+        made["lr_scheduler"] = schedule
+    return made
+
+
+def _parameter_options(given: Mapping[str, Any], notes: Notes) -> Sections:
+    entries = Entries(given, ("optim_wrapper", "paramwise_cfg"), notes)
+    names = ("norm_decay_mult", "bias_decay_mult", "flat_decay_mult", "layer_decay_rate")
+    made: Sections = {name: float(value) for name, value in entries.present(**{name: name for name in names}).items()}
+    keys = {}
+    for key, factors in (entries.take("custom_keys") or {}).items():
+        one = Entries(factors, ("optim_wrapper", "paramwise_cfg", "custom_keys", key), notes)
+        multiples = {
+            name: float(value) for name, value in one.present(lr_mult="lr_mult", decay_mult="decay_mult").items()
+        }
+        one.finish("lars_exclude")  # timm's LARS leaves out what has no weight decay
+        if multiples:
+            keys[key] = multiples
+    if keys:
+        made["custom_keys"] = keys
+    entries.finish("bypass_duplicate", "num_layers")
+    return made
+
+
+def _schedules(old: Mapping[str, Any], optimizer: Mapping[str, Any], notes: Notes) -> list[Sections]:
+    """Return schedules one after the other. Theirs act at the same time, each from its `begin` to its `end`."""
+    epochs = (old.get("train_cfg") or {}).get("max_epochs")
+    rest = (old.get("train_cfg") or {}).get("max_iters")
+    made: list[Sections] = []
+    steps = False
+    for k, one in enumerate(listed(old.get("param_scheduler"))):
+        entries = Entries(one, ("param_scheduler", str(k)), notes)
+        if entries.type not in _SCHEDULES:
+            entries.note(f"{entries.type} is not here; it was left out")
+            continue
+        by_epoch = entries.take("by_epoch", True)
+        begin, end = entries.take("begin", 0), entries.take("end")
+        total = epochs if by_epoch else rest
+        new: Sections = {"type": _SCHEDULES[entries.type]}
+        before = made[-1].get("end") if made else 0
+        same_unit = not made or made[-1].get("by_epoch", True) == by_epoch
+        shift = begin
+        if begin == 0 and before:  # both act at first: here the first one acts alone
+            shift = before if same_unit else 0
+            begin = before
+            if entries.type not in ("MultiStepLR", "StepLR"):
+                entries.note(f"it begins behind schedule {len(made) - 1}: here they follow each other", "begin")
+        span = None if total is None or not same_unit else total - shift
+        if entries.type == "CosineAnnealingLR":
+            new["T_max"] = entries.take("T_max") or (end - begin if end is not None else span)
+            new |= entries.present(eta_min="eta_min")
+            if (ratio := entries.take("eta_min_ratio")) is not None:
+                new["eta_min"] = ratio * optimizer["lr"]
+        elif entries.type == "LinearLR":
+            new |= {"start_factor": entries.take("start_factor", 1 / 3), **entries.present(end_factor="end_factor")}
+        elif entries.type == "MultiStepLR":
+            milestones = [one - shift for one in entries.take("milestones")]
+            new |= {"milestones": plain(milestones), **entries.present(gamma="gamma")}
+        elif entries.type == "PolyLR":
+            if entries.take("eta_min", 0):
+                entries.note("it ends at 0 here", "eta_min")
+            new |= {
+                "power": entries.take("power", 1.0),
+                "total_iters": end - begin if end is not None else span or epochs,
+            }
+            by_epoch = by_epoch or end is not None or bool(rest)
+        elif entries.type == "ConstantLR":
+            factor = entries.take("factor", 1 / 3)
+            if made and made[-1]["type"] == "CosineAnnealingLR":  # theirs multiplies what the schedule before has left
+                factor *= made[-1].get("eta_min", 0) / optimizer["lr"]
+            new["factor"] = factor
+        else:
+            new |= entries.present(step_size="step_size", gamma="gamma")
+        converted = entries.take("convert_to_iter_based", False)
+        steps = steps or converted or not by_epoch
+        if end is not None:
+            new["end"] = end
+        if not by_epoch:
+            new["by_epoch"] = False
+        if converted:
+            new["convert_to_iter_based"] = True
+        if made and not made[-1].get("end"):
+            if made[-1]["type"] == "LinearLR":
+                made[-1]["end"] = begin
+            else:
+                entries.note(
+                    "it acts at the same time as the one before it, which schedules here do not; it was left out"
+                )
+                continue
+        entries.finish("verbose", "last_step")
+        made.append(new)
+    if made and made[-1]["type"] == "CosineAnnealingLR" and epochs and made[-1].get("by_epoch", True):
+        last = made[-1]
+        start = 0 if len(made) == 1 else made[-2]["end"] if made[-2].get("by_epoch", True) else 0
+        if start + last["T_max"] < epochs:  # torch's goes up again
+            last["end"] = start + last["T_max"]
+            made.append(
+                {"type": "ConstantLR", "factor": last.get("eta_min", 0) / optimizer["lr"], "total_iters": 10**9}
+            )
+    for one in made:
+        if one.get("end") in (epochs, None) and one is made[-1]:
+            one.pop("end", None)
+    return made
+
+
+def loops(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
+    """Add to `trainer` how long it trains, and how often it validates."""
+    given = Entries(old.get("train_cfg") or {}, ("train_cfg",), notes)
+    by_epoch = given.take("by_epoch", given.type != "IterBasedTrainLoop")
+    if given.type not in ("", "EpochBasedTrainLoop", "IterBasedTrainLoop"):
+        given.note(f"{given.type} is not here", "type")
+    interval = given.take("val_interval", 1)
+    epochs, steps = given.take("max_epochs"), given.take("max_iters")
+    if by_epoch and epochs is not None:
+        trainer["max_epochs"] = epochs
+        if interval != 1:
+            trainer["check_val_every_n_epoch"] = interval
+    elif steps is not None:
+        trainer |= {"max_epochs": -1, "max_steps": steps}
+        if interval != 1:
+            trainer |= {"val_check_interval": interval, "check_val_every_n_epoch": None}
+    given.finish()
+
+
+def hooks(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
+    """Add to `trainer` the callbacks and settings that hooks of theirs are."""
+    callbacks = []
+    named = [(("default_hooks", name), one) for name, one in (old.get("default_hooks") or {}).items()]
+    custom = [(("custom_hooks", str(k)), one) for k, one in enumerate(listed(old.get("custom_hooks")))]
+    for path, one in [*named, *custom]:
+        if not isinstance(one, Mapping):
+            continue
+        hook = Entries(one, path, notes)
+        harmless: tuple[str, ...] = ("priority",)
+        if hook.type == "LoggerHook":
+            trainer["log_every_n_steps"] = hook.take("interval", 10)
+            harmless = ("ignore_last", "interval_exp_name", "out_dir", "keep_local", "log_metric_by_epoch")
+        elif hook.type == "CheckpointHook":
+            best = hook.take("save_best")
+            if best not in (None, "auto"):
+                hook.note(
+                    f"best.ckpt is that of the least val_loss; for the best {best} give trainer.callbacks="
+                    f"[{{type: ModelCheckpoint, dirpath: kept, monitor: val_{best}, mode: max}}]",
+                    "save_best",
+                )
+            if hook.take("max_keep_ckpts", -1) > 3:
+                hook.note("best.ckpt and last.ckpt are kept", "max_keep_ckpts")
+            harmless = (
+                "interval",
+                "rule",
+                "by_epoch",
+                "save_last",
+                "save_optimizer",
+                "save_param_scheduler",
+                "out_dir",
+            )
+        elif hook.type == "VisualizationHook":
+            if hook.take("enable", False):
+                hook.note("no pictures are drawn while it trains; see `widefield visualize`", "enable")
+            harmless = ("interval", "show", "out_dir")
+        elif hook.type == "EarlyStoppingHook":
+            mode = {"greater": "max", "less": "min"}.get(hook.take("rule"), "max")
+            made = {"type": "EarlyStopping", "monitor": f"val_{hook.take('monitor')}", "mode": mode, "patience": 5}
+            callbacks.append(made | hook.present(min_delta="min_delta", patience="patience"))
+        elif hook.type == "EMAHook":
+            made = {"type": "EMAWeightAveraging", "decay": 1 - hook.take("momentum", 0.0002)}
+            made["use_buffers"] = hook.take("update_buffers", False)
+            made |= hook.present(interval="update_every_n_steps", begin_iter="update_starting_at_step")
+            callbacks.append(made | hook.present(begin_epoch="update_starting_at_epoch"))
+        elif hook.type not in _ALWAYS:
+            hook.note(
+                f"{hook.type} is not here; write it as a lightning.pytorch.Callback, named under trainer.callbacks"
+            )
+            continue
+        hook.finish("priority", *harmless)
+    if callbacks:
+        trainer["callbacks"] = callbacks
+
+
+def settings(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sections:
+    """Return the seed; settings of the trainer are added to it, and others are noted."""
+    made: Sections = {}
+    randomness = Entries(old.get("randomness") or {}, ("randomness",), notes)
+    if (seed := randomness.take("seed")) is not None:
+        made["seed_everything"] = seed
+    if randomness.take("deterministic"):
+        trainer["deterministic"] = True
+    randomness.finish("diff_rank_seed")
+    if (old.get("env_cfg") or {}).get("cudnn_benchmark"):
+        trainer["benchmark"] = True
+    if old.get("resume"):
+        notes.append((("resume",), "a run in its folder goes on with `widefield fit --resume --out DIR`"))
+    if (old.get("auto_scale_lr") or {}).get("enable"):
+        notes.append((("auto_scale_lr",), "the learning rate is what you say; scale optimizer.lr to your batch size"))
+    for k, backend in enumerate(listed(old.get("vis_backends"))):
+        if bare(backend.get("type")) != "LocalVisBackend":
+            advice = "history.csv has the numbers; name a logger of Lightning under trainer.logger"
+            notes.append((("vis_backends", str(k)), f"{bare(backend.get('type'))}: {advice}"))
+    for key, advice in _ELSEWHERE.items():
+        if old.get(key):
+            notes.append(((key,), advice))
+    return made
+
+
+_ELSEWHERE = {
+    "work_dir": "the folder is named with --out DIR",
+    "launcher": "trainer.devices and trainer.strategy say where it runs",
+    "tta_model": "`widefield test --tta hflip`",
+    "lr_config": "this is of MMClassification 0.x, which is not read; so are its runner, data and evaluation",
+}
+
+
+def evaluators(old: Mapping[str, Any], notes: Notes) -> list[Sections]:
+    """Return the metrics, those of the validation."""
+    key = "val_evaluator" if old.get("val_evaluator") else "test_evaluator"
+    given, other = listed(old.get(key)), listed(old.get("test_evaluator"))
+    if other and other != given:
+        notes.append((("test_evaluator",), "metrics are the same in validation and test: those of val_evaluator"))
+    made = []
+    for k, one in enumerate(given):
+        entries = Entries(one, (key, str(k)) if isinstance(old[key], list) else (key,), notes)
+        name = _METRICS.get(entries.type, entries.type)
+        if name not in METRICS:
+            entries.note(f"{entries.type} is not here; it was left out")
+            continue
+        if name != entries.type:
+            entries.note(f"it is a {name} here, to which images marked as difficult count like others", "type")
+        names = ("topk", "thrs", "thr", "items", "average", "num_classes", "mode")
+        made.append({"type": name, **entries.present(**{name: name for name in names})})
+        entries.finish("prefix", "collect_device")
+    return made
