@@ -15,7 +15,7 @@ from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.progress import StreamingProgress
 from widefield.components.heads.classification_heads import MultiLabelClsHead, ScoreHead
 from widefield.components.metrics import METRICS
-from widefield.config import Config, Section, write_yaml
+from widefield.config import Config, Foreign, Section, write_yaml
 from widefield.config.check import MAPPINGS, mark_of
 from widefield.data import LabelledImages
 from widefield.inference.averaged_views import AveragedViews
@@ -178,7 +178,7 @@ def lightning_form(config: Config) -> dict[str, Any]:
     return {
         key: _sections(value, SECTIONS[key]) if isinstance(SECTIONS[key], Section) else value
         for key, value in config.data.items()
-        if value is not None
+        if value is not None and not isinstance(SECTIONS[key], Foreign)
     }
 
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+from widefield.cli.mmpretrain.keys import FOREIGN
 from widefield.components.metrics import METRICS
 from widefield.config import Section, Sections
 from widefield.registry import DATASETS, MODELS, ComponentOf, Range
@@ -56,4 +57,5 @@ SECTIONS: Sections = {
     ),
     "seed_everything": bool | Annotated[int, _NOT_NEGATIVE],
     "imports": list[str],
+    **FOREIGN,
 }

@@ -9,11 +9,12 @@ from widefield.config.config import Config, ConfigError, Origin, build, dotted
 from widefield.config.load import load, read_yaml, ready_configs, write_yaml
 from widefield.config.merge import merge
 from widefield.config.overrides import override
-from widefield.config.sections import Section, Sections, check_config
+from widefield.config.sections import Foreign, Section, Sections, check_config
 
 __all__ = [
     "Config",
     "ConfigError",
+    "Foreign",
     "Mismatch",
     "Origin",
     "Problem",

@@ -3,9 +3,10 @@
 YAML is that of the core schema of version 1.2, in which `no` is a text and `1e-3` a number, with the line of every value.
 """
 
+import ast
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from types import FunctionType, ModuleType
 from typing import Any
@@ -110,6 +111,7 @@ def read_python(text: str, place: str) -> Config:
         ConfigError: Running it fails, or a value is not plain data.
     """
     namespace: dict[str, Any] = {"__name__": "widefield_config", "__file__": place}
+    hint = "; `widefield config convert` reads files of MMEngine" if _MMENGINE.search(text) else ""
     try:
         exec(compile(text, place, "exec"), namespace)
     except SyntaxError as error:
@@ -117,13 +119,63 @@ def read_python(text: str, place: str) -> Config:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
         where = f"{place}, line {lines[-1]}" if lines else place
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}{hint}") from error
     kept = {
         name: _plain(value, (name,), place)
         for name, value in namespace.items()
         if (not name.startswith("_") or name == BASE) and not isinstance(value, (ModuleType, FunctionType, type))
     }
-    return Config(kept, {(): Origin(place)})
+    written_in = _lines(ast.parse(text))
+    origins = {path: Origin(place, line) for path, line in _nearest(kept, written_in)}
+    return Config(kept, {(): Origin(place), **origins})
+
+
+_MMENGINE = re.compile(r"\bread_base\b|\b_base_\.|\{\{\s*_base_")
+
+
+def _lines(module: ast.Module) -> dict[Path, int]:
+    """Return the lines of names that are assigned once, and of what is written in their values."""
+    names = [
+        (node.targets[0].id, node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    ]
+    stored = [node.id for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    changed = {
+        node.value.id
+        for node in ast.walk(module)
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.value, ast.Name)
+    }
+    return {
+        path: line
+        for name, value in names
+        if stored.count(name) == 1 and name not in changed
+        for path, line in _written_at(value, (name,))
+    }
+
+
+def _written_at(node: ast.expr, path: Path) -> Iterator[tuple[Path, int]]:
+    yield path, node.lineno
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict":
+        parts = [(one.arg, one.value) for one in node.keywords if one.arg is not None]
+    elif isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        parts = [(str(key.value), value) for key, value in pairs if isinstance(key, ast.Constant)]
+    elif isinstance(node, (ast.List, ast.Tuple)):
+        parts = [(str(k), value) for k, value in enumerate(node.elts)]
+    else:
+        return
+    for key, value in parts:
+        yield from _written_at(value, (*path, key))
+
+
+def _nearest(value: Any, lines: Mapping[Path, int], path: Path = ()) -> Iterator[tuple[Path, int | None]]:
+    """Yield each path in `value` with its line, or that of the nearest branch that has one."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in parts:
+        here = (*path, str(key))
+        yield here, next((lines[here[:end]] for end in range(len(here), 0, -1) if here[:end] in lines), None)
+        yield from _nearest(item, lines, here)
 
 
 def _plain(value: Any, path: Path, place: str) -> Any:

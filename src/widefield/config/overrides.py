@@ -12,7 +12,7 @@ from widefield.config.check import MAPPINGS, find_class, mark_of, written
 from widefield.config.config import Config, ConfigError, Origin, Path
 from widefield.config.load import parse_value
 from widefield.config.merge import DELETE, merge, with_types
-from widefield.config.sections import Section, Sections, unknown_section
+from widefield.config.sections import Foreign, Section, Sections, check_config, unknown_section
 from widefield.registry import MODELS, REQUIRED, Argument, Arguments, ComponentOf, arguments_of, suggestion
 
 _UNKNOWN = Arguments({}, False)
@@ -25,18 +25,37 @@ def override(config: Config, texts: Iterable[str], sections: Sections) -> Config
     A value that changes a `type` counts first, wherever it stands, and drops the arguments of the old type.
 
     Raises:
-        ConfigError: A path that leads nowhere; the message has the near names.
+        ConfigError: Paths that lead nowhere, a line for each, with the near names, and for whatever else is wrong with the rest.
     """
-    parsed = [(*_parse(text), text) for text in texts]
+    wrong: list[str] = []
+    parsed = []
+    for text in texts:
+        try:
+            parsed.append((*_parse(text), text))
+        except ConfigError as error:
+            wrong.append(str(error))
     for path, value, text in sorted(parsed, key=lambda one: _types_first(one[0])):
-        child: Any = value
-        for key in reversed(path):
-            child = {key: child}
-        origin = Origin(f"override {text}")
-        changed = path[:-1] if path[-1] == "type" else path
-        base = _with_defaults_along(path, Config(child, {(): origin}), config, sections)
-        config = merge(base, with_types(Config(child, {changed: origin})))
+        try:
+            config = _overridden(config, path, value, text, sections)
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        try:
+            check_config(config, sections)
+        except ConfigError as error:
+            wrong.append(str(error))
+        raise ConfigError("\n".join(wrong))
     return config
+
+
+def _overridden(config: Config, path: Path, value: Any, text: str, sections: Sections) -> Config:
+    child: Any = value
+    for key in reversed(path):
+        child = {key: child}
+    origin = Origin(f"override {text}")
+    changed = path[:-1] if path[-1] == "type" else path
+    base = _with_defaults_along(path, Config(child, {(): origin}), config, sections)
+    return merge(base, with_types(Config(child, {changed: origin})))
 
 
 def _types_first(path: Path) -> tuple[bool, int]:
@@ -73,6 +92,10 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
         raise whole.error(((key,), unknown_section(key, sections)))
     data = copy.deepcopy(config.data)
     section = sections[key]
+    if isinstance(section, Foreign):
+        if problems := section.check(whole.data[key], (key,)):
+            raise whole.error(*problems)
+        return config
     node, annotation = data, section
     if rest and isinstance(section, Section):
         data.setdefault(key, {})

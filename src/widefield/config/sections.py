@@ -1,6 +1,6 @@
 """The top-level keys of a configuration, and what each of them describes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -81,8 +81,27 @@ class Section:
         return self.base is None or name in self.component.registry or "." not in str(name)
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A top-level key of another system.
+
+    Args:
+        here: What is written in its place.
+        is_harmless: Tells whether a value is accepted, without effect; None accepts none.
+    """
+
+    here: str
+    is_harmless: Callable[[Any], bool] | None = None
+
+    def check(self, value: Any, path: Path) -> list[Problem]:
+        """Return what to write instead, unless the value is harmless."""
+        if self.is_harmless is not None and self.is_harmless(value):
+            return []
+        return [(path, f"a key of MMPretrain; here: {self.here} (`widefield config convert` translates a whole file)")]
+
+
 Sections = Mapping[str, Any]
-"""By key: a section, or the annotation of a plain value."""
+"""By key: a section, a key of another system, or the annotation of a plain value."""
 
 
 def check_config(config: Config, sections: Sections) -> None:
@@ -98,6 +117,8 @@ def check_config(config: Config, sections: Sections) -> None:
             problems.append(((key,), unknown_section(key, sections)))
         elif isinstance(section, Section):
             problems += [] if value is None else section.check(value, (key,))
+        elif isinstance(section, Foreign):
+            problems += section.check(value, (key,))
         else:
             problems += check_value(value, section, (key,))
     if problems:
@@ -106,4 +127,5 @@ def check_config(config: Config, sections: Sections) -> None:
 
 def unknown_section(key: str, sections: Sections) -> str:
     """Return the message about a top-level key that does not exist."""
-    return f"no such key; {suggestion(key, sections)} (begin the name of a helper variable with an underscore)"
+    own = [name for name, section in sections.items() if not isinstance(section, Foreign)]
+    return f"no such key; {suggestion(key, own)} (begin the name of a helper variable with an underscore)"

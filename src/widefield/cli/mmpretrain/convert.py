@@ -1,7 +1,6 @@
 """`widefield config convert`: a whole configuration of MMPretrain as one of ours, and a list of what is not the same."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from widefield.config import Config, ConfigError, check_config, check_value, loa
 from widefield.config.mmengine_files import read_mmengine
 from widefield.registry import MODELS, import_module_or_file
 
-_log = logging.getLogger(__name__)
 _NORMS = ("norm", "ln", "bn", "gn")
 """Parts of the names of norm layers, under which theirs set weight decays."""
 
@@ -89,7 +87,10 @@ def convert(file: Path, timm: bool = False) -> Converted:
     made, takes_place = _sections(old.data, timm, notes)
     problems = _problems(made)
     if not problems:
-        _drop_unmatched_keys(made, notes)
+        try:
+            _drop_unmatched_keys(made, notes)
+        except (ValueError, TypeError, RuntimeError) as error:
+            problems = [f"model: {error}"]
     written = str(old.error(*notes)).splitlines() if notes else []
     return Converted(made, (*unread, *written), tuple(problems), takes_place)
 
@@ -132,17 +133,21 @@ def _problems(made: dict[str, Any]) -> list[str]:
 
 
 def _drop_unmatched_keys(made: dict[str, Any], notes: Notes) -> None:
-    """Leave out custom keys that are in no parameter's name, which theirs accepts and ours does not."""
+    """Leave out custom keys that are in no parameter's name, which theirs accepts and ours does not.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: The model cannot be made.
+    """
     options = made.get("paramwise_cfg") or {}
     keys = options.get("custom_keys")
     if not keys:
         return
     try:
         with torch.device("meta"):
-            names = [name for name, _ in MODELS.build(made["model"]).named_parameters()]
-    except Exception as error:  # `config check` says what is wrong with the model
-        _log.debug("the model cannot be built without weights: %s", error)
-        return
+            model = MODELS.build(made["model"])
+    except NotImplementedError:  # a constructor that looks at weights
+        model = MODELS.build(made["model"])
+    names = [name for name, _ in model.named_parameters()]
     for key in [key for key in keys if not any(key in name for name in names)]:
         factors = keys.pop(key)
         path = ("optim_wrapper", "paramwise_cfg", "custom_keys", key)

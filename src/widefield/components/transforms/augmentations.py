@@ -12,12 +12,13 @@ from torchvision.transforms.v2 import functional
 
 from widefield.errors import WrongArgumentError
 from widefield.registry import TRANSFORMS, Range
+from widefield.streaming import LazyImage
 
 _CHANNELS = 3
 
 
 @TRANSFORMS.register_module()
-class TimmRandAugment(v2.Transform):
+class TimmRandAugment:
     """RandAugment as timm has it: its changes become stronger with the magnitude, which is drawn anew for each of them.
 
     Cubuk et al., 2019, https://arxiv.org/abs/1909.13719; the recipe of timm is `rand-m9-n2-mstd0.5-inc1`.
@@ -38,21 +39,23 @@ class TimmRandAugment(v2.Transform):
         fill: Sequence[int] = (128, 128, 128),
         interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic",
     ) -> None:
-        super().__init__()
         resample = Image.Resampling[interpolation.upper()]
         hparams = {"img_mean": tuple(fill), "interpolation": resample}
         self._augment = rand_augment_transform(f"rand-n{num_ops}-mstd{magnitude_std}-inc1", hparams)
         for op in self._augment.ops:
             op.magnitude = magnitude  # the text takes whole numbers alone
 
-    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+    def __call__(self, image: Tensor | LazyImage) -> Tensor:
         """Return the image, uint8 (3, H, W), changed."""
+        if not isinstance(image, Tensor):
+            image = torch.as_tensor(image.read(0, 0, *image.shape[-2:]))
         if image.dtype != torch.uint8 or image.shape[-3] != _CHANNELS:
             raise WrongArgumentError(
                 f"TimmRandAugment takes images of 3 channels of 8 bits, got {image.shape[-3]} of {image.dtype}; "
                 "write {type: RGB} before it"
             )
-        return functional.pil_to_tensor(self._augment(functional.to_pil_image(image)))
+        changed: Tensor = functional.pil_to_tensor(self._augment(functional.to_pil_image(image)))
+        return changed
 
 
 @TRANSFORMS.register_module()
