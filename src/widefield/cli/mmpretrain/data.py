@@ -35,7 +35,7 @@ def data(old: Mapping[str, Any], notes: Notes) -> Description:
             made["drop_last"] = True
         sampler = Entries(loader.take("sampler") or {}, (key, "sampler"), notes)
         if sampler.type not in ("", "DefaultSampler", "SequentialSampler"):
-            sampler.note(f"{sampler.type} is not here: each image comes once in an epoch")
+            sampler.missing("each image comes once in an epoch")
         elif phase == "train" and sampler.take("shuffle", True) is False:
             sampler.note("training images are shuffled", "shuffle")
         loader.finish("persistent_workers", "pin_memory", "collate_fn", "prefetch_factor")
@@ -53,7 +53,7 @@ def reads_rgb(old: Mapping[str, Any]) -> bool:
 def _dataset(old: Mapping[str, Any], path: Path, phase: str, notes: Notes) -> Description:
     entries = Entries(old, path, notes)
     if entries.type in _WRAPPERS:
-        entries.note(f"{entries.type} is not here; what it wraps is taken once")
+        entries.missing("what it wraps is taken once")
         inner = listed(entries.take("dataset") or entries.take("datasets"))
         return _dataset(inner[0], (*path, "dataset"), phase, notes)
     masks: Description = {}
@@ -76,9 +76,7 @@ def _dataset(old: Mapping[str, Any], path: Path, phase: str, notes: Notes) -> De
 def _files(entries: Entries, root: FilePath, phase: str) -> Description:
     """Return a data set of files in folders, or of those that a text file names."""
     if entries.type not in (*_FOLDERS, *_MULTI_LABEL):
-        entries.note(
-            f"{entries.type} is not here; an ImageFolder stands in its place: arrange the images, or name a data set"
-        )
+        entries.missing("an ImageFolder stands in its place: arrange the images, or name a data set")
     prefix = entries.take("data_prefix", "")
     prefix = prefix.get("img_path", "") if isinstance(prefix, Mapping) else prefix
     split = entries.take("split", "")
@@ -119,7 +117,7 @@ def pipeline(steps: Any, path: Path, notes: Notes, masks: Description | None = N
         elif name in TRANSFORMS:
             made.append({**step, "type": name})
         else:
-            entries.note(f"{name} is not here; it was left out")
+            entries.missing("it was left out")
     return made
 
 
@@ -263,13 +261,13 @@ def _erasing(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     ratio = [aspect, 1 / aspect] if isinstance(aspect, float) else aspect
     colour, deviation = entries.take("fill_color", [128, 128, 128]), entries.take("fill_std")
     colour = [colour] * 3 if isinstance(colour, (int, float)) else list(colour)[::-1]
-    made = {"p": chance, "scale": scale, "ratio": ratio}
     if entries.take("mode", "const") == "const":
-        return [{"type": "RandomErasing", **made, "value": colour}]
-    if deviation is None:
+        deviation = [0] * len(colour)
+    elif deviation is None:
         entries.note("noise of any value is normally distributed noise here", "fill_std")
-    deviation = [128] * 3 if deviation is None else listed(deviation)[::-1]
-    return [{"type": "RandomNoiseErasing", **made, "mean": plain(colour), "std": plain(deviation)}]
+        deviation = [64] * len(colour)
+    noise = {"mean": plain(colour), "std": plain(listed(deviation)[::-1])}
+    return [{"type": "RandomNoiseErasing", "p": chance, "scale": scale, "ratio": ratio, **noise}]
 
 
 def _normalize(entries: Entries, path: Path, notes: Notes) -> list[Description]:

@@ -32,6 +32,10 @@ class Entries:
         """Note something about the dictionary, or about one of its values."""
         self._notes.append(((*self._path, *names), message))
 
+    def missing(self, instead: str) -> None:
+        """Note that what the type names is not here, and what becomes of it."""
+        self.note(f"{self.type} is not here; {instead}", "type")
+
     def finish(self, *harmless: str) -> None:
         """Note each value that was not taken, but for those that mean nothing here."""
         for name, value in self._left.items():

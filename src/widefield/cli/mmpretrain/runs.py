@@ -34,7 +34,7 @@ def optimization(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sec
         half = {"bfloat16": "bf16-mixed", "float16": "16-mixed", None: "16-mixed"}
         trainer["precision"] = half[wrapper.take("dtype")]
     elif wrapper.type not in ("", "OptimWrapper"):
-        wrapper.note(f"{wrapper.type} is not here; the run is one without it", "type")
+        wrapper.missing("the run is one without it")
     if accumulated := wrapper.take("accumulative_counts"):
         trainer["accumulate_grad_batches"] = accumulated
     if clipping := wrapper.take("clip_grad"):
@@ -88,83 +88,101 @@ def _parameter_options(given: Mapping[str, Any], notes: Notes) -> Sections:
 
 def _schedules(old: Mapping[str, Any], optimizer: Mapping[str, Any], notes: Notes) -> list[Sections]:
     """Return schedules one after the other. Theirs act at the same time, each from its `begin` to its `end`."""
-    epochs = (old.get("train_cfg") or {}).get("max_epochs")
-    rest = (old.get("train_cfg") or {}).get("max_iters")
+    loop = old.get("train_cfg") or {}
+    lengths = {True: loop.get("max_epochs"), False: loop.get("max_iters")}
+    rate = float(optimizer.get("lr", 1e-3))
     made: list[Sections] = []
-    steps = False
     for k, one in enumerate(listed(old.get("param_scheduler"))):
         entries = Entries(one, ("param_scheduler", str(k)), notes)
         if entries.type not in _SCHEDULES:
-            entries.note(f"{entries.type} is not here; it was left out")
+            entries.missing("it was left out")
             continue
-        by_epoch = entries.take("by_epoch", True)
-        begin, end = entries.take("begin", 0), entries.take("end")
-        total = epochs if by_epoch else rest
-        new: Sections = {"type": _SCHEDULES[entries.type]}
-        before = made[-1].get("end") if made else 0
-        same_unit = not made or made[-1].get("by_epoch", True) == by_epoch
-        shift = begin
-        if begin == 0 and before:  # both act at first: here the first one acts alone
-            shift = before if same_unit else 0
-            begin = before
-            if entries.type not in ("MultiStepLR", "StepLR"):
-                entries.note(f"it begins behind schedule {len(made) - 1}: here they follow each other", "begin")
-        span = None if total is None or not same_unit else total - shift
-        if entries.type == "CosineAnnealingLR":
-            new["T_max"] = entries.take("T_max") or (end - begin if end is not None else span)
-            new |= entries.present(eta_min="eta_min")
-            if (ratio := entries.take("eta_min_ratio")) is not None:
-                new["eta_min"] = ratio * optimizer["lr"]
-        elif entries.type == "LinearLR":
-            new |= {"start_factor": entries.take("start_factor", 1 / 3), **entries.present(end_factor="end_factor")}
-        elif entries.type == "MultiStepLR":
-            milestones = [one - shift for one in entries.take("milestones")]
-            new |= {"milestones": plain(milestones), **entries.present(gamma="gamma")}
-        elif entries.type == "PolyLR":
-            if entries.take("eta_min", 0):
-                entries.note("it ends at 0 here", "eta_min")
-            new |= {
-                "power": entries.take("power", 1.0),
-                "total_iters": end - begin if end is not None else span or epochs,
-            }
-            by_epoch = by_epoch or end is not None or bool(rest)
-        elif entries.type == "ConstantLR":
-            factor = entries.take("factor", 1 / 3)
-            if made and made[-1]["type"] == "CosineAnnealingLR":  # theirs multiplies what the schedule before has left
-                factor *= made[-1].get("eta_min", 0) / optimizer["lr"]
-            new["factor"] = factor
-        else:
-            new |= entries.present(step_size="step_size", gamma="gamma")
-        converted = entries.take("convert_to_iter_based", False)
-        steps = steps or converted or not by_epoch
-        if end is not None:
-            new["end"] = end
-        if not by_epoch:
-            new["by_epoch"] = False
-        if converted:
-            new["convert_to_iter_based"] = True
-        if made and not made[-1].get("end"):
-            if made[-1]["type"] == "LinearLR":
-                made[-1]["end"] = begin
-            else:
-                entries.note(
-                    "it acts at the same time as the one before it, which schedules here do not; it was left out"
-                )
+        if made and "end" not in made[-1]:
+            if made[-1]["type"] != "LinearLR" or not one.get("begin"):
+                entries.note("schedules follow each other, and the one before it has no end; it was left out")
                 continue
-        entries.finish("verbose", "last_step")
-        made.append(new)
-    if made and made[-1]["type"] == "CosineAnnealingLR" and epochs and made[-1].get("by_epoch", True):
-        last = made[-1]
-        start = 0 if len(made) == 1 else made[-2]["end"] if made[-2].get("by_epoch", True) else 0
-        if start + last["T_max"] < epochs:  # torch's goes up again
-            last["end"] = start + last["T_max"]
-            made.append(
-                {"type": "ConstantLR", "factor": last.get("eta_min", 0) / optimizer["lr"], "total_iters": 10**9}
-            )
-    for one in made:
-        if one.get("end") in (epochs, None) and one is made[-1]:
-            one.pop("end", None)
+            made[-1]["end"] = one["begin"]
+        new = _schedule(entries, made[-1] if made else {}, lengths, rate)
+        if new:
+            made.append(new)
+            entries.finish("verbose", "last_step")
+    if made:
+        made += _rest(made, lengths, rate)
     return made
+
+
+def _schedule(entries: Entries, before: Sections, lengths: Mapping[bool, int | None], rate: float) -> Sections | None:
+    """Return the schedule that follows the one before it, of which there may be none."""
+    by_epoch, begin, end = entries.take("by_epoch", True), entries.take("begin", 0), entries.take("end")
+    converted = entries.take("convert_to_iter_based", False)
+    new: Sections = {"type": _SCHEDULES[entries.type]}
+    total = lengths[by_epoch]
+    if total is None and end is None and lengths[True] is not None and entries.type in ("CosineAnnealingLR", "PolyLR"):
+        total, by_epoch, converted = lengths[True], True, True  # how many steps there are is not known yet
+    same_unit = not before or before.get("by_epoch", True) == by_epoch
+    start = before.get("end", 0) if same_unit else 0
+    if not same_unit and entries.type in ("MultiStepLR", "StepLR"):
+        unit = "epochs" if by_epoch else "steps"
+        entries.note(
+            f"its {unit} count from the end of the schedule before it, those of theirs from the beginning of the run"
+        )
+    span = end - begin if end is not None else None if total is None else total - start
+    if entries.type in ("MultiStepLR", "StepLR"):
+        new |= _steps(entries, start, lengths[True] if by_epoch else lengths[False])
+    elif begin != start and same_unit:
+        entries.note(f"schedules follow each other: it begins at {start}, not at {begin}", "begin")
+    if entries.type == "CosineAnnealingLR":
+        new["T_max"] = entries.take("T_max") or span
+        new |= entries.present(eta_min="eta_min")
+        if (ratio := entries.take("eta_min_ratio")) is not None:
+            new["eta_min"] = ratio * rate
+        if new["T_max"] is None:
+            entries.note("how long it lasts is not known; it was left out", "T_max")
+            return None
+    elif entries.type == "LinearLR":
+        new |= {"start_factor": entries.take("start_factor", 1 / 3), **entries.present(end_factor="end_factor")}
+    elif entries.type == "PolyLR":
+        if entries.take("eta_min", 0):
+            entries.note("it ends at 0 here", "eta_min")
+        new |= {"power": entries.take("power", 1.0), "total_iters": span}
+    elif entries.type == "ConstantLR":
+        factor = entries.take("factor", 1 / 3)
+        if before.get("type") == "CosineAnnealingLR":  # theirs multiplies what the schedule before has left
+            factor *= before.get("eta_min", 0) / rate
+        new["factor"] = factor
+    elif entries.type == "ExponentialLR":
+        new |= entries.present(gamma="gamma")
+    options = {"end": end, "by_epoch": None if by_epoch else False, "convert_to_iter_based": converted or None}
+    return new | {name: value for name, value in options.items() if value is not None}
+
+
+def _steps(entries: Entries, start: int, total: int | None) -> Sections:
+    """Return milestones from the beginning of the schedule, where theirs count from that of the run."""
+    gamma = entries.present(gamma="gamma")
+    if entries.type == "MultiStepLR":
+        return {"milestones": plain(one - start for one in entries.take("milestones")), **gamma}
+    size = entries.take("step_size")
+    if not start or total is None:
+        return {"step_size": size, **gamma}
+    return {
+        "type": "MultiStepLR",
+        "milestones": [one - start for one in range(size, total, size) if one > start],
+        **gamma,
+    }
+
+
+def _rest(made: list[Sections], lengths: Mapping[bool, int | None], rate: float) -> list[Sections]:
+    """Return what follows the last schedule until the end of the run; where that is its own end, it needs none."""
+    last = made[-1]
+    total = lengths[last.get("by_epoch", True)]
+    start = made[-2]["end"] if made[1:] and made[-2].get("by_epoch", True) == last.get("by_epoch", True) else 0
+    end = last.pop("end", None)
+    if last["type"] in ("LinearLR", "ConstantLR"):
+        last["total_iters"] = (end or total or 10**9) - start
+    elif last["type"] == "CosineAnnealingLR" and total is not None and start + last["T_max"] < total:
+        last["end"] = start + last["T_max"]  # torch's goes up again, theirs stays where it is
+        return [{"type": "ConstantLR", "factor": last.get("eta_min", 0) / rate, "total_iters": total}]
+    return []
 
 
 def loops(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
@@ -172,7 +190,7 @@ def loops(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
     given = Entries(old.get("train_cfg") or {}, ("train_cfg",), notes)
     by_epoch = given.take("by_epoch", given.type != "IterBasedTrainLoop")
     if given.type not in ("", "EpochBasedTrainLoop", "IterBasedTrainLoop"):
-        given.note(f"{given.type} is not here", "type")
+        given.missing("the run counts epochs, or steps with max_iters")
     interval = given.take("val_interval", 1)
     epochs, steps = given.take("max_epochs"), given.take("max_iters")
     if by_epoch and epochs is not None:
@@ -232,9 +250,7 @@ def hooks(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
             made |= hook.present(interval="update_every_n_steps", begin_iter="update_starting_at_step")
             callbacks.append(made | hook.present(begin_epoch="update_starting_at_epoch"))
         elif hook.type not in _ALWAYS:
-            hook.note(
-                f"{hook.type} is not here; write it as a lightning.pytorch.Callback, named under trainer.callbacks"
-            )
+            hook.missing("write it as a lightning.pytorch.Callback, named under trainer.callbacks")
             continue
         hook.finish("priority", *harmless)
     if callbacks:
@@ -285,7 +301,7 @@ def evaluators(old: Mapping[str, Any], notes: Notes) -> list[Sections]:
         entries = Entries(one, (key, str(k)) if isinstance(old[key], list) else (key,), notes)
         name = _METRICS.get(entries.type, entries.type)
         if name not in METRICS:
-            entries.note(f"{entries.type} is not here; it was left out")
+            entries.missing("it was left out")
             continue
         if name != entries.type:
             entries.note(f"it is a {name} here, to which images marked as difficult count like others", "type")
