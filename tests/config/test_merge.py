@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.config.parts import MODEL, SECTIONS
-from widefield.config import Config, ConfigError, load, merge, override, read_yaml, write_yaml
+from widefield.config import (
+    Config,
+    ConfigError,
+    Foreign,
+    check_config,
+    load,
+    merge,
+    override,
+    read_yaml,
+    write_yaml,
+)
 
 LAYERS = [
     ({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}, {"a": {"x": 1, "y": 3}}),
@@ -158,6 +168,29 @@ def test_each_value_knows_where_it_was_written(folder: Path) -> None:
     assert str(config.origin(("model", "head", "classes"))) == "override model.head.classes=5"
 
 
+def test_what_is_wrong_in_a_base_is_said_to_be_of_its_file(folder: Path) -> None:
+    write(
+        folder,
+        base_py="depth = 18\nmodel = dict(\n    type='Model',\n    body=dict(type='ResNet',\n              depht=18),\n)\n"
+        "late = dict(x=1)\nlate['x'] = 2\n",
+        my_py="_base_ = 'base.py'\nmodel = dict(head=dict(classes=2))",
+    )
+    config = load(folder / "my.py")
+    paths = ("model.body.depht", "model.body", "model.head.classes", "depth", "late.x")
+    assert {path: str(config.origin(tuple(path.split(".")))) for path in paths} == {
+        "model.body.depht": "base.py, line 5", "model.body": "base.py, line 4", "model.head.classes": "my.py, line 2",
+        "depth": "base.py, line 1", "late.x": "base.py",
+    }  # fmt: skip
+
+
+def test_a_file_of_mmengine_is_told_of_the_conversion(folder: Path) -> None:
+    write(folder, my_py="_base_ = ['base/model.yaml']\nx = _base_.model.depth")
+    with pytest.raises(
+        ConfigError, match=r"line 2: AttributeError: .*; `widefield config convert` reads files of MMEngine"
+    ):
+        load(folder / "my.py")
+
+
 def test_python_and_yaml_build_on_each_other(folder: Path) -> None:
     write(
         folder,
@@ -282,6 +315,36 @@ def test_a_section_that_the_file_leaves_out_can_be_given_on_the_command_line() -
         "seed": 1,
         "trainer": {"max_epochs": 3},
     }
+
+
+def test_every_wrong_override_is_said_at_once(folder: Path) -> None:
+    texts = [
+        "model.bdoy.depth=34",
+        "model.body.depht=18",
+        "trainr.epochs=3",
+        "model.body.depth=19",
+        "=3",
+        "model.head.classes=2",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        override(load(folder / "base/model.yaml"), texts, SECTIONS)
+    lines = sorted(line.partition(":")[0] for line in str(caught.value).splitlines())
+    assert lines == ["got '=3', expected a value for a path, as in model.backbone.depth=34", *sorted(
+        ["model.bdoy", "model.body.depht", "model.body.depth", "trainr"]
+    )]  # fmt: skip
+
+
+def test_keys_of_another_system_are_answered_with_what_is_written_here() -> None:
+    sections = {**SECTIONS, "work_dir": Foreign("--out DIR"), "resume": Foreign("--resume", lambda value: not value)}
+    config = Config({"work_dir": "x", "resume": False})
+    with pytest.raises(
+        ConfigError, match=r"^work_dir: a key of MMPretrain; here: --out DIR \(`widefield config convert`.*\)$"
+    ):
+        check_config(config, sections)
+    check_config(Config({"resume": False}), sections)
+    assert override(Config({}), ["resume=false"], sections).data == {"resume": False}
+    with pytest.raises(ConfigError, match="resume: a key of MMPretrain; here: --resume"):
+        override(Config({}), ["resume=true"], sections)
 
 
 @pytest.mark.parametrize("text", ["model.body.depth", "=3", "model..depth=3"])

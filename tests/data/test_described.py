@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 import torch
 import torchvision.datasets
 import torchvision.transforms.v2
+import torchvision.tv_tensors
+from PIL import Image
 from skimage import data, io
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from tests.data.cifar_files import CIFAR10_NAMES, write_cifar10
 from tests.small_images import write_image
@@ -162,6 +167,49 @@ def test_batches_suit_classifiers_and_self_supervised_models(tmp_path: Path) -> 
     inputs, samples = batch([{"type": "RandomHorizontalFlip"}, two], tmp_path, with_label=False, mask_generator=mask)
     assert [view.shape for view in inputs] == [(3, 3, 16, 16), (3, 3, 8, 8)]
     assert [int(sample.mask.sum()) for sample in samples] == [6, 6, 6]
+
+
+def test_views_of_several_kinds_come_in_their_order(tmp_path: Path) -> None:
+    kinds = [[{"type": "RandomCrop", "size": 8}], [{"type": "CenterCrop", "size": 4}]]
+    inputs, _ = batch([{"type": "MultiView", "transforms": kinds, "num_views": [2, 1]}], write_classes(tmp_path))
+    assert [view.shape[-1] for view in inputs] == [8, 8, 4]
+    with pytest.raises(ValueError, match="num_views=2 must be 2 numbers"):
+        TRANSFORMS.build({"type": "MultiView", "transforms": kinds, "num_views": 2})
+
+
+@pytest.mark.parametrize(("p", "side"), [(0.0, 20), (1.0, 8)])
+def test_transforms_are_applied_all_or_none(p: float, side: int, tmp_path: Path) -> None:
+    both = [{"type": "CenterCrop", "size": 12}, {"type": "CenterCrop", "size": 8}]
+    inputs, _ = batch([{"type": "RandomApply", "transforms": both, "p": p}, {"type": "RGB"}], write_classes(tmp_path))
+    assert inputs.shape[-2] == side
+
+
+def test_rand_augment_of_timm_is_that_of_its_recipe() -> None:
+    picture = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8)
+    ours = TRANSFORMS.build({"type": "TimmRandAugment", "fill": [1, 2, 3], "interpolation": "bilinear"})
+    hparams = {"img_mean": (1, 2, 3), "interpolation": Image.Resampling.BILINEAR}
+    theirs = rand_augment_transform("rand-m9-n2-mstd0.5-inc1", hparams)
+    found = []
+    for augment in (ours, lambda image: pil_to_tensor(theirs(to_pil_image(image)))):
+        random.seed(3)
+        np.random.seed(3)
+        found.append(torch.stack([augment(picture) for _ in range(8)]))
+    assert torch.equal(*found) and not torch.equal(found[0][0], picture)
+    with pytest.raises(ValueError, match=r"3 channels of 8 bits, got 1 of torch.float32; write \{type: RGB\}"):
+        ours(torch.zeros(1, 4, 4))
+
+
+def test_erased_boxes_have_the_mean_and_deviation_that_is_given() -> None:
+    torch.manual_seed(0)
+    options = {"p": 1.0, "scale": [0.5, 0.5], "ratio": [1, 1], "mean": [20, 100, 250], "std": [0, 9, 30]}
+    erase = TRANSFORMS.build({"type": "RandomNoiseErasing", **options})
+    picture = torchvision.tv_tensors.Image(torch.full((3, 100, 100), 7, dtype=torch.uint8))
+    erased = erase(picture)
+    box = erased[:, erased[0] == 20].float()
+    assert box.shape[1] == 71 * 71
+    assert box[1].mean() == pytest.approx(100, abs=0.5) and box[1].std() == pytest.approx(9, abs=0.3)
+    assert box[2].max() == 255  # and is not counted on from 0
+    assert (erased[0] == 7).sum() == 10_000 - 71 * 71
 
 
 def test_data_sets_go_to_worker_processes(tmp_path: Path) -> None:
