@@ -86,6 +86,7 @@ WRONG = [
     "trainer.callbacks.0.patiense=3",
     "trainer.callbacks=[{type: EarlyStoping, monitor: val_loss}]",
     "seed_everything=x",
+    "train_dataloader.batch_size=8",
 ]
 """Overrides of the page's my.yaml."""
 

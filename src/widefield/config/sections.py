@@ -97,7 +97,7 @@ class Foreign:
         """Return what to write instead, unless the value is harmless."""
         if self.is_harmless is not None and self.is_harmless(value):
             return []
-        return [(path, f"a key of MMPretrain; here: {self.here} (`widefield config convert` translates a whole file)")]
+        return [(path, f"a key of MMPretrain; here: {self.here} (widefield config convert translates a whole file)")]
 
 
 Sections = Mapping[str, Any]

@@ -28,7 +28,7 @@ def _is_empty(value: Any) -> bool:
 
 
 _LOADER = (
-    "data.{} of `data: {{type: Datasets}}`, with transforms for its pipeline, and data.batch_size, data.num_workers"
+    "data.{} with data.type=Datasets, its transforms in the place of a pipeline, data.batch_size, data.num_workers"
 )
 FOREIGN = {
     "train_dataloader": Foreign(_LOADER.format("train")),
@@ -53,7 +53,7 @@ FOREIGN = {
     "custom_hooks": Foreign("trainer.callbacks, such as {type: EMAWeightAveraging, decay: 0.9999}"),
     "custom_imports": Foreign("imports, a list of files and modules"),
     "load_from": Foreign("model.pretrained", _is_empty),
-    "resume": Foreign("`widefield fit --resume --out DIR`", _is_empty),
+    "resume": Foreign("widefield fit --resume --out DIR", _is_empty),
     "work_dir": Foreign("--out DIR"),
     "launcher": Foreign("trainer.devices and trainer.strategy", _is_empty),
     "randomness": Foreign("seed_everything and trainer.deterministic", _unseeded),
@@ -61,8 +61,8 @@ FOREIGN = {
     "auto_scale_lr": Foreign("optimizer.lr for your batch size", _off("enable")),
     "visualizer": Foreign("trainer.logger, a logger of Lightning", _is_local),
     "vis_backends": Foreign("trainer.logger, a logger of Lightning", _is_local),
-    "tta_model": Foreign("`widefield test --tta hflip`"),
-    "tta_pipeline": Foreign("`widefield test --tta hflip`"),
+    "tta_model": Foreign("widefield test --tta hflip"),
+    "tta_pipeline": Foreign("widefield test --tta hflip"),
     "default_scope": Foreign("nothing: there is one registry", _always),
     "log_level": Foreign("--verbose", _always),
     "log_processor": Foreign("nothing: numbers are of epochs", _always),
