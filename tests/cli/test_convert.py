@@ -325,6 +325,8 @@ def test_steps_of_a_pipeline_become_transforms(step: dict[str, Any], expected: l
             "val_evaluator.type: Mine is not here; it was left out",
         ),
         ("data_preprocessor = dict(to_rgb=False)", "data_preprocessor.to_rgb: their images are in the order of BGR"),
+        ("optim_wraper = dict()", "optim_wraper: MMPretrain does not read it; did you mean optim_wrapper?"),
+        ("lr_config = dict()", "lr_config: a key of MMClassification 0.x, which is not read"),
         ("resume = True", "resume: a run in its folder goes on with"),
         (
             "train_dataloader = dict(sampler=dict(type='RepeatAugSampler'))",

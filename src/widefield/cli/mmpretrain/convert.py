@@ -12,11 +12,15 @@ import torch
 from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.mmpretrain import data, models, runs
 from widefield.cli.mmpretrain.entries import Notes
+from widefield.cli.mmpretrain.keys import FOREIGN
 from widefield.components.component import BackboneConfig
 from widefield.config import Config, ConfigError, check_config, check_value, load, write_yaml
 from widefield.config.mmengine_files import read_mmengine
-from widefield.registry import MODELS, import_module_or_file
+from widefield.registry import MODELS, import_module_or_file, near_names
 
+_VERSION_0 = ("data", "optimizer_config", "lr_config", "evaluation", "checkpoint_config", "log_config", "workflow")
+_SLIPS = [key for key, foreign in FOREIGN.items() if not key.endswith("_pipeline") and foreign.is_harmless is None]
+"""Keys of which a misspelling would lose something."""
 _NORMS = ("norm", "ln", "bn", "gn")
 """Parts of the names of norm layers, under which theirs set weight decays."""
 
@@ -84,6 +88,7 @@ def convert(file: Path, timm: bool = False) -> Converted:
     if not isinstance(old.data.get("model"), Mapping):
         raise ConfigError(f"{file} describes no model, so there is nothing to convert")
     notes: Notes = []
+    _note_unread(old.data, file.suffix == ".py", notes)
     made, takes_place = _sections(old.data, timm, notes)
     problems = _problems(made)
     if not problems:
@@ -120,6 +125,19 @@ def _sections(old: Mapping[str, Any], timm: bool, notes: Notes) -> tuple[dict[st
         **settings,
     }
     return {key: value for key, value in made.items() if value}, takes_place
+
+
+def _note_unread(old: Mapping[str, Any], has_variables: bool, notes: Notes) -> None:
+    """Note keys that MMPretrain does not read; those of Python files are mostly variables, unless they look like a key."""
+    for key in old:
+        if key in _VERSION_0:
+            notes.append(((key,), "a key of MMClassification 0.x, which is not read"))
+        elif key not in FOREIGN and key != "model":
+            near = near_names(key, _SLIPS)
+            if near and abs(len(near[0]) - len(key)) < 2:
+                notes.append(((key,), f"MMPretrain does not read it; did you mean {near[0]}?"))
+            elif not has_variables:
+                notes.append(((key,), "MMPretrain does not read it; it was left out"))
 
 
 def _problems(made: dict[str, Any]) -> list[str]:

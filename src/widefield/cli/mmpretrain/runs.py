@@ -286,7 +286,6 @@ _ELSEWHERE = {
     "work_dir": "the folder is named with --out DIR",
     "launcher": "trainer.devices and trainer.strategy say where it runs",
     "tta_model": "`widefield test --tta hflip`",
-    "lr_config": "this is of MMClassification 0.x, which is not read; so are its runner, data and evaluation",
 }
 
 
