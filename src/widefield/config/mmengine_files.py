@@ -172,12 +172,12 @@ class _File:
         if isinstance(node, ast.Assign):
             value = self._value(node.value)
             for target in node.targets:
-                self._assign(target, value, node.value)
+                self._assign(target, value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            self._assign(node.target, self._value(node.value), node.value)
+            self._assign(node.target, self._value(node.value))
         elif isinstance(node, ast.AugAssign):
             current = self._value(_loaded(node.target))
-            self._assign(node.target, self._operate(node.op, current, self._value(node.value)), node.value)
+            self._assign(node.target, self._operate(node.op, current, self._value(node.value)))
         elif isinstance(node, ast.Import):
             for name in node.names:
                 self.imported[name.asname or name.name.partition(".")[0]] = _Imported(
@@ -200,7 +200,7 @@ class _File:
                 self._run(inner)
         elif isinstance(node, ast.For):
             for item in self._value(node.iter):
-                self._assign(node.target, item, node.iter)
+                self._assign(node.target, item)
                 for inner in node.body:
                     self._run(inner)
         else:
@@ -221,7 +221,7 @@ class _File:
         if "*" in wanted:
             self.imported |= base.imported
 
-    def _assign(self, target: ast.expr, value: Any, source: ast.expr) -> None:
+    def _assign(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Name):
             if target.id == BASE:
                 self._read_bases(value)
@@ -229,7 +229,7 @@ class _File:
             self._put(self.names, target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)):
             for one, item in zip(target.elts, value, strict=True):
-                self._assign(one, item, source)
+                self._assign(one, item)
         elif isinstance(target, ast.Attribute):
             self._put(self._value(target.value), target.attr, value)
         elif isinstance(target, ast.Subscript):
@@ -271,10 +271,7 @@ class _File:
         method = getattr(self, f"_{type(node).__name__.lower()}", None)
         if method is None:
             raise _Unreadable(f"{ast.unparse(node)} is not plain data")
-        value = method(node)
-        if isinstance(value, (str, list, tuple)) and len(value) > _LARGEST:
-            raise _Unreadable(f"{ast.unparse(node)} is too large")
-        return value
+        return _bounded(method(node))
 
     def _constant(self, node: ast.Constant) -> Any:
         if not isinstance(node.value, str):
@@ -381,7 +378,9 @@ class _File:
         if isinstance(owner, _Located) and node.attr in ("update", "setdefault"):
             given = {**(arguments[0] if node.attr == "update" and arguments else {}), **keywords}
             self._note_origins(owner, given if node.attr == "update" else arguments[:1])
-        return getattr(owner, node.attr)(*arguments, **keywords)
+        result = getattr(owner, node.attr)(*arguments, **keywords)
+        _bounded(owner)
+        return result
 
     def _note_origins(self, owner: _Located, keys: Any) -> None:
         owner.origins.update(dict.fromkeys(keys, Origin(str(self.file), self.line)))
@@ -391,7 +390,7 @@ class _File:
 
     def _operate(self, op: ast.operator, left: Any, right: Any) -> Any:
         function = _OPERATORS.get(type(op))
-        if function is None:
+        if function is None or (isinstance(op, ast.Mod) and isinstance(left, str)):
             raise _Unreadable(f"{type(op).__name__} is no arithmetic of a configuration")
         for one, other in ((left, right), (right, left)):
             is_repeated = isinstance(op, ast.Mult) and isinstance(one, int) and isinstance(other, (str, list, tuple))
@@ -399,7 +398,7 @@ class _File:
                 raise _Unreadable(f"{one} times a list of {len(other)} is too long")
         if isinstance(op, ast.Pow) and abs(right) * (abs(left) + 2) > _LARGEST:
             raise _Unreadable(f"{left} ** {right} is too large")
-        return function(left, right)
+        return _bounded(function(left, right))
 
     def _unaryop(self, node: ast.UnaryOp) -> Any:
         if type(node.op) not in _UNARY:
@@ -451,13 +450,15 @@ class _File:
             return
         first, *rest = generators
         held, origins = dict(self.names), dict(self.names.origins)
-        for item in self._value(first.iter):
-            self._assign(first.target, item, first.iter)
-            if all(self._value(test) for test in first.ifs):
-                yield from self._rounds(rest)
-        self.names.clear()
-        self.names.update(held)
-        self.names.origins = origins
+        try:
+            for item in self._value(first.iter):
+                self._assign(first.target, item)
+                if all(self._value(test) for test in first.ifs):
+                    yield from self._rounds(rest)
+        finally:
+            self.names.clear()
+            self.names.update(held)
+            self.names.origins = origins
 
 
 def _substituted(text: str, file: FilePath) -> str:
@@ -478,6 +479,13 @@ def _substituted(text: str, file: FilePath) -> str:
         return value
 
     return _ENVIRONMENT.sub(variable, text)
+
+
+def _bounded(value: Any) -> Any:
+    """Return `value`; refuse what a line of a file can make of little."""
+    if isinstance(value, (str, list, tuple)) and len(value) > _LARGEST:
+        raise _Unreadable(f"a {type(value).__name__} of {len(value)} is too large")
+    return value
 
 
 def _filler(arguments: list[Any]) -> Callable[[re.Match[str]], str]:
