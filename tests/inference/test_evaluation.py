@@ -87,6 +87,14 @@ def test_images_of_several_labels_are_compared_class_by_class(images: Path) -> N
     assert found["multi-label/support_classwise"].tolist() == [3, 3, 3]
 
 
+def test_the_accuracy_of_a_multi_label_head_takes_images_of_one_label(images: Path) -> None:
+    head = {"type": "MultiLabelLinearClsHead", "num_classes": 3, "in_channels": 8}
+    loss = {"type": "CrossEntropyLoss", "use_soft": True}  # as recipes with Mixup have it
+    model = MODELS.build({**CLASSIFIER, "head": {**head, "loss": loss}})
+    found = evaluated(model, batches(images, "one.txt"), [{"type": "Accuracy"}])
+    assert 0 <= found["accuracy/top1"] <= 100
+
+
 def test_metrics_are_computed_in_the_precision_of_the_trainer(images: Path) -> None:
     torch.manual_seed(0)
     model = MODELS.build({**CLASSIFIER, "head": {**CLASSIFIER["head"], "num_classes": 3}})

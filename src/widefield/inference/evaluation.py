@@ -10,20 +10,27 @@ from torchmetrics import Metric
 
 from widefield.components.data_sample import DataSample
 from widefield.components.heads.classification_heads import MultiLabelClsHead
-from widefield.components.metrics.classification_metrics import AveragePrecision, MultiLabelMetric
+from widefield.components.metrics.classification_metrics import (
+    Accuracy,
+    AveragePrecision,
+    ConfusionMatrix,
+    MultiLabelMetric,
+    SingleLabelMetric,
+)
 from widefield.components.metrics.retrieval_metrics import RetrievalAveragePrecision, RetrievalRecall
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.prediction import predict_samples
 
 _OF_SEVERAL = (MultiLabelMetric, AveragePrecision, RetrievalRecall, RetrievalAveragePrecision)
+_OF_ONE = (Accuracy, SingleLabelMetric, ConfusionMatrix)
 
 
 class Evaluation(Callback):
     """Computes metrics of what a model predicts in validation and test, and logs them as `val_NAME` and `test_NAME`.
 
     The backbone of a classifier runs once: what the head gets for the loss, it gets for the prediction. A single-label metric is
-    given class indices (N,); a metric of several labels, and any metric of a multi-label head, 0 and 1 per class (N, C); one of
+    given class indices (N,); a metric of several labels, and other metrics of a multi-label head, 0 and 1 per class (N, C); one of
     retrieval, 0 and 1 per item of the collection (N, M), whose indices are the labels.
 
     Attributes:
@@ -85,7 +92,8 @@ class Evaluation(Callback):
             samples = module.head.predict(features, None)
         scores = torch.stack([sample.pred_score for sample in samples])
         for metric in self.metrics:
-            several = isinstance(metric, _OF_SEVERAL) or isinstance(getattr(module, "head", None), MultiLabelClsHead)
+            of_head = isinstance(getattr(module, "head", None), MultiLabelClsHead) and not isinstance(metric, _OF_ONE)
+            several = isinstance(metric, _OF_SEVERAL) or of_head
             metric.update(scores, _target(targets, several, scores))
 
     def _finish(self, module: LightningModule, phase: str) -> None:
