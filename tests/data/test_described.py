@@ -173,8 +173,8 @@ def test_views_of_several_kinds_come_in_their_order(tmp_path: Path) -> None:
     kinds = [[{"type": "RandomCrop", "size": 8}], [{"type": "CenterCrop", "size": 4}]]
     inputs, _ = batch([{"type": "MultiView", "transforms": kinds, "num_views": [2, 1]}], write_classes(tmp_path))
     assert [view.shape[-1] for view in inputs] == [8, 8, 4]
-    with pytest.raises(ValueError, match="num_views=2 must be 2 numbers"):
-        TRANSFORMS.build({"type": "MultiView", "transforms": kinds, "num_views": 2})
+    with pytest.raises(ValueError, match="one number for each of 2 kinds"):
+        TRANSFORMS.build({"type": "MultiView", "transforms": kinds, "num_views": [2]})
 
 
 @pytest.mark.parametrize(("p", "side"), [(0.0, 20), (1.0, 8)])
