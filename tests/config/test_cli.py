@@ -91,7 +91,9 @@ def test_components_are_listed_with_kind_and_summary(capsys: pytest.CaptureFixtu
     assert {line.split()[0] for line in lines} >= set(MODELS.index)
     assert main(["list", "components", "res*", "--kind", "backbone"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["ResNet", "backbone"], ["ResNet_CIFAR", "backbone"]]
+    assert [line.split()[:2] for line in lines] == [
+        [name, "backbone"] for name in ("ResNet", "ResNetV1c", "ResNetV1d", "ResNet_CIFAR")
+    ]
     assert main(["list", "datasets", "cifar"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["CIFAR10", "dataset"],

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from tests.pretraining.tiny import SMALL, checkpoint, train, write_images
 from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
-from widefield.components.models.contrastive_models import follow, momentum_copy
-from widefield.pretraining.methods.base import for_run, rising
+from widefield.components.models.contrastive_models import follow, momentum_copy, rising
+from widefield.pretraining.methods.base import for_run
 from widefield.pretraining.methods.dinov2 import random_masks
 
 DINOV2 = SMALL["dinov2"]
