@@ -92,7 +92,7 @@ def test_components_are_listed_with_kind_and_summary(capsys: pytest.CaptureFixtu
     assert main(["list", "components", "res*", "--kind", "backbone"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        [name, "backbone"] for name in ("ResNet", "ResNetV1c", "ResNetV1d", "ResNet_CIFAR")
+        [name, "backbone"] for name in ("ResNet", "ResNet_CIFAR", "ResNetV1c", "ResNetV1d")
     ]
     assert main(["list", "datasets", "cifar"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
