@@ -73,7 +73,7 @@ def test_a_folder_without_a_fault_ends_with_0(folder, capsys):
         (folder / name).unlink()
     assert main(["doctor", "--images", str(folder), "--workers", "1"]) == 0
     assert main(["doctor", "--images", str(folder / "gone")]) == 2
-    assert "gone is not a folder" in capsys.readouterr().err
+    assert "gone does not exist; check --images" in capsys.readouterr().err
 
 
 def test_a_table_is_read_before_any_image_by_the_columns_that_are_named(folder, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """`widefield pretrain`, `export`, `embed` and `list methods`."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,15 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.startswith("simclr  method  Tells two views of an image")
 
 
-def test_a_spacing_is_that_of_the_patches_of_slides(monkeypatch):
-    called = {}
+def test_a_spacing_is_that_of_the_patches_of_slides(monkeypatch, tmp_path):
+    called, out = {}, str(tmp_path / "o")
 
     def pretrain(out, data, model, slides=None):
         called["slides"] = slides
 
     monkeypatch.setattr("widefield.pretraining.pretrain", pretrain)
-    assert (
-        main(["pretrain", "--out", "o", "--data", "d", "--model", "m", "--spacing", "0.5", "slides.patch_size=64"]) == 0
-    )
+    where = ["--out", out, "--data", str(tmp_path), "--model", "m"]
+    assert main(["pretrain", *where, "--spacing", "0.5", "slides.patch_size=64"]) == 0
     assert called["slides"] == {"spacing": 0.5, "patch_size": 64}
 
 
@@ -148,6 +149,44 @@ def test_zero_is_a_value_and_the_seed_counts_for_a_wrapper_in_a_file(monkeypatch
     monkeypatch.setattr("widefield.pretraining.pretrain", pretrain)
     for seed in ("0", "7", "7"):
         model = f"{tmp_path}/my.py:Wrapper"
-        main(["pretrain", "--out", "o", "--data", "d", "--model", model, "--epochs", "0", "--seed", seed])
+        where = ["--out", str(tmp_path / "o"), "--data", str(tmp_path), "--model", model]
+        main(["pretrain", *where, "--epochs", "0", "--seed", seed])
     assert [epochs for epochs, _ in called] == [0, 0, 0]
     assert called[0] != called[1] == called[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--out", "full", "--data", "full", "--model", "timm/resnet18"], "full is not empty"),
+        (["pretrain", "--out", "new", "--data", "gone", "--model", "timm/resnet18"], "data: gone does not exist"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "timm/resnet81"], "did you mean timm/resnet18"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--epoch", "3"], "did you mean --epochs?"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "epoch=3"], "did you mean epochs?"),
+        (["pretrain", "--out", "new", "--model", "m"], "give --data"),
+        (["export", "--out", "full/x", "--checkpoint", "full/x"], "already exists! Set overwrite=True"),
+        (
+            ["embed", "--out", "new", "--data", "full", "--checkpoint", "gone.ckpt"],
+            "checkpoint: gone.ckpt does not exist",
+        ),
+        (["fit", "--images", "gone", "--out", "new"], "the folder of images gone does not exist"),
+        (["fit", "--model", "torchvision/resnet81"], "did you mean torchvision/resnet18"),
+        (["fit", "--out", "full/x"], "full/x is a file"),
+        (["predict", "gone", "--checkpoint", "full/x"], "cannot read gone: there is no such file"),
+        (["test", "--run", "gone"], "there is no run in gone"),
+        (["check", "timm/resnet81"], "did you mean timm/resnet18"),
+    ],
+)
+def test_paths_and_spelling_are_checked_before_torch_is_imported(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "widefield.cli.run", None)  # the import of torch comes with it
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_first_checks_import_no_torch():
+    code = "import sys, widefield.cli.first_checks; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if verb.light:
         return _run_light(run, arguments)
+    if code := _run_light(lambda: import_object(verb.check)(arguments, others), arguments):
+        return code
     from widefield.cli.run import run_verb
 
     return run_verb(run, arguments)

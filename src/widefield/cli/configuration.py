@@ -13,7 +13,7 @@ from widefield.cli.fit_sections import SECTIONS
 from widefield.cli.trial import try_out
 from widefield.config import Config, ConfigError, check_config, load, override
 from widefield.config.merge import IMPORTS
-from widefield.inference.models import CONFIG, LAST
+from widefield.inference.names import CONFIG, LAST
 from widefield.registry import absolute_place, arguments_of, import_module_or_file
 
 SHORTCUTS = {

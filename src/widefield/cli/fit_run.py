@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
+from widefield.cli.first_checks import check_folder
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.history import History, StepMemory, write_csv, write_training_report
 from widefield.components.checkpoints import read_torch_file
@@ -21,7 +22,8 @@ from widefield.components.models.base_model import BaseModel
 from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
-from widefield.inference.models import BEST, CONFIG, LAST, other_weights
+from widefield.inference.models import other_weights
+from widefield.inference.names import BEST, CONFIG, LAST
 from widefield.models import Classifier
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
@@ -83,7 +85,7 @@ def train(config: Config, others: list[str], resume: bool) -> Path:
     with warnings.catch_warnings():
         ignore_irrelevant_warnings()
         cli = FitCLI(config, others, "widefield fit")
-        _check_folder(cli.out, resume)
+        check_folder(cli.out, resume)
         return _train(cli, resume)
 
 
@@ -148,15 +150,6 @@ def _left(out: Path) -> str:
         f"finite: `widefield fit --resume --out {out}` goes on from there, optimizer.lr=..., --lr or trainer.precision=... "
         "beside it with other values"
     )
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
-    if not resume and (out / LAST).exists():
-        raise FileExistsError(
-            f"{out} already holds a run; continue it with --resume, or name another folder with --out DIR"
-        )
 
 
 def _check(model: LightningModule, data: LabelledImages) -> None:

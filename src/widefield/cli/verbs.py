@@ -23,6 +23,7 @@ class Verb:
         epilog: Shown below the arguments.
         takes_others: True if it takes undeclared arguments too, such as entries of a configuration.
         light: True if it has to answer at once, so that nothing is imported which it does not need itself.
+        check: Like `run`, called before it and before torch is imported; raises what is wrong.
         usage: In place of the usage that argparse writes.
         parts: Verbs behind the verb, of which one has to be named.
     """
@@ -33,6 +34,7 @@ class Verb:
     epilog: str = ""
     takes_others: bool = False
     light: bool = False
+    check: str = "widefield.cli.first_checks:check_paths"
     usage: str | None = None
     parts: "Mapping[str, Verb]" = field(default_factory=dict)
 
@@ -214,6 +216,7 @@ parameters apart.
 `widefield fit --print_config` prints all entries with their defaults.
 """,
         takes_others=True,
+        check="widefield.cli.first_checks:check_fit",
     ),
     "pretrain": Verb(
         "train a model on images without labels, by a self-supervised method",
@@ -237,6 +240,7 @@ Every other argument of widefield.pretrain is given as key=value, with dots for 
 `widefield list methods` shows the methods; --imports FILE brings one of yours.
 """,
         takes_others=True,
+        check="widefield.cli.first_checks:check_call",
     ),
     "export": Verb(
         "write the trained model of a checkpoint of `pretrain` to a file of its own",
@@ -254,6 +258,7 @@ Only torch_model needs --model, and only if the run was not given its model by n
 Arguments of widefield.export may also be given as key=value.
 """,
         takes_others=True,
+        check="widefield.cli.first_checks:check_call",
     ),
     "embed": Verb(
         "write the embeddings of images by a checkpoint of `pretrain`",
@@ -273,6 +278,7 @@ Every other argument of widefield.embed is given as key=value, such as image_siz
 image_size=null level=1 streaming.memory_budget=2GiB
 """,
         takes_others=True,
+        check="widefield.cli.first_checks:check_call",
     ),
     "doctor": Verb(
         "read every image of a folder once, and tell what is there and what is wrong",

@@ -1,7 +1,6 @@
 """Data sets that a configuration describes: their base class, files in folders, and files that a text file names."""
 
 import logging
-import mimetypes
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from widefield.components.data_sample import DataSample
 from widefield.components.transforms.masks import MASK_GENERATORS, MaskGeneratorConfig
 from widefield.data.pipeline import Picture, Pipeline, TransformsConfig
 from widefield.data.tables import LabelError
-from widefield.images import Alpha, image_endings, images_below, open_image
+from widefield.images import OTHER_PICTURES, Alpha, image_endings, images_below, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
@@ -151,8 +150,7 @@ class ImageFolder(_ImageFiles):
 
 def _warn_of_others(root: Path, endings: Sequence[str]) -> None:
     """Say in the log how many files of `root` have names of images, and are left out for they do not end in `endings`."""
-    known = {ending for ending, kind in mimetypes.types_map.items() if kind.startswith("image/")} | {*image_endings()}
-    others = known - {ending.lower() for ending in endings}
+    others = {*OTHER_PICTURES, *image_endings()} - {ending.lower() for ending in endings}
     left_out = [path for path in images_below(root, sorted({*others, ".zarr"})) if path.suffix.lower() in others]
     if left_out:
         counts = Counter(path.suffix.lower() for path in left_out)

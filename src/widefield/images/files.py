@@ -6,6 +6,12 @@ from pathlib import Path
 
 from widefield.images.formats import image_formats
 
+OTHER_PICTURES = (
+    *(".apng", ".avif", ".dds", ".dib", ".exr", ".heic", ".heif", ".ico", ".j2c"),
+    *(".jpf", ".jpx", ".jxl", ".mpo", ".pcx", ".psd", ".sgi", ".tga"),
+)
+"""Endings of pictures that are not read."""
+
 
 def image_endings() -> tuple[str, ...]:
     """Endings of the names of image files, in lower case, of all formats; upper case counts too.

@@ -15,7 +15,7 @@ from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
 from widefield.images import ImageFile, open_image
-from widefield.inference.names import model_names
+from widefield.inference.names import BEST, CONFIG, LAST, model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
@@ -77,8 +77,6 @@ def set_info(model: nn.Module, info: ModelInfo) -> None:
 
 
 Name = str | Path | Config | Mapping[str, Any]
-CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
-"""Files in the folder of a run."""
 _TORCHVISION_PREFIX = "torchvision/"
 _MESSAGE = 300
 """Characters of an error that lists all weights."""

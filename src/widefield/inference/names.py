@@ -1,4 +1,4 @@
-"""Names of the models that there are, read from the files of the libraries that have them: importing these takes seconds."""
+"""Names of the files of a run, and of the models that there are, read from the libraries' files: importing them takes seconds."""
 
 import fnmatch
 import importlib.util
@@ -8,6 +8,9 @@ from pathlib import Path
 
 NARROW_RESNETS = ("resnet10_w16", "resnet18_w8", "resnet18_w16", "resnet18_w32")
 """Those of `widefield.models.networks`, which needs torch."""
+
+CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
+"""Files in the folder of a run of `widefield fit`."""
 
 _TIMM = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _TORCHVISION = re.compile(

@@ -13,17 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from widefield.errors import WidefieldError
-from widefield.images import ImageReadError, image_endings, images_below, is_image_name
+from widefield.images import OTHER_PICTURES, ImageReadError, image_endings, images_below, is_image_name
 from widefield.pretraining.pixels import Reduction, as_tensor, open_lazily, read_pixels, with_channels
 from widefield.pretraining.slides import PatchArgs, Region, SlideArgs, grid, read_patch, read_region
 
 _log = logging.getLogger(__name__)
-
-OTHER_PICTURES = (
-    *(".apng", ".avif", ".dds", ".dib", ".exr", ".heic", ".heif", ".ico", ".j2c"),
-    *(".jpf", ".jpx", ".jxl", ".mpo", ".pcx", ".psd", ".sgi", ".tga"),
-)
-"""Endings of pictures that are not read."""
 
 
 def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None) -> list[Path]:

@@ -1,0 +1,157 @@
+"""What a verb checks before torch is imported, which takes seconds: paths, and how arguments are spelt."""
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+from widefield.config.load import parse_value
+from widefield.inference.names import LAST, model_names
+from widefield.pretraining.out import OutFolder, check_file
+from widefield.registry import suggestion
+
+_PRETRAINING = Path(__file__).parent.parent / "pretraining"
+_FUNCTIONS = {
+    "pretrain": ("training.py", "train"),
+    "export": ("checkpoint.py", "export"),
+    "embed": ("embed_images.py", "embed"),
+}
+_MISSING = {
+    "images": "the folder of images {} does not exist; check --images",
+    "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
+    "checkpoint": "the checkpoint {} does not exist",
+    "run": "there is no run in {}, which does not exist",
+}
+"""What is said of a path that is not there, by the argument."""
+_NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
+
+
+def check_paths(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Check that the files, folders and networks that the flags of a verb name are there.
+
+    Raises:
+        FileNotFoundError: A file or folder that is to be read does not exist.
+        ValueError: There is no network of that name.
+    """
+    for name, message in _MISSING.items():
+        given = getattr(arguments, name, None)
+        paths: list[Any] = given if isinstance(given, list) else [given]
+        for path in paths:
+            if isinstance(path, Path) and not path.exists():
+                raise FileNotFoundError(
+                    f"cannot read {path}: there is no such file" if given is paths else message.format(path)
+                )
+    _check_model(getattr(arguments, "model", None))
+
+
+def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Check the paths of `fit`; a run that is resumed may name others than it was begun with.
+
+    Raises:
+        ValueError, OSError: As `check_paths` and `check_folder`.
+    """
+    check_paths(arguments, others)
+    if arguments.out is not None:
+        check_folder(arguments.out, arguments.resume)
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Check that a run of `fit` can be written to the folder `out`.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        FileExistsError: It holds a run that is not to be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder with --out DIR")
+    if not resume and (out / LAST).exists():
+        raise FileExistsError(
+            f"{out} already holds a run; continue it with --resume, or name another folder with --out DIR"
+        )
+
+
+def _check_model(name: Any) -> None:
+    """Raises ValueError for a name with the prefix of a library which has no such network."""
+    if not isinstance(name, str) or ":" in name or not name.startswith(("timm/", "torchvision/")):
+        return
+    known = model_names()
+    if name.partition(".")[0] not in known:  # behind the dot stands which weights of timm
+        raise ValueError(f"there is no model {name!r}; {suggestion(name, known)}")
+
+
+def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Check the arguments of `pretrain`, `export` or `embed`, as far as their names and paths go.
+
+    Raises:
+        ValueError: An argument is misspelt or missing, or `out` cannot be written to.
+        FileNotFoundError: A file or folder that is to be read does not exist.
+    """
+    given = arguments_of_call(arguments, others)
+    data = given.get("data", [])
+    for name, paths in (("data", [data] if isinstance(data, str) else data), ("checkpoint", [given.get("checkpoint")])):
+        for path in paths:
+            if path is not None and not Path(path).expanduser().exists():
+                raise FileNotFoundError(f"{name}: {path} does not exist")
+    _check_model(given.get("model"))
+    out, overwrite = Path(given["out"]).expanduser(), bool(given.get("overwrite"))
+    if arguments.verb == "pretrain":
+        OutFolder(out.resolve()).check(overwrite, bool(given.get("resume_interrupted") or given.get("resume")))
+    else:
+        check_file(out, overwrite)
+
+
+def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    """Return what the function of a verb is called with: the flags that were given, and `others`, which win.
+
+    These are key=value, with dots for entries of dictionaries.
+
+    Raises:
+        ValueError: Something in `others` is no argument of the function, or one without a default is missing.
+    """
+    flags = {name: value for name, value in vars(arguments).items() if name not in _NOT_ARGUMENTS}
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        if value is not None and value is not False:  # 0 is a value
+            _put(given, name.split("."), value, name)
+    if len(given.get("data", ())) == 1:
+        # A folder alone is not a list of folders: images are named by their paths in it.
+        (given["data"],) = given["data"]
+    required, optional = _names(*_FUNCTIONS[arguments.verb])
+    for text in others:
+        if text.startswith("--") and "=" not in text:
+            known = [f"--{name.replace('_', '-')}" for name in (*required, *optional)]
+            raise ValueError(f"there is no flag {text}; {suggestion(text, known)}")
+        path, value = _entry(text)
+        if path[0] not in (*required, *optional):
+            raise ValueError(f"there is no argument {path[0]!r}; {suggestion(path[0], [*required, *optional])}")
+        _put(given, path, value, text)
+    if missing := [name for name in required if name not in given]:
+        raise ValueError(f"give {', '.join(f'--{name}' for name in missing)}")
+    return given
+
+
+def _names(file: str, function: str) -> tuple[list[str], list[str]]:
+    """Return the arguments of a function without a default and with one, read from its source."""
+    body = ast.parse((_PRETRAINING / file).read_bytes()).body
+    signature = next(one.args for one in body if isinstance(one, ast.FunctionDef) and one.name == function)
+    defaults = [None] * (len(signature.args) - len(signature.defaults)) + signature.defaults + signature.kw_defaults
+    names = [one.arg for one in (*signature.args, *signature.kwonlyargs)]
+    required = [name for name, default in zip(names, defaults, strict=True) if default is None]
+    return required, [name for name in names if name not in required]
+
+
+def _entry(text: str) -> tuple[list[str], Any]:
+    name, equals, value = text.partition("=")
+    path = name.removeprefix("--").replace("-", "_").split(".")
+    if not equals or not all(path):
+        raise ValueError(f"got {text!r}, expected key=value, as in epochs=10 or optim_args.lr=0.1")
+    return path, None if value == "None" else parse_value(value)
+
+
+def _put(given: dict[str, Any], path: list[str], value: Any, text: str) -> None:
+    *outer, last = path
+    for key in outer:
+        given = given.setdefault(key, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"{text}: {key} has the value {given!r} already, so nothing can be in it")
+    given[last] = value
