@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 
 SIDE = 15_360  # 3 x 15360 x 15360 bytes: 708 MB
@@ -46,6 +47,7 @@ def _tiles(rows: int = 256) -> Iterator[np.ndarray]:
         yield tile
 
 
+@pytest.mark.slow
 def test_streaming_a_large_tiff_needs_a_fraction_of_its_size(tmp_path: Path) -> None:
     path = tmp_path / "large.tif"
     with tifffile.TiffWriter(path) as writer:

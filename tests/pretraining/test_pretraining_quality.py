@@ -3,11 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretraining_quality.py"
 
 
+@pytest.mark.slow
 def test_byol_tells_photographs_apart_better_than_the_untrained_network() -> None:
     spec = importlib.util.spec_from_file_location("pretraining_quality", SCRIPT)
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""What a verb checks before torch is imported, which takes seconds: paths, and how arguments are spelt."""
+"""Checks of a verb before torch is imported, which takes seconds: paths, and how arguments are spelt."""
 
 import argparse
 import ast
@@ -22,7 +22,7 @@ _MISSING = {
     "checkpoint": "the checkpoint {} does not exist",
     "run": "there is no run in {}, which does not exist",
 }
-"""What is said of a path that is not there, by the argument."""
+"""The message about a path that is not there, by the argument."""
 _NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
 
 

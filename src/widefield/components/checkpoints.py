@@ -49,7 +49,7 @@ ADDRESSES = {
         "resnet50_v1d": f"{_MMCLS}resnet/resnetv1d50_b32x8_imagenet_20210531-db14775a.pth",
     },
 }
-"""What MMEngine's names, `open-mmlab://NAME` and `mmcls://NAME`, stand for, of the networks that are here."""
+"""Addresses of MMEngine's names, `open-mmlab://NAME` and `mmcls://NAME`, of the networks that are here."""
 _SCHEMES = {"openmmlab": "open-mmlab", "modelzoo": "torchvision"}
 _TIMM = "timm/"
 

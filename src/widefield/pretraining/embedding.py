@@ -37,7 +37,7 @@ class StreamingArgs:
 
 @dataclass(frozen=True)
 class ActivationCheckpointArgs:
-    """Whether blocks of a vision transformer are computed again in the backward pass, and which: one of `every_n_blocks`."""
+    """Blocks of a vision transformer that are computed again in the backward pass: one of `every_n_blocks`."""
 
     enabled: bool = False
     every_n_blocks: Count = 1

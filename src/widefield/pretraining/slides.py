@@ -16,7 +16,7 @@ from widefield.pretraining.settings import Count
 
 @dataclass(frozen=True)
 class PatchArgs:
-    """Which patches of slides are read.
+    """The patches of slides that are read.
 
     Attributes:
         patch_size: Side of a patch in pixels of the level, or at the spacing.
@@ -105,7 +105,7 @@ def grid(path: Path, args: PatchArgs, num_channels: int) -> list[Region]:
 
 
 def _cells(start: int, size: int, length: int, cells: int) -> slice:
-    """Which of so many `cells` of a side of `length` pixels touch `size` pixels from `start` on."""
+    """Return those of so many `cells` of a side of `length` pixels touch `size` pixels from `start` on, as a slice."""
     return slice(start * cells // length, -(-(start + size) * cells // length))
 
 

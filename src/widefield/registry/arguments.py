@@ -152,7 +152,7 @@ def _with_defaults(named: dict[str, Argument], defaults: dict[str, Any]) -> dict
 
 @dataclass(frozen=True)
 class _Use:
-    """What a constructor does with its `**kwargs`.
+    """The use that a constructor makes of its `**kwargs`.
 
     Attributes:
         popped: Arguments that it takes out: `kwargs.pop("name", default)`.

@@ -22,7 +22,7 @@ def joint(batch: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class CrossCorrelationLoss(nn.Module):
-    """How far a cross-correlation matrix is from the identity: sum of (1 - c_ii)^2 + lambd * sum of c_ij^2, with i and j different.
+    """The distance of a cross-correlation matrix from the identity: sum of (1 - c_ii)^2 + lambd * sum of c_ij^2, i and j different.
 
     Zbontar et al., 2021 (Barlow Twins), https://arxiv.org/abs/2103.03230, equation 1.
 

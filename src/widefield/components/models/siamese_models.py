@@ -92,7 +92,7 @@ class MomentumModel(SiameseModel):
     copy_name: ClassVar[str]
     """The attribute that holds the copy."""
     factor: ClassVar[float] = 1.0
-    """Of the sum of the losses of both views."""
+    """The loss is this times the sum of the losses of both views."""
     _trainer: Any  # Lightning's; mypy does not see it
 
     def __init__(self, base_momentum: float, **kwargs: Any) -> None:
