@@ -36,7 +36,7 @@ SIDE, CLASSES, NEIGHBOURS = 24, 10, 5
 KNOWN, ASKED = 640, 600
 BATCH = 64
 NOISE = 0.05
-TRANSFORMER, CLASS_TOKEN = ("dinov2", "beit", "mae", "maskfeat"), ("dinov2", "beit")
+TRANSFORMER, CLASS_TOKEN = ("dinov2", "dinov3", "beit", "mae", "maskfeat"), ("dinov2", "dinov3", "beit")
 """What stands for an image is the class token where the method trains it, else the mean of its patches."""
 
 VIEWS: dict[str, Any] = {
@@ -73,15 +73,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "transform_args": LOCAL,
     },
     "distillation": {},
-    "dinov2": {
-        "rate": 2e-3,
-        "method_args": {
-            "hidden_dim": 256,
-            "bottleneck_dim": 64,
-            "output_dim": 256,
-            "teacher_temp": 0.02,  # DINO's for few images
-        },
-        "transform_args": LOCAL,
+    **{
+        name: {
+            "rate": rate,
+            "method_args": {
+                "hidden_dim": 256,
+                "bottleneck_dim": 64,
+                "output_dim": 256,
+                "teacher_temp": 0.02,  # DINO's for few images
+            },
+            "transform_args": LOCAL,
+        }
+        for name, rate in (("dinov2", 2e-3), ("dinov3", 1e-3))
     },
     "mae": {"rate": 2e-3, "method_args": {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}},
     "maskfeat": {"rate": 2e-3, "method_args": {"cell": 4}},

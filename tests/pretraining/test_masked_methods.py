@@ -127,7 +127,7 @@ def test_mae_takes_views_of_other_sizes_registers_and_no_class_token() -> None:
         method = make("mae", model, **DECODER)
         assert all(method.loss([images(2, side)], 0)["loss"].isfinite() for side in (16, 24))
         assert not any("pos_embed" in name and "decoder" in name for name in method.state_dict())
-    with pytest.raises(ValueError, match="BEiTPretrainViT has biases of relative positions"):
+    with pytest.raises(ValueError, match="BEiTPretrainViT has relative or rotary positions"):
         make("mae", own_vit(cls=BEiTPretrainViT))
 
 

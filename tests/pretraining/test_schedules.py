@@ -38,7 +38,7 @@ def test_every_method_and_optimizer_goes_through_its_schedules(
     method: str, optim: str, tmp_path: Path, images: list[Tensor]
 ) -> None:
     options = {"method_args": ARGS[method]()} if method in ARGS else {}
-    model = timm_vit() if {*ARGS, "dinov2"} & {method} else TinyWrapper()
+    model = timm_vit() if {*ARGS, "dinov2", "dinov3"} & {method} else TinyWrapper()
     run(tmp_path, images, method, model=model, optim=optim, **options)
     assert [step for step, loss in losses(tmp_path) if math.isfinite(loss)] == list(range(STEPS))
 

@@ -49,7 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
         name: {"hidden_dim": 16, "output_dim": 8}
         for name in ("simclr", "moco", "byol", "barlowtwins", "vicreg", "densecl")
     },
-    **{name: {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32} for name in ("dino", "dinov2")},
+    **{name: {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32} for name in ("dino", "dinov2", "dinov3")},
     "lejepa": {"hidden_dim": 16, "output_dim": 8, "directions": 16},
     "distillation": {"teacher": TinyWrapper(dim=10, seed=1)},
 }

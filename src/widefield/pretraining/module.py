@@ -134,7 +134,7 @@ class Pretraining(pl.LightningModule):
         optimizer = optim.make(groups, lr, fused)
         usual = round(min(10 / max(self.settings.epochs, 1), 0.1) * run.steps)  # of what max_steps leaves
         warmup_steps = self.method.warmup_steps(usual)
-        scheduler = warmup_and_cosine(optimizer, warmup_steps, run.steps)
+        scheduler = warmup_and_cosine(optimizer, warmup_steps, run.steps, self.settings.method.optim.end)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -123,12 +123,14 @@ class Optim:
         reference_batch_size: The batch size that their learning rates are for.
         lr_scale_method: How the learning rate grows with the batch: as batch / reference, or as its square root.
         gradient_clip_val: Largest norm of the gradient; None leaves it.
+        end: Share of the learning rate that is left at the end of the run; 1 keeps it constant after the warm-up.
     """
 
     choices: tuple[OptimArgs, ...]
     reference_batch_size: Count = 256
     lr_scale_method: Literal["linear", "sqrt"] = "linear"
     gradient_clip_val: NotNegative | None = None
+    end: float = 0.001
 
     def named(self, name: str) -> OptimArgs | None:
         """Return the values for the optimizer called `name` or "auto"; None if there is none of the name."""
@@ -176,12 +178,12 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     return not (per_channel or last == "bias" or "token" in last or "pos_embed" in last)
 
 
-def warmup_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> LambdaLR:
-    """Return a schedule that warms up linearly, then goes down to a thousandth as a cosine, step by step."""
+def warmup_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int, end: float = 0.001) -> LambdaLR:
+    """Return a schedule that warms up linearly, then goes down to the share `end` as a cosine, step by step."""
 
     def scale(step: int) -> float:
         return cosine_warmup_schedule(
-            min(step, steps), max(steps, 1), 1.0, 0.001, warmup_steps=min(warmup_steps, steps), warmup_start_value=0.0
+            min(step, steps), max(steps, 1), 1.0, end, warmup_steps=min(warmup_steps, steps), warmup_start_value=0.0
         )
 
     return LambdaLR(optimizer, scale)

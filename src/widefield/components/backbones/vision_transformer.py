@@ -220,18 +220,21 @@ class VisionTransformer(BaseBackbone):
         """Return the bias of each layer's attention, (heads, 1 + L, 1 + L) or None."""
         return (None,) * self.num_layers
 
-    def layer_outputs(self, x: Tensor, resolution: Resolution | None) -> Iterator[Tensor]:
+    def layer_outputs(
+        self, x: Tensor, resolution: Resolution | None, norm: nn.Module | None = None
+    ) -> Iterator[Tensor]:
         """Yield what every layer makes of tokens (N, 1 + L, C), the last one normalised.
 
         Args:
             x: Tokens, see `tokens`; some patches may be left out.
             resolution: Rows and columns of patches; None if some were left out, so that their attention gets no bias.
+            norm: Normalises the last one; None: `norm1`.
         """
         x = self.pre_norm(self.drop_after_pos(x))
         biases = [None] * self.num_layers if resolution is None else self.attention_biases(resolution)
         for index, (layer, bias) in enumerate(zip(self.layers, biases, strict=True), 1):
             x = layer(x, bias)
-            yield self.norm1(x) if index == self.num_layers else x
+            yield (norm or self.norm1)(x) if index == self.num_layers else x
 
     def encode(self, x: Tensor, resolution: Resolution) -> tuple[Tensor, ...]:
         """Return the outputs of the layers `out_indices` for tokens (N, 1 + L, C), as `out_type` says."""

@@ -52,6 +52,7 @@ class DINOv2(DINO):
         ValueError: The model is something else.
     """
 
+    name: ClassVar[str] = "dinov2"
     transforms = replace(
         DINO.transforms,
         random_resize=RandomResize(0.32, 1.0),
@@ -100,7 +101,7 @@ class DINOv2(DINO):
         weight_decay_end: Weight | Auto = 0.4,
         **kwargs: Any,
     ) -> None:
-        transformer = opened(embedding, "dinov2", class_token=True)
+        transformer = opened(embedding, self.name, class_token=True)
         super().__init__(
             embedding,
             replace(run, embedding_dim=transformer.width),
@@ -117,15 +118,20 @@ class DINOv2(DINO):
         self.patch_head = self.make_head()
         self.mask_token = mask_token(self.transformer)
         self.teacher_patch_head = momentum_copy(self.patch_head)
-        self.teacher = opened(self.teacher_embedding, "dinov2")
+        self.teacher = opened(self.teacher_embedding, self.name)
         outputs = self.head.last_layer.out_features
         self.ibot = IBOTPatchLoss(outputs, student_temp=student_temp, center_momentum=center_momentum)
         self.koleo = KoLeoLoss()
+        self.local_norm: nn.Module | None = None  # normalises what the student makes of local views; None: the model's
 
     def heads(self) -> list[tuple[DINOProjectionHead, nn.Module]]:
         return [*super().heads(), (self.patch_head, self.teacher_patch_head)]
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
+        return self.loss_and_patches(views, step)[0]
+
+    def loss_and_patches(self, views: Sequence[Tensor], step: int) -> tuple[dict[str, Tensor | float], Tensor]:
+        """Return the loss, and the student's patches (2 B, L, width) of the two global views, some of them hidden from it."""
         whole, prefix = torch.cat(list(views[:2])), self.transformer.prefix
         grid = self.transformer.grid(whole)
         mask = random_masks(len(whole), grid).to(whole.device)
@@ -141,16 +147,18 @@ class DINOv2(DINO):
         dino = self.criterion(list(teachers), students, teacher_temp=temperature)
         ibot = self.ibot(patch_targets, self.patch_head(tokens[:, prefix:][hidden]), mask, teacher_temp=temperature)
         koleo = torch.stack([self.koleo(joint(view)) for view in tokens[:, 0].chunk(2)]).sum()
-        return {
+        losses: dict[str, Tensor | float] = {
             "loss": dino + self.patch_weight * ibot + self.koleo_weight * koleo,
             "train_loss/dino": dino.detach(),
             "train_loss/ibot": ibot.detach(),
             "train_loss/koleo": koleo.detach(),
             **self.schedules(step),
         }
+        return losses, tokens[:, prefix:]
 
     def _of_local_views(self, images: Tensor) -> Tensor:
-        tokens = self.transformer.layers(self.transformer.tokens(images), self.transformer.grid(images))[-1]
+        grid = self.transformer.grid(images)
+        tokens = self.transformer.layers(self.transformer.tokens(images), grid, self.local_norm)[-1]
         return self.head(tokens[:, 0])  # type: ignore[no-any-return]
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

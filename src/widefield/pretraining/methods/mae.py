@@ -52,7 +52,7 @@ class MAE(MaskedMethod):
         model = self.transformer
         if model.needs_all_patches:
             raise ValueError(
-                f"{type(model.model).__name__} has biases of relative positions, so no patch can be left out; use a "
+                f"{type(model.model).__name__} has relative or rotary positions, so no patch can be left out; use a "
                 "VisionTransformer without, or method='beit'"
             )
         self.decoder = Decoder(model.patch_size, model.channels, model.width, decoder_dim, decoder_depth, decoder_heads)

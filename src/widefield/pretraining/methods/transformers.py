@@ -29,6 +29,7 @@ class Transformer:
         depth: Layers.
         prefix: Tokens in front of those of patches; the first is the class token, if there is one.
         has_class_token: Whether there is one.
+        norm: Normalises the output of the last layer.
         needs_all_patches: No patch can be left out, because attention knows the place of a token from its number.
     """
 
@@ -36,7 +37,7 @@ class Transformer:
         self.model = model
         self.patch_size, self.channels = model.patch_embed.patch_size[0], model.patch_embed.proj.in_channels
         self.width, self.depth = model.embed_dim, len(model.blocks)
-        self.heads = model.blocks[0].attn.num_heads
+        self.heads, self.norm = model.blocks[0].attn.num_heads, model.norm
         self.prefix, self.has_class_token = model.num_prefix_tokens, model.cls_token is not None
         self.needs_all_patches = False
 
@@ -67,32 +68,67 @@ class Transformer:
             assert mask_token is not None
             flat = patches.flatten(1, -2)  # (B, rows, columns, C) where the model takes any size
             patches = replace_masked(flat, mask, mask_token).view_as(patches)
-        result: Tensor = self.model.norm_pre(self.model._pos_embed(patches))
+        result: Tensor = self.model.norm_pre(self._with_positions(patches))
         return result
 
-    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
+    def layers(self, tokens: Tensor, grid: Resolution | None, norm: nn.Module | None = None) -> list[Tensor]:
         """Return what every layer makes of `tokens` (B, N, width), the last one normalised.
 
         Args:
             tokens: Of `tokens`, some left out or not.
             grid: Of the patches; None if some were left out.
+            norm: Normalises the last one; None: the model's own `norm`.
         """
         outs = []
-        for block in self.model.blocks:
-            tokens = block(tokens)
+        for block, options in zip(self.model.blocks, self._block_options(grid), strict=True):
+            tokens = block(tokens, **options)
             outs.append(tokens)
-        return [*outs[:-1], self.model.norm(tokens)]
+        return [*outs[:-1], (norm or self.norm)(tokens)]
+
+    def _with_positions(self, patches: Tensor) -> Tensor:
+        return self.model._pos_embed(patches)  # type: ignore[no-any-return]
+
+    def _block_options(self, grid: Resolution | None) -> Sequence[dict[str, Any]]:
+        """Return what each block is given beside the tokens."""
+        return [{}] * self.depth
 
     def depth_of(self, name: str) -> int:
         """Return how deep a parameter lies: 0 is the embedding, k + 1 is layer k, and `depth` + 1 what follows."""
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        is_embedding = name.startswith(("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"))
+        is_embedding = name.startswith(
+            ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre", "rope")
+        )
         return 0 if is_embedding else self.depth + 1
 
     def shared_bias(self, grid: Resolution) -> Tensor | None:
         """Return what all layers add to their attention, (heads, 1 + L, 1 + L); None where they share nothing."""
         return None
+
+
+class EvaTransformer(Transformer):
+    """The parts of timm's `Eva`, the class of its transformers with rotary positions, DINOv3's among them.
+
+    Raises:
+        ValueError: The model drops patches itself.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.needs_all_patches = model.rope is not None
+        if model.patch_drop is not None:
+            raise ValueError(
+                "the model drops patches itself, and the method must know where each one is; leave patch_drop_rate out"
+            )
+
+    def _with_positions(self, patches: Tensor) -> Tensor:
+        return self.model._pos_embed(patches)[0]  # type: ignore[no-any-return]
+
+    def _block_options(self, grid: Resolution | None) -> Sequence[dict[str, Any]]:
+        if self.model.rope is None:
+            return super()._block_options(grid)
+        rope = self.model.rope.get_embed(shape=grid)  # drawn once for all layers where it is changed at random
+        return [{"rope": one} for one in (rope if self.model.rope_mixed else [rope] * self.depth)]
 
 
 class OwnTransformer(Transformer):
@@ -101,6 +137,7 @@ class OwnTransformer(Transformer):
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
         self.width, self.heads, self.depth = model.embed_dims, model.num_heads, model.num_layers
+        self.norm = model.norm1
         projection: Any = model.patch_embed.projection
         self.patch_size, self.channels = projection.kernel_size[0], projection.in_channels
         self.prefix, self.has_class_token = model.num_extra_tokens, model.cls_token is not None
@@ -110,8 +147,8 @@ class OwnTransformer(Transformer):
         tokens: Tensor = self.model.tokens(images, mask, mask_token)[0]
         return tokens
 
-    def layers(self, tokens: Tensor, grid: Resolution | None) -> list[Tensor]:
-        return list(self.model.layer_outputs(tokens, grid))
+    def layers(self, tokens: Tensor, grid: Resolution | None, norm: nn.Module | None = None) -> list[Tensor]:
+        return list(self.model.layer_outputs(tokens, grid, norm))
 
     def depth_of(self, name: str) -> int:
         depth: int = self.model.get_layer_depth(name)[0]
@@ -133,20 +170,23 @@ def opened(embedding: EmbeddingModel, method: str, class_token: bool = False) ->
     Raises:
         ValueError: It is no vision transformer that is known, has no class token, or there is an embedding layer.
     """
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as TimmViT
 
     wrapper: Any = embedding.wrapped_model
     model = wrapper.get_model()
-    if not isinstance(model, (TimmViT, VisionTransformer)):
+    kinds = ((TimmViT, Transformer), (Eva, EvaTransformer), (VisionTransformer, OwnTransformer))
+    kind = next((parts for kind, parts in kinds if isinstance(model, kind)), None)
+    if kind is None:
         raise ValueError(
             f"method={method!r} hides patches from the model, which only a vision transformer can do without; a "
             f"{type(model).__name__} cannot: its layers mix neighbouring pixels before a patch could be hidden. Give "
-            f"model='timm/vit_small_patch16_224', or a wrapper whose get_model() is a VisionTransformer of timm or of "
-            f"widefield.components; or choose a method for all models, such as 'dino' or 'simclr'"
+            f"model='timm/vit_small_patch16_224', or a wrapper whose get_model() is a VisionTransformer of timm (or Eva) "
+            f"or of widefield.components; or choose a method for all models, such as 'dino' or 'simclr'"
         )
     if not isinstance(embedding.embed_head, nn.Identity):
         raise ValueError(f"embed_dim: {method} trains the tokens of the transformer; leave embed_dim out")
-    transformer = Transformer(model) if isinstance(model, TimmViT) else OwnTransformer(model)
+    transformer = kind(model)
     if class_token and not transformer.has_class_token:
         raise ValueError(f"method={method!r} needs a class token, and this {type(model).__name__} has none")
     return transformer
