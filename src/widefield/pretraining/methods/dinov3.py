@@ -24,7 +24,7 @@ MOMENTUM = 0.994
 
 @METHODS.register_module("dinov3")
 class DINOv3(DINOv2):
-    """DINOv2 with constant schedules, whose patches are drawn, late in the run, to be as alike as an early teacher saw them.
+    """DINOv2 with constant schedules and, late in the run, Gram anchoring: patches stay as alike as an early teacher saw them.
 
     Siméoni et al., DINOv3, https://arxiv.org/abs/2508.10104: the loss of DINOv2, plus `gram_weight` times that of Gram anchoring,
     see `gram_loss`, between the patches of the student, of which some are hidden from it, and those of the Gram teacher, an early
@@ -160,4 +160,5 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size, mode="bicubic", align_corners=False, antialias=True)
+    exact = maps.to(torch.promote_types(maps.dtype, torch.float32))  # the CPU resizes no bfloat16
+    return F.interpolate(exact, size, mode="bicubic", antialias=True).to(maps.dtype)
