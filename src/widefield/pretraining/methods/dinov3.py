@@ -32,9 +32,10 @@ class DINOv3(DINOv2):
     weight decay and momentum are constant after the warm-up, and the student normalises what it makes of local views by a layer
     of its own, which is not exported. Steps are those of the paper's run of 1.2 million, or the same share of a shorter one.
 
-    Two things differ from the paper. Teachers are centred by a moving mean, as those of `dinov2`, and not by Sinkhorn-Knopp. The
-    learning rate is half the peak of `dinov2`, the mean of its cosine; for 7 billion weights the paper has a tenth of that, 4e-4
-    for batches of 4096.
+    Not as in the paper's run: teachers are centred by a moving mean, as those of `dinov2`, and not by Sinkhorn-Knopp; the learning
+    rate is half the peak of `dinov2`, the mean of its cosine, where 7 billion weights have a tenth of that, 4e-4 for batches of
+    4096; the weight of local views and the momentum stay as they are when Gram anchoring begins; and the Gram teacher sees the
+    colours that the student sees.
 
     The model must be a vision transformer with a class token, of timm or of `widefield.components`. Rotary positions, how they are
     changed at random and registers are the model's: model="timm/vit_small_patch16_dinov3", model_args={"rope_rescale_coords": 2}
