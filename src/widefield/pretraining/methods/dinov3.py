@@ -1,7 +1,7 @@
 """DINOv3."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from widefield.components.models.contrastive_models import momentum_copy
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Count, Run, Share, Steps, Weight, for_run
+from widefield.pretraining.methods.base import Auto, Count, Run, Share, Steps, Weight, for_run
 from widefield.pretraining.methods.dinov2 import DINOv2
 from widefield.pretraining.methods.transformers import opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim
@@ -43,8 +43,9 @@ class DINOv3(DINOv2):
 
     Args:
         embedding, run: See `Method`.
-        momentum: Of the teacher. None: `MOMENTUM`, less in a run of few steps.
-        layer_decay, weight_decay_growth: See `DINOv2`.
+        momentum_start, momentum_end: Of the teacher, see `DINOv2`; "auto" is `MOMENTUM`, less in a run of few steps, and as at the
+            start.
+        layer_decay, weight_decay_end: See `DINOv2`.
         gram_weight: Of Gram anchoring.
         gram_copy_step: Step at which the Gram teacher is copied from the teacher; at most a sixth of the run, and no later than the
             next. 0 keeps the weights that the run begins with.
@@ -61,11 +62,15 @@ class DINOv3(DINOv2):
 
     name: ClassVar[str] = "dinov3"
     transforms = replace(DINOv2.transforms, image_size=256, local_view=LocalViews(8, 112, RandomResize(0.05, 0.32)))
+    fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        **DINOv2.fixed,
+        "min_lr": (None, "the learning rate is constant after the warm-up"),
+    }
     optim = Optim(
         (AdamW(2e-3, (0.9, 0.99), weight_decay=0.04), SGD(0.015, 0.9, 1e-4), LARS(0.15, 0.9, 1e-6)),
         1024,
-        scaling="sqrt",
-        clip=3.0,
+        lr_scale_method="sqrt",
+        gradient_clip_val=3.0,
         end=1.0,
     )
 
@@ -73,9 +78,10 @@ class DINOv3(DINOv2):
         self,
         embedding: EmbeddingModel,
         run: Run,
-        momentum: Share | None = None,
+        momentum_start: Share | Auto = "auto",
+        momentum_end: Share | Auto = "auto",
         layer_decay: Share = 0.98,
-        weight_decay_growth: float = 1.0,
+        weight_decay_end: Weight | Auto = "auto",
         gram_weight: Weight = 2.0,
         gram_copy_step: Steps = 200_000,
         gram_start_step: Steps = 1_000_000,
@@ -84,12 +90,14 @@ class DINOv3(DINOv2):
         gram_scale: Count = 1,
         **kwargs: Any,
     ) -> None:
+        first_momentum = for_run(MOMENTUM, run.steps) if momentum_start == "auto" else momentum_start
         super().__init__(
             embedding,
             run,
-            momentum=for_run(MOMENTUM, run.steps) if momentum is None else momentum,
+            momentum_start=first_momentum,
+            momentum_end=first_momentum if momentum_end == "auto" else momentum_end,
             layer_decay=layer_decay,
-            weight_decay_growth=weight_decay_growth,
+            weight_decay_end=weight_decay_end,
             **kwargs,
         )
         self.local_norm = copy.deepcopy(self.transformer.norm)
@@ -101,9 +109,6 @@ class DINOv3(DINOv2):
         first = min(gram_copy_step, run.steps // 6, self.gram_start)
         self.gram_copies = (first, *(self.gram_start + period * (k + 1) for k in range(gram_updates)))
         """Steps ahead of which the Gram teacher becomes the teacher."""
-
-    def momentum_at(self, step: int) -> float:
-        return self.momentum
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
