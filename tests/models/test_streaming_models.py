@@ -86,6 +86,7 @@ def test_without_loss_and_classes_it_is_the_trunk_alone(kind: Any, remove_last_b
             kind(name, 64, num_classes=2, additional_modules=nn.MaxPool2d(2), **options)
 
 
+@pytest.mark.slow
 def test_torchvision_convnext_has_a_head_of_its_own() -> None:
     module = StreamingConvNeXt("convnext_tiny", 64, num_classes=5, weights=None, use_stochastic_depth=True)
     assert isinstance(module.head, nn.Module)

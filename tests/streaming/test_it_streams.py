@@ -46,7 +46,11 @@ def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     )
 
 
-@pytest.mark.parametrize(("name", "tile"), [("resnet18", (32, None)), ("convnext_tiny", (64, 64))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [("resnet18", (32, None)), pytest.param("convnext_tiny", (64, 64), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_no_spatial_tensor_exceeds_a_tile_and_its_carries(name: str, tile: tuple[int, int | None]) -> None:
     model = getattr(tv, name)()
     if name == "resnet18":
