@@ -415,3 +415,18 @@ log_level = 'INFO'
     assert main(["config", "convert", str(tmp_path / "old.py"), "--out", str(new)]) == 2  # nothing is written over
     assert main(["fit", "--config", str(new), "--out", str(tmp_path / "run"), "trainer.enable_progress_bar=false"]) == 0
     assert "val_accuracy/top1" in (tmp_path / "run" / "history.csv").read_text()
+
+
+def test_an_interpolation_that_torchvision_has_not_is_replaced_and_said(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text(
+        "model = dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18), neck=dict(type='GlobalAveragePooling'),\n"
+        "    head=dict(type='LinearClsHead', num_classes=2, in_channels=512, loss=dict(type='CrossEntropyLoss')))\n"
+        "train_dataloader = dict(batch_size=2, dataset=dict(type='CustomDataset', data_root='d', pipeline=[\n"
+        "    dict(type='LoadImageFromFile'), dict(type='RandomResizedCrop', scale=8),\n"
+        "    dict(type='AutoAugment', policies='imagenet', hparams=dict(pad_val=[1, 2, 3], interpolation='bicubic')),\n"
+        "    dict(type='PackInputs')]))\n"
+    )
+    found = convert(tmp_path / "old.py")
+    augment = found.data["data"]["train"]["transforms"][-1]
+    assert (augment["type"], augment["interpolation"]) == ("AutoAugment", "bilinear")
+    assert any("bicubic is bilinear here" in note for note in found.notes)

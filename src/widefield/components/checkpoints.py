@@ -118,7 +118,7 @@ def locate(source: str | Path) -> str:
                     f"timm has no network named {short!r}; {suggestion(short, timm.list_models())}"
                 )
             return text
-        raise FileNotFoundError(f"{text} does not exist")
+        raise FileNotFoundError(f"{text} does not exist" if text else "checkpoint is '', where a file is to be named")
     scheme = _SCHEMES.get(scheme, scheme)
     if scheme == "torchvision":
         return _torchvision_address(name)

@@ -227,6 +227,9 @@ def _auto_augment(entries: Entries, path: Path, notes: Notes) -> list[Descriptio
     if not (isinstance(policies, str) and policies.lower() in ("imagenet", "cifar10", "svhn")):
         entries.note("policies of one's own are not here; those of ImageNet are taken", "policies")
         policies = "imagenet"
+    if interpolation == "bicubic":  # torchvision turns and shears no tensors so
+        entries.note("bicubic is bilinear here", "hparams")
+        interpolation = "bilinear"
     return [{"type": "AutoAugment", "policy": policies.upper(), "interpolation": interpolation, "fill": fill}]
 
 
