@@ -54,6 +54,10 @@ def make_batches() -> list[tuple[Tensor, Tensor]]:
 class Inherits(StreamingModule):
     """The step of `BaseModule`, on every process's share of the batches: of two, the first has images 0 and 2."""
 
+    def on_fit_start(self) -> None:
+        # renews torch's pool of threads after a fork, before threads of autograd could do so at once
+        torch.set_num_threads(torch.get_num_threads())
+
     def train_dataloader(self) -> Any:
         return DataLoader(make_batches()[self.trainer.global_rank :: self.trainer.world_size])  # type: ignore[arg-type]
 
