@@ -1,5 +1,6 @@
 """`widefield pretrain`, `export`, `embed` and `list methods`."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from tests.pretraining.tiny import write_images
 from widefield.cli import main
+from widefield.cli.first_checks import check_paths
 
 SOURCE = """
 from torch import nn
@@ -185,6 +187,14 @@ def test_paths_and_spelling_are_checked_before_torch_is_imported(arguments, mess
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["timm/convnext_tiny_in22k", "timm/resnet18.a1_in1k", "torchvision/resnet18"])
+def test_names_of_former_versions_and_of_weights_pass_the_first_checks(name):
+    check_paths(argparse.Namespace(model=name), [])
+    with pytest.raises(ValueError, match="there is no model 'timm/mine'"):
+        check_paths(argparse.Namespace(model="timm/mine"), [])
+    check_paths(argparse.Namespace(model="timm/mine", imports=["mine.py"]), [])
 
 
 def test_the_first_checks_import_no_torch():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from widefield.config.load import parse_value
-from widefield.inference.names import LAST, model_names
+from widefield.inference.names import LAST, is_mentioned, model_names
 from widefield.pretraining.out import OutFolder, check_file
 from widefield.registry import suggestion
 
@@ -41,11 +41,12 @@ def check_paths(arguments: argparse.Namespace, others: list[str]) -> None:
                 raise FileNotFoundError(
                     f"cannot read {path}: there is no such file" if given is paths else message.format(path)
                 )
-    _check_model(getattr(arguments, "model", None))
+    if not getattr(arguments, "imports", ()):  # they may bring networks
+        _check_model(getattr(arguments, "model", None))
 
 
 def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Check the paths of `fit`; a run that is resumed may name others than it was begun with.
+    """Check the paths of `fit`.
 
     Raises:
         ValueError, OSError: As `check_paths` and `check_folder`.
@@ -71,12 +72,12 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def _check_model(name: Any) -> None:
-    """Raises ValueError for a name with the prefix of a library which has no such network."""
-    if not isinstance(name, str) or ":" in name or not name.startswith(("timm/", "torchvision/")):
+    """Raises ValueError for a name with the prefix of a library in whose files it does not stand."""
+    library, slash, network = str(name).partition("/")
+    if not slash or ":" in network or library not in ("timm", "torchvision"):
         return
-    known = model_names()
-    if name.partition(".")[0] not in known:  # behind the dot stands which weights of timm
-        raise ValueError(f"there is no model {name!r}; {suggestion(name, known)}")
+    if not is_mentioned(library, network.partition(".")[0]):  # behind the dot stands which weights of timm
+        raise ValueError(f"there is no model {name!r}; {suggestion(str(name), model_names())}")
 
 
 def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
@@ -92,7 +93,8 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
         for path in paths:
             if path is not None and not Path(path).expanduser().exists():
                 raise FileNotFoundError(f"{name}: {path} does not exist")
-    _check_model(given.get("model"))
+    if not arguments.imports:  # they may bring networks
+        _check_model(given.get("model"))
     out, overwrite = Path(given["out"]).expanduser(), bool(given.get("overwrite"))
     if arguments.verb == "pretrain":
         OutFolder(out.resolve()).check(overwrite, bool(given.get("resume_interrupted") or given.get("resume")))

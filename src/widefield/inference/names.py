@@ -53,6 +53,12 @@ def model_names() -> list[str]:
     ]
 
 
+def is_mentioned(package: str, name: str) -> bool:
+    """True if a name of a network stands in the files of `timm` or `torchvision`, as names of former versions do, too."""
+    word = re.compile(rf"\b{re.escape(name)}\b")
+    return any(word.search(text) for text in _files(package))
+
+
 def _files(package: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None
