@@ -37,7 +37,7 @@ class LargestTensor(TorchDispatchMode):
 def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     """Bytes of the largest tile with its carries, by the schedule."""
     program = streamed._program(tuple(image.shape), torch.float32, torch.device("cpu"))
-    grid = streamed._planned(program, torch.device("cpu"))[1][0].grid
+    grid = streamed._planner(program, torch.device("cpu")).grids[0]
     return max(
         value.pixel_bytes * (row[v].ready - row[v].held_from) * (col[v].ready - col[v].held_from)
         for v, value in enumerate(grid.stage.values)

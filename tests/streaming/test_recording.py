@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
 from widefield.streaming.arena import Arena
-from widefield.streaming.planner import make_plan
 from widefield.streaming.store import Store
 
 
@@ -36,12 +35,16 @@ def net() -> nn.Sequential:
 def change_plans(monkeypatch: pytest.MonkeyPatch, share: float | None, carries: str = "device") -> None:
     """All plans record this share of each scan's steps, and keep carries there."""
 
+    finished = planner._finished
+
     def changed(*args: Any) -> Any:
-        plan, scans = make_plan(*args)
-        scans = [scan if share is None else replace(scan, recorded=round(share * scan.grid.steps)) for scan in scans]
+        plan, scans = finished(*args)
+        scans = [
+            scan if share is None else replace(scan, recorded=round(share * len(scan.grid.order))) for scan in scans
+        ]
         return replace(plan, carry_place=carries), tuple(scans)
 
-    monkeypatch.setattr("widefield.streaming.module.make_plan", changed)
+    monkeypatch.setattr(planner, "_finished", changed)
 
 
 @pytest.mark.parametrize("carries", ["device", "host", "file"])

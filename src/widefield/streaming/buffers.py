@@ -12,6 +12,8 @@ what has just been computed.
           +-----------+----------+
 
 Consumers read overlapping windows of it; two more windows are the pieces for the next tile row (`above`) and tile (`left`).
+
+What nobody needs is not there (`need`): its place holds zeros, which nobody reads.
 """
 
 from collections.abc import Sequence
@@ -39,40 +41,57 @@ class Cut(NamedTuple):
 Pieces = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def cut_out(pieces: Pieces, axes: Axes, cuts: Sequence[Cut], rectify: bool = False) -> tuple[Tensor, ...]:
+class Layout(NamedTuple):
+    """The rows and columns of a buffer that are kept from earlier steps, and those that are new. The piece that a step computes
+    begins at row and column `at` of the new ones.
+    """
+
+    kept: tuple[int, int]
+    new: tuple[int, int]
+    at: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the buffer."""
+        return self.kept[0] + self.new[0], self.kept[1] + self.new[1]
+
+
+def cut_out(
+    pieces: Pieces, axes: Axes, layout: Layout, cuts: Sequence[Cut], rectify: bool = False
+) -> tuple[Tensor, ...]:
     """The windows `cuts` of the buffer made of `pieces` (left, above, new); differentiable.
 
     `rectify`: the new piece goes through a ReLU on its way into the buffer, and may be overwritten.
     """
     present = [piece for piece in pieces if piece is not None]
-    if len(present) == 1 and all(_is_whole(cut, present[0], axes) for cut in cuts):
+    if _is_whole(present, axes, layout) and all(cut[:4] == (0, layout.size[0], 0, layout.size[1]) for cut in cuts):
         if rectify and pieces[2] is not None:
             present[0] = present[0].relu() if present[0]._is_view() else present[0].relu_()
         return tuple(present * len(cuts))
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in present):
-        return _CutOut.apply(axes, cuts, rectify, *pieces)
-    return _windows(_assemble(pieces, axes, rectify), axes, cuts)
+        return _CutOut.apply(axes, layout, cuts, rectify, *pieces)
+    return _windows(_assemble(pieces, axes, layout, rectify), axes, cuts)
 
 
-def _assemble(pieces: Pieces, axes: Axes, rectify: bool) -> Tensor:
+def _assemble(pieces: Pieces, axes: Axes, layout: Layout, rectify: bool) -> Tensor:
     left, above, new = pieces
     present = [piece for piece in pieces if piece is not None]
-    if len(present) == 1:
+    if _is_whole(present, axes, layout):
         return new.relu() if rectify and new is not None else present[0]
-    beside = present[-1]  # above or new: both are as wide as what is not kept
-    kept_rows = 0 if above is None else above.shape[axes.rows]
-    kept_cols = 0 if left is None else left.shape[axes.cols]
-    shape = list(beside.shape)
-    shape[axes.rows] = kept_rows + (0 if new is None else new.shape[axes.rows])
-    shape[axes.cols] = kept_cols + beside.shape[axes.cols]
-    buffer = empty_like(beside, shape)
+    (kept_rows, kept_cols), shape = layout.kept, list(present[-1].shape)
+    shape[axes.rows], shape[axes.cols] = layout.size
+    buffer = empty_like(present[-1], shape)
+    if sum(piece.shape[axes.rows] * piece.shape[axes.cols] for piece in present) < layout.size[0] * layout.size[1]:
+        buffer.zero_()
     if left is not None:
         buffer.narrow(axes.cols, 0, kept_cols).copy_(left)
-    beside_left = buffer.narrow(axes.cols, kept_cols, beside.shape[axes.cols])
+    beside_left = buffer.narrow(axes.cols, kept_cols, layout.new[1])
     if above is not None:
         beside_left.narrow(axes.rows, 0, kept_rows).copy_(above)
     if new is not None:
-        place = beside_left.narrow(axes.rows, kept_rows, new.shape[axes.rows])
+        top, left_edge = layout.at
+        place = beside_left.narrow(axes.rows, kept_rows + top, new.shape[axes.rows])
+        place = place.narrow(axes.cols, left_edge, new.shape[axes.cols])
         if rectify:
             torch.clamp_min(new, 0, out=place)
         else:
@@ -89,8 +108,9 @@ def _window(buffer: Tensor, axes: Axes, cut: Cut) -> Tensor:
     return rows.narrow(axes.cols, cut.left, cut.right - cut.left)
 
 
-def _is_whole(cut: Cut, buffer: Tensor, axes: Axes) -> bool:
-    return (cut.bottom - cut.top, cut.right - cut.left) == (buffer.shape[axes.rows], buffer.shape[axes.cols])
+def _is_whole(present: Sequence[Tensor], axes: Axes, layout: Layout) -> bool:
+    """True if the only piece is the whole buffer."""
+    return len(present) == 1 and (present[0].shape[axes.rows], present[0].shape[axes.cols]) == layout.size
 
 
 class _CutOut(torch.autograd.Function):
@@ -101,10 +121,12 @@ class _CutOut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, axes: Axes, cuts: Sequence[Cut], rectify: bool, *pieces: Tensor | None) -> tuple[Tensor, ...]:
-        buffer = _assemble(pieces, axes, rectify)  # type: ignore[arg-type]
+    def forward(
+        ctx: Any, axes: Axes, layout: Layout, cuts: Sequence[Cut], rectify: bool, *pieces: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        buffer = _assemble(pieces, axes, layout, rectify)  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
-        ctx.axes, ctx.cuts, ctx.shape = axes, cuts, buffer.shape
+        ctx.axes, ctx.layout, ctx.cuts, ctx.shape = axes, layout, cuts, buffer.shape
         ctx.sizes = [None if piece is None else (piece.shape[axes.rows], piece.shape[axes.cols]) for piece in pieces]
         ctx.rectify = rectify and pieces[2] is not None
         if ctx.rectify:
@@ -127,23 +149,23 @@ class _CutOut(torch.autograd.Function):
                 total = empty_like(grad, ctx.shape).zero_()
             _window(total, axes, cut).add_(grad)
         if total is None:
-            return (None,) * 6
+            return (None,) * 7
         left, above, new = ctx.sizes
-        kept_cols = left[1] if left else 0
-        kept_rows = above[0] if above else 0
+        kept_rows, kept_cols = ctx.layout.kept
         results: list[Tensor | None] = [None, None, None]
         # Gradients of carries outlive this step: as views they would keep the whole buffer's gradient alive.
-        if left and ctx.needs_input_grad[3]:
+        if left and ctx.needs_input_grad[4]:
             results[0] = total.narrow(axes.cols, 0, kept_cols).clone()
-        if above and ctx.needs_input_grad[4]:
+        if above and ctx.needs_input_grad[5]:
             results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1]).clone()
-        if new and ctx.needs_input_grad[5]:
-            inner = Cut(kept_rows, kept_rows + new[0], kept_cols, kept_cols + new[1])
+        if new and ctx.needs_input_grad[6]:
+            top, left_edge = kept_rows + ctx.layout.at[0], kept_cols + ctx.layout.at[1]
+            inner = Cut(top, top + new[0], left_edge, left_edge + new[1])
             results[2] = _window(total, axes, inner)
             if ctx.rectify:
                 result = _window(ctx.saved_tensors[0], axes, inner)
                 results[2] = torch.ops.aten.threshold_backward(results[2], result, 0)
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 def empty_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
+from widefield.streaming.foreground import broadcast_mask
+from widefield.streaming.grid import Box
 from widefield.streaming.heap import watch
 from widefield.streaming.job import Job, Progress
+from widefield.streaming.need import Wanted, cells_in
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
 from widefield.streaming.program import Program, Stage, Value
@@ -30,6 +33,9 @@ def execute(
     image_tensor: Tensor | None,
     values: dict[str, Any],
     *,
+    wanted: Wanted | None,
+    fill: tuple[float, ...],
+    statistics: "Statistics | None",
     memory_budget: int | None,
     scratch_dir: str | None,
     deterministic: bool,
@@ -44,6 +50,9 @@ def execute(
         reader: where the image is read.
         image_tensor: the tensor behind it, for autograd; None for an image that is read lazily.
         values: parameters, buffers and constants by name; each goes when its last reader is done.
+        wanted: the part of the image that is wanted; None: all of it.
+        fill: the pixel that takes the place of the background.
+        statistics: results of the reductions, by an earlier pass over the image. If it is empty, it is filled.
         memory_budget: bytes, within which the heap of the CPU is kept.
         scratch_dir: folder for files; None: the system's.
         deterministic: run with deterministic algorithms only.
@@ -53,6 +62,10 @@ def execute(
     autocast = torch.is_autocast_enabled(device.type)
     settings = partial(_settings, device.type, torch.get_autocast_dtype(device.type), autocast, deterministic)
     seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if program.random else 0
+    if statistics is not None:
+        seed = statistics.seed = seed if statistics.seed is None else statistics.seed
+    foreground = None if wanted is None else wanted.foreground
+    parts: dict[str, Box] = {}  # of the maps that stages have left
     store = Store(plan.map_place, scratch_dir)
     heap = None
     if memory_budget is not None and device.type == "cpu":
@@ -60,14 +73,16 @@ def execute(
 
     def reader_of(value: Value) -> tuple[TileReader, Tensor | None]:
         if value.name == program.captured.image:
-            return replace(reader, channels=value.shape[1]), image_tensor
+            return replace(reader, channels=value.shape[1], foreground=foreground, fill=fill), image_tensor
         tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
-        return TileReader(tensor.detach(), device, value.dtype, dims=value.axes, store=home), tensor
+        origin = parts.get(value.name, (0, 0))[:2]
+        return TileReader(tensor.detach(), device, value.dtype, dims=value.axes, store=home, origin=origin), tensor
 
     def run_stage(stage: Stage, plan_of_stage: StagePlan) -> tuple[Tensor, ...]:
         readers, inputs = zip(*(reader_of(stage.values[v]) for v in stage.inputs), strict=True)
         job = Job(
             grid=plan_of_stage.grid,
+            foreground=foreground,
             readers=readers,
             weight_names=stage.operands,
             seed=seed,
@@ -79,6 +94,7 @@ def execute(
             settings=settings,
             progress=progress,
         )
+        parts.update({stage.values[v].name: box for v, box in job.parts.items()})
         with settings():
             return scan(job, inputs, [_in_format(values[name], reader.memory_format) for name in stage.operands])
 
@@ -88,9 +104,52 @@ def execute(
             values[item.name] = _run(item, values, device, seed)
         else:
             values.update(zip(item.made, run_stage(item, next(remaining)), strict=True))
+            if statistics is not None:
+                found = item.made[len(item.outputs) :]
+                values.update(statistics.complete({name: values[name] for name in found}))
         for name in last_reads:
             values.pop(name, None)
+    if wanted is not None and wanted.outputs:
+        for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
+            if value.name in program.final_maps:
+                values[value.name] = _wanted_part(values[value.name], value, parts[value.name], wanted, program)
     return values
+
+
+@dataclass
+class Statistics:
+    """What reductions over a whole image have given, by name, and the seed of the random masks in that pass."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    seed: int | None = None
+    known: bool = False
+
+    def complete(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is known in place of what was `found`; or note it."""
+        if not self.known:
+            self.values.update(found)
+        return {name: self.values[name] for name in found}
+
+
+def _wanted_part(made: Tensor, value: Value, part: Box, wanted: Wanted, program: Program) -> Tensor:
+    """What is wanted of an output map, of which `part` was made: the rest is zero, and so is the background."""
+    extent = value.shape[value.axes.rows], value.shape[value.axes.cols]
+    image = program.captured.image_shape[2:]
+    y, x, height, width = box = cells_in(wanted.region or (0, 0, *image), image, extent)  # type: ignore[arg-type]
+    for axis, start, size, begin, length in zip(value.axes, box[:2], box[2:], part[:2], part[2:], strict=True):
+        first = min(max(start, begin), begin + length)
+        stop = max(first, min(start + size, begin + length))
+        zeros = list(made.shape)
+        pieces = [made.narrow(axis, first - begin, stop - first)]
+        for at, missing in ((0, min(first, start + size) - start), (1, start + size - max(stop, start))):
+            zeros[axis] = missing
+            if missing > 0:
+                pieces.insert(at * len(pieces), made.new_zeros(zeros))
+        made = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+    if wanted.foreground is None:
+        return made
+    mask = wanted.foreground.tile(extent, y, x, height, width, made.device)
+    return torch.where(broadcast_mask(mask, made.ndim, value.axes), made, 0)
 
 
 def on_whole_maps(program: Program, image: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
@@ -101,7 +160,7 @@ def on_whole_maps(program: Program, image: Tensor, values: dict[str, Any]) -> di
         values[node.name] = _run(node, values, image.device, seed=0)
         names = node.module_path.split(".")
         made.update({".".join(names[:k]): values[node.name] for k in range(1, len(names) + 1)})
-    made[""] = fill(program.captured.outputs[:1], values)[0]
+    made[""] = fill_refs(program.captured.outputs[:1], values)[0]
     return made
 
 
@@ -110,7 +169,7 @@ def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) ->
     if node.target is torch.ops.aten.bernoulli.p:  # stochastic depth, channel dropout: the same on every device
         like = values[node.args[0].name]
         return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)
-    args, kwargs = fill((node.args, node.kwargs), values)
+    args, kwargs = fill_refs((node.args, node.kwargs), values)
     args, kwargs = pytree.tree_map(
         lambda x: device if isinstance(x, torch.device) and x == CAPTURE_DEVICE else x, (args, kwargs)
     )
@@ -126,7 +185,7 @@ def _stage_input(program: Program, value: Value, values: dict[str, Any]) -> Tens
     return weight.reshape((1,) * (len(value.shape) - weight.ndim) + tuple(weight.shape))
 
 
-def fill(structure: Any, values: dict[str, Any]) -> Any:
+def fill_refs(structure: Any, values: dict[str, Any]) -> Any:
     """`structure` with every `Ref` replaced by its value."""
     return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)
 

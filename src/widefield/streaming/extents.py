@@ -10,7 +10,7 @@ op carries one `AxisMap` for its rows and one for its columns. An `AxisMap` answ
 - `span(o0, o1)`: what to read, and how much padding to add, to compute exactly the outputs `[o0, o1)`.
 
 All are non-decreasing, which is what makes a scan possible. Positions are not checked: callers stay inside `[0, n]`.
-`ready_all` and `first_all` answer for many positions at once.
+`ready_all`, `first_all` and `stop_all` answer for many positions at once.
 """
 
 from collections.abc import Callable
@@ -65,16 +65,20 @@ class AxisMap(Protocol):
 
     def ready_all(self, r: Positions) -> Positions: ...
     def first_all(self, o: Positions) -> Positions: ...
+    def stop_all(self, o: Positions) -> Positions: ...
 
 
 class _OneByOne:
-    """`ready_all` and `first_all` of maps that have no closed form for many positions."""
+    """`ready_all`, `first_all` and `stop_all` of maps that have no closed form for many positions."""
 
     def ready_all(self: AxisMap, r: Positions) -> Positions:
         return _each(self.ready, r)
 
     def first_all(self: AxisMap, o: Positions) -> Positions:
         return _each(self.first, o)
+
+    def stop_all(self: AxisMap, o: Positions) -> Positions:
+        return _each(self.stop, o)
 
 
 def _each(function: Callable[[int], int], positions: Positions) -> Positions:
@@ -115,6 +119,11 @@ class Window:
         first = np.minimum(np.maximum(o * self.stride - self.padding, 0), self.n_in)
         first[o >= self.n_out] = self.n_in
         return first
+
+    def stop_all(self, o: Positions) -> Positions:
+        stop = np.minimum(np.maximum((o - 1) * self.stride - self.padding + self.extent, 0), self.n_in)
+        stop[o <= 0] = 0
+        return stop
 
     def first(self, o: int) -> int:
         return self.n_in if o >= self.n_out else clamp(o * self.stride - self.padding, 0, self.n_in)

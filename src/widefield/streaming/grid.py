@@ -1,15 +1,17 @@
 """Two schedules make a grid of steps: what each step computes, reads, keeps and hands on, for every map of a stage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from widefield.streaming.buffers import Cut
+from widefield.streaming.buffers import Cut, Layout
 from widefield.streaming.extents import Span
 from widefield.streaming.program import Stage
 from widefield.streaming.schedule import Schedule
 
 Range = tuple[int, int]
+Box = tuple[int, int, int, int]  # y, x, height, width
 GATE = 8  # rows that a strided op waits for: enough for a convolution to run at full speed
 
 
@@ -36,8 +38,12 @@ class AxisStep:
 
 
 class Cuts(NamedTuple):
-    """The windows that are cut out of a buffer: those of the `readers`, then the pieces for below and right, if they are kept."""
+    """The windows that are cut out of a buffer: those of the `readers`, then the pieces for below and right, if they are kept.
 
+    `layout` says how the buffer is put together.
+    """
+
+    layout: Layout
     readers: list[tuple[int, int]]
     windows: list[Cut]
     keep_below: bool
@@ -65,15 +71,14 @@ class Grid:
     def cols(self) -> tuple[tuple[AxisStep, ...], ...]:
         return self._steps(self.col_schedule)
 
-    @property
-    def steps(self) -> int:
-        """Number of steps of the scan."""
-        return self.row_schedule.steps * self.col_schedule.steps
-
-    @property
+    @cached_property
     def order(self) -> list[tuple[int, int]]:
         """Tile row and column of each step."""
-        return [(i, j) for i in range(len(self.rows)) for j in range(len(self.cols))]
+        return [(i, j) for i in range(self.row_schedule.steps) for j in range(self.col_schedule.steps)]
+
+    def extent(self, v: int) -> tuple[int, int]:
+        """Height and width of map v; of a reduction, those of the maps that it reads."""
+        return self.row_schedule.flows[v].size, self.col_schedule.flows[v].size
 
     def _steps(self, schedule: Schedule) -> tuple[tuple[AxisStep, ...], ...]:
         return tuple(
@@ -94,25 +99,60 @@ class Grid:
         spans = tuple(schedule.span(v, k, t) for k in sources)
         return AxisStep(kept[t - 1], ready[t - 1], ready[t], kept[t], spans, tuple(reads))
 
-    def cuts(self, v: int, row: AxisStep, col: AxisStep) -> Cuts:
-        """Return what is cut out of map v's buffer in a step."""
+    def box(self, v: int, i: int, j: int) -> Box:
+        """Return the part of map v that step (i, j) computes: y, x, height, width."""
+        row, col = self.rows[i][v], self.cols[j][v]
+        return row.done, col.done, row.new, col.new
+
+    def part(self, v: int) -> Box:
+        """Return the part of map v that is computed: all of it."""
+        return 0, 0, *self.extent(v)
+
+    def spans(self, v: int, i: int, j: int) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """Return what map v reads of each source in step (i, j), along both axes."""
+        return self.rows[i][v].spans, self.cols[j][v].spans
+
+    def cuts(self, v: int, i: int, j: int) -> Cuts:
+        """Return what is cut out of map v's buffer in step (i, j)."""
+        row, col = self.rows[i][v], self.cols[j][v]
+        reads = [
+            None if rows is None or cols is None else (rows, cols)
+            for rows, cols in zip(row.reads, col.reads, strict=True)
+        ]
+        return self.cut(v, row, col, reads, at=(0, 0), below=True, right=True)
+
+    def cut(
+        self,
+        v: int,
+        row: AxisStep,
+        col: AxisStep,
+        reads: Sequence[tuple[Range, Range] | None],
+        at: tuple[int, int],
+        below: bool,
+        right: bool,
+    ) -> Cuts:
+        """Return what is cut out of map v's buffer: what each reader `reads`, and what goes `below` and `right` where it is kept.
+
+        `at` is where what the step computes begins in what it could compute.
+        """
         who, cuts = [], []
-        for (reader, k), rows, cols in zip(self.readers[v], row.reads, col.reads, strict=True):
-            if rows is not None and cols is not None:
+        for (reader, k), read in zip(self.readers[v], reads, strict=True):
+            if read is not None:
                 placed = self.stage.values[reader].placed
                 exclusive = placed is not None and placed.exclusive
                 who.append((reader, k))
-                (y, y_end), (x, x_end) = rows, cols
+                (y, y_end), (x, x_end) = read
                 top, left = row.held_from, col.held_from
                 cuts.append(Cut(y - top, y_end - top, x - left, x_end - left, exclusive))
         height, width = row.ready - row.held_from, col.ready - col.held_from
-        below = row.carried_from < row.ready and col.new > 0
-        right = col.carried_from < col.ready and height > 0
+        below = below and row.carried_from < row.ready and col.new > 0
+        right = right and col.carried_from < col.ready and height > 0
         if below:
             cuts.append(Cut(row.carried_from - row.held_from, height, col.done - col.held_from, width))
         if right:
             cuts.append(Cut(0, height, col.carried_from - col.held_from, width))
-        return Cuts(who, cuts, below, right)
+        layout = Layout((row.done - row.held_from, col.done - col.held_from), (row.new, col.new), at)
+        return Cuts(layout, who, cuts, below, right)
 
 
 def make_grid(stage: Stage, rows: Schedule, cols: Schedule) -> Grid:

@@ -5,14 +5,16 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from widefield.streaming.buffers import empty_like
-from widefield.streaming.grid import Grid
+from widefield.streaming.foreground import Foreground, broadcast_mask
+from widefield.streaming.grid import Box, Grid
 from widefield.streaming.heap import Heap
+from widefield.streaming.need import PartialGrid
 from widefield.streaming.store import Store
 from widefield.streaming.tiles import TileReader
 
@@ -23,13 +25,16 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """One scan: its `grid`, where its inputs are read, the names of its weights, the seed of its random masks.
 
+    `foreground` is that of the image, if it has a mask.
+
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
     expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
     `settings` gives a context with the forward pass's autocast state and determinism; `progress(phase, done, steps)` is told
     of each step.
     """
 
-    grid: Grid
+    grid: Grid | PartialGrid
+    foreground: Foreground | None
     readers: Sequence[TileReader]
     weight_names: Sequence[str]
     seed: int
@@ -46,9 +51,16 @@ class Job:
         """The device that computes."""
         return self.readers[0].device
 
-    def new(self, v: int, shape: tuple[int, ...], tile: Tensor) -> Tensor:
-        """An empty tensor for the whole of output map `v`, of which `tile` is a part."""
-        return self.store.empty(shape, tile) if v in self.grid.stage.stored else empty_like(tile, shape)
+    @cached_property
+    def parts(self) -> dict[int, Box]:
+        """The part of each output map that is made: y, x, height, width."""
+        return {v: self.grid.part(v) for v in self.grid.stage.outputs}
+
+    def new(self, v: int, like: Tensor) -> Tensor:
+        """A tensor for the part of output map `v` that is made, in the dtype and memory format of `like`; zero where it is not."""
+        shape = self.grid.stage.values[v].tile_shape(*self.parts[v][2:])
+        store = self.store if v in self.grid.stage.stored else Store()
+        return store.empty(shape, like) if isinstance(self.grid, Grid) else store.zeros(shape, like)
 
     def step_done(self, phase: str, done: int, tensors: Iterable[Tensor]) -> None:
         """Give memory back between two steps, `done` of them being done, and report progress.
@@ -61,7 +73,7 @@ class Job:
             for x in (*tensors, *(reader.data for reader in self.readers if isinstance(reader.data, Tensor))):
                 self.store.release(x)
         if self.progress:
-            self.progress(phase, done, self.grid.steps)
+            self.progress(phase, done, len(self.grid.order))
 
     def tiles(self, steps: Iterable[tuple[int, int]]) -> Generator[list[Tensor | None]]:
         """The new tiles of the stage inputs in each of `steps`, as their readers give them.
@@ -88,19 +100,33 @@ class Job:
         """The new tiles of step (i, j) where they can be moved to the device from; None where there is none."""
         raws: list[Tensor | None] = []
         for v, reader in zip(self.grid.stage.inputs, self.readers, strict=True):
-            y, x, height, width = self.box(v, i, j)
+            y, x, height, width = self.grid.box(v, i, j)
             raws.append(reader.fetch(y, x, height, width) if height and width else None)
         return raws
+
+    def prepare(self, raws: Sequence[Tensor | None], i: int, j: int) -> list[Tensor | None]:
+        """Return raw tiles of the inputs in step (i, j) as the network sees them."""
+        zipped = zip(self.grid.stage.inputs, self.readers, raws, strict=True)
+        return [None if raw is None else reader.prepare(raw, *self.grid.box(v, i, j)[:2]) for v, reader, raw in zipped]
+
+    def masks(self, v: int, i: int, j: int) -> tuple[Tensor, ...] | None:
+        """Return the foreground in each tile that map v reads in step (i, j); None where it does not matter."""
+        value = self.grid.stage.values[v]
+        if self.foreground is None or not (value.reduction is not None or value.facts.masked):
+            return None
+        masks = []
+        for s, row, col in zip(value.sources, *self.grid.spans(v, i, j), strict=True):
+            box = row.first, col.first, row.last - row.first, col.last - col.first
+            source = self.grid.stage.values[s]
+            mask = self.foreground.tile(source.extent, *box, self.device)
+            masks.append(broadcast_mask(mask, len(source.shape), source.axes))
+        return tuple(masks)
 
     def _to_device(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if raw is None else reader.to_device(raw) for reader, raw in zip(self.readers, raws, strict=True)]
 
-    def box(self, v: int, i: int, j: int) -> tuple[int, int, int, int]:
-        """Return the region of map v that step (i, j) computes: y, x, height, width, in pixels of the map."""
-        row, col = self.grid.rows[i][v], self.grid.cols[j][v]
-        return row.done, col.done, row.new, col.new
-
-    def tile_of(self, whole: Tensor, v: int, i: int, j: int) -> Tensor:
-        """The part of map v that step (i, j) computes, in a tensor of the whole map's size."""
-        axes, (y, x, height, width) = self.grid.stage.values[v].axes, self.box(v, i, j)
-        return whole.narrow(axes.rows, y, height).narrow(axes.cols, x, width)
+    def tile_of(self, made: Tensor, v: int, i: int, j: int) -> Tensor:
+        """The part of output map v that step (i, j) computes, in a tensor of all that is made of it."""
+        axes, (y, x, height, width) = self.grid.stage.values[v].axes, self.grid.box(v, i, j)
+        top, left = self.parts[v][:2]
+        return made.narrow(axes.rows, y - top, height).narrow(axes.cols, x - left, width)

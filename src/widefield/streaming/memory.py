@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from widefield.streaming.memory_model import Array, Flags, MemoryModel
+from widefield.streaming.need import PartialGrid
 from widefield.streaming.schedule import Schedule
 
 
@@ -67,19 +68,39 @@ class Footprint:
     rows: Axis
     cols: Axis
     training: bool
+    need: PartialGrid | None = None
 
     @cached_property
     def recorded(self) -> Array:
         """Bytes that autograd keeps of each step until its backward pass: (tile rows, tile columns)."""
         weights = np.concatenate(_saved_by_autograd(self.needs, [self.rows], [self.cols]))[:, 0]
-        return (self.rows.work * weights).T @ self.cols.work  # type: ignore[no-any-return]
+        if self.need is None:
+            return (self.rows.work * weights).T @ self.cols.work  # type: ignore[no-any-return]
+        (new, held), (_, rows), (_, cols) = _halves(weights), _halves(self.rows.work), _halves(self.cols.work)
+        buffers = np.einsum("vi,vj,vij->ij", rows * held, cols, self.need.made)
+        return np.einsum("v,vij->ij", new[:, 0], self.need.boxes.sizes) + buffers  # type: ignore[no-any-return]
+
+    @cached_property
+    def computed(self) -> tuple[float, float]:
+        """Bytes of all maps that are computed, and of all maps."""
+        (rows, _), (cols, _) = _halves(self.rows.work), _halves(self.cols.work)
+        whole = float((rows.sum(1) * cols.sum(1)) @ self.needs.sizes)
+        if self.need is None:
+            return whole, whole
+        return float(self.need.boxes.sizes.sum((1, 2)) @ self.needs.sizes), whole
 
     @cached_property
     def carries(self) -> dict[torch.dtype, int]:
         """All pieces that a pass saves, by dtype."""
         sizes: dict[torch.dtype, int] = {}
-        counts = _saved_positions([self.rows], [self.cols])[:, 0, 0].tolist()
-        for value, count in zip(self.needs.stage.values, counts, strict=True):
+        if self.need is None:
+            counts = _saved_positions([self.rows], [self.cols])[:, 0, 0]
+        else:
+            (new, _), (_, held) = _halves(self.cols.work), _halves(self.rows.work)
+            down, across = self.rows.carried[:, 1:], self.cols.carried[:, 1:]
+            counts = np.einsum("vi,vj,vij->v", down, new, self.need.below)
+            counts += np.einsum("vi,vj,vij->v", held, across, self.need.right)
+        for value, count in zip(self.needs.stage.values, counts.tolist(), strict=True):
             if count:
                 sizes[value.dtype] = sizes.get(value.dtype, 0) + int(count * value.pixel_bytes)
         return sizes

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,14 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.captured import Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.execution import execute, fill, memory_format
+from widefield.streaming.execution import Statistics, execute, fill_refs, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
+from widefield.streaming.foreground import Foreground, parse_fill, parse_mask
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
+from widefield.streaming.need import Wanted, check_parts, parse_region
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import PlanRequest, StagePlan, make_plan
+from widefield.streaming.planner import Planner, PlanRequest, make_planner
 from widefield.streaming.program import Program
 from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.receptive_field import Cells
@@ -118,24 +121,50 @@ class StreamingCNN(nn.Module):
         self.enabled = True
         self.progress: Progress | None = None
         self._programs = ProgramCache()
-        self._plans: WeakKeyDictionary[Program, dict[PlanRequest, tuple[Plan, tuple[StagePlan, ...]]]] = (
-            WeakKeyDictionary()
-        )
+        self._planners: WeakKeyDictionary[Program, dict[PlanRequest, Planner]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": None, "_plans": None, "progress": None, "saliency_map": None}
+        return {**self.__dict__, "_programs": None, "_planners": None, "progress": None, "saliency_map": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._programs, self._plans = ProgramCache(), WeakKeyDictionary()
+        self._programs, self._planners = ProgramCache(), WeakKeyDictionary()
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
 
-    def forward(self, image: Tensor | LazyImage | Sequence[Any]) -> Any:
-        """Stream `image`; see the class."""
+    def forward(
+        self,
+        image: "Tensor | LazyImage | PreparedImage | Sequence[Any]",
+        *,
+        region: tuple[int, int, int, int] | None = None,
+        mask: Any = None,
+        fill: float | Sequence[float] = 0.0,
+    ) -> Any:
+        """Stream `image`; see the class.
+
+        Args:
+            image: one image or batch, a list of images, or what `prepare` returned.
+            region: (y, x, height, width) in pixels of the image: of each map among the results, only the cells that it touches are
+                returned, and nothing is read or computed that they do not depend on. Cell `o` of `n` along an axis stands for
+                the pixels from `o * size / n` to `(o + 1) * size / n`. Results that are no maps are those of the whole image.
+            mask: the foreground: a bool array of shape (rows, columns) or (N, rows, columns), of any size up to the image's; an
+                object with such an array as `.cells` (`widefield.images.Mask`); or a function of the image that returns one.
+                For a list of images, a list. Pixels outside of it are replaced by `fill`. A position of a map is foreground if its
+                cell touches the mask (`adaptive_max_pool2d(mask, size of the map)`); operations over the whole image (pooling,
+                normalisation, softmax over positions) run over the foreground alone, and maps among the results are zero
+                outside of it. What neither depends on is not read and not computed.
+            fill: a pixel of the background, as the image stores it: one number or one for each channel.
+        """
         if isinstance(image, (list, tuple)):
-            return self._as_batch(image) if self.batch_statistics == "exact" and image else [self(one) for one in image]
+            return self._each(image, region, mask, fill)
+        prepared = None
+        if isinstance(image, PreparedImage):
+            prepared, image = image, image.image
+            prepared.check(self)
+            fill = prepared.fill
+            if mask is not None:
+                raise ValueError("a mask is given to prepare(), and holds for all regions: leave it out here")
         if self.enabled:
             _refuse_transforms([image, *self.parameters(), *self.buffers()])
         device, dtype = self._device_and_dtype(image)
@@ -143,13 +172,35 @@ class StreamingCNN(nn.Module):
         if isinstance(image, Tensor):
             image = self._with_saliency_hook(image.to(device) if self.copy_to_gpu else image)
         assert isinstance(image, (Tensor, LazyImage))
+        wanted = self._wanted(shape, image, region, mask)
+        if prepared is not None:
+            wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
         if not self.enabled:
+            if wanted is not None:
+                raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
             return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
-        plan, stage_plans = self._planned(program, device, image_requires_grad)
+        return self._run(program, image, wanted, device, dtype, fill, prepared.statistics if prepared else None)
+
+    def _run(
+        self,
+        program: Program,
+        image: Tensor | LazyImage,
+        wanted: Wanted | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        fill: Any,
+        statistics: Statistics | None,
+    ) -> Any:
+        """The result of `program` for an image, or a part of it."""
+        image_requires_grad = isinstance(image, Tensor) and image.requires_grad
+        planner = self._planner(program, device, image_requires_grad, wanted is not None)
+        if wanted is not None:
+            check_parts(program, wanted)
+        plan, stage_plans = planner.plan(wanted)
         reader = TileReader(
             image.detach() if isinstance(image, Tensor) else image,
             device,
@@ -164,12 +215,67 @@ class StreamingCNN(nn.Module):
             reader,
             image if isinstance(image, Tensor) else None,
             self._bind(program, device),
+            wanted=wanted,
+            fill=parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image)),
+            statistics=statistics,
             memory_budget=self.memory_budget,
             scratch_dir=self.scratch_dir,
             deterministic=self.deterministic,
             progress=self.progress,
         )
         return self._finish(program, values)
+
+    @torch.no_grad()
+    def prepare(
+        self, image: Tensor | LazyImage, *, mask: Any = None, fill: float | Sequence[float] = 0.0
+    ) -> "PreparedImage":
+        """Compute what operations over the whole `image` need of it (means, statistics), once for many regions.
+
+        `model(prepared, region=...)`, without gradients, then computes what the region needs. For a network without such operations
+        there is nothing to compute. The arguments are those of `forward`; a mask that is given here holds for all regions.
+
+        Raises:
+            ValueError: later, if it is used with gradients, or after a parameter or buffer of the module has changed.
+        """
+        device, dtype = self._device_and_dtype(image)
+        shape = self._check(image, device, dtype)
+        program = self._program(shape, dtype, device)
+        if self.verify:
+            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False)
+        foreground = parse_mask(mask, image, shape)
+        statistics = Statistics()
+        wanted = Wanted(foreground=foreground, outputs=False)
+        self._run(program, image, wanted, device, dtype, fill, statistics)
+        statistics.known = True
+        return PreparedImage(image, foreground, fill, statistics, self._versions())
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes when a parameter or buffer does."""
+        return [(x.data_ptr(), x._version) for x in (*self.module.parameters(), *self.module.buffers())]
+
+    def _wanted(self, shape: Sequence[int], image: Any, region: Any, mask: Any) -> Wanted | None:
+        """The part of an image of `shape` that is wanted; None if it is all of it."""
+        if region is None and mask is None:
+            return None
+        return Wanted(parse_region(region, (shape[2], shape[3])), parse_mask(mask, image, shape))
+
+    def _each(self, images: Sequence[Any], region: Any, mask: Any, fill: Any) -> list[Any]:
+        """The results of a list of images; `mask` has one for each."""
+        partly = region is not None or mask is not None
+        if self.batch_statistics == "exact" and images:
+            if partly:
+                raise ValueError(
+                    'batch_statistics="exact" takes a list as one batch, without region and mask: pass a tensor (N, C, H, W)'
+                )
+            return self._as_batch(images)
+        if not partly:
+            return [self(image) for image in images]
+        masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(images)
+        if len(masks) != len(images) or (
+            mask is not None and not isinstance(mask, (list, tuple)) and not callable(mask)
+        ):
+            raise ValueError(f"a list of {len(images)} images needs a list of as many masks, or a function of an image")
+        return [self(image, region=region, mask=one, fill=fill) for image, one in zip(images, masks, strict=True)]
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -192,7 +298,7 @@ class StreamingCNN(nn.Module):
         """The result among `values`; running statistics, and attributes that forward sets, are as the plain module leaves them."""
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
-        result, attributes = pytree.tree_unflatten(fill(program.captured.outputs, values), program.captured.spec)
+        result, attributes = pytree.tree_unflatten(fill_refs(program.captured.outputs, values), program.captured.spec)
         for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
             part = self.module.get_submodule(path)
             setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
@@ -241,16 +347,22 @@ class StreamingCNN(nn.Module):
         ]
         return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
-    def plan(self, shape: tuple[int, ...]) -> Plan:
+    def plan(
+        self, shape: tuple[int, ...], *, region: tuple[int, int, int, int] | None = None, mask: Any = None
+    ) -> Plan:
         """Return the plan for an image of `shape` (channels, height, width) or (N, channels, height, width).
 
-        A training step if gradients are enabled and a parameter requires them, else a forward pass.
+        A training step if gradients are enabled and a parameter requires them, else a forward pass. `region` and `mask` are as for
+        `forward`.
         """
         device, dtype = self._device_and_dtype(None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        return self._planned(self._program(full, dtype, device), device)[0]
+        program = self._program(full, dtype, device)
+        wanted = self._wanted(full, None, region, mask)
+        planner = self._planner(program, device, partial=wanted is not None)
+        return planner.plan(wanted)[0]
 
     def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
         """Return the places that the entries of a map look at, for an image of `shape` (channels, height, width).
@@ -312,11 +424,11 @@ class StreamingCNN(nn.Module):
             return []
         return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
 
-    def _planned(
-        self, program: Program, device: torch.device, image_requires_grad: bool = False
-    ) -> tuple[Plan, tuple[StagePlan, ...]]:
-        """The plan for the current grad mode; `image_requires_grad`: if no parameter does, too."""
-        plans, parameters = self._plans.setdefault(program, {}), list(self.module.parameters())
+    def _planner(
+        self, program: Program, device: torch.device, image_requires_grad: bool = False, partial: bool = False
+    ) -> Planner:
+        """What makes plans for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
+        planners, parameters = self._planners.setdefault(program, {}), list(self.module.parameters())
         training = torch.is_grad_enabled() and (image_requires_grad or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)
         copied = kernel is not None and not kernel.is_contiguous(memory_format=memory_format(device, kernel.dtype))
@@ -328,10 +440,11 @@ class StreamingCNN(nn.Module):
             training=training,
             copied_weights=copied,
             stages=len(program.stages),
+            partial=partial,
         )
-        if request not in plans:
-            plans[request] = make_plan(program, request)
-        return plans[request]
+        if request not in planners:
+            planners[request] = make_planner(program, request)
+        return planners[request]
 
     def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
         """Today's parameters and buffers, by the names that the captured program uses."""
@@ -425,6 +538,27 @@ def stream(
         unsupported="run_whole",
         verify=verify,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image, and what operations over the whole of it have given; see `StreamingCNN.prepare`."""
+
+    image: Tensor | LazyImage
+    foreground: Foreground | None
+    fill: Any
+    statistics: Statistics
+    versions: list[tuple[int, int]]
+
+    def check(self, network: StreamingCNN) -> None:
+        """Raise ValueError where results would be wrong: with gradients, which lead through the statistics; for other weights."""
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the model "
+                "with the image itself, which computes them again with gradients"
+            )
+        if network._versions() != self.versions:
+            raise ValueError("a parameter or buffer has changed since prepare() looked at this image: prepare it again")
 
 
 class _Together(torch.autograd.Function):

@@ -16,6 +16,7 @@ class Plan:
     """A streamed pass over an image of `image_shape` (N, C, H, W).
 
     `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
+    `computed_fraction` is the share of all maps, by bytes, that is computed: below 1 for a region or with a mask.
     `predicted_bytes` at the peak, above the weights, their gradients and the image, by kind:
 
     - `weights`: copies and combinations of weights, and the sums of their gradients while a pass lasts;
@@ -43,6 +44,7 @@ class Plan:
     map_place: Place = "device"
     carry_place: Place = "device"
     refused: tuple[UnsupportedOpError, ...] = ()
+    computed_fraction: float = 1.0
 
     @property
     def total_bytes(self) -> int:
@@ -56,6 +58,7 @@ class Plan:
             ("image", " x ".join(map(str, self.image_shape))),
             ("tile", f"{self.tile_size[0]} x {self.tile_size[1]}"),
             ("steps", str(self.steps)),
+            *([("computed", f"{self.computed_fraction:.1%} of all maps")] if self.computed_fraction < 1 else []),
             ("compute", f"{self.predicted_overhead:.2f} x a plain pass"),
             *((f"memory: {kind}", format_bytes(size)) for kind, size in self.predicted_bytes.items() if size),
             ("memory: total", format_bytes(self.total_bytes)),

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from math import log2, sqrt
 from types import MappingProxyType
 
@@ -14,7 +14,8 @@ from widefield.streaming.budget import format_bytes, free_memory
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
-from widefield.streaming.memory_model import MemoryModel
+from widefield.streaming.memory_model import Array, MemoryModel
+from widefield.streaming.need import PartialGrid, Wanted, needs
 from widefield.streaming.plan import Plan
 from widefield.streaming.program import Program, Stage
 from widefield.streaming.schedule import schedules
@@ -38,7 +39,7 @@ class PlanRequest:
 
     `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are wanted. `maps`: where maps
     between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
-    has.
+    has. `partial`: a part of the image is wanted, so that tiles are as high as wide.
     """
 
     tile: tuple[int, int | None] | None
@@ -48,6 +49,7 @@ class PlanRequest:
     training: bool
     copied_weights: bool
     stages: int
+    partial: bool = False
 
     @property
     def heap_excess(self) -> tuple[float, float]:
@@ -60,15 +62,42 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The scan of one stage: its `grid`, the bytes of carries that it saves, how many of its last steps are recorded."""
+    """The scan of one stage: its `grid`, or the part of it that is needed, the bytes of carries that it saves, how many of its last
+    steps are recorded.
+    """
 
-    grid: Grid
+    grid: Grid | PartialGrid
     carry_sizes: Mapping[torch.dtype, int]
     recorded: int
 
 
-def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[StagePlan, ...]]:
-    """The plan of a pass, and how each stage is scanned.
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Tiles for a program within a budget, of which `plan` makes plans: for the whole image, or for parts of it."""
+
+    program: Program
+    request: PlanRequest
+    draft: "_Draft"
+    footprints: tuple[Footprint, ...]
+    limit: int | None
+    tile: tuple[int, int]
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        zipped = zip(self.program.stages, self.footprints, strict=True)
+        return tuple(make_grid(stage, found.rows.schedule, found.cols.schedule) for stage, found in zipped)
+
+    def plan(self, wanted: Wanted | None = None) -> tuple[Plan, tuple[StagePlan, ...]]:
+        """The plan of a pass that computes what is `wanted` (None: all), and how each stage is scanned."""
+        return self._whole if wanted is None else _finished(self, needs(self.program, self.grids, wanted))
+
+    @cached_property
+    def _whole(self) -> tuple[Plan, tuple[StagePlan, ...]]:
+        return _finished(self, [None] * len(self.grids))
+
+
+def make_planner(program: Program, request: PlanRequest) -> Planner:
+    """Find tiles.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
     """
@@ -82,7 +111,7 @@ def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[Stage
         _Options(
             stage,
             program.captured.image,
-            [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), request.device),
+            [_scaled(tile, stage, (height, width))] if tile else _tiles(stage, (height, width), request),
             request.training,
         )
         for stage in program.stages
@@ -99,8 +128,8 @@ def make_plan(program: Program, request: PlanRequest) -> tuple[Plan, tuple[Stage
                 f"({draft.total + 2**20} bytes, with tile_size={options[0].tiles[draft.choice[0]]})"
             )
         # Where nothing fits the share of the free memory, what needs least is tried.
-    spare = 0 if limit is None or not request.training else max(0, limit - draft.total)
-    return _finished(program, request, options, draft, spare, tile or options[0].tiles[draft.choice[0]])
+    footprints = tuple(option.footprint(k) for option, k in zip(options, draft.choice, strict=True))
+    return Planner(program, request, draft, footprints, limit, tile or options[0].tiles[draft.choice[0]])
 
 
 class _Options:
@@ -227,49 +256,42 @@ def _draft(
     return _Draft(tuple(choice), maps, carries, sizes, kept)
 
 
-def _finished(
-    program: Program,
-    request: PlanRequest,
-    options: Sequence[_Options],
-    draft: _Draft,
-    spare: int,
-    tile: tuple[int, int],
-) -> tuple[Plan, tuple[StagePlan, ...]]:
-    """The plan of a draft, with as many steps recorded as fit `spare` bytes, from the last one backwards.
+def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[Plan, tuple[StagePlan, ...]]:
+    """The plan of what is needed, with as many steps recorded as the budget has room for, from the last one backwards.
 
     What the last step needs is there anyhow: it is the first in the backward pass, and without recording it would be recomputed
     in the same place. So is what the gradients of a row of carries need, which come when the first recorded steps are gone.
     """
-    footprints = [option.footprint(k) for option, k in zip(options, draft.choice, strict=True)]
+    program, request, draft, grids = planner.program, planner.request, planner.draft, planner.grids
+    footprints = [replace(found, need=need) for found, need in zip(planner.footprints, needed, strict=True)]
+    sizes = _sizes_of_parts(planner, footprints)
+    spare = 0 if planner.limit is None or not request.training else max(0, planner.limit - sum(sizes.values()))
     room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
     if request.training:
         total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
-        there = max(0.0, draft.sizes["step"] - last.cost.step + float(last.recorded.max()))
-        there += max(footprint.cost.row for footprint in footprints)
+        there = max(0.0, sizes["step"] - planner.footprints[-1].cost.step + float(last.recorded.max()))
+        there += max(footprint.cost.row for footprint in planner.footprints)
         room = room / (1 + request.heap_excess[1]) + (there if spare else 0.0)
         for s in reversed(range(len(footprints))):
-            sums = np.cumsum(footprints[s].recorded.ravel()[::-1])
+            sums = np.cumsum(_in_order(footprints[s])[::-1])
             recorded[s] = int(np.searchsorted(sums, room, side="right"))
             taken = float(sums[recorded[s] - 1]) if recorded[s] else 0.0
             room, used = room - taken, used + taken
             if recorded[s] < len(sums):
                 break
-        draft.sizes["recorded"] = int(max(0.0, used - there))
-        draft.sizes["allocator"] += int(draft.sizes["recorded"] * request.heap_excess[1])
-    grids = [
-        make_grid(stage, footprint.rows.schedule, footprint.cols.schedule)
-        for stage, footprint in zip(program.stages, footprints, strict=True)
-    ]
+        sizes["recorded"] = int(max(0.0, used - there))
+        sizes["allocator"] += int(sizes["recorded"] * request.heap_excess[1])
     stage_plans = [
-        StagePlan(grid, footprint.carries if request.training else {}, count)
+        StagePlan(footprint.need or grid, footprint.carries if request.training else {}, count)
         for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
     ]
+    computed, everything = (sum(of) for of in zip(*(found.computed for found in footprints), strict=True))
     plan = Plan(
         image_shape=program.captured.image_shape,  # type: ignore[arg-type]
-        tile_size=tile,
-        steps=sum(grid.steps for grid in grids),
-        predicted_bytes=MappingProxyType(draft.sizes),
+        tile_size=planner.tile,
+        steps=sum(len(_in_order(found)) for found in footprints),
+        predicted_bytes=MappingProxyType(sizes),
         predicted_overhead=1 + (1 - used / total) / 3 if total else 1.0,
         layers=layers_of(program, grids),
         streamed_fraction=program.streamed_fraction,
@@ -278,8 +300,38 @@ def _finished(
         map_place=draft.maps,
         carry_place=draft.carries,
         refused=program.refused,
+        computed_fraction=computed / everything,
     )
     return plan, tuple(stage_plans)
+
+
+def _in_order(footprint: Footprint) -> Array:
+    """What autograd keeps of each step, in the order of the steps."""
+    if footprint.need is None:
+        return footprint.recorded.ravel()
+    order = footprint.need.order
+    return footprint.recorded[[i for i, _ in order], [j for _, j in order]]
+
+
+def _sizes_of_parts(planner: Planner, footprints: Sequence[Footprint]) -> dict[str, int]:
+    """The sizes of the draft, less what is not needed of carries and maps."""
+    program, draft, sizes = planner.program, planner.draft, dict(planner.draft.sizes)
+    if planner.request.training and draft.carries == "device":
+        saved = (
+            sum(found.carries.values()) - sum(whole.carries.values())
+            for found, whole in zip(footprints, planner.footprints, strict=True)
+        )
+        sizes["carries"] += sum(saved)
+    for stage, grid, found in zip(program.stages, planner.grids, footprints, strict=True):
+        if found.need is None:
+            continue
+        for v in stage.outputs:
+            height, width = grid.extent(v)
+            *_, rows, cols = found.need.part(v)
+            saved_bytes = int(stage.values[v].bytes * (1 - rows * cols / (height * width)))
+            kind = "maps" if v in stage.stored else "outputs"
+            sizes[kind] = max(0, sizes[kind] - saved_bytes)
+    return sizes
 
 
 def _places(request: PlanRequest) -> Iterator[tuple[Place, Place]]:
@@ -295,10 +347,13 @@ def _scaled(tile: tuple[int, int], stage: Stage, image: tuple[int, int]) -> tupl
     return rows, cols
 
 
-def _tiles(stage: Stage, image: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
-    """Tiles to choose from, those with about as much work as is preferred first, the wider before the taller."""
+def _tiles(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list[tuple[int, int]]:
+    """Tiles to choose from, those with about as much work as is preferred first, the wider before the taller.
+
+    Where a part of the image is wanted, those nearest to squares come before others.
+    """
     height, width = stage.extent
-    pixels = PREFERRED_PIXELS.get(device.type, 1 << 20)
+    pixels = PREFERRED_PIXELS.get(request.device.type, 1 << 20)
     pixels = min(pixels, max(pixels // 2, image[0] * image[1] // _SOME_STEPS))
     pixels = int(pixels * sqrt(height * width / (image[0] * image[1])))  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
@@ -307,7 +362,10 @@ def _tiles(stage: Stage, image: tuple[int, int], device: torch.device) -> list[t
     )
     widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
     tiles = [(h, w) for h in heights for w in widths]
-    return sorted(tiles, key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, -t[1]))
+    return sorted(
+        tiles,
+        key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, abs(log2(t[0] / t[1])) if request.partial else -t[1]),
+    )
 
 
 def _processes(device: torch.device) -> int:

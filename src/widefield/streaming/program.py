@@ -54,6 +54,11 @@ class Value:
         return torch.Size(self.shape).numel() // (height * width) * self.dtype.itemsize
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return self.shape[self.axes.rows], self.shape[self.axes.cols]
+
+    @property
     def facts(self) -> Op:
         """Return the facts about the operation that computes the map."""
         return Op() if self.placed is None else self.placed.op
@@ -140,6 +145,12 @@ class Program:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         return tuple(item for item in self.items if isinstance(item, Stage))
+
+    @cached_property
+    def final_maps(self) -> frozenset[str]:
+        """Names of the maps among the results."""
+        made = {stage.values[v].name for stage in self.stages for v in stage.outputs}
+        return frozenset(leaf.name for leaf in self.captured.outputs if isinstance(leaf, Ref) and leaf.name in made)
 
     @cached_property
     def output_bytes(self) -> int:

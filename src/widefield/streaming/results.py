@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -13,7 +14,10 @@ from widefield.streaming.tape import Made, Recorded
 
 
 class Results:
-    """The output maps, written tile by tile, and the reductions, gathered over the tiles."""
+    """The output maps, written tile by tile, and the reductions, gathered over the tiles.
+
+    Of an output map there is the part that is made, of a reduction over nothing an empty tensor for each part.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -26,18 +30,25 @@ class Results:
         for v, (windows, context) in made.reduced.items():
             reduction = values[v].reduction
             assert reduction is not None
-            self.gathered[v] = reduction.fold(self.gathered.get(v), [x.detach() for x in windows], context)
+            state = reduction.gather([x.detach() for x in windows], context)
+            self.gathered[v] = reduction.merge(self.gathered[v], state) if v in self.gathered else state
         for v, tile in made.outputs.items():
             if v not in self.maps:
-                self.maps[v] = self.job.new(v, values[v].shape, tile)
+                self.maps[v] = self.job.new(v, tile)
             self.job.tile_of(self.maps[v], v, i, j).copy_(tile)
 
     def finished(self) -> list[Tensor]:
         """Return the output maps, then the parts of the reductions."""
+        results: list[Tensor] = []
         stage = self.job.grid.stage
-        maps = [self.maps[v] for v in stage.outputs]
-        reductions = ((stage.values[v].reduction, self.gathered[v]) for v in stage.reductions)
-        return maps + [part for reduction, gathered in reductions if reduction for part in reduction.finish(gathered)]
+        for v in (*stage.outputs, *stage.reductions):
+            value, empty = stage.values[v], torch.empty(0, dtype=stage.values[v].dtype, device=self.job.device)
+            if value.reduction is None:
+                results.append(self.maps[v] if v in self.maps else self.job.new(v, empty))
+            else:
+                done = v in self.gathered
+                results += value.reduction.finish(self.gathered[v]) if done else [empty.clone() for _ in value.parts]
+        return results
 
 
 @dataclass(frozen=True)
@@ -86,4 +97,4 @@ class InputGradients:
         inputs = self.job.grid.stage.inputs
         for reader, raw, whole, v in zip(self.job.readers, raws, self.wholes, inputs, strict=True):
             if raw is not None and whole is not None and raw.grad is not None:
-                reader.view(whole, *self.job.box(v, i, j)).add_(raw.grad.to(whole.device))
+                reader.view(whole, *self.job.grid.box(v, i, j)).add_(raw.grad.to(whole.device))

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from widefield.streaming.buffers import cut_out
-from widefield.streaming.grid import Grid
 from widefield.streaming.job import Job
 from widefield.streaming.program import Value
 from widefield.streaming.results import InputGradients, ResultGradients, Results
@@ -86,24 +85,25 @@ class _Scan(torch.autograd.Function):
 
 def _forward(job: Job, tiles: Tiles, weights: Sequence[Tensor], tape: Tape | None) -> list[Tensor]:
     """Scan the `tiles` in raster order; `tape` takes what a backward pass needs."""
-    grid, results = job.grid, Results(job)
+    results = Results(job)
     by_name = dict(zip(job.weight_names, weights, strict=True))
-    above: list[Carry] = [{} for _ in grid.cols]
-    left: Carry = {}
-    for k, (i, j) in enumerate(grid.order):
-        left = left if j else {}
+    below: dict[tuple[int, int], Carry] = {}  # what each step has handed down
+    right: dict[tuple[int, int], Carry] = {}
+    for k, (i, j) in enumerate(job.grid.order):
+        above, left = below.pop((i - 1, j), {}), right.pop((i, j - 1), {})
         if tape is not None:
-            tape.save_received(above[j], left)
-        if tape is not None and k >= grid.steps - job.recorded:
+            tape.save_received(above, left)
+        if tape is not None and k >= len(job.grid.order) - job.recorded:
             # Hooks of the caller on saved tensors, those of torch.utils.checkpoint say, are not meant for this graph. Nor is
             # the check for updates in place: later carries are written beside those that it has saved, in the same block.
             with saved_tensors_hooks(lambda x: x, lambda x: x):
-                made = tape.keep_recorded(k, *_record(job, tape, i, j, above[j], left, next(tiles), weights))
+                made = tape.keep_recorded(k, *_record(job, tape, i, j, above, left, next(tiles), weights))
         else:
-            prepared = [reader.prepare(raw) for reader, raw in zip(job.readers, next(tiles), strict=True)]
-            made = step(grid, i, j, above[j], left, prepared, by_name, job.seed, tape.new_carry if tape else compact)
+            prepared = job.prepare(next(tiles), i, j)
+            made = step(job, i, j, above, left, prepared, by_name, tape.new_carry if tape else compact)
             del prepared
-        above[j], left = made.below, made.right
+        del above, left
+        below[i, j], right[i, j] = made.below, made.right
         results.add(made, i, j)
         del made
         job.step_done("forward", k + 1, (*results.maps.values(), *(tape.arena_blocks() if tape else ())))
@@ -122,30 +122,32 @@ def _backward(
 
     Returns the gradients of `tensors` (inputs, then weights) where needed, None elsewhere.
     """
-    grid, weights = job.grid, [x for x in tensors[len(job.readers) :] if x is not None]
+    weights = [x for x in tensors[len(job.readers) :] if x is not None]
     input_grads = InputGradients(job, tensors[: len(job.readers)], tape.inputs_needed)
     tape.start(weights)
-    grad_below: list[Carry] = [{} for _ in grid.cols]
-    grad_right: Carry = {}
-    for k, (i, j) in reversed(list(enumerate(grid.order))):
-        grad_right = grad_right if j + 1 < len(grid.cols) else {}
+    grad_below: dict[tuple[int, int], Carry] = {}  # the gradients of what each step has handed down
+    grad_right: dict[tuple[int, int], Carry] = {}
+    for k, (i, j) in reversed(list(enumerate(job.grid.order))):
         above, left = carries.pop()
         recorded = tape.steps.pop(k, None)
         if recorded is None:
             recorded = _record(job, tape, i, j, above, left, next(tiles), weights)[0]
         received = [*above.values(), *left.values()]
         del above, left
-        arriving = [*recorded.handed_on(grad_below[j], grad_right), *result_grads.at(job, recorded, i, j)]
+        handed_on = recorded.handed_on(grad_below.pop((i, j), {}), grad_right.pop((i, j), {}))
+        arriving = [*handed_on, *result_grads.at(job, recorded, i, j)]
         recorded.reduced.clear()  # what the reductions read is not needed any more
         wanted = [x for x in (*recorded.leaves, *tape.leaves) if x.requires_grad]
         if arriving:
             torch.autograd.backward([x for x, _ in arriving], [g for _, g in arriving], inputs=wanted)  # type: ignore[arg-type]
-        del arriving, wanted
-        grad_below[j] = {v: x.grad for v, x in recorded.above.items() if x.grad is not None}
-        grad_right = {v: x.grad for v, x in recorded.left.items() if x.grad is not None}
+        del handed_on, arriving, wanted
+        grad_below[i - 1, j] = {v: x.grad for v, x in recorded.above.items() if x.grad is not None}
+        grad_right[i, j - 1] = {v: x.grad for v, x in recorded.left.items() if x.grad is not None}
         input_grads.add(recorded.raws, i, j)
         del recorded
-        job.step_done("backward", grid.steps - k, (*(g for g in input_grads.wholes if g is not None), *received))
+        job.step_done(
+            "backward", len(job.grid.order) - k, (*(g for g in input_grads.wholes if g is not None), *received)
+        )
     return [*input_grads.wholes, *tape.take_gradients(weights)]
 
 
@@ -170,8 +172,7 @@ def _record(
         )
         zipped = zip(raws, tape.inputs_needed, strict=True)
         raws = [x.detach().requires_grad_() if x is not None and need else x for x, need in zipped]
-        prepared = [reader.prepare(raw) for reader, raw in zip(job.readers, raws, strict=True)]
-        made = step(job.grid, i, j, above, left, prepared, tape.weights(job, weights), job.seed, compact)
+        made = step(job, i, j, above, left, job.prepare(raws, i, j), tape.weights(job, weights), compact)
         outputs, below, right = (
             {v: get_gradient_edge(x) for v, x in of.items() if x.requires_grad}
             for of in (made.outputs, made.below, made.right)
@@ -182,44 +183,45 @@ def _record(
 
 
 def step(
-    grid: Grid,
+    job: Job,
     i: int,
     j: int,
     above: Carry,
     left: Carry,
     tiles: Sequence[Tensor | None],
     weights: Mapping[str, Tensor],
-    seed: int,
     keep: Callable[[Tensor], Tensor],
 ) -> Made:
     """One step of the scan: a pure function of what was kept above and to the left, and of the new tiles of the stage inputs.
 
-    What is kept for the tile below and for the tile to the right is as `keep` gives each piece.
+    What is kept for the tile below and for the tile to the right is as `keep` gives each piece. Of `job` it needs the
+    grid, the foreground and the seed of random masks.
     """
-    stage = grid.stage
+    grid, stage = job.grid, job.grid.stage
     made = Made({}, {}, {}, {})
     reads: dict[tuple[int, int], Tensor] = {}
-    for v, (value, row, col) in enumerate(zip(stage.values, grid.rows[i], grid.cols[j], strict=True)):
+    for v, value in enumerate(stage.values):
         new = None
-        if row.new and col.new:
+        *_, height, width = grid.box(v, i, j)
+        if height and width:
             if value.placed is None:
-                new = _input(value, tiles[v], row.new, col.new)
+                new = _input(value, tiles[v], height, width)
             else:
                 windows = [reads.pop((v, k)) for k in range(len(value.sources))]
-                context = TileContext(row.spans, col.spans, weights, seed)
+                context = TileContext(*grid.spans(v, i, j), weights, job.seed, job.masks(v, i, j))
                 if value.reduction is not None:
                     made.reduced[v] = windows, context
                     continue
                 new = value.placed.run(windows, context)
                 del windows
-            value.check_tile(new, row.new, col.new)
+            value.check_tile(new, height, width)
             if v in stage.outputs:
                 made.outputs[v] = new = new.relu_() if value.rectified else new
-        cuts = grid.cuts(v, row, col)
+        cuts = grid.cuts(v, i, j)
         if not cuts.windows:
             continue
         rectify = value.rectified and v not in made.outputs
-        parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts.windows, rectify))
+        parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts.layout, cuts.windows, rectify))
         del new
         if cuts.keep_right:
             made.right[v] = keep(parts.pop())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.streaming.foreground import Foreground
 from widefield.streaming.store import Store
 
 
@@ -134,9 +135,10 @@ class TileReader:
 
     Only the image has a `normalisation`; weights as large as the image are taken as they are.
 
-    `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one. `store` is
-    where the tensor lives and its gradient will, None for tensors that the user or a layer made. `channels` are those that a lazy
-    image is planned with, None for those that it has now.
+    `data` is a tensor (its height and width in dimensions `dims`) or a lazy image, of which a tile is a batch of one; `origin` is
+    where the tensor begins in the whole map. `store` is where the tensor lives and its gradient will, None for tensors that the
+    user or a layer made. `channels` are those that a lazy image is planned with, None for those that it has now. Of an image with
+    a `foreground`, what lies outside of it is replaced by `fill`, values of a pixel as it is stored.
     """
 
     data: Tensor | LazyImage
@@ -147,6 +149,9 @@ class TileReader:
     memory_format: torch.memory_format | None = None
     store: Store | None = None
     channels: int | None = None
+    origin: tuple[int, int] = (0, 0)
+    foreground: Foreground | None = None
+    fill: tuple[float, ...] = (0.0,)
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """Zeros for the gradient of the whole input `tensor`."""
@@ -154,8 +159,8 @@ class TileReader:
 
     def view(self, whole: Tensor, y: int, x: int, height: int, width: int) -> Tensor:
         """A region of `data`, or of its gradient, as a view. What has height or width 1 is meant for all rows or columns."""
-        for dim, start, size in zip(self.dims, (y, x), (height, width), strict=True):
-            whole = whole if whole.shape[dim] == 1 else whole.narrow(dim, start, size)
+        for dim, start, size, origin in zip(self.dims, (y, x), (height, width), self.origin, strict=True):
+            whole = whole if whole.shape[dim] == 1 else whole.narrow(dim, start - origin, size)
         return whole
 
     def read(self, y: int, x: int, height: int, width: int) -> Tensor:
@@ -189,12 +194,14 @@ class TileReader:
         """Return what `fetch` gave, on the scan's device."""
         return tile.to(self.device, non_blocking=True)
 
-    def prepare(self, raw: Tensor | None) -> Tensor | None:
-        """Return a raw tile as the network sees it: normalised if it is one of the image; None for None.
+    def prepare(self, raw: Tensor, y: int, x: int) -> Tensor:
+        """Return a raw tile that begins at (y, x) as the network sees it: normalised if it is one of the image.
 
         It is differentiable in `raw`. Raises ValueError as `Normalisation.apply` does.
         """
-        if raw is None:
-            return None
+        if self.foreground is not None:
+            extent = self.data.shape[-2:]
+            mask = self.foreground.tile(extent, y, x, raw.shape[2], raw.shape[3], raw.device)[:, None]
+            raw = torch.where(mask, raw, torch.tensor(self.fill, dtype=raw.dtype, device=raw.device).view(-1, 1, 1))
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
         return tile if self.memory_format is None else tile.contiguous(memory_format=self.memory_format)

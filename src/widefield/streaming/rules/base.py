@@ -27,12 +27,17 @@ class Axes(NamedTuple):
 
 
 class TileContext(NamedTuple):
-    """One run of an op: what it computes and reads along both axes (one span per map read), and what it may use."""
+    """One run of an op: what it computes and reads along both axes (one span per map read), and what it may use.
+
+    `masks` tell foreground (True) from background in each tile read, of an op that looks at it (`Op.masked`) and an image that has
+    a mask. They broadcast to the tiles.
+    """
 
     rows: tuple[Span, ...]
     cols: tuple[Span, ...]
     weights: Mapping[str, Tensor]
     seed: int
+    masks: tuple[Tensor, ...] | None = None
 
 
 Run = Callable[[Sequence[Tensor], TileContext], Tensor]
@@ -66,6 +71,8 @@ class Op:
         sends_same: the gradients of what it reads are the gradient of its result, and take no memory of their own.
         stops_gradients: its result does not require grad, whatever it reads.
         draws: it takes random numbers.
+        masked: it gives something else where an image has a mask.
+        keeps_batch: image n of a batch stays in place n of the first dimension, if that has the same size before and after.
         is_layer: it is a layer of the network to its users even where it looks at one position only.
         on_tokens: tokens are made by it or go through it: where attention begins.
     """
@@ -79,6 +86,8 @@ class Op:
     sends_same: bool = False
     stops_gradients: bool = False
     draws: bool = False
+    masked: bool = False
+    keeps_batch: bool = False
     is_layer: bool = False
     on_tokens: bool = False
 

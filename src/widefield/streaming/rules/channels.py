@@ -83,8 +83,8 @@ def reduction(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, axes)
 
 
-@rule(aten.layer_norm, flat=flat.normalised)
-@rule(aten.native_layer_norm, aten.rms_norm)
+@rule(aten.layer_norm, keeps_batch=True, flat=flat.normalised)
+@rule(aten.native_layer_norm, aten.rms_norm, keeps_batch=True)
 def layer_norm(node: Node, maps: Maps) -> Placed:
     """Over the last dimensions of the map, none of them height or width."""
     name = only_map(node, maps)
@@ -94,7 +94,7 @@ def layer_norm(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-@rule(aten.linear, flat=flat.linear)
+@rule(aten.linear, keeps_batch=True, flat=flat.linear)
 def linear(node: Node, maps: Maps) -> Placed:
     """Map (..., C) times a weight: the last dimension is contracted."""
     name = only_map(node, maps)

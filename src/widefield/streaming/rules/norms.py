@@ -83,14 +83,15 @@ def statistics_of_tensor(x: Tensor, everywhere: bool) -> Tensor:
     dims = [d for d in range(x.ndim) if d != 1]
     x = x.to(precise(x.dtype))
     mean = x.mean(dims, keepdim=True)
-    return statistics_of_batch(mean, (x - mean).square().sum(dims, keepdim=True), x.numel() // x.shape[1], everywhere)
+    count = torch.full_like(mean, x.numel() // x.shape[1])
+    return statistics_of_batch(mean, (x - mean).square().sum(dims, keepdim=True), count, everywhere)
 
 
-def statistics_of_batch(mean: Tensor, squares: Tensor, count: int, everywhere: bool) -> Tensor:
+def statistics_of_batch(mean: Tensor, squares: Tensor, count: Tensor, everywhere: bool) -> Tensor:
     """Mean, sum of squared deviations and count, stacked; merged over all processes if `everywhere`."""
     if not (everywhere and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return torch.stack([mean, squares, torch.full_like(mean, count)])
-    sizes, sums = all_reduce(torch.stack([torch.full_like(mean, count), mean * count]))
+        return torch.stack([mean, squares, count])
+    sizes, sums = all_reduce(torch.stack([count, mean * count]))
     centre = sums / sizes
     return torch.stack([centre, all_reduce(squares + count * (mean - centre) ** 2), sizes])
 
@@ -106,18 +107,17 @@ def scale_and_shift_of_batch(batch: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def scale_and_shift(
-    mean: Tensor, squares: Tensor, count: int, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    mean: Tensor, squares: Tensor, count: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """A normalisation as `x * scale + shift`: both of them in one tensor (2, N or 1, C, 1, ...).
 
-    `mean` and `squares` (sum of squared deviations from it) are those of `count` elements of each channel; the channels of a
-    group are merged.
+    `mean`, `squares` (sum of squared deviations from it) and `count` are those of each channel; the channels of a group are merged.
     """
     shape = mean.shape
-    mean, squares = (x.reshape(shape[0], groups, -1) for x in (mean, squares))
-    centre = mean.mean(-1, keepdim=True)
+    mean, squares, count = (x.reshape(shape[0], groups, -1) for x in (mean, squares, count))
+    centre = mean.mean(-1, keepdim=True)  # the channels of a group have the same count
     total = (squares + count * (mean - centre) ** 2).sum(-1, keepdim=True)
-    scale = torch.rsqrt(total / (count * mean.shape[-1]) + eps).expand_as(mean)
+    scale = torch.rsqrt(total / count.sum(-1, keepdim=True) + eps).expand_as(mean)
     if weight is not None:
         scale = scale * weight.reshape(groups, -1)
     shift = -centre * scale
@@ -133,7 +133,7 @@ def apply_affine(x: Tensor, affine: Tensor) -> Tensor:
     return (x * affine[0] + affine[1]).to(x.dtype)
 
 
-@rule(apply_affine, cheap=True)
+@rule(apply_affine, cheap=True, keeps_batch=True)
 def affine(node: Node, maps: Maps) -> Placed:
     """Position by position."""
     name, call = only_map(node, maps), caller(node, maps)
@@ -160,7 +160,7 @@ def layer_norm(node: Node, maps: Maps) -> list[Node] | None:
     return new.result(aten.mul.Tensor if bias is None else aten.add.Tensor, last, weight if bias is None else bias)
 
 
-def scale_and_shift_of_layer(mean: Tensor, squares: Tensor, count: int, eps: float) -> Tensor:
+def scale_and_shift_of_layer(mean: Tensor, squares: Tensor, count: Tensor, eps: float) -> Tensor:
     """As `scale_and_shift`, for statistics over `count` elements each."""
     scale = torch.rsqrt(squares / count + eps)
     return torch.stack([scale, -mean * scale])

@@ -13,7 +13,7 @@ from widefield.streaming.rules.base import Axes, Maps, Placed, TileContext, call
 aten = torch.ops.aten
 
 
-_pointwise = partial(rule, cheap=True, flat=flat.elementwise)
+_pointwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.elementwise)
 
 
 # Operators that PyTorch tags as pointwise come here without being listed, where they save what they read; some are tagged in
@@ -58,7 +58,7 @@ def pointwise(node: Node, maps: Maps) -> Placed:
     return _call(node, maps, axes)
 
 
-_channelwise = partial(rule, cheap=True, flat=flat.channels_second)
+_channelwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.channels_second)
 
 
 @_channelwise(aten.batch_norm, aten._native_batch_norm_legit_no_training, carries_relu=True)

@@ -29,6 +29,7 @@ _SIZES_COUNT: dict[str, Callable[[int], tuple[int, ...]]] = {
 @rule(
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
     saves=(),
+    keeps_batch=True,
 )
 def interpolate(node: Node, maps: Maps) -> Placed:
     """F.interpolate in modes nearest, nearest-exact, bilinear and bicubic, to any size."""

@@ -5,7 +5,6 @@ A rewriting returns the nodes to put in the place of one, the last of which has 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any, cast
 
 from widefield.streaming.captured import Node, Ref
@@ -52,9 +51,7 @@ def kept(shape: Sequence[int], over: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if d in over else size for d, size in enumerate(shape))
 
 
-def moments(node: Node, maps: Maps, name: str, over: Sequence[int]) -> tuple[Rewriting, tuple[Ref, Ref, int]]:
-    """A rewriting that begins with a map's mean and sum of squared deviations over some dimensions, of so many elements."""
-    new, shape = Rewriting(node), maps.shapes[name]
-    count = prod(shape[d] for d in over)
-    mean, squares = new.reduce([name], Moments(tuple(sorted(over)), count), *[kept(shape, over)] * 2)
-    return new, (mean, squares, count)
+def moments(node: Node, maps: Maps, name: str, over: Sequence[int]) -> tuple[Rewriting, list[Ref]]:
+    """A rewriting that begins with a map's mean, sum of squared deviations from it and count, over some dimensions."""
+    new = Rewriting(node)
+    return new, new.reduce([name], Moments(tuple(sorted(over))), *[kept(maps.shapes[name], over)] * 3)

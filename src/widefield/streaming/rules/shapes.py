@@ -52,6 +52,7 @@ def permute(node: Node, maps: Maps) -> Placed:
     aten.flatten,
     aten.view_as,
     aten.reshape_as,
+    keeps_batch=True,
     flat=flat.reshaping,
 )
 def reshape(node: Node, maps: Maps) -> Placed:
@@ -205,7 +206,8 @@ def from_the_start(index: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=index.device)[index]
 
 
-@rule(aten.cat, aten.stack, saves=(), flat=flat.along(1, default=0))
+@rule(aten.cat, saves=(), keeps_batch=True, flat=flat.along(1, default=0))
+@rule(aten.stack, saves=(), flat=flat.along(1, default=0))
 @rule(aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""

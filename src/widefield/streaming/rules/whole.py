@@ -13,20 +13,21 @@ from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import flat
-from widefield.streaming.rules.base import Maps, argument, declare, dims, only_map, rewrite, rule, sources
+from widefield.streaming.rules.base import Maps, Placed, argument, declare, dims, only_map, rewrite, rule, sources
 from widefield.streaming.rules.channels import WITHOUT_DIM, as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import (
     ExpSum,
     FirstMaximum,
     Maximum,
-    cell,
+    foreground,
     precise,
     sum_of_cells,
     sum_of_product,
     sum_over,
 )
 from widefield.streaming.rules.rewriting import Rewriting, kept, moments
+from widefield.streaming.rules.windows import average_pool
 
 aten = torch.ops.aten
 
@@ -41,11 +42,14 @@ def reduced(node: Node, maps: Maps, position: int = 1) -> tuple[str, tuple[int, 
     return (name, over) if set(over) & set(maps.axes[name]) else None
 
 
-def divide(total: Tensor, count: float | Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`total / count` in another shape of as many elements."""
-    if isinstance(count, Tensor):
-        count = count.to(total.device, total.dtype)
-    return (total if not isinstance(count, Tensor) and count == 1 else total / count).reshape(tuple(shape)).to(dtype)
+def in_shape(value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`value` in another shape of as many elements."""
+    return value.reshape(tuple(shape)).to(dtype)
+
+
+def divide(total: Tensor, count: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`total / count` in another shape of as many elements; 0 where nothing was counted."""
+    return in_shape(total / count.clamp_min(1), shape, dtype)
 
 
 @rewrite(aten.mean, aten.sum)
@@ -57,8 +61,10 @@ def average(node: Node, maps: Maps) -> list[Node] | None:
     new, shape, axes, extent = Rewriting(node), maps.shapes[name], maps.axes[name], maps.extent(name)
     if node.kwargs.get("dtype") is not None:
         name = new.add("cast", aten.to.dtype, (Ref(name), node.dtype), shape).name
-    (total,) = new.reduce([name], sum_over(over, axes, extent), kept(shape, over))
-    count = prod(shape[d] for d in over) if node.op == "aten.mean" else 1
+    small = kept(shape, over)
+    if node.op == "aten.sum":
+        return new.result(in_shape, *new.reduce([name], sum_over(over, axes, extent), small), node.shape, node.dtype)
+    total, count = new.reduce([name], sum_over(over, axes, extent, prod(shape[d] for d in over)), small, small)
     return new.result(divide, total, count, node.shape, node.dtype)
 
 
@@ -76,7 +82,7 @@ def extremum(node: Node, maps: Maps) -> list[Node] | None:
     index = node.op in ("aten.argmax", "aten.argmin")
     if not index and node.pick is None:
         value = new.reduce([name], Maximum(over, sign), *[kept(shape, over)] * 2)[0]
-        return new.result(divide, value, 1, node.shape, node.dtype)
+        return new.result(in_shape, value, node.shape, node.dtype)
     if set(over) != set(maps.axes[name]):
         return None
     return _first_maximum(node, maps, name, 1 if index else node.pick, (1, 1), sign)
@@ -88,7 +94,7 @@ def _first_maximum(
     new = Rewriting(node)
     shape = (*(size for d, size in enumerate(maps.shapes[name]) if d not in maps.axes[name]), *cells)
     parts = new.reduce([name], FirstMaximum(maps.axes[name], maps.extent(name), cells, sign), shape, shape)
-    return new.result(divide, parts[pick or 0], 1, node.shape, node.dtype)
+    return new.result(in_shape, parts[pick or 0], node.shape, node.dtype)
 
 
 _SMALL = 16  # cells of so many rows and columns are pooled as windows: the result is a map
@@ -112,19 +118,42 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
         and all(k * c == n for k, c, n in zip(kernel, cells, extent, strict=True))
     ):
         if "avg" in node.op:
-            return [replace(node, target=aten.avg_pool2d.default, args=(Ref(name), kernel), kwargs={})]
+            return [replace(node, target=mean_of_cells, args=(Ref(name), kernel), kwargs={})]
         if node.pick in (None, 0):
-            pooled = replace(
-                node, target=aten.max_pool2d_with_indices.default, args=(Ref(name), kernel, kernel), pick=0
-            )
-            return [replace(pooled, kwargs={})]
+            return [replace(node, target=max_of_cells, args=(Ref(name), kernel), kwargs={}, pick=None)]
     if "max" in node.op:
         return _first_maximum(node, maps, name, node.pick, cells)
-    new = Rewriting(node)
-    (total,) = new.reduce([name], sum_of_cells(axes, extent, cells), (*shape[:-2], *cells))
-    rows, cols = ([cell(i, n, k)[1] - cell(i, n, k)[0] for i in range(k)] for n, k in zip(extent, cells, strict=True))
-    count = torch.tensor(rows, device="cpu")[:, None] * torch.tensor(cols, device="cpu")
-    return new.result(divide, total, count if count.numel() > 1 else int(count), node.shape, node.dtype)
+    new, grid = Rewriting(node), (*shape[:-2], *cells)
+    total, count = new.reduce([name], sum_of_cells(axes, extent, cells), grid, grid)
+    return new.result(divide, total, count, node.shape, node.dtype)
+
+
+def mean_of_cells(x: Tensor, kernel: list[int], mask: Tensor | None = None) -> Tensor:
+    """The means of cells of a map, of their foreground if there is a mask; 0 where a cell has none."""
+    if mask is None:
+        return torch.nn.functional.avg_pool2d(x, kernel)
+    share = torch.nn.functional.avg_pool2d(mask.to(x.dtype), kernel)
+    total = torch.nn.functional.avg_pool2d(torch.where(mask, x, 0), kernel)
+    return torch.where(share > 0, total / share.clamp_min(torch.finfo(x.dtype).tiny), 0)
+
+
+def max_of_cells(x: Tensor, kernel: list[int], mask: Tensor | None = None) -> Tensor:
+    """The maxima of cells of a map, of their foreground if there is a mask; 0 where a cell has none."""
+    if mask is None:
+        return torch.nn.functional.max_pool2d(x, kernel)
+    some = torch.nn.functional.max_pool2d(mask.to(x.dtype), kernel) > 0
+    return torch.where(some, torch.nn.functional.max_pool2d(torch.where(mask, x, -torch.inf), kernel), 0)
+
+
+@rule(mean_of_cells, masked=True, keeps_batch=True)
+@rule(max_of_cells, saves=("inputs", "indices"), masked=True, keeps_batch=True)
+def pool_cells(node: Node, maps: Maps) -> Placed:
+    """Cells side by side, as windows."""
+    pool, kernel = node.target, node.args[1]
+    placed = average_pool(replace(node, target=aten.avg_pool2d.default), maps)
+    return replace(
+        placed, run=lambda tiles, context: pool(tiles[0], kernel, None if context.masks is None else context.masks[0])
+    )
 
 
 @rewrite(aten.avg_pool2d, aten.max_pool2d, aten.max_pool2d_with_indices)
@@ -188,15 +217,16 @@ def variance(node: Node, maps: Maps) -> list[Node] | None:
     correction = float(node.kwargs.get("correction", 1) or 0) if "correction" in overload else float(bool(flag))
     new, (mean, squares, count) = moments(node, maps, name, over)
     if node.pick == 1:
-        return new.result(divide, mean, 1, node.shape, node.dtype)
-    return new.result(from_squared_deviations, squares, count - correction, "std" in node.op, node.shape, node.dtype)
+        return new.result(in_shape, mean, node.shape, node.dtype)
+    args = squares, count, correction, "std" in node.op
+    return new.result(from_squared_deviations, *args, node.shape, node.dtype)
 
 
 def from_squared_deviations(
-    squares: Tensor, count: float, root: bool, shape: Sequence[int], dtype: torch.dtype
+    squares: Tensor, count: Tensor, correction: float, root: bool, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Variance or standard deviation from a sum of squared deviations."""
-    value = squares / max(count, 0.0)
+    value = squares / (count - correction).clamp_min(0)
     return root_of_norm(value, 2.0, shape, dtype) if root else value.reshape(tuple(shape)).to(dtype)
 
 
@@ -229,7 +259,14 @@ def log_softmax_of(x: Tensor, top: Tensor, total: Tensor, dtype: torch.dtype) ->
     return (x - top - total.log()).to(dtype)
 
 
-rule(power_of_norm, softmax_of, log_softmax_of)(pointwise)
+rule(power_of_norm, log_softmax_of, keeps_batch=True)(pointwise)
+
+
+@rule(softmax_of, masked=True, keeps_batch=True)
+def softmax_over_foreground(node: Node, maps: Maps) -> Placed:
+    """Position by position; the background has no share."""
+    placed = pointwise(node, maps)
+    return replace(placed, run=lambda tiles, context: placed.run(foreground(tiles, context, -torch.inf), context))
 
 
 @rewrite(aten.einsum, aten.matmul, aten.bmm)
@@ -249,4 +286,4 @@ def contraction(node: Node, maps: Maps) -> list[Node] | None:
         return None
     new = Rewriting(node)
     (total,) = new.reduce([operand.name for operand in operands], sum_of_product(equation), node.shape)
-    return new.result(divide, total, 1, node.shape, node.dtype)
+    return new.result(in_shape, total, node.shape, node.dtype)

@@ -95,7 +95,7 @@ def _run_padded(
 declare(aten.conv1d, flat=flat.pointwise_conv1d)
 
 
-@rule(aten.conv2d, carries_relu=True, is_layer=True)
+@rule(aten.conv2d, keeps_batch=True, carries_relu=True, is_layer=True)
 def convolution(node: Node, maps: Maps) -> Placed:
     """Convolution, cross-correlation form, with zero padding."""
     name = only_map(node, maps)
@@ -127,7 +127,7 @@ def convolution(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, exclusive=True)
 
 
-@rule(aten.max_pool2d, aten.max_pool2d_with_indices, saves=("inputs", "indices"))
+@rule(aten.max_pool2d, aten.max_pool2d_with_indices, saves=("inputs", "indices"), keeps_batch=True)
 def max_pool(node: Node, maps: Maps) -> Placed:
     """Maximum of each window; the first in raster order wins a tie, as on the whole image."""
     name = only_map(node, maps)
@@ -162,7 +162,7 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, exclusive=True)
 
 
-@rule(aten.avg_pool2d)
+@rule(aten.avg_pool2d, keeps_batch=True)
 def average_pool(node: Node, maps: Maps) -> Placed:
     """Sum of each window over a divisor that near the border depends on the position (PyTorch's `avg_pool2d`)."""
     name = only_map(node, maps)
@@ -196,7 +196,7 @@ def average_pool(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, exclusive=True)
 
 
-@rule(aten.conv_transpose2d, carries_relu=True, is_layer=True)
+@rule(aten.conv_transpose2d, keeps_batch=True, carries_relu=True, is_layer=True)
 def transposed_convolution(node: Node, maps: Maps) -> Placed:
     """Transposed convolution: each input spreads over a window of outputs."""
     name = only_map(node, maps)
@@ -231,8 +231,8 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
 
 
-@rule(aten.pad, aten.constant_pad_nd, saves=(), flat=flat.padded)
-@rule(aten.reflection_pad2d, aten.replication_pad2d, saves=())
+@rule(aten.pad, aten.constant_pad_nd, saves=(), keeps_batch=True, flat=flat.padded)
+@rule(aten.reflection_pad2d, aten.replication_pad2d, saves=(), keeps_batch=True)
 def pad(node: Node, maps: Maps) -> Placed:
     """Padding or cropping (negative amounts), of any dimension."""
     name = only_map(node, maps)
