@@ -15,10 +15,11 @@ from widefield.streaming.foreground import broadcast_mask
 from widefield.streaming.grid import Box
 from widefield.streaming.heap import watch
 from widefield.streaming.job import Job, Progress
-from widefield.streaming.need import Wanted, cells_in
+from widefield.streaming.need import PartialGrid, Wanted, cells_in, rows_of_bands
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
 from widefield.streaming.program import Program, Stage, Value
+from widefield.streaming.ranks import Ranks
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store
@@ -36,6 +37,8 @@ def execute(
     wanted: Wanted | None,
     fill: tuple[float, ...],
     statistics: "Statistics | None",
+    ranks: Ranks | None,
+    gather: bool,
     memory_budget: int | None,
     scratch_dir: str | None,
     deterministic: bool,
@@ -52,6 +55,8 @@ def execute(
         values: parameters, buffers and constants by name; each goes when its last reader is done.
         wanted: the part of the image that is wanted; None: all of it.
         fill: the pixel that takes the place of the background.
+        ranks: the processes that share the image.
+        gather: put output maps together from the bands of all processes.
         statistics: results of the reductions, by an earlier pass over the image. If it is empty, it is filled.
         memory_budget: bytes, within which the heap of the CPU is kept.
         scratch_dir: folder for files; None: the system's.
@@ -62,6 +67,8 @@ def execute(
     autocast = torch.is_autocast_enabled(device.type)
     settings = partial(_settings, device.type, torch.get_autocast_dtype(device.type), autocast, deterministic)
     seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if program.random else 0
+    if ranks is not None:
+        seed = ranks.everywhere(seed)[0]
     if statistics is not None:
         seed = statistics.seed = seed if statistics.seed is None else statistics.seed
     foreground = None if wanted is None else wanted.foreground
@@ -93,6 +100,7 @@ def execute(
             heap=heap,
             settings=settings,
             progress=progress,
+            ranks=ranks,
         )
         parts.update({stage.values[v].name: box for v, box in job.parts.items()})
         with settings():
@@ -110,9 +118,14 @@ def execute(
         for name in last_reads:
             values.pop(name, None)
     if wanted is not None and wanted.outputs:
+        grids = [each.grid.whole for each in stage_plans if isinstance(each.grid, PartialGrid)]
         for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
             if value.name in program.final_maps:
-                values[value.name] = _wanted_part(values[value.name], value, parts[value.name], wanted, program)
+                bands = None if ranks is None else rows_of_bands(program, grids, wanted, value.name)
+                part = _wanted_part(values[value.name], value, parts[value.name], wanted, program, bands)
+                if ranks is not None and bands is not None and gather:
+                    part = ranks.gather(part, value.axes.rows, bands)
+                values[value.name] = part
     return values
 
 
@@ -131,11 +144,19 @@ class Statistics:
         return {name: self.values[name] for name in found}
 
 
-def _wanted_part(made: Tensor, value: Value, part: Box, wanted: Wanted, program: Program) -> Tensor:
-    """What is wanted of an output map, of which `part` was made: the rest is zero, and so is the background."""
+def _wanted_part(
+    made: Tensor, value: Value, part: Box, wanted: Wanted, program: Program, bands: Sequence[int] | None
+) -> Tensor:
+    """What is wanted of an output map, of which `part` was made: the rest is zero, and so is the background.
+
+    `bands`: the rows of it that each process has.
+    """
     extent = value.shape[value.axes.rows], value.shape[value.axes.cols]
     image = program.captured.image_shape[2:]
-    y, x, height, width = box = cells_in(wanted.region or (0, 0, *image), image, extent)  # type: ignore[arg-type]
+    y, x, height, width = cells_in(wanted.region or (0, 0, *image), image, extent)  # type: ignore[arg-type]
+    if bands is not None:
+        y, height = y + sum(bands[: wanted.band[0]]), bands[wanted.band[0]]
+    box = y, x, height, width
     for axis, start, size, begin, length in zip(value.axes, box[:2], box[2:], part[:2], part[2:], strict=True):
         first = min(max(start, begin), begin + length)
         stop = max(first, min(start + size, begin + length))

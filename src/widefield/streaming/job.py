@@ -15,6 +15,7 @@ from widefield.streaming.foreground import Foreground, broadcast_mask
 from widefield.streaming.grid import Box, Grid
 from widefield.streaming.heap import Heap
 from widefield.streaming.need import PartialGrid
+from widefield.streaming.ranks import Ranks
 from widefield.streaming.store import Store
 from widefield.streaming.tiles import TileReader
 
@@ -30,7 +31,7 @@ class Job:
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
     expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
     `settings` gives a context with the forward pass's autocast state and determinism; `progress(phase, done, steps)` is told
-    of each step.
+    of each step. `ranks` are the processes that share the image.
     """
 
     grid: Grid | PartialGrid
@@ -45,6 +46,7 @@ class Job:
     heap: Heap | None
     settings: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
+    ranks: Ranks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +126,19 @@ class Job:
 
     def _to_device(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if raw is None else reader.to_device(raw) for reader, raw in zip(self.readers, raws, strict=True)]
+
+    def summed(
+        self, gradients: list[Tensor | None], tensors: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Sum gradients of inputs and weights over the processes; those of maps between stages are each process's own."""
+        if self.ranks is None:
+            return gradients
+        own = [reader.store is not None for reader in self.readers]
+        for k, (x, need) in enumerate(zip(tensors, needed, strict=True)):
+            if need and x is not None and not (k < len(own) and own[k]):
+                gradient = gradients[k]
+                gradients[k] = self.ranks.add_up(torch.zeros_like(x) if gradient is None else gradient)
+        return gradients
 
     def tile_of(self, made: Tensor, v: int, i: int, j: int) -> Tensor:
         """The part of output map v that step (i, j) computes, in a tensor of all that is made of it."""

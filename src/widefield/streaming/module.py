@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,10 @@ from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
 from widefield.streaming.need import Wanted, check_parts, parse_region
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import Planner, PlanRequest, make_planner
+from widefield.streaming.planner import Planner, PlanRequest, make_planner, usable_memory
 from widefield.streaming.program import Program
 from widefield.streaming.program_cache import ProgramCache
+from widefield.streaming.ranks import Ranks
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
@@ -63,6 +64,11 @@ class StreamingCNN(nn.Module):
         copy_to_gpu: move an image tensor to the device of the module as a whole, not tile by tile.
         unsupported: what to do with a layer that cannot be streamed: "raise" `UnsupportedOpError`, or "run_whole": run it, and
             all that depends on it, on whole maps.
+        process_group: the processes that share each image, all of which call this module with the same one: a process group of
+            `torch.distributed` to which this process belongs, or a `DeviceMesh` of one dimension. Each reads and computes a band of
+            rows, with what its receptive field covers beyond it. Results that are no maps are the same in all processes, as one
+            process has them, and so are all gradients, if all of them compute the same loss; of a map among the results each
+            process has its band of rows (see `gather` of `forward`).
         verify: at the first call, and again for another batch size, dtype, mode or structure of the module, compare with the plain
             module on a small image.
 
@@ -95,6 +101,7 @@ class StreamingCNN(nn.Module):
         copy_to_gpu: bool = False,
         unsupported: Literal["raise", "run_whole"] = "raise",
         verify: bool = True,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -119,12 +126,21 @@ class StreamingCNN(nn.Module):
         self.unsupported = unsupported
         self.verify = verify
         self.enabled = True
+        self.ranks = Ranks.of(process_group)
+        self._limit: int | None = None  # bytes that all processes which share an image can use
         self.progress: Progress | None = None
         self._programs = ProgramCache()
         self._planners: WeakKeyDictionary[Program, dict[PlanRequest, Planner]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": None, "_planners": None, "progress": None, "saliency_map": None}
+        return {
+            **self.__dict__,
+            "_programs": None,
+            "_planners": None,
+            "progress": None,
+            "saliency_map": None,
+            "ranks": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -140,6 +156,7 @@ class StreamingCNN(nn.Module):
         region: tuple[int, int, int, int] | None = None,
         mask: Any = None,
         fill: float | Sequence[float] = 0.0,
+        gather: bool = False,
     ) -> Any:
         """Stream `image`; see the class.
 
@@ -155,9 +172,10 @@ class StreamingCNN(nn.Module):
                 normalisation, softmax over positions) run over the foreground alone, and maps among the results are zero
                 outside of it. What neither depends on is not read and not computed.
             fill: a pixel of the background, as the image stores it: one number or one for each channel.
+            gather: with a `process_group`, put the maps among the results together from the bands of all processes, in each.
         """
         if isinstance(image, (list, tuple)):
-            return self._each(image, region, mask, fill)
+            return self._each(image, region, mask, fill, gather)
         prepared = None
         if isinstance(image, PreparedImage):
             prepared, image = image, image.image
@@ -175,6 +193,7 @@ class StreamingCNN(nn.Module):
         wanted = self._wanted(shape, image, region, mask)
         if prepared is not None:
             wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
+        wanted = self._in_bands(wanted, shape, device)
         if not self.enabled:
             if wanted is not None:
                 raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
@@ -183,7 +202,7 @@ class StreamingCNN(nn.Module):
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
-        return self._run(program, image, wanted, device, dtype, fill, prepared.statistics if prepared else None)
+        return self._run(program, image, wanted, device, dtype, fill, prepared.statistics if prepared else None, gather)
 
     def _run(
         self,
@@ -194,10 +213,11 @@ class StreamingCNN(nn.Module):
         dtype: torch.dtype,
         fill: Any,
         statistics: Statistics | None,
+        gather: bool = False,
     ) -> Any:
         """The result of `program` for an image, or a part of it."""
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
-        planner = self._planner(program, device, image_requires_grad, wanted is not None)
+        planner = self._planner(program, device, image_requires_grad, wanted is not None and wanted.scattered)
         if wanted is not None:
             check_parts(program, wanted)
         plan, stage_plans = planner.plan(wanted)
@@ -218,6 +238,8 @@ class StreamingCNN(nn.Module):
             wanted=wanted,
             fill=parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image)),
             statistics=statistics,
+            ranks=self.ranks,
+            gather=gather,
             memory_budget=self.memory_budget,
             scratch_dir=self.scratch_dir,
             deterministic=self.deterministic,
@@ -244,10 +266,21 @@ class StreamingCNN(nn.Module):
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False)
         foreground = parse_mask(mask, image, shape)
         statistics = Statistics()
-        wanted = Wanted(foreground=foreground, outputs=False)
+        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), shape, device)
         self._run(program, image, wanted, device, dtype, fill, statistics)
         statistics.known = True
         return PreparedImage(image, foreground, fill, statistics, self._versions())
+
+    def _in_bands(self, wanted: Wanted | None, shape: Sequence[int], device: torch.device) -> Wanted | None:
+        """What this process wants of what is `wanted`."""
+        if self.ranks is None:
+            return wanted
+        wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
+        cells = None if wanted.foreground is None else wanted.foreground.counts[:, -1, -1].tolist()
+        how = (tuple(shape), wanted.region, cells, self.tile_size, self.memory_budget, torch.is_grad_enabled())
+        limits = self.ranks.agree(how, usable_memory(device))
+        self._limit = min(limits) if self._limit is None else self._limit
+        return wanted
 
     def _versions(self) -> list[tuple[int, int]]:
         """What changes when a parameter or buffer does."""
@@ -259,7 +292,7 @@ class StreamingCNN(nn.Module):
             return None
         return Wanted(parse_region(region, (shape[2], shape[3])), parse_mask(mask, image, shape))
 
-    def _each(self, images: Sequence[Any], region: Any, mask: Any, fill: Any) -> list[Any]:
+    def _each(self, images: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool) -> list[Any]:
         """The results of a list of images; `mask` has one for each."""
         partly = region is not None or mask is not None
         if self.batch_statistics == "exact" and images:
@@ -269,13 +302,16 @@ class StreamingCNN(nn.Module):
                 )
             return self._as_batch(images)
         if not partly:
-            return [self(image) for image in images]
+            return [self(image, gather=gather) for image in images]
         masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(images)
         if len(masks) != len(images) or (
             mask is not None and not isinstance(mask, (list, tuple)) and not callable(mask)
         ):
             raise ValueError(f"a list of {len(images)} images needs a list of as many masks, or a function of an image")
-        return [self(image, region=region, mask=one, fill=fill) for image, one in zip(images, masks, strict=True)]
+        return [
+            self(image, region=region, mask=one, fill=fill, gather=gather)
+            for image, one in zip(images, masks, strict=True)
+        ]
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -441,6 +477,8 @@ class StreamingCNN(nn.Module):
             copied_weights=copied,
             stages=len(program.stages),
             partial=partial,
+            limit=self._limit,
+            ranks=1 if self.ranks is None else self.ranks.size,
         )
         if request not in planners:
             planners[request] = make_planner(program, request)
@@ -520,6 +558,7 @@ def stream(
     maps: Place | None = None,
     scratch_dir: str | os.PathLike[str] | None = None,
     verify: bool = True,
+    process_group: Any = None,
 ) -> StreamingCNN:
     """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
 
@@ -537,6 +576,7 @@ def stream(
         scratch_dir=scratch_dir,
         unsupported="run_whole",
         verify=verify,
+        process_group=process_group,
     )
 
 

@@ -5,8 +5,9 @@ of it. All else is neither read nor computed, forward or backward. What is wante
 over which reductions run.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -130,16 +131,22 @@ class Wanted:
 
     `region` is a part of the image (y, x, height, width), whose cells of each output map are wanted, None for all of them. With a
     `foreground`, only what touches it is, and reductions run over it alone. `reductions`: they are wanted, and not known already;
-    `outputs`: output maps are.
+    `outputs`: output maps are. `band`: this process is number so and so of so many that share the image.
     """
 
     region: Box | None = None
     foreground: Foreground | None = None
     reductions: bool = True
     outputs: bool = True
+    band: tuple[int, int] = (0, 1)
 
-    def of(self, grid: Grid, v: int, image: tuple[int, int]) -> tuple[Ranges, Ranges]:
-        """The wanted parts of output map or reduction v, each a range of rows and one of columns."""
+    @property
+    def scattered(self) -> bool:
+        """True if what is wanted may lie anywhere in the image."""
+        return self.region is not None or self.foreground is not None
+
+    def of(self, grid: Grid, v: int, image: tuple[int, int], steps: range) -> tuple[Ranges, Ranges]:
+        """The parts of output map or reduction v that are wanted of these tile rows, each a range of rows and one of columns."""
         extent = grid.extent(v)
         is_output = grid.stage.values[v].reduction is None
         box = 0, 0, *extent
@@ -147,10 +154,9 @@ class Wanted:
             box = cells_in(self.region, image, extent)
         if not (self.outputs if is_output else self.reductions):
             box = 0, 0, 0, 0
-        rows, cols = (
-            _cut_to(blocks(schedule, v), start, start + size)
-            for schedule, start, size in zip((grid.row_schedule, grid.col_schedule), box[:2], box[2:], strict=True)
-        )
+        (top, bottom), across = blocks(grid.row_schedule, v), blocks(grid.col_schedule, v)
+        rows = _cut_to((top[steps], bottom[steps]), box[0], box[0] + box[2])
+        cols = _cut_to(across, box[1], box[1] + box[3])
         if self.foreground is None:
             return _products(rows, cols)
         return _around(self.foreground, extent, rows, cols)
@@ -194,6 +200,11 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
+    if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
+        raise ValueError(
+            "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "
+            'batch_statistics="exact" needs BatchNorm2d, whose statistics are those of the whole image'
+        )
     batch = 1 if wanted.foreground is None else wanted.foreground.batch
     if batch == 1:
         return
@@ -226,15 +237,50 @@ def check_parts(program: Program, wanted: Wanted) -> None:
 
 def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[PartialGrid]:
     """What each scan of `program` has to do."""
+    rank, ranks = wanted.band
+    steps = [range(grid.row_schedule.steps) for grid in grids]
+    if ranks > 1:
+        steps = [found[rank] for found in bands(program, grids, wanted)]
+    return _needs(program, grids, wanted, steps)
+
+
+def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[range]]:
+    """For each scan, the tile rows whose results belong to each process: about as much work for all."""
+    everything = _needs(
+        program, grids, replace(wanted, band=(0, 1)), [range(grid.row_schedule.steps) for grid in grids]
+    )
+    found, ranks = [], wanted.band[1]
+    for grid in everything:
+        sizes = np.array([value.pixel_bytes for value in grid.stage.values])
+        work = np.cumsum(np.einsum("v,vij->i", sizes, grid.boxes.sizes))
+        ends = np.searchsorted(work, work[-1] * np.arange(1, ranks) / ranks, side="left") + 1
+        edges = [0, *ends.tolist(), len(work)]
+        found.append([range(a, b) for a, b in itertools.pairwise(edges)])
+    return found
+
+
+def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted, name: str) -> list[int]:
+    """How many rows of what is wanted of an output map each process has."""
+    image = program.captured.image_shape[2], program.captured.image_shape[3]
+    for stage, grid, ranges in zip(program.stages, grids, bands(program, grids, wanted), strict=True):
+        for v in stage.outputs:
+            if stage.values[v].name == name:
+                y, _, height, _ = cells_in(wanted.region or (0, 0, *image), image, grid.extent(v))
+                ready = grid.row_schedule.ready[v]
+                return [max(0, min(ready[r.stop], y + height) - max(ready[r.start], y)) for r in ranges]
+    raise KeyError(name)
+
+
+def _needs(program: Program, grids: Sequence[Grid], wanted: Wanted, steps: Sequence[range]) -> list[PartialGrid]:
     image = program.captured.image_shape[2], program.captured.image_shape[3]
     read_later: dict[str, list[tuple[Ranges, Ranges]]] = {}
     found: list[PartialGrid] = []
-    for stage, grid in zip(reversed(program.stages), reversed(grids), strict=True):
+    for stage, grid, own in zip(reversed(program.stages), reversed(grids), reversed(steps), strict=True):
         boxes = Boxes((len(stage.values), grid.row_schedule.steps, grid.col_schedule.steps))
         for v in (*stage.outputs, *stage.reductions):
             name = stage.values[v].name
             if v in stage.reductions or name in program.final_maps:
-                boxes.include(grid, v, wanted.of(grid, v, image))
+                boxes.include(grid, v, wanted.of(grid, v, image, own))
             for ranges in read_later.get(name, ()):
                 boxes.include(grid, v, ranges)
         found.append(_needed(stage, grid, boxes))

@@ -39,7 +39,8 @@ class PlanRequest:
 
     `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are wanted. `maps`: where maps
     between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
-    has. `partial`: a part of the image is wanted, so that tiles are as high as wide.
+    has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
+    be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image.
     """
 
     tile: tuple[int, int | None] | None
@@ -50,6 +51,8 @@ class PlanRequest:
     copied_weights: bool
     stages: int
     partial: bool = False
+    limit: int | None = None
+    ranks: int = 1
 
     @property
     def heap_excess(self) -> tuple[float, float]:
@@ -106,7 +109,7 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     if request.tile is not None:
         tile = (min(request.tile[0], height), min(request.tile[1] or width, width))
     elif limit is None:
-        limit = int(SHARE_OF_FREE_MEMORY * free_memory(request.device) / _processes(request.device))
+        limit = usable_memory(request.device) if request.limit is None else request.limit
     options = [
         _Options(
             stage,
@@ -360,12 +363,19 @@ def _tiles(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list[t
     heights = sorted(
         {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}
     )
+    if request.ranks > 1:  # bands of rows, for each process several
+        heights = [h for h in heights if h <= max(heights[0], height // (4 * request.ranks))]
     widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
     tiles = [(h, w) for h in heights for w in widths]
     return sorted(
         tiles,
         key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, abs(log2(t[0] / t[1])) if request.partial else -t[1]),
     )
+
+
+def usable_memory(device: torch.device) -> int:
+    """Return the bytes that a scan without a budget may use."""
+    return int(SHARE_OF_FREE_MEMORY * free_memory(device) / _processes(device))
 
 
 def _processes(device: torch.device) -> int:

@@ -31,16 +31,23 @@ class Results:
             reduction = values[v].reduction
             assert reduction is not None
             state = reduction.gather([x.detach() for x in windows], context)
-            self.gathered[v] = reduction.merge(self.gathered[v], state) if v in self.gathered else state
+            self.gathered[v] = self._merge(v, self.gathered[v], state) if v in self.gathered else state
         for v, tile in made.outputs.items():
             if v not in self.maps:
                 self.maps[v] = self.job.new(v, tile)
             self.job.tile_of(self.maps[v], v, i, j).copy_(tile)
 
+    def _merge(self, v: int, one: Any, other: Any) -> Any:
+        reduction = self.job.grid.stage.values[v].reduction
+        assert reduction is not None
+        return reduction.merge(one, other)
+
     def finished(self) -> list[Tensor]:
         """Return the output maps, then the parts of the reductions."""
         results: list[Tensor] = []
         stage = self.job.grid.stage
+        if self.job.ranks is not None and stage.reductions:
+            self.gathered = self.job.ranks.merge(self.gathered, self._merge, self.job.device)
         for v in (*stage.outputs, *stage.reductions):
             value, empty = stage.values[v], torch.empty(0, dtype=stage.values[v].dtype, device=self.job.device)
             if value.reduction is None:

@@ -148,7 +148,9 @@ def _backward(
         job.step_done(
             "backward", len(job.grid.order) - k, (*(g for g in input_grads.wholes if g is not None), *received)
         )
-    return [*input_grads.wholes, *tape.take_gradients(weights)]
+    return job.summed(
+        [*input_grads.wholes, *tape.take_gradients(weights)], tensors, (*tape.inputs_needed, *tape.weights_needed)
+    )
 
 
 def _record(

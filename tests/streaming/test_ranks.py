@@ -1,0 +1,102 @@
+"""One image over several processes: results and gradients are those of one process."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
+
+from tests.streaming.exactness import TOLERANCE, relative_error
+from tests.streaming.masked import masked
+from tests.streaming.test_parts import NETWORKS, trunk
+from widefield.streaming import StreamingCNN
+
+NAMES = ("map", "decoder", "squeeze-and-excite", "group norm", "pooling", "cells", "maxima of cells", "statistics")
+
+
+def network(name: str) -> nn.Module:
+    """One of the networks, with the same weights in all processes."""
+    net = copy.deepcopy(NETWORKS[name]).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return net
+
+
+def gradients(loss: Tensor, image: Tensor, net: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [image, *net.parameters()], allow_unused=True, materialize_grads=True))
+
+
+def assert_same(found: Any, expected: Tensor, image: Tensor, net: nn.Module) -> None:
+    assert relative_error(found, expected) <= TOLERANCE
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    pairs = zip(
+        gradients((found * weights).sum(), image, net), gradients((expected * weights).sum(), image, net), strict=True
+    )
+    scale = 0.0
+    for f, e in pairs:
+        scale = max(scale, e.abs().max().item())
+        assert (f - e).abs().max().item() <= TOLERANCE * max(e.abs().max().item(), 1e-4 * scale, 1e-9)
+
+
+def run(rank: int, ranks: int, port_file: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=ranks)
+    group = distributed.group.WORLD
+    torch.manual_seed(rank + 7)  # random masks must be the same all the same
+    size = (101, 74)
+    image = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for name in NAMES:
+        net = network(name)
+        streamed = StreamingCNN(net, (16, 24), verify=False, process_group=group)
+        assert_same(streamed(image, gather=True), net(image), image, net)
+    mask = np.zeros((10, 7), dtype=bool)
+    mask[1:4, 2:5] = mask[8, 6] = True
+    for name in ("map", "squeeze-and-excite", "pooling"):
+        net = network(name)
+        streamed = StreamingCNN(net, 16, verify=False, process_group=group)
+        expected = masked(net, image, torch.from_numpy(mask)[None])
+        assert_same(streamed(image, mask=mask, gather=True), expected, image, net)
+    net = network("map")
+    one = StreamingCNN(net, 8, verify=False)
+    several = StreamingCNN(net, 8, verify=False, process_group=group)
+    region = (20, 11, 50, 60)
+    assert_same(several(image, region=region, gather=True), one(image, region=region), image, net)
+    band = several(image)  # each process has its rows
+    rows = several.ranks.everywhere(band.shape[2])
+    start = sum(rows[:rank])
+    assert relative_error(band, one(image)[:, :, start : start + rows[rank]]) <= TOLERANCE
+    assert sum(rows) == one(image).shape[2]
+
+    torch.manual_seed(0)
+    net = trunk(nn.BatchNorm2d(6), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().train()
+    state = copy.deepcopy(net.state_dict())
+    torch.manual_seed(rank)
+    streamed = StreamingCNN(net, 16, verify=False, batch_statistics="exact", process_group=group)
+    found = streamed.ranks.everywhere(streamed(image))
+    assert all(torch.equal(each, found[0]) for each in found)
+    running = net[3].running_var.clone()
+    net.load_state_dict(state)
+    StreamingCNN(net, 16, verify=False, batch_statistics="exact")(image)
+    assert relative_error(running, net[3].running_var) < 1e-12
+
+    planned = StreamingCNN(network("pooling"), process_group=group)  # all agree on tiles
+    assert relative_error(planned(image), planned.module(image)) < TOLERANCE
+    with pytest.raises(ValueError, match="must be given the same one"):
+        streamed(image[:, :, rank:])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_compute_what_one_does(ranks: int, tmp_path: Path) -> None:
+    spawn(run, args=(ranks, str(tmp_path / "store")), nprocs=ranks)
+
+
+def test_what_is_no_process_group_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a torch\.distributed process group"):
+        StreamingCNN(nn.Conv2d(3, 3, 3), process_group=2)
