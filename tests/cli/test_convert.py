@@ -430,3 +430,26 @@ def test_an_interpolation_that_torchvision_has_not_is_replaced_and_said(tmp_path
     augment = found.data["data"]["train"]["transforms"][-1]
     assert (augment["type"], augment["interpolation"]) == ("AutoAugment", "bilinear")
     assert any("bicubic is bilinear here" in note for note in found.notes)
+
+
+def test_a_checkpoint_to_be_filled_in_keeps_a_configuration_from_being_used(folder: Path) -> None:
+    _, backbone, neck, head, recipe = CLASSIFIERS[0]
+    backbone = {**backbone, "init_cfg": {"type": "Pretrained", "checkpoint": "", "prefix": "backbone."}}
+    model = {"type": "ImageClassifier", "backbone": backbone, "neck": neck, "head": head}
+    (problem,) = convert(write(folder, model, recipe)).problems
+    assert problem.startswith("model.backbone.init_cfg.checkpoint: got '', expected a file")
+
+
+def test_the_collection_of_a_retriever_and_the_options_of_a_timm_network_are_translated(folder: Path) -> None:
+    encoder = [{"type": "TIMMBackbone", "model_name": "test_vit", "features_only": True, "img_size": 32}]
+    collection = {"type": "InShop", "data_root": "shop", "split": "gallery", "pipeline": [{"type": "PackInputs"}]}
+    loader = {"batch_size": 4, "num_workers": 2, "dataset": collection, "sampler": {"type": "DefaultSampler"}}
+    model = {"type": "ImageToImageRetriever", "image_encoder": encoder, "prototype": loader}
+    found = convert(write(folder, model, "step"))
+    assert found.problems == ()
+    made = found.data["model"]
+    assert made["prototype"] == {"dataset": {"type": "ImageFolder", "root": "shop"}, "batch_size": 4, "num_workers": 2}
+    assert made["image_encoder"] == [
+        {"type": "TimmBackbone", "features_only": True, "name": "test_vit", "options": {"img_size": 32}}
+    ]
+    assert any("model.prototype.dataset.type: InShop is not here" in note for note in found.notes)

@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
 
 from widefield.cli.trial import try_out
 from widefield.components.checkpoints import ADDRESSES, locate, read_weights
 from widefield.components.key_maps import MMPRETRAIN, mmpretrain_names
 from widefield.config import Config, ConfigError
 from widefield.inference import get_model
+from widefield.inference.models import info_of
+from widefield.models import load_weights, make_model
 from widefield.registry import MODELS
 
 CASES = json.loads(Path(__file__).with_name("mmpretrain_checkpoints.json").read_text())
@@ -370,3 +374,73 @@ def test_weights_of_a_network_that_are_not_there_are_found_too() -> None:
     with pytest.raises(ConfigError, match=r"^model\.weights: gone\.pth does not exist"):
         try_out(Config({"model": {"model_name": "resnet18", "weights": "gone.pth"}}))
     try_out(Config({"model": {"model_name": "resnet18", "weights": "DEFAULT"}}))
+
+
+# --- plain networks, and what stands beside weights
+
+
+@pytest.mark.parametrize(
+    ("backbone", "network", "head"),
+    [
+        ({"type": "ResNet", "depth": 18, "stem_channels": 8, "base_channels": 8}, "resnet18_w8", "head.fc"),
+        ({"type": "ConvNeXt", "arch": {"depths": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}, "timm", "head.fc"),
+        ({"type": "ConvNeXt", "arch": {"depths": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}, "torchvision", "head.fc"),
+        ({"type": "VisionTransformer", "img_size": 32, **VIT}, "vit", "head.layers.head"),
+    ],
+)
+def test_a_plain_network_takes_backbone_and_head_of_a_model(
+    backbone: dict[str, Any], network: str, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "widefield")
+    torch.manual_seed(0)
+    nets: dict[str, Any] = {
+        "resnet18_w8": lambda: make_model("resnet18_w8", 2, None),
+        "timm": lambda: timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8), conv_mlp=True, num_classes=2),
+        "torchvision": lambda: torchvision.models.ConvNeXt(
+            [CNBlockConfig(*row, 1) for row in ((4, 4), (4, 8), (8, 8), (8, None))], num_classes=2
+        ),
+        "vit": lambda: timm.models.VisionTransformer(
+            32, 8, embed_dim=24, depth=2, num_heads=4, mlp_ratio=2, num_classes=2
+        ),
+    }
+    part, net = MODELS.build(backbone).eval(), nets[network]().eval()
+    for parameter in part.parameters():
+        nn.init.normal_(parameter, 0.2, 0.1)
+    weights = {f"backbone.{key}": value for key, value in mmpretrain_names(part).items()}
+    image = torch.rand(1, 3, 32, 32)
+    features = part(image)[-1]
+    features = features.mean((2, 3)) if features.ndim == 4 else features
+    last = {f"{head}.weight": torch.randn(2, features.shape[1]), f"{head}.bias": torch.randn(2)}
+    torch.save({"state_dict": {**weights, **last, "neck.fc.weight": torch.zeros(1)}}, tmp_path / "epoch_1.pth")
+    load_weights(net, tmp_path / "epoch_1.pth")
+    torch.testing.assert_close(net(image), nn.functional.linear(features, *last.values()))
+    assert "epoch_1.pth is of a model with more than a backbone, which is left out: neck.fc" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"])
+def test_a_timm_backbone_loads_the_maps_alone_and_exports_them(name: str) -> None:
+    theirs = timm.create_model(name, features_only=True).eval()
+    ours = MODELS.build({"type": "TimmBackbone", "name": name, "features_only": True}).eval()
+    given = {f"timm_model.{key}": value for key, value in theirs.state_dict().items()}
+    assert not ours.load_state_dict(given, strict=False).unexpected_keys
+    image = torch.rand(1, 3, 64, 64)
+    for out, expected in zip(ours(image), theirs(image), strict=True):
+        torch.testing.assert_close(out, expected if out.shape == expected.shape else expected.permute(0, 3, 1, 2))
+    assert given.keys() <= mmpretrain_names(ours).keys()
+
+
+@pytest.mark.parametrize(
+    ("meta", "names"),
+    [
+        ({"dataset_meta": {"classes": ("cat", "dog", "owl")}}, ("cat", "dog", "owl")),
+        ({"CLASSES": ["cat", "dog", "owl"]}, ("cat", "dog", "owl")),
+        ({"dataset_meta": {"classes": ("cat", "dog")}}, None),  # of another head
+        ({"dataset_meta": {}}, None),
+    ],
+)
+def test_the_names_of_the_classes_stand_beside_the_weights(meta: Any, names: Any, tmp_path: Path) -> None:
+    weights = mmpretrain_names(MODELS.build(CLASSIFIER))
+    torch.save({"meta": meta, "state_dict": weights}, tmp_path / "epoch_1.pth")
+    file = str(tmp_path / "epoch_1.pth")
+    for model in (get_model(CLASSIFIER, pretrained=file), get_model({**CLASSIFIER, "pretrained": file})):
+        assert info_of(model).class_names == names

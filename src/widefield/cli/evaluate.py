@@ -15,7 +15,7 @@ from widefield.cli.configuration import read_run
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.config import Config
 from widefield.inference.averaged_views import AveragedViews
-from widefield.inference.models import load_all, other_weights
+from widefield.inference.models import class_names_of, load_all, other_weights
 from widefield.models import read_checkpoint
 from widefield.writing import replacing
 
@@ -73,6 +73,9 @@ def evaluate(
             )
         if not of_lightning:
             load_all(cli.model, checkpoint)
+            names, own = class_names_of(checkpoint), getattr(data, "class_names", None)
+            if names and own and set(names) == set(own) and list(names) != list(own):
+                data.load_state_dict({"class_names": list(names)})  # refuses another order
         step = cli.trainer.validate if phase == "validate" else cli.trainer.test
         try:
             step(

@@ -3,7 +3,7 @@
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -95,6 +95,19 @@ def read_weights(source: str | Path, map_location: str = "cpu") -> dict[str, Ten
             "torch.save or safetensors"
         )
     return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+def class_names_in(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes that the content of a checkpoint of MMPretrain holds; None where it holds none.
+
+    They are `meta['dataset_meta']['classes']`, and before 1.0 `meta['CLASSES']`.
+    """
+    meta = content.get("meta")
+    if not isinstance(meta, dict):
+        return None
+    data = meta.get("dataset_meta")
+    names = data.get("classes") if isinstance(data, dict) else meta.get("CLASSES")
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) and names else None
 
 
 def locate(source: str | Path) -> str:

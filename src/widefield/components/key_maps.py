@@ -71,6 +71,19 @@ def _inverted_residual(theirs: str, ours: str, block: Any) -> Iterator[Row]:
             yield from _conv_bn(f"{theirs}.{part}", f"{ours}.{k}")
 
 
+def _timm_backbone(backbone: Any) -> Iterator[Row]:
+    """Yield rows of any network of timm, whose option `features_only` flattens parts: `stages.0` becomes `stages_0`."""
+    if backbone.features_only:
+        parts = dict(backbone.model.named_modules())
+        for name, _ in backbone.features_network().named_children():
+            cuts = [f"{name[:k]}.{name[k + 1 :]}" for k, letter in enumerate(name) if letter == "_"]
+            if name not in parts:
+                yield from ((f"timm_model.{name}", f"model.{cut}") for cut in cuts if cut in parts)
+            if name == "model":  # timm wraps networks whose maps it asks for
+                yield "timm_model.model", "model"
+    yield "timm_model", "model"
+
+
 def _conv_bn(theirs: str, ours: str) -> list[Row]:
     return [(f"{theirs}.conv", f"{ours}.0"), (f"{theirs}.bn", f"{ours}.1")]
 
@@ -113,7 +126,7 @@ MMPRETRAIN: dict[str, list[Row] | Callable[[Any], Iterable[Row]]] = {
     "NonLinearNeck": [
         row for k in range(_NECK_LAYERS) for row in ((f"fc{k}", f"layers.{3 * k}"), (f"bn{k}", f"layers.{3 * k + 1}"))
     ],
-    "TimmBackbone": [("timm_model", "model")],
+    "TimmBackbone": _timm_backbone,
     "VQKD": [("quantize.cluster_size", None), ("quantize.embedding.initted", None)],
     "VisionTransformer": [
         ("layers.{k}.attn.gamma1.weight", "layers.{k}.gamma1"),
@@ -161,6 +174,12 @@ OTHERS: dict[str, list[Row]] = {
     ],
 }
 """Rows of timm and torchvision, by class."""
+_PLAIN = {
+    ("timm", "ConvNeXt"): OTHERS["ConvNeXt"][:1],
+    ("torchvision", "ConvNeXt"): OTHERS["ConvNeXt"][1:],
+    ("timm", "VisionTransformer"): OTHERS["VisionTransformer"],
+}
+"""Rows by library and class of the network. Other networks, as far as they are the same, have the names here."""
 
 
 class AdaptsWeights(nn.Module):
@@ -216,6 +235,29 @@ def mmpretrain_names(module: nn.Module) -> dict[str, Tensor]:
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules(remove_duplicate=False):
         yield f"{name}." if name else "", part
+
+
+def plain_names(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the backbone of a model, of MMPretrain or of ours, by the names of a plain network.
+
+    Args:
+        network: A ResNet, ConvNeXt, MobileNetV2 or VisionTransformer of torchvision or timm; names for others stay as they are.
+            Its 1 x 1 convolutions take linear layers, and the other way round.
+        weights: By the names of a model: those of its `backbone` are taken.
+    """
+    library, name = type(network).__module__.partition(".")[0], type(network).__name__
+    theirs = MMPRETRAIN.get(name, [])
+    forward = [] if callable(theirs) else [_compiled(there, here) for there, here in theirs]
+    back = [_compiled(here, there) for there, here in _PLAIN.get((library, name), []) if here is not None]
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if key.startswith("backbone."):
+            here = _translated(forward, re.sub(r"^backbone\.(timm_model\.|model\.)?", "", key))
+            found |= {} if here is None else {str(_translated(back, here)): value}
+    for key, like in network.state_dict().items():
+        if key in found and found[key].ndim != like.ndim and found[key].numel() == like.numel():
+            found[key] = found[key].reshape(like.shape)
+    return found
 
 
 _Translation = list[tuple[re.Pattern[str], str | None]]

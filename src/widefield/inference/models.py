@@ -1,7 +1,7 @@
 """A model by its name, its configuration, or the run that trained it, and the data that belong to it beside its weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from widefield.components.checkpoints import read_weights
+from widefield.components.checkpoints import class_names_in, locate, read_torch_file, read_weights
 from widefield.components.initializers import Pretrained
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
@@ -156,7 +156,8 @@ def load_trained(
         beside = path.parent / CONFIG
         if not beside.is_file():
             raise FileNotFoundError(
-                f"{beside} does not exist, and {path} does not say what its model is; put the configuration there"
+                f"{beside} does not exist, and {path} does not say what its model is; put the configuration there "
+                "(`widefield config convert` makes one of MMPretrain's), or name it, to predict with --config FILE"
             )
         config = load(beside)
     config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if streaming else {})
@@ -192,7 +193,7 @@ def other_weights(error: Exception, checkpoint: Path) -> ValueError:
 
 
 def class_names_of(checkpoint: Path) -> tuple[str, ...] | None:
-    """Names of the classes of a checkpoint that `fit` wrote; None where they have none."""
+    """Names of the classes of a checkpoint that `fit` or MMPretrain wrote; None where they have none."""
     return _info(read_checkpoint(checkpoint), {}).class_names
 
 
@@ -209,8 +210,20 @@ def _from_config(config: Config, pretrained: bool | str | Path, overrides: dict[
         model.init_weights()
     if not isinstance(pretrained, bool):
         Pretrained(checkpoint=str(pretrained))(model)
-    set_info(model, _info({}, config.data.get("data") or {}))
+    began_with = config.data["model"].get("pretrained") if isinstance(pretrained, bool) else pretrained
+    info = _info({}, config.data.get("data") or {})
+    set_info(model, replace(info, class_names=_names_beside(began_with, model)))
     return model  # type: ignore[no-any-return]
+
+
+def _names_beside(weights: str | Path | None, model: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of the classes beside weights, None where they are not as many as the classes of the model's head."""
+    path = Path("" if weights is None else locate(weights))
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    content = read_torch_file(path, "meta")
+    names = _info(content, {}).class_names if isinstance(content, dict) else None
+    return names if names and len(names) == getattr(getattr(model, "head", None), "num_classes", None) else None
 
 
 def _loads_weights(model: nn.Module) -> bool:
@@ -228,6 +241,7 @@ def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
     parts = [part for key, part in checkpoint.items() if key != "hyper_parameters" and isinstance(part, dict)]
     state = next((part for part in parts if "class_names" in part), {})
     names = state.get("class_names") or checkpoint.get("hyper_parameters", {}).get("class_names")
+    names = names or class_names_in(checkpoint)
     seen = data.get("test") or data.get("val") or {}
     return ModelInfo(
         None if names is None else tuple(names),

@@ -6,10 +6,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from widefield.components.checkpoints import read_weights
+from widefield.components.key_maps import plain_names
 
 _log = logging.getLogger(__name__)
 HEADS = {"fc", "head", "heads", "head_dist", "classifier", "dino_head", "ibot_head"}
 """Names of parts that stand on top of a network of timm, torchvision or DINO."""
+_LINEAR_HEADS = ("head.fc", "head.layers.head")
+"""Names of the last layer in models of components: of a LinearClsHead and of a VisionTransformerClsHead."""
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -18,7 +21,8 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     The file is `.safetensors`, or what `torch.save` wrote: a state dict, or a dict that holds one as `state_dict` or
     `model`. It is read with `weights_only=True`, so it can execute nothing. Where the file has no weights for the last linear
     layer, or others in number, that keeps its random weights; where it has those of a linear layer that the network lacks, or
-    of parts that are called head or the like (`HEADS`), they are left out. Either is logged.
+    of parts that are called head or the like (`HEADS`), they are left out. Either is logged. Of a model of MMPretrain, or a
+    component model of ours, the weights of the backbone are taken, and those of a linear head.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -35,6 +39,8 @@ def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """
     own = net.state_dict()
     classifier = _classifier_keys(net)
+    if any(key.startswith("backbone.") for key in state.keys() - own.keys()):
+        state = _of_model(net, state, classifier, path)
     if fresh := [key for key in classifier if key not in state or state[key].shape != own[key].shape]:
         state.update({key: own[key] for key in fresh})
         _log.info("%s has no classifier of these classes: %s stays random", path.name, ", ".join(fresh))
@@ -52,6 +58,19 @@ def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 f"give weights of the same architecture{_exported_beside(path)}"
             )
     net.load_state_dict(state)
+
+
+def _of_model(net: nn.Module, state: dict[str, Tensor], classifier: list[str], path: Path) -> dict[str, Tensor]:
+    """Return those of the weights of a model with `backbone` and `head` that `net` has, by its names; the rest is logged."""
+    found = plain_names(net, state)
+    for key in classifier:
+        for head in _LINEAR_HEADS:
+            value = state.get(f"{head}.{key.rpartition('.')[2]}")
+            found |= {} if value is None else {key: value}
+    left = sorted({".".join(key.split(".")[:2]) for key in state if not key.startswith(("backbone.", *_LINEAR_HEADS))})
+    if left:
+        _log.info("%s is of a model with more than a backbone, which is left out: %s", path.name, ", ".join(left))
+    return found
 
 
 def _is_linear_layer(keys: list[str], state: dict[str, Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ def convert(file: Path, timm: bool = False) -> Converted:
 def _sections(old: Mapping[str, Any], timm: bool, notes: Notes) -> tuple[dict[str, Any], str | None]:
     trainer: dict[str, Any] = {}
     model = models.model(old, data.reads_rgb(old), notes)
+    if isinstance(model.get("prototype"), dict):
+        model["prototype"] = data.prototype(model["prototype"], notes)
     takes_place = None
     backbone = model.get("backbone") or {}
     if backbone and check_value(backbone, BackboneConfig):
@@ -147,7 +149,19 @@ def _problems(made: dict[str, Any]) -> list[str]:
         check_config(Config(made), SECTIONS)
     except ConfigError as error:
         return str(error).splitlines()
-    return []
+    return list(_unnamed_checkpoints(made["model"], "model"))
+
+
+def _unnamed_checkpoints(described: Any, path: str) -> Iterator[str]:
+    """Yield a line for each checkpoint in a description whose file is to be filled in."""
+    if isinstance(described, list):
+        described = {str(k): one for k, one in enumerate(described)}
+    if not isinstance(described, Mapping):
+        return
+    if described.get("type") == "Pretrained" and not described.get("checkpoint"):
+        yield f"{path}.checkpoint: got '', expected a file; name it there, or leave the {path.rpartition('.')[2]} out"
+    for key, value in described.items():
+        yield from _unnamed_checkpoints(value, f"{path}.{key}")
 
 
 def _drop_unmatched_keys(made: dict[str, Any], notes: Notes) -> None:

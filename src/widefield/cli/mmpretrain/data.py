@@ -42,6 +42,14 @@ def data(old: Mapping[str, Any], notes: Notes) -> Description:
     return made if len(made) > 1 else {}
 
 
+def prototype(old: Description, notes: Notes) -> Description:
+    """Return the collection of a retriever, which theirs describes as a data loader."""
+    path = ("model", "prototype")
+    loader = Entries(old, path, notes)
+    made: Description = {"dataset": _dataset(loader.take("dataset") or {}, (*path, "dataset"), "val", notes)}
+    return made | loader.present(batch_size="batch_size", num_workers="num_workers")
+
+
 def reads_rgb(old: Mapping[str, Any]) -> bool:
     """Return True if the images of their pipeline are in the order of RGB: those of CIFAR are, files are read as BGR."""
     loader = old.get("train_dataloader") or old.get("val_dataloader") or old.get("test_dataloader") or {}

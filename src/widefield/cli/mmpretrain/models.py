@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from widefield.cli.mmpretrain.entries import Notes, bare, listed
-from widefield.registry import MODELS
+from widefield.registry import MODELS, arguments_of
 
 Description = dict[str, Any]
 _NAMES = {"DALL-E": "DALLEEncoder", "TIMMBackbone": "TimmBackbone", "BatchCutMix": "CutMix", "BatchMixup": "Mixup"}
@@ -54,6 +54,9 @@ def _renamed(value: Any) -> Any:
         made["type"] = _NAMES.get(name, name)
         if name == "TIMMBackbone" and "model_name" in made:
             made["name"] = made.pop("model_name")
+            known = arguments_of(MODELS.get("TimmBackbone")).named
+            options = {key: made.pop(key) for key in list(made) if key != "type" and key not in known}
+            made |= {"options": options} if options else {}
         if name == "VQKD" and "encoder_config" in made:
             made["encoder_config"] = {"type": "BEiTViT", **made["encoder_config"]}
         if name.startswith("BEiT") and set(made.get("layer_cfgs", ())) == {"bias"}:

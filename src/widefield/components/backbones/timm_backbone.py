@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class TimmBackbone(StreamableBackbone):
         in_channels: Channels of the image.
         out_indices: Which of the maps (N, C, H, W) in `timm.create_model(name).feature_info` are returned, from 0; negative ones
             count from the end. None returns the final features, as `forward_features` gives them.
+        features_only: Return the maps that timm's option of this name does, where `out_indices` says nothing else; and load
+            checkpoints of MMPretrain's `TIMMBackbone` that has it.
         global_pool: Return the final features (N, C) as the network's own head pools and normalises them.
         frozen_stages: Everything up to the map of this index does not train; -1 freezes nothing.
         norm_eval: Batch norms stay in evaluation mode; their affine weights train.
@@ -53,13 +56,15 @@ class TimmBackbone(StreamableBackbone):
         options: dict[str, Any] | None = None,
         streaming: StreamingOptions | None = None,
         init_cfg: InitConfig = None,
+        features_only: bool = False,
     ) -> None:
         super().__init__(streaming, init_cfg)
         name = name.removeprefix("timm/")
         if not timm.is_model(name):
             raise WrongArgumentError(f"timm has no network named {name!r}; {suggestion(name, timm.list_models())}")
-        if global_pool and out_indices is not None:
-            raise WrongArgumentError(f"global_pool pools the final features, out_indices={out_indices} asks for maps")
+        if global_pool and (features_only or out_indices is not None):
+            asking = "features_only" if out_indices is None else f"out_indices={out_indices}"
+            raise WrongArgumentError(f"global_pool pools the final features, {asking} asks for maps")
         try:
             self.model: Any = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0, **options or {})
         except TypeError as error:
@@ -69,10 +74,14 @@ class TimmBackbone(StreamableBackbone):
             if missing:
                 raise WrongArgumentError(f"{checkpoint_path} is not of {name}: it lacks {', '.join(missing[:3])}")
         maps: list[dict[str, Any]] = getattr(self.model, "feature_info", [])
+        self.name = name
+        self.options = options or {}
+        self.features_only = features_only
+        if features_only and out_indices is None:
+            out_indices = self.features_network().feature_info.out_indices
         if out_indices is not None and not (maps and hasattr(self.model, "forward_intermediates")):
             raise WrongArgumentError(f"timm gives no maps of {name} between its layers; leave out_indices away")
         check_frozen_stages(frozen_stages, -1, len(maps) - 1)
-        self.name = name
         self.out_indices = None if out_indices is None else parse_out_indices(out_indices, len(maps))
         self.global_pool = global_pool
         self.frozen_stages = frozen_stages
@@ -89,6 +98,18 @@ class TimmBackbone(StreamableBackbone):
             )
         x = self.model.forward_features(x)
         return (self.model.forward_head(x, pre_logits=True) if self.global_pool else x,)
+
+    def features_network(self) -> Any:
+        """Return the network, without weights, that timm makes with `features_only=True`; parts of it have other names.
+
+        Raises:
+            WrongArgumentError: It has no such option.
+        """
+        try:
+            with torch.device("meta"):
+                return timm.create_model(self.name, features_only=True, **self.options)
+        except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+            raise WrongArgumentError(f"timm gives no maps of {self.name}: {error}; leave features_only away") from error
 
     def frozen_parts(self) -> Iterable[nn.Module]:
         if self._last_frozen is not None:
