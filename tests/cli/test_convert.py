@@ -453,3 +453,30 @@ def test_the_collection_of_a_retriever_and_the_options_of_a_timm_network_are_tra
         {"type": "TimmBackbone", "features_only": True, "name": "test_vit", "options": {"img_size": 32}}
     ]
     assert any("model.prototype.dataset.type: InShop is not here" in note for note in found.notes)
+
+
+def test_hooks_of_methods_become_arguments(folder: Path) -> None:
+    hook = "custom_hooks = [dict(type='SimSiamHook', fix_pred_lr=True, lr=0.05, adjust_by_epoch=False)]\n"
+    hook += "optim_wrapper = dict(optimizer=dict(lr=0.1), paramwise_cfg=dict(custom_keys=dict(predictor=dict(fix_lr=True))))"
+    neck = {"type": "NonLinearNeck", "in_channels": 512, "hid_channels": 8, "out_channels": 8}
+    backbone = {"type": "ResNet", "depth": 18}
+    head = {
+        "type": "LatentPredictHead",
+        "loss": {"type": "CosineSimilarityLoss"},
+        "predictor": {**neck, "in_channels": 8},
+    }
+    model = {"type": "SimSiam", "backbone": backbone, "neck": neck, "head": head}
+    found = convert(write(folder, model, "step", hook))
+    assert found.data["paramwise_cfg"] == {"custom_keys": {"predictor": {"fix_lr": True, "lr_mult": 0.5}}}
+    assert not any("Hook" in note or "fix_lr" in note for note in found.notes)
+
+    hook = "custom_hooks = [dict(type='SwAVHook', batch_size=32, epoch_queue_starts=15, crops_for_assign=[0, 1],"
+    hook += " feat_dim=128, queue_length=3850, frozen_layers_cfg=dict(prototypes=5005))]"
+    neck = {"type": "SwAVNeck", "in_channels": 512, "hid_channels": 8, "out_channels": 128}
+    loss = {"type": "SwAVLoss", "feat_dim": 128, "num_prototypes": 30}
+    model = {"type": "SwAV", "backbone": backbone, "neck": neck, "head": {"type": "SwAVHead", "loss": loss}}
+    found = convert(write(folder, model, "step", hook))
+    made = found.data["model"]
+    assert (made["epoch_queue_starts"], made["frozen_layers_cfg"]) == (15, {"prototypes": 5005})
+    assert made["head"]["loss"]["queue_length"] == 3840
+    assert found.problems == ()

@@ -124,6 +124,46 @@ def test_a_learner_has_the_losses_of_that_of_its_name(name: str, monkeypatch: py
     assert found == pytest.approx(losses, rel=1e-7)
 
 
+QUEUED = [0.958865515628, 0.775410078917, 0.798432905255, 0.775813741665, 0.920136357433]
+"""Losses of five batches of SwAVLoss there, which has a queue of two batches; what is left in it sums to the next number."""
+IN_QUEUE = 0.29835826553698264
+
+
+def test_swav_with_a_queue_has_the_losses_of_that_of_its_name() -> None:
+    loss = MODELS.build({**SWAV_LOSS, "num_crops": [2, 1], "num_prototypes": 5, "epsilon": 0.05, "queue_length": 8})
+    loss.double().prototypes.weight.data = torch.sin(torch.arange(30.0, dtype=torch.float64) * 0.7).reshape(5, 6)
+    batches = [torch.cos(torch.arange(72.0, dtype=torch.float64) * 1.3 + k).reshape(12, 6) for k in range(5)]
+    batches = [nn.functional.normalize(batch, dim=1) for batch in batches]
+    assert [loss(batch).item() for batch in batches] == pytest.approx(QUEUED, rel=1e-9)
+    assert loss.queue.sum().item() == pytest.approx(IN_QUEUE, rel=1e-9)
+    with pytest.raises(AssertionError, match="queue_length=8 must be a multiple of the 3 images"):
+        loss(batches[0][:9])
+    before = loss.queue.clone()
+    loss.eval()(batches[1])
+    assert torch.equal(loss.queue, before)
+
+
+def test_swav_begins_its_queue_and_thaws_its_prototypes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = {"type": "SwAVHead", "loss": {**SWAV_LOSS, "queue_length": 4}}
+    parts = {**LEARNERS["SwAV"][0], "head": head}
+    model = MODELS.build({"type": "SwAV", **parts, "epoch_queue_starts": 1, "frozen_layers_cfg": {"prototypes": 2}})
+    model._trainer = object()
+    filled, trains = [], []
+    for step in range(3):
+        monkeypatch.setattr(type(model), "current_epoch", step)
+        monkeypatch.setattr(type(model), "global_step", step)
+        model.zero_grad()
+        model.loss([torch.rand(4, 3, side, side) for side in (16, 16, 12, 12)], [])["loss"].backward()
+        model.on_before_optimizer_step(None)
+        filled.append(bool(model.head.loss_module.queue.any()))
+        trains.append(model.head.loss_module.prototypes.weight.grad is not None)
+        assert model.backbone.conv1.weight.grad is not None
+    assert filled == [False, True, True]
+    assert trains == [False, False, True]
+    with pytest.raises(AssertionError, match="no parameter has 'prototype_' in its name"):
+        MODELS.build({"type": "SwAV", **parts, "frozen_layers_cfg": {"prototype_": 2}})
+
+
 def test_learners_refuse_what_they_cannot_compare() -> None:
     model = made(type="SimSiam", **LEARNERS["SimSiam"][0])
     for name in ("SimSiam", "SwAV"):

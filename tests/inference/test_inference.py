@@ -104,6 +104,15 @@ def test_a_run_brings_its_weights_and_class_names(run: Path, tmp_path: Path) -> 
         widefield.get_model(run, head={"num_classes": 3})
 
 
+def test_pictures_show_what_is_predicted(run: Path, photos: Path, tmp_path: Path) -> None:
+    inferencer = widefield.ImageClassificationInferencer(run)
+    file = photos / "coffee.png"
+    inferencer([file, file], show_dir=tmp_path / "shown")
+    shown = {path.name: io.imread(path) for path in (tmp_path / "shown").iterdir()}
+    assert shown.keys() == {"coffee.png", "1_coffee.png"}
+    assert np.ptp(shown["coffee.png"][:50, :, :3]) > 200  # black letters on white
+
+
 def test_files_arrays_and_tensors_are_classified_alike(run: Path, photos: Path) -> None:
     inferencer = widefield.ImageClassificationInferencer(run)
     file = photos / "coffee.png"

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from widefield.components.backbones.vision_transformer import VisionTransformer
@@ -116,6 +117,23 @@ def test_rates_fall_with_the_depth_of_layers() -> None:
     assert rates == [{0.0625}, {0.125}, {0.25}, {0.5}]
     with pytest.raises(ValueError, match=r"layer_decay_rate needs a backbone .*; Model does not"):
         by_name(Model(), ParameterOptions(layer_decay_rate=0.5))
+
+
+def test_no_schedule_changes_a_fixed_rate() -> None:
+    model = Model()
+    options = ParameterOptions.described({"custom_keys": {"head": {"fix_lr": True, "lr_mult": 2.0}}})
+    optimizer = make_optimizer({"type": "SGD", "lr": 1.0}, model, options)
+    schedule, _ = make_schedule({"type": "StepLR", "step_size": 1, "gamma": 0.5}, optimizer)
+    moved = []
+    for _ in range(3):
+        before = [model.conv.bias.detach().clone(), model.head.bias.detach().clone()]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+        after = (model.conv.bias, model.head.bias)
+        moved.append([(old - new).mean().item() for old, new in zip(before, after, strict=True)])
+    np.testing.assert_allclose(moved, [[1.0, 2.0], [0.5, 2.0], [0.25, 2.0]], rtol=1e-5)
 
 
 def test_options_count_from_the_defaults_of_the_optimizer() -> None:

@@ -1,6 +1,7 @@
 """Predictions for images by any kind of model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from widefield.components.heads.classification_heads import MultiLabelClsHead
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.data.datasets import as_batch
-from widefield.data.pipeline import Picture, whole
+from widefield.data.pipeline import Picture, Pipeline, whole
 from widefield.inference.averaged_views import AveragedViews, averaged
 from widefield.inference.models import ModelInfo, Name, as_model, info_of
 from widefield.modules import BaseModule
+from widefield.reports.overlay import save_picture
 
 Image = str | Path | np.ndarray | Picture
 """A file, pixels (H, W, C) or (H, W) as an array, a tensor (C, H, W), or an image that is read lazily."""
@@ -164,7 +166,9 @@ class ImageClassificationInferencer:
             raise ValueError(f"classes has {len(classes)} names, and the model {scores} classes; give a name for each")
         self.views = views
 
-    def __call__(self, inputs: Image | Sequence[Image], batch_size: int = 1) -> list[dict[str, Any]]:
+    def __call__(
+        self, inputs: Image | Sequence[Image], batch_size: int = 1, show_dir: str | Path | None = None
+    ) -> list[dict[str, Any]]:
         """A dictionary for each image.
 
         `pred_scores` is an array of a score per class, `pred_label` the index of the highest, `pred_score` its score, and
@@ -175,6 +179,8 @@ class ImageClassificationInferencer:
         Args:
             inputs: A file, an array (H, W, C), a tensor (C, H, W) or a lazily read image, or a list of them.
             batch_size: How many are computed together; without streaming these must be of one size.
+            show_dir: A folder for a PNG of each image with what is predicted above, `NAME.png` of a file and `INDEX.png` of others,
+                where a second of the same name is `INDEX_NAME.png`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive")
@@ -183,7 +189,20 @@ class ImageClassificationInferencer:
         for start in range(0, len(images), batch_size):
             pictures = [as_picture(image, self.info) for image in images[start : start + batch_size]]
             results += [self._result(sample) for sample in predict_samples(self.model, pictures, self.views)]
+        if show_dir is not None:
+            self._show(images, results, Path(show_dir))
         return results
+
+    def _show(self, images: Sequence[Image], results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        names: set[str] = set()
+        for k, (image, result) in enumerate(zip(images, results, strict=True)):
+            name = Path(image).stem if isinstance(image, (str, Path)) else str(k)
+            name = f"{k}_{name}" if name in names else name
+            names.add(name)
+            score, predicted = result["pred_score"], result["row"]["predicted"]
+            title = f"{predicted}: {score:.3f}" if isinstance(score, float) else predicted
+            save_picture(folder / f"{name}.png", as_picture(image, replace(self.info, pipeline=Pipeline())), title)
 
     def _result(self, sample: Any) -> dict[str, Any]:
         scores = sample.pred_score.float().cpu()

@@ -27,10 +27,11 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Factors:
-    """Factors of the learning rate and of the weight decay."""
+    """Factors of the learning rate and of the weight decay; with `fix_lr` no schedule changes the rate."""
 
     lr_mult: Factor = 1.0
     decay_mult: Factor = 1.0
+    fix_lr: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ParameterOptions:
         bias_decay_mult: Of other biases.
         flat_decay_mult: Of other parameters with one axis, such as the scales of layers.
         custom_keys: Factors by parts of parameters' names, such as `{backbone: {lr_mult: 0.1}}`; of several the longest counts.
+            `{predictor: {fix_lr: true}}` keeps a rate as it is at first, as SimSiam does.
         layer_decay_rate: Factor of the learning rate from each layer to the one before it, for a `backbone` that says how deep
             its layers lie: a vision transformer.
     """
@@ -78,7 +80,12 @@ def parameter_groups(
         if parameter.requires_grad:
             groups.setdefault(_factors(name, module, parameter, model, options), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr * factors.lr_mult, "weight_decay": weight_decay * factors.decay_mult}
+        {
+            "params": parameters,
+            "lr": lr * factors.lr_mult,
+            "weight_decay": weight_decay * factors.decay_mult,
+            **({"fixed_lr": lr * factors.lr_mult} if factors.fix_lr else {}),
+        }
         for factors, parameters in groups.items()
     ]
 
@@ -97,7 +104,7 @@ def _factors(
     keys = sorted((key for key in options.custom_keys if key in name), key=len)
     if keys:
         custom = options.custom_keys[keys[-1]]
-        return Factors(layer * custom.lr_mult, custom.decay_mult)
+        return Factors(layer * custom.lr_mult, custom.decay_mult, custom.fix_lr)
     if isinstance(module, _NORMS):
         return Factors(layer, options.norm_decay_mult)
     if name.rpartition(".")[2] == "bias":
@@ -133,7 +140,15 @@ def make_optimizer(description: Description, model: nn.Module, options: Paramete
         )
         parameters = parameter_groups(model, options, lr, weight_decay)
     optimizer: Optimizer = kind(parameters, **arguments)
+    if any("fixed_lr" in group for group in optimizer.param_groups):
+        optimizer.register_step_pre_hook(_fix_rates)
     return optimizer
+
+
+def _fix_rates(optimizer: Optimizer, *_: Any) -> None:
+    """Undo what a schedule made of the rates that are fixed."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("fixed_lr", group["lr"])
 
 
 def make_schedule(

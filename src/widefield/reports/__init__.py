@@ -10,7 +10,7 @@ from widefield.reports.figures import (
 from widefield.reports.grad_cam import NoMapError, cells_of, class_activation, grad_cam
 from widefield.reports.heatmap import Heatmap
 from widefield.reports.memory import PeakMemory, plain_step_bytes
-from widefield.reports.overlay import ScaleBar, save_overlay, scale_bar
+from widefield.reports.overlay import ScaleBar, save_overlay, save_picture, scale_bar
 from widefield.reports.page import Page
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "plain_step_bytes",
     "save_confusion_matrix",
     "save_overlay",
+    "save_picture",
     "save_points",
     "save_schedule",
     "scale_bar",

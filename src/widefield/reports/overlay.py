@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from widefield.images import ImageFile, thumbnail
+from widefield.reports.figures import new_figure, save
 from widefield.reports.heatmap import COLOUR, Heatmap
 from widefield.writing import replacing
 
@@ -125,6 +126,15 @@ def _detail(image: ImageFile, heatmap: Heatmap, peak: tuple[int, int]) -> tuple[
     )
     region = y * scale[0], x * scale[1], sides[0] * scale[0], sides[1] * scale[1]
     return as_rgb(image.read(y, x, *sides)), region
+
+
+def save_picture(path: str | Path, image: ImageFile | Tensor, title: str) -> None:
+    """Write a PNG of a whole image, in the colours of `save_overlay`, with a title above."""
+    figure, axes = new_figure()
+    axes.imshow(overview(image, _SIDE))
+    axes.set_title(title)
+    axes.set_axis_off()
+    save(figure, path)
 
 
 def overview(image: ImageFile | Tensor, size: int) -> np.ndarray:

@@ -115,7 +115,7 @@ def _sections(old: Mapping[str, Any], timm: bool, notes: Notes) -> tuple[dict[st
             takes_place = found and found[0]
     runs.loops(old, trainer, notes)
     optimization = runs.optimization(old, trainer, notes)
-    runs.hooks(old, trainer, notes)
+    runs.hooks(old, model, trainer, notes)
     settings = runs.settings(old, trainer, notes)
     made = {
         "imports": (old.get("custom_imports") or {}).get("imports"),

@@ -58,7 +58,12 @@ def optimization(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sec
     constructor = bare(wrapper.take("constructor", ""))
     if constructor not in ("", "DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor"):
         wrapper.note(f"{constructor} is not here", "constructor")
-    options = _parameter_options(given or {}, notes)
+    rate = float(described.get("lr", 1e-3))
+    fixing: Mapping[str, Any] = next(
+        (one for one in listed(old.get("custom_hooks")) if bare(one.get("type")) == "SimSiamHook"), {}
+    )
+    fixed = fixing.get("lr", rate) / rate if fixing.get("fix_pred_lr") else None
+    options = _parameter_options(given or {}, fixed, notes)
     if options:
         made["paramwise_cfg"] = options
     wrapper.finish("loss_scale", "use_fsdp")
@@ -67,16 +72,19 @@ def optimization(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sec
     return made
 
 
-def _parameter_options(given: Mapping[str, Any], notes: Notes) -> Sections:
+def _parameter_options(given: Mapping[str, Any], fixed: float | None, notes: Notes) -> Sections:
+    """Return `paramwise_cfg`; `fixed` is the multiple of the learning rate that a hook gives to what has `fix_lr`."""
     entries = Entries(given, ("optim_wrapper", "paramwise_cfg"), notes)
     names = ("norm_decay_mult", "bias_decay_mult", "flat_decay_mult", "layer_decay_rate")
     made: Sections = {name: float(value) for name, value in entries.present(**{name: name for name in names}).items()}
     keys = {}
     for key, factors in (entries.take("custom_keys") or {}).items():
         one = Entries(factors, ("optim_wrapper", "paramwise_cfg", "custom_keys", key), notes)
-        multiples = {
+        multiples: Sections = {
             name: float(value) for name, value in one.present(lr_mult="lr_mult", decay_mult="decay_mult").items()
         }
+        if one.take("fix_lr") and fixed is not None:  # without the hook it does nothing
+            multiples |= {"fix_lr": True, **({} if fixed == 1 else {"lr_mult": fixed})}
         one.finish("lars_exclude")  # timm's LARS leaves out what has no weight decay
         if multiples:
             keys[key] = multiples
@@ -204,8 +212,8 @@ def loops(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
     given.finish()
 
 
-def hooks(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
-    """Add to `trainer` the callbacks and settings that hooks of theirs are."""
+def hooks(old: Mapping[str, Any], model: Sections, trainer: Sections, notes: Notes) -> None:
+    """Add to `trainer`, and to a `model` that has them as arguments, the callbacks and settings that hooks of theirs are."""
     callbacks = []
     named = [(("default_hooks", name), one) for name, one in (old.get("default_hooks") or {}).items()]
     custom = [(("custom_hooks", str(k)), one) for k, one in enumerate(listed(old.get("custom_hooks")))]
@@ -249,6 +257,17 @@ def hooks(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> None:
             made["use_buffers"] = hook.take("update_buffers", False)
             made |= hook.present(interval="update_every_n_steps", begin_iter="update_starting_at_step")
             callbacks.append(made | hook.present(begin_epoch="update_starting_at_epoch"))
+        elif hook.type == "SwAVHook" and model.get("type") == "SwAV":
+            length = hook.take("queue_length", 0)
+            length -= length % hook.take("batch_size")
+            starts = hook.take("epoch_queue_starts", 15)
+            if length:
+                model["head"]["loss"]["queue_length"] = length
+                model["epoch_queue_starts"] = starts
+            model |= hook.present(frozen_layers_cfg="frozen_layers_cfg")
+            harmless = ("crops_for_assign", "feat_dim", "interval")
+        elif hook.type == "SimSiamHook":
+            harmless = ("fix_pred_lr", "lr", "adjust_by_epoch")  # see `optimization`
         elif hook.type not in _ALWAYS:
             hook.missing("write it as a lightning.pytorch.Callback, named under trainer.callbacks")
             continue

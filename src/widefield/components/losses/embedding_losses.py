@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from lightly.loss import SwaVLoss as LightlySwaVLoss
-from lightly.utils.dist import gather, world_size
+from lightly.utils.dist import gather, rank, world_size
 from torch import Tensor, nn
 
 from widefield.errors import WrongArgumentError
@@ -48,7 +48,12 @@ class SwAVLoss(nn.Module):
     """Predicts which prototypes the other crops of an image are assigned to, where a batch is assigned evenly to all prototypes.
 
     Caron et al., 2020, https://arxiv.org/abs/2006.09882. The loss and the assignment (Sinkhorn-Knopp) are lightly's; the batch is
-    that of all processes. Prototypes are scaled to length 1 at each call. There is no queue of earlier features.
+    that of all processes. Prototypes are scaled to length 1 at each call.
+
+    Attributes:
+        queue: The last features (crops_for_assign, queue_length, feat_dim) of all processes, the newest first. In training it is
+            filled, and once it is full the assignment is that of the batch and the queue together.
+        has_begun: Whether the queue is filled and used.
 
     Args:
         feat_dim: Width of the features.
@@ -58,9 +63,11 @@ class SwAVLoss(nn.Module):
         crops_for_assign: The crops that are assigned; the others are only predicted from.
         num_crops: Crops of each size.
         num_prototypes: How many there are.
+        queue_length: Earlier features in the queue, a multiple of the images in a batch of all processes; 0 for no queue.
     """
 
     component_kind = "loss"
+    queue: Tensor
 
     def __init__(
         self,
@@ -71,8 +78,11 @@ class SwAVLoss(nn.Module):
         crops_for_assign: Sequence[int] = (0, 1),
         num_crops: Sequence[int] = (2,),
         num_prototypes: int = 3000,
+        queue_length: int = 0,
     ) -> None:
         super().__init__()
+        if queue_length < 0:
+            raise WrongArgumentError(f"queue_length={queue_length} must not be negative")
         self.num_crops = sum(num_crops)
         self.crops_for_assign = tuple(crops_for_assign)
         if not self.crops_for_assign or not set(self.crops_for_assign) <= set(range(self.num_crops)):
@@ -81,12 +91,15 @@ class SwAVLoss(nn.Module):
             )
         self.prototypes = nn.Linear(feat_dim, num_prototypes, bias=False)
         self.criterion = LightlySwaVLoss(temperature, sinkhorn_iterations, epsilon, sinkhorn_gather_distributed=True)
+        self.has_begun = queue_length > 0
+        if queue_length:
+            self.register_buffer("queue", torch.zeros(len(self.crops_for_assign), queue_length, feat_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the loss of features (crops * N, feat_dim) of length 1, those of one crop of all images after those of another.
 
         Raises:
-            WrongArgumentError: There are not as many for each crop.
+            WrongArgumentError: There are not as many for each crop, or the queue is no multiple of the batch.
         """
         if len(x) % self.num_crops:
             raise WrongArgumentError(
@@ -98,5 +111,22 @@ class SwAVLoss(nn.Module):
         crops = scores.to(torch.promote_types(scores.dtype, torch.float32)).chunk(self.num_crops)
         assigned = [crops[k] for k in self.crops_for_assign]
         others = [crop for k, crop in enumerate(crops) if k not in self.crops_for_assign]
-        loss: Tensor = self.criterion(assigned, others)[0]
+        earlier = self._earlier(x.detach()) if self.has_begun and self.training else None
+        loss: Tensor = self.criterion(assigned, others, earlier)[0]
         return loss
+
+    @torch.no_grad()
+    def _earlier(self, x: Tensor) -> list[Tensor] | None:
+        """Return the scores of this process' share of the queue, if that is full, and put the features of the batch in front."""
+        share = self.queue[:, rank() :: world_size()]
+        scores = list(nn.functional.linear(share, self.prototypes.weight)) if bool(self.queue[:, -1].any()) else None
+        crops = x.chunk(self.num_crops)
+        for queue, k in zip(self.queue, self.crops_for_assign, strict=True):
+            newest = joint(crops[k]).to(queue)
+            if len(queue) % len(newest):
+                raise WrongArgumentError(
+                    f"queue_length={len(queue)} must be a multiple of the {len(newest)} images of a batch; drop the last batch of "
+                    "an epoch where it is smaller"
+                )
+            queue.copy_(torch.cat([newest, queue[: len(queue) - len(newest)]]))
+        return scores

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.data_sample import DataSample
+from widefield.components.losses.embedding_losses import SwAVLoss
 from widefield.components.models.base_model import BaseSelfSupervisor
 from widefield.components.models.contrastive_models import follow, momentum_copy, rising, two_views
 from widefield.errors import WrongArgumentError
@@ -169,8 +170,37 @@ class MoCoV3(MomentumModel):
 class SwAV(SiameseModel):
     """SwAV: predicts to which prototypes the other crops of an image are assigned.
 
-    Caron et al., 2020, https://arxiv.org/abs/2006.09882. The parts: any backbone, SwAVNeck, SwAVHead.
+    Caron et al., 2020, https://arxiv.org/abs/2006.09882. The parts: any backbone, SwAVNeck, SwAVHead. A queue of earlier features
+    is an argument of SwAVLoss.
+
+    Args:
+        epoch_queue_starts: The epoch, from 0, in which the queue begins to be filled.
+        frozen_layers_cfg: For how many steps of the optimizer parameters do not train, by parts of their names:
+            `{prototypes: 5005}`.
+        kwargs: Those of `BaseSelfSupervisor`.
     """
+
+    _trainer: Any  # Lightning's; mypy does not see it
+    current_epoch: int
+    global_step: int
+
+    def __init__(
+        self, epoch_queue_starts: int = 0, frozen_layers_cfg: dict[str, int] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.epoch_queue_starts = epoch_queue_starts
+        self.frozen_layers_cfg = frozen_layers_cfg or {}
+        for part in self.frozen_layers_cfg:
+            if not any(part in name for name, _ in self.named_parameters()):
+                raise WrongArgumentError(f"frozen_layers_cfg: no parameter has {part!r} in its name")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Leave parameters without a gradient for as long as they are frozen."""
+        for part, steps in self.frozen_layers_cfg.items():
+            if self.global_step < steps:
+                for name, parameter in self.named_parameters():
+                    if part in name:
+                        parameter.grad = None
 
     def loss(self, inputs: Sequence[Tensor], data_samples: Sequence[DataSample]) -> dict[str, Any]:
         """Return the loss of crops, a list of images (N, C, H, W); those of one size stand together."""
@@ -178,6 +208,9 @@ class SwAV(SiameseModel):
             raise WrongArgumentError(
                 "SwAV compares crops of each image, and there is one; give a list, as MultiView does"
             )
+        criterion = self.head.loss_module
+        if isinstance(criterion, SwAVLoss) and self._trainer is not None:
+            criterion.has_begun = hasattr(criterion, "queue") and self.current_epoch >= self.epoch_queue_starts
         sizes = [list(crops) for _, crops in itertools.groupby(inputs, key=lambda crop: crop.shape[-2:])]
         features = [self.backbone(torch.cat(crops)) for crops in sizes]
         return {"loss": self.head.loss(self.neck(features))}
