@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from widefield.components import BaseBackbone, BaseSelfSupervisor, DataSample
-from widefield.components.metrics import METRICS
 from widefield.config.check import find_class
 from widefield.data.datasets import collate_items
-from widefield.registry import DATASETS, MODELS, TRANSFORMS
+from widefield.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
 
 @pytest.fixture(autouse=True)

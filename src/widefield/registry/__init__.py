@@ -34,11 +34,15 @@ MODELS = Registry(
 DATASETS = Registry("dataset", partial(registered_in, "DATASETS", "data"), group="widefield.datasets")
 """Data sets, and data modules over them."""
 
+METRICS = Registry("metric", partial(registered_in, "METRICS", "components/metrics"), group="widefield.metrics")
+"""Metrics of predictions, see `widefield.components.metrics`."""
+
 TRANSFORMS = Registry("transform", transforms, group="widefield.transforms")
 """Changes of an image between a data set and the model."""
 
 __all__ = [
     "DATASETS",
+    "METRICS",
     "MODELS",
     "REQUIRED",
     "TRANSFORMS",

@@ -4,10 +4,6 @@ Metrics are those of torchmetrics: `update(preds, target)`, `compute()`, `reset(
 imported before a metric is asked for.
 """
 
-from functools import partial
-
-from widefield.registry import Registry, registered_in
-
-METRICS = Registry("metric", partial(registered_in, "METRICS", "components/metrics"), group="widefield.metrics")
+from widefield.registry import METRICS
 
 __all__ = ["METRICS"]
