@@ -13,6 +13,7 @@ from torch import Tensor
 from widefield.components import BaseBackbone, BaseSelfSupervisor, DataSample
 from widefield.config.check import find_class
 from widefield.data.datasets import collate_items
+from widefield.data.pipeline import Pipeline
 from widefield.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 
 
@@ -86,7 +87,7 @@ def test_items_of_a_data_set_of_ones_own_are_taken_in_every_usual_form_and_other
     views, _ = collate_items([([picture, picture], sample)])
     assert len(views) == 2
     for wrong in (picture, (picture,), ("a.png", 1), {"img": picture, "gt_label": 1}, None):
-        with pytest.raises(TypeError, match=r"an item of a data set is .*; it must be \(picture, DataSample\)"):
+        with pytest.raises(ValueError, match=r"an item of a data set is .*; it must be \(picture, DataSample\)"):
             collate_items([wrong])  # type: ignore[list-item]
 
 
@@ -128,3 +129,22 @@ def test_images_that_are_left_out_for_their_ending_are_said(tmp_path: Path, capl
         assert "left out: 1 of .tga;" in caplog.text
         assert len(DATASETS.build({"type": "ImageFolder", "root": tmp_path, "extensions": (".png",)})) == 1
     assert "1 of .bmp, 1 of .ppm, 1 of .tga" in caplog.text
+
+
+def test_a_transform_of_dictionaries_is_answered_with_what_a_transform_is() -> None:
+    @TRANSFORMS.register_module()
+    class Invert:
+        def __call__(self, results: Any) -> Any:
+            results["img"] = 255 - results["img"]
+            return results
+
+    @TRANSFORMS.register_module()
+    class Nothing:
+        def __call__(self, results: Any) -> Any:
+            return None
+
+    picture = torch.zeros(3, 4, 4)
+    with pytest.raises(ValueError, match=r"Invert was given a picture \(Tensor\) and failed with .*, not a dictionary"):
+        Pipeline([{"type": "Invert"}])(picture)
+    with pytest.raises(ValueError, match=r"Nothing was given a picture .* and returned nothing"):
+        Pipeline([{"type": "MultiView", "transforms": [{"type": "Nothing"}]}])(picture)

@@ -13,6 +13,7 @@ from widefield.components.models.base_model import as_sample
 from widefield.data.described import Item
 from widefield.data.labelled_images import EpochShuffle
 from widefield.data.tables import LabelError
+from widefield.errors import WrongArgumentError
 from widefield.registry import DATASETS, ComponentOf, Range
 
 DatasetConfig = Annotated[Dataset | dict[str, Any], ComponentOf(DATASETS, "dataset")]
@@ -112,7 +113,7 @@ def collate_items(items: Sequence[Item]) -> tuple[Any, list[DataSample]]:
     """The batch of the items of a data set, see `Datasets`.
 
     Raises:
-        TypeError: An item is no picture (or tuple of views) with a sample, as data sets of one's own may give.
+        WrongArgumentError: An item is no picture (or tuple of views) with a sample, as data sets of one's own may give.
     """
     pairs = [_as_pair(item) for item in items]
     pictures = [picture for picture, _ in pairs]
@@ -128,7 +129,7 @@ def _as_pair(item: Any) -> Item:
         item = item["inputs"], item.get("data_samples")
     if not isinstance(item, (tuple, list)) or len(item) != 2 or not _is_picture(item[0]):
         given = [type(one).__name__ for one in item] if isinstance(item, (tuple, list)) else type(item).__name__
-        raise TypeError(
+        raise WrongArgumentError(
             f"an item of a data set is {given}; it must be (picture, DataSample), a picture being a tensor (C, H, W), "
             "a lazily read image or a tuple of views; a class index may stand for the sample"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
+from widefield.errors import WrongArgumentError
 from widefield.images import ImageFile
 from widefield.registry import TRANSFORMS, ComponentOf, Range, arguments_of, split_description
 
@@ -37,9 +38,17 @@ class Pipeline:
         self._transforms = [_build(one) for one in self.description]
 
     def __call__(self, picture: Any) -> Any:
-        """A picture, or a tuple of them, transformed; plain tensors keep their type (8 bits stay 8 bits)."""
+        """A picture, or a tuple of them, transformed; plain tensors keep their type (8 bits stay 8 bits).
+
+        Raises:
+            WrongArgumentError: A transform of the user takes or returns something else, such as a dictionary.
+        """
         for transform in self._transforms:
-            picture = tuple(map(transform, picture)) if isinstance(picture, tuple) else transform(picture)
+            picture = (
+                tuple(_changed(one, transform) for one in picture)
+                if isinstance(picture, tuple)
+                else _changed(picture, transform)
+            )
         return tuple(map(_plain, picture)) if isinstance(picture, tuple) else _plain(picture)
 
 
@@ -125,6 +134,24 @@ def _enumerated(value: Any, name: str, kind: Callable[..., Any]) -> Any:
         return InterpolationMode(value)
     is_enumeration = isinstance(known.annotation, type) and issubclass(known.annotation, Enum)
     return known.annotation[value] if is_enumeration else value
+
+
+def _changed(picture: Any, transform: Transform) -> Any:
+    if isinstance(transform, _OfTorchvision):
+        return transform(picture)
+    kind = type(picture).__name__
+    try:
+        result = transform(picture)
+        if result is not None and not isinstance(result, dict):
+            return result
+        what = f"returned {'nothing' if result is None else 'a dictionary'}"
+        cause = None
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        what, cause = f"failed with {type(error).__name__}: {error}", error
+    raise WrongArgumentError(
+        f"the transform {type(transform).__name__} was given a picture ({kind}) and {what}; a transform gets a picture, which is a "
+        "tensor (C, H, W) or a lazily read image, and returns one, not a dictionary of results"
+    ) from cause
 
 
 def _plain(picture: Any) -> Any:
