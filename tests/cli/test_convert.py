@@ -480,3 +480,20 @@ def test_hooks_of_methods_become_arguments(folder: Path) -> None:
     assert (made["epoch_queue_starts"], made["frozen_layers_cfg"]) == (15, {"prototypes": 5005})
     assert made["head"]["loss"]["queue_length"] == 3840
     assert found.problems == ()
+
+
+def test_a_base_that_is_not_there_is_no_line_to_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text("_base_ = 'gone.py'\nmodel = dict(type='ImageClassifier')")
+    with pytest.raises(FileNotFoundError, match=r"gone\.py, which .*child\.py is based on, does not exist"):
+        convert(tmp_path / "child.py")
+
+
+def test_a_file_of_theirs_is_answered_in_a_line() -> None:
+    keys = ("train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg")
+    with pytest.raises(ConfigError) as error:
+        check_config(Config({**dict.fromkeys(keys, {"type": "X"}), "modle": {}}), SECTIONS)
+    first, second = str(error.value).splitlines()
+    assert first.startswith(
+        "train_dataloader: a key of MMPretrain, and so are optim_wrapper, param_scheduler, train_cfg:"
+    )
+    assert second.startswith("modle: no such key")

@@ -160,7 +160,7 @@ class _File:
         self.line = node.lineno
         try:
             self._run(node)
-        except ConfigError:
+        except (ConfigError, FileNotFoundError):  # of this file or a base, and of a base that is not there
             raise
         except Exception as error:  # whatever an operation on plain data may raise
             source = ast.unparse(node).partition("\n")[0]

@@ -100,6 +100,8 @@ class Foreign:
         return [(path, f"a key of MMPretrain; here: {self.here} (widefield config convert translates a whole file)")]
 
 
+_FEW = 3
+"""Keys of another system that are answered one by one; a file with more of them is one of that system."""
 Sections = Mapping[str, Any]
 """By key: a section, a key of another system, or the annotation of a plain value."""
 
@@ -111,6 +113,7 @@ def check_config(config: Config, sections: Sections) -> None:
         ConfigError: One line for each problem: path, value, what was expected, where it was written.
     """
     problems: list[Problem] = []
+    foreign: list[Problem] = []
     for key, value in config.data.items():
         section = sections.get(key)
         if section is None:
@@ -118,11 +121,15 @@ def check_config(config: Config, sections: Sections) -> None:
         elif isinstance(section, Section):
             problems += [] if value is None else section.check(value, (key,))
         elif isinstance(section, Foreign):
-            problems += section.check(value, (key,))
+            foreign += section.check(value, (key,))
         else:
             problems += check_value(value, section, (key,))
-    if problems:
-        raise config.error(*problems)
+    if len(foreign) > _FEW:
+        (first, _), *others = foreign
+        message = f"a key of MMPretrain, and so are {', '.join(path[0] for path, _ in others)}: translate the whole file with "
+        foreign = [(first, f"{message}`widefield config convert OLD.py --out NEW.yaml`")]
+    if problems or foreign:
+        raise config.error(*foreign, *problems)
 
 
 def unknown_section(key: str, sections: Sections) -> str:
