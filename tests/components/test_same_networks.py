@@ -136,8 +136,8 @@ def test_swav_with_a_queue_has_the_losses_of_that_of_its_name() -> None:
     batches = [nn.functional.normalize(batch, dim=1) for batch in batches]
     assert [loss(batch).item() for batch in batches] == pytest.approx(QUEUED, rel=1e-9)
     assert loss.queue.sum().item() == pytest.approx(IN_QUEUE, rel=1e-9)
-    with pytest.raises(AssertionError, match="queue_length=8 must be a multiple of the 3 images"):
-        loss(batches[0][:9])
+    with pytest.raises(AssertionError, match="queue_length=8 must be at least 12, the images of a batch"):
+        loss(torch.cat([batches[0]] * 3))
     before = loss.queue.clone()
     loss.eval()(batches[1])
     assert torch.equal(loss.queue, before)

@@ -96,6 +96,7 @@ def convert(file: Path, timm: bool = False) -> Converted:
             _drop_unmatched_keys(made, notes)
         except (ValueError, TypeError, RuntimeError) as error:
             problems = [f"model: {error}"]
+    problems += _unnamed_checkpoints(made["model"], "model")
     written = str(old.error(*notes)).splitlines() if notes else []
     return Converted(made, (*unread, *written), tuple(problems), takes_place)
 
@@ -149,7 +150,7 @@ def _problems(made: dict[str, Any]) -> list[str]:
         check_config(Config(made), SECTIONS)
     except ConfigError as error:
         return str(error).splitlines()
-    return list(_unnamed_checkpoints(made["model"], "model"))
+    return []
 
 
 def _unnamed_checkpoints(described: Any, path: str) -> Iterator[str]:

@@ -63,7 +63,8 @@ class SwAVLoss(nn.Module):
         crops_for_assign: The crops that are assigned; the others are only predicted from.
         num_crops: Crops of each size.
         num_prototypes: How many there are.
-        queue_length: Earlier features in the queue, a multiple of the images in a batch of all processes; 0 for no queue.
+        queue_length: Earlier features in the queue, at least as many as images in a batch of all processes, and as many in each
+            process; 0 for no queue.
     """
 
     component_kind = "loss"
@@ -99,7 +100,7 @@ class SwAVLoss(nn.Module):
         """Return the loss of features (crops * N, feat_dim) of length 1, those of one crop of all images after those of another.
 
         Raises:
-            WrongArgumentError: There are not as many for each crop, or the queue is no multiple of the batch.
+            WrongArgumentError: There are not as many for each crop, or more than the queue takes.
         """
         if len(x) % self.num_crops:
             raise WrongArgumentError(
@@ -123,10 +124,10 @@ class SwAVLoss(nn.Module):
         crops = x.chunk(self.num_crops)
         for queue, k in zip(self.queue, self.crops_for_assign, strict=True):
             newest = joint(crops[k]).to(queue)
-            if len(queue) % len(newest):
+            if len(newest) > len(queue) or len(queue) % world_size():
                 raise WrongArgumentError(
-                    f"queue_length={len(queue)} must be a multiple of the {len(newest)} images of a batch; drop the last batch of "
-                    "an epoch where it is smaller"
+                    f"queue_length={len(queue)} must be at least {len(newest)}, the images of a batch, and a multiple of "
+                    f"{world_size()}, the processes"
                 )
             queue.copy_(torch.cat([newest, queue[: len(queue) - len(newest)]]))
         return scores
