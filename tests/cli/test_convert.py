@@ -491,7 +491,7 @@ def test_a_base_that_is_not_there_is_no_line_to_leave_out(tmp_path: Path) -> Non
 def test_a_file_of_theirs_is_answered_in_a_line() -> None:
     keys = ("train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg")
     with pytest.raises(ConfigError) as error:
-        check_config(Config({**dict.fromkeys(keys, {"type": "X"}), "modle": {}}), SECTIONS)
+        check_config(Config({**{key: {"type": "X"} for key in keys}, "modle": {}}), SECTIONS)
     first, second = str(error.value).splitlines()
     assert first.startswith(
         "train_dataloader: a key of MMPretrain, and so are optim_wrapper, param_scheduler, train_cfg:"

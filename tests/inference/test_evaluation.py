@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tests.inference.small_runs import CLASSIFIER
 from tests.small_images import write_image
+from widefield.cli.evaluate import evaluate
 from widefield.components.metrics import METRICS
+from widefield.config import Config
 from widefield.data import Datasets
 from widefield.inference import Evaluation
 from widefield.registry import MODELS
@@ -148,3 +150,16 @@ def test_self_supervised_models_take_views_and_masks_of_data_sets(images: Path) 
         loss = model.training_step(batch, 0)
         assert loss.isfinite()
         loss.backward()
+
+
+def test_a_checkpoint_of_theirs_with_the_classes_in_another_order_is_refused(images: Path, tmp_path: Path) -> None:
+    names = ["cat", "dog", "owl"]
+    described = {"type": "AnnotationFile", "root": str(images), "ann_file": str(images / "one.txt")}
+    model = {**CLASSIFIER, "head": {**CLASSIFIER["head"], "num_classes": 3}}
+    config = Config({"model": model, "data": {"type": "Datasets", "val": {**described, "class_names": names}}})
+    weights = MODELS.build(model).state_dict()
+    torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": names[::-1]}}}, tmp_path / "epoch_1.pth")
+    with pytest.raises(ValueError, match="the classes are owl, dog, cat, and those of the data sets are cat, dog, owl"):
+        evaluate(config, tmp_path / "epoch_1.pth", "validate")
+    torch.save({"state_dict": weights, "meta": {"CLASSES": names}}, tmp_path / "epoch_1.pth")
+    assert "val_loss" in evaluate(config, tmp_path / "epoch_1.pth", "validate")
