@@ -1,4 +1,4 @@
-"""CZI files come as they were written and as pylibCZIrw reads them; other microscopy files are refused by name."""
+"""CZI, ND2 and LIF files come as they were written and as their libraries read them; others are refused by name."""
 
 import re
 import struct
@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import liffile
+import nd2
 import numpy as np
 import openslide
 import pytest
@@ -14,6 +16,7 @@ import tifffile
 from PIL import Image
 from pylibCZIrw import czi as pyczi
 
+from tests.microscopy_files import write_lif, write_nd2
 from widefield.images import ImageReadError, open_image
 
 CORNER = (-13, -7)
@@ -192,7 +195,133 @@ def test_the_extra_that_reads_czi_is_named_where_it_is_missing(tmp_path, monkeyp
         open_image(path)
 
 
-@pytest.mark.parametrize("name", ["a.lif", "a.VSI", "a.oib", "a.oif", "a.ims", "a.nd2", "a.zvi"])
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("pad", [0, 4])
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_frames_of_an_nd2_file_are_those_that_were_written_and_that_the_package_nd2_reads(
+    tmp_path, dtype, pad, lossless
+):
+    frames = [_noise(30, 41, dtype, 2, seed) for seed in range(6)]
+    given = {"loops": (("T", 2), ("Z", 3)), "names": ("DAPI", "GFP"), "spacing": 0.25}
+    path = write_nd2(tmp_path / "ä b.nd2", frames, pad=pad, lossless=lossless, **given)
+    with nd2.ND2File(path) as file:
+        np.testing.assert_array_equal(file.asarray().reshape(6, 2, 30, 41), np.stack(frames).transpose(0, 3, 1, 2))
+    for index, frame in enumerate(frames):
+        for series in (index, f"image T={index // 3} Z={index % 3}"):
+            image = open_image(path, series=series)
+            np.testing.assert_array_equal(image.read(3, 1, 20, 40), frame[3:23, 1:].transpose(2, 0, 1))
+    assert (image.shape, image.dtype, image.spacing) == ((2, 30, 41), np.dtype(dtype), (0.25, 0.25))
+    assert image.channel_names == ("DAPI", "GFP")
+    np.testing.assert_array_equal(open_image(path, series=0, channels=["GFP"]).read(0, 0, 30, 41)[0], frames[0][..., 1])
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_colours_of_an_nd2_file_are_red_green_blue_as_nis_elements_shows_them(tmp_path, lossless):
+    pixels = _noise(30, 41, bands=6)
+    path = write_nd2(tmp_path / "a.nd2", [pixels[..., :3]], names=("Brightfield",), lossless=lossless, pad=1)
+    image = open_image(path)
+    assert image.channel_names == ("red", "green", "blue") and image.spacing is None
+    np.testing.assert_array_equal(image.read(0, 0, 30, 41), pixels[..., 2::-1].transpose(2, 0, 1))
+    two = open_image(write_nd2(tmp_path / "b.nd2", [pixels], names=("A", "B"), lossless=lossless))
+    assert two.channel_names is None
+    np.testing.assert_array_equal(two.read(0, 0, 30, 41), pixels[..., [2, 1, 0, 5, 4, 3]].transpose(2, 0, 1))
+
+
+def test_frames_that_were_planned_and_not_taken_are_no_images(tmp_path):
+    path = write_nd2(tmp_path / "a.nd2", [None, _noise(30, 40), None], loops=(("P", 3),))
+    assert open_image(path, series="image P=1").shape == open_image(path).shape
+    with pytest.raises(ValueError, match=r"series=1 of .* does not exist; its images are 0: image P=1 30x40"):
+        open_image(path, series=1)
+
+
+def _replaced(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b"ImageDataSeq|0!\0", b"ImageDataSeq|7!\0", "its frame 0 is damaged or missing"),
+        (
+            b'uiHeight runtype="lx_int32" value="30',
+            b'uiHeight runtype="lx_int32" value="99',
+            "its frame 0 is damaged: it has",
+        ),
+        (
+            b'eCompression runtype="lx_int32" value="2',
+            b'eCompression runtype="lx_int32" value="1',
+            "compressed with loss",
+        ),
+        (b"\xda\xce\xbe\x0a", b"\0\0\0\x0cjP  ", "an ND2 file of JPEG 2000.* convert it to OME-TIFF"),
+        (b"<sPicturePlanes>", b"<sPicturePlanet>", "its structure is truncated or damaged"),
+    ],
+)
+def test_an_nd2_file_that_would_be_misread_is_refused_when_it_is_opened(tmp_path, old, new, problem):
+    path = _replaced(write_nd2(tmp_path / "a.nd2", [_noise(30, 40)]), old, new)
+    with pytest.raises(ImageReadError, match=rf"cannot read .*a\.nd2: .*{problem}"):
+        open_image(path)
+
+
+def test_a_damaged_packed_frame_is_an_error_when_it_is_read(tmp_path):
+    path = write_nd2(tmp_path / "a.nd2", [_noise(30, 40)], lossless=True)
+    path = _replaced(path, b"\x78\x9c", b"\x78\x00")
+    with pytest.raises(ImageReadError, match=r"a\.nd2: truncated or corrupt data in the region"):
+        open_image(path).read(0, 0, 3, 3)
+
+
+def test_planes_of_a_lif_file_are_those_that_were_written_and_that_liffile_reads(tmp_path):
+    stack = np.stack([_noise(30, 41, "u2", 2, seed) for seed in range(6)]).reshape(2, 3, 30, 41, 2)
+    lengths = {"X": 40e-6, "Y": 14.5e-6}
+    stored = {"pixels": stack, "axes": "TZYX", "planar": True, "luts": ["Green", "Red"], "lengths": lengths}
+    path = write_lif(tmp_path / "ä b.lif", {"Series001": stored})
+    with liffile.LifFile(path) as file:
+        np.testing.assert_array_equal(file.images[0].asarray(), np.moveaxis(stack, -1, 2))
+    for t, z in np.ndindex(2, 3):
+        image = open_image(path, series=f"Series001 T={t} Z={z}")
+        np.testing.assert_array_equal(image.read(3, 1, 20, 40), stack[t, z, 3:23, 1:].transpose(2, 0, 1))
+    assert image.spacing == pytest.approx((0.5, 1.0)) and image.channel_names == ("Green", "Red")
+    np.testing.assert_array_equal(
+        open_image(path, series=4, channels=["Red"]).read(0, 0, 30, 41)[0], stack[1, 1, ..., 1]
+    )
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_colours_of_a_lif_file_are_red_green_blue_though_rows_are_padded(tmp_path, pad):
+    pixels, small = _noise(30, 41, bands=3), _noise(20, 10, "f4")
+    images = {"Big": {"pixels": pixels, "tags": [3, 2, 1], "pad": pad}, "Small": {"pixels": small}}
+    path = write_lif(tmp_path / "a.lif", images)
+    if pad != 1:  # liffile refuses rows of no whole number of pixels
+        with liffile.LifFile(path) as file:
+            assert (
+                file.images[0].shape == pixels.shape
+            )  # and forgets the padding unless it is asked for the shape first
+            np.testing.assert_array_equal(file.images[0].asarray(), pixels[..., ::-1])
+    image = open_image(path)
+    assert image.channel_names == ("red", "green", "blue") and image.spacing is None
+    np.testing.assert_array_equal(image.read(0, 0, 30, 41), pixels[..., ::-1].transpose(2, 0, 1))
+    np.testing.assert_array_equal(open_image(path, series="Small").read(0, 0, 20, 10), small.transpose(2, 0, 1))
+
+
+def test_what_is_no_picture_or_has_lost_its_pixels_is_said(tmp_path):
+    line = write_lif(tmp_path / "line.lif", {"xt": {"pixels": _noise(30, 40), "axes": "TX"}})
+    with pytest.raises(ImageReadError, match=r"line\.lif: it holds no picture of rows and columns"):
+        open_image(line)
+    path = write_lif(tmp_path / "a.lif", {"One": {"pixels": _noise(30, 40)}, "Two": {"pixels": _noise(20, 20)}})
+    path.write_bytes(path.read_bytes()[:-1])
+    assert open_image(path).shape == (1, 30, 40)
+    with pytest.raises(ImageReadError, match=r"a\.lif: it is truncated: it lacks the pixels of Two"):
+        open_image(path, series="Two")
+
+
+@pytest.mark.parametrize(("old", "new"), [('NumberOfElements="40"', 'NumberOfElements="90"'), ('Inc="40"', 'Inc="-4"')])
+def test_a_lif_file_whose_pixels_do_not_fit_is_refused_when_it_is_opened(tmp_path, old, new):
+    path = write_lif(tmp_path / "a.lif", {"One": {"pixels": _noise(30, 40)}})
+    with pytest.raises(ImageReadError, match=r"cannot read .*a\.lif: its structure is damaged"):
+        open_image(_replaced(path, old.encode("utf-16-le"), new.encode("utf-16-le")))
+
+
+@pytest.mark.parametrize("name", ["a.xlef", "a.VSI", "a.oib", "a.oif", "a.ims", "a.zvi"])
 def test_microscopy_files_that_are_not_read_are_refused_with_what_to_do(tmp_path, name):
     tifffile.imwrite(tmp_path / name, _noise(40, 50)[..., 0])  # a VSI file is a TIFF file, of an overview
     with pytest.raises(ImageReadError, match=rf"{name}: .* files .* are not read; convert it to OME-TIFF or OME-Zarr"):
@@ -201,5 +330,7 @@ def test_microscopy_files_that_are_not_read_are_refused_with_what_to_do(tmp_path
 
 def test_what_is_refused_is_not_among_the_formats_that_a_message_lists(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"nothing known")
-    with pytest.raises(ImageReadError, match="none of Zeiss CZI, slides that OpenSlide reads, TIFF"):
+    with pytest.raises(
+        ImageReadError, match="none of Nikon ND2, Leica LIF, LOF, Zeiss CZI, slides that OpenSlide reads, TIFF"
+    ):
         open_image(tmp_path / "a.bin")

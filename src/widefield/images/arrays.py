@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from io import BufferedRandom
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from widefield.errors import WrongArgumentError
-from widefield.images.formats import ChannelAxis, Choice, Contents, cannot_read, choose_series, image_format
+from widefield.images.formats import ChannelAxis, Choice, Contents, PerProcess, cannot_read, choose_series, image_format
 
 MAX_CHANNELS = 32
 """An axis longer than this is not taken for the channels unless the caller says so."""
@@ -68,7 +68,8 @@ class MappedArray:
     """Bytes before the first element."""
     shape: tuple[int, ...]
     dtype: np.dtype
-    order: Literal["C", "F"] = "C"
+    strides: tuple[int, ...] | None = None
+    """Bytes from one element to the next on each axis; None if they lie one behind the other, the last axis fastest."""
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if isinstance(self.file, Path):
@@ -77,15 +78,27 @@ class MappedArray:
         else:
             mapped = mmap(self.file.fileno(), 0, access=ACCESS_READ)
         # faster than np.memmap by half for a small region
-        return np.ndarray(self.shape, self.dtype, mapped, self.offset, order=self.order)[index]
+        return np.ndarray(self.shape, self.dtype, mapped, self.offset, self.strides)[index]
+
+
+@dataclass(frozen=True)
+class DeferredArray:
+    """An array that each process opens, or decodes, when it is first indexed."""
+
+    opened: PerProcess
+    """Gives something that is indexed like an array."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self.opened.get()[index])
 
 
 @image_format("npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"))
 def open_npy(path: Path, choice: Choice) -> Contents:
     """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
     array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    return of_array(path, MappedArray(path, array.offset, array.shape, array.dtype, "F" if is_fortran else "C"), choice)
+    return of_array(path, MappedArray(path, array.offset, array.shape, array.dtype, array.strides), choice)
 
 
 def of_array(what: object, array: Any, choice: Choice) -> Contents:

@@ -146,7 +146,7 @@ def image_format(
 @cache
 def image_formats() -> tuple[ImageFormat, ...]:
     """All formats, in the order in which they are asked."""
-    rooms = ("microscopy", "slides", "tiff", "photos", "arrays", "zarrs", "rasters", "dicom")
+    rooms = ("nikon", "leica", "microscopy", "slides", "tiff", "photos", "arrays", "zarrs", "rasters", "dicom")
     own = [f"widefield.images.{room}" for room in rooms]
     for module in own:
         importlib.import_module(module)

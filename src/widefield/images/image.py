@@ -143,7 +143,7 @@ def open_image(
 
     The format is told by the file's content, not by its name: TIFF, BigTIFF, OME-TIFF and GeoTIFF with every compression that
     imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; JPEG 2000 and VRT with the extra
-    `geo`, DICOM with the extra `dicom`, CZI with the extra `microscopy`. Other packages may register more, see
+    `geo`, DICOM with the extra `dicom`, CZI, ND2 and LIF with the extra `microscopy`. Other packages may register more, see
     `widefield.images.formats`.
 
     Values are as stored, whatever their type (1 to 64 bits, floats), and not rotated by EXIF orientation. A palette becomes RGB;

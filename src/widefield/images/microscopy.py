@@ -1,4 +1,4 @@
-"""Zeiss CZI files, through pylibCZIrw, which the extra `microscopy` brings; other microscopy files are refused by name."""
+"""Zeiss CZI files, through pylibCZIrw, which the extra `microscopy` brings; microscopy files that nothing reads are refused."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -38,9 +38,8 @@ _CACHE_BYTES = 2**26
 """Decoded tiles that an open file keeps; a tile of a scanner has about 15 MiB."""
 
 _REFUSED = {
-    **dict.fromkeys((".lif", ".lof", ".xlef"), "Leica LAS X"),
+    ".xlef": "Leica LAS X project",
     **dict.fromkeys((".vsi", ".ets", ".oib", ".oif", ".oir"), "Olympus"),
-    ".nd2": "Nikon ND2",
     ".ims": "Imaris",
     ".zvi": "Zeiss ZVI",
     ".dv": "DeltaVision",

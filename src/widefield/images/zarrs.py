@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from widefield.errors import WrongArgumentError
-from widefield.images.arrays import ArrayPixels, check_array
+from widefield.images.arrays import ArrayPixels, DeferredArray, check_array
 from widefield.images.formats import (
     Choice,
     Contents,
@@ -37,24 +37,12 @@ def _is_zarr(path: Path | str, start: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class _Array:
-    """An array of a Zarr hierarchy, opened anew in each process."""
-
-    opened: PerProcess
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self.opened.get()[index])
-
-
-@dataclass(frozen=True)
 class _Image:
     """One image: its levels with their axes, in letters, and what its metadata say."""
 
     name: str
     axes: str
-    levels: list[_Array]
+    levels: list[DeferredArray]
     spacing: tuple[float, float]
     channel_names: tuple[str, ...] | None
     at: tuple[int, ...] = ()
@@ -143,11 +131,11 @@ def _checked(path: Path | str, axes: str, array: Any) -> str:
     return axes
 
 
-def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> _Array:
+def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> DeferredArray:
     if array.dtype.kind not in "uifb":
         raise cannot_read(path, f"its pixels are of type {array.dtype}; expected integers or floats")
     check_segment(path, "chunk", array.chunks, array.dtype.itemsize)
-    return _Array(PerProcess(lambda: root.get()[key] if key else root.get()), array.shape, array.dtype)
+    return DeferredArray(PerProcess(lambda: root.get()[key] if key else root.get()), array.shape, array.dtype)
 
 
 def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, described: dict[str, Any]) -> _Image:
