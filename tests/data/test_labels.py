@@ -3,11 +3,24 @@
 import logging
 import unicodedata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 
-from widefield.data import LabelError, read_labels
+from widefield.data import (
+    CIFAR100,
+    AnnotationFile,
+    Datasets,
+    ImageFolder,
+    LabelError,
+    LabelledImages,
+    MultiView,
+    read_labels,
+    stratified_split,
+)
+from widefield.data.pipeline import RandomApply
 
 
 @pytest.fixture
@@ -163,9 +176,7 @@ def test_columns_that_are_named_win_over_those_that_are_guessed(tmp_path: Path, 
     ]
     with pytest.raises(LabelError, match=r"no column 'grad' \(columns.label\); its columns .*; did you mean 'grade'"):
         read_labels(path, images, {"label": "grad"})
-    with pytest.raises(
-        ValueError, match=r"columns.imag: there is no 'imag' for task=classification; did you mean image"
-    ):
+    with pytest.raises(ValueError, match=r"columns.imag: .* no argument 'imag'; did you mean image"):
         read_labels(path, images, {"imag": "scan"})  # type: ignore[typeddict-unknown-key]
 
 
@@ -260,3 +271,48 @@ def test_a_folder_that_is_an_image_and_a_name_in_a_folder_below_are_found(tmp_pa
 def test_a_field_that_never_ends_is_an_error_that_names_the_file(tmp_path: Path, images: Path) -> None:
     with pytest.raises(LabelError, match=r"labels\.csv"):
         read_labels(table(tmp_path, "image,label", "a," + "x" * 200_000), images)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": None}, "read_labels cannot be called so: images: got None, expected a text or a Path"),
+        ({"columns": ["grade"]}, r"columns: got \['grade'\], expected"),
+        ({"columns": {"label": 3}}, "columns.label: got 3, expected"),
+    ],
+)
+def test_arguments_of_wrong_types_are_named(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_labels(**{"labels": tmp_path / "a.csv", "images": tmp_path, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: stratified_split([0, 1], "x", 0),
+            "stratified_split cannot be called so: fraction: got 'x', expected a number",
+        ),
+        (
+            lambda: LabelledImages("a", "b", batch_size=1.5),
+            "LabelledImages .*: batch_size: got 1.5, expected int, at least 1",
+        ),
+        (lambda: LabelledImages("a", "b", level="1"), "level: got '1', expected int"),
+        (lambda: LabelledImages("a", "b", channels="red"), "channels: got 'red', expected a list"),
+        (lambda: ImageFolder("a", extensions=".tif"), "ImageFolder .*: extensions: got '.tif', expected a list"),
+        (lambda: AnnotationFile("a", 3), "AnnotationFile .*: ann_file: got 3, expected a Path"),
+        (lambda: CIFAR100(None), "CIFAR10 .*: root: got None, expected a Path"),
+        (lambda: Datasets(train=3), "Datasets .*: train: got 3"),
+        (lambda: RandomApply([], p="a"), "RandomApply .*: p: got 'a', expected a number"),
+        (lambda: MultiView([], num_views=0), "MultiView .*: num_views: got 0"),
+    ],
+)
+def test_data_sets_name_arguments_of_wrong_types_before_they_look_for_files(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    assert stratified_split(np.array([0, 0, 1, 1]), np.float32(0.5), np.int64(0)) == stratified_split(
+        [0, 0, 1, 1], 0.5, 0
+    )

@@ -92,7 +92,7 @@ def test_a_drawn_split_has_all_kinds_of_labels(
             {},
             "lines 3, 4: label is '3,5', expected a number, with a decimal",
         ),
-        ("regresion", "label", ["1"], {}, "task='regresion': there is no such task; did you mean regression"),
+        ("regresion", "label", ["1"], {}, "task: got 'regresion', expected .*; did you mean 'regression'"),
         ("regression", "label", ["1", "inf"], {}, "line 3: label is 'inf', expected a number"),
         ("regression", "label", ["2", "2.0"], {}, "every image has the label 2, so there is nothing to learn"),
         ("regression", "a;b", ["1;2", ";3"], {"columns": {"label": ["a", "b"]}}, r"line 3: the label \(a\) is empty"),

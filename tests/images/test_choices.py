@@ -7,7 +7,16 @@ import pytest
 import tifffile
 import torch
 
-from widefield.images import formats, image_endings, open_image
+from widefield.images import (
+    Mask,
+    foreground,
+    formats,
+    image_endings,
+    images_below,
+    is_image_name,
+    open_image,
+    thumbnail,
+)
 from widefield.images.arrays import ArrayPixels
 from widefield.images.formats import Contents, image_format
 
@@ -145,3 +154,65 @@ def test_means_of_the_greatest_integers_do_not_wrap(tmp_path):
         pixels = np.full((8, 8), np.iinfo(dtype).max, dtype)
         tifffile.imwrite(tmp_path / "a.tif", pixels, resolution=(20_000, 20_000), resolutionunit=3, metadata=None)
         assert open_image(tmp_path / "a.tif", spacing=1).read(0, 0, 4, 4).min() > np.iinfo(dtype).max * 0.999
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("level", "1", "a whole number"),
+        ("level", 1.0, "a whole number"),
+        ("level", [], "a whole number"),
+        ("level", True, "a whole number"),
+        ("spacing", "0.5", "micrometres per pixel, above 0"),
+        ("spacing", [0.5], "micrometres per pixel, above 0"),
+        ("spacing", float("nan"), "micrometres per pixel, above 0"),
+        ("series", 1.5, "does not exist; its images are 0"),
+        ("series", True, "does not exist; its images are 0"),
+        ("channels", 1, "a list of channels"),
+        ("channels", b"red", "a list of channels"),
+        ("channels", {}, "a list of channels"),
+        ("channels", [None], "channel None of .* its channels are 0 to 2"),
+        ("channels", [True], "channel True of .* its channels are 0 to 2"),
+        ("fill", "0", "a value of its type uint8, from 0 to 255"),
+        ("fill", -1, "a value of its type uint8, from 0 to 255"),
+        ("fill", float("nan"), "a value of its type uint8, from 0 to 255"),
+    ],
+)
+def test_arguments_of_wrong_types_are_named(slide, argument, value, expected):
+    with pytest.raises(ValueError, match=expected):
+        open_image(slide, **{argument: value})
+
+
+def test_numbers_of_numpy_and_torch_are_taken(slide):
+    image = open_image(slide, np.int64(1), series=np.int64(0), channels=np.array([2, 0]), fill=np.float32(0))
+    assert open_image(slide, spacing=np.float32(0.5)).level == torch.tensor(1)
+    assert image.read(np.uint8(1), torch.tensor(2), np.array(3), 4).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda image: image.read("1", 0, 2, 2), "y='1' for a region of .*a.tif; expected a whole number"),
+        (lambda image: image.read(0, 0, 2, 2.0), "width=2.0 for a region of .*a.tif; expected a whole number"),
+        (lambda image: image.at_level("1"), "level='1' for .*a.tif; expected a whole number"),
+        (
+            lambda image: thumbnail(image, "9"),
+            "size='9' for a thumbnail of .*a.tif; expected a whole number of at least 1",
+        ),
+        (lambda image: thumbnail("a.tif", 9), "image='a.tif'; expected an image that open_image returned"),
+        (lambda image: foreground("a.tif"), "image='a.tif'; expected an image that open_image returned"),
+        (lambda image: foreground(image, 3), "foreground method 3; expected otsu, hsv"),
+        (
+            lambda image: foreground(image, spacing="8"),
+            "spacing='8' for a mask of .*a.tif; expected micrometres per cell",
+        ),
+        (lambda image: Mask([[True]]), r"cells=\[\[True\]\] of a mask; expected a boolean array"),
+        (lambda image: images_below(None), "folder=None; expected the path of a folder"),
+        (lambda image: images_below(".", ".tif"), "endings='.tif'; expected a list such as"),
+        (lambda image: is_image_name(3), "name=3; expected the name of a file"),
+        (lambda image: is_image_name("a.tif", [1]), r"endings=\[1\]; expected a list such as"),
+    ],
+)
+def test_other_functions_name_arguments_of_wrong_types_too(slide, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(open_image(slide))

@@ -4,7 +4,15 @@ Text in, plain data out: `load` reads a file with its bases, `override` lays `pa
 value with the constructor it is meant for, `build` makes the model, `write_yaml` writes it all down again.
 """
 
-from widefield.config.check import Mismatch, Problem, check_arguments, check_description, check_value, find_class
+from widefield.config.check import (
+    Mismatch,
+    Problem,
+    check_arguments,
+    check_description,
+    check_value,
+    checked,
+    find_class,
+)
 from widefield.config.config import Config, ConfigError, Origin, build, dotted
 from widefield.config.load import load, read_yaml, ready_configs, write_yaml
 from widefield.config.merge import merge
@@ -25,6 +33,7 @@ __all__ = [
     "check_config",
     "check_description",
     "check_value",
+    "checked",
     "dotted",
     "find_class",
     "load",

@@ -5,6 +5,9 @@ An error says in words what was expected: `describe` has the words of an annotat
 
 import collections.abc
 import dataclasses
+import functools
+import inspect
+import numbers
 import os
 import types
 import typing
@@ -12,9 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Annotated, Any, Literal, NewType, TypeVar, Union
+from typing import Annotated, Any, Literal, NewType, ParamSpec, TypeVar, Union
 
 from widefield.config.config import Path
+from widefield.errors import WrongArgumentError
 from widefield.registry import (
     MODELS,
     Argument,
@@ -42,8 +46,12 @@ SEQUENCES = (
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _NAMES = {int: "int", float: "a number", bool: "true or false", str: "a text", NoneType: "null", Any: "anything"}
 _PYTHON_NAMES = {**_NAMES, bool: "True or False", NoneType: "None"}
+_NUMBERS = {int: numbers.Integral, float: numbers.Real}
+"""Types of numbers with NumPy's, by the annotations that take them."""
 _SHOWN = 60
 M = TypeVar("M")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
     if annotation is Any or isinstance(annotation, (str, TypeVar)):
         return _check_untyped(value, path)
     if origin is Literal:
-        fits = any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation))
+        fits = any(type(value) is type(choice) and value == choice for choice in typing.get_args(annotation))
         return [] if fits else _mismatch(value, annotation, path)
     if annotation in (bool, int, float, str):
         return [] if _is_plain(value, annotation) else _mismatch(value, annotation, path)
@@ -158,6 +166,33 @@ def check_arguments(
     return problems
 
 
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Return `function`, which refuses arguments that its annotations do not take before it does anything.
+
+    The error is a WrongArgumentError, a ValueError, that names the function, or the class of a constructor, and the arguments.
+    """
+    signature, of = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
+    plain = [one.name for one in signature.parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+
+    @functools.wraps(function)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> T:
+        given, annotations = (
+            signature.bind(*args, **kwargs).arguments,
+            typing.get_type_hints(function, include_extras=True),
+        )
+        problems = [
+            f"{'.'.join(path)}: {problem.in_python() if isinstance(problem, Mismatch) else problem}"
+            for name in plain
+            if name in given and name in annotations
+            for path, problem in check_value(given[name], annotations[name], (name,))
+        ]
+        if problems:
+            raise WrongArgumentError(f"{of} cannot be called so: {'; '.join(problems)}")
+        return function(*args, **kwargs)
+
+    return checking
+
+
 def find_class(name: str, base: type) -> type:
     """Return the class called `name`: by its import path, or by its name alone if it is a loaded subclass of `base`.
 
@@ -200,7 +235,7 @@ def _mismatch(value: Any, annotation: Any, path: Path) -> list[Problem]:
 def _is_plain(value: Any, annotation: type) -> bool:
     if isinstance(value, bool) or annotation is bool:
         return isinstance(value, bool) and annotation is bool
-    return isinstance(value, (int, float) if annotation is float else annotation)
+    return isinstance(value, _NUMBERS.get(annotation, annotation))
 
 
 def _check_marked(value: Any, annotation: Any, component: ComponentOf, path: Path) -> list[Problem]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from widefield.components.transforms.masks import MaskGeneratorConfig
+from widefield.config import checked
 from widefield.data.described import DescribedDataset
 from widefield.data.pipeline import Picture, TransformsConfig
 from widefield.data.tables import LabelError
@@ -48,6 +49,7 @@ class CIFAR10(DescribedDataset):
     meta: ClassVar[tuple[str, str]] = ("batches.meta", "label_names")
     labels_key: ClassVar[str] = "labels"
 
+    @checked
     def __init__(
         self,
         root: Path,

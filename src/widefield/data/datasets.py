@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import as_sample
+from widefield.config import checked
 from widefield.data.described import Item
 from widefield.data.labelled_images import EpochShuffle
 from widefield.data.tables import LabelError
@@ -43,6 +44,7 @@ class Datasets(pl.LightningDataModule):
 
     component_kind = "data module"
 
+    @checked
     def __init__(
         self,
         train: DatasetConfig | None = None,
@@ -54,8 +56,6 @@ class Datasets(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be positive")
         if train is None and val is None and test is None:
             raise ValueError("there are no data sets; describe one as train={type: ImageFolder, root: ...}")
         self.batch_size = batch_size

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from widefield.components.data_sample import DataSample
 from widefield.components.transforms.masks import MASK_GENERATORS, MaskGeneratorConfig
+from widefield.config import checked
 from widefield.data.pipeline import Picture, Pipeline, TransformsConfig
 from widefield.data.tables import LabelError
 from widefield.images import OTHER_PICTURES, Alpha, image_endings, images_below, open_image
@@ -109,6 +110,7 @@ class ImageFolder(_ImageFiles):
         LabelError: It has no sub-folders, or no images.
     """
 
+    @checked
     def __init__(
         self,
         root: Path,
@@ -185,6 +187,7 @@ class AnnotationFile(_ImageFiles):
         LabelError: A line without a label, or with one that there is no class for; there are no lines.
     """
 
+    @checked
     def __init__(
         self,
         root: Path,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from widefield.config import checked
 from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
@@ -110,6 +111,7 @@ class LabelledImages(pl.LightningDataModule):
 
     component_kind = "data module"
 
+    @checked
     def __init__(
         self,
         images: Path,
@@ -119,15 +121,13 @@ class LabelledImages(pl.LightningDataModule):
         channels: list[int | str] | None = None,
         batch_size: Annotated[int, Range(1)] = 1,
         val_fraction: Annotated[float, Range(0, 1)] = 0.2,
-        seed: int = 0,
+        seed: Annotated[int, Range(0)] = 0,
         alpha: Alpha = "drop",
         columns: Columns | None = None,
         task: Task = "classification",
         separator: str | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
         if spacing is not None and level:
             raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
         table = read_labels(labels, images, columns, task, separator)

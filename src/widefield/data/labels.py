@@ -6,8 +6,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypedDict, get_args
+from typing import NamedTuple, TypedDict
 
+from widefield.config import checked
 from widefield.data.tables import LabelError, Problems, Table, listed, read_table
 from widefield.data.targets import Label, Task, encode
 from widefield.images import images_below, is_image_name
@@ -89,6 +90,7 @@ class LabelTable:
     columns: Mapping[str, Sequence[str]]
 
 
+@checked
 def read_labels(
     labels: str | Path,
     images: str | Path,
@@ -287,10 +289,8 @@ def _used_columns(table: Table, given: Columns, task: Task) -> dict[str, list[st
 
     Raises:
         LabelError: A column that is needed is not there.
-        ValueError: There is no such task, or `given` has a role that there is not for it, or columns that the task does not take.
+        ValueError: `given` has a role that there is not for it, or columns that the task does not take.
     """
-    if task not in get_args(Task):
-        raise ValueError(f"task={task!r}: there is no such task; {suggestion(str(task), get_args(Task))}")
     unused = ("label",) if task == "survival" else ("time", "event")
     roles = [role for role in _GUESSES if role not in unused]
     for role in given:
@@ -333,6 +333,7 @@ def _columns_of(table: Table, name: str = "") -> str:
     return f"its columns are {listed(table.columns)}{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
+@checked
 def read_rows(labels: Path, columns: Columns | None = None, task: Task = "classification") -> list[LabelRow]:
     """Return the rows of a label table, see `read_labels`, that have a label; no splits and patients.
 

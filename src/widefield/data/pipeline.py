@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image
 
+from widefield.config import checked
 from widefield.errors import WrongArgumentError
 from widefield.images import ImageFile
 from widefield.registry import TRANSFORMS, ComponentOf, Range, arguments_of, split_description
@@ -61,6 +62,7 @@ class MultiView:
         num_views: How many views there are; of several kinds a list of how many of each.
     """
 
+    @checked
     def __init__(
         self,
         transforms: TransformsConfig | list[TransformsConfig],
@@ -89,6 +91,7 @@ class RandomApply:
         p: Probability of them.
     """
 
+    @checked
     def __init__(self, transforms: TransformsConfig, p: Annotated[float, Range(0, 1)] = 0.5) -> None:
         self.p = p
         self._pipeline = Pipeline(transforms)

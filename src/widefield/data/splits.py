@@ -4,7 +4,10 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from widefield.config import checked
 
+
+@checked
 def stratified_split(
     labels: Sequence[int] | np.ndarray, fraction: float, seed: int, groups: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:

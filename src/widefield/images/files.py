@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from widefield.errors import WrongArgumentError
 from widefield.images.formats import image_formats
 
 OTHER_PICTURES = (
@@ -22,8 +23,27 @@ def image_endings() -> tuple[str, ...]:
 
 
 def is_image_name(name: str, endings: Sequence[str] | None = None) -> bool:
-    """Return True if `name` has one of `endings` (by default those of all formats), in whatever case."""
-    return name.lower().endswith(tuple(ending.lower() for ending in endings or image_endings()))
+    """Return True if `name` has one of `endings` (by default those of all formats), in whatever case.
+
+    Raises:
+        ValueError: `name` is no text, or `endings` are no list of texts.
+    """
+    if not isinstance(name, str):
+        raise WrongArgumentError(f"name={name!r}; expected the name of a file")
+    return name.lower().endswith(_checked(endings))
+
+
+def _checked(endings: Sequence[str] | None) -> tuple[str, ...]:
+    """Endings in lower case; a ValueError unless they are several, as the letters of one are endings of most names."""
+    if endings is None:
+        return image_endings()
+    if not isinstance(endings, (list, tuple, set, frozenset)) or not all(
+        isinstance(one, str) and one for one in endings
+    ):
+        raise WrongArgumentError(
+            f"endings={endings!r}; expected a list such as ['.tif', '.svs'], or None for all formats"
+        )
+    return tuple(ending.lower() for ending in endings)
 
 
 def images_below(folder: Path, endings: Sequence[str] | None = None) -> list[Path]:
@@ -35,8 +55,14 @@ def images_below(folder: Path, endings: Sequence[str] | None = None) -> list[Pat
     Args:
         folder: Where to look; one that does not exist holds none.
         endings: How the names of images end, in whatever case; by default as those of all formats.
+
+    Raises:
+        ValueError: `folder` is no path, or `endings` are no list of texts.
     """
-    return sorted(_walk(folder, endings or image_endings()), key=lambda path: path.relative_to(folder).as_posix())
+    if not isinstance(folder, (str, os.PathLike)):
+        raise WrongArgumentError(f"folder={folder!r}; expected the path of a folder")
+    folder = Path(folder)
+    return sorted(_walk(folder, _checked(endings)), key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _walk(folder: Path, endings: Sequence[str]) -> Iterator[Path]:

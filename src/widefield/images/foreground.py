@@ -1,6 +1,7 @@
 """Foreground masks: which part of an image shows a specimen, found on a thumbnail or drawn by somebody."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.colors import rgb_to_hsv
 from PIL import Image, ImageDraw
 
 from widefield.errors import WrongArgumentError
-from widefield.images.formats import cannot_read
+from widefield.images.formats import cannot_read, real_number
 from widefield.images.image import ImageFile, overview
 
 MASK_SIZE = 512
@@ -30,6 +31,8 @@ class Mask:
     cells: np.ndarray
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cells, np.ndarray):
+            raise WrongArgumentError(f"cells={self.cells!r} of a mask; expected a boolean array (rows, columns)")
         if self.cells.ndim != 2 or self.cells.dtype != np.bool_ or not self.cells.size:
             raise WrongArgumentError(
                 f"a mask of shape {self.cells.shape} and type {self.cells.dtype}; expected a boolean array (rows, columns)"
@@ -62,8 +65,12 @@ def foreground(image: ImageFile, method: str | Path | np.ndarray = "otsu", *, sp
         ImageReadError: The image or the GeoJSON file cannot be read.
         ValueError: There is no such method, or a spacing is asked for of an image that does not say its own.
     """
+    if not isinstance(image, ImageFile):
+        raise WrongArgumentError(f"image={image!r}; expected an image that open_image returned")
     size = MASK_SIZE
     if spacing is not None:
+        expected = "micrometres per cell, above 0"
+        spacing = real_number("spacing", spacing, f"a mask of {image.path}", expected, lambda one: 0 < one < math.inf)
         if image.spacing is None:
             raise WrongArgumentError(
                 f"a mask of {spacing:g} micrometres per cell needs the spacing of {image.path}, which has none"
@@ -71,9 +78,9 @@ def foreground(image: ImageFile, method: str | Path | np.ndarray = "otsu", *, sp
         size = max(1, round(max(n * s for n, s in zip(image.shape[1:], image.spacing, strict=True)) / spacing))
     if isinstance(method, np.ndarray):
         return Mask(method)
-    if isinstance(method, Path) or method.lower().endswith((".geojson", ".json")):
+    if isinstance(method, Path) or (isinstance(method, str) and method.lower().endswith((".geojson", ".json"))):
         return _inside_polygons(image, Path(method), size)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise WrongArgumentError(
             f"foreground method {method!r}; expected {', '.join(_METHODS)}, a GeoJSON file or an array"
         )

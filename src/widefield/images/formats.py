@@ -15,6 +15,7 @@ import importlib
 import logging
 import math
 import numbers
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -241,7 +242,7 @@ def choose_series(path: object, series: int | str | None, names: Sequence[str], 
             reason = f"it holds several images, of which the first is not the largest alone ({listed})"
             raise cannot_read(path, f"{reason}; say which one with series=..., by its number or name")
         return 0
-    if isinstance(series, numbers.Integral) and 0 <= series < len(names):
+    if isinstance(series, numbers.Integral) and not isinstance(series, bool) and 0 <= series < len(names):
         return int(series)
     if isinstance(series, str) and names.count(series) == 1:
         return names.index(series)
@@ -254,7 +255,7 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
     Raises:
         ValueError: One of them does not exist, or none is given.
     """
-    if isinstance(chosen, str) or np.ndim(chosen) != 1 or not len(chosen):
+    if isinstance(chosen, (str, bytes, Mapping)) or not hasattr(chosen, "__len__") or not len(chosen):
         raise ValueError(
             f"channels={chosen!r} for {path}; expected a list of channels such as [0, 1, 2], or None for all"
         )
@@ -262,7 +263,7 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
     for one in chosen:
         if isinstance(one, str) and names is not None and one in names:
             found.append(names.index(one))
-        elif isinstance(one, numbers.Integral) and 0 <= one < count:
+        elif isinstance(one, numbers.Integral) and not isinstance(one, bool) and 0 <= one < count:
             found.append(int(one))
         else:
             near = difflib.get_close_matches(str(one), names or (), 1)
@@ -282,6 +283,29 @@ def check_segment(path: object, kind: str, shape: Sequence[int], itemsize: int) 
     if nbytes > MAX_SEGMENT_BYTES:
         limit = f"{nbytes / 2**20:.0f} MiB when decoded; the limit is {MAX_SEGMENT_BYTES / 2**20:.0f} MiB"
         raise cannot_read(path, f"a single {kind} of it has {limit}. Save it in smaller tiles")
+
+
+def whole_number(name: str, value: Any, what: object, least: int | None = None) -> int:
+    """Return `value` as an int; `name` and `what` tell in the error whose it is.
+
+    Raises:
+        ValueError: It is no whole number, or below `least`.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise WrongArgumentError(f"{name}={value!r} for {what}; expected a whole number{at_least}")
+    return number
+
+
+def real_number(name: str, value: Any, what: object, expected: str, fits: Callable[[float], bool]) -> float:
+    """Return `value`; a ValueError that says what is `expected`, unless it is a real number that `fits`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(float(value)):
+        raise WrongArgumentError(f"{name}={value!r} for {what}; expected {expected}")
+    return float(value)
 
 
 def check_level(level: int, levels: tuple[Size, ...], what: object) -> None:

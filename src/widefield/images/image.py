@@ -1,16 +1,16 @@
 """`open_image` and the image it returns, and a small picture of it."""
 
 import math
-import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from widefield.errors import WidefieldError
+from widefield.errors import WidefieldError, WrongArgumentError
 from widefield.images.arrays import of_array
 from widefield.images.formats import (
     Alpha,
@@ -26,7 +26,9 @@ from widefield.images.formats import (
     choose_channels,
     image_formats,
     is_remote,
+    real_number,
     warn_of_dropped_alpha,
+    whole_number,
 )
 
 SPACING_TOLERANCE = 0.02
@@ -64,7 +66,10 @@ class ImageFile:
     ) -> None:
         self._source, self.path = source, cast(Path, path)  # a string only of a URL or an array
         self.level, self.levels = level, contents.levels
-        self.nodata, self.crs, self.associated_images = contents.nodata, contents.crs, contents.associated
+        self.nodata, self.crs = contents.nodata, contents.crs
+        self.associated_images = {
+            name: partial(_beside, path, name, read) for name, read in contents.associated.items()
+        }
         self.channel_names = contents.channel_names and tuple(contents.channel_names[channel] for channel in channels)
         self._arguments, self._pixels, self._channels = arguments, pixels, channels
         self._fill = arguments["fill"]
@@ -96,7 +101,11 @@ class ImageFile:
             ValueError: The region is empty or not wholly inside the image.
             ImageReadError: The file is truncated or corrupt where the region lies.
         """
-        y, x, height, width = (operator.index(number) for number in (y, x, height, width))
+        named = {"y": y, "x": x, "height": height, "width": width}
+        least = -(2**63)  # what is too small is said with the size of the image
+        y, x, height, width = (
+            whole_number(name, one, f"a region of {self.path}", least) for name, one in named.items()
+        )
         _, full_height, full_width = self.shape
         if height < 1 or width < 1 or y < 0 or x < 0 or y + height > full_height or x + width > full_width:
             raise ValueError(
@@ -122,6 +131,16 @@ class ImageFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self._source, dict(self._arguments))
+
+
+def _beside(path: Path | str, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """The picture beside an image that `read` gives."""
+    try:
+        return read()
+    except ImageReadError:
+        raise
+    except Exception as error:  # as in `ImageFile.read`
+        raise cannot_read(path, f"its picture {name!r} is truncated or corrupt ({error})") from error
 
 
 def _reopened(source: Any, arguments: Mapping[str, Any]) -> ImageFile:
@@ -196,7 +215,12 @@ def open_image(
     if channel_axis not in ("first", "last", None):
         raise ValueError(f'channel_axis={channel_axis!r} for {path}; expected "first", "last" or None')
     if level is not None and spacing is not None:
-        raise ValueError(f"level={level} and spacing={spacing:g} were both given for {path}; give one of them")
+        raise ValueError(f"level={level} and spacing={spacing} were both given for {path}; give one of them")
+    if level is not None:
+        level = whole_number("level", level, path)
+    if spacing is not None:
+        expected = "micrometres per pixel, above 0"
+        spacing = real_number("spacing", spacing, path, expected, lambda number: 0 < number < math.inf)
     choice = Choice(series, channel_axis)
     contents = _contents(path, choice) if array is None else of_array(path, array, choice)
     level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
@@ -204,6 +228,10 @@ def open_image(
     pixels = contents.pixels(level)
     if 0 in pixels.shape:
         raise cannot_read(path, f"it has no pixels: {pixels.shape[0]} channels of {pixels.shape[1]}x{pixels.shape[2]}")
+    if fill is not None:
+        bounds = np.iinfo(pixels.dtype) if pixels.dtype.kind in "ui" else None
+        expected = f"a value of its type {pixels.dtype}, from {bounds.min} to {bounds.max}" if bounds else "a number"
+        real_number("fill", fill, path, expected, lambda number: not bounds or bounds.min <= number <= bounds.max)
     if target is not None and target != pixels.shape[1:]:
         pixels = _AveragedPixels(pixels, target, contents.nodata)
     every = list(range(pixels.shape[0]))
@@ -248,8 +276,6 @@ def _damaged(path: Path | str, error: Exception) -> ImageReadError:
 
 def _level_of(path: Path | str, contents: Contents, spacing: float) -> tuple[int, Size | None]:
     """The level to read for a spacing, and the size to reduce it to (None: as it is)."""
-    if not 0 < spacing < math.inf:
-        raise ValueError(f"spacing={spacing} for {path}; expected micrometres per pixel, above 0")
     if contents.spacing is None:
         raise ValueError(
             f"spacing={spacing:g} was asked for of {path}, which does not say its own; give level=... instead"
@@ -358,8 +384,9 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
 
 def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A `thumbnail`, and where it has data: boolean array (height, width)."""
-    if size < 1:
-        raise ValueError(f"size={size} of a thumbnail; expected at least 1 pixel")
+    if not isinstance(image, ImageFile):
+        raise WrongArgumentError(f"image={image!r}; expected an image that open_image returned")
+    size = whole_number("size", size, f"a thumbnail of {image.path}", 1)
     _, height, width = image.shape
     scale = min(1.0, size / max(height, width))
     target = max(1, round(height * scale)), max(1, round(width * scale))
