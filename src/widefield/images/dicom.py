@@ -12,6 +12,7 @@ from widefield.images.formats import (
     Contents,
     ForkSafeLock,
     cannot_read,
+    check_planes,
     choose_series,
     image_format,
     known,
@@ -39,6 +40,7 @@ def open_dicom(path: Path, choice: Choice) -> Contents:
         raise cannot_read(path, f"nothing decodes {header.file_meta.TransferSyntaxUID.name}: {missing}")
     if colours not in _GREY_OR_RGB:
         raise cannot_read(path, f"its colours are {colours}; convert it to RGB first")
+    check_planes(path, [frames])
     frame = choose_series(path, choice.series, [f"frame {k}" for k in range(frames)], [size] * frames)
     white = 2 ** int(header.BitsStored) - 1 if colours == "MONOCHROME1" and dtype.kind == "u" else None
     y, x = header.get("PixelSpacing") or header.get("ImagerPixelSpacing") or (float("nan"),) * 2

@@ -17,7 +17,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -275,6 +275,17 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
 
 MAX_SEGMENT_BYTES = 2**32
 """Tiles, strips and chunks that decode to more are refused: each is decoded as a whole."""
+
+
+MAX_PLANES = 2**20
+"""Files of more positions in time, depth and the like are refused: each has a name."""
+
+
+def check_planes(path: object, counts: Iterable[int]) -> None:
+    """Raise an ImageReadError if there are too many positions; `counts` are those of each axis."""
+    planes = math.prod(counts)
+    if planes > MAX_PLANES:
+        raise cannot_read(path, f"it has {planes} positions in time, depth and the like; the limit is {MAX_PLANES}")
 
 
 def check_segment(path: object, kind: str, shape: Sequence[int], itemsize: int) -> None:

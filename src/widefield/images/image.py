@@ -31,6 +31,9 @@ from widefield.images.formats import (
     whole_number,
 )
 
+MAX_CHANNELS = 2**16
+"""Images of more channels are refused: no camera has so many, and a damaged header may."""
+
 SPACING_TOLERANCE = 0.02
 """A level whose spacing differs from the one that is asked for by less than this share of it is taken as it is."""
 
@@ -226,6 +229,8 @@ def open_image(
     level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
     check_level(level, contents.levels, path)
     pixels = contents.pixels(level)
+    if pixels.shape[0] > MAX_CHANNELS:
+        raise cannot_read(path, f"it has {pixels.shape[0]} channels; the limit is {MAX_CHANNELS}")
     if 0 in pixels.shape:
         raise cannot_read(path, f"it has no pixels: {pixels.shape[0]} channels of {pixels.shape[1]}x{pixels.shape[2]}")
     if fill is not None:
@@ -259,7 +264,10 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
                     f"channel_axis={choice.channel_axis!r} for {path}, but only .npy and Zarr leave it open; omit it"
                 )
             try:
-                return one.open(path, choice)
+                contents = one.open(path, choice)
+                if any(not isinstance(n, int) or n < 0 for level in contents.levels for n in level):
+                    raise ValueError(f"its levels are {contents.levels}")
+                return contents
             except (WidefieldError, FileNotFoundError):
                 raise
             except Exception as error:  # readers raise whatever a damaged header leads them to

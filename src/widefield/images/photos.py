@@ -26,6 +26,9 @@ from widefield.images.formats import Choice, Contents, ForkSafeLock, cannot_read
 MEMORY_BYTES = 64 * 2**20
 """An image that decodes to more than this many bytes goes to a temporary file."""
 
+MAX_DECODED_BYTES = 2**36
+"""Pictures that decode to more are refused: they are decoded as a whole."""
+
 STRIP_BYTES = 256 * 2**10
 """Bytes that are decoded at a time."""
 
@@ -51,6 +54,11 @@ def open_photo(path: Path, choice: Choice) -> Contents:
     """Open a PNG, JPEG or WebP file."""
     image = _load(path)
     pixels = _DecodedPixels(path, (image.bands, image.height, image.width), dtype_of(image))
+    if (nbytes := math.prod(pixels.shape) * pixels.dtype.itemsize) > MAX_DECODED_BYTES:
+        size = f"{image.width}x{image.height} pixels, {nbytes / 2**30:.0f} GiB when decoded"
+        raise cannot_read(
+            path, f"it has {size}; the limit is {MAX_DECODED_BYTES / 2**30:.0f} GiB. Save it as a tiled TIFF"
+        )
     choose_series(path, choice.series, [path.name], [pixels.shape[1:]])
     return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels, has_alpha=image.hasalpha())
 

@@ -1,6 +1,7 @@
 """Pixels of one TIFF page: its tiles or strips, decoded one by one as they are needed."""
 
 import math
+import struct
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ CACHE_BYTES = 16 * 2**20
 read twice."""
 
 _JPEG = (COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY)
+_EMBEDDED = (33003, 33004, 33005, 34712, 34933)
+"""Compressions that make a whole JPEG 2000 or PNG file of a tile."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG that begin a frame."""
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 """A marker that says how the colours of a JPEG are stored; the last byte, 0 for RGB and 1 for YCbCr, is to follow."""
 
@@ -154,14 +159,28 @@ def _decoder(path: Path, page: Page) -> Decode:
             decode()
         except (ValueError, NotImplementedError) as error:
             raise cannot_read(path, f"it cannot be decoded (compression {codec}): {error}") from error
+    height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else (frame.rowsperstrip, frame.imagewidth)
+    most = 2 * (min(height, frame.imagelength) + 16) * (width + 16)  # encoders may fill up a segment
     if compression not in _JPEG:
-        return lambda data, index: decode(data, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
+
+        def decode_other(data: bytes, index: int) -> np.ndarray:
+            if compression in _EMBEDDED:
+                _check_embedded(data, most)
+            return decode(data, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
+
+        return decode_other
     is_ycbcr = frame.photometric == PHOTOMETRIC.YCBCR
     colourspace = {1: "GRAY", 3: "RGB"}.get(1 if frame.planarconfig == 2 else frame.samplesperpixel)
     if colourspace is None or frame.bitspersample != 8:
-        return lambda data, index: decode(_ended(data), index, jpegtables=tables)[0][0]
+
+        def decode_unusual_jpeg(data: bytes, index: int) -> np.ndarray:
+            _check_embedded(data, most)
+            return decode(_ended(data), index, jpegtables=tables)[0][0]
+
+        return decode_unusual_jpeg
 
     def decode_jpeg(data: bytes, index: int) -> np.ndarray:
+        _check_embedded(data, most)
         # the bare decoder of the format gives grey for what is damaged; this one raises
         before = tables[:-2] if tables else data[:2]
         marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
@@ -169,6 +188,26 @@ def _decoder(path: Path, page: Page) -> Decode:
         return simplejpeg.decode_jpeg(_ended(whole), colourspace, fastdct=False, fastupsample=False)
 
     return decode_jpeg
+
+
+def _check_embedded(data: bytes, most: int) -> None:
+    """Raise a ValueError if a whole picture in a tile or strip says that it has more pixels than `most`, before it is decoded.
+
+    The places are those of the frame header of JPEG, the marker SIZ of JPEG 2000 and the chunk IHDR of PNG.
+    """
+    sides = None
+    if data.startswith(b"\x89PNG"):
+        sides = struct.unpack_from(">II", data, 16)
+    elif (start := data[:4096].find(b"\xff\x4f\xff\x51")) >= 0:
+        sides = struct.unpack_from(">II", data, start + 8)
+    else:
+        at = 2
+        while at + 9 <= len(data) and data[at] == 0xFF and sides is None:
+            if data[at + 1] in _FRAMES:
+                sides = struct.unpack_from(">HH", data, at + 5)
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if sides is not None and math.prod(sides) > most:
+        raise ValueError(f"a picture of {sides[0]} by {sides[1]} pixels lies in it, of which it can hold {most}")
 
 
 def _ended(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from widefield.images.formats import (
     Pixels,
     Size,
     cannot_read,
+    check_planes,
     choose_series,
     image_format,
 )
@@ -63,7 +64,7 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
             plane
             for index, one in enumerate(series)
             if (index == 0 or not _BESIDE.search(one.name)) and not one.keyframe.subfiletype & _MASK
-            for plane in _planes(index, one)
+            for plane in _planes(path, index, one)
         ]
         if not _is_complete(file):
             raise cannot_read(path, "it is truncated: it lacks some of its pages")
@@ -122,9 +123,10 @@ def _size(series: tifffile.TiffPageSeries) -> Size:
     return shape.get("Y", 1), shape.get("X", 1)
 
 
-def _planes(index: int, series: tifffile.TiffPageSeries) -> list[_Plane]:
+def _planes(path: Path, index: int, series: tifffile.TiffPageSeries) -> list[_Plane]:
     """The images of a series: one, or one for each position in time, depth and the like."""
     stacked = {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if axis not in "CSYX"}
+    check_planes(path, stacked.values())
     name = series.name or f"image {index}"
     return [
         _Plane(

@@ -1,6 +1,7 @@
 """OME-Zarr images (NGFF 0.1 to 0.5) and plain Zarr arrays: folders, zip files, and what fsspec reaches by a URL."""
 
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 from widefield.errors import WrongArgumentError
 from widefield.images.arrays import ArrayPixels, DeferredArray, check_array
 from widefield.images.formats import (
+    MAX_SEGMENT_BYTES,
     Choice,
     Contents,
     PerProcess,
     Size,
     cannot_read,
+    check_planes,
     check_segment,
     choose_series,
     image_format,
@@ -26,6 +29,9 @@ from widefield.images.formats import (
 
 _ENDINGS = (".zarr", ".zarr.zip", ".ozx")
 _FILES = ("zarr.json", ".zgroup", ".zarray")
+
+MAX_METADATA_BYTES = 2**28
+"""Descriptions of groups and arrays in zip files that unpack to more are refused."""
 
 
 def _is_zarr(path: Path | str, start: bytes) -> bool:
@@ -56,7 +62,7 @@ class _Image:
 def open_zarr(path: Path | str, choice: Choice) -> Contents:
     """Open an image of a Zarr hierarchy; of several, each under its path in it, and each position of a stack, is one."""
     root = PerProcess(lambda: _root(path))
-    images = [plane for image in _images(path, root, choice) for plane in _planes(image)]
+    images = [plane for image in _images(path, root, choice) for plane in _planes(path, image)]
     if not images:
         raise cannot_read(
             path, "it is a Zarr hierarchy without an image; expected multiscales or an array of 2 or 3 axes"
@@ -76,6 +82,7 @@ def _root(path: Path | str) -> Any:
 
     try:
         if not is_remote(path) and Path(path).is_file():
+            _check_members(Path(path))
             return zarr.open(ZipStore(path, mode="r"), mode="r")
         return zarr.open(str(path), mode="r")
     except FileNotFoundError as error:
@@ -83,6 +90,19 @@ def _root(path: Path | str) -> Any:
         if is_remote(path):
             raise FileNotFoundError(f"cannot read {path}: {reason}") from error
         raise cannot_read(path, reason) from error
+
+
+def _check_members(path: Path) -> None:
+    """Refuse a zip file whose parts are too large when unpacked, or that holds a group within itself, so to speak, forever."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            is_metadata = member.filename.rpartition("/")[2] in (*_FILES, ".zattrs", ".zmetadata")
+            limit = MAX_METADATA_BYTES if is_metadata else MAX_SEGMENT_BYTES
+            if member.file_size > limit:
+                size = f"{member.file_size / 2**20:.0f} MiB when unpacked; the limit is {limit / 2**20:.0f} MiB"
+                raise cannot_read(path, f"{member.filename} in it has {size}")
+            if "" in member.filename.removesuffix("/").split("/"):
+                raise cannot_read(path, f"it is damaged: it holds a part of the name {member.filename!r}")
 
 
 def _images(path: Path | str, root: PerProcess, choice: Choice) -> Iterator[_Image]:
@@ -167,9 +187,10 @@ def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, descri
     return _Image(described.get("name") or key or "image", letters, levels, (y, x), named)
 
 
-def _planes(image: _Image) -> Iterator[_Image]:
+def _planes(path: Path | str, image: _Image) -> Iterator[_Image]:
     """The image itself, or one for each position on its axes of time, depth and the like."""
     stacked = {axis: n for axis, n in zip(image.axes, image.levels[0].shape, strict=True) if axis not in "CYX"}
+    check_planes(path, stacked.values())
     for where in np.ndindex(*stacked.values()):
         place = "".join(f" {axis}={position}" for axis, position in zip(stacked, where, strict=True))
         at = tuple(map(int, where))
