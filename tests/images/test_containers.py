@@ -9,6 +9,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import tifffile
+import torch
 import zarr
 from pydicom.pixels import pixel_array
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
@@ -16,7 +17,10 @@ from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from zarr.storage import ZipStore
 
-from widefield.images import ImageReadError, images_below, open_image
+from widefield.images import ImageReadError, images_below, open_image, tiff
+from widefield.images.image import has_data
+from widefield.reports import Heatmap
+from widefield.streaming import Cells
 
 AXES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
@@ -279,3 +283,75 @@ def test_a_dicom_image_may_have_a_tiff_preamble_or_be_deflated(tmp_path):
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     dataset.save_as(path)
     np.testing.assert_array_equal(open_image(path).read(0, 0, 30, 40)[0], pixels)
+
+
+CRS_OF_NO_NUMBER = "+proj=laea +lat_0=50.5 +lon_0=11 +datum=WGS84 +units=m"
+
+
+def _write_map(path, pixels, mask=None, crs="EPSG:32632", overviews=(), internal=True, **options):
+    shape = {"count": len(pixels), "height": pixels.shape[1], "width": pixels.shape[2], "dtype": pixels.dtype}
+    place = {
+        "crs": crs,
+        "transform": from_origin(500_000, 5_000_000, 10, 10),
+        "tiled": True,
+        "blockxsize": 64,
+        "blockysize": 64,
+    }
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
+        with rasterio.open(path, "w", driver="GTiff", **shape, **place, **options) as file:
+            file.write(pixels)
+            if mask is not None:
+                file.write_mask(mask)
+        if overviews:
+            with rasterio.open(path, "r+") as file:
+                file.build_overviews(overviews, Resampling.nearest)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata", "internal", "missing"),
+    [("u1", None, True, 0), ("u1", None, False, 0), ("i2", -9, False, -9), ("f4", None, True, np.nan)],
+)
+def test_what_the_mask_of_a_map_leaves_out_is_missing_at_every_level(tmp_path, chw, dtype, nodata, internal, missing):
+    pixels, mask = chw[:, :200, :320].astype(dtype) + np.dtype(dtype).type(1), np.full((200, 320), 255, np.uint8)
+    pixels[pixels == 0] = 1
+    mask[:100, :160] = 0
+    options = {"internal": internal, **({} if nodata is None else {"nodata": nodata})}
+    path = _write_map(tmp_path / "a.tif", pixels, mask, overviews=[2] if internal else [], **options)
+    image = open_image(path)
+    np.testing.assert_equal(image.nodata, missing)
+    expected = np.where(mask == 0, np.array(missing, dtype), pixels)
+    np.testing.assert_array_equal(image.read(0, 0, 200, 320), expected)
+    np.testing.assert_array_equal(open_image(path, channels=[2]).read(90, 150, 30, 40), expected[2:, 90:120, 150:190])
+    if internal:
+        reduced = image.at_level(1).read(0, 0, 100, 160)
+        assert has_data(reduced, image.nodata)[:, :50, :80].sum() == 0
+        assert has_data(reduced, image.nodata)[:, 50:].all()
+
+
+def test_a_mask_is_said_where_nothing_applies_it(tmp_path, chw, monkeypatch, caplog):
+    path = _write_map(tmp_path / "a.tif", chw, np.zeros(chw.shape[1:], np.uint8))
+    monkeypatch.setattr(tiff, "find_spec", lambda name: None)
+    np.testing.assert_array_equal(open_image(path).read(0, 0, *chw.shape[1:]), chw)
+    assert "a.tif has a mask, which counts for nothing; to use it, run pip install 'widefield[geo]'" in caplog.text
+
+
+def test_overviews_beside_a_map_are_levels(tmp_path, chw):
+    path, small = _write_map(tmp_path / "a.tif", chw[:, :200, :320]), np.ascontiguousarray(chw[:, :100, :160])
+    tifffile.imwrite(tmp_path / "a.tif.ovr", small.transpose(1, 2, 0), photometric="rgb", subfiletype=1, tile=(64, 64))
+    image = open_image(path, 1)
+    assert image.levels == ((200, 320), (100, 160))
+    np.testing.assert_array_equal(image.read(0, 0, 100, 160), small)
+
+
+def test_a_crs_without_a_number_comes_as_wkt_and_stays_in_heatmaps(tmp_path, chw):
+    path = _write_map(tmp_path / "a.tif", chw, crs=CRS_OF_NO_NUMBER)
+    image = open_image(path)
+    with rasterio.open(path) as file:
+        assert image.crs == file.crs.to_string() and image.crs.startswith("PROJCS")
+        crs = file.crs
+    heatmap = Heatmap.of(torch.rand(5, 5), Cells((5, 5), (0.0, 0.0), (32.0, 32.0)), image)
+    heatmap.save_geotiff(tmp_path / "map.tif", "water")
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert file.crs == crs
+    np.testing.assert_array_equal(image.read(0, 0, *chw.shape[1:]), chw)

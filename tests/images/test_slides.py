@@ -55,6 +55,47 @@ def _write_scn(path, rgb):
             file.write(pixels, tile=(64, 64), description=description, **options)
 
 
+def _write_scn_of_two_areas(path, rgb):
+    """A Leica SCN file of two areas of 101x133 pixels each, at 2,000 and 200,000 nanometres from the corner, with a level each."""
+    parts, images = [rgb[:12, :20]], ""
+    sizes = [(101, 133), (50, 66)]
+
+    def image(ifds, sizes, **options):
+        dimensions = enumerate(zip(ifds, sizes, strict=True))
+        levels = "".join(f'<dimension sizeX="{w}" sizeY="{h}" r="{k}" ifd="{ifd}"/>' for k, (ifd, (h, w)) in dimensions)
+        return SCN_IMAGE.format(levels=levels, height=sizes[0][0], width=sizes[0][1], **options)
+
+    images += image([0], [(12, 20)], name="macro", view=(402_000, 666_000), offset=0, objective=0.6)
+    for k, offset in enumerate((2_000, 200_000)):
+        area = rgb[100 * k : 100 * k + 101, 200 * k : 200 * k + 133]
+        parts += [area, area[:100:2, :132:2]]
+        view = (101_000, 133_000)
+        images += image([1 + 2 * k, 2 + 2 * k], sizes, name=f"a{k}", view=view, offset=offset, objective=20)
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for k, pixels in enumerate(parts):
+            options = {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "jpeg", "metadata": None}
+            description = None if k else SCN.format(images)
+            file.write(np.ascontiguousarray(pixels), tile=(64, 64), description=description, **options)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_each_region_of_a_slide_is_an_image_and_the_whole_the_first(tmp_path, rgb, level):
+    _write_scn_of_two_areas(tmp_path / "a.scn", rgb)
+    with openslide.OpenSlide(str(tmp_path / "a.scn")) as slide:
+        assert open_image(tmp_path / "a.scn").shape[1:] == slide.dimensions[::-1]
+        for k in range(2):
+            y, x, height, width = (
+                int(slide.properties[f"openslide.region[{k}].{n}"]) for n in ("y", "x", "height", "width")
+            )
+            image = open_image(tmp_path / "a.scn", level, series=f"region {k}")
+            assert image.levels == ((height, width), (height // 2, width // 2)) and image.levels[0] == (101, 133)
+            pixels = np.asarray(slide.read_region((x, y), level, image.shape[:0:-1]).convert("RGB")).transpose(2, 0, 1)
+            np.testing.assert_array_equal(image.read(0, 0, *image.shape[1:]), pixels)
+            assert open_image(tmp_path / "a.scn", series=1 + k).spacing == image.at_level(0).spacing
+    with pytest.raises(ValueError, match=r"its images are 0: a\.scn .*, 1: region 0 101x133, 2: region 1 101x133"):
+        open_image(tmp_path / "a.scn", series="region 2")
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_leica_scn_gives_the_slide_as_openslide_lays_it_out_not_the_macro_picture(tmp_path, rgb, level):
     _write_scn(tmp_path / "a.scn", rgb)

@@ -28,11 +28,17 @@ _MAGIC = re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|\s*<VRTDataset|NITF0|EHFA
     "JPEG 2000, VRT, NITF, Imagine", endings=_ENDINGS, recognises=lambda path, start: bool(_MAGIC.match(start))
 )
 def open_raster(path: Path, choice: Choice) -> Contents:
-    """Open a raster; its overviews are the levels."""
+    """Open a raster; its overviews are the levels.
+
+    What its mask leaves out comes as the file's value for missing data; if it has none, as NaN in floats and as 0, which counts as
+    that value then, in integers.
+    """
     rasterio: Any = optional("rasterio", path, "geo")
     with rasterio.open(path) as raster:
         kinds, names, crs, transform = raster.dtypes, raster.descriptions, raster.crs, raster.transform
         last, nodata, factors = raster.colorinterp[-1], raster.nodata, raster.overviews(1)
+        flags = rasterio.enums.MaskFlags
+        is_masked = flags.per_dataset in raster.mask_flag_enums[0] and flags.alpha not in raster.mask_flag_enums[0]
         check_segment(path, "block", raster.block_shapes[0], np.dtype(kinds[0]).itemsize)
     described = []
     for level in range(1 + len(factors)):
@@ -40,12 +46,15 @@ def open_raster(path: Path, choice: Choice) -> Contents:
             described.append((raster.count, raster.height, raster.width))
     if len(set(kinds)) > 1 or np.dtype(kinds[0]).kind not in "uif":
         raise cannot_read(path, f"its bands are of type {', '.join(kinds)}; expected integers or floats of one type")
+    dtype = np.dtype(kinds[0])
+    if is_masked and nodata is None:
+        nodata = float("nan") if dtype.kind == "f" else 0
     levels = tuple((height, width) for _, height, width in described)
     choose_series(path, choice.series, [path.name], levels[:1])
     is_map = crs is not None or not transform.is_identity
     return Contents(
         levels=levels,
-        pixels=lambda level: RasterPixels(path, level, described[level], np.dtype(kinds[0])),
+        pixels=lambda level: RasterPixels(path, level, described[level], dtype, nodata if is_masked else None),
         channel_names=tuple(map(str, names)) if all(names) else None,
         has_alpha=not is_map and last == rasterio.enums.ColorInterp.alpha,
         nodata=nodata,
@@ -69,6 +78,8 @@ class RasterPixels:
     shape: tuple[int, int, int]
     """(channels, height, width)."""
     dtype: np.dtype
+    masked: float | None
+    """Value of what the mask of the file leaves out; None if it has no mask."""
     _raster: PerProcess = field(init=False, repr=False)
     _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 
@@ -79,4 +90,7 @@ class RasterPixels:
         """Array (channels, height, width)."""
         window = ((y, y + height), (x, x + width))
         with self._lock:
-            return self._raster.get().read([channel + 1 for channel in channels], window=window)
+            pixels: np.ndarray = self._raster.get().read([channel + 1 for channel in channels], window=window)
+            if self.masked is not None:
+                pixels[:, self._raster.get().dataset_mask(window=window) == 0] = self.masked
+        return pixels

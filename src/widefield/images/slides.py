@@ -4,7 +4,7 @@ Aperio's slides, which are plain TIFF files, are read as those, unless their til
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,23 +24,42 @@ def _is_slide(path: Path, start: bytes) -> bool:
 
 @image_format("slides that OpenSlide reads", endings=_ENDINGS, recognises=_is_slide)
 def open_slide(path: Path, choice: Choice) -> Contents:
-    """Open a slide: the whole scanned area, as OpenSlide lays it out, with what was not scanned in its background colour."""
+    """Open a slide: the whole scanned area, as OpenSlide lays it out, with what was not scanned in its background colour.
+
+    Of a slide with several regions each is an image, too, after the whole: `series="region 1"`.
+    """
     with openslide.OpenSlide(str(path)) as slide:
         said = slide.properties
         levels = tuple((height, width) for width, height in slide.level_dimensions)
-        choose_series(path, choice.series, [path.name], levels[:1])
+        scales = slide.level_downsamples
+        regions = _regions(said)
+        names = [path.name, *(f"region {k}" for k in range(len(regions)))]
+        index = choose_series(path, choice.series, names, [levels[0], *(region[2:] for region in regions)])
+        y_first, x_first = 0, 0
+        if index:
+            y_first, x_first, height, width = regions[index - 1]
+            sizes = [(int(height / scale), int(width / scale)) for scale in scales]
+            levels = tuple(size for size in sizes if min(size) > 0)
         y, x = (micrometres(said.get(f"openslide.mpp-{axis}"), "um") for axis in "yx")
         colour = said.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         background = tuple(bytes.fromhex(colour))
-        scales = slide.level_downsamples
         associated = {name: partial(associated_image, path, name) for name in slide.associated_images}
     return Contents(
         levels=levels,
-        pixels=lambda level: SlidePixels(path, level, levels[level], scales[level], background),
+        pixels=lambda level: SlidePixels(path, level, levels[level], scales[level], background, (y_first, x_first)),
         spacing=known(y, x),
         channel_names=("red", "green", "blue"),
         associated=associated,
     )
+
+
+def _regions(said: Mapping[str, str]) -> list[tuple[int, int, int, int]]:
+    """(y, x, height, width) at level 0 of each region of a slide that has several."""
+    found: list[tuple[int, int, int, int]] = []
+    while (prefix := f"openslide.region[{len(found)}].") + "x" in said:
+        y, x, height, width = (int(said[prefix + name]) for name in ("y", "x", "height", "width"))
+        found.append((y, x, height, width))
+    return found if len(found) > 1 else []
 
 
 def associated_image(path: Path, name: str) -> np.ndarray:
@@ -60,6 +79,8 @@ class SlidePixels:
     scale: float
     """Pixels of level 0 per pixel of this level."""
     background: tuple[int, ...]
+    corner: tuple[int, int]
+    """(y, x) of the image at level 0 of the slide."""
     _slide: PerProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +98,11 @@ class SlidePixels:
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
-        corner = math.ceil(x * self.scale), math.ceil(y * self.scale)  # at level 0, as (x, y); OpenSlide rounds down
+        top, left = self.corner
+        corner = (
+            left + math.ceil(x * self.scale),
+            top + math.ceil(y * self.scale),
+        )  # at level 0, as (x, y); OpenSlide rounds down
         try:
             pixels = np.asarray(self._slide.get().read_region(corner, self.level, (width, height)))
         except openslide.OpenSlideError:

@@ -1,14 +1,17 @@
 """TIFF, BigTIFF, OME-TIFF and GeoTIFF files: which images and levels they hold, and what they say of them."""
 
+import logging
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import tifffile
+from tifffile import PHOTOMETRIC
 
 from widefield.images.arrays import ArrayPixels, MappedArray
 from widefield.images.formats import (
@@ -22,9 +25,12 @@ from widefield.images.formats import (
     choose_series,
     image_format,
 )
+from widefield.images.rasters import open_raster
 from widefield.images.segments import Page, page_pixels
 from widefield.images.slides import open_slide
 from widefield.images.tiff_metadata import channel_names, georeference, nodata, shown_nodata, spacing
+
+_log = logging.getLogger(__name__)
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ENDINGS = (".tif", ".tiff", ".btf", ".tf2", ".tf8", ".svs", ".qptiff")
@@ -82,6 +88,12 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
         levels = [level for level in plane.series.levels if _is_reduced(level, plane.series)]
         opened = [_attempted(partial(_level_pixels, path, file, level, plane.at)) for level in levels]
         crs, transform = georeference(page)
+        if transform is not None and (reason := _left_to_gdal(path, file, page, crs)):
+            if find_spec("rasterio") and len(planes) == 1:
+                return open_raster(path, choice)
+            _log.warning(
+                "%s has %s, which counts for nothing; to use it, run pip install 'widefield[geo]'", path, reason
+            )
         named = channel_names(file, plane.index, opened[0]) if not isinstance(opened[0], ImageReadError) else None
         return Contents(
             levels=tuple(map(_size, levels)),
@@ -101,6 +113,18 @@ def _scanner(file: tifffile.TiffFile) -> str | None:
     if file.is_bif:
         return "Ventana"
     return "Hamamatsu NDPI" if file.is_ndpi else "Leica SCN" if file.is_scn else "Philips" if file.is_philips else None
+
+
+def _left_to_gdal(path: Path, file: tifffile.TiffFile, page: Page, crs: str | None) -> str | None:
+    """A name for what GDAL alone reads of a map that it gives the same pixels of; None if there is nothing."""
+    if page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR):
+        return None
+    pages: list[Page] = list(file.pages)
+    if any(getattr(one, "subfiletype", 0) & _MASK for one in pages) or path.with_name(f"{path.name}.msk").exists():
+        return "a mask"
+    if path.with_name(f"{path.name}.ovr").exists():
+        return "overviews in a file beside it"
+    return "a CRS without a number of EPSG" if crs is None and page.tags.valueof(34735) else None
 
 
 def _attempted(opening: partial) -> Pixels | ImageReadError:

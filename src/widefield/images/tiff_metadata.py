@@ -118,5 +118,6 @@ def georeference(page: Page) -> tuple[str | None, Transform | None]:
     values = {int(key): int(value) for key, place, _, value in keys if place == 0}
     if values.get(1025) == 2:
         c, f = c - (a + b) / 2, f - (d + e) / 2
-    code = values.get(3072) or values.get(2048)
+    is_projected = values.get(1024) == 1  # from a geographic CRS, which 2048 names and which is not the map's
+    code = values.get(3072) if is_projected else values.get(3072) or values.get(2048)
     return f"EPSG:{code}" if code is not None and code < 32767 else None, (a, b, c, d, e, f)
