@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
-from widefield.models import Classifier
-from widefield.models.tasks import parts_of
+from widefield.models import Classifier, make_model, parts_of
+from widefield.modules import StreamingModule
+from widefield.streaming import split
 
 
 def test_numbers_are_learned_in_standard_deviations_and_predicted_in_units() -> None:
@@ -52,3 +54,32 @@ def test_several_labels_have_probabilities_of_their_own() -> None:
 def test_a_target_that_does_not_fit_is_refused(names: list[str], target: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classifier("resnet10_w16", names, target=target)
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "targets"),
+    [
+        (["age"], {"task": "regression", "mean": [50.0], "std": [10.0]}, [[40.0], [70.0]]),
+        (["1", "2"], {"task": "survival", "edges": [5.0]}, [[3.0, 1.0], [9.0, 0.0]]),
+    ],
+)
+def test_a_network_of_ones_own_learns_and_measures_as_the_classifier_does(
+    names: Any, target: Any, targets: Any
+) -> None:
+    parts = parts_of(names, target)
+
+    class Own(StreamingModule):
+        def predictions(self, output: torch.Tensor) -> torch.Tensor:
+            return parts.predictions(output)
+
+    torch.manual_seed(0)
+    classifier = Classifier("resnet10_w16", names, tile_size=64, target=target).eval()
+    net = make_model("resnet10_w16", len(names), None)
+    net.load_state_dict(classifier.plain_state_dict())
+    own = Own(*split(net), tile_size=64, loss_fn=parts.loss, metrics=MetricCollection(parts.metrics)).eval()
+    images, wanted = torch.rand(2, 3, 64, 64), torch.tensor(targets)
+    own.stream_network.normalisation = classifier.stream_network.normalisation
+    outputs = [module(images) for module in (own, classifier)]
+    assert own.loss_fn(outputs[0], wanted) == classifier.loss_fn(outputs[1], wanted)
+    torch.testing.assert_close(*(module.predictions(output) for module, output in zip((own, classifier), outputs)))
+    assert own.val_metrics.keys() == classifier.val_metrics.keys()

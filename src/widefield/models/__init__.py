@@ -4,6 +4,7 @@ from widefield.models.classifier import Classifier, StreamingTimm, read_checkpoi
 from widefield.models.convnext import StreamingConvNeXt
 from widefield.models.networks import RESNETS, make_model
 from widefield.models.resnet import StreamingResNet
+from widefield.models.tasks import TaskParts, parts_of
 from widefield.models.weights import load_state, load_weights
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "StreamingConvNeXt",
     "StreamingResNet",
     "StreamingTimm",
+    "TaskParts",
     "load_state",
     "load_weights",
     "make_model",
+    "parts_of",
     "read_checkpoint",
 ]
