@@ -166,6 +166,13 @@ def test_zero_is_a_value_and_the_seed_counts_for_a_wrapper_in_a_file(monkeypatch
         (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--epoch", "3"], "did you mean --epochs?"),
         (["pretrain", "--out", "new", "--data", "full", "--model", "m", "epoch=3"], "did you mean epochs?"),
         (["pretrain", "--out", "new", "--model", "m"], "give --data"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--method", "simlcr"], "did you mean simclr?"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--batch-size", "0"], "int, at least 1"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "transform_args.image=3"], "mean image_size"),
+        (
+            ["embed", "--out", "new", "--data", "full", "--checkpoint", "full/x", "format=numpy"],
+            "one of 'torch', 'csv'",
+        ),
         (["export", "--out", "full/x", "--checkpoint", "full/x"], "already exists! Set overwrite=True"),
         (
             ["embed", "--out", "new", "--data", "full", "--checkpoint", "gone.ckpt"],

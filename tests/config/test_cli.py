@@ -76,7 +76,8 @@ def test_lists_and_help_import_no_torch() -> None:
         "import sys, contextlib, io\n"
         "from widefield.cli import main\n"
         "for line in (['--help'], ['list', 'components'], ['list', 'models', 'vit*'], ['list', 'configs'],\n"
-        "             ['list', 'datasets'], ['list', 'transforms'], ['list', 'metrics'], ['help', 'list']):\n"
+        "             ['list', 'datasets'], ['list', 'transforms'], ['list', 'metrics'], ['help', 'list'],\n"
+        "             ['help', 'dinov3'], ['help', 'ResNet'], ['help', 'Accuracy']):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "        main(line)\n"
         "print({'torch', 'timm', 'lightning', 'numpy', 'rich'} & set(sys.modules))"
@@ -136,8 +137,9 @@ def test_help_shows_arguments_with_types_defaults_and_docs(file: Path, capsys: p
     ):
         assert main(["help", name]) == 0
         assert shown in capsys.readouterr().out
-    assert main(["help", "ResNett"]) == 2
-    assert "did you mean ResNet" in capsys.readouterr().err
+    for slip, meant in (("ResNett", "ResNet"), ("simlcr", "SimCLR or simclr?"), ("pretrian", "pretrain")):
+        assert main(["help", slip]) == 2
+        assert f"did you mean {meant}" in capsys.readouterr().err
 
 
 def test_a_configuration_with_a_users_component_is_printed_and_checked(

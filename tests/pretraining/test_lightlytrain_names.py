@@ -6,7 +6,7 @@ lightlytrain_0_18.json has the arguments of their functions, and of each method 
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,18 +23,21 @@ import widefield
 from tests.pretraining.test_lightlytrain_page import PAGE
 from tests.pretraining.tiny import TinyWrapper
 from widefield.cli import main
-from widefield.pretraining.arguments import RULE, Settings, parse
+from widefield.cli.lookup import _argument_docs
+from widefield.components.metrics import METRICS
+from widefield.config.check import describe
+from widefield.pretraining.arguments import Settings, parse
 from widefield.pretraining.callbacks import CallbackArgs, CheckpointArgs, make_callbacks
 from widefield.pretraining.checkpoint import load_checkpoint
 from widefield.pretraining.embedding import EmbeddingModel, checkpoint_blocks
-from widefield.pretraining.methods import METHODS
+from widefield.pretraining.methods import METHODS, RULE
 from widefield.pretraining.methods.base import Run
 from widefield.pretraining.methods.dino import ScaledRows
 from widefield.pretraining.out import OutFolder
 from widefield.pretraining.settings import Errors, values_for
 from widefield.pretraining.transform_args import Normalize
 from widefield.pretraining.wrapping import has_batch_norm, wrap
-from widefield.registry import arguments_of
+from widefield.registry import MODELS, arguments_of, import_object, outline
 
 THEIRS = json.loads(Path(__file__).with_name("lightlytrain_0_18.json").read_text())
 DIFFERENT = {
@@ -60,9 +63,10 @@ DIFFERENT = {
 """Defaults that are not theirs. The page names each of them."""
 
 
-def settings(**options: Any) -> Settings:
-    defaults = {name: one.default for name, one in inspect.signature(widefield.train).parameters.items()}
-    return parse(widefield.train, {**defaults, "out": "out", "data": "data", "model": "timm/resnet10t", **options})
+def settings(find: Callable[[str], Any] = import_object, **options: Any) -> Settings:
+    train = find("widefield.pretraining.training:train")
+    defaults = {name: one.default for name, one in arguments_of(train).named.items()}
+    return parse(train, {**defaults, "out": "out", "data": "data", "model": "timm/resnet10t", **options}, find)
 
 
 def differences(path: str, ours: Any, theirs: Any) -> Iterator[str]:
@@ -127,14 +131,50 @@ def test_their_defaults_given_by_hand_are_taken_wherever_they_are_ours() -> None
         ({"method": "dino", "method_args": {"warmup_teacher_temp_epochs": 3}}, "give warmup_teacher_temp_steps"),
         ({"method": "dinov2", "method_args": {"ibot_separate_head": False}}, "patches have a head of their own"),
         ({"method": "dino", "method_args": {"momentum_start": "low"}}, "method_args.momentum_start: got 'low'"),
-        ({"method": "distillationv2"}, r"method='distillationv2' is not here; the nearest is distillation"),
+        (
+            {"method": "distillationv2"},
+            r"method='distillationv2' is not here; the nearest is distillation, which compares",
+        ),
+        ({"method": "dinov31"}, r"method='dinov31' is not here; the nearest is dinov3 with a checkpoint"),
+        ({"method": "simlcr"}, "did you mean simclr?"),
+        (
+            {"trainer_args": {"max_step": 1}, "loader_args": {"prefetch": 1}},
+            "mean max_steps .*\n.*mean prefetch_factor",
+        ),
+        (
+            {"batch_size": 0, "optim": "adamw", "optim_args": {"bettas": 1}},
+            "got 0, expected int, .*\n.*did you mean betas",
+        ),
+        ({"method": "dinov3", "method_args": {"gram_wait": 1, "teacher_temp": "hot"}}, "mean gram_w.*\n.*got 'hot'"),
+        ({"loggers": {"jsonl": {"flush": 1}}, "streaming": {"tiles": 1}}, "loggers.jsonl.flush: .*\n.*mean tile_size?"),
         ({"resume": False, "resume_interrupted": True}, "resume=False and resume_interrupted=True"),
         ({"activation_checkpoint_args": {"every_n_blocks": 0}}, "every_n_blocks: got 0, expected int, at least 1"),
     ],
 )
 def test_what_is_not_here_is_answered_by_name(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as late:
         settings(**options)
+    with pytest.raises(ValueError) as early:  # before torch is imported
+        settings(outline, **options)
+    assert str(early.value) == str(late.value)
+
+
+def test_outlines_take_what_the_classes_themselves_take() -> None:
+    needed = {"distillation": {"teacher": "timm/resnet10t"}, "beit": {"target_generator": {"type": "DALL-E"}}}
+    for name in METHODS.names():
+        options = {"method": name, "method_args": needed.get(name), "optim": "adamw", "trainer_args": {"max_steps": 3}}
+        assert settings(outline, **options).as_yaml() == settings(**options).as_yaml()
+
+
+def test_the_outline_of_a_component_has_the_help_of_the_component_itself() -> None:
+    def shown(component: Any) -> list[Any]:
+        arguments = arguments_of(component)
+        docs = [(_argument_docs(one.owner).get(one.name), describe(one.annotation)) for one in arguments.named.values()]
+        defaults = [(one.name, str(one.default)) for one in arguments.named.values()]
+        return [component.__module__, component.__qualname__, component.__doc__, arguments.open, docs, defaults]
+
+    for entry in (*METHODS.index.values(), *MODELS.index.values(), *METRICS.index.values()):
+        assert shown(outline(entry.target)) == shown(import_object(entry.target))
 
 
 def test_their_names_have_their_meaning() -> None:

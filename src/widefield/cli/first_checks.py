@@ -1,20 +1,22 @@
 """Checks of a verb before torch is imported, which takes seconds: paths, and how arguments are spelt."""
 
 import argparse
-import ast
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from widefield.config.load import parse_value
 from widefield.inference.names import LAST, is_mentioned, model_names
+from widefield.pretraining.arguments import parse
 from widefield.pretraining.out import OutFolder, check_file
-from widefield.registry import suggestion
+from widefield.pretraining.settings import Errors
+from widefield.pretraining.settings import arguments as checked_arguments
+from widefield.registry import OutlineError, arguments_of, outline, suggestion
 
-_PRETRAINING = Path(__file__).parent.parent / "pretraining"
 _FUNCTIONS = {
-    "pretrain": ("training.py", "train"),
-    "export": ("checkpoint.py", "export"),
-    "embed": ("embed_images.py", "embed"),
+    "pretrain": "widefield.pretraining.training:train",
+    "export": "widefield.pretraining.checkpoint:export",
+    "embed": "widefield.pretraining.embed_images:embed",
 }
 _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
@@ -81,10 +83,10 @@ def _check_model(name: Any) -> None:
 
 
 def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Check the arguments of `pretrain`, `export` or `embed`, as far as their names and paths go.
+    """Check the arguments of `pretrain`, `export` or `embed`: paths, names and values, those in dictionaries too.
 
     Raises:
-        ValueError: An argument is misspelt or missing, or `out` cannot be written to.
+        ValueError: An argument is misspelt, missing or out of range, or `out` cannot be written to.
         FileNotFoundError: A file or folder that is to be read does not exist.
     """
     given = arguments_of_call(arguments, others)
@@ -96,10 +98,25 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
     if not arguments.imports:  # they may bring networks
         _check_model(given.get("model"))
     out, overwrite = Path(given["out"]).expanduser(), bool(given.get("overwrite"))
+    if not arguments.imports:  # they may bring methods
+        _check_values(arguments.verb, given)
     if arguments.verb == "pretrain":
         OutFolder(out.resolve()).check(overwrite, bool(given.get("resume_interrupted") or given.get("resume")))
     else:
         check_file(out, overwrite)
+
+
+def _check_values(verb: str, given: dict[str, Any]) -> None:
+    """Raises ValueError for values that the function of a verb refuses, as far as outlines tell."""
+    with suppress(OutlineError):  # then the function alone does
+        function = outline(_FUNCTIONS[verb])
+        all_given = {name: one.default for name, one in arguments_of(function).named.items()} | given
+        if verb == "pretrain":
+            parse(function, all_given, outline)
+            return
+        errors = Errors()
+        checked_arguments(function, all_given, errors, unchecked=("data", "model"))
+        errors.raise_if_any(f"widefield.{verb}")
 
 
 def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
@@ -118,28 +135,18 @@ def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[
     if len(given.get("data", ())) == 1:
         # A folder alone is not a list of folders: images are named by their paths in it.
         (given["data"],) = given["data"]
-    required, optional = _names(*_FUNCTIONS[arguments.verb])
+    known = arguments_of(outline(_FUNCTIONS[arguments.verb])).named
     for text in others:
         if text.startswith("--") and "=" not in text:
-            known = [f"--{name.replace('_', '-')}" for name in (*required, *optional)]
-            raise ValueError(f"there is no flag {text}; {suggestion(text, known)}")
+            flags_of = [f"--{name.replace('_', '-')}" for name in known]
+            raise ValueError(f"there is no flag {text}; {suggestion(text, flags_of)}")
         path, value = _entry(text)
-        if path[0] not in (*required, *optional):
-            raise ValueError(f"there is no argument {path[0]!r}; {suggestion(path[0], [*required, *optional])}")
+        if path[0] not in known:
+            raise ValueError(f"there is no argument {path[0]!r}; {suggestion(path[0], known)}")
         _put(given, path, value, text)
-    if missing := [name for name in required if name not in given]:
+    if missing := [name for name, one in known.items() if one.required and name not in given]:
         raise ValueError(f"give {', '.join(f'--{name}' for name in missing)}")
     return given
-
-
-def _names(file: str, function: str) -> tuple[list[str], list[str]]:
-    """Return the arguments of a function without a default and with one, read from its source."""
-    body = ast.parse((_PRETRAINING / file).read_bytes()).body
-    signature = next(one.args for one in body if isinstance(one, ast.FunctionDef) and one.name == function)
-    defaults = [None] * (len(signature.args) - len(signature.defaults)) + signature.defaults + signature.kw_defaults
-    names = [one.arg for one in (*signature.args, *signature.kwonlyargs)]
-    required = [name for name, default in zip(names, defaults, strict=True) if default is None]
-    return required, [name for name in names if name not in required]
 
 
 def _entry(text: str) -> tuple[list[str], Any]:

@@ -6,11 +6,22 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from widefield.cli.verbs import REGISTRIES, VERBS
-from widefield.registry import DATASETS, MODELS, TRANSFORMS, arguments_of, import_module_or_file, import_object
+from widefield.registry import (
+    DATASETS,
+    MODELS,
+    TRANSFORMS,
+    OutlineError,
+    arguments_of,
+    import_module_or_file,
+    import_object,
+    outline,
+    suggestion,
+)
 
 _WIDTH = 100
 
@@ -102,10 +113,17 @@ def component_help(name: str) -> str:
     """
     from widefield.components.metrics import METRICS
     from widefield.config.check import describe
-    from widefield.pretraining.methods import METHODS
+    from widefield.pretraining.methods import METHODS, RULE
 
-    registry = next((one for one in (MODELS, DATASETS, TRANSFORMS, METRICS, METHODS) if name in one), MODELS)
-    component = registry.get(name)
+    registries = (MODELS, DATASETS, TRANSFORMS, METRICS, METHODS)
+    registry = next((one for one in registries if name in one), MODELS)
+    if name not in registry and "." not in name and ":" not in name:  # nor an import path
+        names = [known for one in registries for known in one.names()]
+        raise ValueError(f"no component named {name!r}; {suggestion(name, [*names, *VERBS])}")
+    try:
+        component = registry.get(name, find=outline)
+    except OutlineError:  # of another package
+        component = registry.get(name)
     what = registry.kind(name) or ("" if registry is MODELS else registry.name)
     kind = f", a {what}" if what else ""
     lines = [
@@ -117,6 +135,10 @@ def component_help(name: str) -> str:
     ]
     arguments = arguments_of(component)
     named = [one for one in arguments.named.values() if registry is not METHODS or one.name not in ("embedding", "run")]
+    if registry is METHODS:
+        rule: Any = component.optim  # type: ignore[attr-defined]
+        of_all = arguments_of(rule.__class__).named
+        named += [replace(of_all[one], default=getattr(rule, one)) for one in RULE]
     for argument in named:
         default = "required" if argument.required else f"default {_short(argument.default)}"
         lines.append(f"  {argument.name}: {describe(argument.annotation)} ({default})")

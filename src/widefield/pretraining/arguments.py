@@ -1,4 +1,7 @@
-"""The arguments of `widefield.train`: checked all together, before anything is read or written."""
+"""The arguments of `widefield.train`: checked all together, before anything is read or written.
+
+The classes whose arguments they are, and torch, are imported only for a run: their outlines do for the check of a command line.
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -6,22 +9,22 @@ from dataclasses import asdict, dataclass, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 from widefield.config import check_value
-from widefield.pretraining.callbacks import CallbackArgs
-from widefield.pretraining.loggers import LoggerArgs
-from widefield.pretraining.methods import METHODS
-from widefield.pretraining.methods.base import Method
-from widefield.pretraining.optimizers import Optim, OptimArgs
+from widefield.pretraining.methods import METHODS, RULE
 from widefield.pretraining.settings import Count, Errors, updated, values_for
 from widefield.pretraining.settings import arguments as arguments_of_call
 from widefield.pretraining.transform_args import TransformArgs
-from widefield.registry import Range, UnknownNameError, suggestion
+from widefield.registry import Range, UnknownNameError, import_object, suggestion
+
+if TYPE_CHECKING:  # they import torch
+    from widefield.pretraining.callbacks import CallbackArgs
+    from widefield.pretraining.loggers import LoggerArgs
+    from widefield.pretraining.methods.base import Method
+    from widefield.pretraining.optimizers import Optim, OptimArgs
 
 _TRAINER_ARGUMENTS = {
     "accelerator": "accelerator",
@@ -51,14 +54,12 @@ _LOADER_ARGUMENTS = {
 _DONE_BY_LOADERS = ("shuffle", "drop_last")
 """Arguments of a `DataLoader` that are True here."""
 
-RULE = ("lr_scale_method", "reference_batch_size", "gradient_clip_val")
-"""Entries of `method_args` that every method has."""
-
 _SAME_METHODS = {"distillationv3": "distillation"}
 _OTHER_METHODS = {
     "distillationv1": "distillation, which compares positions too: method_args={'loss_local_weight': 0} leaves them out",
-    "distillationv2": "distillation",
-    "dinov31": "dinov2",
+    "distillationv2": "distillation, which compares how features are alike, not by the squared error of the features themselves",
+    "dinov31": "dinov3 with a checkpoint and method_args={'gram_start_step': 0, 'gram_updates': 0}, which keeps patches of a view "
+    "as alike as they were; it does not align patches of two views",
 }
 """Methods of LightlyTrain that are none here, and what is nearest."""
 
@@ -77,15 +78,15 @@ class Settings:
     """
 
     given: SimpleNamespace
-    method: type[Method]
+    method: "type[Method]"
     method_args: dict[str, Any]
     epochs: int
     num_workers: int
     transforms: TransformArgs
-    optim: OptimArgs
-    rule: Optim
-    loggers: LoggerArgs
-    callbacks: CallbackArgs
+    optim: "OptimArgs"
+    rule: "Optim"
+    loggers: "LoggerArgs"
+    callbacks: "CallbackArgs"
 
     def as_yaml(self, longest: int | None = None) -> str:
         """Return the settings as YAML: models by the name of their class, lists of more than `longest` entries cut."""
@@ -95,8 +96,13 @@ class Settings:
         return yaml.safe_dump({**plain, "optim": self.optim.name, "optim_args": asdict(self.optim)}, sort_keys=False)
 
 
-def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
+def parse(train: Callable[..., None], given: Mapping[str, Any], find: Callable[[str], Any] = import_object) -> Settings:
     """Return the settings of a call of `train` with the arguments `given` by name.
+
+    Args:
+        train: The function, which says the types of its arguments.
+        given: All of them.
+        find: Returns the class called `package.module:Name`; with `outline` the settings are good for a check alone.
 
     Raises:
         ValueError: Something is of the wrong type, out of range or unknown; the message has a line for each error.
@@ -104,10 +110,14 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
     errors = Errors()
     arguments = arguments_of_call(train, given, errors, unchecked=("data", "model"))
     arguments.method = _SAME_METHODS.get(arguments.method, arguments.method)
-    method = _method(arguments.method, errors)
+    method = _method(arguments.method, errors, find)
     _check_resuming(arguments, errors)
-    _check_passed_on(Trainer, arguments.trainer_args or {}, _TRAINER_ARGUMENTS, "trainer_args", errors)
-    _check_passed_on(DataLoader, arguments.loader_args or {}, _LOADER_ARGUMENTS, "loader_args", errors)
+    if arguments.trainer_args:
+        trainer = find("lightning.pytorch:Trainer")
+        _check_passed_on(trainer, arguments.trainer_args, _TRAINER_ARGUMENTS, "trainer_args", errors)
+    if arguments.loader_args:
+        loader = find("torch.utils.data:DataLoader")
+        _check_passed_on(loader, arguments.loader_args, _LOADER_ARGUMENTS, "loader_args", errors)
     transforms = updated(method.transforms, arguments.transform_args, "transform_args", errors)
     if transforms.num_views < method.transforms.num_views:
         errors.append(
@@ -134,8 +144,8 @@ def parse(train: Callable[..., None], given: Mapping[str, Any]) -> Settings:
         transforms=transforms.for_channels(),
         optim=optim,
         rule=rule,
-        loggers=arguments.loggers or LoggerArgs(),
-        callbacks=arguments.callbacks or CallbackArgs(),
+        loggers=arguments.loggers or find("widefield.pretraining.loggers:LoggerArgs")(),
+        callbacks=arguments.callbacks or find("widefield.pretraining.callbacks:CallbackArgs")(),
     )
 
 
@@ -161,16 +171,17 @@ def check_precision(precision: Any, on_cpu: bool) -> None:
         raise ValueError(f"precision={precision!r} is for GPUs; give 'bf16-true', 'bf16-mixed' or '32-true' on a CPU")
 
 
-def _method(name: str, errors: Errors) -> type[Method]:
+def _method(name: str, errors: Errors, find: Callable[[str], Any]) -> "type[Method]":
+    base: type[Method] = find("widefield.pretraining.methods.base:Method")
     try:
-        found = METHODS.get(name)
+        found = METHODS.get(name, find=find)
     except UnknownNameError as error:
         near = _OTHER_METHODS.get(name)
         errors.append(f"method: {error}" if near is None else f"method={name!r} is not here; the nearest is {near}")
-        return Method
-    if not (isinstance(found, type) and issubclass(found, Method)):
+        return base
+    if not (isinstance(found, type) and issubclass(found, base)):
         errors.append(f"method: {name} is no subclass of widefield.pretraining.Method")
-        return Method
+        return base
     return found
 
 
@@ -201,7 +212,7 @@ def _check_passed_on(
             errors.add(check_value(given[name], Count, (where, name)))
 
 
-def _optim(method: type[Method], arguments: SimpleNamespace, errors: Errors) -> OptimArgs | None:
+def _optim(method: "type[Method]", arguments: SimpleNamespace, errors: Errors) -> "OptimArgs | None":
     optim = method.optim.named(arguments.optim)
     if optim is None:
         names = [one.name for one in method.optim.choices]

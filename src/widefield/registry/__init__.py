@@ -15,6 +15,7 @@ from widefield.registry.imports import (
     suggestion,
 )
 from widefield.registry.index import Entry, registered_in, transforms
+from widefield.registry.outline import OutlineError, outline
 from widefield.registry.registry import (
     ComponentOf,
     DuplicateNameError,
@@ -51,6 +52,7 @@ __all__ = [
     "ComponentOf",
     "DuplicateNameError",
     "Entry",
+    "OutlineError",
     "Range",
     "Registry",
     "UnknownNameError",
@@ -59,6 +61,7 @@ __all__ = [
     "import_module_or_file",
     "import_object",
     "near_names",
+    "outline",
     "registered_in",
     "split_description",
     "suggestion",

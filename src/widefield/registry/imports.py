@@ -127,9 +127,9 @@ def _run(path: Path) -> ModuleType:
 
 def near_names(name: str, choices: Iterable[str]) -> list[str]:
     """Return the names among `choices` that `name` may be a slip of, the nearest first; case counts for nothing."""
-    spellings: dict[str, str] = {}
+    spellings: dict[str, list[str]] = {}
     for choice in choices:
-        spellings.setdefault(choice.lower(), choice)
+        spellings.setdefault(choice.lower(), []).append(choice)
     given = name.lower()
     near = difflib.get_close_matches(given, spellings, n=3, cutoff=0.65)
     begun = [
@@ -137,7 +137,7 @@ def near_names(name: str, choices: Iterable[str]) -> list[str]:
         for one in spellings
         if one and (given.startswith(one) or one.startswith(given)) and min(len(given), len(one)) > 2
     ]
-    return [spellings[one] for one in dict.fromkeys([*near, *begun])][:3]
+    return [choice for one in dict.fromkeys([*near, *begun]) for choice in spellings[one]][:3]
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -152,18 +152,20 @@ class Registry:
 
         return register if module is None else register(module)
 
-    def get(self, name: str, kind: str | None = None) -> Callable[..., Any]:
+    def get(self, name: str, kind: str | None = None, find: Callable[[str], Any] = import_object) -> Callable[..., Any]:
         """Return the component called `name`.
 
         Args:
             name: As it was registered, or an import path.
             kind: The kind of component that is looked for: a message about a name that does not exist suggests these.
+            find: Called with the `package.module:Name` of the component; `outline` imports nothing.
 
         Raises:
             UnknownNameError: There is none; the message has the near names.
         """
         if name in self._registered:
-            return self._registered[name].component
+            held = self._registered[name]
+            return held.component if find is import_object else find(held.entry.target)
         target = self.index[name].target if name in self.index else self._plugin_target(name)
         if target is None and ("." in name or ":" in name):
             target = name
@@ -171,7 +173,7 @@ class Registry:
             choices = self.names(kind) or self.names()
             raise UnknownNameError(f"no {kind or self.name} named {name!r}; {suggestion(name, choices)}", name)
         try:
-            component = import_object(target)
+            component = find(target)
         except ValueError as error:
             raise UnknownNameError(f"no {self.name} named {name!r}: {error}", name) from error
         if not callable(component):

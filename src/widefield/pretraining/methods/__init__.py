@@ -18,10 +18,13 @@ from widefield.registry import Registry, registered_in
 
 METHODS = Registry("method", partial(registered_in, "METHODS", "pretraining/methods"), group="widefield.methods")
 
+RULE = ("lr_scale_method", "reference_batch_size", "gradient_clip_val")
+"""Entries of `method_args` that every method has; they are attributes of its `optim`."""
+
 
 def list_methods() -> list[str]:
     """Return the names of all methods of pretraining."""
     return METHODS.names()
 
 
-__all__ = ["METHODS", "list_methods"]
+__all__ = ["METHODS", "RULE", "list_methods"]
