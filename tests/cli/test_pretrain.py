@@ -181,6 +181,7 @@ def test_zero_is_a_value_and_the_seed_counts_for_a_wrapper_in_a_file(monkeypatch
         (["fit", "--images", "gone", "--out", "new"], "the folder of images gone does not exist"),
         (["fit", "--model", "torchvision/resnet81"], "did you mean torchvision/resnet18"),
         (["fit", "--out", "full/x"], "full/x is a file"),
+        (["fit", "--weights", "full/gone.pt"], "--weights: full/gone.pt does not exist"),
         (["predict", "gone", "--checkpoint", "full/x"], "cannot read gone: there is no such file"),
         (["test", "--run", "gone"], "there is no run in gone"),
         (["check", "timm/resnet81"], "did you mean timm/resnet18"),

@@ -172,6 +172,37 @@ def test_a_model_that_was_given_by_name_makes_itself_anew(named: Path, tmp_path:
     assert len(torch.load(tmp_path / "e.pt", weights_only=True)["embeddings"]) == 10
 
 
+def test_a_trained_model_is_opened_from_a_checkpoint_and_from_an_exported_file(named: Path, run: Path) -> None:
+    opened = widefield.load_model(named)
+    assert_same(dict(opened.state_dict()), dict(exported(named.parents[1])))
+    file = run.parents[1] / "exported_models" / "exported_last.pt"
+    of_file = widefield.load_model_from_checkpoint(file, model=TinyWrapper(seed=3))
+    assert_same(dict(of_file.state_dict()), dict(exported(run.parents[1])))
+    assert not opened.training and not of_file.training
+    with pytest.raises(ValueError, match=r"holds weights alone: .* the checkpoint of its run is .*last.ckpt"):
+        widefield.load_model(file)
+    with pytest.raises(ValueError, match="of `widefield pretrain`, and its model has no classifier"):
+        widefield.get_model(named)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"pytorch-lightning_version": "2.6", "state_dict": {}},
+            r"get_model\(FILE\) opens it if `widefield fit` wrote it",
+        ),
+        (nn.Linear(1, 1), "holds a whole module: torch.load"),
+    ],
+)
+def test_what_opens_a_file_that_is_no_checkpoint_of_pretraining_is_told(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=message):
+        widefield.load_model(tmp_path / "x.ckpt")
+
+
 def test_published_weights_are_not_fetched_again(tmp_path: Path, images: Path, named: Path) -> None:
     content = torch.load(named, weights_only=True)
     assert content["widefield"]["named_model"] == {

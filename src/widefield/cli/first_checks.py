@@ -25,6 +25,7 @@ _MISSING = {
     "run": "there is no run in {}, which does not exist",
 }
 """The message about a path that is not there, by the argument."""
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 _NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
 
 
@@ -54,8 +55,17 @@ def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
         ValueError, OSError: As `check_paths` and `check_folder`.
     """
     check_paths(arguments, others)
+    if is_missing_file(arguments.weights):
+        raise FileNotFoundError(f"--weights: {arguments.weights} does not exist")
     if arguments.out is not None:
         check_folder(arguments.out, arguments.resume)
+
+
+def is_missing_file(weights: Any) -> bool:
+    """Return True if `weights` names a file that is not there; published weights have names without such an ending."""
+    return (
+        isinstance(weights, str) and weights.endswith(_WEIGHTS) and "://" not in weights and not Path(weights).is_file()
+    )
 
 
 def check_folder(out: Path, resume: bool) -> None:

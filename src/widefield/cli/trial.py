@@ -1,7 +1,6 @@
 """Make all that a configuration describes once before any data is read: constructors refuse more than their types say."""
 
 import logging
-import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from widefield.cli.first_checks import is_missing_file
 from widefield.components.component import Component
 from widefield.components.metrics import METRICS
 from widefield.config import Config, build, find_class
@@ -26,7 +26,6 @@ _WITH_EFFECTS = ("logger", "profiler", "plugins", "deterministic", "benchmark", 
 _WITHOUT_EFFECTS = dict.fromkeys(
     ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
 )
-_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 _ONE_WEIGHT = nn.Linear(1, 1, bias=False)
 
 
@@ -55,8 +54,7 @@ def try_out(config: Config, starts: bool = True) -> None:
 def _missing_weights(config: Config) -> list[Problem]:
     """Return a problem if the weights of a network are those of a file that is not there; published ones have names."""
     weights = _of(config, "model").get("weights")
-    is_missing = isinstance(weights, str) and weights.endswith(_WEIGHTS) and not pathlib.Path(weights).is_file()
-    return [(("model", "weights"), f"{weights} does not exist")] if is_missing else []
+    return [(("model", "weights"), f"{weights} does not exist")] if is_missing_file(weights) else []
 
 
 def _checkpoints(config: Config, model: nn.Module) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from widefield.inference.names import BEST, CONFIG, LAST, model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
+from widefield.pretraining.checkpoint import KEY as PRETRAINED
 from widefield.registry import MODELS, import_module_or_file, suggestion
 
 
@@ -152,6 +153,11 @@ def load_trained(
         classifier, _ = Classifier.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
         set_info(classifier, _info(checkpoint, {}))
         return classifier
+    if PRETRAINED in checkpoint:
+        raise ValueError(
+            f"{path} is of `widefield pretrain`, and its model has no classifier; `widefield fit --weights` trains one on what "
+            "`widefield export` writes of it, and widefield.load_model_from_checkpoint opens it as it is"
+        )
     if config is None:
         beside = path.parent / CONFIG
         if not beside.is_file():

@@ -88,10 +88,12 @@ class Checkpoint:
             FileNotFoundError: There is none.
             ValueError: It is another file.
         """
-        found = cls.of(path, read_torch_file(path))
+        content = {} if path.suffix == ".safetensors" and path.is_file() else read_torch_file(path)
+        found = cls.of(path, content)
         if found is None:
             raise ValueError(
-                f"checkpoint: {path} was not written by widefield.train; give a .ckpt file in the folder checkpoints of a run"
+                f"checkpoint: {path} was not written by widefield.train; give a .ckpt file in the folder checkpoints of a run. "
+                f"It {_other_file(path, content)}"
             )
         return found
 
@@ -155,6 +157,17 @@ class Checkpoint:
         return {new + name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
 
 
+def _other_file(path: Path, content: Any) -> str:
+    """Return what a file is that is no checkpoint of `widefield.train`, and what opens it."""
+    if not isinstance(content, dict):
+        return "holds a whole module: torch.load(FILE, weights_only=False) opens it, if you trust whoever wrote it"
+    if "pytorch-lightning_version" in content:
+        return "is of another Lightning module: widefield.get_model(FILE) opens it if `widefield fit` wrote it"
+    run = path.parent.parent / "checkpoints" / "last.ckpt"
+    beside = f"; the checkpoint of its run is {run}" if run.is_file() else ""
+    return f"holds weights alone: widefield.load_model_from_checkpoint(FILE, model=...) loads them into a model{beside}"
+
+
 def load_checkpoint(wrapper: Any, path: Path) -> None:
     """Load the model's weights of a checkpoint of `train`, or an exported state dict, into `wrapper`.
 
@@ -206,17 +219,22 @@ def load_model_from_checkpoint(
     """Return the trained model of a checkpoint of `widefield.train`, what `get_model` of its wrapper returns, in evaluation mode.
 
     Args:
-        checkpoint: A .ckpt file in the folder `checkpoints` of a run.
+        checkpoint: A .ckpt file in the folder `checkpoints` of a run, or an exported state dict.
         device: Where it is put; None: the CPU.
-        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed if the run was not given
-            it by name, because checkpoints hold no code.
+        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed for a state dict, and if the
+            run was not given the model by name, because files hold no code.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It is another file, or `model` is needed or another one.
     """
-    embedding = Checkpoint.read(Path(checkpoint)).embedding_model(model)
-    found: nn.Module = embedding.wrapped_model.get_model().to(device)
+    path = Path(checkpoint)
+    if model is None or path.suffix == ".ckpt":
+        wrapper = Checkpoint.read(path).embedding_model(model).wrapped_model
+    else:
+        wrapper = wrap(model)
+        load_checkpoint(wrapper, path)
+    found: nn.Module = wrapper.get_model().to(device)
     return found.eval()
 
 

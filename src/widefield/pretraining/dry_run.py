@@ -69,12 +69,24 @@ def _run(embedding: EmbeddingModel, channels: int, size: tuple[int, int]) -> Ten
     weight = next(embedding.parameters(), torch.empty(0))
     views = torch.rand(BATCH, channels, *size, device=weight.device)
     shape = tuple(views.shape)
-    features = _tried(embedding.features, views, f"forward_features failed on views of shape {shape}")
+    what = f"forward_features failed on views of shape {shape}{_other_channels(wrapper, channels)}"
+    features = _tried(embedding.features, views, what)
     _check_output("forward_features", features, "features", wrapper.feature_dim())
     shape = tuple(features["features"].shape)
     pooled = _tried(wrapper.forward_pool, features, f"forward_pool failed on features of shape {shape}")
     _check_output("forward_pool", pooled, "pooled_features", wrapper.feature_dim())
     return embedding.pooled(features)
+
+
+def _other_channels(wrapper: nn.Module, channels: int) -> str:
+    """Return what to do where the first convolution takes another number of channels; an empty text where it does not."""
+    first = next((part for part in wrapper.modules() if isinstance(part, nn.Conv2d)), None)
+    if first is None or first.in_channels == channels:
+        return ""
+    return (
+        f", and the first layer of the model takes {first.in_channels} channels; give a model for {channels}, or a name, by which "
+        'one is made for them: "torchvision/resnet18"'
+    )
 
 
 def _tried(function: Callable[[Any], Any], given: Any, what: str) -> Any:
