@@ -20,6 +20,19 @@ def test_split_resnet_makes_a_head_of_the_right_width(name: str, features: int) 
         assert torch.allclose(head(trunk(image)), net(image), atol=1e-6)
 
 
+def test_split_resnet_refuses_a_network_of_other_parts() -> None:
+    with pytest.raises(
+        ValueError, match=r"Sequential is not laid out like a ResNet: it has no conv1, .*widefield\.split"
+    ):
+        split_resnet(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_a_slip_in_an_argument_is_found_before_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("widefield.models.resnet.resnet.make_resnet", lambda *args: pytest.fail("downloaded"))
+    with pytest.raises(TypeError, match="no argument 'los_fn'; did you mean loss_fn"):
+        StreamingResNet("resnet18", 64, los_fn=nn.CrossEntropyLoss())
+
+
 def test_split_resnet_without_classes_is_the_trunk_alone() -> None:
     net = tv.resnet18().eval()
     image = torch.rand(1, 3, 64, 64)

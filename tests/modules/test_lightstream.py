@@ -434,6 +434,12 @@ def test_batches_of_any_shape_leave_the_images_alone() -> None:
         ({"loss_fn": "ce"}, "cannot be called with"),
         ({"foo": 1}, "there is no argument 'foo'"),
         ({"memory_buget": 1}, "did you mean memory_budget"),
+        ({"los_fnn": 1}, "did you mean loss_fn"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 must be at least 1"),
+        (
+            {"head": BaseModule(nn.Conv2d(3, 4, 3), tile_size=32)},
+            "head is a BaseModule, which streams; the trunk comes first",
+        ),
         ({"before_streaming_init_callbacks": print}, "must be a list of functions"),
     ],
 )

@@ -13,7 +13,7 @@ from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_tim
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
 from widefield.models.tasks import parts_of
 from widefield.modules import ImageNetClassifier
-from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD, check_options
 from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
 from widefield.streaming.tiles import Normalisation
@@ -209,6 +209,7 @@ class StreamingTimm(ImageNetClassifier):
         weights: Weights = "DEFAULT",
         **options: Any,
     ) -> None:
+        check_options(type(self), options)
         net = make_timm(model_name, num_classes, weights)
         settings: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
         options = {name: settings[name] for name in ("mean", "std") if name in settings} | options

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -62,9 +62,7 @@ class StreamingConstructor:
             mean, std = IMAGENET_MEAN, IMAGENET_STD
         self.before_streaming_init_callbacks = _callbacks("before", before_streaming_init_callbacks)
         self.after_streaming_init_callbacks = _callbacks("after", after_streaming_init_callbacks)
-        if unknown := sorted(options.keys() - _OPTIONS):
-            known = _OPTIONS | set(_ARGUMENTS)
-            raise TypeError(f"there is no argument {unknown[0]!r}; {suggestion(unknown[0], known)}")
+        check_options(StreamingConstructor, options)
         self.options = {
             "tile_size": tile_size,
             "deterministic": deterministic,
@@ -97,10 +95,21 @@ class StreamingConstructor:
         return network
 
 
-_ARGUMENTS = tuple(inspect.signature(StreamingConstructor).parameters)
-_OPTIONS = set(inspect.signature(StreamingCNN).parameters) - {"module", *_ARGUMENTS}
+_PASSED_ON = {*inspect.signature(StreamingConstructor).parameters, *inspect.signature(StreamingCNN).parameters}
+_PASSED_ON -= {"model", "module", "options"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_options(kind: type, options: Iterable[str]) -> None:
+    """Raise TypeError for the name of an option that neither a constructor of `kind` nor the engine takes.
+
+    Called before weights are downloaded.
+    """
+    owners = [owner for owner in kind.__mro__ if owner.__module__.startswith("widefield.")]
+    known = _PASSED_ON.union(*(inspect.signature(owner).parameters for owner in owners)) - {"options"}
+    for name in sorted(set(options) - known):
+        raise TypeError(f"there is no argument {name!r}; {suggestion(name, known)}")
 
 
 def by_default(trunk_alone: bool, options: dict[str, Any]) -> dict[str, Any]:

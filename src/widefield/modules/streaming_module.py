@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
-from widefield.modules.constructor import StreamingConstructor, without_effect
+from widefield.modules.constructor import StreamingConstructor, check_options, without_effect
 from widefield.modules.recordings import Recordings
 from widefield.streaming import LazyImage, StreamingCNN
 from widefield.streaming.budget import parse_tile_size
@@ -95,6 +95,13 @@ class BaseModule(pl.LightningModule):
             raise ValueError(
                 f"loss_fn={loss_fn!r:.100} cannot be called with (output, targets); give torch.nn.CrossEntropyLoss() say"
             )
+        if isinstance(head, BaseModule):
+            raise ValueError(
+                f"head is a {type(head).__name__}, which streams; the trunk comes first, and the head after it"
+            )
+        if accumulate_grad_batches is not None and accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches} must be at least 1")
+        check_options(type(self), options)
         options = {"mean": mean, "std": std, "memory_budget": memory_budget, "value_range": value_range, **options}
         self.stream_network = _streamed(stream_network, tile_size, options)
         self.head = head
@@ -462,7 +469,7 @@ class StreamingModule(BaseModule):
     ) -> None:
         if isinstance(head, (int, tuple)):
             head, tile_size, loss_fn = None, head, None  # behind them stands where the tile cache was
-        elif tile_size is not None and not isinstance(tile_size, (int, tuple, list)):
+        elif tile_size is not None and not isinstance(tile_size, (int, tuple, list, str)):
             tile_size, loss_fn = None, tile_size
         super().__init__(stream_network, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
 

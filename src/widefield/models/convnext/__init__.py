@@ -1,7 +1,5 @@
 """ConvNeXts that stream."""
 
-from widefield.models.convnext.convnext import StreamingConvNeXt
-
-StreamingConvnext = StreamingConvNext = StreamingConvNeXt  # lightstream's spellings, of 0.0.x and 1.x
+from widefield.models.convnext.convnext import StreamingConvNeXt, StreamingConvNext, StreamingConvnext
 
 __all__ = ["StreamingConvNeXt", "StreamingConvNext", "StreamingConvnext"]

@@ -7,7 +7,7 @@ from torchmetrics import Metric, MetricCollection
 
 from widefield.models.networks import Weights, make_timm, make_torchvision, new_linear, one_name
 from widefield.modules import ImageNetClassifier
-from widefield.modules.constructor import by_default
+from widefield.modules.constructor import by_default, check_options
 from widefield.modules.streaming_module import Loss
 from widefield.streaming import split
 
@@ -59,6 +59,7 @@ class StreamingConvNeXt(ImageNetClassifier):
         remove_last_block: bool = False,
         **options: Any,
     ) -> None:
+        check_options(type(self), options)
         model_name = one_name(model_name, encoder, self.model_choices)
         alone = loss_fn is None and metrics is None and num_classes is None
         if not alone and (additional_modules is not None or remove_last_block):
@@ -98,3 +99,6 @@ class StreamingConvNeXt(ImageNetClassifier):
             train_streaming_layers=train_streaming_layers,
             use_stochastic_depth=use_stochastic_depth,
         )
+
+
+StreamingConvnext = StreamingConvNext = StreamingConvNeXt  # lightstream's spellings, of 0.0.x and 1.x

@@ -10,7 +10,7 @@ from torchmetrics import Metric, MetricCollection
 
 from widefield.models.networks import RESNETS, Weights, make_resnet, new_linear, one_name
 from widefield.modules import ImageNetClassifier
-from widefield.modules.constructor import by_default
+from widefield.modules.constructor import by_default, check_options
 from widefield.modules.streaming_module import Loss
 
 _TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -31,12 +31,20 @@ def split_resnet(net: nn.Module, num_classes: int | None = None, remove_last_blo
             Xavier-normal weights. A bool is `remove_last_block`, which is second in lightstream 1.x.
         remove_last_block: Leave `layer4` out.
 
+    Raises:
+        ValueError: The model has other parts than a ResNet.
+
     Returns:
         The trunk, from an image (N, 3, H, W) to a map (N, C, H/32, W/32), and, with `num_classes`, the head, from the map to
         (N, num_classes). Without `num_classes` the trunk alone, as lightstream 1.x has it.
     """
     if isinstance(num_classes, bool):
         remove_last_block, num_classes = num_classes, None
+    if missing := [name for name in _TRUNK if not hasattr(net, name)]:
+        raise ValueError(
+            f"the {type(net).__name__} is not laid out like a ResNet: it has no {', '.join(missing)}; "
+            "widefield.split(net) cuts any model"
+        )
     trunk = nn.Sequential(*(net.get_submodule(name) for name in (_TRUNK[:-1] if remove_last_block else _TRUNK)))
     if num_classes is None:
         return trunk
@@ -104,6 +112,7 @@ class StreamingResNet(ImageNetClassifier):
         remove_last_block: bool = False,
         **options: Any,
     ) -> None:
+        check_options(type(self), options)
         name = one_name(model_name, encoder, self.model_choices)
         alone = loss_fn is None and metrics is None and num_classes is None
         outputs = 1000 if num_classes is None else num_classes
