@@ -35,9 +35,23 @@ def test_what_has_no_patches_or_class_token_is_refused(tmp_path: Path, data: Pat
 
 def test_half_of_the_global_views_hide_a_tenth_to_a_half() -> None:
     torch.manual_seed(0)
-    counts = random_masks(9, (10, 10)).flatten(1).sum(1).sort().values.tolist()
+    counts = random_masks(9, (10, 10), (0.1, 0.5), 0.5).flatten(1).sum(1).sort().values.tolist()
     assert counts[:4] == [0] * 4
     assert all(10 + 8 * k <= count <= 18 + 8 * k for k, count in enumerate(counts[4:]))
+    assert random_masks(4, (10, 10), (0.7, 0.7), 1.0).flatten(1).sum(1).tolist() == [70] * 4
+
+
+def test_how_much_is_hidden_can_be_told_and_class_tokens_and_patches_can_share_a_head() -> None:
+    method = make("dinov2", timm_vit(), ibot_separate_head=False, mask_ratio_max=0.2, mask_probability=1.0, **DINOV2)
+    assert method.patch_head is method.head and method.teacher_patch_head is method.teacher_head
+    assert len(method.heads()) == 1
+    assert (method.mask_ratios, method.mask_probability) == ((0.1, 0.2), 1.0)
+    loss = method.loss([images(3, side) for side in (16, 16, 8)], 0)
+    loss["loss"].backward()
+    assert loss["train_loss/ibot"] > 0 and method.head.layers[0].weight.grad is not None
+    for wrong in ({"mask_ratio_min": 0.6}, {"mask_ratio_min": 0.0}, {"mask_probability": 0.0}):
+        with pytest.raises(ValueError, match="must be above 0, and the first at most the second"):
+            make("dinov2", timm_vit(), **wrong, **DINOV2)
 
 
 @pytest.mark.parametrize("registers", [0, 2])
@@ -54,7 +68,7 @@ def test_the_loss_is_that_of_the_papers_in_double_precision(registers: int) -> N
     torch.manual_seed(7)
     results = method.loss(views, 20)
     torch.manual_seed(7)
-    masks, prefix = random_masks(6, (4, 4)), 1 + registers
+    masks, prefix = random_masks(6, (4, 4), (0.1, 0.5), 0.5), 1 + registers
     temperature = 0.04 + 0.03 * 20 / 300
     assert results["schedule/teacher_temp"] == pytest.approx(temperature)
 

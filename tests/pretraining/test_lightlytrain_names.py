@@ -129,7 +129,7 @@ def test_their_defaults_given_by_hand_are_taken_wherever_they_are_ours() -> None
         ({"callbacks": {"model_checkpoint": {"save_weights_only": True}}}, "exported_last.pt has the weights alone"),
         ({"loader_args": {"shuffle": False}}, r"loader_args\.shuffle=False; training batches are shuffled"),
         ({"method": "dino", "method_args": {"warmup_teacher_temp_epochs": 3}}, "give warmup_teacher_temp_steps"),
-        ({"method": "dinov2", "method_args": {"ibot_separate_head": False}}, "patches have a head of their own"),
+        ({"method": "dinov2", "method_args": {"ibot_bottleneck_dim": 64}}, "bottleneck_dim is that of both heads"),
         ({"method": "dino", "method_args": {"momentum_start": "low"}}, "method_args.momentum_start: got 'low'"),
         (
             {"method": "distillationv2"},

@@ -1,5 +1,6 @@
 """DINOv2."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -18,9 +19,6 @@ from widefield.pretraining.methods.dino import DINO
 from widefield.pretraining.methods.transformers import block_masks, mask_token, opened
 from widefield.pretraining.optimizers import LARS, SGD, AdamW, Optim, parameter_groups
 from widefield.pretraining.transform_args import LocalViews, RandomResize
-
-MASKED_SHARES = (0.1, 0.5)
-"""Smallest and largest share of hidden patches in a view that has any; half of the global views do."""
 
 MOMENTUM = 0.992
 """Momentum of the teacher at the start, in long runs."""
@@ -44,12 +42,15 @@ class DINOv2(DINO):
         momentum_start: Of the teacher at the start; "auto" is `MOMENTUM`, less in a run of few steps.
         center_momentum: Of the means that are taken from the teacher's outputs.
         patch_weight, koleo_weight: Of these parts of the loss.
+        ibot_separate_head: Patches have a head of their own; False: that of the class tokens.
+        mask_ratio_min, mask_ratio_max: Smallest and largest share of hidden patches in a view that has any.
+        mask_probability: Share of the global views that have some, rounded up to whole views.
         layer_decay: Factor of the learning rate from each layer of the transformer to the one before it.
         weight_decay_end: At the last step; it rises as half a cosine.
-        kwargs: Those of `DINO`, for the two heads, one for class tokens and one for patches.
+        kwargs: Those of `DINO`, for both heads.
 
     Raises:
-        ValueError: The model is something else.
+        ValueError: The model is something else, or no patch would be hidden.
     """
 
     name: ClassVar[str] = "dinov2"
@@ -69,14 +70,10 @@ class DINOv2(DINO):
         "teacher_temp_warmup_steps": "warmup_teacher_temp_steps",
     }
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "ibot_separate_head": (True, "patches have a head of their own here"),
         "ibot_bottleneck_dim": (256, "bottleneck_dim is that of both heads"),
         "student_freeze_backbone_steps": (0, "all of the model trains from the first step on"),
         "dino_loss_weight": (1.0, "it is 1; scale ibot_loss_weight, koleo_loss_weight and optim_args.lr instead"),
         "center_method": ("softmax", "the teacher is centred by a moving mean, as 'softmax' does"),
-        "mask_ratio_min": (0.1, "a tenth to a half of the patches of a view are hidden"),
-        "mask_ratio_max": (0.5, "a tenth to a half of the patches of a view are hidden"),
-        "mask_probability": (0.5, "half of the global views have hidden patches"),
         "min_lr": (1e-6, "the learning rate ends at a thousandth of optim_args.lr"),
         "patch_embed_lr_multiplier": (0.2, "patches are embedded at the learning rate of layer_decay"),
     }
@@ -97,10 +94,20 @@ class DINOv2(DINO):
         center_momentum: Share = 0.9,
         patch_weight: Weight = 1.0,
         koleo_weight: Weight = 0.1,
+        ibot_separate_head: bool = True,
+        mask_ratio_min: Share = 0.1,
+        mask_ratio_max: Share = 0.5,
+        mask_probability: Share = 0.5,
         layer_decay: Share = 0.9,
         weight_decay_end: Weight | Auto = 0.4,
         **kwargs: Any,
     ) -> None:
+        if not 0 < mask_ratio_min <= mask_ratio_max or not mask_probability:
+            raise ValueError(
+                f"method_args: mask_ratio_min={mask_ratio_min}, mask_ratio_max={mask_ratio_max} and "
+                f"mask_probability={mask_probability} must be above 0, and the first at most the second; patch_weight=0 leaves the "
+                "loss of hidden patches out"
+            )
         transformer = opened(embedding, self.name, class_token=True)
         super().__init__(
             embedding,
@@ -115,9 +122,11 @@ class DINOv2(DINO):
         self.transformer = transformer
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.layer_decay = layer_decay
-        self.patch_head = self.make_head()
+        self.mask_ratios, self.mask_probability = (mask_ratio_min, mask_ratio_max), mask_probability
+        self.separate = ibot_separate_head
+        self.patch_head = self.make_head() if self.separate else self.head
         self.mask_token = mask_token(self.transformer)
-        self.teacher_patch_head = momentum_copy(self.patch_head)
+        self.teacher_patch_head = momentum_copy(self.patch_head) if self.separate else self.teacher_head
         self.teacher = opened(self.teacher_embedding, self.name)
         outputs = self.head.last_layer.out_features
         self.ibot = IBOTPatchLoss(outputs, student_temp=student_temp, center_momentum=center_momentum)
@@ -125,7 +134,7 @@ class DINOv2(DINO):
         self.local_norm: nn.Module | None = None  # normalises what the student makes of local views; None: the model's
 
     def heads(self) -> list[tuple[DINOProjectionHead, nn.Module]]:
-        return [*super().heads(), (self.patch_head, self.teacher_patch_head)]
+        return [*super().heads(), *([(self.patch_head, self.teacher_patch_head)] if self.separate else [])]
 
     def loss(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor | float]:
         return self.loss_and_patches(views, step)[0]
@@ -134,7 +143,7 @@ class DINOv2(DINO):
         """Return the loss, and the student's patches (2 B, L, width) of the two global views, some of them hidden from it."""
         whole, prefix = torch.cat(list(views[:2])), self.transformer.prefix
         grid = self.transformer.grid(whole)
-        mask = random_masks(len(whole), grid).to(whole.device)
+        mask = random_masks(len(whole), grid, self.mask_ratios, self.mask_probability).to(whole.device)
         hidden = mask.flatten(1)
         with torch.no_grad():
             seen = self.teacher.layers(self.teacher.tokens(whole), grid)[-1]
@@ -171,9 +180,9 @@ class DINOv2(DINO):
         return parameter_groups(self, weight_decay, scale, list(self.embedding.parameters()))
 
 
-def random_masks(count: int, grid: tuple[int, int]) -> Tensor:
-    """Masks (count, rows, columns) for a batch: half of them, rounded up, hide shares that are spread over `MASKED_SHARES`."""
-    masked, (low, high) = (count + 1) // 2, MASKED_SHARES
+def random_masks(count: int, grid: tuple[int, int], ratios: tuple[float, float], probability: float) -> Tensor:
+    """Return masks (count, rows, columns): a share `probability` of them, rounded up, hides shares spread over `ratios`."""
+    masked, (low, high) = math.ceil(count * probability), ratios
     shares = low + (high - low) * (torch.arange(masked) + torch.rand(masked)) / masked
     masks = block_masks(grid, shares.tolist())
     masks += [torch.zeros(grid, dtype=torch.bool)] * (count - masked)
