@@ -134,7 +134,7 @@ def test_a_spacing_is_that_of_the_patches_of_slides(monkeypatch, tmp_path):
         called["slides"] = slides
 
     monkeypatch.setattr("widefield.pretraining.pretrain", pretrain)
-    where = ["--out", out, "--data", str(tmp_path), "--model", "m"]
+    where = ["--out", out, "--data", str(tmp_path), "--model", "timm/resnet10t"]
     assert main(["pretrain", *where, "--spacing", "0.5", "slides.patch_size=64"]) == 0
     assert called["slides"] == {"spacing": 0.5, "patch_size": 64}
 
@@ -163,12 +163,27 @@ def test_zero_is_a_value_and_the_seed_counts_for_a_wrapper_in_a_file(monkeypatch
         (["pretrain", "--out", "full", "--data", "full", "--model", "timm/resnet18"], "full is not empty"),
         (["pretrain", "--out", "new", "--data", "gone", "--model", "timm/resnet18"], "data: gone does not exist"),
         (["pretrain", "--out", "new", "--data", "full", "--model", "timm/resnet81"], "did you mean timm/resnet18"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "resnet18"], "did you mean torchvision/resnet18"),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "dinov3/vitb16"], "timm/vit_base_patch16_dinov3"),
+        (
+            [
+                "pretrain",
+                *["--out", "new", "--data", "full", "--model", "timm/resnet18", "method_args.teacher_weights=gone.pt"],
+            ],
+            "method_args.teacher_weights: gone.pt does not exist",
+        ),
         (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--epoch", "3"], "did you mean --epochs?"),
         (["pretrain", "--out", "new", "--data", "full", "--model", "m", "epoch=3"], "did you mean epochs?"),
         (["pretrain", "--out", "new", "--model", "m"], "give --data"),
-        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--method", "simlcr"], "did you mean simclr?"),
-        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "--batch-size", "0"], "int, at least 1"),
-        (["pretrain", "--out", "new", "--data", "full", "--model", "m", "transform_args.image=3"], "mean image_size"),
+        (
+            ["pretrain", "--out", "new", "--data", "full", "--model", "m.py:M", "--method", "simlcr"],
+            "did you mean simclr?",
+        ),
+        (["pretrain", "--out", "new", "--data", "full", "--model", "m.py:M", "--batch-size", "0"], "int, at least 1"),
+        (
+            ["pretrain", "--out", "new", "--data", "full", "--model", "m.py:M", "transform_args.image=3"],
+            "mean image_size",
+        ),
         (
             ["embed", "--out", "new", "--data", "full", "--checkpoint", "full/x", "format=numpy"],
             "one of 'torch', 'csv'",

@@ -161,7 +161,7 @@ def test_what_is_not_here_is_answered_by_name(options: dict[str, Any], message: 
 
 def test_outlines_take_what_the_classes_themselves_take() -> None:
     needed = {"distillation": {"teacher": "timm/resnet10t"}, "beit": {"target_generator": {"type": "DALL-E"}}}
-    for name in METHODS.names():
+    for name in METHODS.index:
         options = {"method": name, "method_args": needed.get(name), "optim": "adamw", "trainer_args": {"max_steps": 3}}
         assert settings(outline, **options).as_yaml() == settings(**options).as_yaml()
 

@@ -101,12 +101,19 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
     """
     given = arguments_of_call(arguments, others)
     data = given.get("data", [])
-    for name, paths in (("data", [data] if isinstance(data, str) else data), ("checkpoint", [given.get("checkpoint")])):
+    method_args = given.get("method_args")
+    method_args = method_args if isinstance(method_args, dict) else {}  # else its value is refused below
+    paths_of = {
+        "checkpoint": [given.get("checkpoint")],
+        "method_args.teacher_weights": [method_args.get("teacher_weights")],
+    }
+    for name, paths in {"data": [data] if isinstance(data, str) else data, **paths_of}.items():
         for path in paths:
             if path is not None and not Path(path).expanduser().exists():
                 raise FileNotFoundError(f"{name}: {path} does not exist")
     if not arguments.imports:  # they may bring networks
-        _check_model(given.get("model"))
+        _check_name(given.get("model"))
+        _check_name(method_args.get("teacher"))
     out, overwrite = Path(given["out"]).expanduser(), bool(given.get("overwrite"))
     if not arguments.imports:  # they may bring methods
         _check_values(arguments.verb, given)
@@ -114,6 +121,14 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
         OutFolder(out.resolve()).check(overwrite, bool(given.get("resume_interrupted") or given.get("resume")))
     else:
         check_file(out, overwrite)
+
+
+def _check_name(model: Any) -> None:
+    """Raises ValueError for the name of a model, or of a teacher, that is none."""
+    if isinstance(model, str) and ":" not in model:
+        with suppress(OutlineError):
+            outline("widefield.pretraining.wrapping:split_name")(model)
+        _check_model(model)
 
 
 def _check_values(verb: str, given: dict[str, Any]) -> None:

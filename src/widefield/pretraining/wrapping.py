@@ -242,14 +242,14 @@ def _measured(wrapper: KnownModel, side: int = 64) -> KnownModel:
 
 
 def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module | ModelWrapper:
-    package, _, short = name.partition("/")
-    of_torchvision = torchvision.models.list_models(torchvision.models)
-    if package == "torchvision" and short:
+    package, short = split_name(name)
+    if package == "torchvision":
+        of_torchvision = torchvision.models.list_models(torchvision.models)
         if short not in of_torchvision:
             raise ValueError(f"no model named {name!r}; {_near(short, of_torchvision, package)}")
         made = _built(name, torchvision.models.get_model, short, **arguments)
         return made if num_channels == RGB else with_first_layer_for(made, num_channels)
-    if package == "timm" and short:
+    if package == "timm":
         import timm
 
         if not timm.is_model(short):
@@ -258,14 +258,22 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
         with suppress(TypeError):  # transformers know it, so that views may have other sizes; most others do not
             return timm.create_model(short, **{"dynamic_img_size": True, **given})  # type: ignore[no-any-return]
         return _built(name, timm.create_model, short, **given)  # type: ignore[no-any-return]
-    if package == "widefield" and short:
-        return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
+    return _built(name, MODELS.build, {"type": short, **arguments})  # type: ignore[no-any-return]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the package and the model that a name such as "torchvision/resnet18" is made of.
+
+    Raises:
+        ValueError: It has none of the `PACKAGES`.
+    """
+    package, _, short = name.partition("/")
+    if package in PACKAGES and short:
+        return package, short
     if package in THEIRS and short:
         raise ValueError(f"{name!r} is a name of LightlyTrain; {_theirs(package, short)}")
-    hint = (
-        f"did you mean torchvision/{name} or timm/{name}?" if name in of_torchvision else "such as torchvision/resnet18"
-    )
-    raise ValueError(f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}, {hint}")
+    hint = "such as torchvision/resnet18" if "/" in name else f"did you mean torchvision/{name} or timm/{name}?"
+    raise ValueError(f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}; {hint}")
 
 
 def with_first_layer_for(model: nn.Module, channels: int) -> nn.Module:
