@@ -58,7 +58,10 @@ def test_a_classifier_more_or_less_is_no_error(tmp_path: Path, caplog: pytest.Lo
     assert "has a classifier, which is left out: fc.bias, fc.weight" in caplog.text
 
 
-def test_a_checkpoint_of_pretraining_is_answered_with_the_file_of_its_weights(tmp_path: Path) -> None:
+def test_a_checkpoint_of_pretraining_is_answered_with_the_file_of_its_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "widefield")
     for name, content in (
         ("checkpoints/last.ckpt", {"method.a": torch.zeros(1)}),
         ("exported_models/exported_last.pt", {}),
@@ -67,6 +70,7 @@ def test_a_checkpoint_of_pretraining_is_answered_with_the_file_of_its_weights(tm
         torch.save({"state_dict": content}, tmp_path / name)
     with pytest.raises(ValueError, match=r"exported_last\.pt holds its weights"):
         load_weights(make_model("resnet10_w16", 2, None), tmp_path / "checkpoints" / "last.ckpt")
+    assert "stays random" not in caplog.text  # nothing was loaded
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

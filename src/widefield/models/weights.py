@@ -41,14 +41,14 @@ def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     classifier = _classifier_keys(net)
     if any(key.startswith("backbone.") for key in state.keys() - own.keys()):
         state = _of_model(net, state, classifier, path)
-    if fresh := [key for key in classifier if key not in state or state[key].shape != own[key].shape]:
-        state.update({key: own[key] for key in fresh})
-        _log.info("%s has no classifier of these classes: %s stays random", path.name, ", ".join(fresh))
+    fresh = [key for key in classifier if key not in state or state[key].shape != own[key].shape]
+    state.update({key: own[key] for key in fresh})
     missing = sorted(own.keys() - state.keys())
     surplus = sorted(state.keys() - own.keys())
+    left_out: list[str] = []
     if surplus and (_is_linear_layer(surplus, state) or all(HEADS & {*key.split(".")[:-1]} for key in surplus)):
-        _log.info("%s has a classifier, which is left out: %s", path.name, ", ".join(surplus))
-        state, surplus = {key: state[key] for key in own if key in state}, []
+        left_out, surplus = surplus, []
+        state = {key: state[key] for key in own if key in state}
     shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     for what, keys in (("lacks", missing), ("has, unlike the network,", surplus), ("has in another shape", shapes)):
         if keys:
@@ -58,6 +58,10 @@ def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 f"give weights of the same architecture{_exported_beside(path)}"
             )
     net.load_state_dict(state)
+    if fresh:
+        _log.info("%s has no classifier of these classes: %s stays random", path.name, ", ".join(fresh))
+    if left_out:
+        _log.info("%s has a classifier, which is left out: %s", path.name, ", ".join(left_out))
 
 
 def _of_model(net: nn.Module, state: dict[str, Tensor], classifier: list[str], path: Path) -> dict[str, Tensor]:
