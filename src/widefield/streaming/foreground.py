@@ -25,7 +25,7 @@ class Foreground:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        counts = mask.cpu().to(torch.int64).cumsum(1).cumsum(2)
+        counts = mask.cpu().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
         self.batch, self.size = mask.shape[0], (mask.shape[1], mask.shape[2])
         self.counts = torch.nn.functional.pad(counts, (1, 0, 1, 0))  # [n, r, c]: foreground cells above r and left of c
 
@@ -43,8 +43,9 @@ class Foreground:
             (torch.from_numpy(low * cells // n), torch.from_numpy(-(-high * cells // n)))
             for n, cells, (low, high) in zip(extent, self.size, (rows, cols), strict=True)
         )
-        across = self.counts[:, :, right] - self.counts[:, :, left]
-        return across[:, bottom] - across[:, top] > 0
+        top, bottom = top[:, None], bottom[:, None]
+        below, above = (self.counts[:, row, right] - self.counts[:, row, left] for row in (bottom, top))
+        return below - above > 0
 
 
 def parse_mask(mask: Any, image: Any, shape: Sequence[int]) -> Foreground | None:

@@ -284,7 +284,8 @@ class StreamingCNN(nn.Module):
 
     def _versions(self) -> list[tuple[int, int]]:
         """What changes when a parameter or buffer does."""
-        return [(x.data_ptr(), x._version) for x in (*self.module.parameters(), *self.module.buffers())]
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
 
     def _wanted(self, shape: Sequence[int], image: Any, region: Any, mask: Any) -> Wanted | None:
         """The part of an image of `shape` that is wanted; None if it is all of it."""
@@ -389,7 +390,7 @@ class StreamingCNN(nn.Module):
         """Return the plan for an image of `shape` (channels, height, width) or (N, channels, height, width).
 
         A training step if gradients are enabled and a parameter requires them, else a forward pass. `region` and `mask` are as for
-        `forward`.
+        `forward`. With a `process_group`, the plan is that of this process.
         """
         device, dtype = self._device_and_dtype(None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
@@ -397,8 +398,10 @@ class StreamingCNN(nn.Module):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
         program = self._program(full, dtype, device)
         wanted = self._wanted(full, None, region, mask)
-        planner = self._planner(program, device, partial=wanted is not None)
-        return planner.plan(wanted)[0]
+        partial = wanted is not None
+        if self.ranks is not None:
+            wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
+        return self._planner(program, device, partial=partial).plan(wanted)[0]
 
     def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
         """Return the places that the entries of a map look at, for an image of `shape` (channels, height, width).

@@ -7,12 +7,13 @@ over which reductions run.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from widefield.streaming.captured import Node
 from widefield.streaming.extents import AxisMap, Positions, Span
@@ -246,17 +247,25 @@ def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[Parti
 
 def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[range]]:
     """For each scan, the tile rows whose results belong to each process: about as much work for all."""
-    everything = _needs(
-        program, grids, replace(wanted, band=(0, 1)), [range(grid.row_schedule.steps) for grid in grids]
-    )
     found, ranks = [], wanted.band[1]
-    for grid in everything:
-        sizes = np.array([value.pixel_bytes for value in grid.stage.values])
-        work = np.cumsum(np.einsum("v,vij->i", sizes, grid.boxes.sizes))
-        ends = np.searchsorted(work, work[-1] * np.arange(1, ranks) / ranks, side="left") + 1
-        edges = [0, *ends.tolist(), len(work)]
+    for grid, work in zip(grids, _work(program, grids, wanted), strict=True):
+        done = np.cumsum(work)
+        ends = np.searchsorted(done, done[-1] * np.arange(1, ranks) / ranks, side="left") + 1
+        edges = [0, *ends.tolist(), grid.row_schedule.steps]
         found.append([range(a, b) for a, b in itertools.pairwise(edges)])
     return found
+
+
+def _work(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[npt.NDArray[np.int64]]:
+    """The bytes of maps that each tile row of each scan computes of what is wanted by all processes together."""
+    if wanted.scattered:
+        everything = _needs(program, grids, wanted, [range(grid.row_schedule.steps) for grid in grids])
+        tiles = [part.boxes.sizes.sum(2) for part in everything]
+    else:
+        widths = ([[grid.extent(v)[1]] for v in range(len(grid.stage.values))] for grid in grids)
+        tiles = [np.diff(grid.row_schedule.ready_array) * width for grid, width in zip(grids, widths, strict=True)]
+    sizes = ([value.pixel_bytes for value in grid.stage.values] for grid in grids)
+    return [np.array(size) @ each for size, each in zip(sizes, tiles, strict=True)]
 
 
 def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted, name: str) -> list[int]:

@@ -16,7 +16,8 @@ class Plan:
     """A streamed pass over an image of `image_shape` (N, C, H, W).
 
     `tile_size` is (height, width) in pixels, `steps` the number of tiles scanned (those that drain the network included).
-    `computed_fraction` is the share of all maps, by bytes, that is computed: below 1 for a region or with a mask.
+    `computed_fraction` is the share of all maps, by bytes, that is computed: below 1 for a region, with a mask, and in one of
+    several processes, where 1 / computed_fraction is the speed-up to be expected.
     `predicted_bytes` at the peak, above the weights, their gradients and the image, by kind:
 
     - `weights`: copies and combinations of weights, and the sums of their gradients while a pass lasts;

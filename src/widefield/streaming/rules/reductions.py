@@ -245,6 +245,8 @@ def lowest(dtype: torch.dtype, sign: int = 1) -> float:
     """Return the value of `dtype` that no maximum (`sign` 1) or minimum (-1) takes before another."""
     if dtype.is_floating_point:
         return -sign * torch.inf
+    if dtype == torch.bool:
+        return sign < 0
     info = torch.iinfo(dtype)
     return info.min if sign > 0 else info.max
 
