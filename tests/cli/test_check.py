@@ -87,7 +87,14 @@ def test_the_result_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert result["plan"]["tile_size"] == [100, 100]
 
 
-@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1", "torch.nn:Identity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/test_resnet",
+        pytest.param("torchvision/squeezenet1_1", marks=pytest.mark.slow),
+        "torch.nn:Identity",
+    ],
+)
 def test_models_of_libraries(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", name, "--size", "33x37", "--plan-size", "64x64", "--json"]) == (name == "torch.nn:Identity")
     assert json.loads(capsys.readouterr().out)["model"] == name

@@ -37,9 +37,9 @@ def write_folder(folder: Path, dtype: str, channels: int, scale: float, count: i
     [
         ("u1", 1, 255, [], (1, None)),
         ("u2", 5, 4095, ["--spacing", "1.0"], (5, "percentiles")),
-        ("u2", 5, 65_535, ["--channels", "[4, 0]"], (2, None)),
+        pytest.param("u2", 5, 65_535, ["--channels", "[4, 0]"], (2, None), marks=pytest.mark.slow),
         ("f4", 4, 1e4, ["--level", "0"], (4, "percentiles")),
-        ("u1", 3, 100, ["--value-range", "percentiles"], (3, "percentiles")),
+        pytest.param("u1", 3, 100, ["--value-range", "percentiles"], (3, "percentiles"), marks=pytest.mark.slow),
     ],
 )
 def test_images_of_any_kind_are_trained_on_and_predicted(tmp_path, dtype, channels, scale, more, expected, caplog):

@@ -56,12 +56,13 @@ def numbers_of(run: Path) -> dict[str, Any]:
             ["a", "b", "c"],
             {"auc", "map", "f1"},
         ),
-        (
+        pytest.param(
             "months;died",
             [f"{k + 1};{int(k % 3 > 0)}" for k in range(10)],
             ["--task", "survival", "--columns", "{time: months, event: died}"],
             ["below 3", "3 to 5", "5 to 6", "6 and later"],
             {"c_index"},
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -344,6 +344,7 @@ def one_of_two(rank: int, store: str, views: list[Tensor], expected: dict[str, t
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @fresh
 def test_two_processes_have_the_gradients_and_the_queue_of_one(tmp_path: Path) -> None:
     torch.manual_seed(5)

@@ -68,7 +68,13 @@ def test_convnext() -> None:
         StreamingConvNeXt("convnext_tny", weights=None)
 
 
-@pytest.mark.parametrize(("kind", "remove_last_block"), [(StreamingResNet, False), (StreamingConvNeXt, True)])
+@pytest.mark.parametrize(
+    ("kind", "remove_last_block"),
+    [
+        (StreamingResNet, False),
+        pytest.param(StreamingConvNeXt, True, marks=pytest.mark.slow),
+    ],
+)
 def test_without_loss_and_classes_it_is_the_trunk_alone(kind: Any, remove_last_block: bool) -> None:
     name = "resnet18_w8" if kind is StreamingResNet else "convnext_atto"
     options = {"weights": None, "remove_last_block": remove_last_block}

@@ -84,6 +84,7 @@ def test_what_cannot_be_streamed_is_told_before_out_is_made(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_models_of_torchvision_stream() -> None:
     model = wrap(ShuffleNetV2([1, 1, 1], [8, 16, 16, 16, 32]))
     assert isinstance(model, PartsInARow)

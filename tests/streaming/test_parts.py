@@ -153,7 +153,7 @@ def test_a_region_with_a_mask_is_exact() -> None:
         )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     layers=st.lists(layer, min_size=2, max_size=7),
     size=st.tuples(st.integers(4, 45), st.integers(4, 45)),

@@ -25,7 +25,7 @@ FAST = {
 }
 
 
-SLOW = ("features/ghostnet_100", "timm/repghostnet_050", "timm/lcnet_035", "timm/test_nfnet")
+SLOW = ("timm/test_convnext", "features/ghostnet_100", "timm/repghostnet_050", "timm/lcnet_035", "timm/test_nfnet")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAST])

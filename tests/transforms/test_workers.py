@@ -75,6 +75,7 @@ for workers, context, epochs in ((1, "fork", 2), (2, "fork", 2), (1, "spawn", 1)
 """
 
 
+@pytest.mark.slow
 def test_images_repeat_with_the_seed_and_differ_between_workers_and_epochs(path):
     sums = [line.split() for line in run(WORKERS, path).splitlines()]
     assert sums[0::2] == sums[1::2]
