@@ -319,7 +319,14 @@ class StreamingCNN(nn.Module):
 
         The result is computed once more for it. `self(image).backward(grad)` adds the same, and computes it once. Hooks on the
         result of this module take no part.
+
+        Raises:
+            ValueError: `grad` is None: the result has got no gradient.
         """
+        if grad is None:
+            raise ValueError(
+                "grad is None: set requires_grad on the result before the loss is computed from it, then call loss.backward()"
+            )
         with torch.enable_grad():
             self.forward(image).backward(grad)
 
