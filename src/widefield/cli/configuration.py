@@ -25,6 +25,7 @@ SHORTCUTS = {
     "level": "data.level",
     "spacing": "data.spacing",
     "channels": "data.channels",
+    "foreground": "data.foreground",
     "value_range": "model.value_range",
     "batch_size": "data.batch_size",
     "model": "model.model_name",
@@ -35,7 +36,7 @@ SHORTCUTS = {
     "epochs": "trainer.max_epochs",
     "out": "trainer.default_root_dir",
 }
-_TEXTS = ("model", "weights", "separator")
+_TEXTS = ("model", "weights", "separator", "foreground")
 """Shortcuts whose value is a text even where it looks like a number."""
 
 

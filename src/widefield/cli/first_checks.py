@@ -22,6 +22,7 @@ _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
     "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
     "checkpoint": "the checkpoint {} does not exist",
+    "foreground": "the foreground {} does not exist; give auto, none, otsu, hsv, a GeoJSON file, or a folder of such files",
     "run": "there is no run in {}, which does not exist",
 }
 """The message about a path that is not there, by the argument."""

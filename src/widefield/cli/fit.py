@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError
 
 from widefield.cli import fit_run
 from widefield.cli.configuration import SHORTCUTS, read_configuration
+from widefield.cli.verbs import foreground_argument
 from widefield.config import ConfigError
 
 
@@ -45,6 +46,8 @@ def fit(
     """
     flags = {name: entries.pop(name) for name in (*SHORTCUTS, "seed") if name in entries}
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
+    if "foreground" in flags:
+        flags["foreground"] = foreground_argument(flags["foreground"])
     places = {name: None if place is None else Path(place) for name, place in (("images", images), ("labels", labels))}
     files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
     arguments = argparse.Namespace(

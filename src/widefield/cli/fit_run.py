@@ -19,9 +19,11 @@ from widefield.cli.history import History, StepMemory, write_csv, write_training
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
+from widefield.components.models.features import left_out
 from widefield.config import Config
 from widefield.data import LabelledImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
+from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import other_weights
 from widefield.inference.names import BEST, CONFIG, LAST
 from widefield.models import Classifier
@@ -98,6 +100,9 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
     if classifies:
         statistics = _normalise(model, data, cli.config.model, cli.config.data.seed)
+    if isinstance(data, LabelledImages):
+        _settle_background(model, data)
+    if classifies:
         _check(model, data)
     if last:
         _log.info("continuing from %s", last)
@@ -156,8 +161,28 @@ def _check(model: LightningModule, data: LabelledImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
     images = [image for image, _ in data.train_set]
     largest = max(images, key=lambda image: image.shape[1] * image.shape[2])
-    plan = model.stream_network.plan(largest.shape)
-    _log.info("an image of %d x %d pixels in %d steps of %d x %d", *largest.shape[1:], plan.steps, *plan.tile_size)
+    plan = model.stream_network.plan(largest.shape, mask=left_out(largest.background).get("mask"))
+    skipped = f", {1 - plan.computed_fraction:.0%} skipped" if largest.background is not None else ""
+    _log.info(
+        "an image of %d x %d pixels in %d steps of %d x %d%s", *largest.shape[1:], plan.steps, *plan.tile_size, skipped
+    )
+
+
+def _settle_background(model: LightningModule, data: LabelledImages) -> None:
+    """Say how much of the images is background, which is left out; take all of them if the model takes no masks."""
+    images = [image for dataset in (data.train_set, data.val_set, data.test_set) for image, _ in dataset]
+    masked = [image for image in images if image.background is not None]
+    if not masked:
+        return
+    if not keep_background_if_usable(model, masked[0]):
+        data.take_all_of_images()
+        return
+    pixels = [image.shape[1] * image.shape[2] for image in masked]
+    blank = sum(n * (1 - image.background.mask.share) for n, image in zip(pixels, masked, strict=True)) / sum(pixels)
+    _log.info(
+        "%d of %d images have a background, %.0f%% of their pixels, which is skipped (--foreground %s)",
+        len(masked), len(images), 100 * blank, data.foreground,
+    )  # fmt: skip
 
 
 def _normalise(model: Classifier, data: LabelledImages, given: Any, seed: int) -> PixelStatistics:

@@ -19,11 +19,13 @@ from widefield.config import load
 from widefield.data.pipeline import Picture
 from widefield.images import ImageFile, image_endings, images_below
 from widefield.inference.averaged_views import AveragedViews
+from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
 from widefield.models import Classifier
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
 from widefield.reports.heatmap import import_rasterio
+from widefield.streaming import StreamingCNN
 
 _log = logging.getLogger(__name__)
 _SHOWN = 10
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     streaming = {name: value for name, value in options.items() if value is not None}
     config = None if arguments.config is None else load(arguments.config)
     model: Any = load_trained(checkpoint, streaming=streaming, config=config)
-    info = info_of(model)
+    info = info_of(model).with_foreground(arguments.foreground, len(files))
     if isinstance(model, ImageToImageRetriever):
         info = replace(info, class_names=None)  # its scores are those of the items of the collection, by their index
     network = streamed_network(model)
@@ -67,7 +69,14 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     with checkpoint_file(checkpoint).open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     table = PredictionTable(
-        out, {"checkpoint": digest, "level": level, "spacing": arguments.spacing, "tta": arguments.tta}
+        out,
+        {
+            "checkpoint": digest,
+            "level": level,
+            "spacing": arguments.spacing,
+            "tta": arguments.tta,
+            "foreground": info.foreground,
+        },
     )
     alone = len(files) == 1
     if arguments.resume:
@@ -83,12 +92,14 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
             import_rasterio()  # rather than after hours of computing
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
+        keep_background_if_usable(model, image)
         picture = info.pipeline(image)
         prediction = _predict(model, info, picture, views)
         stem = free_stem(file, table.names)
         paths = {one: out / f"{stem}{ENDINGS[one]}" for one in formats if prediction.heatmap is not None}
         _save(prediction, paths, picture, file.name, arguments.thresholds)
-        table.add(file, {**prediction.cells, "overlay": ";".join(path.name for path in paths.values())})
+        cells = {**prediction.cells, "skipped": _skipped(network, image)}
+        table.add(file, {**cells, "overlay": ";".join(path.name for path in paths.values())})
 
     with make_progress() as progress:
         bar = progress.add_task("images", total=len(files))
@@ -165,6 +176,14 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     cells |= _peak(heatmap if isinstance(picture, ImageFile) else None)
     told = f"{float(scores.max()):.4g}" if task_of(model) == "regression" else f"{float(scores.max()):.0%}"
     return _Prediction(cells, names[int(scores.argmax())], told, heatmap)
+
+
+@torch.no_grad()  # as the image was computed
+def _skipped(network: StreamingCNN | None, image: ImageFile) -> str:
+    """Return the cell for the share of the computation of an image that was skipped as background."""
+    if network is None or image.background is None:
+        return "0"
+    return f"{1 - network.plan(image.shape, mask=image.background.mask).computed_fraction:.3g}"
 
 
 def _peak(heatmap: Heatmap | None) -> dict[str, str]:

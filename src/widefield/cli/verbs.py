@@ -99,6 +99,13 @@ def _shares(text: str) -> tuple[float, ...]:
     return shares
 
 
+def foreground_argument(text: str | Path) -> str | Path:
+    """The name of a way to find the foreground, or else the path of a file or folder that says it."""
+    return text if text in FOREGROUNDS else Path(text)
+
+
+FOREGROUNDS = ("auto", "none", "otsu", "hsv")
+"""Ways to find the foreground, see `widefield.images.ForegroundChoice`."""
 HEATMAPS = ("png", "tiff", "geojson")
 """Formats of heatmaps."""
 _IMPORTS = _option(
@@ -109,6 +116,18 @@ _IMPORTS = _option(
     default=[],
 )
 _IMAGES = _option("images", "IMAGES", "image files, or folders to search for them", Path, nargs="+")
+
+
+def _foreground(default: str) -> Declaration:
+    return _option(
+        "--foreground",
+        "METHOD",
+        f"what is computed of an image: {', '.join(FOREGROUNDS)}, a GeoJSON file, or a folder with NAME.geojson for each image "
+        f"(default: {default})",
+        foreground_argument,
+    )
+
+
 _MEMORY_BUDGET = _option("--memory-budget", "SIZE", "such as 2GiB (default: chosen from the free memory)")
 _RUN = (
     _option("--run", "DIR", "folder that `widefield fit` wrote", Path),
@@ -182,6 +201,7 @@ VERBS = {
             _option("--level", "N", "level of the image pyramids, 0 the largest (default: 0)", int),
             _option("--spacing", "UM", "micrometres per pixel instead of a level", float),
             _option("--channels", "LIST", "channels by index or name, such as [0, 2] (default: all)"),
+            _foreground("auto"),
             _option(
                 "--value-range", "R", "what stands for 0 and 1: [LOW, HIGH], dtype or percentiles (default: found)"
             ),
@@ -203,6 +223,11 @@ target), and maybe its split (split: train, val or test) and patient (case_id, p
   --task multilabel --columns "{label: [necrosis, mitosis]}"  0 or 1 in each
   --task regression --columns "{label: age}"                  a number, or several as a list
   --task survival --columns "{time: months, event: died}"     1 where the event was observed, 0 where not until then
+
+--foreground auto leaves out the background of slides of which a thumbnail shows less than half to be foreground, by Otsu's
+threshold: it is not read and not computed, and poolings look at the rest. A slide has several levels or a known spacing, 4096
+pixels or more on its long side, and is no map. otsu and hsv do so for every image, a GeoJSON file (of QuPath, say) holds its
+polygons, and none takes images as they are. With auto, a network that needs whole images gets whole images.
 
 The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
 the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,
@@ -270,12 +295,14 @@ Arguments of widefield.export may also be given as key=value.
             _option("--format", "FORMAT", "(default: torch)"),
             _option("--batch-size", "N", "images at a time (default: 128)", int),
             _option("--spacing", "UM", "micrometres per pixel of slides as a whole, with image_size=null", float),
+            _foreground("auto, of slides as a whole"),
             *_CALL,
         ),
         """\
 Formats: torch, csv, lightly_csv, parquet. Images of any size are resized to image_size (default: [224, 224]).
 Every other argument of widefield.embed is given as key=value, such as image_size=128 or num_workers=4. Slides, each as a whole:
-image_size=null level=1 streaming.memory_budget=2GiB
+image_size=null level=1 streaming.memory_budget=2GiB; their background is left out as --foreground of `widefield fit` says.
+Patches of slides (slides.patch_size=256) are those with foreground anyway.
 """,
         takes_others=True,
         check="widefield.cli.first_checks:check_call",
@@ -315,6 +342,7 @@ read, or if the images and the label table do not name each other.
             _flag("--resume", "go on in --out: leave out the images that have a prediction there"),
             _option("--level", "N", "level of the image pyramids (default: that of the training)", int),
             _option("--spacing", "UM", "micrometres per pixel (default: that of the training)", float),
+            _foreground("that of the training"),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step (default: chosen)", _count),
             _option("--tta", "VIEWS", "average over views: hflip, vflip, crop=SIDE, with commas"),
@@ -332,16 +360,17 @@ read, or if the images and the label table do not name each other.
         ),
         """\
 Writes predictions.csv: image, a probability per class, the predicted class, where the evidence for it is greatest (in pixels of
-the largest level, and in micrometres from the corner), the files with heatmaps, and the error of an image that failed. Folders
-are searched with all below. Each row is on disk before the next image is read; where one fails, the others go on, and the exit
-code is 2.
+the largest level, and in micrometres from the corner), the share of the computation that was skipped as background (`skipped`, see
+--foreground of `widefield fit`), the files with heatmaps, and the error of an image that failed. Folders are searched with all
+below. Each row is on disk before the next image is read; where one fails, the others go on, and the exit code is 2.
 
 Where the model has a map of the image, the evidence for the predicted class is written as
   png      the image with the evidence over it, and what lies where it is greatest at full resolution
   tiff     a pyramidal OME-TIFF of the evidence as float32, in the image's place and with its spacing; of a map a GeoTIFF with its
            coordinate reference system, which needs widefield[geo]
   geojson  annotations for QuPath: contours of the evidence above --thresholds
-There is no evidence where the image holds no data (NaN, or the value that the file names for missing data).
+There is no evidence where the image holds no data (NaN, or the value that the file names for missing data), nor in the background
+that was left out.
 """,
     ),
     "visualize": Verb(

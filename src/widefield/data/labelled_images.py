@@ -16,7 +16,7 @@ from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, re
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
 from widefield.data.targets import Label, Task, interval_names, strata, target_of
-from widefield.images import Alpha, ImageFile, open_image
+from widefield.images import Alpha, Background, ForegroundChoice, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)
@@ -26,23 +26,38 @@ Batch = tuple[list[ImageFile], Tensor]
 
 
 class ImageDataset(Dataset[tuple[ImageFile, Label]]):
-    """Pairs (lazy image, label). Opening an image reads its header only.
+    """Pairs (lazy image, label). Opening an image reads its header, and the first time a thumbnail, if it may have a background.
+
+    Attributes:
+        foreground: How the background is found, which an image has as its attribute `background`.
 
     Args:
         images: What to open.
         options: How, see `open_image`: level, spacing, channels, alpha, fill.
+        foreground: See above; by default no image has a background.
     """
 
-    def __init__(self, images: Sequence[LabelledImage], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        options: Mapping[str, Any],
+        foreground: str = "none",
+    ) -> None:
         self.images = tuple(images)
         self.options = options
+        self.foreground = ForegroundChoice(foreground)
+        self._found: dict[tuple[int, ForegroundChoice], Background | None] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[ImageFile, Label]:
-        image = self.images[index]
-        return open_image(image.path, **self.options), image.label
+        labelled = self.images[index]
+        image, key = open_image(labelled.path, **self.options), (index, self.foreground)
+        if key not in self._found:
+            self._found[key] = self.foreground.of(image)
+        image.background = self._found[key]
+        return image, labelled.label
 
     def __iter__(self) -> Iterator[tuple[ImageFile, Label]]:
         return (self[index] for index in range(len(self)))
@@ -98,6 +113,7 @@ class LabelledImages(pl.LightningDataModule):
         columns: Names of columns of the table, such as `{image: slide, label: grade}`; those that are left out are guessed.
         task: What is to be predicted: one class, any number of labels, numbers, or the time of an event.
         separator: For task=multilabel, what stands between the labels in one cell.
+        foreground: What is computed of an image, see `ForegroundChoice.method`: a model that takes masks leaves out the rest.
 
     Attributes:
         class_names: Names of the classes, the labels, the numbers, or the intervals of time.
@@ -106,7 +122,7 @@ class LabelledImages(pl.LightningDataModule):
     Raises:
         OSError: A file or folder is missing or not readable as an image.
         LabelError: The label table cannot be used, or no images are left to train on.
-        ValueError: A level that an image doesn't have, or an argument out of range.
+        ValueError: A level that an image doesn't have, an argument out of range, or no foreground by an explicit method.
     """
 
     component_kind = "data module"
@@ -126,11 +142,13 @@ class LabelledImages(pl.LightningDataModule):
         columns: Columns | None = None,
         task: Task = "classification",
         separator: str | None = None,
+        foreground: str = "auto",
     ) -> None:
         super().__init__()
         if spacing is not None and level:
             raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
         table = read_labels(labels, images, columns, task, separator)
+        ForegroundChoice(foreground).check_count(len(table.images))
         self.options: dict[str, Any] = {
             "level": None if spacing else level,
             "spacing": spacing,
@@ -142,7 +160,7 @@ class LabelledImages(pl.LightningDataModule):
         self._table = table
         splits = _split(table, task, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
-            ImageDataset(splits[name], self.options) for name in ("train", "val", "test")
+            ImageDataset(splits[name], self.options, foreground) for name in ("train", "val", "test")
         )
         if not len(self.train_set):
             raise LabelError(f"{labels} leaves no image to train on; give some rows the split train")
@@ -179,6 +197,16 @@ class LabelledImages(pl.LightningDataModule):
         return next(iter(channels)), str(next(iter(types)))
 
     @property
+    def foreground(self) -> str:
+        """How the foreground of all images is found."""
+        return self.train_set.foreground.method
+
+    def take_all_of_images(self) -> None:
+        """Leave no background out from now on, and say so in checkpoints."""
+        for dataset in (self.train_set, self.val_set, self.test_set):
+            dataset.foreground = ForegroundChoice("none")
+
+    @property
     def described(self) -> str:
         """Words for what is predicted."""
         kind = {
@@ -205,6 +233,7 @@ class LabelledImages(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         return {
             **self.options,
+            "foreground": self.foreground,
             "pixels": (self.image_channels, self.image_type),
             "class_names": self.class_names,
             "target": self.target,

@@ -1,5 +1,6 @@
 """Lazily read images: one object, whatever the file, that reads a region without loading the rest."""
 
+from widefield.images.background import Background, ForegroundChoice
 from widefield.images.files import OTHER_PICTURES, image_endings, images_below, is_image_name
 from widefield.images.foreground import Mask, foreground
 from widefield.images.formats import Alpha, ImageReadError, warn_of_dropped_alpha
@@ -8,6 +9,8 @@ from widefield.images.image import ImageFile, open_image, thumbnail
 __all__ = [
     "OTHER_PICTURES",
     "Alpha",
+    "Background",
+    "ForegroundChoice",
     "ImageFile",
     "ImageReadError",
     "Mask",

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from widefield.errors import WrongArgumentError
 from widefield.images.formats import cannot_read, real_number
-from widefield.images.image import ImageFile, overview
+from widefield.images.image import ImageFile, as_rgb, coarse_means
 
 MASK_SIZE = 512
 """Cells on the long side of a mask, unless a spacing says otherwise."""
@@ -78,14 +78,23 @@ def foreground(image: ImageFile, method: str | Path | np.ndarray = "otsu", *, sp
         size = max(1, round(max(n * s for n, s in zip(image.shape[1:], image.spacing, strict=True)) / spacing))
     if isinstance(method, np.ndarray):
         return Mask(method)
-    if isinstance(method, Path) or (isinstance(method, str) and method.lower().endswith((".geojson", ".json"))):
+    if isinstance(method, Path) or (isinstance(method, str) and is_geojson(method)):
         return _inside_polygons(image, Path(method), size)
-    if not isinstance(method, str) or method not in _METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise WrongArgumentError(
-            f"foreground method {method!r}; expected {', '.join(_METHODS)}, a GeoJSON file or an array"
+            f"foreground method {method!r}; expected {', '.join(METHODS)}, a GeoJSON file or an array"
         )
-    picture, has_data = overview(image, size)
-    return Mask(_METHODS[method](picture) & has_data)
+    return mask_of(coarse_means(image, size), image.dtype, str(method))
+
+
+def is_geojson(method: str | Path) -> bool:
+    """True if it names a GeoJSON file rather than a method."""
+    return str(method).lower().endswith((".geojson", ".json"))
+
+
+def mask_of(means: np.ndarray, dtype: np.dtype, method: str) -> Mask:
+    """Find the foreground on the `coarse_means` (channels, rows, columns) of an image of `dtype`, by a method of `METHODS`."""
+    return Mask(METHODS[method](as_rgb(means, dtype)) & np.isfinite(means).any(0))
 
 
 def by_otsu(picture: np.ndarray) -> np.ndarray:
@@ -116,7 +125,8 @@ def _by_saturation(picture: np.ndarray) -> np.ndarray:
     return (hsv[..., 1] > 15 / 255) & (hsv[..., 2] > 0.1)
 
 
-_METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"otsu": by_otsu, "hsv": _by_saturation}
+METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"otsu": by_otsu, "hsv": _by_saturation}
+"""Functions from an RGB picture to a mask of it, by name."""
 
 
 def _inside_polygons(image: ImageFile, path: Path, size: int) -> Mask:
@@ -129,9 +139,11 @@ def _inside_polygons(image: ImageFile, path: Path, size: int) -> Mask:
         raise cannot_read(path, f"it is no GeoJSON ({type(error).__name__}: {error})") from error
     if not polygons:
         raise cannot_read(path, "it holds no polygon; expected Polygon or MultiPolygon in a FeatureCollection")
-    height, width = image.levels[0]
-    scale = min(1.0, size / max(height, width))
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    height, width = image.levels[
+        0
+    ]  # in whose pixels the polygons are; there are never more cells than pixels that are read
+    scale = min(1.0, size / max(image.shape[1:]))
+    rows, columns = (max(1, round(n * scale)) for n in image.shape[1:])
     cells = np.zeros((rows, columns), bool)
     for outer, *holes in polygons:
         drawn = Image.new("1", (columns, rows))

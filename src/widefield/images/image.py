@@ -51,11 +51,16 @@ class ImageFile:
         spacing: Micrometres per pixel of this image, (y, x); None if the file doesn't say.
         channel_names: A name for each channel; None if the file doesn't say.
         nodata: Value of pixels that hold no data; None if the file doesn't say.
+        fill: What takes the place of values that are no data, see `open_image`; None leaves them.
         crs: Coordinate reference system of a map, such as "EPSG:32632"; None if there is none.
         transform: (a, b, c, d, e, f) of a map: the corner (x, y) of a pixel of this image lies at (a x + b y + c, d x + e y + f).
         associated_images: Functions that read the pictures beside the image (label, macro, thumbnail), by name; each gives a uint8
             array (height, width, 3).
+        background: What a model leaves out of the image, see `widefield.images.background`; None: nothing. It goes with the image
+            through `pickle`, and changes nothing about `read`.
     """
+
+    background: Any = None
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class ImageFile:
         }
         self.channel_names = contents.channel_names and tuple(contents.channel_names[channel] for channel in channels)
         self._arguments, self._pixels, self._channels = arguments, pixels, channels
-        self._fill = arguments["fill"]
+        self.fill = arguments["fill"]
         scale = tuple(full / part for full, part in zip(contents.levels[0], pixels.shape[1:], strict=True))
         self.spacing = contents.spacing and (contents.spacing[0] * scale[0], contents.spacing[1] * scale[1])
         self.transform = contents.transform and scaled(contents.transform, *scale)
@@ -124,8 +129,8 @@ class ImageFile:
             problem = "not enough memory for" if isinstance(error, MemoryError) else "truncated or corrupt data in"
             where = f"y={y}, x={x}, height={height}, width={width}"
             raise cannot_read(self.path, f"{problem} the region {where} ({error})") from error
-        if self._fill is not None:
-            pixels[~has_data(pixels, self.nodata)] = self._fill
+        if self.fill is not None:
+            pixels[~has_data(pixels, self.nodata)] = self.fill
         return pixels
 
     def at_level(self, level: int) -> "ImageFile":
@@ -133,7 +138,7 @@ class ImageFile:
         return open_image(self._source, **{**self._arguments, "level": level, "spacing": None})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self._source, dict(self._arguments))
+        return _reopened, (self._source, dict(self._arguments)), {"background": self.background}
 
 
 def _beside(path: Path | str, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -392,14 +397,19 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
 
 def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A `thumbnail`, and where it has data: boolean array (height, width)."""
+    means = coarse_means(image, size)
+    return as_rgb(means, image.dtype), np.isfinite(means).any(0)
+
+
+def coarse_means(image: ImageFile, size: int) -> np.ndarray:
+    """The pixels of a `thumbnail` as means of what the file stores: float64 (channels, height, width), NaN without data."""
     if not isinstance(image, ImageFile):
         raise WrongArgumentError(f"image={image!r}; expected an image that open_image returned")
     size = whole_number("size", size, f"a thumbnail of {image.path}", 1)
     _, height, width = image.shape
     scale = min(1.0, size / max(height, width))
     target = max(1, round(height * scale)), max(1, round(width * scale))
-    means = _box_mean(_as_stored(image, target), target)
-    return _as_rgb(means, image.dtype), np.isfinite(means).any(0)
+    return _box_mean(_as_stored(image, target), target)
 
 
 def data_at(image: ImageFile, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -440,7 +450,7 @@ def _as_stored(image: ImageFile, target: Size) -> ImageFile:
     """The image without `fill`, at its smallest level of at least `target` (height, width) pixels, never a larger one than now."""
     enough = [index for index, level in enumerate(image.levels) if level[0] >= target[0] and level[1] >= target[1]]
     smallest = max([image.level, *enough])
-    if smallest == image.level and image._fill is None:
+    if smallest == image.level and image.fill is None:
         return image
     place = {} if smallest == image.level else {"level": smallest, "spacing": None}
     return open_image(image._source, **{**image._arguments, **place, "fill": None})
@@ -478,7 +488,8 @@ def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
     return found if nodata is None else found & (pixels != nodata)
 
 
-def _as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return `coarse_means` of an image of `dtype` as an RGB picture, uint8 (height, width, 3)."""
     colours = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
     known = colours[np.isfinite(colours)]
     if dtype != np.uint8 and known.size:

@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.components.models.features import background_of
 from widefield.data.pipeline import Picture
+from widefield.images import Background, Mask
 
 Region = tuple[int, int, int, int]
 """(y, x, height, width) in pixels."""
@@ -85,6 +87,23 @@ class LazyView:
     def dtype(self) -> Any:
         """That of the image."""
         return self.image.dtype
+
+    @property
+    def background(self) -> Background | None:
+        """That of the whole image, turned as the view is. A part of it has none: cells of the mask may lie across its border.
+
+        Raises:
+            ValueError: A part of an image whose mask was asked for by name.
+        """
+        found = background_of(self.image)
+        if found is None:
+            return None
+        if self.region != (0, 0, *self.image.shape[1:]):
+            if found.required:
+                raise ValueError("crops of an image take no mask; average without crop=SIDE, or take foreground none")
+            return None
+        turned = found.mask.cells[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+        return replace(found, mask=Mask(np.ascontiguousarray(turned)))
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         """A region of the view."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel
+from widefield.components.models.features import background_of, left_out
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.data.described import ImageFolder
@@ -79,8 +80,12 @@ def _has_features(model: object) -> bool:
 
 
 def _of_classifier(model: Classifier, batch: Any, stage: Stage) -> Any:
-    maps = model.stream_network(batch)
-    fmap = maps[0] if isinstance(maps, list) else maps
+    background = background_of(batch[0])
+    fmap = (
+        model.stream_network(batch[0], **left_out(background))
+        if isinstance(batch, list)
+        else model.stream_network(batch)
+    )
     if stage == "backbone":
         return (fmap[0],)
     assert model.head is not None
@@ -88,7 +93,7 @@ def _of_classifier(model: Classifier, batch: Any, stage: Stage) -> Any:
     kept: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda part, arguments: kept.append(arguments[0]))
     try:
-        model.forward_head(fmap)
+        model.forward_head_over(fmap, background)
     finally:
         hook.remove()
     return (kept[0][0],) if stage == "neck" else kept[0][0]
@@ -170,7 +175,9 @@ class ImageRetrievalInferencer:
         """Return what the features depend on: images; weights, with how images are opened and the transforms."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         images = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        digest = hashlib.sha256(repr((sorted(self.info.opening.items()), self.info.pipeline.description)).encode())
+        digest = hashlib.sha256(
+            repr((sorted(self.info.opening.items()), self.info.foreground, self.info.pipeline.description)).encode()
+        )
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

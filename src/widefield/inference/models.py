@@ -14,7 +14,7 @@ from widefield.components.initializers import Pretrained
 from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
-from widefield.images import ImageFile, open_image
+from widefield.images import ForegroundChoice, ImageFile, open_image
 from widefield.inference.names import BEST, CONFIG, LAST, model_names
 from widefield.models import Classifier
 from widefield.models.classifier import read_checkpoint
@@ -32,18 +32,22 @@ class ModelInfo:
         opening: How the images of the training were opened: level, spacing, channels, alpha and fill of `open_image`.
         pipeline: What images went through in validation.
         pixels: Number of channels and type of the pixels of the training images; None if that is not known.
+        foreground: How the foreground of the training images was found, see `ForegroundChoice.method`.
     """
 
     class_names: tuple[str, ...] | None = None
     opening: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Pipeline = field(default_factory=Pipeline)
     pixels: tuple[int, str] | None = None
+    foreground: str = "none"
 
     def open(self, path: str | Path, **other: Any) -> ImageFile:
-        """Open an image as those of the training were, but for what is given otherwise.
+        """Open an image as those of the training were, but for what is given otherwise, with its background.
+
+        Where transforms change the image before the model sees it, it has none.
 
         Raises:
-            OSError, ValueError: As of `open_image`; and its channels or type are not those of the training.
+            OSError, ValueError: As of `open_image` and `ForegroundChoice.of`; its channels or type are not those of the training.
         """
         given = {name: value for name, value in other.items() if value is not None}
         if given.keys() & {"level", "spacing"}:
@@ -55,7 +59,24 @@ class ModelInfo:
                 f"{path} has {found[0]} channel(s) of {found[1]}, and the model was trained on {self.pixels[0]} of "
                 f"{self.pixels[1]}, whose values mean something else; convert the image"
             )
+        if not self.pipeline.description:
+            image.background = ForegroundChoice(self.foreground).of(image)
         return image
+
+    def with_foreground(self, method: str | None, images: int = 1) -> "ModelInfo":
+        """Return the same info with another way to find the foreground of so many images; None keeps that of the training.
+
+        Raises:
+            ValueError: There is no such method, or transforms change the images before the model sees them.
+        """
+        choice = ForegroundChoice(self.foreground if method is None else str(method))
+        choice.check_count(images)
+        if method is not None and choice.is_explicit and self.pipeline.description:
+            raise ValueError(
+                f"foreground={choice.method!r}: the transforms of the run change images before the model sees them, so that it "
+                "takes no mask; leave it out"
+            )
+        return replace(self, foreground=choice.method)
 
     def names(self, count: int) -> tuple[str, ...]:
         """Names of so many scores: those of the classes, and numbers where there are no names."""
@@ -259,6 +280,7 @@ def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
         },
         Pipeline(seen.get("transforms")),
         None if "pixels" not in state else (int(state["pixels"][0]), str(state["pixels"][1])),
+        state.get("foreground", data.get("foreground", "none")),
     )
 
 

@@ -16,6 +16,7 @@ from widefield.components.models.image_to_image_retriever import ImageToImageRet
 from widefield.data.datasets import as_batch
 from widefield.data.pipeline import Picture, Pipeline, whole
 from widefield.inference.averaged_views import AveragedViews, averaged
+from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import ModelInfo, Name, as_model, info_of
 from widefield.modules import BaseModule
 from widefield.reports.overlay import save_picture
@@ -148,6 +149,7 @@ class ImageClassificationInferencer:
         device: Where the model goes; None leaves it where it is.
         classes: Names of the classes; None takes those that the model was trained with.
         views: Test-time augmentation, see `AveragedViews`.
+        foreground: What is computed of images that are files, see `ForegroundChoice.method`; None: as in the training.
     """
 
     def __init__(
@@ -157,9 +159,10 @@ class ImageClassificationInferencer:
         device: str | torch.device | None = None,
         classes: Sequence[str] | None = None,
         views: AveragedViews | None = None,
+        foreground: str | Path | None = None,
     ) -> None:
         self.model = as_model(model, pretrained, device)
-        self.info = info_of(self.model)
+        self.info = info_of(self.model).with_foreground(None if foreground is None else str(foreground))
         self.classes = self.info.class_names if classes is None else tuple(classes)
         scores = getattr(getattr(self.model, "head", None), "num_classes", None)
         if classes is not None and scores is not None and len(classes) != scores:
@@ -188,6 +191,8 @@ class ImageClassificationInferencer:
         results = []
         for start in range(0, len(images), batch_size):
             pictures = [as_picture(image, self.info) for image in images[start : start + batch_size]]
+            for picture in pictures:
+                keep_background_if_usable(self.model, picture)
             results += [self._result(sample) for sample in predict_samples(self.model, pictures, self.views)]
         if show_dir is not None:
             self._show(images, results, Path(show_dir))

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
+from widefield.components.models.features import OverForeground, background_of, left_out
+from widefield.images import Background
 from widefield.modules.constructor import StreamingConstructor, check_options, without_effect
 from widefield.modules.recordings import Recordings
 from widefield.streaming import LazyImage, StreamingCNN
@@ -119,12 +121,22 @@ class BaseModule(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self._extra_params: list[nn.Parameter] = []
         self._recordings = Recordings()
+        self._head_over: OverForeground | None = None
         self._range_seen = False
         for phase in ("train", "val", "test"):
             setattr(self, f"{phase}_metrics", _for_phase(metrics, phase))
 
     def forward(self, images: Any) -> Any:
-        """Head of the trunk's map of each image: of a list, concatenated over the images if there is a head, else a list."""
+        """Head of the trunk's map of each image: of a list, concatenated over the images if there is a head, else a list.
+
+        The `background` of an image, if it has one, is left out: its trunk's map is zero there, and the head looks at the rest.
+        """
+        if isinstance(images, (list, tuple)) and any(background_of(image) is not None for image in images):
+            each = [self(image) for image in images]
+            return each if self.head is None else torch.cat(each)
+        if (background := background_of(images)) is not None:
+            fmap = self.stream_network(images, **left_out(background))
+            return self.forward_head_over(fmap, background)
         maps = self.stream_network(images)
         if self.head is None:
             return maps
@@ -327,6 +339,18 @@ class BaseModule(pl.LightningModule):
     def forward_head(self, x: Tensor) -> Any:
         """The head of the trunk's map `x`, or `x` itself if there is no head."""
         return x if self.head is None else self.head(x)
+
+    def forward_head_over(self, x: Tensor, background: Background | None) -> Any:
+        """The head of the trunk's map `x` of one image without its background; `x` itself if there is no head.
+
+        Raises:
+            ValueError: An operation of the head needs the whole map.
+        """
+        if background is None or self.head is None:
+            return self.forward_head(x)
+        if self._head_over is None or self._head_over.part is not self.head:
+            self._head_over = OverForeground(self.head, self.stream_network)
+        return self._head_over(x, background)
 
     def predictions(self, output: Any) -> Any:
         """Return what metrics and `predict_step` get of the output of `forward`: here the output itself."""

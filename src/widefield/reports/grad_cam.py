@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.data_sample import DataSample
+from widefield.components.models.features import background_of, left_out
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.errors import WidefieldError
@@ -82,7 +83,7 @@ def _last_map(model: ImageClassifier, inputs: Any) -> tuple[Tensor, Any]:
     leaf = last.detach().requires_grad_()
     with torch.enable_grad():
         features = (*maps[:-1], leaf)
-        return leaf, features if model.neck is None else model.neck(features)
+        return leaf, model.neck_features(features, background_of(inputs[0]))
 
 
 def _at_layer(model: ImageClassifier, inputs: Any, layer: str) -> tuple[Tensor, Any]:
@@ -159,10 +160,10 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
         Probabilities of shape (classes,) and the map of shape (h, w), on the CPU. Both need no gradient.
     """
     with torch.no_grad():
-        features = model.stream_network(image)
+        features = model.stream_network(image, **left_out(background_of(image)))
     features.requires_grad_()
     with torch.enable_grad():
-        logits = model.forward_head(features)
+        logits = model.forward_head_over(features, background_of(image))
         probabilities = model.predictions(logits.detach())[0]
         index = int(probabilities.argmax()) if class_index is None else class_index
         (gradient,) = torch.autograd.grad(logits[0, index], features)

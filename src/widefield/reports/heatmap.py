@@ -13,6 +13,7 @@ import numpy as np
 import tifffile
 from torch import Tensor
 
+from widefield.components.models.features import background_of, foreground_of_map
 from widefield.errors import MissingExtraError
 from widefield.images import ImageFile
 from widefield.images.formats import Transform
@@ -31,7 +32,8 @@ class Heatmap:
     """The evidence for a class, and where in the image its entries lie. Everything is told in pixels of the largest level.
 
     Attributes:
-        evidence: Array (h, w) of floats, see `class_activation` and `grad_cam`; NaN where the image holds no data.
+        evidence: Array (h, w) of floats, see `class_activation` and `grad_cam`; NaN where the image holds no data, and in its
+            background.
         cells: The places that the entries look at.
         size: (height, width) of the image.
         spacing: Micrometres per pixel, (y, x); None if unknown.
@@ -49,6 +51,8 @@ class Heatmap:
     @classmethod
     def of(cls, evidence: Tensor, cells: Cells, image: ImageFile | Tensor) -> "Heatmap":
         """Return the heatmap of an image, without the cells whose middle lies where a file holds no data, see `data_at`.
+
+        Cells of the image's background have no evidence either.
 
         Args:
             evidence: (h, w), on any device.
@@ -70,9 +74,12 @@ class Heatmap:
         )
         if isinstance(image, Tensor):
             return found
+        shown = data_at(image, *found._middles)
+        if (background := background_of(image)) is not None:
+            shown &= foreground_of_map(background, evidence.shape).numpy()
         return replace(
             found,
-            evidence=np.where(data_at(image, *found._middles), found.evidence, np.nan),
+            evidence=np.where(shown, found.evidence, np.nan),
             spacing=image.spacing and (image.spacing[0] / scale[0], image.spacing[1] / scale[1]),
             crs=image.crs,
             transform=image.transform and scaled(image.transform, 1 / scale[0], 1 / scale[1]),

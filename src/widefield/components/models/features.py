@@ -7,11 +7,60 @@ import torch
 from torch import Tensor, nn
 
 from widefield.errors import WrongArgumentError
+from widefield.images import Background
+from widefield.streaming import StreamingCNN
+from widefield.streaming.foreground import Foreground
 
 
 def streams(backbone: nn.Module) -> bool:
     """True if a backbone computes its maps tile by tile."""
     return getattr(backbone, "streamed", None) is not None
+
+
+def background_of(image: Any) -> Background | None:
+    """Return what is left out of an image; None if nothing is."""
+    found: Background | None = getattr(image, "background", None)
+    return found
+
+
+def left_out(background: Background | None) -> dict[str, Any]:
+    """Return the arguments of `StreamingCNN` that leave a background out."""
+    return {} if background is None else {"mask": background.mask, "fill": background.fill}
+
+
+def foreground_of_map(background: Background, size: Sequence[int]) -> Tensor:
+    """Return which positions of a map (..., height, width) of an image the engine takes for foreground: bool (height, width)."""
+    height, width = size[-2:]
+    cells = Foreground(torch.from_numpy(background.mask.cells)[None])
+    return cells.tile((height, width), 0, 0, height, width, torch.device("cpu"))[0]
+
+
+class OverForeground:
+    """What follows a trunk, such as pooling and a classifier, applied to the foreground of the trunk's map alone.
+
+    Args:
+        part: The module; its parameters stay its own.
+        trunk: What gave the maps; memory and determinism are as there.
+    """
+
+    def __init__(self, part: nn.Module, trunk: StreamingCNN) -> None:
+        self.part = part
+        self._network = StreamingCNN(
+            part,
+            memory_budget=trunk.memory_budget,
+            batch_statistics="exact",  # as the part itself has them
+            deterministic=trunk.deterministic,
+            unsupported="run_whole",
+            verify=trunk.verify,
+        )
+
+    def __call__(self, fmap: Tensor, background: Background) -> Any:
+        """Return what the part gives for a map (1, C, height, width), zero in the background.
+
+        Raises:
+            ValueError: An operation needs the whole map, which has no meaning for a part of it.
+        """
+        return self._network(fmap, mask=foreground_of_map(background, fmap.shape))
 
 
 def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module) -> Any:
@@ -39,6 +88,8 @@ def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module)
     before = network.normalisation
     network.normalisation = normalisation  # what is recorded for the backward pass keeps it
     try:
+        if any(background_of(image) is not None for image in images):
+            return [backbone(image, **left_out(background_of(image))) for image in images]
         return backbone(images)
     finally:
         network.normalisation = before

@@ -4,18 +4,29 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from torch import Tensor, nn
+
 from widefield.components.backbones.base_backbone import WholeImages
 from widefield.components.component import BackboneConfig, HeadConfig, NeckConfig
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel
-from widefield.components.models.features import backbone_features, neck_features, streams
+from widefield.components.models.features import (
+    OverForeground,
+    backbone_features,
+    background_of,
+    neck_features,
+    streams,
+)
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.errors import WrongArgumentError
+from widefield.images import Background
 from widefield.registry import MODELS
 from widefield.streaming import StreamingCNN
 
 Stage = Literal["backbone", "neck", "pre_logits"]
+SEVERAL_MAPS = "a mask needs a backbone that gives one map"
+"""Begins the message of an error."""
 
 
 @MODELS.register_module()
@@ -51,6 +62,7 @@ class ImageClassifier(BaseModel):
         self.backbone = MODELS.build(backbone)
         self.neck = None if neck is None else MODELS.build(neck)
         self.head = built_head
+        self._neck_over: OverForeground | None = None
 
     def forward(self, inputs: Any, data_samples: Sequence[DataSample] | None = None, mode: str = "tensor") -> Any:
         """Return what `mode` names, see `BaseModel`; "tensor" are the head's scores, without a head the features."""
@@ -72,12 +84,33 @@ class ImageClassifier(BaseModel):
         features = backbone_features(self.backbone, inputs, self.data_preprocessor)
         if stage == "backbone":
             return features
-        features = neck_features(self.neck, features, of_list=self.reads_tiles and isinstance(inputs, (list, tuple)))
+        of_list = self.reads_tiles and isinstance(inputs, (list, tuple))
+        if of_list and any(background_of(image) is not None for image in inputs):
+            features = [
+                self.neck_features(one, background_of(image)) for one, image in zip(features, inputs, strict=True)
+            ]
+            features = neck_features(None, features, of_list)
+        else:
+            features = neck_features(self.neck, features, of_list)
         if stage == "neck":
             return features
         if not hasattr(self.head, "pre_logits"):
             raise WrongArgumentError("No head or the head doesn't implement `pre_logits` method.")
         return self.head.pre_logits(features)
+
+    def neck_features(self, features: Sequence[Any], background: Background | None) -> Any:
+        """Return what the neck gives for the features of one image, without its background: `features` if there is no neck.
+
+        Raises:
+            ValueError: There is a background, and several maps, or an operation of the neck that needs the whole map.
+        """
+        if self.neck is None or background is None:
+            return features if self.neck is None else self.neck(features)
+        if len(features) != 1:
+            raise WrongArgumentError(f"{SEVERAL_MAPS}, and this one gives {len(features)}; give one of out_indices")
+        if self._neck_over is None:
+            self._neck_over = OverForeground(_OfOneMap(self.neck), self.backbone.streamed)
+        return self._neck_over(features[0], background)
 
     def extract_feats(self, inputs: Sequence[Any], stage: Stage = "neck") -> list[Any]:
         """`extract_feat` of each of several batches."""
@@ -107,3 +140,14 @@ class ImageClassifier(BaseModel):
         if self.head is None:
             raise WrongArgumentError("this ImageClassifier has no head; give one, such as {type: LinearClsHead, ...}")
         return self.head
+
+
+class _OfOneMap(nn.Module):
+    """A neck, given a map alone."""
+
+    def __init__(self, neck: nn.Module) -> None:
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, x: Tensor) -> Any:
+        return self.neck((x,))
