@@ -1,9 +1,11 @@
 """Small pyramidal TIFFs with labels, laid out and named as in CAMELYON16."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
+import tifffile
 import torch
 import torchvision
 from skimage import data
@@ -53,3 +55,29 @@ def without_downloads() -> None:
 def run_page(code: str, folder: Path) -> str:
     """Run `code` in `folder` without downloads, in a new interpreter; what it prints."""
     return run_code(f"from tests.slides import without_downloads\nwithout_downloads()\n{code}", folder)
+
+
+def write_blank_slide(
+    path: Path,
+    side: int = 4096,
+    tissue: slice = slice(480, 1000),
+    spacing: float | None = 0.5,
+    levels: int = 1,
+    shift: int = 0,
+) -> Path:
+    """A slide of 64 x `side` pixels, grey but for the columns `tissue` of stained tissue, whose colours are rotated by `shift`."""
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.full((64, side, 3), 240, np.uint8)
+    stained = np.tile(
+        np.roll(data.immunohistochemistry()[200:264, :, :] // 2 + np.uint8([120, 10, 60]), shift, 2), (1, 8, 1)
+    )
+    pixels[:, tissue] = stained[:, : pixels[:, tissue].shape[1]]
+    place: dict[str, Any] = {}
+    if spacing is not None:
+        place = {"resolution": (1e4 / spacing, 1e4 / spacing), "resolutionunit": "centimeter"}
+    with tifffile.TiffWriter(path) as file:
+        for level in range(levels):
+            reduced = pixels[:: 2**level, :: 2**level]
+            pyramid = {"subifds": levels - 1} if level == 0 else {"subfiletype": 1}
+            file.write(reduced, photometric="rgb", metadata=None, tile=(64, 64), **pyramid, **place)
+    return path

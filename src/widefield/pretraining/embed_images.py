@@ -5,13 +5,14 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import CPUAccelerator
@@ -19,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from widefield.images import ImageReadError
+from widefield.images import Background, ForegroundChoice, ImageReadError
 from widefield.pretraining.arguments import Workers, auto_workers, check_precision
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.dataset import BadImage, Pictures, normalized
@@ -87,6 +88,7 @@ def embed(
     level: Annotated[int, Range(0)] = 0,
     spacing: Annotated[float, Range(0)] | None = None,
     slides: PatchArgs | Mapping[str, Any] | None = None,
+    foreground: str | Path = "auto",
     pool: bool = True,
     streaming: StreamingArgs | Mapping[str, Any] | None = None,
     batch_size: Count = 128,
@@ -114,6 +116,8 @@ def embed(
         spacing: Micrometres per pixel that are read with image_size=None instead of a level, see `open_image`.
         slides: Take `data` for slides, each patch of which has an embedding: patch_size, level or spacing, foreground. Patches tile
             the slide where there is tissue, and are named by the slide, a colon, and y and x of their corner: "a.svs:512,1024".
+        foreground: What of a slide as a whole is computed, see `ForegroundChoice.method`: with image_size=None and `streaming`. The
+            embedding is that of the foreground; where images have no row by a method that finds none, a warning says so.
         pool: False writes the maps before pooling, one embedding for each position, as "embeddings" (N, D, h, w), for a format of
             "torch" and images of one size. Of a vision transformer these are its patches.
         streaming: Run the model tile by tile, as in `widefield.train`. With image_size=None a file is then never held whole, so
@@ -140,6 +144,8 @@ def embed(
         raise ValueError(f"{told} is for image_size=None, which takes images as they are")
     if given.slides is not None and (given.level or given.spacing):
         raise ValueError("slides has level and spacing of its own; give them there, as in slides={'spacing': 0.5}")
+    choice = ForegroundChoice(str(given.foreground))
+    _check_foreground(choice, given)
     if not given.pool and given.format != "torch":
         raise ValueError(f'pool=False gives maps, and format={given.format!r} is for vectors; give format="torch"')
     check_file(given.out, given.overwrite)
@@ -157,7 +163,10 @@ def embed(
             look = Look(
                 args, next((p.dtype for p in embedding.parameters()), torch.float32), given.level, given.spacing
             )
-            embedded = _at_own_size(model, source, look, given.streaming is not None, fabric.device)
+            if isinstance(source, Files):
+                choice.check_count(len(source))
+            masks = choice if given.pool and given.streaming is not None else ForegroundChoice("none")
+            embedded = _at_own_size(model, source, look, given.streaming is not None, fabric.device, masks)
         else:
             views = whole_image(args, given.image_size)
             source = patches or make_source(given.data, args.channels, views.reduction, None)
@@ -174,6 +183,15 @@ def embed(
     write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
     shape = " x ".join(map(str, embeddings.shape[1:]))
     _log.info("%d embeddings of %s numbers: %s", len(embeddings), shape, given.out)
+
+
+def _check_foreground(choice: ForegroundChoice, given: Any) -> None:
+    """Raise ValueError if masks were asked for by name where there are none."""
+    if choice.is_explicit and (given.image_size is not None or given.streaming is None or not given.pool):
+        patches = "; patches of slides are chosen by slides={'foreground': True}" if given.slides is not None else ""
+        raise ValueError(
+            f"foreground={choice.method!r} is for slides as a whole, with image_size=None, streaming and pool=True{patches}"
+        )
 
 
 def _fabric(accelerator: str, precision: Any) -> Fabric:
@@ -201,7 +219,12 @@ def _in_batches(
 
 
 def _at_own_size(
-    model: Callable[[Any], Tensor], source: ImageSource, look: "Look", streams: bool, device: torch.device
+    model: Callable[[Any], Tensor],
+    source: ImageSource,
+    look: "Look",
+    streams: bool,
+    device: torch.device,
+    foreground: ForegroundChoice,
 ) -> Iterator[Embedded]:
     """One image after the other; whole slides too, which are read tile by tile if the model `streams`."""
     for index in range(len(source)):
@@ -209,9 +232,26 @@ def _at_own_size(
             image = _open(source, index, look)
             if isinstance(image, LazyPixels) and not streams:
                 image = image.read(0, 0, *image.shape[1:])
-            yield [index], model(image[None].to(device) if isinstance(image, Tensor) else image)
+            if isinstance(image, LazyPixels):
+                image.leave_out_background(foreground)
+            found, has_refused = _embedded(model, image[None].to(device) if isinstance(image, Tensor) else image)
+            foreground = ForegroundChoice("none") if has_refused else foreground
+            yield [index], found
         except (OSError, ValueError, RuntimeError) as error:  # an image may be too small for the model, or too large
             yield str(error) if isinstance(error, OSError) else f"{source.name(index)}: {error}"
+
+
+def _embedded(model: Callable[[Any], Tensor], image: "Tensor | LazyPixels") -> tuple[Tensor, bool]:
+    """Return the embedding of an image, and True if the model refuses masks that were not asked for by name, and did without."""
+    try:
+        return model(image), False
+    except ValueError as error:
+        if isinstance(image, Tensor) or image.background is None or image.background.required:
+            raise
+        image.background = None
+        found = model(image)
+        _log.info("background is not left out: %s", error)
+        return found, True
 
 
 def _collected(embedded: Iterable[Embedded], maps: bool) -> tuple[list[int], Tensor]:
@@ -258,6 +298,17 @@ class LazyPixels:
 
     def __init__(self, image: Any, look: Look, name: str) -> None:
         self._image, self._look, self._name = image, look, name
+        self.background: Background | None = None
+
+    def leave_out_background(self, choice: ForegroundChoice) -> None:
+        """Find the `background` by `choice`, which also raises what is wrong, and log how much of the image it is."""
+        found = choice.of(self._image)
+        if found is None:
+            return
+        pixel = np.array(found.fill, self._image.dtype)[:, None, None]
+        fill = self._look(with_channels(torch.from_numpy(pixel), self._look.args.channels, self._name))
+        self.background = replace(found, fill=tuple(fill.flatten().tolist()))
+        _log.info("%s: %.0f%% of its pixels are background, which is skipped", self._name, 100 * (1 - found.mask.share))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from widefield.components.models.features import OverForeground, background_of, left_out
+from widefield.images import Background
 from widefield.pretraining.settings import Count
 from widefield.pretraining.wrapping import Wrapped
 from widefield.streaming import StreamingCNN
@@ -71,6 +73,18 @@ class FeaturesOf(nn.Module):
         return self.wrapper.forward_features(x)  # type: ignore[no-any-return]
 
 
+class PoolOf(nn.Module):
+    """The `forward_pool` of a wrapper as the forward pass of a module on a map alone."""
+
+    def __init__(self, wrapper: Wrapped) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return pooled features (B, channels, h, w) of a map (B, channels, H, W)."""
+        return self.wrapper.forward_pool({"features": x})["pooled_features"]  # type: ignore[no-any-return]
+
+
 class EmbeddingModel(nn.Module):
     """A wrapper and an embedding layer: a 1x1 convolution to `embed_dim` channels, nothing if that is None.
 
@@ -88,17 +102,27 @@ class EmbeddingModel(nn.Module):
         self.channels: int = channels if embed_dim is None else embed_dim
         # in a tuple, so that the wrapper's weights are registered once, under the wrapper's name
         self._streamed = () if streaming is None else (streaming.stream(FeaturesOf(wrapper)),)
+        self._pool_over = tuple(OverForeground(PoolOf(wrapper), network) for network in self._streamed)
 
     def features(self, x: Tensor) -> dict[str, Any]:
-        """The wrapper's features of views (B, C, H, W)."""
+        """The wrapper's features of views (B, C, H, W), or of an image without its background."""
         if self._streamed:
-            return self._streamed[0](x)  # type: ignore[no-any-return]
+            return self._streamed[0](x, **left_out(background_of(x)))  # type: ignore[no-any-return]
         return self.wrapped_model.forward_features(x)  # type: ignore[no-any-return]
 
-    def pooled(self, features: dict[str, Any]) -> Tensor:
-        """Embeddings (B, channels, h, w) of what `features` gave, pooled."""
-        out: Tensor = self.embed_head(self.wrapped_model.forward_pool(features)["pooled_features"])
-        return out
+    def pooled(self, features: dict[str, Any], background: Background | None = None) -> Tensor:
+        """Embeddings (B, channels, h, w) of what `features` gave, pooled; of an image with a background over the rest of it.
+
+        Raises:
+            ValueError: There is a background, and features beside the map, or a pooling that needs the whole map.
+        """
+        if background is None:
+            out: Tensor = self.embed_head(self.wrapped_model.forward_pool(features)["pooled_features"])
+            return out
+        if others := sorted(features.keys() - {"features"}):
+            raise ValueError(f"a mask needs features that are one map, and these have {', '.join(others)} as well")
+        (pool_over,) = self._pool_over
+        return self.embed_head(pool_over(features["features"], background))  # type: ignore[no-any-return]
 
     def maps(self, features: dict[str, Any]) -> Tensor:
         """Embeddings (B, channels, H, W) of what `features` gave, not pooled."""
@@ -108,7 +132,7 @@ class EmbeddingModel(nn.Module):
     def forward(self, x: Tensor, pool: bool = True) -> Tensor:
         """Embeddings of views (B, C, H, W): (B, channels, h, w), pooled or not."""
         features = self.features(x)
-        return self.pooled(features) if pool else self.maps(features)
+        return self.pooled(features, background_of(x)) if pool else self.maps(features)
 
     def vectors(self, x: Tensor) -> Tensor:
         """Embeddings of views as vectors: (B, channels * h * w)."""

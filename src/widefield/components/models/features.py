@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from widefield.errors import WrongArgumentError
 from widefield.images import Background
-from widefield.streaming import StreamingCNN
+from widefield.streaming import StreamingCNN, UnsupportedOpError
 from widefield.streaming.foreground import Foreground
 
 
@@ -60,7 +60,11 @@ class OverForeground:
         Raises:
             ValueError: An operation needs the whole map, which has no meaning for a part of it.
         """
-        return self._network(fmap, mask=foreground_of_map(background, fmap.shape))
+        try:
+            return self._network(fmap, mask=foreground_of_map(background, fmap.shape))
+        except UnsupportedOpError as error:
+            what = f"{error.op} in layer '{error.module_path}' {error.reason}"
+            raise WrongArgumentError(f"a mask needs a network that is streamed as a whole: {what}") from error
 
 
 def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module) -> Any:
