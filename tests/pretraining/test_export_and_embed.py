@@ -18,9 +18,12 @@ from torch import nn
 
 import widefield
 from tests.pretraining.tiny import TinyWrapper, assert_same, checkpoint, exported, train, write_images
+from tests.slides import write_blank_slide
 from tests.small_images import write_tiff
-from widefield.images import open_image
+from tests.streaming.masked import masked
+from widefield.images import ForegroundChoice, open_image
 from widefield.pretraining import EmbeddingModel
+from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.embed_images import LazyPixels, Look
 from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.pixels import read_pixels
@@ -440,6 +443,52 @@ def test_datasets_are_embedded_too(run: Path, images: Path, tmp_path: Path) -> N
     found = torch.load(tmp_path / "e", weights_only=True)
     assert found["filenames"][3] == "item 3 of list"
     torch.testing.assert_close(found["embeddings"], by_hand(run, images), rtol=0.02, atol=0.02)
+
+
+def test_slides_as_a_whole_are_embedded_without_their_background(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_blank_slide(tmp_path / "data" / "a.tif")
+    whole = {"image_size": None, "streaming": {"tile_size": 512}, "model": TinyWrapper(), "precision": "64-true"}
+    found = {}
+    for choice in ("auto", "none"):
+        with caplog.at_level("INFO"):
+            widefield.embed(tmp_path / choice, path, run, foreground=choice, **{**SIDE, **whole})
+        found[choice] = torch.load(tmp_path / choice, weights_only=True)["embeddings"]
+    assert "87% of its pixels are background, which is skipped" in caplog.text
+    args = Checkpoint.read(run)
+    model = args.embedding_model(TinyWrapper(), None).double().eval()
+    pixels = LazyPixels(open_image(path), Look(args.transforms, torch.float64), "a.tif")
+    pixels.leave_out_background(ForegroundChoice())
+    assert pixels.background is not None
+    cells, fill = torch.from_numpy(pixels.background.mask.cells)[None], torch.tensor(pixels.background.fill)
+    with torch.no_grad():
+        expected = masked(model, pixels.read(0, 0, 64, 4096)[None], cells, fill.double().view(3, 1, 1)).flatten(1)
+    torch.testing.assert_close(found["auto"].double(), expected, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(found["auto"], found["none"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 16}, {"streaming": None}, {"pool": False}])
+def test_a_foreground_is_refused_where_slides_are_not_embedded_as_a_whole(
+    run: Path, images: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {**SIDE, "image_size": None, "streaming": {"tile_size": 32}, **wrong}
+    with pytest.raises(ValueError, match="foreground='otsu' is for slides as a whole"):
+        widefield.embed(tmp_path / "e", images, run, model=TinyWrapper(), foreground="otsu", **given)
+
+
+def test_a_model_that_takes_no_mask_embeds_slides_as_they_are(run: Path, tmp_path: Path, caplog: Any) -> None:
+    class Sorting(TinyWrapper):
+        def forward_pool(self, x: dict[str, Any]) -> dict[str, Any]:
+            return {"pooled_features": x["features"].flatten(2).sort(-1).values[..., -1:, None]}
+
+    path = write_blank_slide(tmp_path / "data" / "a.tif")
+    given: dict[str, Any] = {**SIDE, "image_size": None, "streaming": {"tile_size": 512}, "model": Sorting()}
+    with caplog.at_level("INFO"):
+        widefield.embed(tmp_path / "auto", path, run, **given)
+    assert "background is not left out: a mask needs a network that is streamed as a whole" in caplog.text
+    with pytest.raises(ValueError, match="streamed as a whole"):
+        widefield.embed(tmp_path / "otsu", path, run, foreground="otsu", **given)
 
 
 def test_images_at_their_own_size_are_streamed_to_the_same_embeddings(run: Path, images: Path, tmp_path: Path) -> None:
