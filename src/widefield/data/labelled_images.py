@@ -245,6 +245,8 @@ class LabelledImages(pl.LightningDataModule):
                 f"the checkpoint was trained on the classes {', '.join(state_dict['class_names'])}, "
                 f"the label table has {', '.join(self.class_names)}; resume with the labels of the run"
             )
+        if self.foreground == "auto" and state_dict.get("foreground", "none") == "none":
+            self.take_all_of_images()  # as in the training: before there were masks, or of a model that takes none
         trained = state_dict.get("target", {"task": "classification"})
         if trained != self.target:
             raise LabelError(
