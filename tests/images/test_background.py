@@ -95,10 +95,9 @@ def test_a_mask_that_was_asked_for_and_is_not_there_is_an_error(
 
 
 def test_a_folder_holds_the_polygons_of_each_image_by_its_name(tmp_path: Path) -> None:
-    image = open_image(
-        write_blank_slide(tmp_path / "a.tif", levels=3), level=2
-    )  # of fewer pixels than a mask has cells
-    for name, right in (("a.geojson", 1024), ("a.tif.geojson", 2048)):
+    path = write_blank_slide(tmp_path / "a.ome.tif", levels=5)
+    image = open_image(path, level=4)  # of fewer pixels than a mask has cells
+    for name, right in (("a.geojson", 512), ("a.ome.geojson", 1024), ("a.ome.tif.geojson", 2048)):
         square = [[0, 0], [right, 0], [right, 64], [0, 64], [0, 0]]
         (tmp_path / name).write_text(json.dumps({"type": "Polygon", "coordinates": [square]}))
         found = ForegroundChoice(str(tmp_path)).of(image)

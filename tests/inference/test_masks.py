@@ -13,6 +13,7 @@ from tests.slides import write_blank_slide
 from tests.streaming.masked import foreground, masked
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.labelled_images import LabelledImages
+from widefield.data.statistics import pixel_statistics
 from widefield.images import Background, ForegroundChoice, ImageFile, Mask, open_image
 from widefield.inference import ImageClassificationInferencer
 from widefield.inference.averaged_views import AveragedViews
@@ -110,6 +111,13 @@ def test_models_of_components_pool_over_the_foreground() -> None:
     torch.testing.assert_close(scores.double(), by_definition, rtol=1e-6, atol=1e-6)
     heatmap = Heatmap.of(evidence, cells_of(model, image, evidence), image)
     assert np.isnan(heatmap.evidence).any() and not np.isnan(heatmap.evidence).all()
+
+
+def test_pixels_are_measured_in_the_foreground_of_an_image_that_has_a_background() -> None:
+    image = image_with_background()
+    np.testing.assert_array_equal(pixel_statistics([image], seed=0).masks[0], image.background.mask.cells)
+    image.background = None
+    assert pixel_statistics([image], seed=0).masks[0].shape == SIZE
 
 
 def test_there_is_no_evidence_in_the_background() -> None:

@@ -46,6 +46,8 @@ class PixelStatistics:
 def pixel_statistics(images: Sequence[ImageFile], seed: int) -> PixelStatistics:
     """Measure the pixels of images on at most 64 crops of 256 pixels, whose middles are drawn in the foreground.
 
+    That is the image's own where it has a background, else that by Otsu's threshold.
+
     Pixels without data (NaN, infinite, the file's value for missing data) do not count.
 
     Args:
@@ -57,7 +59,7 @@ def pixel_statistics(images: Sequence[ImageFile], seed: int) -> PixelStatistics:
         ValueError: There are no data in any crop.
     """
     chosen = images[:CROPS]
-    masks = tuple(foreground(image).cells for image in chosen)
+    masks = tuple((image.background.mask if image.background else foreground(image)).cells for image in chosen)
     pixels = np.concatenate([crop.reshape(len(crop), -1) for crop in _crops(chosen, masks, seed)], axis=1)
     if not np.isfinite(pixels).any(1).all():
         raise ValueError(f"the images hold no data in a channel: none of {CROPS} crops has a finite pixel there")

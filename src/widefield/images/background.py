@@ -44,8 +44,9 @@ class ForegroundChoice:
               largest level, whatever level is read. Other images have no background;
             - "none": no image has a background;
             - "otsu" or "hsv": that method of `foreground`, for every image;
-            - the path of a GeoJSON file of one image, or of a folder with a file `NAME.geojson` for each image `NAME.svs`, as
-              QuPath exports them; `NAME.svs.geojson` does as well, and comes first. They hold polygons in pixels of level 0.
+            - the path of a GeoJSON file of one image, or of a folder with a file `NAME.geojson` for each image `NAME.svs` or
+              `NAME.ome.tif`, as QuPath exports them; `NAME.svs.geojson` does as well, and comes first. They hold polygons in
+              pixels of level 0.
 
     Raises:
         ValueError: There is no such method.
@@ -105,7 +106,8 @@ class ForegroundChoice:
         given, path = Path(self.method), Path(image.path)
         if not given.is_dir():
             return given
-        names = f"{path.name}.geojson", f"{path.stem}.geojson"
+        stems = dict.fromkeys((path.name, path.stem, path.stem.removesuffix(".ome")))
+        names = [f"{stem}.geojson" for stem in stems]
         found = next((given / name for name in names if (given / name).is_file()), None)
         if found is None:
             raise FileNotFoundError(
