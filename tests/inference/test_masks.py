@@ -107,6 +107,7 @@ def test_models_of_components_pool_over_the_foreground() -> None:
         by_definition = expected(Logits(), image).softmax(1)[0]
     (sample,) = predict_samples(model, [image])
     torch.testing.assert_close(sample.pred_score, by_definition, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model(image).softmax(1)[0], by_definition, rtol=1e-10, atol=1e-12)
     scores, evidence = grad_cam(model, image)
     torch.testing.assert_close(scores.double(), by_definition, rtol=1e-6, atol=1e-6)
     heatmap = Heatmap.of(evidence, cells_of(model, image, evidence), image)

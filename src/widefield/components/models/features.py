@@ -92,6 +92,8 @@ def backbone_features(backbone: nn.Module, images: Any, preprocessor: nn.Module)
     before = network.normalisation
     network.normalisation = normalisation  # what is recorded for the backward pass keeps it
     try:
+        if not isinstance(images, (list, tuple)):
+            return backbone(images, **left_out(background_of(images)))
         if any(background_of(image) is not None for image in images):
             return [backbone(image, **left_out(background_of(image))) for image in images]
         return backbone(images)

@@ -84,14 +84,13 @@ class ImageClassifier(BaseModel):
         features = backbone_features(self.backbone, inputs, self.data_preprocessor)
         if stage == "backbone":
             return features
-        of_list = self.reads_tiles and isinstance(inputs, (list, tuple))
-        if of_list and any(background_of(image) is not None for image in inputs):
-            features = [
-                self.neck_features(one, background_of(image)) for one, image in zip(features, inputs, strict=True)
-            ]
-            features = neck_features(None, features, of_list)
+        if not (self.reads_tiles and isinstance(inputs, (list, tuple))):
+            features = self.neck_features(features, background_of(inputs))
+        elif any(background_of(image) is not None for image in inputs):
+            each = [self.neck_features(one, background_of(image)) for one, image in zip(features, inputs, strict=True)]
+            features = neck_features(None, each, of_list=True)
         else:
-            features = neck_features(self.neck, features, of_list)
+            features = neck_features(self.neck, features, of_list=True)
         if stage == "neck":
             return features
         if not hasattr(self.head, "pre_logits"):
