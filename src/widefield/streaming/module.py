@@ -408,6 +408,8 @@ class StreamingCNN(nn.Module):
         partial = wanted is not None
         if self.ranks is not None:
             wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
+        if wanted is not None:
+            check_parts(program, wanted)
         return self._planner(program, device, partial=partial).plan(wanted)[0]
 
     def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
