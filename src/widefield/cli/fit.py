@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def fit(
     config: str | Path | Sequence[str | Path] = (),
     imports: Sequence[str] = (),
     resume: bool = False,
+    split_images: bool | int = False,
     **entries: Any,
 ) -> Path:
     """Train a classifier on whole images with one label each, as `widefield fit` does.
@@ -35,6 +37,8 @@ def fit(
         config: Configuration to start from, YAML or Python, or several, each over the last.
         imports: Python files (or modules) with components of yours.
         resume: Continue the run in `out`.
+        split_images: How many processes share each image; True: all of them. They are started with torchrun, or by
+            `**{"trainer.devices": 4}`. False: each trains on images of its own.
         entries: The other flags of the command by their names (`epochs=3`, `memory_budget="2GiB"`), and entries of the
             configuration by their paths (`**{"trainer.precision": "bf16-mixed"}`).
 
@@ -51,7 +55,14 @@ def fit(
     places = {name: None if place is None else Path(place) for name, place in (("images", images), ("labels", labels))}
     files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
     arguments = argparse.Namespace(
-        out=Path(out), model=model, config=files, imports=list(imports), resume=resume, **places, **flags
+        out=Path(out),
+        model=model,
+        config=files,
+        imports=list(imports),
+        resume=resume,
+        split_images=split_images,
+        **places,
+        **flags,
     )
     return _train(arguments, [f"{path}={json.dumps(value, default=str)}" for path, value in entries.items()])
 
@@ -63,6 +74,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
     try:
+        others = [*_processes(arguments.split_images), *others]
         config, left = read_configuration(arguments, _files(arguments), others, starts=not arguments.resume)
         return fit_run.train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
@@ -70,6 +82,18 @@ def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
         for name, entry in SHORTCUTS.items():
             message = message.replace(entry, f"--{name.replace('_', '-')}")
         raise ValueError(message) from error
+
+
+def _processes(split_images: bool | int | None) -> list[str]:
+    """Return entries of the configuration for the processes that torchrun has started, and for how many share an image."""
+    entries = []
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        entries = [f"trainer.devices={local}", f"trainer.num_nodes={world // local}"]
+    if split_images:
+        processes = None if split_images is True else split_images
+        entries.append(f"trainer.strategy={json.dumps({'type': 'widefield.modules.SplitImages', 'processes': processes})}")
+    return entries
 
 
 def _files(arguments: argparse.Namespace) -> list[Path]:

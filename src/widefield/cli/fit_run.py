@@ -29,6 +29,7 @@ from widefield.inference.names import BEST, CONFIG, LAST
 from widefield.models import Classifier
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
+from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3
@@ -111,11 +112,10 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     elif classifies and (cli.config.model.weights is None or _unsettled(model)):
         why = "random weights" if cli.config.model.weights is None else "weights of a short training"
         _calibrate(model, data, statistics, cli.config.data.seed, why)
-    out.mkdir(parents=True, exist_ok=True)
+    writes = cli.trainer.is_global_zero
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
-    cli.parser.save(cli.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
-    if isinstance(data, LabelledImages):
-        write_csv(out / "split.csv", data.split_rows())
+    if writes:
+        _write_settings(cli)
     try:
         cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -132,9 +132,9 @@ def _train(cli: FitCLI, resume: bool) -> Path:
             raise ValueError(f"trainer.callbacks: {error}") from error
         raise
     finally:
-        if former is not None and not cli.history.has_started:  # the checkpoint is that of the former configuration
+        if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
             (out / CONFIG).write_bytes(former)
-    if classifies:
+    if classifies and writes:
         write_training_report(out, model, data, cli.history.rows, cli.memory.peak)
         _log.info("report: %s", out / "report.html")
     kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
@@ -143,6 +143,15 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     else:
         _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
     return out
+
+
+def _write_settings(cli: FitCLI) -> None:
+    """Write the configuration, whole or not at all, as other processes may read it; and the split of labelled images."""
+    cli.out.mkdir(parents=True, exist_ok=True)
+    with replacing(cli.out / CONFIG) as partial:
+        cli.parser.save(cli.config, partial, skip_none=False, overwrite=True, multifile=False)
+    if isinstance(cli.datamodule, LabelledImages):
+        write_csv(cli.out / "split.csv", cli.datamodule.split_rows())
 
 
 def _left(out: Path) -> str:

@@ -45,7 +45,8 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         numbers = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         self.rows.append({"epoch": trainer.current_epoch + 1, **numbers})
-        write_csv(self._path, self.rows)
+        if trainer.is_global_zero:
+            write_csv(self._path, self.rows)
         lost = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
         if lost:
             _log.warning("%s is no number any more; try a smaller learning rate, or 32 bits", " and ".join(lost))

@@ -42,7 +42,10 @@ def _logging(level: int) -> Iterator[None]:
     """
     import lightning.fabric
     import lightning.pytorch  # sets the levels of its loggers, so it has to come first
+    from lightning.pytorch.utilities import rank_zero_only
 
+    if getattr(rank_zero_only, "rank", 0) and level > logging.DEBUG:
+        level = logging.ERROR  # the first of several processes says the same
     ours = logging.getLogger("widefield")
     wanted = {package.__name__: logging.WARNING for package in (lightning.fabric, lightning.pytorch)}
     wanted["tifffile"] = logging.CRITICAL

@@ -80,6 +80,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _sharing(text: str) -> int:
+    """A number of processes; what follows a flag without one may be an entry of the configuration."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a number of processes, at least 1; to let all share an image, give --split-images last"
+        )
+    return int(text)
+
+
 def _formats(text: str) -> tuple[str, ...]:
     """Formats of heatmaps from "png,geojson"."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -212,6 +221,14 @@ VERBS = {
             _option("--batch-size", "N", "images per optimizer step (default: 1)", int),
             _option("--lr", "X", "learning rate of AdamW (default: 0.001)", float),
             _option("--seed", "N", "of weights, split, order and crops (default: 0)", int),
+            _option(
+                "--split-images",
+                "K",
+                "let K processes share each image, see below; without a number, all",
+                _sharing,
+                nargs="?",
+                const=True,
+            ),
             _option("--config", "FILE", "configuration to start from", Path, action="append", default=[]),
             _IMPORTS,
         ),
@@ -239,6 +256,10 @@ based on others with `_base_`; `widefield config check FILE` says what is wrong 
 `lr_scheduler=[{type: LinearLR, end: 5}, {type: CosineAnnealingLR, T_max: 95}]`; `paramwise_cfg={norm_decay_mult: 0.0}` sets some
 parameters apart.
 `widefield fit --print_config` prints all entries with their defaults.
+
+Several processes, one for each device, are started with torchrun (or with trainer.devices=4). Each trains on images of its own, or
+with --split-images on a band of rows of an image that they share, two at a time with `--split-images 2` on 4 processes:
+  torchrun --nproc-per-node 4 -m widefield fit --images slides --labels labels.csv --out out --split-images
 """,
         takes_others=True,
         check="widefield.cli.first_checks:check_fit",

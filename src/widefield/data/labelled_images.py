@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from widefield.config import checked
 from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
@@ -68,26 +69,30 @@ def collate(pairs: Sequence[tuple[ImageFile, Label]]) -> Batch:
     return [image for image, _ in pairs], torch.tensor([label for _, label in pairs])
 
 
-class EpochShuffle(Sampler[int]):
+class EpochShuffle(DistributedSampler[int]):
     """A random order that depends on the seed and the epoch alone, so a resumed run sees what an unbroken one sees.
 
-    Lightning calls `set_epoch` before every epoch.
+    Lightning calls `set_epoch` before every epoch. Of several replicas each takes every n-th index, so that together they train on
+    what one takes in a larger batch; where they do not divide the length, the first indices come again.
+
+    Args:
+        length: Number of indices.
+        seed: Of the order.
+        num_replicas, rank: Processes that train on images of their own, and which of them this is.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
+    def __init__(self, length: int, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(range(length), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
+    @classmethod
+    def of(cls, length: int, seed: int, trainer: pl.Trainer | None) -> "EpochShuffle":
+        """Return that of this process in the run of `trainer`."""
+        return cls(length, seed, **((trainer and trainer.distributed_sampler_kwargs) or {}))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+        return islice(cycle(order), self.rank, self.total_size, self.num_replicas)
 
 
 @DATASETS.register_module()
@@ -255,7 +260,7 @@ class LabelledImages(pl.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_set, EpochShuffle(len(self.train_set), self.seed))
+        return self._loader(self.train_set, EpochShuffle.of(len(self.train_set), self.seed, self.trainer))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.val_set)

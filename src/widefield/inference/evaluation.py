@@ -21,6 +21,7 @@ from widefield.components.metrics.retrieval_metrics import RetrievalAveragePreci
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.prediction import predict_samples
+from widefield.modules import SplitImages
 
 _OF_SEVERAL = (MultiLabelMetric, AveragePrecision, RetrievalRecall, RetrievalAveragePrecision)
 _OF_ONE = (Accuracy, SingleLabelMetric, ConfusionMatrix)
@@ -53,6 +54,8 @@ class Evaluation(Callback):
         for metric in self.metrics:
             metric.reset()
             metric.to(pl_module.device)
+            if isinstance(trainer.strategy, SplitImages):
+                metric.process_group = trainer.strategy.replicas
         if (
             isinstance(pl_module, ImageClassifier) and pl_module.head is not None
         ):  # others may not predict by their head

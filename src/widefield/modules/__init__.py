@@ -2,6 +2,7 @@
 
 from widefield.modules.constructor import StreamingConstructor
 from widefield.modules.runs import AtomicCheckpointIO, FiniteTraining, NotFiniteError, RandomState
+from widefield.modules.split_images import SplitImages
 from widefield.modules.streaming_module import (
     BaseModule,
     ImageNetClassifier,
@@ -19,6 +20,7 @@ __all__ = [
     "NotFiniteError",
     "PlainModel",
     "RandomState",
+    "SplitImages",
     "StreamingConstructor",
     "StreamingModule",
 ]

@@ -436,7 +436,9 @@ class BaseModule(pl.LightningModule):
         output = self(images)
         loss: Tensor = self.loss_fn(output, targets)
         count = len(targets)
-        self.log(f"{phase}_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
+        self.log(
+            f"{phase}_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True
+        )
         metrics: MetricCollection | None = getattr(self, f"{phase}_metrics")
         if metrics is not None:
             metrics.update(self.predictions(output.detach()), targets)

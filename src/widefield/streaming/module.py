@@ -126,8 +126,7 @@ class StreamingCNN(nn.Module):
         self.unsupported = unsupported
         self.verify = verify
         self.enabled = True
-        self.ranks = Ranks.of(process_group)
-        self._limit: int | None = None  # bytes that all processes which share an image can use
+        self.share(process_group)
         self.progress: Progress | None = None
         self._programs = ProgramCache()
         self._planners: WeakKeyDictionary[Program, dict[PlanRequest, Planner]] = WeakKeyDictionary()
@@ -145,6 +144,20 @@ class StreamingCNN(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._programs, self._planners = ProgramCache(), WeakKeyDictionary()
+
+    def share(self, process_group: Any, gather: bool = False) -> None:
+        """From now on share each image with the processes of `process_group`, see the class; None: with no other.
+
+        Args:
+            process_group: as of the constructor.
+            gather: put maps among the results together at every call, whatever `gather` of `forward` is.
+
+        Raises:
+            ValueError: it is no process group that this process belongs to.
+        """
+        self.ranks = Ranks.of(process_group)
+        self.gather = gather
+        self._limit: int | None = None  # bytes that all processes which share an image can use
 
     def extra_repr(self) -> str:
         return f"tile_size={self.tile_size}, memory_budget={self.memory_budget}"
@@ -193,11 +206,11 @@ class StreamingCNN(nn.Module):
         wanted = self._wanted(shape, image, region, mask)
         if prepared is not None:
             wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
-        wanted = self._in_bands(wanted, shape, device)
         if not self.enabled:
             if wanted is not None:
                 raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
             return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
+        wanted = self._in_bands(wanted, shape, device)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
@@ -239,7 +252,7 @@ class StreamingCNN(nn.Module):
             fill=parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image)),
             statistics=statistics,
             ranks=self.ranks,
-            gather=gather,
+            gather=gather or self.gather,
             memory_budget=self.memory_budget,
             scratch_dir=self.scratch_dir,
             deterministic=self.deterministic,

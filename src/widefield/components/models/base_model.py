@@ -165,7 +165,8 @@ class BaseModel(Component, _KeepsArguments):
         numbers = self.loss(inputs, samples)
         total = total_loss(numbers)
         shown = {f"{phase}_{name}": _number(value) for name, value in numbers.items() if name != "loss"}
-        self.log_dict({f"{phase}_loss": total.detach(), **shown}, on_epoch=True, on_step=False, batch_size=len(samples))
+        numbers = {f"{phase}_loss": total.detach(), **shown}
+        self.log_dict(numbers, on_epoch=True, on_step=False, batch_size=len(samples), sync_dist=True)
         return total
 
 
