@@ -92,7 +92,9 @@ def _processes(split_images: bool | int | None) -> list[str]:
         entries = [f"trainer.devices={local}", f"trainer.num_nodes={world // local}"]
     if split_images:
         processes = None if split_images is True else split_images
-        entries.append(f"trainer.strategy={json.dumps({'type': 'widefield.modules.SplitImages', 'processes': processes})}")
+        entries.append(
+            f"trainer.strategy={json.dumps({'type': 'widefield.modules.SplitImages', 'processes': processes})}"
+        )
     return entries
 
 

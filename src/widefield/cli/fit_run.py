@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed import DistError
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.first_checks import check_folder
@@ -106,6 +107,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     if classifies:
         _check(model, data)
     if last:
+        cli.trainer.precision_plugin.convert_module(model)  # or Lightning would round weights of 64 bits to 32 as it loads them
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()
@@ -130,6 +132,11 @@ def _train(cli: FitCLI, resume: bool) -> Path:
             raise other_weights(error, last) from error
         if str(error).startswith("Early stopping conditioned on"):
             raise ValueError(f"trainer.callbacks: {error}") from error
+        if "gloo" in str(error) or isinstance(error, DistError):
+            raise ConnectionError(
+                f"another process of this training has ended, see what it said ({str(error).splitlines()[0]:.200}); "
+                f"`--resume --out {out}` with the same processes goes on from the last whole epoch"
+            ) from error
         raise
     finally:
         if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one

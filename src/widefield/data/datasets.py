@@ -76,7 +76,9 @@ class Datasets(pl.LightningDataModule):
             raise ValueError(
                 "there is nothing to train on; describe a data set as data.train={type: ImageFolder, root: ...}"
             )
-        return self._loader(self.train_set, EpochShuffle.of(len(self.train_set), self.seed, self.trainer), self.drop_last)
+        return self._loader(
+            self.train_set, EpochShuffle.of(len(self.train_set), self.seed, self.trainer), self.drop_last
+        )
 
     def val_dataloader(self) -> Any:
         return self._loader(self.val_set) if len(self.val_set) else []

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterable
+from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
@@ -34,7 +37,9 @@ class SplitImages(DDPStrategy):
 
     Args:
         processes: That share an image; None: all. Their number must divide that of all processes.
-        options: Those of `DDPStrategy`.
+        find_unused_parameters: Let the loss leave out parameters of the model, see `DistributedDataParallel`.
+        timeout: Seconds for which a process waits for others that may read a larger part of an image. One that has died is noticed
+            at once.
 
     Attributes:
         replicas: The processes of which each has a part of other images, in place of which metrics are to count; None before
@@ -44,10 +49,15 @@ class SplitImages(DDPStrategy):
         ValueError: When the trainer is made: there is one process only, or a number of processes that cannot be divided so.
     """
 
-    def __init__(self, processes: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        processes: int | None = None,
+        find_unused_parameters: bool = False,
+        timeout: float = 1800.0,
+    ) -> None:
         if processes is not None and processes < 1:
             raise ValueError(f"processes={processes} must be at least 1, or None for all")
-        super().__init__(**options)
+        super().__init__(timeout=timedelta(seconds=timeout), find_unused_parameters=find_unused_parameters)
         self._processes = processes
         self._group: distributed.ProcessGroup | None = None
         self.replicas: distributed.ProcessGroup | None = None
@@ -77,7 +87,9 @@ class SplitImages(DDPStrategy):
             )
 
     def setup_distributed(self) -> None:
-        super().setup_distributed()
+        # Lightning begins the random numbers anew, as in any DDP; those of one group go on as in one process.
+        with isolate_rng() if self.processes == self.world_size else nullcontext():
+            super().setup_distributed()
         ranks = torch.arange(self.world_size).view(-1, self.processes)
         connect = partial(distributed.new_subgroups_by_enumeration, timeout=self._timeout)
         self._group, _ = connect(ranks.tolist())

@@ -437,7 +437,13 @@ class BaseModule(pl.LightningModule):
         loss: Tensor = self.loss_fn(output, targets)
         count = len(targets)
         self.log(
-            f"{phase}_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True
+            f"{phase}_loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=count,
+            sync_dist=True,
         )
         metrics: MetricCollection | None = getattr(self, f"{phase}_metrics")
         if metrics is not None:
