@@ -20,6 +20,7 @@ from widefield.modules import BaseModule as BaseModule
 from widefield.modules import ImageNetClassifier as ImageNetClassifier
 from widefield.modules import LightningStreamingModule as LightningStreamingModule
 from widefield.modules import RandomState as RandomState
+from widefield.modules import SplitImages as SplitImages
 from widefield.modules import StreamingConstructor as StreamingConstructor
 from widefield.modules import StreamingModule
 from widefield.pretraining import METHODS as METHODS

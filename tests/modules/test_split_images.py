@@ -7,12 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -23,8 +20,8 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAUROC
 
 import widefield
-from tests.fresh import SERVER, fresh
-from tests.small_images import CLASSES, write_tiff
+from tests.fresh import fresh
+from tests.small_images import write_folder
 from widefield.cli import main
 from widefield.data import EpochShuffle
 from widefield.modules import ImageNetClassifier, SplitImages
@@ -70,10 +67,15 @@ class Network(ImageNetClassifier):
 
 
 class Numbers(Callback):
-    """Keeps the logged numbers of each epoch."""
+    """Keeps the logged numbers of each epoch, and how many processes share an image."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
+        self.sharing = 1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        ranks = pl_module.stream_network.ranks
+        self.sharing = 1 if ranks is None else ranks.size
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
@@ -83,7 +85,7 @@ def train(file: Path, strategy: Any = "auto", processes: int = 1) -> None:
     """Train the network, and write its weights and numbers to `file`."""
     seed_everything(5, verbose=False)
     model, numbers = Network(), Numbers()
-    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")}
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = Trainer(
         strategy=strategy, devices=processes, accelerator="cpu", precision="64-true", max_epochs=EPOCHS,
         num_sanity_val_steps=0, callbacks=[numbers], **quiet,
@@ -91,7 +93,7 @@ def train(file: Path, strategy: Any = "auto", processes: int = 1) -> None:
     trainer.fit(model)
     if trainer.is_global_zero:
         assert isinstance(model.stream_network(torch.zeros(1, 3, 40, 40, dtype=torch.float64)), Tensor)  # alone
-        torch.save({"weights": model.state_dict(), "numbers": numbers.epochs}, file)
+        torch.save({"weights": model.state_dict(), "numbers": numbers.epochs, "sharing": numbers.sharing}, file)
 
 
 def train_as(rank: int, processes: int, port: int, file: Path, strategy: Any) -> None:
@@ -123,6 +125,7 @@ def train_in(processes: int, file: Path, strategy: Any) -> None:
 
 def assert_same(found: Path, expected: Path) -> None:
     one, other = torch.load(found), torch.load(expected)
+    assert (one["sharing"], other["sharing"]) == (2, 1)
     for name, value in other["weights"].items():
         assert (one["weights"][name] - value).abs().max() <= TOLERANCE * value.abs().max(), name
     assert len(one["numbers"]) == EPOCHS
@@ -145,3 +148,88 @@ def test_two_groups_of_processes_train_as_two_processes(tmp_path: Path) -> None:
     train_in(4, tmp_path / "groups", SplitImages(2))
     train_in(2, tmp_path / "replicas", DDPStrategy())
     assert_same(tmp_path / "groups", tmp_path / "replicas")
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharing", "message"),
+    [
+        (1, None, r"there is one: start them with `torchrun --nproc-per-node 4"),
+        (6, 4, r"6 processes cannot be divided into groups of 4 that share an image; let 1, 2, 3, 6 share one"),
+    ],
+)
+def test_processes_that_cannot_share_images_are_refused(processes: int, sharing: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(strategy=SplitImages(sharing), devices=processes, accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match="processes=0 must be at least 1"):
+        SplitImages(0)
+
+
+def test_replicas_take_together_what_one_process_takes() -> None:
+    order = list(EpochShuffle(7, seed=3))
+    parts = [list(EpochShuffle(7, 3, num_replicas=2, rank=rank)) for rank in range(2)]
+    assert parts == [[*order[::2]], [*order[1::2], order[0]]]
+    assert [len(EpochShuffle(7, 3, 2, rank)) for rank in range(2)] == [4, 4]
+
+
+def test_fit_takes_the_processes_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("widefield.cli.fit_run.train", lambda config, left, resume: seen.append(config.data["trainer"]))
+    write_folder(tmp_path, 2, 64)
+    places = [tmp_path / "out", tmp_path / "images", tmp_path / "labels.csv"]
+    widefield.fit(*places)
+    environment = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    widefield.fit(*places)
+    widefield.fit(*places, split_images=2)
+    flags = [f"--{name}={place}" for name, place in zip(("out", "images", "labels"), places, strict=True)]
+    for given in (["--split-images=2"], ["--split-images"]):
+        assert main(["fit", *flags, *given]) == 0
+    assert not {"strategy", "devices", "num_nodes"} & seen[0].keys()
+    assert all((one["devices"], one["num_nodes"]) == (4, 2) for one in seen[1:])
+    strategies = [one.get("strategy") for one in seen[1:]]
+    two, every = ({"type": "widefield.modules.SplitImages", "processes": count} for count in (2, None))
+    assert strategies == [None, two, two, every]
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    files = ["--images", f"{folder}/images", "--labels", f"{folder}/labels.csv", "--out", f"{folder / out}"]
+    options = [
+        "--model",
+        "resnet10_w16",
+        "--tile-size",
+        "64",
+        "--epochs",
+        "3",
+        "trainer.precision=64-true",
+        "--split-images",
+    ]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "widefield", "fit"]
+    return [sys.executable, *start, *files, *options, *more]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    write_folder(tmp_path, 6, 500)
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command(tmp_path, "whole"), check=True, **quiet)
+    torchrun = subprocess.Popen(command(tmp_path, "killed"), **quiet)
+    while not (tmp_path / "killed" / "last.ckpt").is_file():
+        assert torchrun.poll() is None
+        time.sleep(0.1)
+    processes = [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+    assert len(processes) == 2
+    os.kill(processes[1], signal.SIGKILL)
+    assert torchrun.wait(timeout=60) != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+    subprocess.run(command(tmp_path, "killed", "--resume"), check=True, **quiet)
+    one, other = (torch.load(tmp_path / out / "last.ckpt", weights_only=True) for out in ("killed", "whole"))
+    assert one["global_step"] == other["global_step"]
+    assert all(torch.equal(one["state_dict"][name], value) for name, value in other["state_dict"].items())
+    assert one["callbacks"]["History"] == other["callbacks"]["History"]

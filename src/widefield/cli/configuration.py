@@ -89,6 +89,8 @@ def read_run(arguments: argparse.Namespace, others: list[str]) -> tuple[Config, 
     if not checkpoint.is_file():
         raise FileNotFoundError(f"the checkpoint {checkpoint} does not exist")
     try:
+        # The processes in which it was trained are not those of this command: one counts each image once.
+        others = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", *others]
         config, left = read_configuration(argparse.Namespace(imports=arguments.imports), files, others, starts=False)
     except (ArgumentError, ConfigError) as error:
         raise ValueError(str(error)) from error

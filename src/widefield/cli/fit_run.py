@@ -107,7 +107,9 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     if classifies:
         _check(model, data)
     if last:
-        cli.trainer.precision_plugin.convert_module(model)  # or Lightning would round weights of 64 bits to 32 as it loads them
+        cli.trainer.precision_plugin.convert_module(
+            model
+        )  # or Lightning would round weights of 64 bits to 32 as it loads them
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()

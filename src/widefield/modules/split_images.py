@@ -42,8 +42,8 @@ class SplitImages(DDPStrategy):
             at once.
 
     Attributes:
-        replicas: The processes of which each has a part of other images, in place of which metrics are to count; None before
-            the processes are connected.
+        replicas: The process group over which metrics count: one process of each group that shares an image. None before the
+            processes are connected.
 
     Raises:
         ValueError: When the trainer is made: there is one process only, or a number of processes that cannot be divided so.
@@ -59,8 +59,8 @@ class SplitImages(DDPStrategy):
             raise ValueError(f"processes={processes} must be at least 1, or None for all")
         super().__init__(timeout=timedelta(seconds=timeout), find_unused_parameters=find_unused_parameters)
         self._processes = processes
-        self._group: distributed.ProcessGroup | None = None
-        self.replicas: distributed.ProcessGroup | None = None
+        self._group: Any = None
+        self.replicas: Any = None
 
     @property
     def processes(self) -> int:
@@ -113,7 +113,7 @@ class SplitImages(DDPStrategy):
     def on_train_start(self) -> None:
         """Let the processes of a group draw the same random numbers from here on."""
         cuda = self.root_device if self.root_device.type == "cuda" else None
-        states = [
+        states: list[Any] = [
             torch.get_rng_state(),
             random.getstate(),
             np.random.get_state(),
