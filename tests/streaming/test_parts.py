@@ -237,6 +237,48 @@ def test_prepared_images_give_regions_without_looking_at_the_whole_again() -> No
             streamed(prepared, region=(0, 0, 9, 9))
 
 
+class Scaled(nn.Module):
+    """A map divided by its mean, which depends on a setting too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)) + self.scale
+        return x / x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("changed", ["image", "setting", "mode", "autocast", "normalisation"])
+def test_a_prepared_image_is_refused_once_anything_has_changed(changed: str) -> None:
+    net, image = Scaled().eval(), torch.rand(1, 1, 20, 20)
+    streamed = StreamingCNN(net, 10, verify=False, mean=0.5, std=0.5)
+    prepared = streamed.prepare(image)
+    with torch.no_grad():
+        streamed(prepared, region=(2, 2, 4, 4))
+        if changed == "image":
+            image.mul_(2)
+        elif changed == "setting":
+            net.scale = 3.0
+        elif changed == "mode":
+            net.train()
+            streamed.batch_statistics = "exact"
+        elif changed == "normalisation":
+            streamed = StreamingCNN(net, 10, verify=False)
+        with (
+            torch.autocast("cpu", enabled=changed == "autocast"),
+            pytest.raises(ValueError, match="prepare it again"),
+        ):
+            streamed(prepared, region=(2, 2, 4, 4))
+
+
+def test_prepare_updates_no_running_statistics() -> None:
+    streamed = StreamingCNN(Scaled().train(), 10, verify=False, batch_statistics="exact")
+    with pytest.raises(ValueError, match=r"call eval\(\) first"):
+        streamed.prepare(torch.rand(1, 1, 20, 20))
+    assert int(streamed.module.norm.num_batches_tracked) == 0
+
+
 def test_masks_of_images_and_functions_of_the_image() -> None:
     class WithCells:
         cells = np.eye(4, dtype=bool)
@@ -273,6 +315,8 @@ def test_the_background_is_filled_before_pixels_are_normalised() -> None:
         ({"region": (0.0, 0, 5, 5)}, "four ints"),
         ({"mask": np.zeros((4, 4), dtype=bool)}, "no foreground"),
         ({"mask": np.ones((4, 4))}, "boolean array"),
+        ({"mask": "a file"}, "boolean array"),
+        ({"mask": lambda _: None}, "boolean array"),
         ({"mask": np.ones((3, 4, 4), dtype=bool)}, "boolean array"),
         ({"mask": np.ones((61, 4), dtype=bool)}, "more than the image has pixels"),
         ({"mask": np.ones((4, 4), dtype=bool), "fill": (1, 2)}, "each of the 3 channels"),
@@ -285,10 +329,25 @@ def test_wrong_parts_are_refused(arguments: dict[str, Any], message: str) -> Non
         streamed(torch.randn(1, 3, 60, 72, dtype=torch.float64), **arguments)
 
 
+def test_a_plan_needs_the_mask_itself() -> None:
+    with pytest.raises(ValueError, match="no image to make a mask of"):
+        StreamingCNN(NETWORKS["map"], 16).plan((3, 60, 72), mask=lambda image: image > 0)
+
+
+def test_a_fill_may_be_a_number_of_numpy() -> None:
+    streamed = StreamingCNN(NETWORKS["map"].double(), 16, verify=False)
+    image, mask = torch.zeros(1, 3, 60, 72, dtype=torch.uint8), np.eye(2, dtype=bool)
+    with torch.no_grad():
+        expected = streamed(image, mask=mask, fill=200)
+        assert torch.equal(streamed(image, mask=mask, fill=np.uint8(200)), expected)
+        assert not torch.equal(streamed(image, mask=mask), expected)
+
+
 def test_a_fill_that_pixels_cannot_have_is_refused() -> None:
     streamed = StreamingCNN(NETWORKS["map"].double(), 16, verify=False)
-    with pytest.raises(ValueError, match=r"torch\.uint8 does not have them"):
-        streamed(torch.zeros(1, 3, 60, 72, dtype=torch.uint8), mask=np.eye(2, dtype=bool), fill=300)
+    for fill in (300, 10**30):
+        with pytest.raises(ValueError, match=r"torch\.uint8 does not have them"):
+            streamed(torch.zeros(1, 3, 60, 72, dtype=torch.uint8), mask=np.eye(2, dtype=bool), fill=fill)
 
 
 def test_operations_on_whole_maps_are_refused_by_name() -> None:

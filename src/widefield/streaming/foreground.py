@@ -1,6 +1,7 @@
 """The foreground of an image, and of each of its maps: where reductions look, and what has to be computed."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,10 @@ def parse_mask(mask: Any, image: Any, shape: Sequence[int]) -> Foreground | None
     if mask is None:
         return None
     if callable(mask):
+        if image is None:
+            raise ValueError(
+                "there is no image to make a mask of: give the mask itself, not the function that makes it"
+            )
         mask = mask(image)
     if isinstance(mask, (list, tuple)):
         cells = [np.asarray(getattr(one, "cells", one)) for one in mask]
@@ -62,15 +67,17 @@ def parse_mask(mask: Any, image: Any, shape: Sequence[int]) -> Foreground | None
             )
         mask = np.stack(cells) if cells else mask
     mask = getattr(mask, "cells", mask)
-    found = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    found = mask if isinstance(mask, Tensor) else np.array(mask)
     found = found[None] if found.ndim == 2 else found
-    if found.dtype != torch.bool or found.ndim != 3 or found.shape[0] not in (1, shape[0]) or 0 in found.shape:
+    is_bool = found.dtype in (torch.bool, np.bool_)
+    if not is_bool or found.ndim != 3 or found.shape[0] not in (1, shape[0]) or 0 in found.shape:
         raise ValueError(
             f"mask is {found.dtype} of shape {tuple(found.shape)}, and must be a boolean array (rows, columns), or "
             f"({shape[0]}, rows, columns) for this batch, True in the foreground; a Mask; or a function that makes one of the image"
         )
     if found.shape[1] > shape[2] or found.shape[2] > shape[3]:
         raise ValueError(f"mask has {tuple(found.shape[1:])} cells, more than the image has pixels, {tuple(shape[2:])}")
+    found = torch.as_tensor(found)
     if not found.flatten(1).any(1).all():
         raise ValueError(
             "mask holds no foreground (nothing is True): leave this image out, or look at how the mask was made"
@@ -81,9 +88,11 @@ def parse_mask(mask: Any, image: Any, shape: Sequence[int]) -> Foreground | None
 def parse_fill(fill: Any, channels: int, dtype: torch.dtype) -> tuple[float, ...]:
     """Check the values that stand in the background: one, or one per channel, in the image's own dtype. Raises ValueError."""
     values = tuple(fill) if isinstance(fill, (list, tuple)) else (fill,)
-    if len(values) not in (1, channels) or not all(isinstance(value, (int, float)) for value in values):
+    if len(values) not in (1, channels) or not all(isinstance(value, Real) for value in values):
         raise ValueError(f"fill={fill!r} must be a number, or one for each of the {channels} channels")
-    if not dtype.is_floating_point and any(float(torch.tensor(value).to(dtype)) != value for value in values):
+    if not dtype.is_floating_point and any(
+        float(torch.tensor(value, dtype=torch.float64).to(dtype)) != value for value in map(float, values)
+    ):
         raise ValueError(f"fill={fill!r} must be values of a pixel as it is stored, and {dtype} does not have them")
     return tuple(map(float, values))
 

@@ -192,8 +192,12 @@ class StreamingCNN(nn.Module):
         prepared = None
         if isinstance(image, PreparedImage):
             prepared, image = image, image.image
-            prepared.check(self)
             fill = prepared.fill
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the "
+                    "model with the image itself, which computes them again with gradients"
+                )
             if mask is not None:
                 raise ValueError("a mask is given to prepare(), and holds for all regions: leave it out here")
         if self.enabled:
@@ -215,6 +219,11 @@ class StreamingCNN(nn.Module):
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
+        if prepared is not None and prepared.made_for != self._state(program, prepared.image):
+            raise ValueError(
+                "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
+                "has changed since prepare() looked at this image: prepare it again"
+            )
         return self._run(program, image, wanted, device, dtype, fill, prepared.statistics if prepared else None, gather)
 
     def _run(
@@ -270,11 +279,19 @@ class StreamingCNN(nn.Module):
         there is nothing to compute. The arguments are those of `forward`; a mask that is given here holds for all regions.
 
         Raises:
-            ValueError: later, if it is used with gradients, or after a parameter or buffer of the module has changed.
+            ValueError: if batch norm layers would take the statistics of this image and update their running statistics
+                (`batch_statistics="exact"` in training mode); later, if it is used with gradients, or after the image or anything
+                that the module computes with has changed.
         """
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
+        assert isinstance(image, (Tensor, LazyImage))
         program = self._program(shape, dtype, device)
+        if program.statistics:
+            raise ValueError(
+                f"prepare() is for inference, and layer '{program.statistics[0][0]}' is in training mode with "
+                'batch_statistics="exact": call eval() first'
+            )
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False)
         foreground = parse_mask(mask, image, shape)
@@ -282,7 +299,7 @@ class StreamingCNN(nn.Module):
         wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), shape, device)
         self._run(program, image, wanted, device, dtype, fill, statistics)
         statistics.known = True
-        return PreparedImage(image, foreground, fill, statistics, self._versions())
+        return PreparedImage(image, foreground, fill, statistics, self._state(program, image))
 
     def _in_bands(self, wanted: Wanted | None, shape: Sequence[int], device: torch.device) -> Wanted | None:
         """What this process wants of what is `wanted`."""
@@ -295,10 +312,12 @@ class StreamingCNN(nn.Module):
         self._limit = min(limits) if self._limit is None else self._limit
         return wanted
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """What changes when a parameter or buffer does."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+    def _state(self, program: Program, image: Tensor | LazyImage) -> Any:
+        """What changes when `image`, the module or how it is called does."""
+        pixels = [image] if isinstance(image, Tensor) else []
+        tensors = (*self.module.parameters(), *self.module.buffers(), *pixels)
+        versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+        return program.kind, self.normalisation, versions
 
     def _wanted(self, shape: Sequence[int], image: Any, region: Any, mask: Any) -> Wanted | None:
         """The part of an image of `shape` that is wanted; None if it is all of it."""
@@ -613,17 +632,7 @@ class PreparedImage:
     foreground: Foreground | None
     fill: Any
     statistics: Statistics
-    versions: list[tuple[int, int]]
-
-    def check(self, network: StreamingCNN) -> None:
-        """Raise ValueError where results would be wrong: with gradients, which lead through the statistics; for other weights."""
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the model "
-                "with the image itself, which computes them again with gradients"
-            )
-        if network._versions() != self.versions:
-            raise ValueError("a parameter or buffer has changed since prepare() looked at this image: prepare it again")
+    made_for: Any
 
 
 class _Together(torch.autograd.Function):
