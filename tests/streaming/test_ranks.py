@@ -98,6 +98,15 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     assert relative_error(planned(image), planned.module(image)) < TOLERANCE
     with pytest.raises(ValueError, match="must be given the same one"):
         streamed(image[:, :, rank:])
+    moved = np.roll(mask, rank, 0)
+    for other in ({"gather": rank == 0}, {"mask": moved}, {"mask": mask, "fill": rank}):
+        with pytest.raises(ValueError, match="must be given the same one"):
+            streamed(image, **other)
+    with pytest.raises(ValueError, match="must be given the same one"):
+        streamed(image.detach().requires_grad_(rank == 0))
+    streamed.disable()
+    with pytest.raises(ValueError, match="process_group needs streaming"):
+        streamed(image)
     distributed.destroy_process_group()
 
 

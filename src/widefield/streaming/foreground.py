@@ -1,5 +1,6 @@
 """The foreground of an image, and of each of its maps: where reductions look, and what has to be computed."""
 
+import zlib
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -29,6 +30,11 @@ class Foreground:
         counts = mask.cpu().cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
         self.batch, self.size = mask.shape[0], (mask.shape[1], mask.shape[2])
         self.counts = torch.nn.functional.pad(counts, (1, 0, 1, 0))  # [n, r, c]: foreground cells above r and left of c
+
+    @property
+    def checksum(self) -> int:
+        """A number by which masks that differ are told apart (CRC-32)."""
+        return zlib.crc32(self.counts.numpy(), self.counts.shape[2])
 
     def touched(self, extent: Sequence[int], rows: Ranges, cols: Ranges) -> Flags:
         """Return which blocks of a map of `extent` hold foreground of any image: (row ranges, column ranges)."""

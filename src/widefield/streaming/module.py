@@ -211,11 +211,14 @@ class StreamingCNN(nn.Module):
         if prepared is not None:
             wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
         if not self.enabled:
-            if wanted is not None:
-                raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
+            if wanted is not None or self.ranks is not None:
+                raise ValueError(
+                    "a region, a mask or a process_group needs streaming, which disable() has turned off: call enable()"
+                )
             return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
         wanted = self._in_bands(wanted, shape, device)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
+        wanted = self._in_bands(wanted, shape, device, image_requires_grad, fill, gather)
         program = self._program(shape, dtype, device, image_requires_grad)
         if self.verify:
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
@@ -296,18 +299,37 @@ class StreamingCNN(nn.Module):
             verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False)
         foreground = parse_mask(mask, image, shape)
         statistics = Statistics()
-        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), shape, device)
+        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), shape, device, False, fill, False)
         self._run(program, image, wanted, device, dtype, fill, statistics)
         statistics.known = True
         return PreparedImage(image, foreground, fill, statistics, self._state(program, image))
 
-    def _in_bands(self, wanted: Wanted | None, shape: Sequence[int], device: torch.device) -> Wanted | None:
-        """What this process wants of what is `wanted`."""
+    def _in_bands(
+        self,
+        wanted: Wanted | None,
+        shape: Sequence[int],
+        device: torch.device,
+        image_requires_grad: bool,
+        fill: Any,
+        gather: bool,
+    ) -> Wanted | None:
+        """What this process wants of what is `wanted`. Raises ValueError if others were called in another way, and would wait."""
         if self.ranks is None:
             return wanted
         wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
-        cells = None if wanted.foreground is None else wanted.foreground.counts[:, -1, -1].tolist()
-        how = (tuple(shape), wanted.region, cells, self.tile_size, self.memory_budget, torch.is_grad_enabled())
+        how = {
+            "shape": tuple(shape),
+            "region": wanted.region,
+            "mask": None if wanted.foreground is None else wanted.foreground.checksum,
+            "fill": repr(fill),
+            "prepare": not wanted.outputs,
+            "gather": gather,
+            "tile_size": self.tile_size,
+            "memory_budget": self.memory_budget,
+            "gradients": torch.is_grad_enabled(),
+            "image requires grad": image_requires_grad,
+            "parameters that require grad": sum(p.requires_grad for p in self.module.parameters()),
+        }
         limits = self.ranks.agree(how, usable_memory(device))
         self._limit = min(limits) if self._limit is None else self._limit
         return wanted
