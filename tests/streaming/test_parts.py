@@ -334,9 +334,10 @@ def test_a_plan_needs_the_mask_itself() -> None:
         StreamingCNN(NETWORKS["map"], 16).plan((3, 60, 72), mask=lambda image: image > 0)
 
 
-def test_a_fill_may_be_a_number_of_numpy() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint64])
+def test_a_fill_may_be_a_number_of_numpy(dtype: torch.dtype) -> None:
     streamed = StreamingCNN(NETWORKS["map"].double(), 16, verify=False)
-    image, mask = torch.zeros(1, 3, 60, 72, dtype=torch.uint8), np.eye(2, dtype=bool)
+    image, mask = torch.zeros(1, 3, 60, 72, dtype=dtype), np.eye(2, dtype=bool)
     with torch.no_grad():
         expected = streamed(image, mask=mask, fill=200)
         assert torch.equal(streamed(image, mask=mask, fill=np.uint8(200)), expected)

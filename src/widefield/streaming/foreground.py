@@ -34,7 +34,7 @@ class Foreground:
     @property
     def checksum(self) -> int:
         """A number by which masks that differ are told apart (CRC-32)."""
-        return zlib.crc32(self.counts.numpy(), self.counts.shape[2])
+        return zlib.crc32(self.counts.numpy().data, self.counts.shape[2])
 
     def touched(self, extent: Sequence[int], rows: Ranges, cols: Ranges) -> Flags:
         """Return which blocks of a map of `extent` hold foreground of any image: (row ranges, column ranges)."""
