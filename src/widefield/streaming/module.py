@@ -211,12 +211,9 @@ class StreamingCNN(nn.Module):
         if prepared is not None:
             wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
         if not self.enabled:
-            if wanted is not None or self.ranks is not None:
-                raise ValueError(
-                    "a region, a mask or a process_group needs streaming, which disable() has turned off: call enable()"
-                )
+            if wanted is not None:
+                raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
             return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
-        wanted = self._in_bands(wanted, shape, device)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
         wanted = self._in_bands(wanted, shape, device, image_requires_grad, fill, gather)
         program = self._program(shape, dtype, device, image_requires_grad)

@@ -248,24 +248,25 @@ def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[Parti
 def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[range]]:
     """For each scan, the tile rows whose results belong to each process: about as much work for all."""
     found, ranks = [], wanted.band[1]
-    for grid, work in zip(grids, _work(program, grids, wanted), strict=True):
-        done = np.cumsum(work)
-        ends = np.searchsorted(done, done[-1] * np.arange(1, ranks) / ranks, side="left") + 1
+    for grid in grids:
+        done = np.cumsum(_work(program, grid, wanted))
+        ends = np.searchsorted(done, done[-1] * np.arange(1, ranks) / ranks * (1 - 1e-9), side="left") + 1
         edges = [0, *ends.tolist(), grid.row_schedule.steps]
         found.append([range(a, b) for a, b in itertools.pairwise(edges)])
     return found
 
 
-def _work(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[npt.NDArray[np.int64]]:
-    """The bytes of maps that each tile row of each scan computes of what is wanted by all processes together."""
-    if wanted.scattered:
-        everything = _needs(program, grids, wanted, [range(grid.row_schedule.steps) for grid in grids])
-        tiles = [part.boxes.sizes.sum(2) for part in everything]
-    else:
-        widths = ([[grid.extent(v)[1]] for v in range(len(grid.stage.values))] for grid in grids)
-        tiles = [np.diff(grid.row_schedule.ready_array) * width for grid, width in zip(grids, widths, strict=True)]
-    sizes = ([value.pixel_bytes for value in grid.stage.values] for grid in grids)
-    return [np.array(size) @ each for size, each in zip(sizes, tiles, strict=True)]
+def _work(program: Program, grid: Grid, wanted: Wanted) -> npt.NDArray[np.float64]:
+    """How much of what is wanted each tile row of a scan makes; each output map and reduction counts the same."""
+    image = program.captured.image_shape[2], program.captured.image_shape[3]
+    work = np.zeros(grid.row_schedule.steps)
+    for v in (*grid.stage.outputs, *grid.stage.reductions):
+        if v in grid.stage.reductions or grid.stage.values[v].name in program.final_maps:
+            (top, bottom), (left, right) = wanted.of(grid, v, image, range(grid.row_schedule.steps))
+            height, width = grid.extent(v)
+            steps = _steps_of(blocks(grid.row_schedule, v)[1], top, bottom)[0]
+            np.add.at(work, steps, (bottom - top) * (right - left) / (height * width))
+    return work
 
 
 def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted, name: str) -> list[int]:
