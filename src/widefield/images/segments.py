@@ -159,8 +159,9 @@ def _decoder(path: Path, page: Page) -> Decode:
             decode()
         except (ValueError, NotImplementedError) as error:
             raise cannot_read(path, f"it cannot be decoded (compression {codec}): {error}") from error
-    height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else (frame.rowsperstrip, frame.imagewidth)
-    most = 2 * (min(height, frame.imagelength) + 16) * (width + 16)  # encoders may fill up a segment
+    strip = min(frame.rowsperstrip, frame.imagelength), frame.imagewidth
+    height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else strip
+    most = 2 * (height + 16) * (width + 16)  # encoders may fill up a segment
     if compression not in _JPEG:
 
         def decode_other(data: bytes, index: int) -> np.ndarray:

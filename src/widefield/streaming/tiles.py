@@ -202,9 +202,7 @@ class TileReader:
         if self.foreground is not None:
             extent = self.data.shape[-2:]
             mask = self.foreground.tile(extent, y, x, raw.shape[2], raw.shape[3], raw.device)[:, None]
-            fill = torch.tensor(self.fill, dtype=torch.float64, device="cpu").to(
-                raw.dtype
-            )  # uint64 is not made of floats
+            fill = torch.tensor(self.fill, dtype=torch.float64, device="cpu").to(raw.dtype)  # as uint64 cannot be made
             raw = torch.where(mask, raw, fill.to(raw.device).view(-1, 1, 1))
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
         return tile if self.memory_format is None else tile.contiguous(memory_format=self.memory_format)
