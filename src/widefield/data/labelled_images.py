@@ -203,7 +203,7 @@ class LabelledImages(pl.LightningDataModule):
 
     @property
     def foreground(self) -> str:
-        """How the foreground of all images is found."""
+        """The rule by which the foreground of all images is found."""
         return self.train_set.foreground.method
 
     def take_all_of_images(self) -> None:

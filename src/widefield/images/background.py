@@ -19,7 +19,7 @@ _MOSTLY_BLANK = 0.5
 
 @dataclass(frozen=True)
 class Background:
-    """What is left out of an image.
+    """The part of an image that is left out.
 
     Attributes:
         mask: False in the background, True in the foreground, of which there is some.
@@ -34,7 +34,7 @@ class Background:
 
 @dataclass(frozen=True)
 class ForegroundChoice:
-    """How the foreground of images is found, one rule for training, validation and prediction.
+    """The way in which the foreground of images is found, one rule for training, validation and prediction.
 
     Attributes:
         method: One of

@@ -46,7 +46,7 @@ class _Image:
     axes: dict[str, _Axis]
     channels: list[Element]
     offset: int | None
-    """Where its pixels begin; None if the file lacks them."""
+    """Return the place at which its pixels begin; None if the file lacks them."""
     size: int
     """Bytes of its pixels."""
 
@@ -109,7 +109,7 @@ def open_lif(path: Path, choice: Choice) -> Contents:
 
 
 def _image(path: Path, image: Any) -> _Image:
-    """What is needed of an image of liffile, which refuses some layouts of pixels and rows that are padded."""
+    """The facts about an image of liffile, which refuses some layouts of pixels and rows that are padded."""
     description = image.xml_element.find("./Data/Image/ImageDescription")
     axes: dict[str, _Axis] = {}
     for one in description.findall("./Dimensions/DimensionDescription"):

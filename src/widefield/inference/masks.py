@@ -17,7 +17,7 @@ from widefield.pretraining.wrapping import evaluating
 
 _log = logging.getLogger(__name__)
 _WHOLE = "needs a network that is streamed as a whole"
-"""What the engine says of a network that takes no mask."""
+"""The words of the engine for a network that takes no mask."""
 
 
 def keep_background_if_usable(model: nn.Module, image: Any) -> bool:

@@ -69,7 +69,7 @@ class SplitImages(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """How many groups there are, and which this process belongs to."""
+        """Return the number of groups, and that to which this process belongs."""
         return {"num_replicas": self.world_size // self.processes, "rank": self.global_rank // self.processes}
 
     def set_world_ranks(self) -> None:

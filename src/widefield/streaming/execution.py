@@ -131,7 +131,7 @@ def execute(
 
 @dataclass
 class Statistics:
-    """What reductions over a whole image have given, by name, and the seed of the random masks in that pass."""
+    """Results of reductions over a whole image, by name, and the seed of the random masks in that pass."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     seed: int | None = None
@@ -147,7 +147,7 @@ class Statistics:
 def _wanted_part(
     made: Tensor, value: Value, part: Box, wanted: Wanted, program: Program, bands: Sequence[int] | None
 ) -> Tensor:
-    """What is wanted of an output map, of which `part` was made: the rest is zero, and so is the background.
+    """Return the wanted part of an output map, of which `part` was made: the rest is zero, and so is the background.
 
     `bands`: the rows of it that each process has.
     """

@@ -310,7 +310,10 @@ class StreamingCNN(nn.Module):
         fill: Any,
         gather: bool,
     ) -> Wanted | None:
-        """What this process wants of what is `wanted`. Raises ValueError if others were called in another way, and would wait."""
+        """Return the part of what is `wanted` that this process makes.
+
+        Raises ValueError if other processes, which would wait for this one, were called in another way.
+        """
         if self.ranks is None:
             return wanted
         wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
@@ -332,7 +335,7 @@ class StreamingCNN(nn.Module):
         return wanted
 
     def _state(self, program: Program, image: Tensor | LazyImage) -> Any:
-        """What changes when `image`, the module or how it is called does."""
+        """Return all that results of `prepare` depend on, for comparison."""
         pixels = [image] if isinstance(image, Tensor) else []
         tensors = (*self.module.parameters(), *self.module.buffers(), *pixels)
         versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
@@ -526,7 +529,7 @@ class StreamingCNN(nn.Module):
     def _planner(
         self, program: Program, device: torch.device, image_requires_grad: bool = False, partial: bool = False
     ) -> Planner:
-        """What makes plans for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
+        """Return the planner for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
         planners, parameters = self._planners.setdefault(program, {}), list(self.module.parameters())
         training = torch.is_grad_enabled() and (image_requires_grad or any(p.requires_grad for p in parameters))
         kernel = next((p for p in parameters if p.ndim == 4), None)

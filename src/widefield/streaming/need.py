@@ -24,7 +24,7 @@ from widefield.streaming.schedule import Schedule
 
 
 class Boxes:
-    """For each map and step, the rows and columns that it computes: (maps, tile rows, tile columns); none where `stop <= start`."""
+    """The rows and columns of each map that each step computes: (maps, tile rows, tile columns); none where `stop <= start`."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.start = np.full((2, *shape), np.iinfo(np.int64).max)
@@ -128,7 +128,7 @@ class PartialGrid:
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What is wanted of an image.
+    """The wanted part of an image.
 
     `region` is a part of the image (y, x, height, width), whose cells of each output map are wanted, None for all of them. With a
     `foreground`, only what touches it is, and reductions run over it alone. `reductions`: they are wanted, and not known already;
@@ -237,7 +237,7 @@ def check_parts(program: Program, wanted: Wanted) -> None:
 
 
 def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[PartialGrid]:
-    """What each scan of `program` has to do."""
+    """Return the steps of each scan of `program` that are needed for what is `wanted`."""
     rank, ranks = wanted.band
     steps = [range(grid.row_schedule.steps) for grid in grids]
     if ranks > 1:
@@ -246,7 +246,7 @@ def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[Parti
 
 
 def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[range]]:
-    """For each scan, the tile rows whose results belong to each process: about as much work for all."""
+    """Return the tile rows of each scan whose results belong to each process: about as much work for all."""
     found, ranks = [], wanted.band[1]
     for grid in grids:
         done = np.cumsum(_work(program, grid, wanted))
@@ -257,7 +257,7 @@ def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[
 
 
 def _work(program: Program, grid: Grid, wanted: Wanted) -> npt.NDArray[np.float64]:
-    """How much of what is wanted each tile row of a scan makes; each output map and reduction counts the same."""
+    """Return the amount of what is wanted that each tile row of a scan makes; each output map and reduction counts the same."""
     image = program.captured.image_shape[2], program.captured.image_shape[3]
     work = np.zeros(grid.row_schedule.steps)
     for v in (*grid.stage.outputs, *grid.stage.reductions):
@@ -270,7 +270,7 @@ def _work(program: Program, grid: Grid, wanted: Wanted) -> npt.NDArray[np.float6
 
 
 def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted, name: str) -> list[int]:
-    """How many rows of what is wanted of an output map each process has."""
+    """Return the number of rows that each process has of what is wanted of an output map."""
     image = program.captured.image_shape[2], program.captured.image_shape[3]
     for stage, grid, ranges in zip(program.stages, grids, bands(program, grids, wanted), strict=True):
         for v in stage.outputs:

@@ -309,7 +309,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
 
 
 def _in_order(footprint: Footprint) -> Array:
-    """What autograd keeps of each step, in the order of the steps."""
+    """Return the bytes that autograd keeps of each step, in the order of the steps."""
     if footprint.need is None:
         return footprint.recorded.ravel()
     order = footprint.need.order

@@ -36,7 +36,7 @@ def foreground_of_map(background: Background, size: Sequence[int]) -> Tensor:
 
 
 class OverForeground:
-    """What follows a trunk, such as pooling and a classifier, applied to the foreground of the trunk's map alone.
+    """The part behind a trunk, such as pooling and a classifier, applied to the foreground of the trunk's map alone.
 
     Args:
         part: The module; its parameters stay its own.
