@@ -181,10 +181,10 @@ def test_hooks_run_once_for_each_image_with_the_whole_maps() -> None:
     assert seen == [(1, 6, 26, 33)]
 
 
-def test_options_are_those_of_the_engine_less_normalisation() -> None:
+def test_options_are_those_of_the_engine_less_normalisation_and_processes() -> None:
     engine = inspect.signature(StreamingCNN).parameters
     ours = {field.name: field.default for field in dataclasses.fields(StreamingOptions)}
-    assert set(ours) == set(engine) - {"module", "mean", "std", "value_range"}
+    assert set(ours) == set(engine) - {"module", "mean", "std", "value_range", "process_group"}
     assert all(engine[name].default == default for name, default in ours.items())
     backbone = Small(streaming=StreamingOptions(tile_size=[64, None], memory_budget="1GiB"))
     assert (backbone.streamed.tile_size, backbone.streamed.memory_budget) == ((64, None), 2**30)

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from widefield.errors import WidefieldError
+
 _OUTLINED = ("widefield", "lightning", "torch")
 """Packages whose source is read, each for itself: of another one it takes stand-ins."""
 _IMPORTED = (
@@ -28,7 +30,7 @@ _KEPT = ("dataclass", "property", "classmethod", "staticmethod")
 _Definition = ast.FunctionDef | ast.ClassDef
 
 
-class OutlineError(Exception):
+class OutlineError(WidefieldError, ImportError):
     """Something cannot be outlined; import it."""
 
 
