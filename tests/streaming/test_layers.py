@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield.streaming import StreamingCNN, stream
-from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
+from widefield.streaming.extents import AdaptiveWindow, AxisMap, BorderPad, Resample, Transposed, Window
 from widefield.streaming.layers import Layer, Lost, layer_table
 from widefield.streaming.receptive_field import receptive_field_of
 
@@ -152,6 +152,7 @@ AXES: list[AxisMap] = [
     *(Resample(50, n, 50 / n, mode) for n in (20, 50, 75, 100) for mode in ("linear", "cubic", "nearest-exact")),
     Resample(50, 99, 49 / 98, "linear", align_corners=True),
     Resample(50, 1, 0.0, "linear", align_corners=True),
+    *(AdaptiveWindow(50, n) for n in (10, 24, 33, 60)),
 ]
 
 

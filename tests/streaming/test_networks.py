@@ -143,3 +143,13 @@ def test_global_average_pooling_is_summed_tile_by_tile() -> None:
     (stage,) = program.stages
     assert not stage.outputs, "the map itself is never made"
     assert len(stage.reductions) == 3
+
+
+@pytest.mark.parametrize("size", [(224, 224), (255, 261), (448, 224)])
+def test_a_head_on_a_grid_of_cells_takes_sizes_that_the_grid_divides_and_others(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, 2)),
+        *(nn.AdaptiveAvgPool2d((6, 6)), nn.Flatten(), nn.Linear(144, 3)),
+    )
+    assert_exact(network, torch.randn(1, 3, *size), [64])

@@ -92,6 +92,10 @@ TRANSPOSED = {
 }
 
 FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
+    "adaptive average pooling by about 2": lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] // 2, x.shape[3] // 2)),
+    "adaptive max pooling by about 2": lambda x: F.adaptive_max_pool2d(x, (x.shape[2] // 2, x.shape[3] // 3)),
+    "adaptive max pooling with ties": lambda x: F.adaptive_max_pool2d(x.round(), (x.shape[2] // 3, x.shape[3] // 3)),
+    "adaptive average pooling to more cells": lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] * 2 + 1, x.shape[3] + 2)),
     "nearest 2": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
     "nearest (3, 1)": lambda x: F.interpolate(x, scale_factor=(3, 1), mode="nearest"),
     "nearest by size": lambda x: F.interpolate(x, size=(x.shape[2] * 7, x.shape[3] * 7), mode="nearest"),

@@ -24,7 +24,8 @@ class Ref:
 class Node:
     """One operation. `target` is an ATen operator or a plain function; of a tuple result, `pick` says which item is meant.
 
-    `shape` and `dtype` are those of the result for the image size that was captured.
+    `shape` and `dtype` are those of the result for the image size that was captured. `grows` says for each dimension whether it
+    follows from the image's size or is a number of the module; None where the capture holds for one size and cannot tell.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Node:
     pick: int | None = None
     module_path: str = ""
     source: str = ""
+    grows: tuple[bool, ...] | None = None
 
     @cached_property
     def op(self) -> str:

@@ -234,6 +234,35 @@ class BorderPad(_OneByOne):
         return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
+def cell(i: int, size: int, count: int) -> tuple[int, int]:
+    """The positions [low, high) of cell `i`, of `count` cells of adaptive pooling, which may overlap."""
+    return i * size // count, -(-(i + 1) * size // count)
+
+
+@dataclass(frozen=True)
+class AdaptiveWindow(_OneByOne):
+    """Output `o` reads the positions of its `cell`."""
+
+    n_in: int
+    n_out: int
+
+    @property
+    def stride(self) -> int:
+        return max(1, self.n_in // self.n_out)
+
+    def ready(self, r: int) -> int:
+        return clamp(r * self.n_out // self.n_in, 0, self.n_out)
+
+    def first(self, o: int) -> int:
+        return self.n_in if o >= self.n_out else cell(o, self.n_in, self.n_out)[0]
+
+    def stop(self, o: int) -> int:
+        return 0 if o <= 0 else cell(o - 1, self.n_in, self.n_out)[1]
+
+    def span(self, o0: int, o1: int) -> Span:
+        return Span(o0, o1, self.first(o0), self.stop(o1))
+
+
 @dataclass(frozen=True)
 class Resample(_OneByOne):
     """Interpolation: output `o` is a weighted sum of the inputs around `source(o)`.

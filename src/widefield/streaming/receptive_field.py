@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window
+from widefield.streaming.extents import AdaptiveWindow, AxisMap, BorderPad, Resample, Transposed, Window
 
 
 class ReceptiveField(NamedTuple):
@@ -59,6 +59,9 @@ def receptive_field_of(axis: AxisMap) -> ReceptiveField:
             return ReceptiveField(1, axis.up, axis.padding - extent + 1, axis.padding)
         case BorderPad():
             return ReceptiveField(1, 1, -axis.before, -axis.before)
+        case AdaptiveWindow():
+            scale = Fraction(axis.n_in, axis.n_out)
+            return ReceptiveField(scale.numerator, scale.denominator, 1 - scale.denominator, scale.numerator - 1)
         case Resample():
             return _resampling(axis)
     raise TypeError(f"no receptive field is known of {type(axis).__name__}")

@@ -63,7 +63,9 @@ class Trace:
         nodes = []
         for node, sized in zip(captured.nodes, self._sized, strict=True):
             args, kwargs = pytree.tree_map(number, (node.args, node.kwargs)) if sized else (node.args, node.kwargs)
-            nodes.append(replace(node, args=args, kwargs=kwargs, shape=tuple(map(number, node.shape))))
+            grows = None if self.fixed else tuple(isinstance(n, Formula) for n in node.shape)
+            shape = tuple(map(number, node.shape))
+            nodes.append(replace(node, args=args, kwargs=kwargs, shape=shape, grows=grows))
         return replace(
             captured,
             image_shape=(*captured.image_shape[:2], height, width),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from widefield.streaming.extents import Span
+from widefield.streaming.extents import Span, cell
 from widefield.streaming.rules.base import Axes, TileContext
 
 Parts = tuple[Tensor, ...]
@@ -147,11 +147,6 @@ def sum_of_cells(axes: Axes, extent: tuple[int, int], cells: tuple[int, int]) ->
         return total
 
     return Sum(part, count)
-
-
-def cell(i: int, size: int, count: int) -> tuple[int, int]:
-    """The positions [low, high) of cell i, where `size` positions are pooled to `count` cells."""
-    return i * size // count, -(-(i + 1) * size // count)
 
 
 def cells_of(span: Span, size: int, count: int) -> tuple[int, int]:

@@ -12,8 +12,21 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
+from widefield.streaming.extents import AdaptiveWindow, Span, cell
 from widefield.streaming.rules import flat
-from widefield.streaming.rules.base import Maps, Placed, argument, declare, dims, only_map, rewrite, rule, sources
+from widefield.streaming.rules.base import (
+    Maps,
+    Placed,
+    Read,
+    TileContext,
+    argument,
+    declare,
+    dims,
+    only_map,
+    rewrite,
+    rule,
+    sources,
+)
 from widefield.streaming.rules.channels import WITHOUT_DIM, as_einsum
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import (
@@ -27,7 +40,6 @@ from widefield.streaming.rules.reductions import (
     sum_over,
 )
 from widefield.streaming.rules.rewriting import Rewriting, kept, moments
-from widefield.streaming.rules.windows import average_pool
 
 aten = torch.ops.aten
 
@@ -97,30 +109,22 @@ def _first_maximum(
     return new.result(in_shape, parts[pick or 0], node.shape, node.dtype)
 
 
-_SMALL = 16  # cells of so many rows and columns are pooled as windows: the result is a map
-
-
 declare(aten.adaptive_avg_pool1d, flat=flat.pooled)
 
 
 @rewrite(aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)
 def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
-    """Pooling to a grid of cells, which may overlap."""
+    """Pooling to a grid of cells, which may overlap. Where their number follows from the image's size, the result is a map."""
     name = only_map(node, maps)
     shape, axes, extent = maps.shapes[name], maps.axes[name], maps.extent(name)
     if axes != (len(shape) - 2, len(shape) - 1):
         return None
     cells = (node.shape[-2], node.shape[-1])
-    kernel = [n // k for n, k in zip(extent, cells, strict=True)]
-    if (
-        min(cells) > 1
-        and max(kernel) <= _SMALL
-        and all(k * c == n for k, c, n in zip(kernel, cells, extent, strict=True))
-    ):
-        if "avg" in node.op:
-            return [replace(node, target=mean_of_cells, args=(Ref(name), kernel), kwargs={})]
-        if node.pick in (None, 0):
-            return [replace(node, target=max_of_cells, args=(Ref(name), kernel), kwargs={}, pick=None)]
+    # torch.export makes a number of how many cells max pooling has
+    grows = max(cells) > _FEW if node.grows is None or "max" in node.op else all(node.grows[-2:])
+    if grows and node.pick in (None, 0):
+        pool = mean_of_cells if "avg" in node.op else max_of_cells
+        return [replace(node, target=pool, args=(Ref(name), cells), kwargs={}, pick=None)]
     if "max" in node.op:
         return _first_maximum(node, maps, name, node.pick, cells)
     new, grid = Rewriting(node), (*shape[:-2], *cells)
@@ -128,32 +132,46 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
     return new.result(divide, total, count, node.shape, node.dtype)
 
 
-def mean_of_cells(x: Tensor, kernel: list[int], mask: Tensor | None = None) -> Tensor:
-    """The means of cells of a map, of their foreground if there is a mask; 0 where a cell has none."""
-    if mask is None:
-        return torch.nn.functional.avg_pool2d(x, kernel)
-    share = torch.nn.functional.avg_pool2d(mask.to(x.dtype), kernel)
-    total = torch.nn.functional.avg_pool2d(torch.where(mask, x, 0), kernel)
-    return torch.where(share > 0, total / share.clamp_min(torch.finfo(x.dtype).tiny), 0)
+_FEW = 16  # where a trace does not tell, so many cells along an axis are a number of the module, and more follow from the image
 
 
-def max_of_cells(x: Tensor, kernel: list[int], mask: Tensor | None = None) -> Tensor:
-    """The maxima of cells of a map, of their foreground if there is a mask; 0 where a cell has none."""
-    if mask is None:
-        return torch.nn.functional.max_pool2d(x, kernel)
-    some = torch.nn.functional.max_pool2d(mask.to(x.dtype), kernel) > 0
-    return torch.where(some, torch.nn.functional.max_pool2d(torch.where(mask, x, -torch.inf), kernel), 0)
+def mean_of_cells(x: Tensor, inside: Tensor) -> Tensor:
+    """The means of cells of a map, over what is `inside` of them; 0 where that is nothing."""
+    return torch.where(inside, x, 0).sum((-2, -1)) / inside.sum((-2, -1)).clamp_min(1)
+
+
+def max_of_cells(x: Tensor, inside: Tensor) -> Tensor:
+    """The maxima likewise, the first in raster order where several are equal."""
+    best = torch.where(inside, x, -torch.inf).flatten(-2).max(-1).values
+    return torch.where(inside.flatten(-2).any(-1), best, 0)
 
 
 @rule(mean_of_cells, masked=True, keeps_batch=True)
 @rule(max_of_cells, saves=("inputs", "indices"), masked=True, keeps_batch=True)
 def pool_cells(node: Node, maps: Maps) -> Placed:
-    """Cells side by side, as windows."""
-    pool, kernel = node.target, node.args[1]
-    placed = average_pool(replace(node, target=aten.avg_pool2d.default), maps)
-    return replace(
-        placed, run=lambda tiles, context: pool(tiles[0], kernel, None if context.masks is None else context.masks[0])
-    )
+    """Cells as windows that differ in size."""
+    name, cells = only_map(node, maps), node.args[1]
+    rows, cols = (AdaptiveWindow(n, k) for n, k in zip(maps.extent(name), cells, strict=True))
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        y, in_rows = _positions(rows, context.rows[0], tiles[0].device)
+        x, in_cols = _positions(cols, context.cols[0], tiles[0].device)
+        at = (..., y[:, None, :, None], x[None, :, None, :])
+        inside = in_rows[:, None, :, None] & in_cols[None, :, None, :]
+        if context.masks is not None:
+            inside = inside & context.masks[0][at]
+        return node.target(tiles[0][at], inside)  # type: ignore[no-any-return]
+
+    return Placed((Read(name, rows, cols),), maps.axes[name], run, exclusive=True)
+
+
+def _positions(axis: AdaptiveWindow, span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each cell of `span` where its positions stand in the tile, as many for each, and which of them are its own."""
+    bounds = [cell(o, axis.n_in, axis.n_out) for o in range(span.start, span.stop)]
+    most = max(high - low for low, high in bounds)
+    positions = [[min(low + i, high - 1) - span.first for i in range(most)] for low, high in bounds]
+    inside = [[low + i < high for i in range(most)] for low, high in bounds]
+    return torch.tensor(positions, device=device), torch.tensor(inside, device=device)
 
 
 @rewrite(aten.avg_pool2d, aten.max_pool2d, aten.max_pool2d_with_indices)
