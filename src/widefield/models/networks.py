@@ -63,7 +63,8 @@ def make_torchvision(name: str, num_classes: int, weights: Weights, **options: A
         return net
     if weights is not None and not (isinstance(weights, (str, Path)) and Path(weights).exists()):
         raise FileNotFoundError(
-            f"weights={weights!r} is neither a file nor one of the published {', '.join(known.__members__)}; leave it out (None) for random ones"
+            f"weights={weights!r} is neither a file nor one of the published {', '.join(known.__members__)}; "
+            "leave it out (None) for random ones"
         )
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if weights is not None:
