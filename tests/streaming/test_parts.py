@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from tests.streaming.exactness import TOLERANCE, plain_reference, randomise, relative_error
@@ -42,6 +42,7 @@ def assert_part_is_exact(
     tile: Any,
     region: Region | None = None,
     mask: Tensor | None = None,
+    gather: bool = False,
 ) -> None:
     """Results, the image's gradient and all parameter gradients of a part are those of the plain module."""
     streamed = module if isinstance(module, StreamingCNN) else StreamingCNN(module.double(), verify=False)
@@ -51,7 +52,7 @@ def assert_part_is_exact(
     image = image.double().requires_grad_()
     expected = reference(image) if mask is None else masked(reference, image, mask, fill=0.25)
     expected = cropped(expected, region, (image.shape[2], image.shape[3]))
-    found = streamed(image, region=region, mask=mask, fill=0.25)
+    found = streamed(image, region=region, mask=mask, fill=0.25, gather=gather)
     pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True))
     for f, e in pairs:
         assert relative_error(f, e) <= TOLERANCE
@@ -162,16 +163,30 @@ def test_a_region_with_a_mask_is_exact() -> None:
         )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
-    layers=st.lists(layer, min_size=2, max_size=7),
-    size=st.tuples(st.integers(4, 45), st.integers(4, 45)),
-    tile=st.tuples(st.integers(3, 30), st.one_of(st.none(), st.integers(5, 30))),
-    corner=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1)),
-    cells=st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 2**16 - 1))),
+PARTS = st.fixed_dictionaries(
+    {
+        "layers": st.lists(layer, min_size=2, max_size=7),
+        "size": st.tuples(st.integers(4, 45), st.integers(4, 45)),
+        "tile": st.tuples(st.integers(3, 30), st.one_of(st.none(), st.integers(5, 30))),
+        "corner": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1)),
+        "cells": st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 2**16 - 1))),
+    }
 )
-def test_parts_of_drawn_networks_are_exact(
-    layers: list[tuple[Any, ...]], size: tuple[int, int], tile: Any, corner: Any, cells: Any
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(part=PARTS)
+def test_parts_of_drawn_networks_are_exact(part: dict[str, Any]) -> None:
+    assert_drawn_part_is_exact(**part)
+
+
+def assert_drawn_part_is_exact(
+    layers: list[tuple[Any, ...]],
+    size: tuple[int, int],
+    tile: Any,
+    corner: Any,
+    cells: Any,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), randomise(Drawn(layers)))
@@ -182,7 +197,8 @@ def test_parts_of_drawn_networks_are_exact(
         rows, cols, bits = cells
         mask = torch.tensor([bool(bits >> k & 1) for k in range(rows * cols)]).view(1, rows, cols)
         mask = mask if mask.any() else ~mask
-    assert_part_is_exact(module, torch.randn(1, 2, *size), tile, region=region, mask=mask)
+    streamed = StreamingCNN(module.double(), verify=False, process_group=group)
+    assert_part_is_exact(streamed, torch.randn(1, 2, *size), tile, region, mask, gather=group is not None)
 
 
 class Counting:

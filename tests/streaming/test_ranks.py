@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from tests.streaming.exactness import TOLERANCE, relative_error
 from tests.streaming.masked import masked
-from tests.streaming.test_parts import NETWORKS, trunk
+from tests.streaming.test_parts import NETWORKS, PARTS, assert_drawn_part_is_exact, trunk
 from widefield.streaming import StreamingCNN
 
 NAMES = {  # the numbers of processes with which each network is tried
@@ -107,7 +108,26 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     streamed.disable()
     streamed.module.eval()
     assert torch.equal(streamed(image), streamed.module(image))
+    drawn_networks_are_exact(group)
     distributed.destroy_process_group()
+
+
+def drawn_networks_are_exact(group: distributed.ProcessGroup, examples: int = 6) -> None:
+    """All processes draw the same networks, images, tiles, regions and masks."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(part=PARTS)
+    def check(part: dict[str, Any]) -> None:
+        assert_drawn_part_is_exact(**part, group=group)
+
+    check()
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
