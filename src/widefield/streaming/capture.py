@@ -12,7 +12,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,11 +28,11 @@ from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
-from widefield.streaming.captured import CAPTURE_DEVICE, Captured, Node, Ref, overwrite
+from widefield.streaming.captured import CAPTURE_DEVICE, Captured, MapInput, Node, Ref, overwrite
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
 from widefield.streaming.functional import functional
-from widefield.streaming.trace import Formula, Trace, formula
+from widefield.streaming.trace import Formula, Trace, formula, lengths_of
 from widefield.streaming.watch import PointwiseCall, Watch, mark_computed
 
 _LOG = logging.getLogger(__name__)
@@ -108,10 +108,11 @@ def trace_module(
     symbolic: bool = True,
     image_requires_grad: bool = False,
     device: torch.device | None = None,
+    maps: Sequence[MapInput] = (),
 ) -> Trace:
     """Trace `module` called on an image of `shape` (N, C, H, W) and `dtype` on `device`, in the current grad mode.
 
-    `device`: None for that of the module.
+    `device`: None for that of the module. `maps`: what else it is called with.
 
     `autocast`: the dtype of the autocast that it will run under. `batch_statistics`: batch norm layers in training mode
     normalise by the batch, and not by their running statistics. `symbolic`: with symbols for height and width, if the module
@@ -126,8 +127,10 @@ def trace_module(
     with full_float32(), torch.inference_mode(False), torch.set_grad_enabled(grads):
         if symbolic:
             try:
-                trace = _capture(module, shape, dtype, autocast, batch_statistics, True, image_requires_grad, device)
-                if trace.at(*shape[2:]) is not None:
+                trace = _capture(
+                    module, shape, dtype, autocast, batch_statistics, True, image_requires_grad, device, maps
+                )
+                if trace.at(*lengths_of(shape, maps)) is not None:
                     return trace
             except UnsupportedOpError as error:
                 # The model's own doing, or a look at values: the same without symbols.
@@ -136,7 +139,7 @@ def trace_module(
                 _LOG.debug("no trace with symbols: %s", error)
             except Exception as error:  # whatever the symbols are not good for; a fault of the module comes again
                 _LOG.debug("no trace with symbols: %s", error)
-        return _capture(module, shape, dtype, autocast, batch_statistics, False, image_requires_grad, device)
+        return _capture(module, shape, dtype, autocast, batch_statistics, False, image_requires_grad, device, maps)
 
 
 def _capture(
@@ -148,16 +151,19 @@ def _capture(
     symbolic: bool,
     image_requires_grad: bool,
     device: torch.device,
+    maps: Sequence[MapInput],
     sees_reads: bool = False,
 ) -> Trace:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(module, fake, batch_statistics)
     with fake:
         image = torch.empty(shape, dtype=dtype, device=CAPTURE_DEVICE)
+        others = tuple(torch.empty(x.shape, dtype=x.dtype, device=CAPTURE_DEVICE) for x in maps)
     limit = time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf")
     watch = Watch(skeleton, device, autocast, limit, sees_reads)
-    dynamic = ({2: Dim.AUTO, 3: Dim.AUTO},) if symbolic else None
-    wrapped = _WithAttributes(skeleton, watch, image_requires_grad)
+    sizes = tuple({len(x.shape) - 2: Dim.AUTO, len(x.shape) - 1: Dim.AUTO} for x in (image, *others))
+    dynamic = (sizes[0], sizes[1:]) if symbolic else None
+    wrapped = _WithAttributes(skeleton, watch, (image_requires_grad, *(x.requires_grad for x in maps)))
     surroundings = Surroundings(skeleton)
     watch.mode_dependent = surroundings.looks_at_mode
     here = nullcontext() if torch.get_default_device() == CAPTURE_DEVICE else CAPTURE_DEVICE
@@ -172,7 +178,7 @@ def _capture(
         ):
             warnings.filterwarnings("ignore", "The tensor attribute")  # they are put back
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of results that forward reads
-            program = torch.export.export(wrapped, (image,), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(wrapped, (image, *others), dynamic_shapes=dynamic, strict=False)
             _refuse_regions(program.graph, autocast is not None)
             program = functional(program)
     except UnsupportedOpError:
@@ -189,7 +195,8 @@ def _capture(
                 "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode",
             ) from error
         if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
-            raise ValueError(f"the model cannot run on an image of shape {shape}: {first_line:.300}") from error
+            given = ", ".join(("an image of shape " + str(shape), *(f"a map of shape {x.shape}" for x in maps)))
+            raise ValueError(f"the model cannot run on {given}: {first_line:.300}") from error
         raise UnsupportedOpError(
             "",
             "forward",
@@ -202,7 +209,16 @@ def _capture(
     _refuse_changes(changes, watch)
     if watch.left and not sees_reads:  # slow, so only where forward sets attributes
         return _capture(
-            module, shape, dtype, autocast, batch_statistics, symbolic, image_requires_grad, device, sees_reads=True
+            module,
+            shape,
+            dtype,
+            autocast,
+            batch_statistics,
+            symbolic,
+            image_requires_grad,
+            device,
+            maps,
+            sees_reads=True,
         )
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
     captured = _captured(program)
@@ -218,28 +234,29 @@ def _capture(
 class _WithAttributes(nn.Module):
     """`module`, whose result is followed by the tensors and plain values that its forward has left in attributes of modules."""
 
-    def __init__(self, module: nn.Module, watch: Watch, image_requires_grad: bool) -> None:
+    def __init__(self, module: nn.Module, watch: Watch, requires_grad: Sequence[bool]) -> None:
         super().__init__()
         self.module = module
         # Later torch.export gives out stand-ins for layers with two names: new ones at each look, with the same __dict__.
         self._parts = tuple(module.named_modules())
 
-        def record(image: torch.Tensor) -> Any:
-            image.requires_grad_(image_requires_grad)
-            result, found = self._run(image)
+        def record(*inputs: torch.Tensor) -> Any:
+            for x, needed in zip(inputs, requires_grad, strict=True):
+                x.requires_grad_(needed)
+            result, found = self._run(inputs)
             watch.left = tuple(found)
             return result, tuple(found.values())
 
         self._record, self._read, self._derived = record, watch.read, watch.derived
 
-    def forward(self, image: torch.Tensor) -> Any:
-        return self._record(image)
+    def forward(self, image: torch.Tensor, *maps: torch.Tensor) -> Any:
+        return self._record(image, *maps)
 
-    def _run(self, image: torch.Tensor) -> tuple[Any, dict[tuple[str, str, bool], Any]]:
+    def _run(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, dict[tuple[str, str, bool], Any]]:
         before = [(path, part, dict(part.__dict__)) for path, part in self._parts]
         registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
         buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
-        result = self.module(image)
+        result = self.module(*inputs)
         left: dict[tuple[str, str, bool], Any] = {}
         for path, part, own in before:
             if registered[path] != (*part._parameters.items(), *part._modules.items()):
@@ -379,7 +396,7 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
     bound = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     bound = {name: key.removeprefix("module.") for name, key in bound.items()}
     constants = {name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
-    image_name, nodes, outputs, shapes = "", [], (), {}
+    inputs, nodes, outputs, shapes = [], [], (), {}
     tuples: dict[str, Node] = {}
     for fx in program.graph.nodes:
         if fx.op == "placeholder":
@@ -387,7 +404,7 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
             if isinstance(value, torch.Tensor):
                 shapes[fx.name] = (tuple(map(formula, value.shape)), value.dtype)
             if fx.name in signature.user_inputs:
-                image_name = fx.name
+                inputs.append(fx.name)
         elif fx.op == "output":
             outputs = tuple(_refs(value) for value in fx.args[0])
         elif fx.target is operator.getitem and fx.args[0].name in tuples:
@@ -401,24 +418,23 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
             tuples[fx.name] = _node(fx)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Captured(image_name, (), bound, constants, shapes, tuple(nodes), outputs, out_spec)
+    return Captured(inputs[0], (), bound, constants, shapes, tuple(nodes), outputs, out_spec, maps=tuple(inputs[1:]))
 
 
 def _with_guards(program: torch.export.ExportedProgram, captured: Captured) -> Trace:
     """The trace with the conditions under which it holds."""
-    size = captured.shapes[captured.image][0][2:]
-    height, width = (n.expression if isinstance(n, Formula) else sympy.Integer(n) for n in size)
-    if not (height.free_symbols or width.free_symbols):
-        return Trace(captured, (height, width))
+    lengths = (n for name in captured.spatial_inputs for n in captured.shapes[name][0][-2:])
+    dims = tuple(n.expression if isinstance(n, Formula) else sympy.Integer(n) for n in lengths)
+    symbols = {symbol for dim in dims for symbol in dim.free_symbols}
+    if not symbols:
+        return Trace(captured, dims)
     image = next(fx for fx in program.graph.nodes if fx.name == captured.image).meta["val"]
     environment = image.fake_mode.shape_env
     guards = {environment.replace(guard.expr) for guard in environment.guards} - {sympy.true}
     ranges = {
-        symbol: (limits.lower, limits.upper)
-        for symbol, limits in environment.var_to_range.items()
-        if symbol in height.free_symbols | width.free_symbols
+        symbol: (limits.lower, limits.upper) for symbol, limits in environment.var_to_range.items() if symbol in symbols
     }
-    return Trace(captured, (height, width), tuple(guards), ranges)
+    return Trace(captured, dims, tuple(guards), ranges)
 
 
 def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -> nn.Module:

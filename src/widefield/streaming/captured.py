@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -63,12 +63,21 @@ def _refs(arguments: Iterable[Any]) -> Iterator[str]:
             yield from _refs(argument)
 
 
+class MapInput(NamedTuple):
+    """A map that forward takes besides the image, as a capture sees it: its height and width stand last."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+
 @dataclass(frozen=True)
 class Captured:
     """A module's forward pass at one image size.
 
-    `image` names the image's value; `bound` maps other values to the state_dict key of their parameter or buffer, `constants`
-    to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or plain Python values, in the order of `spec`.
+    `image` names the image's value, `maps` those of the other maps that forward takes; `bound` maps other values to the state_dict
+    key of their parameter or buffer, `constants` to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or
+    plain Python values, in the order of `spec`.
     `attributes` are the attributes that forward has set, whose values are the last outputs: the path of the module, the name, and
     whether forward reads it before it sets it.
     `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
@@ -84,6 +93,12 @@ class Captured:
     spec: pytree.TreeSpec
     synchronised: frozenset[str] = frozenset()
     attributes: tuple[tuple[str, str, bool], ...] = ()
+    maps: tuple[str, ...] = ()
+
+    @property
+    def spatial_inputs(self) -> tuple[str, ...]:
+        """Names of the image and of the other maps that forward takes, in its order."""
+        return self.image, *self.maps
 
 
 def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

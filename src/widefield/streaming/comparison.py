@@ -1,5 +1,6 @@
 """Two passes of a module, compared: all outputs, and the gradients of a random weighting of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ def outcome(
     result: Any,
     module: nn.Module,
     image: Tensor,
+    maps: Sequence[Tensor] = (),
     outputs_only: bool = False,
     wanted: dict[str, Tensor] | None = None,
     seed: int = 0,
@@ -31,6 +33,7 @@ def outcome(
         result: what `module` gives for `image`.
         module: whose parameters' gradients are taken, of a weighting of all outputs that is drawn by `seed`.
         image: whose gradient is taken, if it requires one.
+        maps: other inputs, likewise; they are called "map 1" and so on.
         outputs_only: take no gradients.
         wanted: tensors by name whose gradients are taken in place of those.
         seed: another seed gives other weights.
@@ -42,7 +45,8 @@ def outcome(
         for leaf in leaves
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
     ]
-    named = {"": image, **dict(module.named_parameters())} if wanted is None else wanted
+    inputs = {"": image, **{f"map {k}": x for k, x in enumerate(maps, 1)}}
+    named = {**inputs, **dict(module.named_parameters())} if wanted is None else wanted
     wanted = {name: x for name, x in named.items() if x.requires_grad and torch.is_grad_enabled() and not outputs_only}
     gradients: dict[str, Tensor] = {}
     if terms and wanted:

@@ -23,7 +23,7 @@ from widefield.streaming.ranks import Ranks
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store
-from widefield.streaming.tiles import TileReader
+from widefield.streaming.tiles import LazyImage, TileReader
 
 
 def execute(
@@ -52,7 +52,8 @@ def execute(
         stage_plans: how each stage is scanned.
         reader: where the image is read.
         image_tensor: the tensor behind it, for autograd; None for an image that is read lazily.
-        values: parameters, buffers and constants by name; each goes when its last reader is done.
+        values: parameters, buffers, constants and maps that forward takes besides the image (tensors, or images that are read
+            lazily), by name; each goes when its last reader is done.
         wanted: the part of the image that is wanted; None: all of it.
         fill: the pixel that takes the place of the background.
         ranks: the processes that share the image.
@@ -81,9 +82,17 @@ def execute(
     def reader_of(value: Value) -> tuple[TileReader, Tensor | None]:
         if value.name == program.captured.image:
             return replace(reader, channels=value.shape[1], foreground=foreground, fill=fill), image_tensor
-        tensor, home = _stage_input(program, value, values), None if value.name in program.broadcast else store
+        data, given = _stage_input(program, value, values), {*program.broadcast, *program.captured.maps}
+        tensor = data if isinstance(data, Tensor) else None
         origin = parts.get(value.name, (0, 0))[:2]
-        return TileReader(tensor.detach(), device, value.dtype, dims=value.axes, store=home, origin=origin), tensor
+        return TileReader(
+            data if tensor is None else tensor.detach(),
+            device,
+            value.dtype,
+            dims=value.axes,
+            store=None if value.name in given else store,
+            origin=origin,
+        ), tensor
 
     def run_stage(stage: Stage, plan_of_stage: StagePlan) -> tuple[Tensor, ...]:
         readers, inputs = zip(*(reader_of(stage.values[v]) for v in stage.inputs), strict=True)
@@ -173,12 +182,12 @@ def _wanted_part(
     return torch.where(broadcast_mask(mask, made.ndim, value.axes), made, 0)
 
 
-def on_whole_maps(program: Program, image: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
+def on_whole_maps(program: Program, inputs: Sequence[Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
     """Run what was captured on whole maps: the last result of each layer by its path, "" for the first output."""
-    values = {**values, program.captured.image: image}
+    values = {**values, **dict(zip(program.captured.spatial_inputs, inputs, strict=True))}
     made: dict[str, Tensor] = {}
     for node in program.captured.nodes:
-        values[node.name] = _run(node, values, image.device, seed=0)
+        values[node.name] = _run(node, values, inputs[0].device, seed=0)
         names = node.module_path.split(".")
         made.update({".".join(names[:k]): values[node.name] for k in range(1, len(names) + 1)})
     made[""] = fill_refs(program.captured.outputs[:1], values)[0]
@@ -198,8 +207,8 @@ def _run(node: Node, values: dict[str, Any], device: torch.device, seed: int) ->
     return result if node.pick is None else result[node.pick]
 
 
-def _stage_input(program: Program, value: Value, values: dict[str, Any]) -> Tensor:
-    """A stage input: a map that an earlier stage has left, or a weight as large as the image along an axis or both."""
+def _stage_input(program: Program, value: Value, values: dict[str, Any]) -> Tensor | LazyImage:
+    """A stage input: a map that an earlier stage has left or that was given, or a weight as large as the image along an axis."""
     if value.name not in program.broadcast:
         return values[value.name]
     weight = values[program.broadcast[value.name]]

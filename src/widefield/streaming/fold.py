@@ -28,7 +28,7 @@ def fold_batch_norms(captured: Captured) -> tuple[Node, ...]:
     for leaf in captured.outputs:
         if isinstance(leaf, Ref):
             readers[leaf.name] = readers.get(leaf.name, 0) + 1
-    dependent = {captured.image}
+    dependent = set(captured.spatial_inputs)
     for node in captured.nodes:
         if any(name in dependent for name in node.refs):
             dependent.add(node.name)

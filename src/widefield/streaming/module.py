@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.budget import parse_bytes, parse_tile_size
-from widefield.streaming.captured import Ref
+from widefield.streaming.captured import MapInput, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import Statistics, execute, fill_refs, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
@@ -31,7 +31,7 @@ from widefield.streaming.ranks import Ranks
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.store import PLACES, Place
-from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, pixel_dtype
+from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, map_input, pixel_dtype, read_whole
 from widefield.streaming.verification import verify_at_first_use
 
 
@@ -165,7 +165,7 @@ class StreamingCNN(nn.Module):
     def forward(
         self,
         image: "Tensor | LazyImage | PreparedImage | Sequence[Any]",
-        *,
+        *maps: Any,
         region: tuple[int, int, int, int] | None = None,
         mask: Any = None,
         fill: float | Sequence[float] = 0.0,
@@ -175,6 +175,10 @@ class StreamingCNN(nn.Module):
 
         Args:
             image: one image or batch, a list of images, or what `prepare` returned.
+            maps: what the module's `forward` takes after the image: a label map, weights of positions, another modality. Each is a
+                tensor (N, C, h, w) or (N, h, w), or read lazily as (C, h, w), a batch of one; its height and width are those of
+                the image or whole fractions of them. Values and dtype are kept as they are, but for numbers that are read lazily
+                and are not whole: they get the dtype of the module. With a list of images, each is a list.
             region: (y, x, height, width) in pixels of the image: of each map among the results, only the cells that it touches are
                 returned, and nothing is read or computed that they do not depend on. Cell `o` of `n` along an axis stands for
                 the pixels from `o * size / n` to `(o + 1) * size / n`. Results that are no maps are those of the whole image.
@@ -188,10 +192,13 @@ class StreamingCNN(nn.Module):
             gather: with a `process_group`, put the maps among the results together from the bands of all processes, in each.
         """
         if isinstance(image, (list, tuple)):
-            return self._each(image, region, mask, fill, gather)
+            return self._each(image, maps, region, mask, fill, gather)
         prepared = None
         if isinstance(image, PreparedImage):
-            prepared, image = image, image.image
+            if maps:
+                raise ValueError("maps are given to prepare(), and hold for all regions: leave them out here")
+            prepared = image
+            image, maps = prepared.image, prepared.maps
             fill = prepared.fill
             if torch.is_grad_enabled():
                 raise ValueError(
@@ -201,9 +208,10 @@ class StreamingCNN(nn.Module):
             if mask is not None:
                 raise ValueError("a mask is given to prepare(), and holds for all regions: leave it out here")
         if self.enabled:
-            _refuse_transforms([image, *self.parameters(), *self.buffers()])
+            _refuse_transforms([image, *maps, *self.parameters(), *self.buffers()])
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
+        others = tuple(map_input(x, shape, device, dtype) for x in maps)
         if isinstance(image, Tensor):
             image = self._with_saliency_hook(image.to(device) if self.copy_to_gpu else image)
         assert isinstance(image, (Tensor, LazyImage))
@@ -213,23 +221,27 @@ class StreamingCNN(nn.Module):
         if not self.enabled:
             if wanted is not None:
                 raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
-            return self._whole(TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:]), dtype)
+            whole = (read_whole(x, given, device) for x, given in zip(maps, others, strict=True))
+            pixels = TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:])
+            return self._whole(pixels, dtype, *whole)
         image_requires_grad = isinstance(image, Tensor) and image.requires_grad
-        wanted = self._in_bands(wanted, shape, device, image_requires_grad, fill, gather)
-        program = self._program(shape, dtype, device, image_requires_grad)
+        wanted = self._in_bands(wanted, shape, others, device, image_requires_grad, fill, gather)
+        program = self._program(shape, dtype, device, image_requires_grad, others)
         if self.verify:
-            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad)
-        if prepared is not None and prepared.made_for != self._state(program, prepared.image):
+            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad, others)
+        if prepared is not None and prepared.made_for != self._state(program, prepared.image, prepared.maps):
             raise ValueError(
                 "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
                 "has changed since prepare() looked at this image: prepare it again"
             )
-        return self._run(program, image, wanted, device, dtype, fill, prepared.statistics if prepared else None, gather)
+        statistics = prepared.statistics if prepared else None
+        return self._run(program, image, maps, wanted, device, dtype, fill, statistics, gather)
 
     def _run(
         self,
         program: Program,
         image: Tensor | LazyImage,
+        maps: Sequence[Tensor | LazyImage],
         wanted: Wanted | None,
         device: torch.device,
         dtype: torch.dtype,
@@ -238,8 +250,8 @@ class StreamingCNN(nn.Module):
         gather: bool = False,
     ) -> Any:
         """The result of `program` for an image, or a part of it."""
-        image_requires_grad = isinstance(image, Tensor) and image.requires_grad
-        planner = self._planner(program, device, image_requires_grad, wanted is not None and wanted.scattered)
+        requires_grad = any(isinstance(x, Tensor) and x.requires_grad for x in (image, *maps))
+        planner = self._planner(program, device, requires_grad, wanted is not None and wanted.scattered)
         if wanted is not None:
             check_parts(program, wanted)
         plan, stage_plans = planner.plan(wanted)
@@ -256,7 +268,7 @@ class StreamingCNN(nn.Module):
             stage_plans,
             reader,
             image if isinstance(image, Tensor) else None,
-            self._bind(program, device),
+            {**self._bind(program, device), **dict(zip(program.captured.maps, maps, strict=True))},
             wanted=wanted,
             fill=parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image)),
             statistics=statistics,
@@ -271,12 +283,16 @@ class StreamingCNN(nn.Module):
 
     @torch.no_grad()
     def prepare(
-        self, image: Tensor | LazyImage, *, mask: Any = None, fill: float | Sequence[float] = 0.0
+        self,
+        image: Tensor | LazyImage,
+        *maps: Tensor | LazyImage,
+        mask: Any = None,
+        fill: float | Sequence[float] = 0.0,
     ) -> "PreparedImage":
         """Compute what operations over the whole `image` need of it (means, statistics), once for many regions.
 
         `model(prepared, region=...)`, without gradients, then computes what the region needs. For a network without such operations
-        there is nothing to compute. The arguments are those of `forward`; a mask that is given here holds for all regions.
+        there is nothing to compute. The arguments are those of `forward`; maps and a mask that are given here hold for all regions.
 
         Raises:
             ValueError: if batch norm layers would take the statistics of this image and update their running statistics
@@ -286,25 +302,28 @@ class StreamingCNN(nn.Module):
         device, dtype = self._device_and_dtype(image)
         shape = self._check(image, device, dtype)
         assert isinstance(image, (Tensor, LazyImage))
-        program = self._program(shape, dtype, device)
+        others = tuple(map_input(x, shape, device, dtype) for x in maps)
+        program = self._program(shape, dtype, device, maps=others)
         if program.statistics:
             raise ValueError(
                 f"prepare() is for inference, and layer '{program.statistics[0][0]}' is in training mode with "
                 'batch_statistics="exact": call eval() first'
             )
         if self.verify:
-            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False)
+            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False, maps=others)
         foreground = parse_mask(mask, image, shape)
         statistics = Statistics()
-        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), shape, device, False, fill, False)
-        self._run(program, image, wanted, device, dtype, fill, statistics)
+        wanted = Wanted(foreground=foreground, outputs=False)
+        bands = self._in_bands(wanted, shape, others, device, False, fill, False)
+        self._run(program, image, maps, bands, device, dtype, fill, statistics)
         statistics.known = True
-        return PreparedImage(image, foreground, fill, statistics, self._state(program, image))
+        return PreparedImage(image, maps, foreground, fill, statistics, self._state(program, image, maps))
 
     def _in_bands(
         self,
         wanted: Wanted | None,
         shape: Sequence[int],
+        maps: Sequence[MapInput],
         device: torch.device,
         image_requires_grad: bool,
         fill: Any,
@@ -319,6 +338,7 @@ class StreamingCNN(nn.Module):
         wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
         how = {
             "shape": tuple(shape),
+            "maps": tuple(maps),
             "region": wanted.region,
             "mask": None if wanted.foreground is None else wanted.foreground.checksum,
             "fill": repr(fill),
@@ -334,9 +354,9 @@ class StreamingCNN(nn.Module):
         self._limit = min(limits) if self._limit is None else self._limit
         return wanted
 
-    def _state(self, program: Program, image: Tensor | LazyImage) -> Any:
+    def _state(self, program: Program, image: Tensor | LazyImage, maps: Sequence[Tensor | LazyImage]) -> Any:
         """Return all that results of `prepare` depend on, for comparison."""
-        pixels = [image] if isinstance(image, Tensor) else []
+        pixels = [x for x in (image, *maps) if isinstance(x, Tensor)]
         tensors = (*self.module.parameters(), *self.module.buffers(), *pixels)
         versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
         return program.kind, self.normalisation, versions
@@ -347,25 +367,32 @@ class StreamingCNN(nn.Module):
             return None
         return Wanted(parse_region(region, (shape[2], shape[3])), parse_mask(mask, image, shape))
 
-    def _each(self, images: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool) -> list[Any]:
-        """The results of a list of images; `mask` has one for each."""
+    def _each(
+        self, images: Sequence[Any], maps: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool
+    ) -> list[Any]:
+        """The results of a list of images; `mask` and each of `maps` have one for each."""
+        for k, of_each in enumerate(maps, 1):
+            if not isinstance(of_each, (list, tuple)) or len(of_each) != len(images):
+                given = f"{len(of_each)}" if isinstance(of_each, (list, tuple)) else type(of_each).__name__
+                raise ValueError(f"a list of {len(images)} images needs a list of as many maps: map {k} is {given}")
         partly = region is not None or mask is not None
         if self.batch_statistics == "exact" and images:
             if partly:
                 raise ValueError(
                     'batch_statistics="exact" takes a list as one batch, without region and mask: pass a tensor (N, C, H, W)'
                 )
-            return self._as_batch(images)
+            return self._as_batch(images, maps)
+        of_image = list(zip(*maps, strict=True)) if maps else [()] * len(images)
         if not partly:
-            return [self(image, gather=gather) for image in images]
+            return [self(image, *others, gather=gather) for image, others in zip(images, of_image, strict=True)]
         masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(images)
         if len(masks) != len(images) or (
             mask is not None and not isinstance(mask, (list, tuple)) and not callable(mask)
         ):
             raise ValueError(f"a list of {len(images)} images needs a list of as many masks, or a function of an image")
         return [
-            self(image, region=region, mask=one, fill=fill, gather=gather)
-            for image, one in zip(images, masks, strict=True)
+            self(image, *others, region=region, mask=one, fill=fill, gather=gather)
+            for image, others, one in zip(images, of_image, masks, strict=True)
         ]
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
@@ -402,13 +429,13 @@ class StreamingCNN(nn.Module):
             setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
         return result
 
-    def _whole(self, pixels: Tensor, dtype: torch.dtype) -> Any:
+    def _whole(self, pixels: Tensor, dtype: torch.dtype, *maps: Tensor) -> Any:
         """The plain module on a whole image, its norm layers as they are when it is streamed."""
         frozen = self._norms_to_freeze()
         try:
             for part in frozen:
                 part.training = False
-            return self.module(self.normalisation.apply(pixels, dtype))
+            return self.module(self.normalisation.apply(pixels, dtype), *maps)
         finally:
             for part in frozen:
                 part.training = True
@@ -421,9 +448,9 @@ class StreamingCNN(nn.Module):
         image.register_hook(partial(_keep_saliency, ref(self)))
         return image
 
-    def _as_batch(self, images: Sequence[Any]) -> list[Any]:
+    def _as_batch(self, images: Sequence[Any], maps: Sequence[Sequence[Any]]) -> list[Any]:
         """The results of `images`, normalised by the statistics of all of them."""
-        for image in images:
+        for image in (x for of_each in (images, *maps) for x in of_each):
             if not isinstance(image, Tensor):
                 raise ValueError(
                     f'batch_statistics="exact" takes a list as one batch of tensors: got {type(image).__name__}. '
@@ -435,7 +462,8 @@ class StreamingCNN(nn.Module):
                 'batch_statistics="exact" takes the statistics of a batch, which are defined for images of one size: got '
                 f"{', '.join(map(str, sorted(shapes)))}. Pass tensors of one size, or one image at a time"
             )
-        counts, result = [image.shape[0] for image in images], self(torch.cat(list(images)))
+        counts = [image.shape[0] for image in images]
+        result = self(*(torch.cat(list(of_each)) for of_each in (images, *maps)))
         leaves, spec = pytree.tree_flatten(result)
         split = [
             leaf.split(counts)
@@ -446,18 +474,20 @@ class StreamingCNN(nn.Module):
         return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(
-        self, shape: tuple[int, ...], *, region: tuple[int, int, int, int] | None = None, mask: Any = None
+        self, shape: tuple[int, ...], *maps: Any, region: tuple[int, int, int, int] | None = None, mask: Any = None
     ) -> Plan:
         """Return the plan for an image of `shape` (channels, height, width) or (N, channels, height, width).
 
-        A training step if gradients are enabled and a parameter requires them, else a forward pass. `region` and `mask` are as for
-        `forward`. With a `process_group`, the plan is that of this process.
+        A training step if gradients are enabled and a parameter requires them, else a forward pass. `maps`, `region` and `mask`
+        are as for `forward`; of `maps` only shapes and dtypes are looked at (`torch.empty(..., device="meta")` will do). With a
+        `process_group`, the plan is that of this process.
         """
         device, dtype = self._device_and_dtype(None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        program = self._program(full, dtype, device)
+        others = tuple(map_input(x, full, device, dtype) for x in maps)
+        program = self._program(full, dtype, device, maps=others)
         wanted = self._wanted(full, None, region, mask)
         partial = wanted is not None
         if self.ranks is not None:
@@ -485,11 +515,16 @@ class StreamingCNN(nn.Module):
         return found[(inside or (result if layer is None else []) or list(found))[-1]][1]
 
     def _program(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, image_requires_grad: bool = False
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        image_requires_grad: bool = False,
+        maps: tuple[MapInput, ...] = (),
     ) -> Program:
         """The module captured at this image size, from the cache if nothing about the module has changed.
 
-        `image_requires_grad`: the image requires grad.
+        `image_requires_grad`: the image requires grad. `maps`: what else it is called with.
         """
         for path, part in self.module.named_modules():
             if isinstance(part, StreamingCNN):
@@ -501,7 +536,7 @@ class StreamingCNN(nn.Module):
                 )
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
-        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad, device)
+        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad, device, maps)
 
     def _alike(self, tile_size: tuple[int, int]) -> "StreamingCNN":
         """The same module with other tiles, for images that are normalised already; it shares what was captured."""
@@ -516,9 +551,9 @@ class StreamingCNN(nn.Module):
         other._programs = self._programs
         return other
 
-    def _has_program(self, program: Program, shape: tuple[int, ...]) -> bool:
-        """True if a program for images of `shape` follows from what is captured already, as `program` did."""
-        return self._programs.holds(program, shape)
+    def _has_program(self, program: Program, shape: tuple[int, ...], maps: tuple[MapInput, ...]) -> bool:
+        """True if a program for images of `shape` and `maps` follows from what is captured already, as `program` did."""
+        return self._programs.holds(program, shape, maps)
 
     def _norms_to_freeze(self) -> list[nn.Module]:
         """Norm layers in training mode that are evaluated with their running statistics nevertheless."""
@@ -651,6 +686,7 @@ class PreparedImage:
     """An image, and what operations over the whole of it have given; see `StreamingCNN.prepare`."""
 
     image: Tensor | LazyImage
+    maps: tuple[Tensor | LazyImage, ...]
     foreground: Foreground | None
     fill: Any
     statistics: Statistics

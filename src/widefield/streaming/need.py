@@ -210,7 +210,7 @@ def check_parts(program: Program, wanted: Wanted) -> None:
     if batch == 1:
         return
     in_place = {
-        program.captured.image,
+        *program.captured.spatial_inputs,
         *program.broadcast,
     }  # maps whose first dimension is known to be that of the images
     for stage in program.stages:

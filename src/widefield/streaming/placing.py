@@ -49,7 +49,9 @@ class Placing:
 
     def __post_init__(self) -> None:
         self.maps.shapes.update({name: shape for name, (shape, _) in self.captured.shapes.items()})
-        self.maps.axes[self.captured.image] = Axes(2, 3)
+        for name in self.captured.spatial_inputs:
+            ndim = len(self.maps.shapes[name])
+            self.maps.axes[name] = Axes(ndim - 2, ndim - 1)
         self.maps.synchronised = self.captured.synchronised
 
     def add(self, node: Node) -> None:

@@ -167,7 +167,7 @@ class Program:
         """Bytes of their gradients that are there at a time. The image's and those of weights do not count."""
         if len(self.stages) == 1:
             return 0
-        given = {self.captured.image, *self.broadcast}
+        given = {*self.captured.spatial_inputs, *self.broadcast}
         read = (
             sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
             for stage in self.stages

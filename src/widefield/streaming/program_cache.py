@@ -9,9 +9,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from widefield.streaming.build import build
 from widefield.streaming.capture import trace_module
+from widefield.streaming.captured import MapInput
 from widefield.streaming.fingerprint import fingerprint
 from widefield.streaming.program import Program
-from widefield.streaming.trace import Trace
+from widefield.streaming.trace import Trace, lengths_of
 
 _KEPT_SIZES = 16  # image sizes whose program is kept
 _KEPT_TRACES = 8  # traces that are kept of all that were needed
@@ -34,6 +35,7 @@ class ProgramCache:
         allow_whole: bool,
         image_requires_grad: bool,
         device: torch.device,
+        maps: tuple[MapInput, ...] = (),
     ) -> Program:
         """The program of `module` for images of `shape` (N, C, H, W); arguments as for `trace_module` and `build`.
 
@@ -41,14 +43,17 @@ class ProgramCache:
         """
         norms = (part.training for part in module.modules() if isinstance(part, _NormBase))
         modes = tuple(norms) if batch_statistics else ()
-        kind = (shape[:2], dtype, device.type, autocast, modes, allow_whole, fingerprint(module))
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), image_requires_grad
+        others = tuple((x.shape[:-2], x.dtype) for x in maps)
+        kind = (shape[:2], others, dtype, device.type, autocast, modes, allow_whole, fingerprint(module))
+        requires_grad = image_requires_grad, *(x.requires_grad for x in maps)
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), requires_grad
+        lengths = lengths_of(shape, maps)
         for at in (None, mode):
-            if (found := self._programs.get((shape, kind, at))) is not None:
+            if (found := self._programs.get((lengths, kind, at))) is not None:
                 return found
         traces = self._traces.setdefault(kind, [])
         usable = [trace for at, trace in traces if at in (None, mode)]
-        trace, captured = next(((t, c) for t in usable if (c := t.at(*shape[2:])) is not None), (None, None))
+        trace, captured = next(((t, c) for t in usable if (c := t.at(*lengths)) is not None), (None, None))
         if trace is None or captured is None:
             fixed = any(trace.fixed for _, trace in traces)  # it could not be traced with symbols: not again
             trace = trace_module(
@@ -60,20 +65,22 @@ class ProgramCache:
                 not fixed,
                 image_requires_grad,
                 device,
+                maps,
             )
-            captured = trace.at(*shape[2:])
+            captured = trace.at(*lengths)
             assert captured is not None
             traces.append((mode if trace.mode_dependent else None, trace))
             _forget(traces, _KEPT_TRACES)
         program = replace(build(captured, allow_whole=allow_whole), kind=kind)
-        self._programs[shape, kind, mode if trace.mode_dependent else None] = program
+        self._programs[lengths, kind, mode if trace.mode_dependent else None] = program
         _forget(self._programs, _KEPT_SIZES)
         _forget(self._traces, _KEPT_TRACES)
         return program
 
-    def holds(self, program: Program, shape: tuple[int, ...]) -> bool:
-        """True if a program for images of `shape` follows from what is traced already, as `program` did."""
-        return any(trace.at(*shape[2:]) is not None for _, trace in self._traces.get(program.kind, ()))
+    def holds(self, program: Program, shape: tuple[int, ...], maps: tuple[MapInput, ...] = ()) -> bool:
+        """True if a program for images of `shape` and `maps` follows from what is traced already, as `program` did."""
+        lengths = lengths_of(shape, maps)
+        return any(trace.at(*lengths) is not None for _, trace in self._traces.get(program.kind, ()))
 
 
 def _forget(kept: dict[Any, Any] | list[Any], count: int) -> None:

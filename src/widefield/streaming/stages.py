@@ -27,8 +27,9 @@ def cut(
     for level in sorted({levels.get(name, 0) for name in (*by_name, *wanted)}):
         leaving = [
             name
-            for name in (captured.image, *by_name)
-            if levels.get(name, 0) == level and (name in wanted or (name in stored and name != captured.image))
+            for name in (*captured.spatial_inputs, *by_name)
+            if levels.get(name, 0) == level
+            and (name in wanted or (name in stored and name not in captured.spatial_inputs))
         ]
         reductions = [n.name for n in nodes if levels[n.name] == level and isinstance(n.target, Reduction)]
         if not leaving and not reductions:
@@ -44,7 +45,7 @@ def cut(
                 if read.source not in needed:
                     needed.add(read.source)
                     stack.append(read.source)
-        order = [name for name in (captured.image, *maps.broadcast, *by_name) if name in inputs]
+        order = [name for name in (*captured.spatial_inputs, *maps.broadcast, *by_name) if name in inputs]
         own = {name: placed[name] for name in by_name if name in needed and name not in inputs}
         stages[level] = _stage(maps, by_name, dtypes, order, own, leaving, frozenset(stored - wanted))
     return stages

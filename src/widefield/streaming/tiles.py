@@ -1,6 +1,7 @@
 """Sources of tiles: a tensor, or an image on disk that is never held whole; and the normalisation of a tile."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from widefield.streaming.captured import MapInput
 from widefield.streaming.foreground import Foreground
 from widefield.streaming.store import Store
 
@@ -206,3 +208,32 @@ class TileReader:
             raw = torch.where(mask, raw, fill.to(raw.device).view(-1, 1, 1))
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
         return tile if self.memory_format is None else tile.contiguous(memory_format=self.memory_format)
+
+
+def map_input(given: Any, image_shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> MapInput:
+    """Return what a capture needs to know of a map that is given beside an image. Raises ValueError if it does not go with it."""
+    if isinstance(given, Tensor):
+        shape, found, needed = tuple(given.shape), given.dtype, given.requires_grad
+        if given.device != device and given.device.type not in ("cpu", "meta"):
+            raise ValueError(f"a map is on {given.device}, the module on {device}; move one of them")
+    elif isinstance(given, LazyImage):
+        shape, found, needed = (1, *(int(n) for n in given.shape)), pixel_dtype(given), False
+        found = dtype if found.is_floating_point else found
+    else:
+        raise ValueError(
+            "expected a map (N, C, h, w) or (N, h, w), or an object with shape (C, h, w), dtype and read(y, x, height, width): "
+            f"got {type(given).__name__}"
+        )
+    fits = len(shape) in (3, 4) and shape[0] == image_shape[0] and 0 not in shape
+    if not fits or any(n % m for n, m in zip(image_shape[2:], shape[-2:], strict=True)):
+        raise ValueError(
+            f"a map of shape {shape} does not go with an image of shape {tuple(image_shape)}: it must be (N, C, h, w) or "
+            "(N, h, w), N as for the image, with a height and width that are those of the image or whole fractions of them"
+        )
+    return MapInput(shape, found, needed)
+
+
+def read_whole(given: Tensor | LazyImage, found: MapInput, device: torch.device) -> Tensor:
+    """Return all of a map that `map_input` has found to be right."""
+    ndim = len(found.shape)
+    return TileReader(given, device, found.dtype, dims=(ndim - 2, ndim - 1)).read(0, 0, *found.shape[-2:])

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from widefield.streaming.captured import Captured
+from widefield.streaming.captured import Captured, MapInput
 from widefield.streaming.errors import UnsupportedOpError
 
 _PRINTER = PythonPrinter()
@@ -34,12 +34,13 @@ class Formula:
 class Trace:
     """A captured forward pass whose numbers may be `Formula`s. `captured` is valid at its `image_shape` once they are filled in.
 
-    `dims` are the image's height and width: symbols, their multiples, or numbers. `guards` are the conditions under which the trace
+    `dims` are the height and width of the image, then of each other map that forward takes: symbols, formulas of those of
+    maps before, or numbers. `guards` are the conditions under which the trace
     holds, `ranges` the limits of the symbols. `mode_dependent`: it holds for the grad mode of its capture only.
     """
 
     captured: Captured
-    dims: tuple[sympy.Expr, sympy.Expr]
+    dims: tuple[sympy.Expr, ...]
     guards: tuple[sympy.Basic, ...] = ()
     ranges: Mapping[sympy.Symbol, tuple[sympy.Expr, sympy.Expr]] | None = None
     mode_dependent: bool = False
@@ -49,9 +50,9 @@ class Trace:
         """True if it holds for one size only."""
         return not any(dim.free_symbols for dim in self.dims)
 
-    def at(self, height: int, width: int) -> Captured | None:
-        """The forward pass for images of another size; None where the trace does not hold."""
-        sizes = self._sizes((height, width))
+    def at(self, *lengths: int) -> Captured | None:
+        """The forward pass for inputs of another height and width each, as many as `dims`; None where the trace does not hold."""
+        sizes = self._sizes(lengths)
         if sizes is None or not self._holds(sizes):
             return None
         known = dict(zip(self._formulas, self._numbers(*sizes.values()), strict=True))
@@ -68,16 +69,16 @@ class Trace:
             nodes.append(replace(node, args=args, kwargs=kwargs, shape=shape, grows=grows))
         return replace(
             captured,
-            image_shape=(*captured.image_shape[:2], height, width),
+            image_shape=(*captured.image_shape[:2], *lengths[:2]),
             shapes={name: (tuple(map(number, shape)), dtype) for name, (shape, dtype) in captured.shapes.items()},
             nodes=tuple(nodes),
             outputs=tuple(map(number, captured.outputs)),
         )
 
-    def _sizes(self, size: tuple[int, int]) -> dict[sympy.Symbol, int] | None:
-        """The symbols' values for this height and width, None if there are none."""
+    def _sizes(self, lengths: tuple[int, ...]) -> dict[sympy.Symbol, int] | None:
+        """The symbols' values for these heights and widths, None if there are none."""
         sizes: dict[sympy.Symbol, int] = {}
-        for expression, length in zip(self.dims, size, strict=True):
+        for expression, length in zip(self.dims, lengths, strict=True):
             factor, rest = expression.as_coeff_Mul()
             if isinstance(rest, sympy.Symbol) and rest not in sizes:
                 if length % int(factor):
@@ -137,6 +138,11 @@ class Trace:
     def _symbols(self) -> list[sympy.Symbol]:
         """In the order of `_sizes`."""
         return list(dict.fromkeys(symbol for dim in self.dims for symbol in dim.free_symbols))
+
+
+def lengths_of(shape: Sequence[int], maps: Sequence[MapInput]) -> tuple[int, ...]:
+    """Height and width of an image of `shape` (N, C, H, W), then of each of `maps`."""
+    return (*shape[2:], *(n for x in maps for n in x.shape[-2:]))
 
 
 def _compiled(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic]) -> Callable[..., tuple[Any, ...]]:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
 from widefield.streaming.capture import full_float32
-from widefield.streaming.captured import Node
+from widefield.streaming.captured import MapInput, Node
 from widefield.streaming.comparison import (
     Difference,
     Outcome,
@@ -74,6 +74,7 @@ def verify_at_first_use(
     dtype: torch.dtype,
     device: torch.device,
     image_requires_grad: bool,
+    maps: tuple[MapInput, ...] = (),
 ) -> None:
     """Compare `network` with its plain module on a small image, once for each batch size, dtype, structure and grad mode.
 
@@ -84,11 +85,14 @@ def verify_at_first_use(
         dtype: of the image that the module is given.
         device: where the module is.
         image_requires_grad: the image requires grad.
+        maps: what else it is called on. The small ones have the same share of the image's height and width, and whole numbers are
+            0 or 1, which are labels to every loss.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), image_requires_grad
+    requires_grad = image_requires_grad, *(x.requires_grad for x in maps)
+    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), requires_grad
     synchronised = (
         program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
     )
@@ -100,7 +104,21 @@ def verify_at_first_use(
     started = time.perf_counter()
     computed_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
     alike = (shape[2] % 64 + 64, shape[3] % 64 + 64)  # what decides by the remainder of a size decides here as there
-    sizes = sorted((*SIZES, alike), key=lambda size: not network._has_program(program, (*shape[:2], *size)))
+
+    def smaller(size: tuple[int, int]) -> tuple[MapInput, ...]:
+        return tuple(
+            x._replace(
+                shape=(
+                    *x.shape[:-2],
+                    *(-(-n * m // whole) for n, m, whole in zip(size, x.shape[-2:], shape[2:], strict=True)),
+                )
+            )
+            for x in maps
+        )
+
+    sizes = sorted(
+        (*SIZES, alike), key=lambda size: not network._has_program(program, (*shape[:2], *size), smaller(size))
+    )
     if shape[2] * shape[3] <= 512**2:
         sizes.append((shape[2], shape[3]))
     reasons = []
@@ -110,12 +128,12 @@ def verify_at_first_use(
         pixels = torch.rand((*shape[:2], *size), generator=generator, device="cpu").to(device, dtype)
         image = network.normalisation.unchecked(pixels, dtype).requires_grad_(image_requires_grad)
         try:
-            own = small._program((*shape[:2], *size), dtype, device, image_requires_grad)
+            own = small._program((*shape[:2], *size), dtype, device, image_requires_grad, smaller(size))
         except (UnsupportedOpError, ValueError) as error:  # at this size only
             reasons.append(f"{size}: {error}")
             continue
         try:
-            verify(small, image, own, computed_in.itemsize)
+            verify(small, image, own, computed_in.itemsize, [_drawn(x, generator, device) for x in smaller(size)])
         except PlainFailsError as error:
             reasons.append(f"{size}: {error}")
             continue
@@ -128,20 +146,30 @@ def verify_at_first_use(
         _VERIFIED.pop(next(iter(_VERIFIED)))
 
 
-def verify(streamed: "StreamingCNN", image: Tensor, program: Program, itemsize: int) -> None:
-    """Compare `streamed(image)` with `streamed.module(image)`, outputs and gradients.
+def _drawn(given: MapInput, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Return a random map: numbers from 0 to 1."""
+    numbers = torch.rand(given.shape, generator=generator, device="cpu")
+    numbers = numbers if given.dtype.is_floating_point else numbers.round()
+    return numbers.to(device, given.dtype).requires_grad_(given.requires_grad)
+
+
+def verify(
+    streamed: "StreamingCNN", image: Tensor, program: Program, itemsize: int, maps: Sequence[Tensor] = ()
+) -> None:
+    """Compare `streamed(image, *maps)` with `streamed.module(image, *maps)`, outputs and gradients.
 
     Args:
         streamed: the streamed module.
         image: what both are called on, (N, C, H, W).
         program: what `streamed` executes on it.
         itemsize: bytes of the dtype that numbers are computed in, which says how equal they are to be.
+        maps: what else both are called on.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
         PlainFailsError: the plain module raises on this image.
     """
-    passes, (usual, most) = _Passes(streamed, image, program), _TOLERANCE[itemsize]
+    passes, (usual, most) = _Passes(streamed, image, program, maps), _TOLERANCE[itemsize]
     module = streamed.module
     try:
         first, second = passes.two(module, again=True)
@@ -194,14 +222,14 @@ def _error(module: nn.Module, worst: Difference, what: str, remedy: str, where: 
 class _Passes:
     """Passes of a streamed module and of its plain one, with the same random numbers, that leave everything as it was."""
 
-    def __init__(self, streamed: "StreamingCNN", image: Tensor, program: Program) -> None:
-        self.streamed, self.image, self.program = streamed, image, program
+    def __init__(self, streamed: "StreamingCNN", image: Tensor, program: Program, maps: Sequence[Tensor]) -> None:
+        self.streamed, self.image, self.program, self.maps = streamed, image, program, maps
         self.module, self._frozen, self._masks = streamed.module, streamed._norms_to_freeze(), _masks_of(program)
 
     def one(self, network: nn.Module, at: Tensor) -> Outcome:
         """Run a forward pass at the image `at`, and its backward pass where gradients are enabled."""
         with _restoring(self.module, self._frozen):
-            return outcome(self._call(network, at), self.module, at)
+            return outcome(self._call(network, at), self.module, at, self.maps)
 
     def two(self, network: nn.Module, again: bool) -> tuple[Outcome, Outcome]:
         """Run two forward passes, the second with the modules' attributes as they were (`again`) or as the first left them."""
@@ -230,7 +258,8 @@ class _Passes:
             result = self._call(self.module, self.image)
             stack.close()
             try:
-                found = on_whole_maps(self.program, self.image, self.streamed._bind(self.program, self.image.device))
+                values = self.streamed._bind(self.program, self.image.device)
+                found = on_whole_maps(self.program, [self.image, *self.maps], values)
                 both = [path for path in made if path in found and found[path].shape == made[path].shape]
                 for path in both:
                     if relative_error(found[path].detach(), made[path].detach()) > tolerance:
@@ -250,13 +279,13 @@ class _Passes:
     def _call(self, network: nn.Module, at: Tensor) -> Any:
         torch.manual_seed(0)
         if network is self.streamed:
-            return network(at)
+            return network(at, *self.maps)
         seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if self.program.random else 0
         with _Masks(self._masks, seed), ExitStack() as stack:
             for part in self.module.modules():
                 if isinstance(part, _NormBase):
                     stack.callback(part.register_forward_hook(contiguous_gradient).remove)
-            return network(at)
+            return network(at, *self.maps)
 
 
 class _Masks(TorchDispatchMode):
