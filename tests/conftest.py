@@ -55,4 +55,4 @@ _WITH_THE_CHECK = ("test_first_check", "test_functions_and_hooks", "test_effects
 def without_the_check_at_first_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests compare with plain PyTorch themselves; the check runs in its own and in those that act as users do."""
     if request.path.stem not in _WITH_THE_CHECK and not {"integration", "cli"} & set(request.path.parts):
-        monkeypatch.setattr("widefield.streaming.module.verify_at_first_use", lambda *args: None)
+        monkeypatch.setattr("widefield.streaming.module.verify_at_first_use", lambda *args, **options: None)

@@ -15,6 +15,10 @@ aten = torch.ops.aten
 X = torch.rand(2, 4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.6 + 0.2
 WEIGHT, SCALE = torch.rand(4, 4, 3, 3, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
 
+ELEMENTWISE_LOSSES = (
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss", "kl_div"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+)
 CALLS: dict[str, Callable[[Tensor], object]] = {
     "conv2d": lambda x: F.conv2d(x, WEIGHT),
     "conv_transpose2d": lambda x: F.conv_transpose2d(x, WEIGHT),
@@ -90,6 +94,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "upsample_bilinear2d": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     "upsample_bicubic2d": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
     "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
+    **{name: lambda x, name=name: getattr(F, name)(x, x.detach(), reduction="none") for name in ELEMENTWISE_LOSSES},
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x[..., :4], 2),
 }
 # Views save nothing themselves: what reads them decides. The others have no derivative, or are forms of those above.
@@ -102,7 +107,7 @@ VIEWS = frozenset(
 )
 WITHOUT_DERIVATIVE = frozenset(
     (
-        *("argmax", "argmin", "any", "all", "bernoulli", "floor_divide", "fill"),
+        *("argmax", "argmin", "any", "all", "bernoulli", "floor_divide", "fill", "one_hot"),
         *("zeros_like", "ones_like", "full_like", "empty_like"),
     )
 )

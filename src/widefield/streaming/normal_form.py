@@ -41,6 +41,11 @@ def normal_form(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Node:
         return replace(node, target=_NAMESAKES[node.target])
     if node.target in _SHAPED_LIKE:
         return replace(node, target=_SHAPED_LIKE[node.target], args=(node.args[0], list(node.shape)), kwargs={})
+    if node.target is aten.broadcast_tensors.default and node.pick is not None:
+        one = node.args[0][node.pick]
+        same = shapes[one.name] == node.shape
+        target, args = (aten.alias.default, (one,)) if same else (aten.expand.default, (one, list(node.shape)))
+        return replace(node, target=target, args=args, kwargs={}, pick=None)
     if node.target is aten.slice_scatter.default and shapes[node.args[1].name] == node.shape:  # all of it
         return replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
     return node

@@ -82,6 +82,11 @@ def _apart(d: int, p: int, width: int) -> int:
     return d if d <= p else d + width - 1
 
 
+def dim_apart(maps: Maps, name: str, d: int) -> int:
+    """Return where dimension `d` of a map as the model sees it stands in `maps.shapes`."""
+    return _apart(d, _position(maps, name), _width(maps, name))
+
+
 def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
     return replace(
         node, target=aten.reshape.default, args=(Ref(name), list(shape)), kwargs={}, pick=None, shape=tuple(shape)

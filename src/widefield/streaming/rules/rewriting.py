@@ -29,7 +29,8 @@ class Rewriting:
 
     def reduce(self, names: Sequence[str], reduction: Reduction, *shapes: Sequence[int]) -> list[Ref]:
         """The parts of a reduction of maps `names`, of these shapes. The same reduction of the same map is done once."""
-        name = f"{self.node.name}@sum" if isinstance(reduction, Sum) else f"{'+'.join(names)}@{reduction}"
+        of = "+".join(names)
+        name = f"{self.node.name}@sum of {of}" if isinstance(reduction, Sum) else f"{of}@{reduction}"
         args, kwargs = tuple(map(Ref, names)), {"shapes": tuple(map(tuple, shapes))}
         self.nodes.append(
             replace(self.node, name=name, target=cast("Any", reduction), args=args, kwargs=kwargs, pick=None)
