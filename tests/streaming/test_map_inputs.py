@@ -216,3 +216,17 @@ def test_a_prepared_image_holds_its_maps() -> None:
         other += 1
         with pytest.raises(ValueError, match="has changed since prepare"):
             streamed(prepared, region=(8, 8, 10, 20))
+
+
+def test_one_trace_serves_images_and_maps_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(x: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        each = F.cross_entropy(x, target, reduction="none")
+        return (each * F.interpolate(weights, scale_factor=4, mode="nearest")[:, 0]).mean()
+
+    module = WithLoss(loss).double()
+    streamed = StreamingCNN(module, 16)
+    for height, width in ((48, 64), (36, 80), (100, 20)):
+        image, weights = torch.rand(1, 3, height, width).double(), torch.rand(1, 1, height // 4, width // 4).double()
+        target = torch.randint(0, CLASSES, (1, height, width))
+        assert relative_error(streamed(image, target, weights), module(image, target, weights)) <= TOLERANCE
+        monkeypatch.setattr("widefield.streaming.program_cache.trace_module", None)

@@ -219,7 +219,7 @@ VERBS = {
             _option("--tile-size", "N", "pixels per step: N or [HEIGHT, WIDTH] (default: chosen)"),
             _option("--epochs", "N", "passes over the training images (default: 20)", int),
             _option("--batch-size", "N", "images per optimizer step (default: 1)", int),
-            _option("--lr", "X", "learning rate of AdamW (default: 0.001)", float),
+            _option("--lr", "X", "learning rate of AdamW (default: 0.0001)", float),
             _option("--seed", "N", "of weights, split, order and crops (default: 0)", int),
             _option(
                 "--split-images",

@@ -70,7 +70,7 @@ class Classifier(ImageNetClassifier):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         value_range: tuple[float, float] | Literal["dtype", "percentiles"] | None = None,
-        lr: float = 1e-3,
+        lr: float = 1e-4,
         weight_decay: float = 0.0,
         target: Target | None = None,
     ) -> None:

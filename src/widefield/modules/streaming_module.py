@@ -78,7 +78,7 @@ class BaseModule(pl.LightningModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         value_range: tuple[float, float] | None = None,
-        lr: float = 1e-3,
+        lr: float = 1e-4,
         weight_decay: float = 0.0,
         optimizer: MakeOptimizer | None = None,
         lr_scheduler: MakeSchedule | None = None,
@@ -540,7 +540,7 @@ class ImageNetClassifier(StreamingModule):
 
     Metrics and `predict_step` get probabilities, the softmax of the logits. Arguments are those of `StreamingModule`, whose
     `stream_network` is called `stream_net` here. With a trunk that streams already, as in lightstream 1.x, they are its by
-    default: `lr=1e-4, weight_decay=1e-5, accumulate_grad_batches=2`.
+    default: `weight_decay=1e-5, accumulate_grad_batches=2`.
     """
 
     def __init__(
@@ -554,7 +554,7 @@ class ImageNetClassifier(StreamingModule):
         **options: Any,
     ) -> None:
         if isinstance(stream_net, BaseModule):
-            options = {"lr": 1e-4, "weight_decay": 1e-5, "accumulate_grad_batches": 2, **options}
+            options = {"weight_decay": 1e-5, "accumulate_grad_batches": 2, **options}
         super().__init__(stream_net, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
 
     def save_plain_hyperparameters(self, **arguments: Any) -> None:

@@ -162,7 +162,7 @@ def _capture(
     limit = time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf")
     watch = Watch(skeleton, device, autocast, limit, sees_reads)
     sizes = tuple({len(x.shape) - 2: Dim.AUTO, len(x.shape) - 1: Dim.AUTO} for x in (image, *others))
-    dynamic = (sizes[0], sizes[1:]) if symbolic else None
+    dynamic = ((sizes[0], sizes[1:]) if maps else sizes) if symbolic else None
     wrapped = _WithAttributes(skeleton, watch, (image_requires_grad, *(x.requires_grad for x in maps)))
     surroundings = Surroundings(skeleton)
     watch.mode_dependent = surroundings.looks_at_mode

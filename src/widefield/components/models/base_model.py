@@ -66,7 +66,7 @@ class BaseModel(Component, _KeepsArguments):
         self,
         data_preprocessor: PreprocessorConfig | None = None,
         init_cfg: InitConfig = None,
-        lr: float = 1e-3,
+        lr: float = 1e-4,
         weight_decay: float = 0.0,
         pretrained: str | None = None,
     ) -> None:

@@ -121,7 +121,7 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
         return None
     cells = (node.shape[-2], node.shape[-1])
     # torch.export makes a number of how many cells max pooling has
-    grows = max(cells) > _FEW if node.grows is None or "max" in node.op else all(node.grows[-2:])
+    grows = min(cells) > _FEW if node.grows is None or "max" in node.op else all(node.grows[-2:])
     if grows and node.pick in (None, 0):
         pool = mean_of_cells if "avg" in node.op else max_of_cells
         return [replace(node, target=pool, args=(Ref(name), cells), kwargs={}, pick=None)]
