@@ -3,6 +3,7 @@ from typing import Any
 
 from widefield.cli.fit import fit
 from widefield.errors import WidefieldError
+from widefield.images import map_target as map_target
 from widefield.images import open_image
 from widefield.inference import FeatureExtractor as FeatureExtractor
 from widefield.inference import ImageClassificationInferencer as ImageClassificationInferencer

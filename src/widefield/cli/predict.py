@@ -18,13 +18,13 @@ from widefield.components.models.image_to_image_retriever import ImageToImageRet
 from widefield.config import load
 from widefield.data.pipeline import Picture
 from widefield.images import ImageFile, image_endings, images_below
+from widefield.images.map_geotiff import import_rasterio
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
 from widefield.models import Classifier
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
-from widefield.reports.heatmap import import_rasterio
 from widefield.streaming import StreamingCNN
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         named = {"tiff": "tiff" if image.transform is None else "geotiff"}
         formats = [named.get(one, one) for one in arguments.heatmap]
         if "geotiff" in formats:
-            import_rasterio()  # rather than after hours of computing
+            import_rasterio("a heatmap on a map (GeoTIFF)")  # rather than after hours of computing
         if isinstance(model, Classifier):
             model.stream_network.normalisation.check_channels(image.shape[0])
         keep_background_if_usable(model, image)

@@ -5,6 +5,8 @@ from widefield.images.files import OTHER_PICTURES, image_endings, images_below, 
 from widefield.images.foreground import Mask, foreground
 from widefield.images.formats import Alpha, ImageReadError, warn_of_dropped_alpha
 from widefield.images.image import ImageFile, open_image, thumbnail
+from widefield.images.map_target import map_target
+from widefield.images.polygons import polygons
 
 __all__ = [
     "OTHER_PICTURES",
@@ -18,7 +20,9 @@ __all__ = [
     "image_endings",
     "images_below",
     "is_image_name",
+    "map_target",
     "open_image",
+    "polygons",
     "thumbnail",
     "warn_of_dropped_alpha",
 ]

@@ -14,10 +14,11 @@ import tifffile
 from torch import Tensor
 
 from widefield.components.models.features import background_of, foreground_of_map
-from widefield.errors import MissingExtraError
 from widefield.images import ImageFile
 from widefield.images.formats import Transform
 from widefield.images.image import data_at, scaled
+from widefield.images.map_geotiff import import_rasterio
+from widefield.images.map_target import halved
 from widefield.streaming import Cells
 from widefield.writing import replacing
 
@@ -147,7 +148,7 @@ class Heatmap:
         pixel = max(1.0, self.cells.stride[0] / 2), max(1.0, self.cells.stride[1] / 2)
         levels = [self.resampled(pixel)]
         while max(levels[-1].shape) > _TILE:
-            levels.append(_halved(levels[-1]))
+            levels.append(halved(levels[-1][None], labels=False)[0])
         metadata: dict[str, Any] = {"axes": "YX", "Channel": {"Name": name}}
         spacing = None
         if self.spacing is not None:
@@ -181,7 +182,7 @@ class Heatmap:
             MissingExtraError: rasterio, which the extra `geo` brings, is not installed.
             ValueError: The image is no map: `transform` is None.
         """
-        rasterio = import_rasterio()
+        rasterio = import_rasterio("a heatmap on a map (GeoTIFF)")
         if self.transform is None:
             raise ValueError("the image has no place on a map, so there is no GeoTIFF of it; use save_tiff")
         a, b, c, d, e, f = self.transform
@@ -261,22 +262,6 @@ class Heatmap:
                 "measurements": measurements,
             },
         }
-
-
-def import_rasterio() -> Any:
-    """Return the module rasterio. Raises MissingExtraError if it is not installed."""
-    try:
-        import rasterio
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("a heatmap on a map (GeoTIFF)", "rasterio", "geo") from error
-    return rasterio
-
-
-def _halved(values: np.ndarray) -> np.ndarray:
-    """Return the means of 2 x 2 entries; the last row and column of odd sizes count twice."""
-    rows, cols = values.shape
-    even = np.pad(values, ((0, rows % 2), (0, cols % 2)), mode="edge")
-    return even.reshape(-(-rows // 2), 2, -(-cols // 2), 2).mean(axis=(1, 3))
 
 
 def _area(ring: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """A program, executed on one image: scans, and plain operations before, between and after them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +15,7 @@ from widefield.streaming.foreground import broadcast_mask
 from widefield.streaming.grid import Box
 from widefield.streaming.heap import watch
 from widefield.streaming.job import Job, Progress
+from widefield.streaming.map_writing import MapOutput
 from widefield.streaming.need import PartialGrid, Wanted, cells_in, rows_of_bands
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
@@ -39,6 +40,8 @@ def execute(
     statistics: "Statistics | None",
     ranks: Ranks | None,
     gather: bool,
+    written: Mapping[str, MapOutput],
+    replaced: frozenset[str],
     memory_budget: int | None,
     scratch_dir: str | None,
     deterministic: bool,
@@ -58,6 +61,8 @@ def execute(
         fill: the pixel that takes the place of the background.
         ranks: the processes that share the image.
         gather: put output maps together from the bands of all processes.
+        written: output maps that go to a sink, by name.
+        replaced: names of those that are kept nowhere else: in their place is an empty tensor.
         statistics: results of the reductions, by an earlier pass over the image. If it is empty, it is filled.
         memory_budget: bytes, within which the heap of the CPU is kept.
         scratch_dir: folder for files; None: the system's.
@@ -110,6 +115,8 @@ def execute(
             settings=settings,
             progress=progress,
             ranks=ranks,
+            written={v: written[stage.values[v].name] for v in stage.outputs if stage.values[v].name in written},
+            replaced=frozenset(v for v in stage.outputs if stage.values[v].name in replaced),
         )
         parts.update({stage.values[v].name: box for v, box in job.parts.items()})
         with settings():
@@ -129,7 +136,7 @@ def execute(
     if wanted is not None and wanted.outputs:
         grids = [each.grid.whole for each in stage_plans if isinstance(each.grid, PartialGrid)]
         for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
-            if value.name in program.final_maps:
+            if value.name in program.final_maps - replaced:
                 bands = None if ranks is None else rows_of_bands(program, grids, wanted, value.name)
                 part = _wanted_part(values[value.name], value, parts[value.name], wanted, program, bands)
                 if ranks is not None and bands is not None and gather:

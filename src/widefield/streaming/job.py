@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from widefield.streaming.foreground import Foreground, broadcast_mask
 from widefield.streaming.grid import Box, Grid
 from widefield.streaming.heap import Heap
+from widefield.streaming.map_writing import MapOutput
 from widefield.streaming.need import PartialGrid
 from widefield.streaming.ranks import Ranks
 from widefield.streaming.store import Store
@@ -31,7 +32,8 @@ class Job:
     `store` is where the stage's `stored` maps are kept, `carry_store` where the saved carries are, of which `carry_sizes` are
     expected (bytes by dtype); the last `recorded` steps are recorded in the forward pass. `heap` is trimmed between steps.
     `settings` gives a context with the forward pass's autocast state and determinism; `progress(phase, done, steps)` is told
-    of each step. `ranks` are the processes that share the image.
+    of each step. `ranks` are the processes that share the image. `written` are the output maps that go to a sink, `replaced`
+    those of them that are kept nowhere else.
     """
 
     grid: Grid | PartialGrid
@@ -47,6 +49,8 @@ class Job:
     settings: Callable[[], AbstractContextManager[Any]]
     progress: Progress | None
     ranks: Ranks | None = None
+    written: Mapping[int, MapOutput] = field(default_factory=dict)
+    replaced: frozenset[int] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -60,9 +64,15 @@ class Job:
 
     def new(self, v: int, like: Tensor) -> Tensor:
         """A tensor for the part of output map `v` that is made, in the dtype and memory format of `like`; zero where it is not."""
-        shape = self.grid.stage.values[v].tile_shape(*self.parts[v][2:])
+        size = (0, 0) if v in self.replaced else self.parts[v][2:]
+        shape = self.grid.stage.values[v].tile_shape(*size)
         store = self.store if v in self.grid.stage.stored else Store()
         return store.empty(shape, like) if isinstance(self.grid, Grid) else store.zeros(shape, like)
+
+    def first_row(self, v: int, i: int) -> int:
+        """Return the first row of map v that the steps of tile row i, and those below, compute."""
+        grid = self.grid if isinstance(self.grid, Grid) else self.grid.whole
+        return grid.row_schedule.ready[v][i]
 
     def step_done(self, phase: str, done: int, tensors: Iterable[Tensor]) -> None:
         """Give memory back between two steps, `done` of them being done, and report progress.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from widefield.streaming.fingerprint import NOTHING, mark_left
 from widefield.streaming.foreground import Foreground, parse_fill, parse_mask
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
+from widefield.streaming.map_writing import MapOutput, Writing, plan_writing
 from widefield.streaming.need import Wanted, check_parts, parse_region
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import Planner, PlanRequest, make_planner, usable_memory
@@ -193,6 +195,70 @@ class StreamingCNN(nn.Module):
         """
         if isinstance(image, (list, tuple)):
             return self._each(image, maps, region, mask, fill, gather)
+        return self._one(image, maps, region, mask, fill, gather)
+
+    @torch.no_grad()
+    def write(
+        self,
+        image: "Tensor | LazyImage | PreparedImage",
+        to: Any,
+        *maps: Any,
+        postprocess: Any = None,
+        dtype: Any = None,
+        region: tuple[int, int, int, int] | None = None,
+        mask: Any = None,
+        fill: float | Sequence[float] = 0.0,
+    ) -> Any:
+        """Stream `image`, and write the maps among the results while they are computed: none is in memory as a whole.
+
+        Written is what `forward` returns, after `postprocess`, without gradients. A file is there when it is complete, and not
+        before. Where the image has a spacing or a place on a map, the file has those of the map's entries: side by side from the
+        corner of the image on, if they cover it, and else, without padding, in the middles of their receptive fields (`cells`).
+
+        Args:
+            image: one image, or what `prepare` returned.
+            to: a path, of which the ending says the format (`widefield.images.map_target`): `.ome.zarr`, `.zarr`, `.ome.tif`,
+                `.tif`, `.geojson`; an array or tensor of the map's shape, which need not be in memory (`numpy.memmap`); or an
+                object that takes tiles (`widefield.streaming.map_writing.MapTarget`). A list has one for each map.
+            maps: as of `forward`.
+            postprocess: what is done with each tile (N, C, height, width): "argmax", "softmax" (over channels), "sigmoid", "uint8"
+                (0 to 1 become 0 to 255); a number, above which values become 1 and others 0; a function of single positions; or a
+                list of these, one after the other.
+            dtype: of what is written. None: that of the result; "argmax" of up to 256 channels gives uint8. From floats to whole
+                numbers values are rounded, and cut to the range of the type.
+            region: as of `forward`: only these cells are computed and written.
+            mask: as of `forward`. The background is written as zeros, after `postprocess`.
+            fill: as of `forward`.
+
+        Returns:
+            The result, with the path or array in the place of each map.
+
+        Raises:
+            ValueError: the result has no map that is computed tile by tile, or `to`, `postprocess` or `dtype` does not fit it.
+            OSError: it cannot be written: the disk is full, say. What was at the path before is still there.
+        """
+        if isinstance(image, (list, tuple)):
+            raise ValueError("write() takes one image: call it for each, with a path of its own")
+        if not self.enabled:
+            raise ValueError("maps are written as they are streamed, which disable() has turned off: call enable()")
+        if self.ranks is not None:
+            raise ValueError(
+                "the processes of a process_group have a band of each map each: write from a model without process_group, or "
+                "call it with gather=True and write the result"
+            )
+        return self._one(image, maps, region, mask, fill, False, (to, postprocess, dtype))
+
+    def _one(
+        self,
+        image: Any,
+        maps: tuple[Any, ...],
+        region: tuple[int, int, int, int] | None,
+        mask: Any,
+        fill: Any,
+        gather: bool,
+        writing: tuple[Any, Any, Any] | None = None,
+    ) -> Any:
+        """Stream one image or batch, and return the result or write it."""
         prepared = None
         if isinstance(image, PreparedImage):
             if maps:
@@ -235,7 +301,8 @@ class StreamingCNN(nn.Module):
                 "has changed since prepare() looked at this image: prepare it again"
             )
         statistics = prepared.statistics if prepared else None
-        return self._run(program, image, maps, wanted, device, dtype, fill, statistics, gather)
+        planned = None if writing is None else plan_writing(program, wanted, *writing, device)
+        return self._run(program, image, maps, wanted, device, dtype, fill, statistics, gather, planned)
 
     def _run(
         self,
@@ -248,10 +315,12 @@ class StreamingCNN(nn.Module):
         fill: Any,
         statistics: Statistics | None,
         gather: bool = False,
+        writing: Writing | None = None,
     ) -> Any:
-        """The result of `program` for an image, or a part of it."""
+        """The result of `program` for an image, or a part of it; its maps are written, if `writing` says so."""
         requires_grad = any(isinstance(x, Tensor) and x.requires_grad for x in (image, *maps))
-        planner = self._planner(program, device, requires_grad, wanted is not None and wanted.scattered)
+        partial = wanted is not None and wanted.scattered
+        planner = self._planner(program, device, requires_grad, partial, writing)
         if wanted is not None:
             check_parts(program, wanted)
         plan, stage_plans = planner.plan(wanted)
@@ -262,24 +331,28 @@ class StreamingCNN(nn.Module):
             self.normalisation,
             memory_format=memory_format(device, dtype),
         )
-        values = execute(
-            program,
-            plan,
-            stage_plans,
-            reader,
-            image if isinstance(image, Tensor) else None,
-            {**self._bind(program, device), **dict(zip(program.captured.maps, maps, strict=True))},
-            wanted=wanted,
-            fill=parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image)),
-            statistics=statistics,
-            ranks=self.ranks,
-            gather=gather or self.gather,
-            memory_budget=self.memory_budget,
-            scratch_dir=self.scratch_dir,
-            deterministic=self.deterministic,
-            progress=self.progress,
-        )
-        return self._finish(program, values)
+        parsed_fill = parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image))
+        with writing.begin(image) if writing is not None else nullcontext(dict[str, MapOutput]()) as written:
+            values = execute(
+                program,
+                plan,
+                stage_plans,
+                reader,
+                image if isinstance(image, Tensor) else None,
+                {**self._bind(program, device), **dict(zip(program.captured.maps, maps, strict=True))},
+                wanted=wanted,
+                fill=parsed_fill,
+                statistics=statistics,
+                ranks=self.ranks,
+                gather=gather or self.gather,
+                written=written,
+                replaced=frozenset() if writing is None else writing.replaced,
+                memory_budget=self.memory_budget,
+                scratch_dir=self.scratch_dir,
+                deterministic=self.deterministic,
+                progress=self.progress,
+            )
+        return self._finish(program, values, {name: output.place for name, output in written.items()})
 
     @torch.no_grad()
     def prepare(
@@ -419,11 +492,16 @@ class StreamingCNN(nn.Module):
         """Stream again."""
         self.enabled = True
 
-    def _finish(self, program: Program, values: dict[str, Any]) -> Any:
-        """The result among `values`; running statistics, and attributes that forward sets, are as the plain module leaves them."""
+    def _finish(self, program: Program, values: dict[str, Any], written: dict[str, Any]) -> Any:
+        """The result among `values`, with what is `written` in the place of maps.
+
+        Running statistics, and attributes that forward sets, are as the plain module leaves them.
+        """
         for path, name in program.statistics:
             update_running_statistics(self.module.get_submodule(path), values[name])
-        result, attributes = pytree.tree_unflatten(fill_refs(program.captured.outputs, values), program.captured.spec)
+        outputs, spec = program.captured.outputs, program.captured.spec
+        attributes = pytree.tree_unflatten(fill_refs(outputs, values), spec)[1]
+        result = pytree.tree_unflatten(fill_refs(outputs, {**values, **written}), spec)[0]
         for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
             part = self.module.get_submodule(path)
             setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
@@ -474,14 +552,36 @@ class StreamingCNN(nn.Module):
         return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(
-        self, shape: tuple[int, ...], *maps: Any, region: tuple[int, int, int, int] | None = None, mask: Any = None
+        self,
+        shape: tuple[int, ...],
+        *maps: Any,
+        region: tuple[int, int, int, int] | None = None,
+        mask: Any = None,
+        to: Any = None,
+        postprocess: Any = None,
+        dtype: Any = None,
     ) -> Plan:
         """Return the plan for an image of `shape` (channels, height, width) or (N, channels, height, width).
 
         A training step if gradients are enabled and a parameter requires them, else a forward pass. `maps`, `region` and `mask`
-        are as for `forward`; of `maps` only shapes and dtypes are looked at (`torch.empty(..., device="meta")` will do). With a
-        `process_group`, the plan is that of this process.
+        are as for `forward`; of `maps` only shapes and dtypes are looked at (`torch.empty(..., device="meta")` will do). `to`,
+        `postprocess` and `dtype` are as for `write`, of which it is the plan then. With a `process_group`, the plan is that of
+        this process.
         """
+        if to is not None:
+            with torch.no_grad():
+                return self._plan(shape, maps, region, mask, (to, postprocess, dtype))
+        return self._plan(shape, maps, region, mask, None)
+
+    def _plan(
+        self,
+        shape: tuple[int, ...],
+        maps: Sequence[Any],
+        region: Any,
+        mask: Any,
+        writing: tuple[Any, Any, Any] | None,
+    ) -> Plan:
+        """The plan of a call for an image of `shape`, or of a call of `write`."""
         device, dtype = self._device_and_dtype(None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
@@ -494,7 +594,8 @@ class StreamingCNN(nn.Module):
             wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
         if wanted is not None:
             check_parts(program, wanted)
-        return self._planner(program, device, partial=partial).plan(wanted)[0]
+        planned = None if writing is None else plan_writing(program, wanted, *writing, device)
+        return self._planner(program, device, partial=partial, writing=planned).plan(wanted)[0]
 
     def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
         """Return the places that the entries of a map look at, for an image of `shape` (channels, height, width).
@@ -562,7 +663,12 @@ class StreamingCNN(nn.Module):
         return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
 
     def _planner(
-        self, program: Program, device: torch.device, image_requires_grad: bool = False, partial: bool = False
+        self,
+        program: Program,
+        device: torch.device,
+        image_requires_grad: bool = False,
+        partial: bool = False,
+        writing: Writing | None = None,
     ) -> Planner:
         """Return the planner for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
         planners, parameters = self._planners.setdefault(program, {}), list(self.module.parameters())
@@ -580,6 +686,7 @@ class StreamingCNN(nn.Module):
             partial=partial,
             limit=self._limit,
             ranks=1 if self.ranks is None else self.ranks.size,
+            written=None if writing is None else writing.memory,
         )
         if request not in planners:
             planners[request] = make_planner(program, request)

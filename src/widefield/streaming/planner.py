@@ -40,7 +40,8 @@ class PlanRequest:
     `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are wanted. `maps`: where maps
     between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
     has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
-    be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image.
+    be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image. `written`: maps are
+    written to a sink, which changes the bytes of output maps by so many, and by so many for each row of a tile.
     """
 
     tile: tuple[int, int | None] | None
@@ -53,6 +54,7 @@ class PlanRequest:
     partial: bool = False
     limit: int | None = None
     ranks: int = 1
+    written: tuple[int, float] | None = None
 
     @property
     def heap_excess(self) -> tuple[float, float]:
@@ -196,7 +198,7 @@ def _within(
     """The first options of all stages; while they exceed `limit`, the largest one gives way to a smaller one."""
     at, sizes = [0] * len(options), [option.sizes(request, places[1]) for option in options]
     while True:
-        draft = _draft(program, request, at, [option.costs[k] for option, k in zip(options, at, strict=True)], *places)
+        draft = _draft(program, request, options, at, [o.costs[k] for o, k in zip(options, at, strict=True)], *places)
         if limit is None or draft.total <= limit:
             return draft
         for s in sorted(range(len(options)), key=lambda s: -sizes[s][at[s]]):
@@ -218,7 +220,7 @@ def _fitting(
         if aim is not None and estimate.total > aim:
             break
         exact = [option.footprint(k).cost for option, k in zip(options, estimate.choice, strict=True)]
-        draft = _draft(program, request, estimate.choice, exact, *places)
+        draft = _draft(program, request, options, estimate.choice, exact, *places)
         if limit is None or aim is None or draft.total <= limit:
             return draft
         aim = int(aim * limit / draft.total * 0.98)
@@ -235,11 +237,17 @@ def _smallest(
         near = sorted(range(len(sizes)), key=lambda k: sizes[k])[:_NEAR]
         choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, request, places[1])))
     costs = [option.footprint(k).cost for option, k in zip(options, choice, strict=True)]
-    return _draft(program, request, choice, costs, *places)
+    return _draft(program, request, options, choice, costs, *places)
 
 
 def _draft(
-    program: Program, request: PlanRequest, choice: Sequence[int], costs: Sequence[Cost], maps: Place, carries: Place
+    program: Program,
+    request: PlanRequest,
+    options: Sequence[_Options],
+    choice: Sequence[int],
+    costs: Sequence[Cost],
+    maps: Place,
+    carries: Place,
 ) -> _Draft:
     row, step = max(cost.row for cost in costs), max(cost.step for cost in costs)
     saved = 0.0
@@ -251,12 +259,23 @@ def _draft(
         "carries": int(saved + row),
         "step": int(step),
         "recorded": 0,
-        "outputs": program.output_bytes,
+        "outputs": _output_bytes(program, request, options, choice),
         "maps": kept if maps == "device" else 0,
         "plain": program.plain_bytes,
         "allocator": int(step * request.heap_excess[0]),
     }
     return _Draft(tuple(choice), maps, carries, sizes, kept)
+
+
+def _output_bytes(program: Program, request: PlanRequest, options: Sequence[_Options], choice: Sequence[int]) -> int:
+    """Return the bytes of maps that leave the program; of those that are written, what waits to be."""
+    if request.written is None:
+        return program.output_bytes
+    fixed, per_row = request.written
+    height = program.captured.image_shape[2]
+    zipped = zip(options, choice, program.stages, strict=True)
+    tallest = max(option.tiles[k][0] * height / stage.extent[0] for option, k, stage in zipped)
+    return program.output_bytes + fixed + int(per_row * tallest)
 
 
 def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[Plan, tuple[StagePlan, ...]]:
@@ -333,6 +352,8 @@ def _sizes_of_parts(planner: Planner, footprints: Sequence[Footprint]) -> dict[s
             *_, rows, cols = found.need.part(v)
             saved_bytes = int(stage.values[v].bytes * (1 - rows * cols / (height * width)))
             kind = "maps" if v in stage.stored else "outputs"
+            if kind == "outputs" and planner.request.written is not None:
+                continue
             sizes[kind] = max(0, sizes[kind] - saved_bytes)
     return sizes
 

@@ -32,7 +32,14 @@ class Results:
             assert reduction is not None
             state = reduction.gather([x.detach() for x in windows], context)
             self.gathered[v] = self._merge(v, self.gathered[v], state) if v in self.gathered else state
+        for v, output in self.job.written.items():
+            if v in made.outputs:
+                y, x, *_ = self.job.grid.box(v, i, j)
+                output.add(made.outputs[v], y, x)
+            output.rows_done(self.job.first_row(v, i))
         for v, tile in made.outputs.items():
+            if v in self.job.replaced:
+                continue
             if v not in self.maps:
                 self.maps[v] = self.job.new(v, tile)
             self.job.tile_of(self.maps[v], v, i, j).copy_(tile)
