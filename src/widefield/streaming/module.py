@@ -1,9 +1,9 @@
 """The module that users hold: a network that streams the images it is called on."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +11,15 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.budget import parse_bytes, parse_tile_size
+from widefield.streaming.call import Inputs, PreparedImage, bind, device_and_dtype, refuse_transforms
 from widefield.streaming.captured import MapInput, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import Statistics, execute, fill_refs, memory_format
 from widefield.streaming.fingerprint import NOTHING, mark_left
-from widefield.streaming.foreground import Foreground, parse_fill, parse_mask
+from widefield.streaming.foreground import parse_fill, parse_mask
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
 from widefield.streaming.map_writing import MapOutput, Writing, plan_writing
@@ -259,68 +258,65 @@ class StreamingCNN(nn.Module):
         writing: tuple[Any, Any, Any] | None = None,
     ) -> Any:
         """Stream one image or batch, and return the result or write it."""
-        prepared = None
-        if isinstance(image, PreparedImage):
-            if maps:
-                raise ValueError("maps are given to prepare(), and hold for all regions: leave them out here")
-            prepared = image
-            image, maps = prepared.image, prepared.maps
-            fill = prepared.fill
+        prepared = image if isinstance(image, PreparedImage) else None
+        if prepared is not None:
+            if maps or mask is not None:
+                raise ValueError(
+                    "maps and a mask are given to prepare(), and hold for all regions: leave them out here"
+                )
             if torch.is_grad_enabled():
                 raise ValueError(
                     "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the "
                     "model with the image itself, which computes them again with gradients"
                 )
-            if mask is not None:
-                raise ValueError("a mask is given to prepare(), and holds for all regions: leave it out here")
+            image, maps, fill = prepared.inputs.image, prepared.inputs.maps, prepared.fill
         if self.enabled:
-            _refuse_transforms([image, *maps, *self.parameters(), *self.buffers()])
-        device, dtype = self._device_and_dtype(image)
-        shape = self._check(image, device, dtype)
-        others = tuple(map_input(x, shape, device, dtype) for x in maps)
+            refuse_transforms([image, *maps, *self.parameters(), *self.buffers()])
+        inputs = Inputs.of(self.module, self.normalisation, image, maps)
         if isinstance(image, Tensor):
-            image = self._with_saliency_hook(image.to(device) if self.copy_to_gpu else image)
-        assert isinstance(image, (Tensor, LazyImage))
-        wanted = self._wanted(shape, image, region, mask)
+            image = self._with_saliency_hook(image.to(inputs.device) if self.copy_to_gpu else image)
+            inputs = replace(inputs, image=image)
+        wanted = self._wanted(inputs.shape, image, region, mask)
         if prepared is not None:
-            wanted = Wanted(parse_region(region, (shape[2], shape[3])), prepared.foreground, reductions=False)
+            height, width = inputs.shape[2:]
+            wanted = Wanted(parse_region(region, (height, width)), prepared.foreground, reductions=False)
         if not self.enabled:
             if wanted is not None:
                 raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
-            whole = (read_whole(x, given, device) for x, given in zip(maps, others, strict=True))
-            pixels = TileReader(image, device, dtype, self.normalisation).read(0, 0, *shape[2:])
-            return self._whole(pixels, dtype, *whole)
-        image_requires_grad = isinstance(image, Tensor) and image.requires_grad
-        wanted = self._in_bands(wanted, shape, others, device, image_requires_grad, fill, gather)
-        program = self._program(shape, dtype, device, image_requires_grad, others)
-        if self.verify:
-            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad, others)
-        if prepared is not None and prepared.made_for != self._state(program, prepared.image, prepared.maps):
+            return self._whole(inputs)
+        wanted = self._in_bands(wanted, inputs, fill, gather)
+        program = self._verified_program(inputs)
+        if prepared is not None and prepared.made_for != self._state(program, prepared.inputs):
             raise ValueError(
                 "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
                 "has changed since prepare() looked at this image: prepare it again"
             )
         statistics = prepared.statistics if prepared else None
-        planned = None if writing is None else plan_writing(program, wanted, *writing, device)
-        return self._run(program, image, maps, wanted, device, dtype, fill, statistics, gather, planned)
+        planned = None if writing is None else plan_writing(program, wanted, *writing, inputs.device)
+        return self._run(program, inputs, wanted, fill, statistics, gather, planned)
+
+    def _verified_program(self, inputs: Inputs) -> Program:
+        """The module captured for such inputs, and compared with the plain one at first use."""
+        kind = inputs.shape, inputs.dtype, inputs.device, inputs.image_requires_grad, inputs.given
+        program = self._program(*kind)
+        if self.verify:
+            verify_at_first_use(self, program, *kind)
+        return program
 
     def _run(
         self,
         program: Program,
-        image: Tensor | LazyImage,
-        maps: Sequence[Tensor | LazyImage],
+        inputs: Inputs,
         wanted: Wanted | None,
-        device: torch.device,
-        dtype: torch.dtype,
         fill: Any,
         statistics: Statistics | None,
         gather: bool = False,
         writing: Writing | None = None,
     ) -> Any:
         """The result of `program` for an image, or a part of it; its maps are written, if `writing` says so."""
-        requires_grad = any(isinstance(x, Tensor) and x.requires_grad for x in (image, *maps))
+        image, device, dtype = inputs.image, inputs.device, inputs.dtype
         partial = wanted is not None and wanted.scattered
-        planner = self._planner(program, device, requires_grad, partial, writing)
+        planner = self._planner(program, device, inputs.requires_grad, partial, writing)
         if wanted is not None:
             check_parts(program, wanted)
         plan, stage_plans = planner.plan(wanted)
@@ -339,7 +335,7 @@ class StreamingCNN(nn.Module):
                 stage_plans,
                 reader,
                 image if isinstance(image, Tensor) else None,
-                {**self._bind(program, device), **dict(zip(program.captured.maps, maps, strict=True))},
+                {**bind(self.module, program, device), **dict(zip(program.captured.maps, inputs.maps, strict=True))},
                 wanted=wanted,
                 fill=parsed_fill,
                 statistics=statistics,
@@ -372,36 +368,20 @@ class StreamingCNN(nn.Module):
                 (`batch_statistics="exact"` in training mode); later, if it is used with gradients, or after the image or anything
                 that the module computes with has changed.
         """
-        device, dtype = self._device_and_dtype(image)
-        shape = self._check(image, device, dtype)
-        assert isinstance(image, (Tensor, LazyImage))
-        others = tuple(map_input(x, shape, device, dtype) for x in maps)
-        program = self._program(shape, dtype, device, maps=others)
+        inputs = Inputs.of(self.module, self.normalisation, image, maps)
+        program = self._verified_program(inputs)
         if program.statistics:
             raise ValueError(
                 f"prepare() is for inference, and layer '{program.statistics[0][0]}' is in training mode with "
                 'batch_statistics="exact": call eval() first'
             )
-        if self.verify:
-            verify_at_first_use(self, program, shape, dtype, device, image_requires_grad=False, maps=others)
-        foreground = parse_mask(mask, image, shape)
-        statistics = Statistics()
-        wanted = Wanted(foreground=foreground, outputs=False)
-        bands = self._in_bands(wanted, shape, others, device, False, fill, False)
-        self._run(program, image, maps, bands, device, dtype, fill, statistics)
+        statistics, foreground = Statistics(), parse_mask(mask, image, inputs.shape)
+        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), inputs, fill, gather=False)
+        self._run(program, inputs, wanted, fill, statistics)
         statistics.known = True
-        return PreparedImage(image, maps, foreground, fill, statistics, self._state(program, image, maps))
+        return PreparedImage(inputs, foreground, fill, statistics, self._state(program, inputs))
 
-    def _in_bands(
-        self,
-        wanted: Wanted | None,
-        shape: Sequence[int],
-        maps: Sequence[MapInput],
-        device: torch.device,
-        image_requires_grad: bool,
-        fill: Any,
-        gather: bool,
-    ) -> Wanted | None:
+    def _in_bands(self, wanted: Wanted | None, inputs: Inputs, fill: Any, gather: bool) -> Wanted | None:
         """Return the part of what is `wanted` that this process makes.
 
         Raises ValueError if other processes, which would wait for this one, were called in another way.
@@ -410,8 +390,8 @@ class StreamingCNN(nn.Module):
             return wanted
         wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
         how = {
-            "shape": tuple(shape),
-            "maps": tuple(maps),
+            "shape": inputs.shape,
+            "maps": inputs.given,
             "region": wanted.region,
             "mask": None if wanted.foreground is None else wanted.foreground.checksum,
             "fill": repr(fill),
@@ -420,16 +400,16 @@ class StreamingCNN(nn.Module):
             "tile_size": self.tile_size,
             "memory_budget": self.memory_budget,
             "gradients": torch.is_grad_enabled(),
-            "image requires grad": image_requires_grad,
+            "image requires grad": inputs.image_requires_grad,
             "parameters that require grad": sum(p.requires_grad for p in self.module.parameters()),
         }
-        limits = self.ranks.agree(how, usable_memory(device))
+        limits = self.ranks.agree(how, usable_memory(inputs.device))
         self._limit = min(limits) if self._limit is None else self._limit
         return wanted
 
-    def _state(self, program: Program, image: Tensor | LazyImage, maps: Sequence[Tensor | LazyImage]) -> Any:
+    def _state(self, program: Program, inputs: Inputs) -> Any:
         """Return all that results of `prepare` depend on, for comparison."""
-        pixels = [x for x in (image, *maps) if isinstance(x, Tensor)]
+        pixels = [x for x in (inputs.image, *inputs.maps) if isinstance(x, Tensor)]
         tensors = (*self.module.parameters(), *self.module.buffers(), *pixels)
         versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
         return program.kind, self.normalisation, versions
@@ -507,8 +487,11 @@ class StreamingCNN(nn.Module):
             setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
         return result
 
-    def _whole(self, pixels: Tensor, dtype: torch.dtype, *maps: Tensor) -> Any:
+    def _whole(self, inputs: Inputs) -> Any:
         """The plain module on a whole image, its norm layers as they are when it is streamed."""
+        device, dtype = inputs.device, inputs.dtype
+        maps = [read_whole(x, given, device) for x, given in zip(inputs.maps, inputs.given, strict=True)]
+        pixels = TileReader(inputs.image, device, dtype, self.normalisation).read(0, 0, *inputs.shape[2:])
         frozen = self._norms_to_freeze()
         try:
             for part in frozen:
@@ -582,7 +565,7 @@ class StreamingCNN(nn.Module):
         writing: tuple[Any, Any, Any] | None,
     ) -> Plan:
         """The plan of a call for an image of `shape`, or of a call of `write`."""
-        device, dtype = self._device_and_dtype(None)
+        device, dtype = device_and_dtype(self.module, None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
@@ -608,7 +591,7 @@ class StreamingCNN(nn.Module):
         Raises:
             UnsupportedOpError: As when the module is called.
         """
-        device, dtype = self._device_and_dtype(None)
+        device, dtype = device_and_dtype(self.module, None)
         program = self._program((1, *shape) if len(shape) == 3 else tuple(shape), dtype, device)
         found = cells_of(program)
         result = [leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref) and leaf.name in found]
@@ -692,67 +675,6 @@ class StreamingCNN(nn.Module):
             planners[request] = make_planner(program, request)
         return planners[request]
 
-    def _bind(self, program: Program, device: torch.device) -> dict[str, Any]:
-        """Today's parameters and buffers, by the names that the captured program uses."""
-        tensors: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
-        tensors.update(self.module.named_buffers(remove_duplicate=False))
-        if torch.is_grad_enabled():
-            learned = [key for key in set(program.captured.bound.values()) if tensors[key].requires_grad]
-            tensors.update(zip(learned, _Together.apply(*(tensors[key] for key in learned)), strict=True))
-        values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
-        values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
-        return values
-
-    def _device_and_dtype(self, image: Any) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the module, or the image's own device and dtype for a module without parameters."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        if lazy := [name for name, p in self.module.named_parameters() if isinstance(p, UninitializedParameter)]:
-            raise ValueError(
-                f"the parameter '{lazy[0]}' has no shape yet: call the plain module once on a small image first"
-            )
-        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-        if floating:
-            largest = max(floating, key=Tensor.numel)
-            return largest.device, largest.dtype
-        if isinstance(image, Tensor):
-            return image.device, image.dtype if image.is_floating_point() else torch.get_default_dtype()
-        return torch.device("cpu"), torch.get_default_dtype()
-
-    def _check(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
-        """The image's shape (N, C, H, W). Raises ValueError for what cannot be streamed."""
-        if device.type == "meta":
-            raise ValueError(
-                'the module is on "meta", without values: move it with .to_empty() and give it weights first'
-            )
-        if isinstance(image, Tensor):
-            shape = tuple(image.shape)
-            if image.layout != torch.strided:
-                raise ValueError(
-                    f"the image is {image.layout}, and only dense ones are streamed: convert it with .to_dense()"
-                )
-            if len(shape) != 4:
-                raise ValueError(
-                    f"expected an image (N, C, H, W), got a tensor of shape {shape}; add a batch dimension with [None]"
-                )
-            if image.device != device and image.device.type != "cpu":
-                raise ValueError(f"the image is on {image.device}, the module on {device}; move one of them")
-            if image.is_floating_point() and image.dtype != dtype and not torch.is_autocast_enabled(device.type):
-                raise ValueError(f"the image is {image.dtype}, the module {dtype}; convert one of them with .to()")
-        elif isinstance(image, LazyImage):
-            shape = (1, *(int(n) for n in image.shape))
-            if len(shape) != 4:
-                raise ValueError(f"expected a lazy image of shape (C, H, W), got {tuple(image.shape)}")
-        else:
-            raise ValueError(
-                "expected a tensor (N, C, H, W), an image with shape, dtype and read(y, x, height, width), or a list of "
-                f"them; got {type(image).__name__}"
-            )
-        if 0 in shape:
-            raise ValueError(f"the image is empty: its shape is {shape}")
-        pixel_dtype(image)
-        self.normalisation.check_channels(shape[1])
-        return shape
-
 
 def stream(
     model: nn.Module,
@@ -788,45 +710,6 @@ def stream(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedImage:
-    """An image, and what operations over the whole of it have given; see `StreamingCNN.prepare`."""
-
-    image: Tensor | LazyImage
-    maps: tuple[Tensor | LazyImage, ...]
-    foreground: Foreground | None
-    fill: Any
-    statistics: Statistics
-    made_for: Any
-
-
-class _Together(torch.autograd.Function):
-    """The same tensors, whose gradients arrive all at once: a backward pass that fails has changed none of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-
 def _keep_saliency(network: "ref[StreamingCNN]", gradient: Tensor) -> None:
     if (found := network()) is not None:
         found.saliency_map = gradient.cpu()
-
-
-def _refuse_transforms(values: Iterable[Any]) -> None:
-    """Raise ValueError where derivatives would be lost: in torch.func's transforms, for `values` with forward-mode tangents."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        what = "called inside of a transform of torch.func (jvp, jacrev, grad, vmap, ...)"
-    elif any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
-        what = "differentiated in forward mode: its image or a parameter is a dual tensor"
-    else:
-        return
-    raise ValueError(
-        f"a streamed network cannot be {what}. Use backward() or torch.autograd.grad() on its result, which stream; or the plain "
-        "module (StreamingCNN.module)."
-    )

@@ -27,6 +27,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
+from widefield.streaming.call import bind
 from widefield.streaming.capture import full_float32
 from widefield.streaming.captured import MapInput, Node
 from widefield.streaming.comparison import (
@@ -258,7 +259,7 @@ class _Passes:
             result = self._call(self.module, self.image)
             stack.close()
             try:
-                values = self.streamed._bind(self.program, self.image.device)
+                values = bind(self.module, self.program, self.image.device)
                 found = on_whole_maps(self.program, [self.image, *self.maps], values)
                 both = [path for path in made if path in found and found[path].shape == made[path].shape]
                 for path in both:
