@@ -34,6 +34,8 @@ from widefield.pretraining import load_model as load_model
 from widefield.pretraining import load_model_from_checkpoint as load_model_from_checkpoint
 from widefield.pretraining import train as train
 from widefield.registry import MODELS
+from widefield.streaming import Local as Local
+from widefield.streaming import LocalError as LocalError
 from widefield.streaming import Plan as Plan
 from widefield.streaming import StreamingCNN, UnsupportedOpError, calibrate_batch_norm, split, stream
 

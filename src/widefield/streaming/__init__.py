@@ -2,6 +2,7 @@
 
 from widefield.streaming.calibration import calibrate_batch_norm
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
+from widefield.streaming.local import Local, LocalError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
 from widefield.streaming.receptive_field import Cells
@@ -12,6 +13,8 @@ from widefield.streaming.watch import register_op
 __all__ = [
     "Cells",
     "LazyImage",
+    "Local",
+    "LocalError",
     "Plan",
     "StreamingCNN",
     "UnsupportedOpError",

@@ -19,6 +19,7 @@ import torch
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fold import fold_batch_norms
+from widefield.streaming.local import LocalCall
 from widefield.streaming.normal_form import normal_form
 from widefield.streaming.placing import Placing
 from widefield.streaming.program import Program, Stage
@@ -168,9 +169,14 @@ def _live(graph: Graph) -> Graph:
 
 def _levels(graph: Graph) -> Graph:
     levels: dict[str, int] = {}
+    # What follows from the results of frozen windows has a scan of its own: theirs is not computed again in the backward pass.
+    frozen = {node.name for node in graph.nodes if isinstance(node.target, LocalCall) and node.target.frozen}
     for node in graph.nodes:
         # A plain operation comes after the scan that computes a map which it reads.
-        after = (levels.get(name, 0) + (name in graph.maps and node.name not in graph.placed) for name in node.refs)
+        after = (
+            levels.get(name, 0) + (name in frozen or (name in graph.maps and node.name not in graph.placed))
+            for name in node.refs
+        )
         levels[node.name] = max(after, default=0)
         if isinstance(node.target, Reduction):
             levels.update(dict.fromkeys(parts_of(node), levels[node.name] + 1))

@@ -32,6 +32,7 @@ from widefield.streaming.captured import CAPTURE_DEVICE, Captured, MapInput, Nod
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings, before_forward
 from widefield.streaming.functional import functional
+from widefield.streaming.local import LocalCall
 from widefield.streaming.trace import Formula, Trace, formula, lengths_of
 from widefield.streaming.watch import PointwiseCall, Watch, mark_computed
 
@@ -521,6 +522,9 @@ def _node(fx: torch.fx.Node) -> Node:
     if target is torch.ops.widefield.pointwise_function.default:
         tensors, call = args
         target, args = PointwiseCall.recorded[call], tuple(tensors)
+    elif target is torch.ops.widefield.local.default:
+        tensors, call = args
+        target, args = LocalCall.captured[call], tuple(tensors)
     return Node(
         fx.name,
         target,

@@ -62,7 +62,19 @@ class MemoryModel:
                 extra[v] = value.pixel_bytes / value.dtype.itemsize * _INDEX_BYTES
             elif "mask" in value.facts.saves:
                 extra[v] = value.pixel_bytes
+            elif value.placed is not None:
+                extra[v] = value.placed.saved_bytes
         return extra
+
+    @cached_property
+    def _own(self) -> tuple[Array, Array]:
+        """Memory that an op needs while it runs, forward and backward, relative to that of its result."""
+        own = np.zeros((2, len(self.stage.values)))
+        for v, value in enumerate(self.stage.values):
+            if value.placed is not None and value.pixel_bytes:
+                own[:, v] = value.placed.forward_bytes, value.placed.backward_bytes
+                own[:, v] /= value.pixel_bytes
+        return own[0], own[1]
 
     def reading(self, new: Array) -> Array:
         """Bytes that reading the image ahead needs besides: the next tile, and the reader's own array of it."""
@@ -80,7 +92,8 @@ class MemoryModel:
         for source, v in last.items():
             gone[v] += stays[source]
         alive = np.cumsum(stays - gone, axis=0) - (stays - gone)  # before each map
-        return (alive + added + buffers).max(0)  # type: ignore[no-any-return]
+        own = new * self._own[0].reshape(views.shape)
+        return (alive + added + buffers + own).max(0)  # type: ignore[no-any-return]
 
     def backward(self, new: Array, held: Array, saved: Array) -> Array:
         """The peak of a recorded step in its backward pass: what is `saved`, and the gradients that are alive at a time."""
@@ -106,6 +119,7 @@ class MemoryModel:
                 added = added + sent
             if value.view or value.facts.sends_same:
                 added = 0.0
+            added = added + new[v] * self._own[1][v] * some
             weights = _GRADIENTS_OF_WEIGHTS * value.weight_bytes * some
             peak = np.maximum(peak, remaining[v] + others + np.maximum(arriving, own) + added + weights)
         return peak  # type: ignore[no-any-return]

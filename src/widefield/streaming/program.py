@@ -86,7 +86,7 @@ class Value:
     def flow(self, axis: int) -> Flow:
         """The value along rows (axis 0) or columns (axis 1)."""
         maps = () if self.placed is None else tuple(read.cols if axis else read.rows for read in self.placed.reads)
-        return Flow(self.shape[self.axes[axis]], self.sources, maps)
+        return Flow(self.shape[self.axes[axis]], self.sources, maps, self.facts.waits)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from widefield.streaming.extents import AxisMap, Positions, Span, identity
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One map along one axis, as it follows from others: `sources[k]` is read through `axis_maps[k]`. No sources: a stage input."""
+    """One map along one axis, as it follows from others: `sources[k]` is read through `axis_maps[k]`. No sources: a stage input.
+
+    `waits`: if it is strided, it waits until there is enough to compute, see `schedules`.
+    """
 
     size: int
     sources: tuple[int, ...] = ()
     axis_maps: tuple[AxisMap, ...] = ()
+    waits: bool = True
 
     @property
     def strided(self) -> bool:
@@ -114,8 +118,8 @@ def _ready(
             for s, m in zip(flow.sources[1:], flow.axis_maps[1:], strict=True):
                 possible = np.minimum(possible, m.ready_all(ready[s]))
             steady = tiles * flow.size / length
-            most = np.maximum(np.ceil(1.5 * steady), np.ceil(steady) + gate).astype(np.int64)
-            if flow.strided:
+            most = np.maximum(np.ceil(1.5 * steady), np.ceil(steady) + (gate if flow.waits else 0)).astype(np.int64)
+            if flow.strided and flow.waits:
                 for k, limit in enumerate(most[:, 0].tolist()):
                     ready[v, k] = _gated(possible[k].tolist(), limit, gate, flow.size)
             else:  # no step makes more than `most`

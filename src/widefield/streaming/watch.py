@@ -122,6 +122,7 @@ class Watch(TorchFunctionMode):
         self.left: tuple[tuple[str, str, bool], ...] = ()
         self._read: dict[tuple[int, str], Any] = {}
         self._patches = ExitStack()
+        self.held: list[Any] = []  # calls that the captured graph knows by number
 
     def __enter__(self) -> "Watch":
         for patched in self._patched():

@@ -74,6 +74,7 @@ class Op:
         masked: it gives something else where an image has a mask.
         keeps_batch: image n of a batch stays in place n of the first dimension, if that has the same size before and after.
         is_layer: it is a layer of the network to its users even where it looks at one position only.
+        waits: it computes several rows of its result in a step, or none, if it is strided: one row alone would be slow.
         on_tokens: tokens are made by it or go through it: where attention begins.
     """
 
@@ -89,6 +90,7 @@ class Op:
     masked: bool = False
     keeps_batch: bool = False
     is_layer: bool = False
+    waits: bool = True
     on_tokens: bool = False
 
 
@@ -98,6 +100,8 @@ class Placed:
 
     `exclusive`: the derivative of the op allocates the gradient of what it reads (a convolution does), so that nobody else holds
     that tensor and the gradients of other readers may be added into it. An op that passes its gradient on (`add`) is not.
+    `saved_bytes`, `forward_bytes` and `backward_bytes` are what an op needs of its own for each position of its result: what
+    autograd keeps, and what is there while it runs.
     """
 
     reads: tuple[Read, ...]
@@ -105,6 +109,9 @@ class Placed:
     run: Run
     exclusive: bool = False
     op: Op = Op()
+    saved_bytes: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
 
 
 @dataclass
@@ -187,7 +194,7 @@ def op_of(target: Any) -> Op | None:
     """Return what is known of an operator; of those that PyTorch tags as pointwise, it is known without being registered."""
     tags = getattr(target, "tags", ())
     elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    return OPS.get(target) or (OPS[torch.ops.aten.where.self] if elementwise else None)
+    return OPS.get(target) or OPS.get(type(target)) or (OPS[torch.ops.aten.where.self] if elementwise else None)
 
 
 def apply_rule(node: Node, maps: Maps) -> Placed:

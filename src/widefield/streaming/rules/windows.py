@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
+from widefield.streaming.local import LocalCall
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
@@ -229,6 +230,31 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
         return full + context.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
 
     return Placed((Read(name, rows_map, cols_map),), NCHW, run)
+
+
+@rule(LocalCall, saves=(), keeps_batch=True, is_layer=True, waits=False)
+def local(node: Node, maps: Maps) -> Placed:
+    """A module on every window (`Local`)."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    call: LocalCall = node.target  # type: ignore[assignment]
+    tensors = [ref.name for ref in node.args[1:]]
+    read = _windows(maps, node, name, call.windows.size, call.windows.stride, call.windows.padding)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        rows, cols = context.rows[0], context.cols[0]
+        tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=call.windows.fill)
+        return call.on_padded(tile, [context.weights[tensor] for tensor in tensors])
+
+    cost, batch = call.cost, node.shape[0]
+    return Placed(
+        (read,),
+        NCHW,
+        run,
+        saved_bytes=batch * cost.saved,
+        forward_bytes=batch * cost.forward,
+        backward_bytes=batch * (cost.training - cost.saved),
+    )
 
 
 @rule(aten.pad, aten.constant_pad_nd, saves=(), keeps_batch=True, flat=flat.padded)

@@ -1,0 +1,165 @@
+"""What one window needs in memory: the module runs on windows without data, and what lives at a time is counted."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from widefield.streaming.watch import Watch
+
+_ATTENTION = "_scaled_dot_product"  # of kernels that are marked as random, whether they drop anything or not
+
+
+@dataclass(frozen=True)
+class WindowCost:
+    """Bytes of one window: what autograd saves of it, the peak of a pass without gradients, that of a forward and backward pass.
+
+    `result` and `dtype` are those of one result; `draws`: random numbers are drawn.
+    """
+
+    saved: int
+    forward: int
+    training: int
+    result: tuple[int, ...]
+    dtype: torch.dtype
+    draws: bool
+
+
+def window_cost(
+    run: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    tensors: Sequence[Tensor],
+    requires_grad: Sequence[bool],
+    watch: Watch,
+) -> WindowCost:
+    """Measure `run` on windows of `shape` (C, h, w), with tensors like `tensors`, in the capture of `watch`.
+
+    `requires_grad` says of the windows, then of each tensor, whether its gradient is wanted.
+
+    Raises:
+        UnsupportedOpError: the module decides by values, or changes a buffer.
+    """
+    autocast = watch.autocast
+
+    def measured() -> WindowCost:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            weights = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").requires_grad_(need)
+                for x, need in zip(tensors, requires_grad[1:], strict=True)
+            ]
+            counted = []
+            for count in (1, 2):
+                windows = torch.empty((count, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
+                counted.append((*_training(run, windows, weights), *_inference(run, windows, weights)))
+            changed = any(weight._version for weight in weights)
+        (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
+        if changed:
+            raise _ChangesItself
+        own = windows[0].numel() * dtype.itemsize
+        return WindowCost(
+            saved_2 - saved,
+            max(0, forward_2 - forward) + own,
+            max(0, training_2 - training) + own,
+            tuple(result.shape[1:]),
+            result.dtype,
+            draws,
+        )
+
+    try:
+        # In a thread of its own, which no mode of the capture reaches.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(measured).result()
+    except _ChangesItself:
+        raise watch.refusal(
+            "an update in place within Local",
+            "changes a parameter or buffer of the module, so that windows depend on each other",
+            "put the layer in evaluation mode, or move the update out of forward",
+        ) from None
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise watch.refusal(
+            f"{error.func} within Local",
+            "looks at values of a batch of windows, so that windows may depend on each other",
+            "remove control flow and sizes that depend on pixels (if x.max() > 0, .item(), x[mask]) from the module",
+        ) from error
+    except UnsupportedFakeTensorException as error:
+        raise watch.refusal(
+            "an operation within Local",
+            f"runs on no tensors without data ({error!s:.200}), so that the memory of a window is not known",
+            "register a fake implementation of it (torch.library.register_fake)",
+        ) from error
+
+
+class _ChangesItself(Exception):
+    pass
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of what operations make: `now`, and the `most` at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.draws = False
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if torch.Tag.nondeterministic_seeded in func.tags and not func._opname.startswith(_ATTENTION):
+            self.draws = True
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known | given:
+                self._known.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _inference(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> tuple[int, Tensor, bool]:
+    """Return the peak of a pass without gradients, its result, and whether it draws random numbers."""
+    with torch.no_grad(), _Live() as live:
+        result = run(windows.detach(), [weight.detach() for weight in weights])
+    return live.most, result, live.draws
+
+
+def _training(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the bytes that autograd saves, and the peak of a forward and backward pass; 0 if no gradient is wanted."""
+    wanted = [x for x in (windows, *weights) if x.requires_grad]
+    if not wanted:
+        return 0, 0
+    saved: dict[int, int] = {}
+    own = {weight.untyped_storage()._cdata for weight in weights}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return x
+
+    with torch.enable_grad(), _Live() as live:
+        with saved_tensors_hooks(pack, lambda x: x):
+            result = run(windows, weights)
+        size = sum(saved.values())
+        if result.requires_grad:
+            torch.autograd.grad(result, wanted, torch.ones_like(result), allow_unused=True)
+    return size, live.most
