@@ -14,6 +14,7 @@ from widefield.models.classifier import StreamingTimm as StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt as StreamingConvNeXt
 from widefield.models.convnext import StreamingConvNext as StreamingConvNext
 from widefield.models.convnext import StreamingConvnext as StreamingConvnext
+from widefield.models.patch_encoder import PatchEncoder as PatchEncoder
 from widefield.models.resnet import StreamingResNet as StreamingResNet
 from widefield.models.resnet import split_resnet as split_resnet
 from widefield.modules import AtomicCheckpointIO as AtomicCheckpointIO

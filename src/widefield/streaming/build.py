@@ -212,8 +212,16 @@ def _program(graph: Graph) -> Program:
         combined_bytes=sum(size_of(node) for node in plain if levels[node.name] == 0),
         weight_bytes=sum(weight_size(name, maps, dtypes) for name in used),
         refused=graph.refused,
-        random=any(op.draws for op in (op_of(node.target) for node in graph.nodes) if op is not None),
+        random=any(map(_draws, graph.nodes)),
     )
+
+
+def _draws(node: Node) -> bool:
+    """True if a node takes random numbers."""
+    if isinstance(node.target, LocalCall):
+        return node.target.cost.draws
+    op = op_of(node.target)
+    return op is not None and op.draws
 
 
 def _is_whole(node: Node, whole: frozenset[str], extents: set[tuple[int, int]]) -> bool:

@@ -6,8 +6,11 @@ autograd: hooks, `autograd.Function`s and branches within it are exact, as long 
 """
 
 import copy
+import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
@@ -18,12 +21,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from widefield.errors import WidefieldError
 from widefield.streaming.watch import Watch
 from widefield.streaming.window_cost import WindowCost, window_cost
 
 Partial = Literal["drop", "pad", "raise"]
+# What calls of `Local` draw outside of the engine, in their order; in the comparison at first use.
+GIVEN_DRAWS: ContextVar[Iterator["Draws | None"]] = ContextVar("GIVEN_DRAWS", default=iter(()))  # noqa: B039
 
 
 class LocalError(WidefieldError, ValueError):
@@ -80,11 +86,41 @@ class Windows:
         return views.permute(0, 2, 3, 1, 4, 5)
 
 
-def _run(module: nn.Module, x: Tensor, windows: Windows, chunk: int) -> tuple[Tensor, tuple[int, ...]]:
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of windows, each with a seed of its own: a hash of `seed`, the operation's `name` and the window's place.
+
+    So neither the tile size nor a second pass changes them. `first` are the row and the column of the first window.
+    """
+
+    seed: int
+    name: str
+    first: tuple[int, int] = (0, 0)
+
+    def run(self, module: nn.Module, window: Tensor, batch: int, row: int, col: int) -> Any:
+        """Return `module(window)` for one window (1, C, h, w); its place is counted from the first one."""
+        place = f"{self.seed} {self.name} {batch} {row + self.first[0]} {col + self.first[1]}"
+        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
+        device = window.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.default_generator.manual_seed(seed)
+            if device.type != "cpu":
+                with torch.get_device_module(device).device(device):
+                    torch.get_device_module(device).manual_seed(seed)
+            return module(window)
+
+
+def _run(
+    module: nn.Module, x: Tensor, windows: Windows, chunk: int, draws: Draws | None = None
+) -> tuple[Tensor, tuple[int, ...]]:
     """The results of `module` for all windows of a padded map: (B, D, rows, columns), with the shape of one result."""
     views = windows.of(x)
     batch, rows, cols = views.shape[:3]
-    results = [_checked(module(part), len(part)) for part in views.flatten(0, 2).split(chunk)]
+    if draws is None:
+        results = [_checked(module(part), len(part)) for part in views.flatten(0, 2).split(chunk)]
+    else:
+        places = itertools.product(range(batch), range(rows), range(cols))
+        results = [_checked(draws.run(module, views[b, i, j][None], b, i, j), 1) for b, i, j in places]
     made = results[0] if len(results) == 1 else torch.cat(results)
     return made.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2), tuple(made.shape[1:])
 
@@ -175,7 +211,9 @@ class Local(nn.Module):
         watch = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, Watch)), None)
         if watch is not None:
             return self._captured(watch, x)
-        return _side_by_side(*_run(self.module, self.windows.padded(x), self.windows, self.chunk))
+        draws = next(GIVEN_DRAWS.get(), None)
+        with _disable_current_modes() if draws else nullcontext():
+            return _side_by_side(*_run(self.module, self.windows.padded(x), self.windows, self.chunk, draws))
 
     def _captured(self, watch: Watch, x: Tensor) -> Tensor:
         """The result in a capture: of one operation."""
@@ -270,9 +308,9 @@ class LocalCall:
         """The results on a whole map."""
         return self.on_padded(self.windows.padded(x), tensors)
 
-    def on_padded(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def on_padded(self, x: Tensor, tensors: Sequence[Tensor], draws: Draws | None = None) -> Tensor:
         """Return the results (B, D, rows, columns) for all windows of a map that is padded."""
-        return _run(_bound(self.module, tensors), x, self.windows, self.chunk)[0]
+        return _run(_bound(self.module, tensors), x, self.windows, self.chunk, draws if self.cost.draws else None)[0]
 
 
 @torch.library.custom_op("widefield::local", mutates_args=())
@@ -287,5 +325,3 @@ def _(tensors: list[Tensor], call: int) -> Tensor:
     for size in found.cost.result:
         channels *= size
     return x.new_empty((x.shape[0], channels, *found.windows.counts(x.shape[-2:])), dtype=found.cost.dtype)
-
-

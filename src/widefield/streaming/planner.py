@@ -387,11 +387,30 @@ def _tiles(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list[t
     if request.ranks > 1:  # bands of rows, for each process several
         heights = [h for h in heights if h <= max(heights[0], height // (4 * request.ranks))]
     widths = sorted({min(w, width) for w in (256, 512, 1024, 2048, 4096, width)})
+    if (strides := _strides_of_windows(stage)) is not None:  # whole windows a step: nothing of them is carried
+        heights, widths = (
+            sorted({min(size, max(1, round(n / stride)) * stride) for n in of})
+            for of, size, stride in zip((heights, widths), stage.extent, strides, strict=True)
+        )
     tiles = [(h, w) for h in heights for w in widths]
     return sorted(
         tiles,
         key=lambda t: (abs(log2(t[0] * t[1] / pixels)) // 1, abs(log2(t[0] / t[1])) if request.partial else -t[1]),
     )
+
+
+def _strides_of_windows(stage: Stage) -> tuple[int, int] | None:
+    """Return the distances of the windows of the last `Local` in positions of a stage's largest input; None if there is none."""
+    found, strides = None, list[tuple[int, int]]()
+    for value in stage.values:
+        before = [
+            (strides[s][0] * read.rows.stride, strides[s][1] * read.cols.stride)
+            for s, read in zip(value.sources, value.placed.reads if value.placed else (), strict=True)
+        ]
+        strides.append(max(before, default=(1, 1)))
+        if value.placed is not None and value.placed.forward_bytes:
+            found = strides[-1]
+    return found
 
 
 def usable_memory(device: torch.device) -> int:

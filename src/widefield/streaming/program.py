@@ -26,8 +26,9 @@ class Value:
     `rectified`: with a ReLU behind the op).
 
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
-    `weights` names the weights that it uses, of `weight_bytes` in all. A value with a `reduction` is no map: it is gathered
-    over all tiles of its sources, and `parts` names the tensors that come out; its shape is the extent of the sources.
+    `weights` names the weights that it uses; the gradients of `weight_bytes` of them are computed at a time. A value with a
+    `reduction` is no map: it is gathered over all tiles of its sources, and `parts` names the tensors that come out; its shape is
+    the extent of the sources.
     """
 
     name: str

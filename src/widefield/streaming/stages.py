@@ -6,6 +6,7 @@ import torch
 
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.extents import identity
+from widefield.streaming.local import LocalCall
 from widefield.streaming.program import Stage, Value
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
@@ -105,6 +106,7 @@ def _stage(
         node = by_name[rectified.get(name, name)]
         reduction = node.target if isinstance(node.target, Reduction) else None
         weights = _weights(node, rule, maps)
+        sizes = [weight_size(name, maps, dtypes) for name in weights]
         values.append(
             Value(
                 name=name,
@@ -120,7 +122,8 @@ def _stage(
                 rectified=name in rectified,
                 reduction=reduction,
                 parts=parts_of(node) if reduction else (),
-                weight_bytes=sum(weight_size(name, maps, dtypes) for name in weights),
+                # Of a whole module, one gradient is computed at a time.
+                weight_bytes=max(sizes) if isinstance(node.target, LocalCall) and sizes else sum(sizes),
             )
         )
     return Stage(

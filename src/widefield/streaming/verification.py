@@ -41,6 +41,7 @@ from widefield.streaming.comparison import (
 from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
+from widefield.streaming.local import GIVEN_DRAWS, Draws, LocalCall
 from widefield.streaming.program import Program
 from widefield.streaming.rules.random import keep_mask
 from widefield.streaming.watch import Inlined
@@ -123,6 +124,7 @@ def verify_at_first_use(
     if shape[2] * shape[3] <= 512**2:
         sizes.append((shape[2], shape[3]))
     reasons = []
+    postponed = set[tuple[int, int]]()  # sizes at which a `Local` has one window, so that windows meet no others
     for size in sizes:
         small = network._alike((-(-size[0] // 2), -(-size[1] // 2)))
         generator = torch.Generator("cpu").manual_seed(0)
@@ -132,6 +134,10 @@ def verify_at_first_use(
             own = small._program((*shape[:2], *size), dtype, device, image_requires_grad, smaller(size))
         except (UnsupportedOpError, ValueError) as error:  # at this size only
             reasons.append(f"{size}: {error}")
+            continue
+        if size not in postponed and any(_has_one_window(node) for node in own.captured.nodes):
+            postponed.add(size)
+            sizes.append(size)
             continue
         try:
             verify(small, image, own, computed_in.itemsize, [_drawn(x, generator, device) for x in smaller(size)])
@@ -145,6 +151,10 @@ def verify_at_first_use(
     _VERIFIED[key] = None
     while len(_VERIFIED) > _MOST_VERIFIED:
         _VERIFIED.pop(next(iter(_VERIFIED)))
+
+
+def _has_one_window(node: Node) -> bool:
+    return isinstance(node.target, LocalCall) and node.shape[2] * node.shape[3] == 1
 
 
 def _drawn(given: MapInput, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -282,7 +292,7 @@ class _Passes:
         if network is self.streamed:
             return network(at, *self.maps)
         seed = int(torch.randint(2**63 - 1, (), device="cpu").item()) if self.program.random else 0
-        with _Masks(self._masks, seed), ExitStack() as stack:
+        with _Masks(self._masks, seed), _drawing(self.program, seed), ExitStack() as stack:
             for part in self.module.modules():
                 if isinstance(part, _NormBase):
                     stack.callback(part.register_forward_hook(contiguous_gradient).remove)
@@ -320,6 +330,19 @@ def _masks_of(program: Program) -> list[Node | None]:
 
     masks = [node for node in program.captured.nodes if draws(node)]
     return [node if node.name in in_stages or node.target is aten.bernoulli.p else None for node in masks]
+
+
+@contextmanager
+def _drawing(program: Program, seed: int) -> Iterator[None]:
+    """Give the windows of each `Local` of the plain run the random numbers of the streamed one."""
+    in_stages = {value.name for stage in program.stages for value in stage.values}
+    calls = [(node.name, node.target) for node in program.captured.nodes if isinstance(node.target, LocalCall)]
+    draws = [Draws(seed, name) if name in in_stages and call.cost.draws else None for name, call in calls]
+    token = GIVEN_DRAWS.set(iter(draws))
+    try:
+        yield
+    finally:
+        GIVEN_DRAWS.reset(token)
 
 
 @contextmanager

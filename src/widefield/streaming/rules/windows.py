@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
-from widefield.streaming.local import LocalCall
+from widefield.streaming.local import Draws, LocalCall
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
@@ -244,7 +244,8 @@ def local(node: Node, maps: Maps) -> Placed:
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         rows, cols = context.rows[0], context.cols[0]
         tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=call.windows.fill)
-        return call.on_padded(tile, [context.weights[tensor] for tensor in tensors])
+        draws = Draws(context.seed, node.name, (rows.start, cols.start))
+        return call.on_padded(tile, [context.weights[tensor] for tensor in tensors], draws)
 
     cost, batch = call.cost, node.shape[0]
     return Placed(
