@@ -48,7 +48,10 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # or extension modules tell of leaks at the exit
 
 
-_WITH_THE_CHECK = ("test_first_check", "test_functions_and_hooks", "test_effects", "test_mutations", "test_it_streams")
+_WITH_THE_CHECK = (
+    *("test_first_check", "test_functions_and_hooks", "test_effects", "test_mutations", "test_it_streams"),
+    "test_local",
+)
 
 
 @pytest.fixture(autouse=True)

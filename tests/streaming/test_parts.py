@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tests.streaming.exactness import TOLERANCE, plain_reference, randomise, relative_error
 from tests.streaming.masked import OverForeground, foreground, masked
 from tests.streaming.test_random_networks import Drawn, layer
-from widefield.streaming import StreamingCNN
+from widefield.streaming import Local, StreamingCNN
 from widefield.streaming.budget import parse_tile_size
 
 Region = tuple[int, int, int, int]
@@ -119,6 +119,7 @@ NETWORKS = {
     "maxima of cells that grow": trunk(GrowingCells(F.adaptive_max_pool2d), nn.Conv2d(6, 3, 3)),
     "attention": trunk(Attention()),
     "statistics": trunk(Statistics()),
+    "windows": trunk(Local(nn.Sequential(nn.Flatten(), nn.Linear(54, 4), nn.Tanh()), 3, 2), nn.Conv2d(4, 2, 2)),
 }
 STREAMED = {name: StreamingCNN(network.double(), verify=False) for name, network in NETWORKS.items()}
 MASKS = {
@@ -151,7 +152,7 @@ def test_batch_statistics_are_those_of_the_foreground() -> None:
 
 
 @pytest.mark.parametrize("region", [(0, 0, 60, 72), (20, 31, 18, 9), (59, 71, 1, 1), (0, 60, 7, 12)], ids=str)
-@pytest.mark.parametrize("name", ["map", "decoder", "squeeze-and-excite", "group norm", "pooling"])
+@pytest.mark.parametrize("name", ["map", "decoder", "squeeze-and-excite", "group norm", "pooling", "windows"])
 def test_regions_are_exact(name: str, region: Region) -> None:
     assert_part_is_exact(STREAMED[name], torch.randn(1, 3, 60, 72), (16, 24), region=region)
 

@@ -25,6 +25,7 @@ NAMES = {  # the numbers of processes with which each network is tried
     "pooling": (3,),
     "cells": (3,),
     "statistics": (3,),
+    "windows": (2, 3),
 }
 
 

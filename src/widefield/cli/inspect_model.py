@@ -13,7 +13,7 @@ from torch import nn
 
 from widefield.models.networks import TIMM_PREFIX, make_timm, unknown_model
 from widefield.registry import import_module_or_file, suggestion
-from widefield.streaming import stream
+from widefield.streaming import Local, stream
 from widefield.streaming.check import check, explain
 
 TORCHVISION_PREFIX = "torchvision/"
@@ -22,19 +22,30 @@ TORCHVISION_PREFIX = "torchvision/"
 def check_model(arguments: argparse.Namespace, others: list[str]) -> int:
     """Check as the arguments say; 0 if the model is exact, else 1."""
     model, channels = _model_and_channels(arguments)
+    size = arguments.size or _least_size(model)
     result = check(
         model,
-        (channels, *arguments.size),
+        (channels, *size),
         plan_shape=(channels, *arguments.plan_size),
         plan_tile_size=arguments.tile_size,
         memory_budget=arguments.memory_budget,
     )
-    told = {"explanation": explain(model, (channels, *arguments.size))} if arguments.explain and result.stages else {}
+    told = {"explanation": explain(model, (channels, *size))} if arguments.explain and result.stages else {}
     if arguments.json:
         print(json.dumps({"model": arguments.model, **result.as_dict(), **told}, indent=2))
     else:
         print(result, *told.values(), sep="\n\n")
     return 0 if result.exact else 1
+
+
+def _least_size(model: nn.Module) -> tuple[int, int]:
+    """Return the size of a small image, of odd numbers, that holds two windows of every `Local` along both axes."""
+    sizes = [(97, 113)]
+    for windows in (part.windows for part in model.modules() if isinstance(part, Local)):
+        rows, cols = (n + stride + stride // 3 for n, stride in zip(windows.size, windows.stride, strict=True))
+        sizes.append((rows, cols))
+    rows, cols = (max(of) for of in zip(*sizes, strict=True))
+    return rows, cols
 
 
 def plan_image(arguments: argparse.Namespace, others: list[str]) -> None:

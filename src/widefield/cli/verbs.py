@@ -463,7 +463,7 @@ that was left out.
         "widefield.cli.inspect_model:check_model",
         (
             *_MODEL,
-            _option("--size", "HxW", "compared (default: 97x113)", _size, default=(97, 113)),
+            _option("--size", "HxW", "compared (default: 97x113, or two windows of Local)", _size),
             _option("--plan-size", "HxW", "planned for (default: 8192x8192)", _size, default=(8192, 8192)),
             *_PLAN,
             _flag("--explain", "tell what each pass over the model's operations makes, and every layer"),

@@ -75,6 +75,7 @@ class PatchEncoder(Local):
             raise WrongArgumentError(f"pooling={pooling!r} must be one of {', '.join(map(repr, POOLINGS))}")
         if not isinstance(spacing, (int, float)) or not isfinite(spacing) or spacing <= 0:
             raise WrongArgumentError(f"spacing={spacing!r} must be a positive number, micrometres per pixel")
+        named = isinstance(network, str)
         if isinstance(network, str):
             network = _timm_network(network, weights, input_size, options or {})
         elif not isinstance(network, nn.Module):
@@ -84,7 +85,7 @@ class PatchEncoder(Local):
                 f"weights={weights!r}, options={options!r} are for networks by name: load them into the module first"
             )
         config = _data_config(network)
-        taken = input_size or (config["input_size"][-1] if config else size)
+        taken = input_size or (config["input_size"][-1] if named else size)
         mean, std = config.get("mean") if mean is None else mean, config.get("std") if std is None else std
         interpolation = config.get("interpolation", "bicubic")
         if interpolation not in ("bicubic", "bilinear"):

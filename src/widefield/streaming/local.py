@@ -143,8 +143,11 @@ def _side_by_side(x: Tensor, result: tuple[int, ...]) -> Tensor:
     if a == b:
         return F.pixel_shuffle(x, a) if a > 1 else x
     batch, _, rows, cols = x.shape
-    x = x.reshape(batch, channels, a, b, rows, cols).permute(0, 1, 4, 2, 5, 3)
-    return x.reshape(batch, channels, rows * a, cols * b)
+    if b > 1:
+        x = x.reshape(batch, channels * a, b, rows, cols).permute(0, 1, 3, 4, 2).reshape(batch, -1, rows, cols * b)
+    if a > 1:
+        x = x.reshape(batch, channels, a, rows, cols * b).permute(0, 1, 3, 2, 4).reshape(batch, -1, rows * a, cols * b)
+    return x
 
 
 class Local(nn.Module):

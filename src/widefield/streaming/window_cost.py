@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.streaming.watch import Watch
 
+_MANY = 64  # windows: of fewer, the gradients of large weights are more than what is saved
 _ATTENTION = "_scaled_dot_product"  # of kernels that are marked as random, whether they drop anything or not
 
 
@@ -63,7 +64,7 @@ def window_cost(
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
             counted = []
-            for count in (1, 2):
+            for count in (_MANY, 2 * _MANY):
                 windows = torch.empty((count, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
                 counted.append((*_training(run, windows, weights), *_inference(run, windows, weights)))
             changed = any(weight._version for weight in weights)
@@ -72,9 +73,9 @@ def window_cost(
             raise _ChangesItself
         own = windows[0].numel() * dtype.itemsize
         return WindowCost(
-            saved_2 - saved,
-            max(0, forward_2 - forward) + own,
-            max(0, training_2 - training) + own,
+            (saved_2 - saved) // _MANY,
+            (forward_2 - forward) // _MANY + own,
+            (training_2 - training) // _MANY + own,
             tuple(result.shape[1:]),
             result.dtype,
             draws,

@@ -254,7 +254,7 @@ def local(node: Node, maps: Maps) -> Placed:
         run,
         saved_bytes=batch * cost.saved,
         forward_bytes=batch * cost.forward,
-        backward_bytes=batch * (cost.training - cost.saved),
+        backward_bytes=batch * max(0, cost.training - cost.saved),
     )
 
 
