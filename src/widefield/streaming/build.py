@@ -197,10 +197,12 @@ def _program(graph: Graph) -> Program:
         items += [node for node in plain if levels[node.name] == level]
         items += [graph.stages[level]] if level in graph.stages else []
     used = {name for stage in graph.stages.values() for name in stage.operands}
-    streamed = sum(size_of(node) for node in graph.streamed if not isinstance(node.target, Reduction))
     of_image = [node for node in plain if levels[node.name] > 0]
-    extents = {maps.extent(name) for name in maps.axes} - {(1, 1)}
+    repeated = {name for name, placed in graph.placed.items() if placed.op.repeats}
+    extents = {maps.extent(name) for name in maps.axes if name not in repeated} - {(1, 1)}
     whole = sum(size_of(node) for node in of_image if _is_whole(node, graph.whole, extents))
+    made = [n for n in graph.streamed if not isinstance(n.target, Reduction) and n.name not in repeated]
+    streamed = sum(map(size_of, made))
     dtypes = graph.dtypes
     return Program(
         captured=replace(graph.captured, outputs=graph.outputs.args),

@@ -322,6 +322,93 @@ class Resample(_OneByOne):
         return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
+@dataclass(frozen=True)
+class Rolled:
+    """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs go from `begin` on, round to what stands before.
+
+    Outputs before `begin` come last; for them some inputs are read a second time, as if they followed once more after all
+    others (`n_in` counts them). A negative `begin_in` counts back from the end: what stands before input 0 comes first and is not
+    read until the end. It must be that `inner.first(begin) >= begin_in`.
+    """
+
+    inner: AxisMap
+    begin_in: int
+    begin: int
+
+    @property
+    def n_in(self) -> int:
+        behind = self.inner.n_in + self.inner.stop(self.begin) if self.begin else self.inner.stop(self.n_out)
+        return max(self.inner.n_in, behind - self.begin_in)
+
+    @property
+    def n_out(self) -> int:
+        return self.inner.n_out
+
+    @property
+    def stride(self) -> int:
+        return self.inner.stride
+
+    @property
+    def again(self) -> int:
+        """Number of inputs that are read twice: so many of the first ones."""
+        return self.n_in - self.inner.n_in
+
+    @property
+    def at_end(self) -> int:
+        """Number of outputs that come before the first one that stands before `begin`."""
+        return self.n_out - self.begin
+
+    def parts(self, p0: int, p1: int) -> list[tuple[Span, int]]:
+        """The computations of outputs `[p0, p1)`, in `inner`'s positions, each with what to add to them for those of this map."""
+        parts = []
+        if p0 < self.at_end:
+            parts.append((self.inner.span(p0 + self.begin, min(p1, self.at_end) + self.begin), -self.begin_in))
+        if p1 > self.at_end:
+            low, high = max(p0, self.at_end) - self.at_end, p1 - self.at_end
+            parts.append((self.inner.span(low, high), self.inner.n_in - self.begin_in))
+        return parts
+
+    def span(self, o0: int, o1: int) -> Span:
+        parts = self.parts(o0, o1)
+        return Span(
+            o0, o1, min(part.first + add for part, add in parts), max(part.last + add for part, add in parts)
+        )
+
+    def ready_all(self, r: Positions) -> Positions:
+        n, there = self.inner.n_in, r + self.begin_in
+        ready = np.maximum(self.inner.ready_all(np.clip(there, 0, n)) - self.begin, 0)
+        ready += np.minimum(self.inner.ready_all(np.clip(there - n, 0, n)), self.begin)
+        ready[r >= self.n_in] = self.n_out
+        ready[r <= 0] = 0
+        return ready
+
+    def first_all(self, o: Positions) -> Positions:
+        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
+        first = self.inner.first_all(before) - self.begin_in
+        first = np.where(o < self.at_end, first, self.inner.first_all(behind) + self.inner.n_in - self.begin_in)
+        return np.where(o < self.n_out, first, self.n_in)
+
+    def stop_all(self, o: Positions) -> Positions:
+        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
+        stop = self.inner.stop_all(before) - self.begin_in
+        stop = np.where(o <= self.at_end, stop, self.inner.stop_all(behind) + self.inner.n_in - self.begin_in)
+        return np.where(o > 0, np.maximum(stop, 0), 0)
+
+    def ready(self, r: int) -> int:
+        return int(self.ready_all(np.array([r]))[0])
+
+    def first(self, o: int) -> int:
+        return int(self.first_all(np.array([o]))[0])
+
+    def stop(self, o: int) -> int:
+        return int(self.stop_all(np.array([o]))[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Behind(Window):
+    """Output `o` is input `o - padding`: of the positions that are joined to a rolled map at its end (see `Rolled`)."""
+
+
 def cubic(distance: float) -> float:
     """Keys' cubic convolution kernel with a = -0.75, as PyTorch's bicubic interpolation uses it."""
     a, x = -0.75, distance

@@ -150,8 +150,23 @@ class Job:
                 gradients[k] = self.ranks.add_up(torch.zeros_like(x) if gradient is None else gradient)
         return gradients
 
-    def tile_of(self, made: Tensor, v: int, i: int, j: int) -> Tensor:
-        """The part of output map v that step (i, j) computes, in a tensor of all that is made of it."""
-        axes, (y, x, height, width) = self.grid.stage.values[v].axes, self.grid.box(v, i, j)
+    def tiles_of(self, made: Tensor, v: int, i: int, j: int) -> list[list[Tensor]]:
+        """Return the part of output map v that step (i, j) computes, in a tensor of all that is made of it.
+
+        It is one piece, or several in rows and columns where it goes over the border of a rolled map.
+        """
+        value, (y, x, height, width) = self.grid.stage.values[v], self.grid.box(v, i, j)
         top, left = self.parts[v][:2]
-        return made.narrow(axes.rows, y - top, height).narrow(axes.cols, x - left, width)
+        if value.begin == (0, 0):
+            return [[made.narrow(value.axes.rows, y - top, height).narrow(value.axes.cols, x - left, width)]]
+        rows = _pieces(made, value.axes.rows, y + value.begin[0], height)
+        return [_pieces(row, value.axes.cols, x + value.begin[1], width) for row in rows]
+
+
+def _pieces(whole: Tensor, dim: int, start: int, count: int) -> list[Tensor]:
+    """Return `count` positions of `whole` along `dim` from `start` on, going round, in one or two pieces."""
+    size = whole.shape[dim]
+    start %= size
+    before = min(count, size - start)
+    pieces = [whole.narrow(dim, start, before), whole.narrow(dim, 0, count - before)]
+    return [piece for piece in pieces if piece.shape[dim]]

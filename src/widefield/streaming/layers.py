@@ -131,6 +131,9 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
         for value in stage.values:
             if value.name in number or value.reduction is not None:
                 continue  # left by an earlier stage, or computed there too; or no map
+            if value.facts.repeats:
+                number[value.name] = number[stage.values[value.sources[0]].name]
+                continue
             fields = (tuple(map(receptive_field_of, value.flow(axis).axis_maps)) for axis in (0, 1))
             sources = (number[stage.values[s].name] for s in value.sources)
             number[value.name] = len(maps)

@@ -201,6 +201,12 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
+    for value in (value for stage in program.stages for value in stage.values if value.op == "turn"):
+        if wanted.scattered or wanted.band[1] > 1:
+            raise ValueError(
+                "a region, a mask or a process_group needs a network without rolled maps, whose rows are not in the order of the "
+                f"image: layer '{value.module_path}' rolls its map"
+            )
     if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
         raise ValueError(
             "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "

@@ -26,6 +26,7 @@ from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import interpolate
 from widefield.streaming.rules.rewriting import parts_of
+from widefield.streaming.rules.rolled import around, straight, turn
 from widefield.streaming.rules.shapes import reshape
 
 aten = torch.ops.aten
@@ -137,11 +138,30 @@ class Placing:
                     f"makes an empty map of shape {node.shape}",
                     "pass a larger image, or leave this output out where it is empty",
                 )
+            if not found.op.repeats:
+                node, found = self._around(node, found)
             self.placed[node.name] = found
             self.maps.axes[node.name] = found.axes
             self._record(node)
         else:
             self._add_plain(node)
+
+    def _around(self, node: Node, found: Placed) -> tuple[Node, Placed]:
+        """Return `node`, placed as it runs on maps that are rolled, if any are; what it reads of them is placed before."""
+        begin = (0, 0)
+        if any(name in self.maps.begin for name in node.refs):
+            nodes, node, found, begin = around(node, found, self.maps)
+            for each in nodes:
+                self._add(replace(each, dtype=self._dtype(each.refs[0])))
+        if node.target is turn:
+            height, width = self.maps.extent(found.reads[0].source)
+            begin = (begin[0] + node.args[1]) % height, (begin[1] + node.args[2]) % width
+        if begin != (0, 0):
+            self.maps.begin[node.name] = begin
+        return node, found
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.nodes[name].dtype if name in self.nodes else self.captured.shapes[name][1]
 
     def _add_plain(self, node: Node) -> None:
         if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
@@ -157,14 +177,22 @@ class Placing:
     def _add_reduction(self, node: Node) -> None:
         if node.name in self.nodes:
             return
+        extent = self.maps.extent(node.refs[0])
         reads = tuple(map(self.maps.read, node.refs))
-        self.placed[node.name] = Placed(reads, Axes(0, 1), _gathered)
-        self._record(replace(node, shape=self.maps.extent(node.refs[0])))
+        node, self.placed[node.name] = self._around(node, Placed(reads, Axes(0, 1), _gathered))
+        self._record(replace(node, shape=extent))
         for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
             self.maps.shapes[part] = shape
 
     def unflattened(self, node: Node) -> Node:
-        """`node` with flattened maps as the model sees them."""
+        """`node` with flattened and rolled maps as the model sees them."""
+        for name in self.maps.begin.keys() & set(node.refs):
+            made = f"{name}@straight"
+            if made not in self.nodes:
+                self._add(replace(self.nodes[name], name=made, target=straight, args=(Ref(name),), kwargs={}, pick=None))
+                if name in self.maps.flat:
+                    self.maps.flat[made] = self.maps.flat[name]
+            node = swap_refs(node, {name: made})
         for name in self.maps.flat.keys() & set(node.refs):
             whole = f"{name}@whole"
             if whole not in self.nodes:

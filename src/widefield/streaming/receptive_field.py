@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from widefield.streaming.extents import AdaptiveWindow, AxisMap, BorderPad, Resample, Transposed, Window
+from widefield.streaming.extents import AdaptiveWindow, AxisMap, Behind, BorderPad, Resample, Rolled, Transposed, Window
 
 
 class ReceptiveField(NamedTuple):
@@ -52,6 +52,10 @@ class Cells:
 def receptive_field_of(axis: AxisMap) -> ReceptiveField:
     """The receptive field of an op along an axis. Padding by reflection or repetition reads what lies beyond the border instead."""
     match axis:
+        case Rolled():
+            return receptive_field_of(axis.inner)
+        case Behind():  # the same rows again, one turn later
+            return IDENTITY
         case Window():
             return ReceptiveField(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)
         case Transposed():

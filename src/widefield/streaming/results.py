@@ -42,7 +42,14 @@ class Results:
                 continue
             if v not in self.maps:
                 self.maps[v] = self.job.new(v, tile)
-            self.job.tile_of(self.maps[v], v, i, j).copy_(tile)
+            axes, y = values[v].axes, 0
+            for pieces in self.job.tiles_of(self.maps[v], v, i, j):
+                height, x = pieces[0].shape[axes.rows], 0
+                for piece in pieces:
+                    width = piece.shape[axes.cols]
+                    piece.copy_(tile.narrow(axes.rows, y, height).narrow(axes.cols, x, width))
+                    x += width
+                y += height
 
     def _merge(self, v: int, one: Any, other: Any) -> Any:
         reduction = self.job.grid.stage.values[v].reduction
@@ -88,12 +95,18 @@ class ResultGradients:
         """Return where a gradient enters step (i, j), and the gradient."""
         for v, grad in self.maps.items():
             if v in recorded.outputs:
-                yield recorded.outputs[v], job.tile_of(grad, v, i, j).to(job.device)
+                axes, pieces = job.grid.stage.values[v].axes, job.tiles_of(grad, v, i, j)
+                rows = [_joined(row, axes.cols) for row in pieces]
+                yield recorded.outputs[v], _joined(rows, axes.rows).to(job.device)
         for v, (parts, grads) in self.reductions.items():
             reduction = job.grid.stage.values[v].reduction
             if reduction is not None and v in recorded.reduced:
                 pulled = reduction.pull(parts, *recorded.reduced[v], grads)
                 yield from ((x, grad) for x, grad in pulled if x.requires_grad)
+
+
+def _joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 class InputGradients:

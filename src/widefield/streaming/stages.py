@@ -10,6 +10,7 @@ from widefield.streaming.local import LocalCall
 from widefield.streaming.program import Stage, Value
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
+from widefield.streaming.rules.rolled import straight, turn
 
 
 def cut(
@@ -124,6 +125,7 @@ def _stage(
                 parts=parts_of(node) if reduction else (),
                 # Of a whole module, one gradient is computed at a time.
                 weight_bytes=max(sizes) if isinstance(node.target, LocalCall) and sizes else sum(sizes),
+                begin=maps.begin.get(name, (0, 0)) if node.target is straight else (0, 0),
             )
         )
     return Stage(
@@ -174,4 +176,5 @@ def weight_size(name: str, maps: Maps, dtypes: Mapping[str, torch.dtype]) -> int
 
 def is_view(node: Node) -> bool:
     """True if a node's result shares the memory of what it reads."""
-    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")
+    is_aten = isinstance(node.target, torch._ops.OpOverload)
+    return node.target in (turn, straight) or (is_aten and (node.target.is_view or node.op == "aten.reshape"))

@@ -73,6 +73,7 @@ class Op:
         draws: it takes random numbers.
         masked: it gives something else where an image has a mask.
         keeps_batch: image n of a batch stays in place n of the first dimension, if that has the same size before and after.
+        repeats: it holds positions of a map a second time.
         is_layer: it is a layer of the network to its users even where it looks at one position only.
         waits: it computes several rows of its result in a step, or none, if it is strided: one row alone would be slow.
         on_tokens: tokens are made by it or go through it: where attention begins.
@@ -89,6 +90,7 @@ class Op:
     draws: bool = False
     masked: bool = False
     keeps_batch: bool = False
+    repeats: bool = False
     is_layer: bool = False
     waits: bool = True
     on_tokens: bool = False
@@ -120,7 +122,8 @@ class Maps:
 
     `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
     names maps that the model has flattened (see `rules.flat`), and counts the dimensions of `shapes` that the model sees as one: 2
-    for height and width, 3 where the batch is flattened with them. `synchronised` are the paths of batch norm
+    for height and width, 3 where the batch is flattened with them. `begin` holds the row and column of a rolled map at which
+    its scan begins (see `rules.rolled`). `synchronised` are the paths of batch norm
     layers whose statistics are those of all processes.
     """
 
@@ -128,6 +131,7 @@ class Maps:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broadcast: dict[str, str] = field(default_factory=dict)
     flat: dict[str, int] = field(default_factory=dict)
+    begin: dict[str, tuple[int, int]] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
     def __contains__(self, name: object) -> bool:

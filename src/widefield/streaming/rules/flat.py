@@ -114,7 +114,9 @@ def _flattening_one_position(node: Node, maps: Maps) -> tuple[tuple[int, ...], i
         apply_rule(node, maps)
     except UnsupportedOpError:
         ones = [d for d, size in enumerate(node.shape) if size == 1]
-        return ((*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2) if ones else None
+        if not ones:  # merged with the batch
+            return (node.shape[0], 1, 1, *node.shape[1:]), 3
+        return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2
     return None
 
 
@@ -127,6 +129,8 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int
         raise _refuse(node, "merges with other dimensions")
     inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + _width(maps, name)])
     width = len(inner)
+    if inner[-2:] == (1, 1) and prod(inner) > 1:
+        return _one_position_reshaped(node, name, inner, group_out)
     at, result, merged = 0, list(node.shape[: group_out[0]]), 0
     for size in (node.shape[d] for d in group_out):
         end = at
@@ -135,6 +139,8 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int
         if prod(inner[at:end]) != size or (end == width - 1 and at < width - 2):
             raise _refuse(node, "cuts")
         if end == width and end - at > 1:
+            while end - at > 2 and inner[at] == 1:
+                at += 1
             merged = end - at
             result += inner[at:end]
         else:
@@ -143,6 +149,18 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int
     if at < width:
         raise _refuse(node, "cuts")
     return [_reshaped(node, name, (*result, *node.shape[group_out[-1] + 1 :]))], merged
+
+
+def _one_position_reshaped(
+    node: Node, name: str, inner: tuple[int, ...], group_out: range
+) -> tuple[list[Node], int]:
+    """`reshaping` of a map with a single position, merged with what stands before it: taken off again if there is room for it."""
+    end = group_out[-1] + 1
+    if node.shape[end : end + 2] == (1, 1):
+        return [_reshaped(node, name, node.shape)], 0
+    if prod(inner[:-2]) != node.shape[end - 1]:
+        raise _refuse(node, "cuts")
+    return [_reshaped(node, name, (*node.shape[:end], 1, 1, *node.shape[end:]))], 3
 
 
 def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
