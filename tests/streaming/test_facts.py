@@ -41,6 +41,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "native_dropout": lambda x: F.dropout(x, 0.5),
     "softmax": lambda x: x.softmax(1),
     "_softmax": lambda x: aten._softmax(x, 1, False),
+    "_safe_softmax": lambda x: aten._safe_softmax(x, 1),
     "log_softmax": lambda x: x.log_softmax(1),
     "_log_softmax": lambda x: aten._log_softmax(x, 1, False),
     "cumsum": lambda x: x.cumsum(1),

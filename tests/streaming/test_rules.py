@@ -132,6 +132,22 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "channel shuffle": lambda x: F.channel_shuffle(x, 4),
     "flip channels": lambda x: x.flip(1),
     "roll channels": lambda x: x.roll(3, 1),
+    "roll rows": lambda x: x.roll(-3, 2),
+    "roll rows, columns and channels": lambda x: x.roll((5, -2, 1), (2, -1, 1)),
+    "roll and back, beside itself": lambda x: x + F.avg_pool2d(x.roll((-3, 3), (2, 3)), 3, 1, 1).roll((3, -3), (2, 3)),
+    "roll more than the map": lambda x: x.roll(2 * x.shape[2] + 1, 2) + x,
+    "pooling, strides and padding of a rolled map": lambda x: F.pad(F.max_pool2d(x.roll((4, 3), (2, 3)), 3, 2, 1), (1, 2, 3, 0)) ,
+    "reflection of a rolled map": lambda x: F.pad(x.roll((4, -3), (2, 3)), (1, 2, 3, 0), mode="reflect"),
+    "resizing of a rolled map": lambda x: F.interpolate(x.roll((4, -3), (2, 3)), scale_factor=2, mode="bilinear"),
+    "crop of a rolled map": lambda x: x.roll((-4, -3), (2, 3))[:, :, 2:19, :15],
+    "a rolled map times a position grid": lambda x: x.roll(-2, 2) * torch.linspace(-1, 1, x.shape[2], dtype=x.dtype).view(-1, 1),
+    "a rolled map times its mean": lambda x: x.roll(-2, 2) * x.roll(3, 3).mean((2, 3), keepdim=True),
+    "pooling of a rolled map to a grid": lambda x: x + F.adaptive_avg_pool2d(x.roll((-2, 3), (2, 3)), (3, 2)).mean((2, 3), keepdim=True),
+    "dropout of nothing of a rolled map": lambda x: F.dropout(x.roll(2, 3), 0.0),
+    "attention in windows": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w.cos(), w * 2)),
+    "attention in shifted windows": lambda x: _in_windows(x.roll((-1, -2), (2, 3)), lambda w: F.scaled_dot_product_attention(w, w, w, _shift_mask(w), scale=0.7)).roll((1, 2), (2, 3)),
+    "attention in windows by matmul": lambda x: _in_windows(x, lambda w: (w @ w.mT / 3).softmax(-1) @ w),
+    "attention in windows by einsum": lambda x: _in_windows(x, lambda w: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", w, w).softmax(-1), w)),
     "negative indices": lambda x: x[:, torch.tensor([-1, 0, 2, -2, 1, 1, -8, 3])],
     "negative bounds": lambda x: x[:, :, -15:-1:2, :-2],
     "strided slice": lambda x: x[:, :, 1::2, ::3],
@@ -158,6 +174,23 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "position grid": lambda x: x + torch.linspace(-1, 1, x.shape[2], dtype=x.dtype).view(1, 1, -1, 1) * torch.linspace(0, 1, x.shape[3], dtype=x.dtype),
     "expand": lambda x: x[:, :1].expand(-1, 8, -1, -1) * x,
 }  # fmt: skip
+
+
+def _in_windows(x: Tensor, attention: Callable[[Tensor], Tensor], size: int = 4) -> Tensor:
+    """Windows of `size` as tokens (N * windows, size * size, C), and back, as torchvision's Swin has them."""
+    (batch, channels, height, width), x = x.shape, x.permute(0, 2, 3, 1)
+    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+    rows, cols = x.shape[1] // size, x.shape[2] // size
+    x = x.view(batch, rows, size, cols, size, channels).permute(0, 1, 3, 2, 4, 5)
+    x = attention(x.reshape(batch * rows * cols, size * size, channels))
+    x = x.view(batch, rows, cols, size, size, channels).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * size, cols * size, channels)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _shift_mask(windows: Tensor) -> Tensor:
+    """Some mask that differs from window to window."""
+    count, length, _ = windows.shape
+    return torch.arange(count * length * length, dtype=windows.dtype).view(count, length, length).sin() * 3
 
 
 def _fill_slice(x: Tensor) -> Tensor:
@@ -261,7 +294,8 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("flip", lambda x: x.flip(3)),
         ("spatial matmul", lambda x: x @ x.transpose(2, 3)),
         ("fft", lambda x: torch.fft.fft2(x).real),
-        ("roll", lambda x: x.roll(1, 2)),
+        ("roll of all positions", lambda x: x.roll(1)),
+        ("roll by half of a large map", lambda x: F.interpolate(x, scale_factor=10).roll(100, 2)),
         ("grid sample", lambda x: F.grid_sample(x, torch.zeros(1, 5, 5, 2, dtype=x.dtype), align_corners=False)),
         ("cumsum over width", lambda x: x.cumsum(3)),
         ("indices of max pooling", lambda x: F.max_pool2d(x, 2, return_indices=True)[1]),

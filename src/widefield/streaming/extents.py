@@ -324,11 +324,11 @@ class Resample(_OneByOne):
 
 @dataclass(frozen=True)
 class Rolled:
-    """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs go from `begin` on, round to what stands before.
+    """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs from `begin` on, and so round.
 
     Outputs before `begin` come last; for them some inputs are read a second time, as if they followed once more after all
-    others (`n_in` counts them). A negative `begin_in` counts back from the end: what stands before input 0 comes first and is not
-    read until the end. It must be that `inner.first(begin) >= begin_in`.
+    others (`n_in` counts them). A negative `begin_in` counts back from the end: what stands before input 0 comes first, and is
+    not read until the end. It must be that `inner.first(begin) >= begin_in`.
     """
 
     inner: AxisMap
@@ -370,9 +370,7 @@ class Rolled:
 
     def span(self, o0: int, o1: int) -> Span:
         parts = self.parts(o0, o1)
-        return Span(
-            o0, o1, min(part.first + add for part, add in parts), max(part.last + add for part, add in parts)
-        )
+        return Span(o0, o1, min(part.first + add for part, add in parts), max(part.last + add for part, add in parts))
 
     def ready_all(self, r: Positions) -> Positions:
         n, there = self.inner.n_in, r + self.begin_in

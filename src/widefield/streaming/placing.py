@@ -21,6 +21,7 @@ from widefield.streaming.rules import (
     unflatten,
 )
 from widefield.streaming.rules.base import groups
+from widefield.streaming.rules.channels import attention_inside
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
 from widefield.streaming.rules.pointwise import pointwise
@@ -63,6 +64,12 @@ class Placing:
         if not any(name in self.maps for name in node.refs):
             self._add(node)
             return
+        if node.target is aten.scaled_dot_product_attention.default:
+            steps = attention_inside(node, self.maps, self._dtype)
+            if steps is not None:
+                for each in steps:
+                    self.add(each)
+                return
         try:
             if node.dtype.is_complex:  # the gradients of complex maps would be lost, and no rule takes |x|^2 for x * x
                 raise node.refuse(
@@ -187,12 +194,15 @@ class Placing:
     def unflattened(self, node: Node) -> Node:
         """`node` with flattened and rolled maps as the model sees them."""
         for name in self.maps.begin.keys() & set(node.refs):
-            made = f"{name}@straight"
-            if made not in self.nodes:
-                self._add(replace(self.nodes[name], name=made, target=straight, args=(Ref(name),), kwargs={}, pick=None))
+            in_order = f"{name}@straight"
+            if in_order not in self.nodes:
+                last = replace(
+                    self.nodes[name], name=in_order, target=straight, args=(Ref(name),), kwargs={}, pick=None
+                )
+                self._add(last)
                 if name in self.maps.flat:
-                    self.maps.flat[made] = self.maps.flat[name]
-            node = swap_refs(node, {name: made})
+                    self.maps.flat[in_order] = self.maps.flat[name]
+            node = swap_refs(node, {name: in_order})
         for name in self.maps.flat.keys() & set(node.refs):
             whole = f"{name}@whole"
             if whole not in self.nodes:

@@ -176,5 +176,6 @@ def weight_size(name: str, maps: Maps, dtypes: Mapping[str, torch.dtype]) -> int
 
 def is_view(node: Node) -> bool:
     """True if a node's result shares the memory of what it reads."""
-    is_aten = isinstance(node.target, torch._ops.OpOverload)
-    return node.target in (turn, straight) or (is_aten and (node.target.is_view or node.op == "aten.reshape"))
+    if node.target in (turn, straight):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")

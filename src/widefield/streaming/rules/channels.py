@@ -1,6 +1,6 @@
 """Operations along the channels (or any dimension that is neither height nor width): every position by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from string import ascii_letters
 
@@ -20,6 +20,7 @@ from widefield.streaming.rules.base import (
     rule,
     sources,
 )
+from widefield.streaming.rules.rewriting import Rewriting
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
 
 
 @rule(
-    *(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax),
+    *(aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax),
     saves=("result",),
     flat=flat.along(1, whole=True, keeps_shape=True),
 )
@@ -111,6 +112,36 @@ def _flat_matmul(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], 
 def matmul(node: Node, maps: Maps) -> Placed:
     """A product of matrices that are not the height and the width."""
     return einsum(as_einsum(node, [maps.shapes[ref.name] for ref in node.args[:2]]), maps)
+
+
+def attention_inside(node: Node, maps: Maps, dtype_of: Callable[[str], torch.dtype]) -> list[Node] | None:
+    """`scaled_dot_product_attention` among positions of other dimensions than height and width, step by step: inside of windows.
+
+    None for other attention, for masks of booleans, and for what is causal.
+    """
+    query, key, value, *_ = node.args
+    mask, p = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    shapes = [flat.seen_shape(maps, ref.name) for ref in (query, key, value)]
+    apart = all(
+        ref.name in maps and flat.last_of_image(maps, ref.name) < len(shape) - 2
+        for ref, shape in zip((query, key, value), shapes, strict=True)
+    )
+    causal, grouped = argument(node, 5, "is_causal", False), node.kwargs.get("enable_gqa", False)
+    if not apart or causal or grouped or (mask is not None and dtype_of(mask.name) == torch.bool):
+        return None
+    scale = node.kwargs.get("scale")
+    scale = shapes[0][-1] ** -0.5 if scale is None else scale
+    new = Rewriting(node)
+    scores = (*node.shape[:-1], shapes[1][-2])
+    turned = new.add("key", aten.transpose.int, (key, -2, -1), (*shapes[1][:-2], *shapes[1][:-3:-1]))
+    scaled = new.add("query", aten.mul.Tensor, (query, scale), shapes[0])
+    weights = new.add("scores", aten.matmul.default, (scaled, turned), scores)
+    if mask is not None:
+        weights = new.add("masked", aten.add.Tensor, (weights, mask), scores)
+    weights = new.add("weights", aten._safe_softmax.default, (weights, -1), scores)
+    if p:
+        weights = new.add("dropout", aten.dropout.default, (weights, p, True), scores)
+    return new.result(aten.matmul.default, weights, value)
 
 
 def as_einsum(node: Node, shapes: Sequence[Sequence[int]]) -> Node:

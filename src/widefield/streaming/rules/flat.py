@@ -77,6 +77,11 @@ def _position(maps: Maps, name: str) -> int:
     return maps.axes[name].rows - maps.flat.get(name, 2) + 2
 
 
+def last_of_image(maps: Maps, name: str) -> int:
+    """The last dimension of a map, as the model sees it, that holds height or width."""
+    return _position(maps, name) if name in maps.flat else max(maps.axes[name])
+
+
 def _apart(d: int, p: int, width: int) -> int:
     """Return the position of dimension `d` of what the model sees, with dimension `p` cut in `width` of them."""
     return d if d <= p else d + width - 1
@@ -99,7 +104,7 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
     if axes.cols != axes.rows + 1:
         return None
     if maps.extent(name) == (1, 1):
-        return _flattening_one_position(node, maps)
+        return _flattening_one_position(node, maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
     wide = [d for d in group_out if node.shape[d] > 1]
     if axes.cols not in group_in or len(wide) != 1 or any(shape[d] > 1 for d in group_in if d > axes.cols):
@@ -108,14 +113,15 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
     return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), len(merged)
 
 
-def _flattening_one_position(node: Node, maps: Maps) -> tuple[tuple[int, ...], int] | None:
+def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
     try:
         apply_rule(node, maps)
     except UnsupportedOpError:
         ones = [d for d, size in enumerate(node.shape) if size == 1]
-        if not ones:  # merged with the batch
-            return (node.shape[0], 1, 1, *node.shape[1:]), 3
+        if not ones:
+            merged = maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]  # with the batch
+            return ((node.shape[0], 1, 1, *node.shape[1:]), 3) if merged else None
         return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2
     return None
 
@@ -151,9 +157,7 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int
     return [_reshaped(node, name, (*result, *node.shape[group_out[-1] + 1 :]))], merged
 
 
-def _one_position_reshaped(
-    node: Node, name: str, inner: tuple[int, ...], group_out: range
-) -> tuple[list[Node], int]:
+def _one_position_reshaped(node: Node, name: str, inner: tuple[int, ...], group_out: range) -> tuple[list[Node], int]:
     """`reshaping` of a map with a single position, merged with what stands before it: taken off again if there is room for it."""
     end = group_out[-1] + 1
     if node.shape[end : end + 2] == (1, 1):

@@ -1,11 +1,11 @@
 """Rolled maps: height and width as circles, of which the first row and column are not those where the scan begins.
 
-`torch.roll` moves nothing: the tiles stay in the order of the image, and `Maps.begin` says which row and column of the result comes
-first. What stands before it comes at the end. An operation on such maps is computed in two parts along each axis: first the
-outputs that read nothing before `begin`, up to the border of the map, then those from the other border on, for which some of the first
-rows that were scanned are read again. These are a map of their own (`first_positions`), which is carried through the scan and joined to the
-map at its end (`joined`): as many rows as the map was rolled by, or fewer. Every operation runs as it would on the map
-as the model sees it, with its own borders, so that no other rule has to know.
+`torch.roll` moves nothing: the tiles stay in the order of the image, and `Maps.begin` says which row and column of the result come
+first. What stands before them comes at the end. An operation on such maps is computed in two parts along each axis: first the
+outputs that read nothing before `begin`, up to the border of the map, then those from the other border on, for which some of the
+first rows that were scanned are read again. These are a map of their own (`first_positions`), which is carried through the scan
+and joined to the map at its end (`joined`): as many rows as the map was rolled by, or fewer. Every operation runs as it would on
+the map as the model sees it, with its own borders, so that no other rule has to know.
 """
 
 from bisect import bisect_left
@@ -140,7 +140,8 @@ def around(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], Node, Pl
         placed: how it would be placed if none of its maps were rolled.
 
     Returns:
-        Nodes to be placed before it as they stand, each of the dtype of what it reads first; the operation, which reads these; how it is placed; and where its result begins.
+        Nodes to be placed before it as they stand, each of the dtype of what it reads first; the operation, which reads these;
+        how it is placed; and where its result begins.
     """
     begins = [maps.begin.get(read.source, (0, 0)) for read in placed.reads]
     weights = [read.source in maps.broadcast for read in placed.reads]
@@ -242,10 +243,13 @@ def _parts(spans: Sequence[Span], sides: Sequence[Rolled]) -> list[list[tuple[Sp
 
 
 def _cut(
-    tiles: Sequence[Tensor], context: TileContext, sides: tuple[Sequence[Rolled], Sequence[Rolled]], axes: Sequence[Axes]
+    tiles: Sequence[Tensor],
+    context: TileContext,
+    sides: tuple[Sequence[Rolled], Sequence[Rolled]],
+    axes: Sequence[Axes],
 ) -> list[list[tuple[list[Tensor], TileContext]]]:
     """The parts of one computation, in rows and columns: the tiles and the context of each, as the model sees the maps."""
-    found = []
+    found: list[list[tuple[list[Tensor], TileContext]]] = []
     for down in _parts(context.rows, sides[0]):
         found.append([])
         for across in _parts(context.cols, sides[1]):
@@ -258,9 +262,7 @@ def _cut(
     return found
 
 
-def _in_parts(
-    run: Run, rows: Sequence[Rolled], cols: Sequence[Rolled], axes_in: Sequence[Axes], axes: Axes
-) -> Run:
+def _in_parts(run: Run, rows: Sequence[Rolled], cols: Sequence[Rolled], axes_in: Sequence[Axes], axes: Axes) -> Run:
     """`run` on each part of a tile that goes over the border of a map."""
 
     def run_parts(tiles: Sequence[Tensor], context: TileContext) -> Tensor:

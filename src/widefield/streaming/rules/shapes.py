@@ -65,13 +65,27 @@ def reshape(node: Node, maps: Maps) -> Placed:
     name = sources(node, maps)[0]
     shape_in, shape_out = maps.shapes[name], node.shape
     found: list[tuple[int, AxisMap, int]] = []
-    for axis in maps.axes[name]:
-        group_in, group_out = next(g for g in groups(shape_in, shape_out) if axis in g[0])
+    cut = [next(g for g in groups(shape_in, shape_out) if axis in g[0]) for axis in maps.axes[name]]
+    # Both split in two are windows, and of a map with one row of windows the first of the two is the height all the same.
+    windows = all(len(group_in) == 1 and len(group_out) == 2 for group_in, group_out in cut)
+    for axis, (group_in, group_out) in zip(maps.axes[name], cut, strict=True):
         size = shape_in[axis]
         wide_in = [d for d in group_in if shape_in[d] > 1]
         wide_out = [d for d in group_out if shape_out[d] > 1]
         taken = [place for place, _, _ in found]
-        if size == 1 and not set(maps.axes[name]) - {axis} & set(wide_in):
+        if windows:
+            factor = shape_out[group_out[1]]
+            found.append((group_out[0], Window(size, size // factor, factor, factor), 1))
+        elif (
+            size == 1
+            and wide_in == [axis + 1]
+            and len(wide_out) == 1
+            and len(group_out) == 1
+            and axis + 1 not in maps.axes[name]
+        ):
+            factor = shape_out[wide_out[0]]
+            found.append((wide_out[0], repeat(1, factor), factor))
+        elif size == 1 and not set(maps.axes[name]) - {axis} & set(wide_in):
             free = [d for d in group_out if shape_out[d] == 1 and d not in taken]
             if free:
                 found.append((free[0], identity(1), 1))

@@ -1,0 +1,133 @@
+"""Rolled maps and windowed attention: networks of both, and the extents of what goes round."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
+
+from tests.streaming.exactness import assert_exact, randomise
+from widefield.streaming import StreamingCNN
+from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window, identity
+from widefield.streaming.rules.rolled import _around
+
+AXES: dict[str, AxisMap] = {
+    "identity": identity(11),
+    "3x3": Window(11, 11, 3, 1, 1),
+    "windows of 4": Window(12, 3, 4, 4),
+    "stride 2, padding 1": Window(11, 6, 3, 2, 1),
+    "pad": Window(11, 16, padding=2),
+    "crop": Window(11, 7, padding=-3),
+    "repeat": Transposed(5, 15, 3, 3),
+    "reflect": BorderPad(11, 3, 2, reflect=True),
+    "bilinear": Resample(11, 22, 0.5, "linear"),
+}
+
+
+class Net(nn.Module):
+    """A small Swin: the last map, normalised, or classes."""
+
+    def __init__(self, depths: list[int], version: int, classes: bool) -> None:
+        super().__init__()
+        merging = {"downsample_layer": PatchMergingV2} if version == 2 else {}
+        self.swin = SwinTransformer(
+            patch_size=[2, 2],
+            embed_dim=8,
+            depths=depths,
+            num_heads=[2] * len(depths),
+            window_size=[4, 4],
+            stochastic_depth_prob=0.0,
+            num_classes=5,
+            block=SwinTransformerBlockV2 if version == 2 else SwinTransformerBlock,
+            **merging,
+        )
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.swin(x) if self.classes else self.swin.norm(self.swin.features(x)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def traced_for_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace for all sizes takes longer than all else here, and gives the same operations."""
+    monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "classes"),
+    [
+        (1, (21, 26), False),
+        (2, (32, 16), True),
+        pytest.param(1, (32, 48), True, marks=pytest.mark.slow),
+        pytest.param(1, (37, 29), False, marks=pytest.mark.slow),
+        pytest.param(1, (13, 50), False, marks=pytest.mark.slow),
+        pytest.param(2, (37, 29), False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_swin_is_exact(version: int, size: tuple[int, int], classes: bool) -> None:
+    torch.manual_seed(0)
+    module = randomise(Net([2, 2], version, classes)).eval()
+    assert_exact(module, torch.randn(2, 3, *size), [(9, None), (11, 20)])
+
+
+def test_shifted_windows_twice_roll_further_each_time() -> None:
+    torch.manual_seed(0)
+    module = randomise(Net([4], 1, False)).eval()
+    assert_exact(module, torch.randn(1, 3, 26, 35), [(7, None)])
+
+
+def test_a_map_of_one_window_is_exact_for_a_batch() -> None:
+    torch.manual_seed(0)
+    assert_exact(randomise(Net([1, 2], 1, True)).eval(), torch.randn(2, 3, 16, 16), [(8, None)])
+
+
+class Rolling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(x, (-3, 2), (2, 3))
+
+
+@pytest.mark.parametrize("part", ["region", "mask"])
+def test_parts_of_an_image_are_refused_by_name_where_a_map_is_rolled(part: str) -> None:
+    streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
+    wanted = {"region": {"region": (0, 0, 8, 8)}, "mask": {"mask": np.ones((4, 4), dtype=bool), "fill": 0.0}}[part]
+    with pytest.raises(ValueError, match="layer '1' rolls its map"):
+        streamed(torch.randn(1, 3, 20, 20), **wanted)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 4, 5, 10])
+@pytest.mark.parametrize("name", AXES)
+def test_what_goes_round_reads_what_is_there_and_kept(name: str, begin: int) -> None:
+    inner = AXES[name]
+    (rolled,) = _around([inner], [begin % inner.n_in], [False])
+    outputs = []
+    for o in range(rolled.n_out):
+        ((part, add),) = rolled.parts(o, o + 1)
+        span = rolled.span(o, o + 1)
+        outputs.append(part.start)
+        assert (part.first + add, part.last + add) == (span.first, span.last)
+        if part.last > part.first:
+            assert 0 <= rolled.first(o) <= span.first
+            assert span.last <= rolled.stop(o + 1) <= rolled.n_in
+            assert rolled.ready(span.last - 1) <= o or span.last == 1
+            # Input i of what is scanned is input (i + begin) of the map, and once more after a turn.
+            assert (span.first + begin - part.first) % inner.n_in == 0
+        if o:
+            assert rolled.first(o) >= rolled.first(o - 1)
+            assert rolled.stop(o) >= rolled.stop(o - 1)
+    assert sorted(outputs) == list(range(inner.n_out))
+    ready = [rolled.ready(r) for r in range(rolled.n_in + 1)]
+    assert ready == sorted(ready)
+    assert ready[-1] == rolled.n_out
+    assert rolled.again <= inner.n_in
+
+
+def test_no_more_is_read_twice_than_a_map_was_rolled_by() -> None:
+    by_three, by_none = _around([identity(100)] * 2, [3, 0], [False, False])
+    assert (by_three.again, by_none.again, by_none.begin) == (0, 3, 3)
+    (windows,) = _around([Window(100, 25, 4, 4)], [97], [False])
+    assert (windows.begin, windows.again) == (0, 3)
