@@ -1,4 +1,4 @@
-"""The rows of the zoo: small members of every convolutional family of timm and torchvision.
+"""The rows of the zoo: small members of every convolutional family of timm and torchvision, and of those with windowed attention.
 
 A row is named as for `widefield check`, or `features/NAME` (a timm pyramid), `segmentation/NAME`, `detection/NAME` (backbones with
 a feature pyramid), `detection-head/NAME`. Sizes are tried in the order of `SIZES`; a row may name one that it needs.
@@ -85,6 +85,7 @@ csatv2: csatv2
 cspnet: cspresnet50 cspresnet50d cspresnet50w cspresnext50 cspdarknet53 darknet17 darknet21 sedarknet21 darknetaa53 cs3darknet_s
  cs3darknet_focus_s cs3sedarknet_l cs3edgenet_x cs3se_edgenet_x
 cspnext: cspnext_tiny
+davit: davit_tiny
 densenet: densenet121 densenetblur121d
 dla: dla34 dla46_c dla46x_c dla60_res2net dla60_res2next
 dpn: dpn48b dpn68 dpn68b
@@ -125,6 +126,7 @@ mobilenetv3: mobilenetv3_small_050 mobilenetv3_large_075 mobilenetv3_rw tf_mobil
 mobilenetv5: mobilenetv5_base
 mobilevit: mobilevit_xxs mobilevitv2_050
 nasnet: nasnetalarge
+nest: nest_tiny
 nextvit: nextvit_small
 nfnet: test_nfnet nf_regnet_b0 nf_resnet26 nf_seresnet26 nf_ecaresnet26 nfnet_l0 eca_nfnet_l0 nfnet_f0 dm_nfnet_f0
 pnasnet: pnasnet5large
@@ -146,6 +148,9 @@ shvit: shvit_s1
 sknet: skresnet18 skresnext50_32x4d
 starnet: starnet_s050
 swiftformer: swiftformer_xs
+swin_transformer: swin_tiny_patch4_window7_224
+swin_transformer_v2: swinv2_tiny_window8_256
+swin_transformer_v2_cr: swinv2_cr_tiny_ns_224
 tiny_vit: tiny_vit_5m_224
 tresnet: tresnet_m
 vgg: vgg11 vgg11_bn
@@ -166,11 +171,10 @@ cspdarknet53 ghostnet_100 vovnet39a hgnetv2_b0 repvit_m1 edgenext_xx_small
 TORCHVISION = """
 alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d wide_resnet50_2
-shufflenet_v2_x0_5 squeezenet1_0 squeezenet1_1 vgg11 vgg11_bn
+shufflenet_v2_x0_5 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn
 """
 
 TORCHVISION_LEFT_OUT = {
-    "swin": "windowed transformer",
     "vit": "transformer",
 }
 
@@ -180,7 +184,6 @@ TIMM_LEFT_OUT = {
     "cait": "transformer",
     "convit": "transformer",
     "crossvit": "transformer",
-    "davit": "transformer over windows and channels",
     "deepseek_vit": "transformer",
     "deit": "transformer",
     "eva": "transformer",
@@ -190,13 +193,9 @@ TIMM_LEFT_OUT = {
     "mlp_mixer": "mixes all tokens, no convolutions",
     "mvitv2": "transformer",
     "naflexvit": "transformer",
-    "nest": "transformer over blocks",
     "pit": "transformer",
     "qwen3_vit": "transformer",
     "sequencer": "recurrent over whole rows and columns",
-    "swin_transformer": "transformer over windows",
-    "swin_transformer_v2": "transformer over windows",
-    "swin_transformer_v2_cr": "transformer over windows",
     "tnt": "transformer",
     "twins": "transformer",
     "vision_transformer": "transformer",

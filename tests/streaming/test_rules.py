@@ -147,6 +147,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "attention in windows": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w.cos(), w * 2)),
     "attention in shifted windows": lambda x: _in_windows(x.roll((-1, -2), (2, 3)), lambda w: F.scaled_dot_product_attention(w, w, w, _shift_mask(w), scale=0.7)).roll((1, 2), (2, 3)),
     "attention in windows by matmul": lambda x: _in_windows(x, lambda w: (w @ w.mT / 3).softmax(-1) @ w),
+    "heads merged with windows": lambda x: _in_windows(x, lambda w: _heads(w)),
     "attention in windows by einsum": lambda x: _in_windows(x, lambda w: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", w, w).softmax(-1), w)),
     "negative indices": lambda x: x[:, torch.tensor([-1, 0, 2, -2, 1, 1, -8, 3])],
     "negative bounds": lambda x: x[:, :, -15:-1:2, :-2],
@@ -185,6 +186,14 @@ def _in_windows(x: Tensor, attention: Callable[[Tensor], Tensor], size: int = 4)
     x = attention(x.reshape(batch * rows * cols, size * size, channels))
     x = x.view(batch, rows, cols, size, size, channels).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, rows * size, cols * size, channels)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _heads(windows: Tensor) -> Tensor:
+    """Attention of two heads, which stand in one dimension with the windows."""
+    count, length, channels = windows.shape
+    apart = windows.view(count, length, 2, channels // 2).transpose(1, 2).reshape(count * 2, length, channels // 2)
+    made = torch.bmm((apart @ apart.mT / 3).softmax(-1), apart)
+    return made.view(count, 2, length, channels // 2).transpose(1, 2).reshape(count, length, channels)
 
 
 def _shift_mask(windows: Tensor) -> Tensor:

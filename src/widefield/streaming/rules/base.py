@@ -116,6 +116,13 @@ class Placed:
     backward_bytes: int = 0
 
 
+class Flattened(NamedTuple):
+    """How many dimensions of a map the model sees as one, and how many of them stand behind the width."""
+
+    width: int
+    behind: int = 0
+
+
 @dataclass
 class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
@@ -130,7 +137,7 @@ class Maps:
     axes: dict[str, Axes] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     broadcast: dict[str, str] = field(default_factory=dict)
-    flat: dict[str, int] = field(default_factory=dict)
+    flat: dict[str, Flattened] = field(default_factory=dict)
     begin: dict[str, tuple[int, int]] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
@@ -159,7 +166,7 @@ Rule = Callable[[Node, Maps], Placed]
 # The nodes to put in the place of one, the last of which has its name; None where the operation is local.
 Rewrite = Callable[[Node, Maps], list[Node] | None]
 # Likewise for a node that reads flattened maps, by name, and how many dimensions of the result the model sees as one.
-Flat = Callable[[Node, Maps, list[str]], tuple[list[Node], int]]
+Flat = Callable[[Node, Maps, list[str]], tuple[list[Node], Flattened | None]]
 OPS: dict[Any, Op] = {}
 
 

@@ -10,6 +10,7 @@ from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
+    Flattened,
     Maps,
     Placed,
     argument,
@@ -104,7 +105,7 @@ def linear(node: Node, maps: Maps) -> Placed:
     return _placed(node, maps, maps.axes[name])
 
 
-def _flat_matmul(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def _flat_matmul(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     return flat.contraction(as_einsum(node, [flat.seen_shape(maps, ref.name) for ref in node.args[:2]]), maps, names)
 
 

@@ -2,7 +2,7 @@
 
 Tiles keep the two apart. An operation on a flattened map is turned into the same operation on a map that is not, so that no
 other rule has to know. A map's shape in `Maps` is the one with all dimensions apart; `Maps.flat` says how many of them the
-model sees as one: height, width, and any that stand before them (3 for tokens of the whole batch, (N * H * W, C)).
+model sees as one: height, width, and any that stand beside them (3 for tokens of the whole batch, (N * H * W, C)).
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.rules.base import (
     Flat,
+    Flattened,
     Maps,
     apply_rule,
     argument,
@@ -31,14 +32,14 @@ from widefield.streaming.rules.base import (
 aten = torch.ops.aten
 
 
-def unflatten(node: Node, maps: Maps) -> tuple[list[Node], int]:
+def unflatten(node: Node, maps: Maps) -> tuple[list[Node], Flattened | None]:
     """Nodes on maps with all dimensions apart that do what `node` does, and how many dimensions of the result are one in `node`."""
     names = sources(node, maps)
     op = op_of(node.target)
     flat = None if op is None else op.flat
     if not maps.flat.keys() & set(names):
         found = _flattening(node, maps, names[0]) if flat is reshaping else None
-        return ([node], 0) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
+        return ([node], None) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
     shapes = {(maps.flat.get(n), maps.shapes[n][_position(maps, n) :][: _width(maps, n)]) for n in names}
     if len(shapes) > 1:
         raise node.refuse(
@@ -63,18 +64,19 @@ def seen_shape(maps: Maps, name: str) -> tuple[int, ...]:
     shape = maps.shapes[name]
     if name not in maps.flat:
         return shape
-    p, width = _position(maps, name), maps.flat[name]
+    p, width = _position(maps, name), _width(maps, name)
     return (*shape[:p], prod(shape[p : p + width]), *shape[p + width :])
 
 
 def _width(maps: Maps, name: str) -> int:
     """Return the number of dimensions of a map that the model sees as one."""
-    return maps.flat.get(name, 1)
+    return maps.flat[name].width if name in maps.flat else 1
 
 
 def _position(maps: Maps, name: str) -> int:
     """The dimension that holds height and width of a flattened map."""
-    return maps.axes[name].rows - maps.flat.get(name, 2) + 2
+    width, behind = maps.flat.get(name, Flattened(2))
+    return maps.axes[name].rows - (width - 2 - behind)
 
 
 def last_of_image(maps: Maps, name: str) -> int:
@@ -98,8 +100,8 @@ def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
     )
 
 
-def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int] | None:
-    """If `node` merges height and width of map `name`, and maybe what stands before them: its shape with all apart, how many."""
+def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Flattened] | None:
+    """If `node` merges height and width of map `name`, and maybe what stands beside them: its shape with all apart, how many."""
     axes, shape = maps.axes[name], maps.shapes[name]
     if axes.cols != axes.rows + 1:
         return None
@@ -107,13 +109,15 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int
         return _flattening_one_position(node, maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
     wide = [d for d in group_out if node.shape[d] > 1]
-    if axes.cols not in group_in or len(wide) != 1 or any(shape[d] > 1 for d in group_in if d > axes.cols):
+    if axes.cols not in group_in or len(wide) != 1:
         return None
-    merged = [*(shape[d] for d in group_in if d < axes.rows and shape[d] > 1), *maps.extent(name)]
-    return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), len(merged)
+    before = [shape[d] for d in group_in if d < axes.rows and shape[d] > 1]
+    behind = [shape[d] for d in group_in if d > axes.cols and shape[d] > 1]
+    merged = (*before, *maps.extent(name), *behind)
+    return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), Flattened(len(merged), len(behind))
 
 
-def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], int] | None:
+def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Flattened] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
     try:
         apply_rule(node, maps)
@@ -121,53 +125,57 @@ def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[i
         ones = [d for d, size in enumerate(node.shape) if size == 1]
         if not ones:
             merged = maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]  # with the batch
-            return ((node.shape[0], 1, 1, *node.shape[1:]), 3) if merged else None
-        return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), 2
+            return ((node.shape[0], 1, 1, *node.shape[1:]), Flattened(3)) if merged else None
+        return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), Flattened(2)
     return None
 
 
-def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
-    """A reshape that leaves the flattened dimension whole, or merges it with those before it, or takes these off again."""
+def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
+    """A reshape that leaves the flattened dimension whole, or merges it with those beside it, or takes these off again."""
     name = names[0]
-    p, shape = _position(maps, name), seen_shape(maps, name)
+    p, shape, (width, behind) = _position(maps, name), seen_shape(maps, name), maps.flat[name]
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
-    if any(shape[d] > 1 for d in group_in if d > p):
-        raise _refuse(node, "merges with other dimensions")
-    inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + _width(maps, name)])
-    width = len(inner)
-    if inner[-2:] == (1, 1) and prod(inner) > 1:
+    after = shape[p + 1 : group_in[-1] + 1]
+    inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + width], *after)
+    cols = p - group_in[0] + width - behind - 1  # the place of the width among them; the height stands before it
+    if inner[-2:] == (1, 1) and prod(inner) > 1 and cols == len(inner) - 1:
         return _one_position_reshaped(node, name, inner, group_out)
-    at, result, merged = 0, list(node.shape[: group_out[0]]), 0
-    for size in (node.shape[d] for d in group_out):
-        end = at
+    at, result, merged = 0, list(node.shape[: group_out[0]]), None
+    for d in group_out:
+        end, size = at, node.shape[d]
         while prod(inner[at:end]) < size or (size == 1 and end < len(inner) and inner[end] == 1 and end == at):
             end += 1
-        if prod(inner[at:end]) != size or (end == width - 1 and at < width - 2):
+        if d == group_out[-1] and prod(inner[end:]) == 1:
+            end = len(inner)
+        one = at in (cols - 1, cols) and end == at + 1
+        if prod(inner[at:end]) != size or (not one and (at < cols == end or at == cols)):
             raise _refuse(node, "cuts")
-        if end == width and end - at > 1:
-            while end - at > 2 and inner[at] == 1:
+        if at < cols < end:
+            while at < cols - 1 and inner[at] == 1:
                 at += 1
-            merged = end - at
+            merged = Flattened(end - at, end - 1 - cols)
             result += inner[at:end]
         else:
             result.append(size)
         at = end
-    if at < width:
+    if at < len(inner):
         raise _refuse(node, "cuts")
     return [_reshaped(node, name, (*result, *node.shape[group_out[-1] + 1 :]))], merged
 
 
-def _one_position_reshaped(node: Node, name: str, inner: tuple[int, ...], group_out: range) -> tuple[list[Node], int]:
+def _one_position_reshaped(
+    node: Node, name: str, inner: tuple[int, ...], group_out: range
+) -> tuple[list[Node], Flattened | None]:
     """`reshaping` of a map with a single position, merged with what stands before it: taken off again if there is room for it."""
     end = group_out[-1] + 1
     if node.shape[end : end + 2] == (1, 1):
-        return [_reshaped(node, name, node.shape)], 0
+        return [_reshaped(node, name, node.shape)], None
     if prod(inner[:-2]) != node.shape[end - 1]:
         raise _refuse(node, "cuts")
-    return [_reshaped(node, name, (*node.shape[:end], 1, 1, *node.shape[end:]))], 3
+    return [_reshaped(node, name, (*node.shape[:end], 1, 1, *node.shape[end:]))], Flattened(3)
 
 
-def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Weights that are as large as the image are cut in as many dimensions as well."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
     from_the_end = len(seen_shape(maps, names[0])) - p
@@ -182,10 +190,10 @@ def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], i
         nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
         node = swap_refs(node, {name: nodes[-1].name})
     shapes = [maps.shapes[name] for name in sources(node, maps)] + [n.shape for n in nodes]
-    return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))], width
+    return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))], maps.flat[names[0]]
 
 
-def contraction(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def contraction(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """The letter of the flattened dimension becomes two."""
     equation, operands = node.args[:2]
     terms = equation.split("->")[0].split(",")
@@ -198,7 +206,7 @@ def contraction(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], i
     letter = letters.pop()
     node = replace(node, args=(equation.replace(letter, "".join((letter, *spare))), operands))
     flat = letter in equation.split("->")[1]
-    return [_with_shape(node, maps) if flat else node], _width(maps, names[0]) if flat else 0
+    return [_with_shape(node, maps) if flat else node], maps.flat[names[0]] if flat else None
 
 
 def _cut_weights(node: Node, maps: Maps, like: str) -> tuple[Node, list[Node]]:
@@ -234,7 +242,7 @@ def along(
     `keeps_shape`: it is still there in the result then.
     """
 
-    def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+    def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
         p, width, ndim = _position(maps, names[0]), _width(maps, names[0]), len(seen_shape(maps, names[0]))
         value = argument(node, position, name, default)
         many = isinstance(value, (list, tuple)) or value is None
@@ -256,16 +264,16 @@ def along(
         stays = p not in given or keeps_shape
         if p in given:
             shape = maps.shapes[names[0]] if stays else node.shape
-            return [replace(node, shape=shape)], width if stays else 0
+            return [replace(node, shape=shape)], maps.flat[names[0]] if stays else None
         apart_weights: list[Node] = []
         if node.op == "aten.cat":
             node, apart_weights = _cut_weights(node, maps, names[0])
-        return [*apart_weights, _with_shape(node, maps, apart_weights)], width
+        return [*apart_weights, _with_shape(node, maps, apart_weights)], maps.flat[names[0]]
 
     return translate
 
 
-def permuted(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def permuted(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Dimensions in another order."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
     # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
@@ -273,10 +281,10 @@ def permuted(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]
     order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
     node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
     order = [e for d in node.args[1] for e in (range(p, p + width) if d == p else (_apart(d, p, width),))]
-    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], width
+    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], maps.flat[names[0]]
 
 
-def sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """`expand` and `repeat`."""
     sizes, kept = list(node.args[1]), -1 if node.op == "aten.expand" else 1
     p = _position(maps, names[0]) + len(sizes) - len(seen_shape(maps, names[0]))
@@ -286,27 +294,27 @@ def sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
         _with_shape(
             replace(node, args=(node.args[0], [*sizes[:p], *[kept] * _width(maps, names[0]), *sizes[p + 1 :]])), maps
         )
-    ], _width(maps, names[0])
+    ], maps.flat[names[0]]
 
 
-def indexed(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def indexed(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Picking by index along another dimension."""
     p, width = _position(maps, names[0]), _width(maps, names[0])
     indices = list(node.args[1])
     if indices[p : p + 1] not in ([], [None]):
         raise _refuse(node, "picks by index among")
     indices[p:p] = [None] * (width - 1)
-    return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], _width(maps, names[0])
+    return [_with_shape(replace(node, args=(node.args[0], indices)), maps)], maps.flat[names[0]]
 
 
-def padded(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def padded(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Padding of the dimensions behind the flattened one."""
     if len(node.args[1]) // 2 >= len(seen_shape(maps, names[0])) - _position(maps, names[0]):
         raise _refuse(node, "pads")
-    return [_with_shape(node, maps)], _width(maps, names[0])
+    return [_with_shape(node, maps)], maps.flat[names[0]]
 
 
-def pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """A convolution with a kernel of one position, as one over height and width."""
     weight = node.args[1].name
     shape, groups_of = maps.shapes[weight], argument(node, 6, "groups", 1)
@@ -322,37 +330,37 @@ def pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Nod
     args = (node.args[0], Ref(apart.name), argument(node, 2, "bias"), [1, 1], [0, 0], [1, 1], groups_of)
     height, width = maps.extent(names[0])
     made = replace(node, target=aten.conv2d.default, args=args, kwargs={}, shape=(*node.shape[:2], height, width))
-    return [apart, made], _width(maps, names[0])
+    return [apart, made], maps.flat[names[0]]
 
 
-def normalised(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def normalised(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Normalisation over dimensions behind the flattened one."""
     p, ndim = _position(maps, names[0]), len(seen_shape(maps, names[0]))
     if p >= ndim - len(node.args[1]):
         raise _refuse(node, "normalises over")
-    return [_with_shape(node, maps)], _width(maps, names[0])
+    return [_with_shape(node, maps)], maps.flat[names[0]]
 
 
-def linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def linear(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """A product along the last dimension, which is not the flattened one."""
     if _position(maps, names[0]) == len(seen_shape(maps, names[0])) - 1 or names != [node.args[0].name]:
         raise _refuse(node, "multiplies along")
-    return [_with_shape(node, maps)], _width(maps, names[0])
+    return [_with_shape(node, maps)], maps.flat[names[0]]
 
 
-def channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def channels_second(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Operators that know dimensions 0 and 1 only."""
     if _position(maps, names[0]) < 2:
         raise _refuse(node, "takes for channels")
-    return [replace(node, shape=maps.shapes[names[0]])], _width(maps, names[0])
+    return [replace(node, shape=maps.shapes[names[0]])], maps.flat[names[0]]
 
 
-def unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def unchanged(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Whatever keeps the shape."""
-    return [replace(node, shape=maps.shapes[names[0]])], _width(maps, names[0])
+    return [replace(node, shape=maps.shapes[names[0]])], maps.flat[names[0]]
 
 
-def pooled(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def pooled(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """Pooling to one position."""
     p = _position(maps, names[0])
     if list(node.args[1]) != [1] or p != len(seen_shape(maps, names[0])) - 1:
@@ -361,7 +369,7 @@ def pooled(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
         replace(
             node, target=aten.mean.dim, args=(node.args[0], list(range(p, p + _width(maps, names[0]))), True), kwargs={}
         )
-    ], 0
+    ], None
 
 
 declare(
