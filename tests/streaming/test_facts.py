@@ -47,6 +47,10 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "cumsum": lambda x: x.cumsum(1),
     "cumprod": lambda x: x.cumprod(1),
     "glu": lambda x: F.glu(x, 1),
+    "topk": lambda x: x.topk(2, 1)[0],
+    "gather": lambda x: x.gather(1, torch.zeros(2, 1, 6, 5, dtype=torch.int64)),
+    "avg_pool3d": lambda x: F.avg_pool3d(x, (3, 1, 1), 1),
+    "repeat_interleave": lambda x: aten.repeat_interleave.self_int(x, 2, 1),
     "sort": lambda x: x.sort(1)[0],
     "mean": lambda x: x.mean(1),
     "sum": lambda x: x.sum(1),
@@ -108,7 +112,7 @@ VIEWS = frozenset(
 )
 WITHOUT_DERIVATIVE = frozenset(
     (
-        *("argmax", "argmin", "any", "all", "bernoulli", "floor_divide", "fill", "one_hot"),
+        *("argmax", "argmin", "argsort", "any", "all", "bernoulli", "floor_divide", "fill", "one_hot"),
         *("zeros_like", "ones_like", "full_like", "empty_like"),
     )
 )

@@ -43,16 +43,45 @@ def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
     flat=flat.along(1, whole=True, keeps_shape=True),
 )
 @rule(aten.cumsum, saves=(), flat=flat.along(1))
-@rule(aten.sort, saves=("indices",))
+@rule(aten.sort, aten.topk, saves=("indices",))
+@rule(aten.argsort)
 @rule(aten.cumprod, saves=("inputs", "result"), flat=flat.along(1))
 @rule(aten.glu, flat=flat.along(1, default=-1))
 def along(node: Node, maps: Maps) -> Placed:
     """Along one dimension, which stays."""
     name = only_map(node, maps)
-    position, default = {"aten.glu": (1, -1), "aten.sort": (1, -1)}.get(node.op, (1, None))
+    position, default = {"aten.glu": (1, -1), "aten.sort": (1, -1), "aten.argsort": (1, -1), "aten.topk": (2, -1)}.get(
+        node.op, (1, None)
+    )
     dim = dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))[0]
     if dim in maps.axes[name]:
         raise refuse_whole(node, "runs along")
+    return _placed(node, maps, maps.axes[name])
+
+
+@rule(aten.gather, saves=("inputs", "indices"))
+def gather(node: Node, maps: Maps) -> Placed:
+    """Picking among the channels of each position by a map of indices."""
+    names = sources(node, maps)
+    ndim, dim = len(node.shape), dims(node, node.args[1], len(node.shape))[0]
+    if len(names) != 2 or len({(maps.axes[name], maps.extent(name), len(maps.shapes[name])) for name in names}) > 1:
+        raise node.refuse("picks by indices of another height or width", "pick from a map by a map of the same size")
+    if dim in maps.axes[names[0]] or ndim != len(maps.shapes[names[0]]):
+        raise refuse_whole(node, "picks along")
+    return _placed(node, maps, maps.axes[names[0]])
+
+
+@rule(aten.avg_pool3d)
+def pool_channels(node: Node, maps: Maps) -> Placed:
+    """Pooling of a dimension before height and width, as local response normalisation does."""
+    name = only_map(node, maps)
+    ndim = len(maps.shapes[name])
+    kernel, stride, padding = (
+        list(argument(node, k, key, [])) for k, key in ((1, "kernel_size"), (2, "stride"), (3, "padding"))
+    )
+    stride, padding = (list(x) * (3 if len(x) == 1 else 1) for x in (stride or kernel, padding or [0]))
+    if maps.axes[name] != (ndim - 2, ndim - 1) or (kernel[1:], stride[1:], padding[1:]) != ([1, 1], [1, 1], [0, 0]):
+        raise node.refuse("pools height or width with another dimension", "pool them by avg_pool2d")
     return _placed(node, maps, maps.axes[name])
 
 

@@ -136,6 +136,30 @@ def expand(node: Node, maps: Maps) -> Placed:
     )
 
 
+@rule(aten.repeat_interleave, saves=())
+def repeat_each(node: Node, maps: Maps) -> Placed:
+    """Each position of a dimension so many times, height and width included."""
+    name, factor, dim = only_map(node, maps), node.args[1], argument(node, 2, "dim")
+    axes, read = maps.axes[name], maps.read(name)
+    if dim is None:
+        raise refuse_whole(node, "flattens")
+    if not isinstance(factor, int):
+        raise node.refuse("repeats positions differently often", "give a number for all of them")
+    dim = dims(node, dim, len(node.shape))[0]
+    if dim in axes:
+        along = repeat(maps.shapes[name][dim], factor)
+        read = Read(name, along, read.cols) if dim == axes.rows else Read(name, read.rows, along)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        full = tiles[0].repeat_interleave(factor, dim)
+        if dim not in axes:
+            return full
+        span = (context.rows if dim == axes.rows else context.cols)[0]
+        return full.narrow(dim, span.start - span.first * factor, span.size)
+
+    return Placed((read,), axes, run)
+
+
 @rule(aten.slice, flat=flat.along(1, default=0))
 def take_slice(node: Node, maps: Maps) -> Placed:
     """A range with a step, along any dimension."""
