@@ -164,6 +164,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "channels by their order": lambda x: x.gather(1, x.detach().cos().argsort(1)) * x,
     "local response norm": lambda x: F.local_response_norm(x, 3),
     "repeat_interleave": lambda x: x[:, :4].repeat_interleave(2, 1).repeat_interleave(3, 2).repeat_interleave(2, -1),
+    "unfold": lambda x: F.unfold(x, 3, padding=1).view(1, 72, *x.shape[2:])[:, ::9],
+    "unfold with strides": lambda x: F.unfold(x, (2, 3), (1, 2), (1, 0), (2, 3)).unflatten(2, ((x.shape[2] + 2) // 2, -1))[:, 2:10],
+    "convex upsampling": lambda x: _upsampled(x),
     "glu": lambda x: F.glu(x, 1).repeat(1, 2, 1, 1),
     "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
     "comparison": lambda x: x * (x > x.mean(1, keepdim=True)) + torch.maximum(x, -x) + x.clamp(-0.5, 0.5),
@@ -198,6 +201,15 @@ def _heads(windows: Tensor) -> Tensor:
     apart = windows.view(count, length, 2, channels // 2).transpose(1, 2).reshape(count * 2, length, channels // 2)
     made = torch.bmm((apart @ apart.mT / 3).softmax(-1), apart)
     return made.view(count, 2, length, channels // 2).transpose(1, 2).reshape(count, length, channels)
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    """Each pixel as a convex combination of 3 x 3 around it, twice as large, as RAFT does."""
+    batch, _, height, width = x.shape
+    weights = torch.cat([x, x.cos(), x.sin(), x * 2, x[:, :4]], 1).view(batch, 1, 9, 2, 2, height, width).softmax(2)
+    around = F.unfold(8 * x, [3, 3], padding=1).view(batch, 8, 9, 1, 1, height, width)
+    fine = (weights * around).sum(2).permute(0, 1, 4, 2, 5, 3)
+    return fine.reshape(batch, 8, 2 * height, 2 * width)
 
 
 def _shift_mask(windows: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Op:
         rule: the rule; None where there is none.
         rewrite: how it becomes reductions and local operations where it is one over the whole image.
         flat: how it looks on maps with height and width apart, where the model has flattened them (see `rules.flat`).
+        flattens: what it is before its result is flattened, of an operation that does both (`F.unfold`).
         saves: what autograd keeps for the derivative: the maps that the operation reads, its result, the position of each maximum
             (8 bytes per element), a mask like the result.
         cheap: computing it again costs less than storing its result.
@@ -82,6 +83,7 @@ class Op:
     rule: "Rule | None" = None
     rewrite: "Rewrite | None" = None
     flat: "Flat | None" = None
+    flattens: "Callable[[Node, Maps], Node] | None" = None
     saves: frozenset[Saved] = frozenset(("inputs",))
     cheap: bool = False
     carries_relu: bool = False

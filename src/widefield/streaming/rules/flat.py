@@ -38,6 +38,8 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], Flattened | None]:
     op = op_of(node.target)
     flat = None if op is None else op.flat
     if not maps.flat.keys() & set(names):
+        if op is not None and op.flattens is not None:
+            return [op.flattens(node, maps)], Flattened(2)
         found = _flattening(node, maps, names[0]) if flat is reshaping else None
         return ([node], None) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
     shapes = {(maps.flat.get(n), maps.shapes[n][_position(maps, n) :][: _width(maps, n)]) for n in names}

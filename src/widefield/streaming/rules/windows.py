@@ -4,6 +4,7 @@ Padding is added only where a window crosses the border of the whole image (`Spa
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,44 @@ def max_pool(node: Node, maps: Maps) -> Placed:
             read,
             -torch.inf,
             lambda tile, native: F.max_pool2d(tile, kernel, stride, native, dilation),
+        )
+
+    return Placed((read,), NCHW, run, exclusive=True)
+
+
+def _not_flattened(node: Node, maps: Maps) -> Node:
+    """`F.unfold` with height and width of its result apart."""
+    name = only_map(node, maps)
+    _require_nchw(node, maps, name)
+    kernel, dilation, padding, stride = (_pair(node.args[k]) for k in (1, 2, 3, 4))
+    sizes = zip(maps.extent(name), kernel, dilation, padding, stride, strict=True)
+    rows, cols = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sizes)
+    args = (node.args[0], kernel, dilation, padding, stride)
+    return replace(node, target=unfolded, args=args, kwargs={}, shape=(*node.shape[:2], rows, cols))
+
+
+declare(aten.im2col, flattens=_not_flattened)
+
+
+def unfolded(
+    x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """The windows of a map as channels: (N, C * kernel height * kernel width, rows, columns)."""
+    rows = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    return F.unfold(x, kernel, dilation, padding, stride).unflatten(2, (rows, -1))
+
+
+@rule(unfolded, saves=(), keeps_batch=True)
+def unfold(node: Node, maps: Maps) -> Placed:
+    """See `unfolded`."""
+    name = only_map(node, maps)
+    kernel, dilation, padding, stride = node.args[1:]
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    read = _windows(maps, node, name, extent, stride, padding)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        return _run_padded(
+            tiles[0], context, read, 0.0, lambda tile, native: unfolded(tile, kernel, dilation, native, stride)
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
