@@ -86,6 +86,13 @@ def test_a_map_of_one_window_is_exact_for_a_batch() -> None:
     assert_exact(randomise(Net([1, 2], 1, True)).eval(), torch.randn(2, 3, 16, 16), [(8, None)])
 
 
+def test_the_receptive_field_grows_where_windows_are_shifted() -> None:
+    plan = StreamingCNN(Net([2], 1, False), 64, verify=False).plan((1, 3, 256, 256))
+    fields = [layer.receptive_field for layer in plan.layers if "view" in layer.op]
+    assert fields[0] == (8, 8)
+    assert fields[-1] == (16, 16)
+
+
 class Rolling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.roll(x, (-3, 2), (2, 3))

@@ -17,6 +17,7 @@ from widefield.streaming.heap import Heap
 from widefield.streaming.map_writing import MapOutput
 from widefield.streaming.need import PartialGrid
 from widefield.streaming.ranks import Ranks
+from widefield.streaming.rules.rolled import straight
 from widefield.streaming.store import Store
 from widefield.streaming.tiles import TileReader
 
@@ -157,7 +158,7 @@ class Job:
         """
         value, (y, x, height, width) = self.grid.stage.values[v], self.grid.box(v, i, j)
         top, left = self.parts[v][:2]
-        if value.begin == (0, 0):
+        if value.op != straight.__name__:
             return [[made.narrow(value.axes.rows, y - top, height).narrow(value.axes.cols, x - left, width)]]
         rows = _pieces(made, value.axes.rows, y + value.begin[0], height)
         return [_pieces(row, value.axes.cols, x + value.begin[1], width) for row in rows]

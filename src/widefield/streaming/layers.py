@@ -12,6 +12,7 @@ from widefield.streaming.extents import clamp
 from widefield.streaming.grid import Grid
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
+from widefield.streaming.rules.rolled import turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,21 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
             if value.facts.repeats:
                 number[value.name] = number[stage.values[value.sources[0]].name]
                 continue
-            fields = (tuple(map(receptive_field_of, value.flow(axis).axis_maps)) for axis in (0, 1))
+            fields = [tuple(map(receptive_field_of, value.flow(axis).axis_maps)) for axis in (0, 1)]
+            if value.op == turn.__name__:
+                fields = [(_turned(value, stage.values[value.sources[0]], axis),) for axis in (0, 1)]
             sources = (number[stage.values[s].name] for s in value.sources)
             number[value.name] = len(maps)
             maps.append(_Map(value, tuple(zip(sources, zip(*fields, strict=True), strict=True))))
     return maps, number
+
+
+def _turned(value: Value, source: Value, axis: int) -> ReceptiveField:
+    """How a map that is rolled reads the one before it, but for what comes from the other border."""
+    size = _size(value, axis)
+    shift = (value.begin[axis] - source.begin[axis]) % size
+    shift -= size if 2 * shift > size else 0
+    return ReceptiveField(1, 1, -shift, -shift)
 
 
 def _middles(maps: Sequence[_Map], image: int, axis: int) -> list[tuple[float, float] | None]:

@@ -20,6 +20,7 @@ from widefield.streaming.extents import AxisMap, Positions, Span
 from widefield.streaming.foreground import Flags, Foreground, Ranges
 from widefield.streaming.grid import Box, Cuts, Grid, Range
 from widefield.streaming.program import Program, Stage
+from widefield.streaming.rules.rolled import turn
 from widefield.streaming.schedule import Schedule
 
 
@@ -201,7 +202,7 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
-    for value in (value for stage in program.stages for value in stage.values if value.op == "turn"):
+    for value in (value for stage in program.stages for value in stage.values if value.op == turn.__name__):
         if wanted.scattered or wanted.band[1] > 1:
             raise ValueError(
                 "a region, a mask or a process_group needs a network without rolled maps, whose rows are not in the order of the "

@@ -28,8 +28,8 @@ class Value:
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
     `weights` names the weights that it uses; the gradients of `weight_bytes` of them are computed at a time. A value with a
     `reduction` is no map: it is gathered over all tiles of its sources, and `parts` names the tensors that come out; its shape is
-    the extent of the sources. The whole map that leaves the stage begins at row and column `begin` of what is computed (see
-    `rules.rolled`).
+    the extent of the sources. What is computed of a map that leaves the stage begins at row and column `begin` of the
+    whole map (see `rules.rolled`).
     """
 
     name: str

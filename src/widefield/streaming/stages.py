@@ -125,7 +125,7 @@ def _stage(
                 parts=parts_of(node) if reduction else (),
                 # Of a whole module, one gradient is computed at a time.
                 weight_bytes=max(sizes) if isinstance(node.target, LocalCall) and sizes else sum(sizes),
-                begin=maps.begin.get(name, (0, 0)) if node.target is straight else (0, 0),
+                begin=maps.begin.get(name, (0, 0)),
             )
         )
     return Stage(
