@@ -106,6 +106,12 @@ def test_parts_of_an_image_are_refused_by_name_where_a_map_is_rolled(part: str) 
         streamed(torch.randn(1, 3, 20, 20), **wanted)
 
 
+def test_a_rolled_map_is_not_written_while_it_is_computed() -> None:
+    streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
+    with pytest.raises(ValueError, match="layer '1' rolls its map"):
+        streamed.write(torch.randn(1, 3, 20, 20), np.zeros((1, 4, 18, 18), dtype=np.float32))
+
+
 @pytest.mark.parametrize("begin", [0, 1, 4, 5, 10])
 @pytest.mark.parametrize("name", AXES)
 def test_what_goes_round_reads_what_is_there_and_kept(name: str, begin: int) -> None:

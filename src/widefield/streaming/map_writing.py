@@ -20,7 +20,7 @@ from widefield.streaming.captured import Ref
 from widefield.streaming.foreground import Foreground, broadcast_mask
 from widefield.streaming.grid import Box
 from widefield.streaming.layers import cells_of
-from widefield.streaming.need import Wanted, cells_in
+from widefield.streaming.need import Wanted, cells_in, check_order
 from widefield.streaming.postprocess import Postprocess
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import Cells
@@ -216,6 +216,7 @@ def plan_writing(
     Raises:
         ValueError: there is none, or what was asked for cannot be done with them.
     """
+    check_order(program, "writing a map while it is computed")
     target = parse_target(to)
     result, attributes = pytree.tree_unflatten(program.captured.outputs, program.captured.spec)
     values = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}

@@ -191,6 +191,15 @@ def cells_in(region: Box, image: tuple[int, int], extent: tuple[int, int]) -> Bo
     return y, x, height, width
 
 
+def check_order(program: Program, what: str) -> None:
+    """Raise ValueError if the rows of a map are not scanned in the order of the image, as `what` needs it."""
+    for value in (value for stage in program.stages for value in stage.values if value.op == turn.__name__):
+        raise ValueError(
+            f"{what} needs a network without rolled maps, whose rows are not in the order of the image: "
+            f"layer '{value.module_path}' rolls its map"
+        )
+
+
 def check_parts(program: Program, wanted: Wanted) -> None:
     """Raise ValueError if `program` cannot be computed for a part of the image, or with a mask for each image of a batch."""
     maps = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}
@@ -202,12 +211,8 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
-    for value in (value for stage in program.stages for value in stage.values if value.op == turn.__name__):
-        if wanted.scattered or wanted.band[1] > 1:
-            raise ValueError(
-                "a region, a mask or a process_group needs a network without rolled maps, whose rows are not in the order of the "
-                f"image: layer '{value.module_path}' rolls its map"
-            )
+    if wanted.scattered or wanted.band[1] > 1:
+        check_order(program, "a region, a mask or a process_group")
     if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
         raise ValueError(
             "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "

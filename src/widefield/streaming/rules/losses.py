@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import flat
-from widefield.streaming.rules.base import Axes, Maps, Placed, argument, caller, rewrite, rule, sources
+from widefield.streaming.rules.base import Axes, Flattened, Maps, Placed, argument, caller, rewrite, rule, sources
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import sum_over
 from widefield.streaming.rules.rewriting import Rewriting
@@ -35,11 +35,11 @@ _ELEMENTWISE: dict[Any, int] = {
 }
 
 
-def _on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def _on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """What is reduced has neither height nor width any more."""
     nodes, width = flat.elementwise(node, maps, names)
     reduced = argument(node, _ELEMENTWISE[node.target], "reduction", 1) != 0
-    return ([*nodes[:-1], replace(nodes[-1], shape=node.shape)], 0) if reduced else (nodes, width)
+    return ([*nodes[:-1], replace(nodes[-1], shape=node.shape)], None) if reduced else (nodes, width)
 
 
 rule(*_ELEMENTWISE, keeps_batch=True, flat=_on_flat)(pointwise)
@@ -76,12 +76,12 @@ def _reduced(
 _CLASSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 
 
-def _classes_on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def _classes_on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """The class is dimension 1 of what the model sees."""
     none = argument(node, 3, "reduction", 1) == 0
     dim = flat.dim_apart(maps, names[0], 1)
     shape = tuple(n for d, n in enumerate(maps.shapes[names[0]]) if d != dim) if none else node.shape
-    return [replace(node, shape=shape)], maps.flat[names[0]] if none else 0
+    return [replace(node, shape=shape)], maps.flat[names[0]] if none else None
 
 
 @rewrite(*_CLASSES, flat=_classes_on_flat)
@@ -157,7 +157,7 @@ def at_each_position(node: Node, maps: Maps) -> Placed:
     return Placed(reads, axes, lambda tiles, context: call(tiles, context.weights))
 
 
-def _one_hot_on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], int]:
+def _one_hot_on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     return [replace(node, shape=(*maps.shapes[names[0]], node.shape[-1]))], maps.flat[names[0]]
 
 
