@@ -271,6 +271,13 @@ def test_indices_out_of_range_raise_the_error_of_plain_indexing() -> None:
         StreamingCNN(module, 8)(torch.randn(1, 3, 23, 19))
 
 
+@pytest.mark.parametrize("size", [(7, 1), (1, 7), (2, 1)], ids=str)
+def test_one_row_or_column_is_flattened_as_others_are(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    module = Fn(lambda x: x.flatten(2).softmax(-1) @ x.flatten(2).mT, after=None)
+    assert_exact(module, torch.randn(2, 3, *size), [3])
+
+
 def test_a_complex_map_runs_whole() -> None:
     torch.manual_seed(0)
     assert_exact(Fn(lambda x: (x * (1 + 2j)).abs()), torch.randn(1, 3, 23, 19), [7], wrap=stream)

@@ -111,6 +111,8 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Fla
         return _flattening_one_position(node, maps, name)
     group_in, group_out = next(g for g in groups(shape, node.shape) if axes.rows in g[0])
     wide = [d for d in group_out if node.shape[d] > 1]
+    if axes.cols not in group_in and shape[axes.cols] == 1 and not _places(node, maps):
+        group_in = range(group_in.start, axes.cols + 1)  # one column: its dimension stands in whichever group
     if axes.cols not in group_in or len(wide) != 1:
         return None
     before = [shape[d] for d in group_in if d < axes.rows and shape[d] > 1]
@@ -121,15 +123,22 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Fla
 
 def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Flattened] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
+    if _places(node, maps):
+        return None
+    ones = [d for d, size in enumerate(node.shape) if size == 1]
+    if not ones:
+        merged = maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]  # with the batch
+        return ((node.shape[0], 1, 1, *node.shape[1:]), Flattened(3)) if merged else None
+    return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), Flattened(2)
+
+
+def _places(node: Node, maps: Maps) -> bool:
+    """True if the operator's own rule tells where height and width stand in the result."""
     try:
         apply_rule(node, maps)
     except UnsupportedOpError:
-        ones = [d for d, size in enumerate(node.shape) if size == 1]
-        if not ones:
-            merged = maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]  # with the batch
-            return ((node.shape[0], 1, 1, *node.shape[1:]), Flattened(3)) if merged else None
-        return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), Flattened(2)
-    return None
+        return False
+    return True
 
 
 def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
