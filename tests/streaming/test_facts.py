@@ -97,6 +97,8 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "upsample_nearest2d": lambda x: F.interpolate(x, scale_factor=2),
     "_upsample_nearest_exact2d": lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"),
     "upsample_bilinear2d": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "_upsample_bilinear2d_aa": lambda x: F.interpolate(x, size=(4, 4), mode="bilinear", antialias=True),
+    "_upsample_bicubic2d_aa": lambda x: F.interpolate(x, size=(4, 4), mode="bicubic", antialias=True),
     "upsample_bicubic2d": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
     "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
     **{name: lambda x, name=name: getattr(F, name)(x, x.detach(), reduction="none") for name in ELEMENTWISE_LOSSES},

@@ -152,6 +152,7 @@ AXES: list[AxisMap] = [
     *(Resample(50, n, 50 / n, mode) for n in (20, 50, 75, 100) for mode in ("linear", "cubic", "nearest-exact")),
     Resample(50, 99, 49 / 98, "linear", align_corners=True),
     Resample(50, 1, 0.0, "linear", align_corners=True),
+    *(Resample(50, n, 50 / n, mode, antialias=True) for n in (7, 20, 75) for mode in ("linear", "cubic")),
     *(AdaptiveWindow(50, n) for n in (10, 24, 33, 60)),
 ]
 

@@ -111,6 +111,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "bilinear by almost 3": lambda x: F.interpolate(x, scale_factor=3.000000003, mode="bilinear"),
     "bicubic by almost 1/3": lambda x: F.interpolate(x, scale_factor=0.333333333, mode="bicubic"),
     "bicubic 2": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "bilinear antialiased to fewer": lambda x: F.interpolate(x, size=(9, 6), mode="bilinear", antialias=True),
+    "bicubic antialiased by 0.4": lambda x: F.interpolate(x, scale_factor=0.4, mode="bicubic", antialias=True),
+    "bicubic antialiased to more": lambda x: F.interpolate(x, size=(31, 50), mode="bicubic", antialias=True),
+    "bilinear antialiased corners": lambda x: F.interpolate(
+        x, size=(11, 40), mode="bilinear", antialias=True, align_corners=True
+    ),
     "bicubic corners": lambda x: F.interpolate(x, size=(31, 50), mode="bicubic", align_corners=True),
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1),
     "pixel unshuffle": lambda x: F.pixel_unshuffle(x[:, :2, :22, :18], 2),

@@ -268,7 +268,8 @@ class Resample(_OneByOne):
     """Interpolation: output `o` is a weighted sum of the inputs around `source(o)`.
 
     `mode` is "linear" or "cubic", with `scale` input positions per output position and the source position of PyTorch's
-    `area_pixel_compute_source_index`; or "nearest" or "nearest-exact", without rounding errors.
+    `area_pixel_compute_source_index`; or "nearest" or "nearest-exact", without rounding errors. With `antialias` the kernel of
+    "linear" or "cubic" is as much wider as positions become fewer.
     """
 
     n_in: int
@@ -276,14 +277,22 @@ class Resample(_OneByOne):
     scale: float
     mode: str
     align_corners: bool = False
+    antialias: bool = False
 
     @property
     def stride(self) -> int:
         return max(1, int(self.scale))
 
+    @property
+    def support(self) -> float:
+        """Half the width of the kernel, in inputs."""
+        return (1 if self.mode == "linear" else 2) * (max(self.scale, 1.0) if self.antialias else 1.0)
+
     def taps(self, o: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The inputs that output `o` reads (clamped to the axis) and their weights."""
         last = self.n_in - 1
+        if self.antialias:
+            return self._antialiased(o)
         if self.mode.startswith("nearest"):
             half = int(self.mode == "nearest-exact")
             by_sizes = self.scale == self.n_in / self.n_out
@@ -299,6 +308,17 @@ class Resample(_OneByOne):
             return (at, min(at + 1, last)), (1.0 - part, part)
         weights = (cubic(part + 1.0), cubic(part), cubic(1.0 - part), cubic(2.0 - part))
         return tuple(clamp(at + k, 0, last) for k in (-1, 0, 1, 2)), weights
+
+    def _antialiased(self, o: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """As PyTorch's `_compute_indices_min_size_weights_aa`: as many inputs for each output, some with the weight 0."""
+        middle = self.scale * (o + 0.5)
+        first, stop = max(int(middle - self.support + 0.5), 0), min(int(middle + self.support + 0.5), self.n_in)
+        wide = max(self.scale, 1.0)
+        distances = [abs(i - middle + 0.5) / wide for i in range(first, stop)]
+        weights = [max(0.0, 1.0 - d) if self.mode == "linear" else cubic(d, -0.5) for d in distances]
+        total, most = sum(weights), 2 * int(self.support + 1) + 1
+        weights = [weight / total for weight in weights] + [0.0] * (most - len(weights))
+        return tuple(min(first + k, stop - 1) for k in range(most)), tuple(weights)
 
     def ready(self, r: int) -> int:
         if r >= self.n_in:
@@ -407,9 +427,9 @@ class Behind(Window):
     """Output `o` is input `o - padding`: of the positions that are joined to a rolled map at its end (see `Rolled`)."""
 
 
-def cubic(distance: float) -> float:
-    """Keys' cubic convolution kernel with a = -0.75, as PyTorch's bicubic interpolation uses it."""
-    a, x = -0.75, distance
+def cubic(distance: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel; PyTorch's bicubic interpolation has a = -0.75, with antialiasing -0.5."""
+    x = distance
     if x <= 1.0:
         return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
-    return ((x - 5.0) * x + 8.0) * x * a - 4.0 * a
+    return ((x - 5.0) * x + 8.0) * x * a - 4.0 * a if x < 2.0 else 0.0

@@ -80,5 +80,5 @@ def _resampling(axis: Resample) -> ReceptiveField:
         shift = half if axis.mode == "nearest-exact" else 0
         return ReceptiveField(num, den, shift - den + 1, shift)
     shift = 0 if axis.align_corners else half - scale.denominator
-    distance = den * (1 if axis.mode == "linear" else 2)
+    distance = int(den * Fraction(axis.support).limit_denominator(1 << 20))
     return ReceptiveField(num, den, shift - distance + 1, shift + distance - 1)

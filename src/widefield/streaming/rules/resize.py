@@ -17,6 +17,8 @@ MODES = {
     "aten._upsample_nearest_exact2d": "nearest-exact",
     "aten.upsample_bilinear2d": "linear",
     "aten.upsample_bicubic2d": "cubic",
+    "aten._upsample_bilinear2d_aa": "linear",
+    "aten._upsample_bicubic2d_aa": "cubic",
 }
 
 # Sizes of the output, for that of the input, for which PyTorch takes no notice of a given factor.
@@ -28,24 +30,37 @@ _SIZES_COUNT: dict[str, Callable[[int], tuple[int, ...]]] = {
 
 @rule(
     *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+    *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
     saves=(),
     keeps_batch=True,
 )
 def interpolate(node: Node, maps: Maps) -> Placed:
-    """F.interpolate in modes nearest, nearest-exact, bilinear and bicubic, to any size."""
+    """F.interpolate in modes nearest, nearest-exact, bilinear and bicubic, with antialiasing or without, to any size."""
     name = only_map(node, maps)
-    mode = MODES[node.op]
+    mode, antialias = MODES[node.op], node.op.endswith("_aa")
     if maps.axes[name] != Axes(2, 3):
         raise node.refuse("needs a map (N, C, H, W)", "permute the map first")
     has_corners = mode in ("linear", "cubic")
     align_corners = bool(argument(node, 2, "align_corners", False)) if has_corners else False
     factors = argument(node, 3 if has_corners else 2, "scale_factors")
-    if mode == "cubic" and factors and maps.extent(name) == tuple(node.shape[2:]) and set(factors) != {1.0}:
+    if (
+        mode == "cubic"
+        and not antialias
+        and factors
+        and maps.extent(name) == tuple(node.shape[2:])
+        and set(factors) != {1.0}
+    ):
         raise node.refuse(
             "resizes by a factor that changes no size, where PyTorch's gradient is not that of its result",
             "leave it out",
         )
-    if mode == "linear" and factors and not align_corners and maps.extent(name) != tuple(node.shape[2:]):
+    if (
+        mode == "linear"
+        and not antialias
+        and factors
+        and not align_corners
+        and maps.extent(name) != tuple(node.shape[2:])
+    ):
         for n_in, n_out, factor in zip(maps.extent(name), node.shape[2:], factors, strict=True):
             if n_in == n_out and factor != 1.0:
                 raise node.refuse(
@@ -57,9 +72,10 @@ def interpolate(node: Node, maps: Maps) -> Placed:
         if align_corners:
             scale = (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
         else:
-            by_sizes = not factors or n_out in _SIZES_COUNT.get(mode, lambda n: ())(n_in)
+            counts = () if antialias else _SIZES_COUNT.get(mode, lambda n: ())(n_in)
+            by_sizes = not factors or n_out in counts
             scale = n_in / n_out if by_sizes else 1.0 / factors[axis]
-        axes.append(Resample(n_in, n_out, scale, mode, align_corners))
+        axes.append(Resample(n_in, n_out, scale, mode, align_corners, antialias))
         if mode.startswith("nearest") and not _chosen_alike(axes[-1], 1.0 / factors[axis] if factors else n_in / n_out):
             by = f" by the factor {factors[axis]}" if factors else ""
             raise node.refuse(
