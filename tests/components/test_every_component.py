@@ -100,6 +100,22 @@ MODELS_BY_NAME: dict[str, dict[str, Any]] = {
         {"type": "VisionTransformerClsHead", "num_classes": 3, "in_channels": 16, "hidden_dim": 8},
     ),
     "BEiTViT": classifier({"type": "BEiTViT", **VIT}, None, linear(16)),
+    **{
+        name: classifier(
+            {"type": "ResNet_CIFAR", **RESNET},
+            {"type": name, "in_channels": 8, "num_classes": 3, **options},
+            {"type": "ClsHead"},
+        )
+        for name, options in (
+            ("MeanPooling", {}),
+            ("MaxPooling", {}),
+            ("GatedAttentionPooling", {"hidden_channels": 4}),
+            ("CLAM", {"branches": "multi", "embed_channels": 8, "hidden_channels": 4}),
+            ("DSMIL", {"query_channels": 4}),
+            ("ABMILX", {"embed_channels": 8, "heads": 2}),
+            ("TransMIL", {"embed_channels": 8, "heads": 2, "landmarks": 4}),
+        )
+    },
     "MAE": MODEL["MAE"],
     "BEiT v1": {**MODEL["BEiT v1"], "mask_generator": MASKS},
     "BEiT v2": MODEL["BEiT v2"],

@@ -14,9 +14,11 @@ from widefield.components.models.features import (
     OverForeground,
     backbone_features,
     background_of,
+    foreground_of_map,
     neck_features,
     streams,
 )
+from widefield.components.necks.instance_pooling import InstancePooling
 from widefield.components.preprocessors.batch_augments import BatchAugmentsConfig
 from widefield.components.preprocessors.data_preprocessors import PreprocessorConfig, with_augments
 from widefield.errors import WrongArgumentError
@@ -107,6 +109,8 @@ class ImageClassifier(BaseModel):
             return features if self.neck is None else self.neck(features)
         if len(features) != 1:
             raise WrongArgumentError(f"{SEVERAL_MAPS}, and this one gives {len(features)}; give one of out_indices")
+        if isinstance(self.neck, InstancePooling):
+            return self.neck(features, foreground_of_map(background, features[0].shape)[None].to(features[0].device))
         if self._neck_over is None:
             self._neck_over = OverForeground(_OfOneMap(self.neck), self.backbone.streamed)
         return self._neck_over(features[0], background)
