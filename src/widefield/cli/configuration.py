@@ -14,6 +14,7 @@ from widefield.cli.trial import try_out
 from widefield.config import Config, ConfigError, check_config, load, override
 from widefield.config.merge import IMPORTS
 from widefield.inference.names import CONFIG, LAST
+from widefield.models.instances import FEATURES
 from widefield.registry import absolute_place, arguments_of, import_module_or_file
 
 SHORTCUTS = {
@@ -29,6 +30,10 @@ SHORTCUTS = {
     "value_range": "model.value_range",
     "batch_size": "data.batch_size",
     "model": "model.model_name",
+    "pooling": "model.pooling",
+    "lora": "model.lora",
+    "patch_size": "model.patch_size",
+    "cache_features": "model.cache_features",
     "weights": "model.weights",
     "tile_size": "model.tile_size",
     "memory_budget": "model.memory_budget",
@@ -36,7 +41,7 @@ SHORTCUTS = {
     "epochs": "trainer.max_epochs",
     "out": "trainer.default_root_dir",
 }
-_TEXTS = ("model", "weights", "separator", "foreground")
+_TEXTS = ("model", "pooling", "weights", "separator", "foreground")
 """Shortcuts whose value is a text even where it looks like a number."""
 
 
@@ -109,6 +114,9 @@ def _refuse_untrainable(config: Config) -> None:
 
 def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
     overrides = []
+    features = getattr(arguments, "features", None)
+    if features is not None:
+        overrides += [f"data.images={json.dumps(str(features.absolute()))}", f"model.model_name={FEATURES}"]
     for name, entry in SHORTCUTS.items():
         value = getattr(arguments, name, None)
         if isinstance(value, dict):

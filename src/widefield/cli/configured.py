@@ -5,6 +5,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -21,6 +22,7 @@ from widefield.data import LabelledImages
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
 from widefield.models import Classifier
+from widefield.models.feature_cache import FeatureCache
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
 from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
@@ -95,6 +97,9 @@ class ConfiguredCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         _refuse_other_classes(self.model, self.datamodule)
         _refuse_other_tasks(self.model, self.datamodule, bool(self.evaluation.metrics))
+        root = self.config.trainer.default_root_dir
+        if getattr(self.model, "cache_features", False) and root is not None:
+            self.model.feature_cache = FeatureCache(Path(root) / "features")
         described = self.config.optimizer
         if described is None:
             return

@@ -20,6 +20,7 @@ _FUNCTIONS = {
 }
 _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
+    "features": "the folder of features {} does not exist; check --features",
     "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
     "checkpoint": "the checkpoint {} does not exist",
     "foreground": "the foreground {} does not exist; give auto, none, otsu, hsv, a GeoJSON file, or a folder of such files",
@@ -56,6 +57,8 @@ def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
         ValueError, OSError: As `check_paths` and `check_folder`.
     """
     check_paths(arguments, others)
+    if getattr(arguments, "features", None) is not None and (arguments.images or arguments.model):
+        raise ValueError("--features takes the place of --images and --model; give it alone")
     if is_missing_file(arguments.weights):
         raise FileNotFoundError(f"--weights: {arguments.weights} does not exist")
     if arguments.out is not None:
@@ -86,7 +89,7 @@ def check_folder(out: Path, resume: bool) -> None:
 
 def _check_model(name: Any) -> None:
     """Raises ValueError for a name with the prefix of a library in whose files it does not stand."""
-    library, slash, network = str(name).partition("/")
+    library, slash, network = str(name).removeprefix("patches:").partition("/")
     if not slash or ":" in network or library not in ("timm", "torchvision"):
         return
     if not is_mentioned(library, network.partition(".")[0]):  # behind the dot stands which weights of timm

@@ -21,6 +21,7 @@ def fit(
     labels: str | Path | None = None,
     model: str | None = None,
     *,
+    features: str | Path | None = None,
     config: str | Path | Sequence[str | Path] = (),
     imports: Sequence[str] = (),
     resume: bool = False,
@@ -33,7 +34,8 @@ def fit(
         out: Folder of the checkpoints, the configuration and the report.
         images: Folder of image files.
         labels: CSV or Parquet file with a row per image, see `widefield.data.read_labels`.
-        model: resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME.
+        model: resnet18, ..., a narrow one such as resnet18_w16, timm/NAME, or patches:timm/NAME.
+        features: Folder of files of features, in place of `images` and `model`.
         config: Configuration to start from, YAML or Python, or several, each over the last.
         imports: Python files (or modules) with components of yours.
         resume: Continue the run in `out`.
@@ -52,7 +54,8 @@ def fit(
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
     if "foreground" in flags:
         flags["foreground"] = foreground_argument(flags["foreground"])
-    places = {name: None if place is None else Path(place) for name, place in (("images", images), ("labels", labels))}
+    given = {"images": images, "labels": labels, "features": features}
+    places = {name: None if place is None else Path(place) for name, place in given.items()}
     files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
     arguments = argparse.Namespace(
         out=Path(out),

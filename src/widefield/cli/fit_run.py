@@ -100,11 +100,12 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     if last and (out / CONFIG).is_file():
         check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
     classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
-    if classifies:
+    reads_pixels = classifies and model.reads_pixels
+    if reads_pixels:
         statistics = _normalise(model, data, cli.config.model, cli.config.data.seed)
     if isinstance(data, LabelledImages):
         _settle_background(model, data)
-    if classifies:
+    if reads_pixels:
         _check(model, data)
     if last:
         cli.trainer.precision_plugin.convert_module(
@@ -113,7 +114,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()
-    elif classifies and (cli.config.model.weights is None or _unsettled(model)):
+    elif reads_pixels and (cli.config.model.weights is None or _unsettled(model)):
         why = "random weights" if cli.config.model.weights is None else "weights of a short training"
         _calibrate(model, data, statistics, cli.config.data.seed, why)
     writes = cli.trainer.is_global_zero

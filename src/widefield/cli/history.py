@@ -108,6 +108,9 @@ def write_training_report(
     if rows:
         page.picture(_curves(rows), "Loss and metrics by epoch")
         page.table(list(rows[0]), [list(row.values()) for row in rows])
+    if not model.reads_pixels:
+        page.write(out / "report.html")
+        return
     page.heading("Memory")
     image = max((image for image, _ in data.train_set), key=lambda image: image.shape[1] * image.shape[2])
     plain = plain_step_bytes(model.stream_network.module, image.shape)

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         formats = [named.get(one, one) for one in arguments.heatmap]
         if "geotiff" in formats:
             import_rasterio("a heatmap on a map (GeoTIFF)")  # rather than after hours of computing
-        if isinstance(model, Classifier):
+        if isinstance(model, Classifier) and model.reads_pixels:
             model.stream_network.normalisation.check_channels(image.shape[0])
         keep_background_if_usable(model, image)
         picture = info.pipeline(image)
@@ -220,6 +220,8 @@ def explain(
 ) -> tuple[Tensor, Heatmap] | None:
     """Scores and the heatmap of the evidence for a class; None where a model has no map and no layer is asked for."""
     if isinstance(model, Classifier):
+        if not model.reads_pixels:
+            return None
         if layer is not None:
             raise ValueError(
                 f"the trunk of a Classifier streams, so that {layer} never has its whole output; leave the layer away"

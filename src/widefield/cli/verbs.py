@@ -115,6 +115,8 @@ def foreground_argument(text: str | Path) -> str | Path:
 
 FOREGROUNDS = ("auto", "none", "otsu", "hsv")
 """Ways to find the foreground, see `widefield.images.ForegroundChoice`."""
+POOLINGS = ("average", "max", "mean", "abmil", "clam", "clam-mb", "dsmil", "transmil", "abmilx")
+"""How the map of an image becomes a vector, see `widefield.models.Classifier`."""
 HEATMAPS = ("png", "tiff", "geojson")
 """Formats of heatmaps."""
 _IMPORTS = _option(
@@ -204,7 +206,13 @@ VERBS = {
             _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
             _option("--task", "TASK", "classification, multilabel, regression or survival (default: classification)"),
             _option("--separator", "TEXT", "between several labels in one cell, for multilabel"),
-            _option("--model", "NAME", "resnet18, ..., a narrow one such as resnet18_w16, or timm/NAME"),
+            _option("--model", "NAME", "resnet18, ..., resnet18_w16, timm/NAME, or patches:timm/NAME, see below"),
+            _option(
+                "--features", "DIR", "folder of files of features (.h5, .zarr), in place of --images and --model", Path
+            ),
+            _option("--pooling", "NAME", f"{', '.join(POOLINGS)} (default: average)"),
+            _option("--patch-size", "N", "side of a patch in pixels, with patches: (default: 224)", _count),
+            _option("--lora", "RANK", "train adapters of this rank in an encoder of patches, not its weights", _count),
             _option("--out", "DIR", "folder of the checkpoints, the configuration and the report", Path),
             _flag("--resume", "continue the run in --out"),
             _option("--level", "N", "level of the image pyramids, 0 the largest (default: 0)", int),
@@ -215,6 +223,9 @@ VERBS = {
                 "--value-range", "R", "what stands for 0 and 1: [LOW, HIGH], dtype or percentiles (default: found)"
             ),
             _option("--weights", "FILE", "weights to start from, or DEFAULT to download (default: random)"),
+            _flag(
+                "--cache-features", "compute the map of each image once, with a frozen trunk, and keep it", default=None
+            ),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step: N or [HEIGHT, WIDTH] (default: chosen)"),
             _option("--epochs", "N", "passes over the training images (default: 20)", int),
@@ -245,6 +256,14 @@ target), and maybe its split (split: train, val or test) and patient (case_id, p
 threshold: it is not read and not computed, and poolings look at the rest. A slide has several levels or a known spacing, 4096
 pixels or more on its long side, and is no map. otsu and hsv do so for every image, a GeoJSON file (of QuPath, say) holds its
 polygons, and none takes images as they are. With auto, a network that needs whole images gets whole images.
+
+Slides by patches: patches:timm/vit_small_patch16_224 encodes each patch by itself, and --pooling takes them as instances (abmil,
+clam, clam-mb, dsmil, transmil, abmilx, mean, max), encoder and head end to end on whole slides. With --weights, pixels are normalised
+as timm says for the encoder.
+  widefield fit --images slides --labels labels.csv --model patches:timm/vit_small_patch16_224 --weights encoder.safetensors \\
+      --pooling abmil --lora 8 --spacing 0.5 --foreground otsu --out out
+  widefield fit ... --cache-features model.train_streaming_layers=false    encoder frozen, each slide encoded once
+  widefield fit --features features/ --labels labels.csv --pooling clam --out out    features of CLAM, TRIDENT or `widefield embed`
 
 The flags above are shortcuts for the most used entries of a LightningCLI configuration, which is saved as config.yaml in
 the output folder. Every other entry can be given by its own name (`--trainer.precision bf16-mixed`,

@@ -147,7 +147,19 @@ def image_format(
 @cache
 def image_formats() -> tuple[ImageFormat, ...]:
     """All formats, in the order in which they are asked."""
-    rooms = ("nikon", "leica", "microscopy", "slides", "tiff", "photos", "arrays", "zarrs", "rasters", "dicom")
+    rooms = [
+        "nikon",
+        "leica",
+        "microscopy",
+        "slides",
+        "tiff",
+        "photos",
+        "arrays",
+        "feature_files",
+        "zarrs",
+        "rasters",
+        "dicom",
+    ]
     own = [f"widefield.images.{room}" for room in rooms]
     for module in own:
         importlib.import_module(module)

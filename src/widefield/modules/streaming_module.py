@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
-from widefield.components.models.features import OverForeground, background_of, left_out
+from widefield.components.models.features import OverForeground, background_of, left_out, mask_of_map
+from widefield.components.necks.instance_pooling import InstancePooling
 from widefield.images import Background
 from widefield.modules.constructor import StreamingConstructor, check_options, without_effect
 from widefield.modules.recordings import Recordings
@@ -135,14 +136,17 @@ class BaseModule(pl.LightningModule):
             each = [self(image) for image in images]
             return each if self.head is None else torch.cat(each)
         if (background := background_of(images)) is not None:
-            fmap = self.stream_network(images, **left_out(background))
-            return self.forward_head_over(fmap, background)
+            return self.forward_head_over(self.trunk_map(images), background)
         maps = self.stream_network(images)
         if self.head is None:
             return maps
         if isinstance(images, (list, tuple)):
             return torch.cat([self.forward_head(one) for one in maps])
         return self.forward_head(maps)
+
+    def trunk_map(self, image: Any) -> Any:
+        """Return the trunk's map of one image or batch, zero in its background."""
+        return self.stream_network(image, **left_out(background_of(image)))
 
     def forward_streaming(self, x: Any) -> Any:
         """The trunk's map of `x`, cut off from the trunk: a leaf of autograd that requires grad if the trunk trains.
@@ -348,6 +352,8 @@ class BaseModule(pl.LightningModule):
         """
         if background is None or self.head is None:
             return self.forward_head(x)
+        if isinstance(self.head, InstancePooling):
+            return self.head(x, mask_of_map(background, x))
         if self._head_over is None or self._head_over.part is not self.head:
             self._head_over = OverForeground(self.head, self.stream_network)
         return self._head_over(x, background)
@@ -433,8 +439,7 @@ class BaseModule(pl.LightningModule):
                 "override the step"
             )
         images, targets = batch[:2]
-        output = self(images)
-        loss: Tensor = self.loss_fn(output, targets)
+        output, loss = self.output_and_loss(images, targets, phase)
         count = len(targets)
         self.log(
             f"{phase}_loss",
@@ -450,6 +455,12 @@ class BaseModule(pl.LightningModule):
             metrics.update(self.predictions(output.detach()), targets)
             self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
         return loss
+
+    def output_and_loss(self, images: Any, targets: Tensor, phase: str) -> tuple[Any, Tensor]:
+        """Return the output for a batch, and the loss of a step of the phase "train", "val" or "test"."""
+        assert self.loss_fn is not None
+        output = self(images)
+        return output, self.loss_fn(output, targets)
 
 
 def _streamed(network: nn.Module, tile_size: Any, options: dict[str, Any]) -> StreamingCNN:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.components.data_sample import DataSample
-from widefield.components.models.features import background_of, left_out
+from widefield.components.models.features import background_of
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.data.datasets import as_batch
 from widefield.errors import WidefieldError
@@ -160,7 +160,7 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
         Probabilities of shape (classes,) and the map of shape (h, w), on the CPU. Both need no gradient.
     """
     with torch.no_grad():
-        features = model.stream_network(image, **left_out(background_of(image)))
+        features = model.trunk_map(image)
     features.requires_grad_()
     with torch.enable_grad():
         logits = model.forward_head_over(features, background_of(image))

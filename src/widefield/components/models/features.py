@@ -35,6 +35,11 @@ def foreground_of_map(background: Background, size: Sequence[int]) -> Tensor:
     return cells.tile((height, width), 0, 0, height, width, torch.device("cpu"))[0]
 
 
+def mask_of_map(background: Background | None, fmap: Tensor) -> Tensor | None:
+    """Return the mask (1, h, w) of a map (1, C, h, w) of an image, as `InstancePooling` takes it; None without a background."""
+    return None if background is None else foreground_of_map(background, fmap.shape)[None].to(fmap.device)
+
+
 class OverForeground:
     """The part behind a trunk, such as pooling and a classifier, applied to the foreground of the trunk's map alone.
 

@@ -14,7 +14,7 @@ from widefield.components.models.features import (
     OverForeground,
     backbone_features,
     background_of,
-    foreground_of_map,
+    mask_of_map,
     neck_features,
     streams,
 )
@@ -110,7 +110,7 @@ class ImageClassifier(BaseModel):
         if len(features) != 1:
             raise WrongArgumentError(f"{SEVERAL_MAPS}, and this one gives {len(features)}; give one of out_indices")
         if isinstance(self.neck, InstancePooling):
-            return self.neck(features, foreground_of_map(background, features[0].shape)[None].to(features[0].device))
+            return self.neck(features, mask_of_map(background, features[0]))
         if self._neck_over is None:
             self._neck_over = OverForeground(_OfOneMap(self.neck), self.backbone.streamed)
         return self._neck_over(features[0], background)
