@@ -97,9 +97,6 @@ class ConfiguredCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         _refuse_other_classes(self.model, self.datamodule)
         _refuse_other_tasks(self.model, self.datamodule, bool(self.evaluation.metrics))
-        root = self.config.trainer.default_root_dir
-        if getattr(self.model, "cache_features", False) and root is not None:
-            self.model.feature_cache = FeatureCache(Path(root) / "features")
         described = self.config.optimizer
         if described is None:
             return
@@ -116,6 +113,12 @@ class ConfiguredCLI(LightningCLI):
             if error.__cause__ is not None and str(error).startswith("Does not validate against any of the Union"):
                 raise error.__cause__ from error
             raise
+
+    def keep_features(self) -> None:
+        """Let a model that keeps the maps of its trunk keep them in the folder of the results."""
+        root = self.config.trainer.default_root_dir
+        if getattr(self.model, "cache_features", False) and root is not None:
+            self.model.feature_cache = FeatureCache(Path(root) / "features")
 
     def callbacks(self) -> list[Callback]:
         """Callbacks that come behind those of the configuration."""

@@ -62,6 +62,7 @@ def evaluate(
         ignore_irrelevant_warnings()
         cli = ConfiguredCLI(config, [], f"widefield {phase}", views, more)
         data = cli.datamodule
+        cli.keep_features()
         counts = {name: len(getattr(data, f"{name}_set", (None,))) for name in ("val", "test")}
         if phase == "test" and not counts["test"] and counts["val"]:
             _log.info("there are no test images; these are the validation images")

@@ -28,6 +28,7 @@ from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import other_weights
 from widefield.inference.names import BEST, CONFIG, LAST
 from widefield.models import Classifier
+from widefield.models.instances import is_patches
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
 from widefield.writing import replacing
@@ -105,6 +106,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         statistics = _normalise(model, data, cli.config.model, cli.config.data.seed)
     if isinstance(data, LabelledImages):
         _settle_background(model, data)
+    cli.keep_features()  # no earlier, as a mask that is tried out is not kept
     if reads_pixels:
         _check(model, data)
     if last:
@@ -220,7 +222,8 @@ def _normalise(model: Classifier, data: LabelledImages, given: Any, seed: int) -
             *value_range, found.dtype,
         )  # fmt: skip
     mean, std = used.mean, used.std
-    if given.mean is None and given.std is None and (given.weights is None or data.image_channels != _IMAGE_CHANNELS):
+    from_images = (given.weights is None and not is_patches(model.model_name)) or data.image_channels != _IMAGE_CHANNELS
+    if given.mean is None and given.std is None and from_images:
         low, high = value_range or (0.0, 1.0 if found.dtype.kind == "f" else float(np.iinfo(found.dtype).max))
         mean = tuple((value - low) / (high - low) for value in found.mean)
         std = tuple(max(value / (high - low), 1e-3) for value in found.std)

@@ -162,7 +162,7 @@ MODEL is one of
   timm/NAME, torchvision/NAME
 """
 _DATA = _option("--data", "PATH", "folder of images, or an image file; may be given several times", action="append")
-_PRETRAINED = _option("--checkpoint", "CKPT", "a .ckpt file that `widefield pretrain` wrote", Path)
+_PRETRAINED = _option("--checkpoint", "CKPT", "a .ckpt file that `widefield pretrain` wrote, or `fit`", Path)
 _CALL = (
     _option("--model", "MODEL", "my_file.py:MyWrapper, or a name such as torchvision/resnet18 or timm/convnext_tiny"),
     _flag("--overwrite", "replace what is there"),
@@ -258,8 +258,8 @@ pixels or more on its long side, and is no map. otsu and hsv do so for every ima
 polygons, and none takes images as they are. With auto, a network that needs whole images gets whole images.
 
 Slides by patches: patches:timm/vit_small_patch16_224 encodes each patch by itself, and --pooling takes them as instances (abmil,
-clam, clam-mb, dsmil, transmil, abmilx, mean, max), encoder and head end to end on whole slides. With --weights, pixels are normalised
-as timm says for the encoder.
+clam, clam-mb, dsmil, transmil, abmilx, mean, max), encoder and head end to end on whole slides. With --weights, pixels are
+normalised as timm says for the encoder.
   widefield fit --images slides --labels labels.csv --model patches:timm/vit_small_patch16_224 --weights encoder.safetensors \\
       --pooling abmil --lora 8 --spacing 0.5 --foreground otsu --out out
   widefield fit ... --cache-features model.train_streaming_layers=false    encoder frozen, each slide encoded once
@@ -308,18 +308,20 @@ Every other argument of widefield.pretrain is given as key=value, with dots for 
         check="widefield.cli.first_checks:check_call",
     ),
     "export": Verb(
-        "write the trained model of a checkpoint of `pretrain` to a file of its own",
+        "write the trained model of a checkpoint of `pretrain` or `fit` to a file of its own",
         "widefield.cli.call:run",
         (
             _option("--out", "FILE", "file that is written", Path),
             _PRETRAINED,
-            _option("--part", "PART", "model, wrapped_model or embedding_model (default: model)"),
+            _option("--part", "PART", "model, wrapped_model, embedding_model or adapters (default: model)"),
             _option("--format", "FORMAT", "(default: package_default, a state dict)"),
             *_CALL,
         ),
         """\
 Formats: package_default, torch_state_dict, torch_model (the module itself, pickled), safetensors.
 Only torch_model needs --model, and only if the run was not given its model by name.
+Of a checkpoint of `fit`, model is the network under timm's or torchvision's names, or the encoder of patches with adapters merged;
+adapters are those of --lora alone, written to the folder --out, which peft.PeftModel.from_pretrained reads.
 Arguments of widefield.export may also be given as key=value.
 """,
         takes_others=True,

@@ -14,7 +14,7 @@ from widefield.components.necks.instance_pooling import InstancePooling
 from widefield.data import Target
 from widefield.errors import WrongArgumentError
 from widefield.models.feature_cache import FeatureCache
-from widefield.models.instances import FEATURES, PATCHES_PREFIX, is_patches, make_encoder, make_head
+from widefield.models.instances import FEATURES, PATCHES_PREFIX, is_patches, make_encoder, make_head, network_of
 from widefield.models.lora import merged
 from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_timm
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
@@ -56,7 +56,8 @@ class Classifier(ImageNetClassifier):
         train_streaming_layers: False freezes the trunk.
         in_channels: Channels of the images; the first layer is adapted to other than 3, see `make_model`.
         mean, std: Per channel, see `StreamingCNN`; None stands for ImageNet's, and lets `widefield fit` measure them on the
-            training images where there are no pretrained weights or other than 3 channels.
+            training images where there are no pretrained weights or other than 3 channels. For an encoder of patches of 3 channels
+            None stands for what timm says of the network, see `PatchEncoder`.
         value_range: What stands for 0 and 1, see `StreamingCNN`. `widefield fit` also takes "dtype", the range of the pixels'
             type, and "percentiles", the range of the training images from the percentile 0.1 to 99.9, which None means where they
             fill less than a quarter of their type's range.
@@ -98,16 +99,16 @@ class Classifier(ImageNetClassifier):
         task = parts_of(class_names, target)
         _refuse_conflicts(model_name, target, pooling, train_streaming_layers, lora, cache_features)
         if is_patches(model_name) or model_name == FEATURES:
-            encodes = is_patches(model_name)
-            trunk: nn.Module = (
-                make_encoder(model_name, weights, in_channels, patch_size, lora) if encodes else nn.Identity()
-            )
-            encoder: Any = getattr(trunk, "module", None)
-            head: nn.Module = make_head(pooling, encoder.num_features if encodes else in_channels, len(class_names))
+            trunk: nn.Module = nn.Identity()
+            channels = in_channels
+            if is_patches(model_name):
+                trunk = make_encoder(model_name, weights, in_channels, patch_size, lora, normalises=mean is None)
+                channels = network_of(trunk).num_features
+            head: nn.Module = make_head(pooling, channels, len(class_names))
         else:
             trunk, head = _trunk_and_head(model_name, len(class_names), weights, pooling, in_channels)
-        if mean is None and std is None and model_name != FEATURES:
-            mean, std = _statistics_of(trunk, weights, in_channels)
+            if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
+                mean, std = IMAGENET_MEAN, IMAGENET_STD
         super().__init__(
             trunk,
             head,
@@ -206,7 +207,7 @@ class Classifier(ImageNetClassifier):
         """
         if not is_patches(self.model_name):
             raise WrongArgumentError(f"{self.model_name} encodes no patches; that does {PATCHES_PREFIX}timm/NAME")
-        return self.stream_network.module.module  # type: ignore[union-attr, return-value]
+        return network_of(self.stream_network.module)  # type: ignore[no-any-return]
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The weights under torchvision's or timm's names, on the CPU; those of an encoder of patches with its adapters merged."""
@@ -280,9 +281,10 @@ def _instances_of_map(
         ValueError: The network gives no map.
     """
     if name.startswith(TIMM_PREFIX):
-        net: Any = make_timm(name, 0, weights, in_chans=in_channels, global_pool="")
+        net: Any = make_timm(name, 1, weights, in_chans=in_channels)
         if hasattr(net, "patch_embed") and hasattr(net, "pos_embed"):
             raise ValueError(f"{name} gives tokens and no map; {PATCHES_PREFIX}{name} encodes patches by it")
+        net.reset_classifier(0, "")
         return net, make_head(pooling, net.num_features, num_classes)
     net = make_model(name, num_classes, weights, in_channels)
     trunk, _ = split_resnet(net, num_classes)
@@ -306,19 +308,6 @@ def _refuse_conflicts(
         )
     if pooling.startswith("clam") and target.get("task") != "classification":
         raise ValueError(f"pooling={pooling!r} is for one class for each image, and the task is {target.get('task')}")
-
-
-def _statistics_of(
-    trunk: nn.Module, weights: str | None, in_channels: int
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Return the mean and standard deviation by which a network was pretrained, or else ImageNet's; None for other channels."""
-    if in_channels != len(IMAGENET_MEAN):
-        return None, None
-    encoder: Any = getattr(trunk, "module", None)  # of patches
-    if encoder is not None and weights is not None:
-        settings = encoder.pretrained_cfg  # those of timm, whatever file the weights are in
-        return settings["mean"], settings["std"]
-    return IMAGENET_MEAN, IMAGENET_STD
 
 
 class StreamingTimm(ImageNetClassifier):

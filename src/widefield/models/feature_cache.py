@@ -72,13 +72,14 @@ class FeatureCache:
 
     def _weights_of(self, network: StreamingCNN) -> str:
         """Return a hash of the weights, computed again when one of them was changed."""
-        state = network.module.state_dict()
+        module = network.module
+        state = dict([*module.named_parameters(), *module.named_buffers()])  # those that are not saved as well
         versions = tuple(value for one in state.values() for value in (one.data_ptr(), one._version))
         if self._weights is None or self._weights[0] != versions:
             hashed = hashlib.sha256()
             for name, value in state.items():
                 hashed.update(name.encode())
-                hashed.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+                hashed.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
             self._weights = versions, hashed.hexdigest()
         return self._weights[1]
 

@@ -16,7 +16,9 @@ from widefield.components.necks.instance_pooling import (
     MeanPooling,
 )
 from widefield.models.lora import add_adapters
-from widefield.models.networks import TIMM_PREFIX, Weights, make_timm
+from widefield.models.networks import Weights
+from widefield.models.patch_encoder import PatchEncoder
+from widefield.modules.constructor import IMAGENET_MEAN
 from widefield.registry import suggestion
 
 PATCHES_PREFIX = "patches:"
@@ -52,23 +54,40 @@ def make_head(pooling: str, channels: int, outputs: int) -> InstancePooling:
     return made(channels, outputs)
 
 
-def make_encoder(name: str, weights: Weights, in_channels: int, patch_size: int, lora: int | None) -> nn.Module:
-    """Return the timm network `patches:timm/NAME`, without its classifier and with adapters of that rank, as a `Local` of patches.
+def make_encoder(
+    name: str,
+    weights: Weights,
+    in_channels: int,
+    patch_size: int,
+    lora: int | None,
+    normalises: bool,
+) -> PatchEncoder:
+    """Return the encoder of patches by the timm network `patches:timm/NAME`, with adapters of rank `lora` if it is given.
+
+    Args:
+        name, weights, in_channels: The network; its weights are frozen where it has adapters.
+        patch_size: Side of a patch in pixels.
+        lora: See `add_adapters`.
+        normalises: Normalise patches as timm says for the network. False, and other than 3 channels: take them as they are.
 
     Raises:
         ValueError: There is no such network, weights don't belong to it, or it has nothing to adapt.
         OSError: Weights cannot be downloaded or read.
     """
-    from widefield.streaming import Local
-
-    short = name.removeprefix(PATCHES_PREFIX)
-    if not short.startswith(TIMM_PREFIX):
-        raise ValueError(
-            f"model {name!r}: patches are encoded by networks of timm; give {PATCHES_PREFIX}{TIMM_PREFIX}NAME"
-        )
-    net: Any = make_timm(short, 0, weights, in_chans=in_channels)
-    if hasattr(net, "set_input_size") and tuple(net.patch_embed.img_size or ()) != (patch_size, patch_size):
-        net.set_input_size(img_size=(patch_size, patch_size))
+    normalised = normalises and in_channels == len(IMAGENET_MEAN)
+    encoder = PatchEncoder(
+        name.removeprefix(PATCHES_PREFIX),
+        patch_size,
+        weights=weights,  # type: ignore[arg-type]
+        mean=None if normalised else (0.0,) * in_channels,
+        std=None if normalised else (1.0,) * in_channels,
+        options={"in_chans": in_channels},
+    )
     if lora is not None:
-        add_adapters(net, lora)
-    return Local(net, patch_size)
+        add_adapters(network_of(encoder), lora)
+    return encoder
+
+
+def network_of(encoder: nn.Module) -> Any:
+    """Return the network in a `PatchEncoder`."""
+    return encoder.get_submodule("module.network")

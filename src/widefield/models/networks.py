@@ -87,11 +87,10 @@ def new_linear(channels: int, num_classes: int) -> nn.Linear:
 
 
 def make_timm(name: str, num_classes: int, weights: Weights, **options: Any) -> nn.Module:
-    """The timm model `name`, with or without the prefix `timm/`, with `num_classes` outputs; 0: its features."""
+    """The timm model `name`, with or without the prefix `timm/`, with `num_classes` outputs."""
     import timm  # seconds to import, and most runs don't need it
 
-    if num_classes != 0:
-        check_num_classes(num_classes)
+    check_num_classes(num_classes)
     short = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(short) and not short.startswith(_ELSEWHERE):
         raise unknown_model(name, [TIMM_PREFIX + choice for choice in timm.list_models()])

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.base_model import is_plain
-from widefield.models import load_state, load_weights
+from widefield.models import Classifier, load_state, load_weights
+from widefield.models.instances import is_patches
+from widefield.models.lora import has_adapters, merged, write_adapters
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments
@@ -23,7 +25,7 @@ from widefield.writing import replacing, write_torch_file
 
 KEY = "widefield"
 """The key of a checkpoint under which our part stands."""
-Part = Literal["model", "wrapped_model", "embedding_model"]
+Part = Literal["model", "wrapped_model", "embedding_model", "adapters"]
 
 
 class ModelPart(StrEnum):
@@ -32,6 +34,7 @@ class ModelPart(StrEnum):
     MODEL = "model"
     WRAPPED_MODEL = "wrapped_model"
     EMBEDDING_MODEL = "embedding_model"
+    ADAPTERS = "adapters"
 
 
 class ModelFormat(StrEnum):
@@ -103,6 +106,8 @@ class Checkpoint:
         Raises:
             ValueError: The weights of the model alone cannot be told from the others.
         """
+        if part == "adapters":
+            raise ValueError(f"part='adapters' is for checkpoints of `widefield fit --lora`, and {self.path} has none")
         wrapped: str = self.about["wrapped_model"]
         if part == "embedding_model":
             head = self._under(self.about["embed_head"], _HEAD)
@@ -259,9 +264,11 @@ def export(
 
     Args:
         out: The file.
-        checkpoint: A .ckpt file in the folder `checkpoints` of a run.
+        checkpoint: A .ckpt file in the folder `checkpoints` of a run; or one that `widefield fit` wrote of a network by name.
         part: "model": what `get_model` of the wrapper returns; "wrapped_model": the wrapper; "embedding_model": the wrapper with
-            the embedding layer.
+            the embedding layer. Of a checkpoint of `fit`, "model" is the network under the names of torchvision or timm, or the
+            encoder of patches without the head, adapters merged; "adapters" are these alone, and `out` a folder for
+            `peft.PeftModel.from_pretrained`.
         format: "torch_state_dict": tensors, for `torch.load(..., weights_only=True)`; "torch_model": the module itself, pickled;
             "safetensors"; "package_default": what the package of the model loads by itself, which for torchvision, timm and
             models of one's own is a state dict.
@@ -277,28 +284,59 @@ def export(
     given = arguments(export, locals(), errors)
     errors.raise_if_any("widefield.export")
     check_file(given.out, given.overwrite)
-    if given.format == "package_default" and given.part != "model":
+    if given.format == "package_default" and given.part not in ("model", "adapters"):
         raise ValueError(
             f'format="package_default" is for part="model", which a package knows; give "torch_state_dict", "torch_model" or '
             f'"safetensors" for part={given.part!r}'
         )
+    if (classifier := _classifier(Path(given.checkpoint))) is not None:
+        _export_classifier(classifier, given)
+        return
     found = Checkpoint.read(given.checkpoint)
     if given.model is None and given.format != "torch_model":
         module, weights = None, found.weights(given.part)
     else:
         module = part_of(found.embedding_model(given.model), given.part)
         weights = module.state_dict()
-    if given.format == "safetensors":
-        _write_safetensors(weights, given.out)
-    elif given.format == "torch_model":
+    _write(module, weights, given.format, given.out)
+
+
+def _write(module: nn.Module | None, weights: dict[str, Tensor], format: str, out: Path) -> None:
+    if format == "safetensors":
+        _write_safetensors(weights, out)
+    elif format == "torch_model":
         try:
-            write_torch_file(module, given.out)
+            write_torch_file(module, out)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise ValueError(
                 f'format="torch_model": the {type(module).__name__} cannot be pickled: {error}; give "torch_state_dict"'
             ) from error
     else:
-        write_torch_file(weights, given.out)
+        write_torch_file(weights, out)
+
+
+def _classifier(path: Path) -> Classifier | None:
+    """Return the classifier of a checkpoint that `widefield fit` wrote; None for another file."""
+    content = {} if path.suffix == ".safetensors" else read_torch_file(path)
+    if not isinstance(content, dict) or "model_name" not in content.get("hyper_parameters", {}):
+        return None
+    return Classifier.from_checkpoint(path)[0]
+
+
+def _export_classifier(classifier: Classifier, given: Any) -> None:
+    """Raises ValueError for a part that it does not have."""
+    encodes = is_patches(classifier.model_name)
+    if given.part == "adapters":
+        if not encodes or not has_adapters(classifier.encoder):
+            raise ValueError(f"part='adapters': {given.checkpoint} has none; `widefield fit --lora RANK` trains them")
+        write_adapters(classifier.encoder, given.out)
+    elif given.part == "model":
+        module = merged(classifier.encoder) if encodes else classifier.plain_model()
+        _write(module, classifier.plain_state_dict(), given.format, given.out)
+    else:
+        raise ValueError(
+            f"part={given.part!r} is of `widefield pretrain`, and {given.checkpoint} of `fit`; give 'model'"
+        )
 
 
 def _write_safetensors(weights: dict[str, Tensor], out: Path) -> None:
