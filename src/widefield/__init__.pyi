@@ -8,6 +8,7 @@ from widefield.images import open_image
 from widefield.inference import FeatureExtractor as FeatureExtractor
 from widefield.inference import ImageClassificationInferencer as ImageClassificationInferencer
 from widefield.inference import ImageRetrievalInferencer as ImageRetrievalInferencer
+from widefield.inference import embed_patches as embed_patches
 from widefield.inference import get_model, list_models
 from widefield.inference import inference_model as inference_model
 from widefield.models.classifier import StreamingTimm as StreamingTimm

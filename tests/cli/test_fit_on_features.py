@@ -10,7 +10,8 @@ from torch.nn import functional
 
 import widefield
 from widefield.cli import main
-from widefield.images.feature_files import PatchFeatures, write_features
+from widefield.images.feature_files import PatchFeatures
+from widefield.inference.patch_features import write_features
 from widefield.models import Classifier
 
 

@@ -15,6 +15,7 @@ import widefield
 from widefield.cli import main
 from widefield.data import LabelledImages
 from widefield.images import open_image
+from widefield.images.feature_files import read_features
 from widefield.models import Classifier
 
 SIDE = 32
@@ -206,3 +207,48 @@ def test_other_weights_have_other_maps(slides: Path, tmp_path: Path) -> None:
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("format", ["hdf5", "zarr"])
+def test_features_of_patches_are_written_with_their_places_and_train_a_head(
+    format: str, run: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["embed", "--patches", "--data", str(slides / "images"), "--out", str(tmp_path / "features")]
+    assert main([*call, "--checkpoint", str(run / "best.ckpt"), f"format={format}"]) == 0
+    model, _ = Classifier.from_checkpoint(run / "best.ckpt")
+    model.eval()
+    data = LabelledImages(slides / "images", slides / "labels.csv", spacing=0.5, foreground="otsu")
+    image, _ = data.train_set[0]
+    with torch.no_grad():
+        fmap = model.trunk_map(image)[0]
+    files = sorted((tmp_path / "features").iterdir())
+    assert [path.stem for path in files] == [f"s{k}" for k in range(6)]
+    found = read_features(files[0])
+    assert {name: int(found.attributes[name]) for name in ("patch_size", "patch_size_level0", "level0_width")} == {
+        "patch_size": SIDE,
+        "patch_size_level0": SIDE,
+        "level0_width": 224,
+    }
+    for (x, y), features in zip(found.coords, found.features, strict=True):
+        torch.testing.assert_close(torch.from_numpy(features), fmap[:, y // SIDE, x // SIDE], rtol=1e-4, atol=1e-5)
+    assert len(found.features) == int(fmap.any(0).sum())
+    flags = ["--labels", str(slides / "labels.csv"), "--pooling", "mean", "--epochs", "1"]
+    assert main(["fit", "--features", str(tmp_path / "features"), *flags, "--out", str(tmp_path / "run")]) == 0
+    if format == "hdf5":
+        capsys.readouterr()
+        before = files[0].stat().st_mtime_ns
+        assert main([*call, "--model", "patches:timm/test_vit"]) == 0  # all are there
+        assert files[0].stat().st_mtime_ns == before
+        assert main([*call, "--model", "timm/test_vit"]) == 2
+        assert "must be patches:timm/NAME" in capsys.readouterr().err
+        assert main([*call, "--batch-size", "3"]) == 2
+        assert "--batch-size does not go with embed --patches" in capsys.readouterr().err
+
+
+def test_places_of_patches_are_those_of_the_largest_level(slides: Path, tmp_path: Path) -> None:
+    image = str(slides / "images" / "s1.tif")
+    call = ["embed", "--patches", "--data", image, "--out", str(tmp_path), "--model", "patches:timm/test_vit"]
+    assert main([*call, "--spacing", "1", "patch_size=32", "--foreground", "none"]) == 0
+    found = read_features(tmp_path / "s1.h5")
+    assert found.coords.tolist() == [[x, y] for y in (0, 64) for x in (0, 64, 128)]
+    assert int(found.attributes["patch_size_level0"]) == 64

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +20,7 @@ from widefield.components.necks.instance_pooling import (
     MeanPooling,
 )
 from widefield.errors import WrongArgumentError
+from widefield.models.patch_encoder import PatchEncoder
 from widefield.streaming import StreamingCNN, UnsupportedOpError, stream
 
 D, C, H, W = 6, 3, 4, 5
@@ -146,6 +148,30 @@ def test_it_streams_as_plain_pytorch_with_the_trunk_that_trains(name: str) -> No
         assert_exact(net, image, [7], stream)
         with pytest.raises(UnsupportedOpError):
             StreamingCNN(net, 7)(image)
+
+
+def test_an_encoder_of_patches_and_a_head_train_together_as_plain_pytorch_has_it() -> None:
+    torch.manual_seed(5)
+    net = timm.create_model("test_vit", num_classes=0, img_size=32)
+    encoder = PatchEncoder(net, size=32, input_size=32)
+    model = nn.Sequential(encoder, GatedAttentionPooling(net.num_features, C, 5)).double()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    image = torch.rand(1, 3, 100, 170, dtype=torch.float64)
+    assert_exact(model, image, [32, (64, 100)], stream)
+    mask = torch.tensor([[True, False, False, True, False], [False] * 5, [False, True, True, False, False]])
+    background = functional.adaptive_max_pool2d(mask[None, None].double(), (100, 170)) == 0
+    model.zero_grad()
+    streamed = StreamingCNN(model, 32, verify=False)(image, mask=mask, fill=0.5)
+    streamed[0, 1].backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    expected = model[1](encoder(image.masked_fill(background, 0.5)), mask[None])
+    expected[0, 1].backward()
+    assert relative_error(streamed.detach(), expected.detach()) < 1e-10
+    for one, parameter in zip(found, model.parameters()):
+        assert one is not None
+        assert parameter.grad is not None
+        assert relative_error(one, parameter.grad) < 1e-10
 
 
 @pytest.mark.parametrize("name", LOCAL)

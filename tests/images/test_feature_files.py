@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from widefield.images import ImageReadError, open_image
-from widefield.images.feature_files import PatchFeatures, read_features, write_features
+from widefield.images.feature_files import PatchFeatures, read_features
+from widefield.inference.patch_features import write_features
 
 FEATURES = np.arange(21, dtype=np.float32).reshape(7, 3)
 COORDS = np.stack([np.arange(7) * 224, np.arange(7) * 0 + 448], 1)

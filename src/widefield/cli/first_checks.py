@@ -17,6 +17,7 @@ _FUNCTIONS = {
     "pretrain": "widefield.pretraining.training:train",
     "export": "widefield.pretraining.checkpoint:export",
     "embed": "widefield.pretraining.embed_images:embed",
+    "embed --patches": "widefield.inference.patch_features:embed_patches",
 }
 _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
@@ -28,7 +29,7 @@ _MISSING = {
 }
 """The message about a path that is not there, by the argument."""
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
-_NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen")
+_NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen", "patches")
 
 
 def check_paths(arguments: argparse.Namespace, others: list[str]) -> None:
@@ -119,9 +120,12 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
         _check_name(given.get("model"))
         _check_name(method_args.get("teacher"))
     out, overwrite = Path(given["out"]).expanduser(), bool(given.get("overwrite"))
-    if not arguments.imports:  # they may bring methods
+    if not arguments.imports and not is_of_patches(arguments):  # they may bring methods
         _check_values(arguments.verb, given)
-    if arguments.verb == "pretrain":
+    if is_of_patches(arguments):
+        if out.is_file():
+            raise NotADirectoryError(f"out: {out} is a file; name a folder, in which each slide gets a file")
+    elif arguments.verb == "pretrain":
         OutFolder(out.resolve()).check(overwrite, bool(given.get("resume_interrupted") or given.get("resume")))
     else:
         check_file(out, overwrite)
@@ -148,6 +152,11 @@ def _check_values(verb: str, given: dict[str, Any]) -> None:
         errors.raise_if_any(f"widefield.{verb}")
 
 
+def is_of_patches(arguments: argparse.Namespace) -> bool:
+    """Return True of `widefield embed --patches`."""
+    return bool(getattr(arguments, "patches", False))
+
+
 def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     """Return what the function of a verb is called with: the flags that were given, and `others`, which win.
 
@@ -164,7 +173,9 @@ def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[
     if len(given.get("data", ())) == 1:
         # A folder alone is not a list of folders: images are named by their paths in it.
         (given["data"],) = given["data"]
-    known = arguments_of(outline(_FUNCTIONS[arguments.verb])).named
+    known = arguments_of(outline(_FUNCTIONS[arguments.verb + " --patches" * is_of_patches(arguments)])).named
+    if foreign := [name for name in given if name.partition(".")[0] not in known]:
+        raise ValueError(f"--{foreign[0].replace('_', '-')} does not go with {arguments.verb} --patches; leave it out")
     for text in others:
         if text.startswith("--") and "=" not in text:
             flags_of = [f"--{name.replace('_', '-')}" for name in known]

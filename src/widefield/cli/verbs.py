@@ -331,10 +331,11 @@ Arguments of widefield.export may also be given as key=value.
         "write the embeddings of images by a checkpoint of `pretrain`",
         "widefield.cli.call:run",
         (
-            _option("--out", "FILE", "file that is written", Path),
+            _option("--out", "FILE", "file that is written; with --patches the folder of the files", Path),
             _DATA,
             _PRETRAINED,
-            _option("--format", "FORMAT", "(default: torch)"),
+            _flag("--patches", "write the features of the patches of each slide to a file of its own, see below"),
+            _option("--format", "FORMAT", "(default: torch; with --patches hdf5)"),
             _option("--batch-size", "N", "images at a time (default: 128)", int),
             _option("--spacing", "UM", "micrometres per pixel of slides as a whole, with image_size=null", float),
             _foreground("auto, of slides as a whole"),
@@ -345,6 +346,13 @@ Formats: torch, csv, lightly_csv, parquet. Images of any size are resized to ima
 Every other argument of widefield.embed is given as key=value, such as image_size=128 or num_workers=4. Slides, each as a whole:
 image_size=null level=1 streaming.memory_budget=2GiB; their background is left out as --foreground of `widefield fit` says.
 Patches of slides (slides.patch_size=256) are those with foreground anyway.
+
+--patches writes features (n, D) and coords (n, 2) of the patches with foreground, as CLAM and TRIDENT do, by an encoder of timm or
+that of a run of `fit`; format=zarr has the same arrays. `widefield fit --features` trains on them. Slides whose file is there are
+left out.
+  widefield embed --patches --out features --data slides --model patches:timm/vit_small_patch16_224 weights=encoder.safetensors \\
+      --spacing 0.5 patch_size=224
+  widefield embed --patches --out features --data slides --checkpoint runs/first/best.ckpt
 """,
         takes_others=True,
         check="widefield.cli.first_checks:check_call",

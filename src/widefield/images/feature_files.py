@@ -14,7 +14,6 @@ import numpy as np
 from widefield.errors import MissingExtraError
 from widefield.images.arrays import ArrayPixels, DeferredArray
 from widefield.images.formats import Choice, Contents, PerProcess, cannot_read, choose_series, image_format
-from widefield.writing import replacing
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _SHOWN = 8
@@ -132,27 +131,6 @@ def _read(path: Path, group: Any) -> PatchFeatures:
     return PatchFeatures(
         np.asarray(group["features"][:]).reshape(shape), np.asarray(coords[:]).reshape(-1, 2), dict(coords.attrs)
     )
-
-
-def write_features(path: Path, content: PatchFeatures) -> None:
-    """Write a file of features, whole or not at all: a Zarr group if `path` ends in `.zarr`, else HDF5.
-
-    Raises:
-        MissingExtraError: h5py is needed, and is not installed.
-    """
-    if path.suffix == ".zarr":
-        import zarr
-
-        with replacing(path) as partial:
-            group = zarr.create_group(partial)
-            for name, array in (("features", content.features), ("coords", content.coords)):
-                group.create_array(name, data=array)
-            group["coords"].attrs.update(content.attributes)
-        return
-    h5py = import_h5py()
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
-        file.create_dataset("features", data=content.features)
-        file.create_dataset("coords", data=content.coords).attrs.update(content.attributes)
 
 
 def import_h5py() -> Any:

@@ -6,6 +6,7 @@ from widefield.inference.models import ModelInfo as ModelInfo
 from widefield.inference.models import get_model as get_model
 from widefield.inference.models import info_of as info_of
 from widefield.inference.names import list_models as list_models
+from widefield.inference.patch_features import embed_patches as embed_patches
 from widefield.inference.prediction import ImageClassificationInferencer as ImageClassificationInferencer
 from widefield.inference.prediction import inference_model as inference_model
 from widefield.inference.prediction import predict_samples as predict_samples
