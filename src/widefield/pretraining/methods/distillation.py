@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from widefield.components.losses.embedding_losses import joint
 from widefield.models import load_weights
+from widefield.models.instances import PATCHES_PREFIX, is_patches, network_of
+from widefield.models.patch_encoder import PatchEncoder
 from widefield.pretraining.embedding import EmbeddingModel
 from widefield.pretraining.methods import METHODS
 from widefield.pretraining.methods.base import Auto, Count, Method, Queue, Run, Temperature, Weight, queue_length
@@ -24,7 +26,9 @@ from widefield.pretraining.wrapping import THEIRS, has_batch_norm, wrap
 class Distillation(Method):
     """Learns to see images as a teacher does: which other images are alike, and which positions of an image are.
 
-    The teacher sees images normalised as the configuration of its weights says, if it is of timm, else as the student does.
+    The teacher sees images normalised as the configuration of its weights says, if it is of timm, else as the student does. A
+    teacher of patches, `patches:timm/NAME`, sees those of an image one by one, and gives a map of them: so a convolutional student
+    learns, from views of several patches each, what it can then say of whole slides, streamed.
 
     The loss is KL(teacher || student) of softmax(similarities / temperature), of a pooled embedding with those of a queue and of
     the batch, plus `loss_local_weight` times the same of every position of a map with all others of that map. The student's
@@ -33,8 +37,10 @@ class Distillation(Method):
 
     Args:
         embedding, run: See `Method`.
-        teacher: A wrapper, a model of torchvision or timm, or the name of one; see `widefield.pretraining.wrap`.
-        teacher_args: Arguments of its constructor, if `teacher` is a name: `{"pretrained": True}` downloads weights of timm.
+        teacher: A wrapper, a model of torchvision or timm, or the name of one; see `widefield.pretraining.wrap`. Or
+            `patches:timm/NAME`.
+        teacher_args: Arguments of its constructor, if `teacher` is a name: `{"pretrained": True}` downloads weights of timm. Of
+            patches those of `PatchEncoder`: `{"size": 224}` are the pixels of a patch, `{"weights": "DEFAULT"}` downloads weights.
         teacher_weights: A file with its weights.
         temperature_global, temperature_local: Of the similarities of images, and of positions.
         loss_local_weight: Of the loss of positions.
@@ -78,13 +84,18 @@ class Distillation(Method):
             raise ValueError(
                 f"the teacher {teacher} would have random weights; give a file as teacher_weights, or arguments as teacher_args"
             )
-        wrapper = wrap(teacher, teacher_args, len(run.normalize.mean))
+        of_patches = isinstance(teacher, str) and is_patches(teacher)
+        if of_patches:
+            wrapper: Any = PatchTeacher(teacher, {"weights": teacher_weights, **(teacher_args or {})})
+        else:
+            wrapper = wrap(teacher, teacher_args, len(run.normalize.mean))
         if not {*map(id, wrapper.parameters())}.isdisjoint(map(id, embedding.parameters())):
             wrapper = copy.deepcopy(wrapper)  # frozen below, and the student shall train
-        if teacher_weights is not None:
+        if teacher_weights is not None and not of_patches:
             load_weights(wrapper.get_model(), teacher_weights)
         dim: int = wrapper.feature_dim()
-        scale, shift = _renormalisation(run.normalize, getattr(wrapper.get_model(), "pretrained_cfg", None) or {})
+        config = getattr(wrapper.get_model(), "pretrained_cfg", None) or {}
+        scale, shift = _renormalisation(run.normalize, _UNIT if of_patches else config)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.companions = (wrapper.eval().requires_grad_(False),)
@@ -129,6 +140,50 @@ class Distillation(Method):
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
         ours, theirs = (x @ x.transpose(1, 2) for x in (student, teacher))
         return _divergence(ours.flatten(0, 1), theirs.flatten(0, 1), self.temperatures[1])
+
+
+_UNIT = {"mean": (0.0,), "std": (1.0,)}
+"""Of images with values from 0 to 1, which an encoder of patches normalises itself."""
+
+
+class PatchTeacher(nn.Module):
+    """A wrapper of an encoder that sees the patches of an image one by one, on a grid from its upper left corner.
+
+    Args:
+        name: `patches:timm/NAME`.
+        arguments: Those of `PatchEncoder`.
+
+    Raises:
+        ValueError: There are no weights, or no such network or arguments.
+    """
+
+    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        if arguments.get("weights") is None:
+            raise ValueError(
+                f"the teacher {name} would have random weights; give a file as teacher_weights, or weights=DEFAULT in teacher_args"
+            )
+        try:
+            self.encoder = PatchEncoder(name.removeprefix(PATCHES_PREFIX), **arguments)
+        except TypeError as error:
+            raise ValueError(f"teacher_args: {error}") from error
+
+    def get_model(self) -> nn.Module:
+        """Return the network."""
+        found: nn.Module = network_of(self.encoder)
+        return found
+
+    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the map (N, D, rows, columns) of images from 0 to 1."""
+        return {"features": self.encoder(x)}
+
+    def forward_pool(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean of all patches (N, D, 1, 1)."""
+        return {"pooled_features": x["features"].mean((2, 3), keepdim=True)}
+
+    def feature_dim(self) -> int:
+        """Return D."""
+        return int(network_of(self.encoder).num_features)
 
 
 def _renormalisation(student: Normalize, teacher: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
