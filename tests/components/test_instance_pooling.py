@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.streaming.exactness import assert_exact, relative_error
+from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.necks.instance_attention import ABMILX, NystromAttention, TransMIL, pseudo_inverse
 from widefield.components.necks.instance_pooling import (
     CLAM,
@@ -20,6 +21,7 @@ from widefield.components.necks.instance_pooling import (
     MeanPooling,
 )
 from widefield.errors import WrongArgumentError
+from widefield.images import Background, Mask
 from widefield.models.patch_encoder import PatchEncoder
 from widefield.streaming import StreamingCNN, UnsupportedOpError, stream
 
@@ -296,3 +298,13 @@ def test_maps_and_masks_that_do_not_fit_are_refused() -> None:
         CLAM(D, C, "both")  # type: ignore[arg-type]
     with pytest.raises(WrongArgumentError, match="no multiple of heads=8"):
         TransMIL(D, C, 12)
+
+
+@pytest.mark.parametrize("name", ["CLAM of a branch a class", "DSMIL", "TransMIL"])
+def test_as_a_neck_it_leaves_the_background_of_an_image_out(name: str) -> None:
+    neck, fmap, mask = made(name), maps(1), some(1)
+    backbone = {"type": "ResNet_CIFAR", "depth": 18, "base_channels": 4, "stem_channels": 4}
+    model = ImageClassifier(backbone, neck, {"type": "ClsHead"})
+    background = Background(Mask(mask[0].numpy()), (0.0,), required=True)
+    torch.testing.assert_close(model.neck_features((fmap,), background), neck(fmap, mask))
+    torch.testing.assert_close(model.neck_features((fmap,), None), neck(fmap))
