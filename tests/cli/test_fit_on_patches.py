@@ -131,6 +131,13 @@ def test_adapters_are_exported_alone_and_merged(run: Path, tmp_path: Path) -> No
     )
 
 
+def test_a_misspelt_encoder_is_told_before_anything_is_read(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(slides, tmp_path / "run", "--model", "patches:timm/vit_smal_patch16_224") == 2
+    assert "did you mean patches:timm/vit_small_patch16_224" in capsys.readouterr().err
+
+
 def test_what_has_no_adapters_exports_none(
     slides: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,11 +90,14 @@ def check_folder(out: Path, resume: bool) -> None:
 
 def _check_model(name: Any) -> None:
     """Raises ValueError for a name with the prefix of a library in whose files it does not stand."""
-    library, slash, network = str(name).removeprefix("patches:").partition("/")
+    plain = str(name).removeprefix("patches:")
+    prefix = str(name).removesuffix(plain)
+    library, slash, network = plain.partition("/")
     if not slash or ":" in network or library not in ("timm", "torchvision"):
         return
     if not is_mentioned(library, network.partition(".")[0]):  # behind the dot stands which weights of timm
-        raise ValueError(f"there is no model {name!r}; {suggestion(str(name), model_names())}")
+        known = [prefix + one for one in model_names()]
+        raise ValueError(f"there is no model {name!r}; {suggestion(str(name), known)}")
 
 
 def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
