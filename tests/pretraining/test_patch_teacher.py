@@ -65,5 +65,5 @@ def test_a_student_learns_from_patches_of_slides_and_streams_over_them(weights: 
 def test_a_teacher_of_patches_needs_weights_and_arguments_that_it_takes(weights: Path) -> None:
     with pytest.raises(ValueError, match="would have random weights"):
         PatchTeacher(TEACHER, {"size": 32})
-    with pytest.raises(ValueError, match="teacher_args: .*sizes"):
+    with pytest.raises(ValueError, match=r"teacher_args: .*sizes"):
         PatchTeacher(TEACHER, {"sizes": 32, "weights": weights})
