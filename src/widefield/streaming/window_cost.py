@@ -70,7 +70,11 @@ def window_cost(
             changed = any(weight._version for weight in weights)
         (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
         if changed:
-            raise _ChangesItself
+            raise watch.refusal(
+                "an update in place within Local",
+                "changes a parameter or buffer of the module, so that windows depend on each other",
+                "put the layer in evaluation mode, or move the update out of forward",
+            )
         own = windows[0].numel() * dtype.itemsize
         return WindowCost(
             (saved_2 - saved) // _MANY,
@@ -85,12 +89,6 @@ def window_cost(
         # In a thread of its own, which no mode of the capture reaches.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(measured).result()
-    except _ChangesItself:
-        raise watch.refusal(
-            "an update in place within Local",
-            "changes a parameter or buffer of the module, so that windows depend on each other",
-            "put the layer in evaluation mode, or move the update out of forward",
-        ) from None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise watch.refusal(
             f"{error.func} within Local",
@@ -103,10 +101,6 @@ def window_cost(
             f"runs on no tensors without data ({error!s:.200}), so that the memory of a window is not known",
             "register a fake implementation of it (torch.library.register_fake)",
         ) from error
-
-
-class _ChangesItself(Exception):
-    pass
 
 
 class _Live(TorchDispatchMode):
