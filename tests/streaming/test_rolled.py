@@ -62,7 +62,7 @@ def traced_for_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "size", "classes"),
     [
         (1, (21, 26), False),
-        (2, (32, 16), True),
+        (2, (32, 24), True),
         pytest.param(1, (32, 48), True, marks=pytest.mark.slow),
         pytest.param(1, (37, 29), False, marks=pytest.mark.slow),
         pytest.param(1, (13, 50), False, marks=pytest.mark.slow),

@@ -56,7 +56,7 @@ def window_cost(
     """
     autocast = watch.autocast
 
-    def measured() -> WindowCost:
+    def measured() -> WindowCost | None:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             weights = [
@@ -70,11 +70,7 @@ def window_cost(
             changed = any(weight._version for weight in weights)
         (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
         if changed:
-            raise watch.refusal(
-                "an update in place within Local",
-                "changes a parameter or buffer of the module, so that windows depend on each other",
-                "put the layer in evaluation mode, or move the update out of forward",
-            )
+            return None
         own = windows[0].numel() * dtype.itemsize
         return WindowCost(
             (saved_2 - saved) // _MANY,
@@ -88,7 +84,7 @@ def window_cost(
     try:
         # In a thread of its own, which no mode of the capture reaches.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(measured).result()
+            found = thread.submit(measured).result()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise watch.refusal(
             f"{error.func} within Local",
@@ -101,6 +97,13 @@ def window_cost(
             f"runs on no tensors without data ({error!s:.200}), so that the memory of a window is not known",
             "register a fake implementation of it (torch.library.register_fake)",
         ) from error
+    if found is None:
+        raise watch.refusal(
+            "an update in place within Local",
+            "changes a parameter or buffer of the module, so that windows depend on each other",
+            "put the layer in evaluation mode, or move the update out of forward",
+        )
+    return found
 
 
 class _Live(TorchDispatchMode):

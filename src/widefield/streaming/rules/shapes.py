@@ -87,13 +87,9 @@ def reshape(node: Node, maps: Maps) -> Placed:
             found.append((wide_out[0], repeat(1, factor), factor))
         elif size == 1 and not set(maps.axes[name]) - {axis} & set(wide_in):
             free = [d for d in group_out if shape_out[d] == 1 and d not in taken]
-            if free:
-                found.append((free[0], identity(1), 1))
-            elif tuple(group_in) == (axis, axis + 1) and len(group_out) == 1:
-                factor = shape_in[axis + 1]
-                found.append((group_out[0], repeat(1, factor), factor))
-            else:
+            if not free:
                 raise refuse_whole(node, "flattens")
+            found.append((free[0], identity(1), 1))
         elif wide_in == [axis] and len(wide_out) == 1:
             found.append((wide_out[0], identity(size), 1))
         elif wide_in == [axis] and len(wide_out) == 2:
