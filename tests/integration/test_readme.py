@@ -1,4 +1,4 @@
-"""The Python examples of the README and of the engine's page run as printed."""
+"""The Python examples of the README and of the pages without files of their own run as printed; what they link to is there."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README, ENGINE = (
+README, *PAGES = (
     re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
-    for name in ("README.md", "docs/engine.md")
+    for name in ("README.md", "docs/engine.md", "docs/how-to.md")
 )
+MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.mark.parametrize("block", README + ENGINE, ids=lambda block: block.split("\n")[-2][:40])
+@pytest.mark.parametrize("block", sum(PAGES, README), ids=lambda block: block.split("\n")[-2][:40])
 def test_the_examples_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "example", "exec"), {})
     if "plan" in block:
@@ -21,3 +22,22 @@ def test_the_examples_run(block: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_there_are_examples() -> None:
     assert len(README) >= 2
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", _without_code(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def _anchors(page: Path) -> set[str]:
+    """Names of headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
