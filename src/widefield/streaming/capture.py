@@ -81,10 +81,13 @@ def _allow_tf32() -> bool:
 
 def _or_none(ask: Callable[[], Any]) -> Any:
     """The answer of `ask`, None if PyTorch has several."""
-    try:
-        return ask()
-    except RuntimeError:
-        return None
+    with warnings.catch_warnings():
+        # PyTorch 2.9 warns of these settings, which it has itself; here they are only looked at.
+        warnings.filterwarnings("ignore", "Please use the new API")
+        try:
+            return ask()
+        except RuntimeError:
+            return None
 
 
 # Hooks of the caller (torch.utils.checkpoint has some) must not see the tensors that a capture saves.
