@@ -460,7 +460,8 @@ def _skeleton(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool) -
         for value in pytree.tree_leaves([*own, *map(before_forward, own)]):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # results, pruned weights among them
                 memo[id(value)] = mark_computed(empty(value))
-    skeleton = _copied(module, memo)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # iterators will not always be copied
+        skeleton = _copied(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):
         for key, value in original.__dict__.items():
             if (before := before_forward(value)) is NOTHING:
