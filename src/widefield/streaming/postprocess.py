@@ -91,9 +91,8 @@ class Postprocess:
             return tile
         if not target.is_floating_point and target != torch.bool:
             limits = np.iinfo(self.dtype)
-            if tile.is_floating_point():
-                tile = tile.double().nan_to_num(nan=0.0).round()
-            tile = tile.to(torch.int64) if tile.dtype == torch.bool else tile
+            # Types that hold the limits: older versions of PyTorch clamp to none that the tile's own type cannot hold.
+            tile = tile.double().nan_to_num(nan=0.0).round() if tile.is_floating_point() else tile.to(torch.int64)
             tile = tile.clamp(max(limits.min, -(2**63)), min(limits.max, 2**63 - 1024))
         return tile.to(target)
 
