@@ -20,6 +20,7 @@ from widefield.models.resnet import StreamingResNet as StreamingResNet
 from widefield.models.resnet import split_resnet as split_resnet
 from widefield.modules import AtomicCheckpointIO as AtomicCheckpointIO
 from widefield.modules import BaseModule as BaseModule
+from widefield.modules import DenseModule as DenseModule
 from widefield.modules import ImageNetClassifier as ImageNetClassifier
 from widefield.modules import LightningStreamingModule as LightningStreamingModule
 from widefield.modules import RandomState as RandomState

@@ -9,7 +9,7 @@ that are loaded from the last checkpoint test and predict as the model does that
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ from tests.components.test_same_networks import LEARNERS
 from widefield import RandomState
 from widefield.cli import main
 from widefield.cli.fit_sections import SECTIONS
-from widefield.components import BaseSelfSupervisor, DataSample
+from widefield.components import BaseModel, BaseSelfSupervisor, DataSample
 from widefield.config import Config, build, check_config
-from widefield.registry import MODELS
+from widefield.registry import MODELS, ComponentOf
 
 SIDE, IMAGES, BATCH = 32, 4, 2
 ARCH = {"embed_dims": 16, "num_layers": 2, "num_heads": 2, "feedforward_channels": 32}
@@ -52,7 +52,29 @@ class SimSiam(BaseSelfSupervisor):
         return {"loss": 0.5 * (self.head.loss(first, second) + self.head.loss(second, first))}
 
 
+@MODELS.register_module(name="tests.Dense")
+class Dense(BaseModel):
+    """Tells whether pixels are bright, by several losses of maps."""
+
+    def __init__(self, losses: Annotated[list[dict[str, Any]], ComponentOf(MODELS, "loss")], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network, self.losses = nn.Conv2d(3, 2, 3, padding=1), nn.ModuleList(map(MODELS.build, losses))
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        maps, labels = self.network(inputs), (inputs.mean(1) > 0).long()
+        targets = (labels, labels, labels, labels, inputs[:, :2])
+        return {"loss": sum(loss(maps, target) for loss, target in zip(self.losses, targets, strict=True))}
+
+
 MODELS_BY_NAME: dict[str, dict[str, Any]] = {
+    "losses of maps": {
+        "type": "tests.Dense",
+        "losses": [
+            *({"type": name} for name in ("DenseCrossEntropyLoss", "DenseFocalLoss", "DiceLoss", "JaccardLoss")),
+            {"type": "SSIMLoss", "window": 5},
+        ],
+        "data_preprocessor": {"type": "ClsDataPreprocessor", **NORM},
+    },
     "ResNet, streamed": classifier(
         {"type": "ResNet", **RESNET, "streaming": {"tile_size": 16}},
         POOL,
@@ -272,7 +294,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
         return done[name]
 
     yield once
-    del MODELS._registered["tests.SimSiam"]
+    del MODELS._registered["tests.SimSiam"], MODELS._registered["tests.Dense"]
 
 
 def parts_of(model: nn.Module, component: str) -> dict[str, nn.Module]:
@@ -300,7 +322,7 @@ def test_a_component_is_built_trained_resumed_and_tested(component: str, train: 
 def test_the_components_that_are_tested_are_those_that_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "components"]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert listed - {"tests.SimSiam"} == set(MODELS.index)
+    assert listed - {"tests.SimSiam", "tests.Dense"} == set(MODELS.index)
 
 
 def test_a_component_without_a_model_fails_and_says_what_to_add() -> None:

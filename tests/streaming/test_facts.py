@@ -115,6 +115,7 @@ VIEWS = frozenset(
 WITHOUT_DERIVATIVE = frozenset(
     (
         *("argmax", "argmin", "argsort", "any", "all", "bernoulli", "floor_divide", "fill", "one_hot"),
+        *("__and__", "__or__", "__xor__"),
         *("zeros_like", "ones_like", "full_like", "empty_like"),
     )
 )

@@ -179,6 +179,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "activations": lambda x: F.gelu(F.silu(x)) + F.hardswish(x) + F.elu(x) + F.mish(x) + F.leaky_relu(x) + F.softplus(x) + F.relu6(x) + F.hardsigmoid(x) + F.gelu(x, approximate="tanh") + F.softsign(x) + F.logsigmoid(x) + F.tanhshrink(x),
     "in-place": lambda x: (x * 2).relu_() + x.mul(3).add_(x[:, :1]),
     "in-place on a slice": lambda x: _fill_slice(x),
+    "conditions": lambda x: x * (((x > 0) & (x < 1)) | (x < -1) ^ (x > 2)),
     "masked fill": lambda x: x.masked_fill(x < 0, 0.3),
     "residual": lambda x: x + F.avg_pool2d(x, 3, 1, 1),
     "same map twice": lambda x: x * x,

@@ -1,6 +1,7 @@
 """Lightning modules around a streamed trunk, and what keeps their runs."""
 
 from widefield.modules.constructor import StreamingConstructor
+from widefield.modules.dense_module import DenseModule
 from widefield.modules.runs import AtomicCheckpointIO, FiniteTraining, NotFiniteError, RandomState
 from widefield.modules.split_images import SplitImages
 from widefield.modules.streaming_module import (
@@ -14,6 +15,7 @@ from widefield.modules.streaming_module import (
 __all__ = [
     "AtomicCheckpointIO",
     "BaseModule",
+    "DenseModule",
     "FiniteTraining",
     "ImageNetClassifier",
     "LightningStreamingModule",

@@ -362,6 +362,17 @@ class BaseModule(pl.LightningModule):
         """Return what metrics and `predict_step` get of the output of `forward`: here the output itself."""
         return output
 
+    def save_plain_hyperparameters(self, **arguments: Any) -> None:
+        """Keep `arguments` and how images are normalised in the checkpoint, as plain data: `load_from_checkpoint` needs no more.
+
+        Not kept: the loss and metrics, which are no plain data; `weights`, which the checkpoint replaces; and `tile_size` and
+        `memory_budget`, which belong to the machine.
+        """
+        used = self.stream_network.normalisation
+        for name, value in (("mean", used.mean), ("std", used.std), ("value_range", used.value_range)):
+            arguments[name] = None if value is None else [float(number) for number in value]
+        self.save_hyperparameters({**arguments, "lr": self.lr, "weight_decay": self.weight_decay}, logger=False)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train")
 
@@ -567,17 +578,6 @@ class ImageNetClassifier(StreamingModule):
         if isinstance(stream_net, BaseModule):
             options = {"weight_decay": 1e-5, "accumulate_grad_batches": 2, **options}
         super().__init__(stream_net, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
-
-    def save_plain_hyperparameters(self, **arguments: Any) -> None:
-        """Keep `arguments` and how images are normalised in the checkpoint, as plain data: `load_from_checkpoint` needs no more.
-
-        Not kept: the loss and metrics, which are no plain data; `weights`, which the checkpoint replaces; and `tile_size` and
-        `memory_budget`, which belong to the machine.
-        """
-        used = self.stream_network.normalisation
-        for name, value in (("mean", used.mean), ("std", used.std), ("value_range", used.value_range)):
-            arguments[name] = None if value is None else [float(number) for number in value]
-        self.save_hyperparameters({**arguments, "lr": self.lr, "weight_decay": self.weight_decay}, logger=False)
 
     def predictions(self, output: Tensor) -> Tensor:
         """Probabilities (N, classes); of a single logit (N, 1) its sigmoid."""

@@ -25,7 +25,7 @@ _pointwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.elementwise)
 )
 @_pointwise(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=())
 @_pointwise(aten.log_sigmoid, saves=("inputs", "mask"))
-@_pointwise(aten.detach, saves=(), stops_gradients=True)
+@_pointwise(aten.detach, aten.__and__, aten.__or__, aten.__xor__, saves=(), stops_gradients=True)
 @_pointwise(aten.add, saves=(), carries_relu=True, sends_same=True)
 @_pointwise(
     *(aten.relu, aten.sigmoid, aten.tanh, aten.tan, aten.sqrt, aten.rsqrt, aten.reciprocal),
