@@ -3,9 +3,10 @@
 from widefield.data.cifar import CIFAR10, CIFAR100
 from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
-from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, collate
+from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, LazyImages, collate
 from widefield.data.labels import Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.pipeline import MultiView, Pipeline
+from widefield.data.segmented_images import SegmentedImages
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError
 from widefield.data.targets import Target, Task
@@ -28,8 +29,10 @@ __all__ = [
     "LabelTable",
     "LabelledImage",
     "LabelledImages",
+    "LazyImages",
     "MultiView",
     "Pipeline",
+    "SegmentedImages",
     "Target",
     "Task",
     "collate",

@@ -1,7 +1,7 @@
 """Labelled images of a folder: the Lightning data module and its data sets of lazily read images."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from widefield.config import checked
 from widefield.data.labels import SPLITS, Columns, LabelledImage, LabelTable, read_labels
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
-from widefield.data.targets import Label, Task, interval_names, strata, target_of
+from widefield.data.targets import Label, Target, Task, interval_names, strata, target_of
 from widefield.images import Alpha, Background, ForegroundChoice, ImageFile, open_image
 from widefield.registry import DATASETS, Range
 
@@ -95,8 +95,97 @@ class EpochShuffle(DistributedSampler[int]):
         return islice(cycle(order), self.rank, self.total_size, self.num_replicas)
 
 
+class LazyImages(pl.LightningDataModule):
+    """Lazily read images for training, validation and test, with whatever their data sets pair them with.
+
+    Attributes:
+        options: How images are opened, see `ImageDataset`.
+        train_set, val_set, test_set: The data sets.
+        batch_size: Images per optimizer step.
+        seed: Of the training order.
+        class_names: Names of what is predicted.
+        target: The task with what was found in the images to train on.
+        image_channels, image_type: Number of channels and type of the pixels of all images.
+        collate: Makes a batch of pairs.
+    """
+
+    component_kind = "data module"
+    options: dict[str, Any]
+    train_set: ImageDataset
+    val_set: ImageDataset
+    test_set: ImageDataset
+    batch_size: int
+    seed: int
+    class_names: list[str]
+    target: Target
+    image_channels: int
+    image_type: str
+    collate: Callable[[Sequence[Any]], Any] = staticmethod(collate)
+
+    def _check_images(self) -> tuple[int, str]:
+        """Open every image once; the number of channels and the type that all of them have. Spacings that differ are said."""
+        channels: dict[int, Path] = {}
+        types: dict[np.dtype, Path] = {}
+        spacings: dict[float | None, Path] = {}
+        for dataset in (self.train_set, self.val_set, self.test_set):
+            for image, _ in dataset:
+                channels.setdefault(image.shape[0], image.path)
+                types.setdefault(image.dtype, image.path)
+                spacings.setdefault(image.spacing and round(image.spacing[0], 3), image.path)
+        for what, found in (("channel(s)", channels), ("as the type of its pixels", types)):
+            if len(found) > 1:
+                (first, one), (second, other), *_ = found.items()
+                raise LabelError(
+                    f"{one.name} has {first} {what} and {other.name} has {second}; convert them to the same"
+                )
+        known = [spacing for spacing in spacings if spacing]
+        if self.options["spacing"] is None and known and (None in spacings or max(known) > 1.1 * min(known)):
+            named = ", ".join(f"{spacing or 'unknown'} ({path.name})" for spacing, path in list(spacings.items())[:8])
+            _log.warning(
+                "the images have different spacings: %s micrometres per pixel; --spacing reads all at one", named
+            )
+        return next(iter(channels)), str(next(iter(types)))
+
+    @property
+    def foreground(self) -> str:
+        """The rule by which the foreground of all images is found."""
+        return self.train_set.foreground.method
+
+    def take_all_of_images(self) -> None:
+        """Leave no background out from now on, and say so in checkpoints."""
+        for dataset in (self.train_set, self.val_set, self.test_set):
+            dataset.foreground = ForegroundChoice("none")
+
+    def split_rows(self) -> list[dict[str, str]]:
+        """Return a row for each image with its absolute path, what it is paired with and its split."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.options,
+            "foreground": self.foreground,
+            "pixels": (self.image_channels, self.image_type),
+            "class_names": self.class_names,
+            "target": self.target,
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train_set, EpochShuffle.of(len(self.train_set), self.seed, self.trainer))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset: ImageDataset, sampler: EpochShuffle | None = None) -> DataLoader[Batch]:
+        # A generator of its own: otherwise each pass over the data would draw from torch's default one.
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=self.collate, generator=generator)  # type: ignore[arg-type]
+
+
 @DATASETS.register_module()
-class LabelledImages(pl.LightningDataModule):
+class LabelledImages(LazyImages):
     """Labelled images of a folder, split into training, validation and test images.
 
     Where the label table has a column `split`, that decides. Where that leaves no validation image, and without the column, some
@@ -129,8 +218,6 @@ class LabelledImages(pl.LightningDataModule):
         LabelError: The label table cannot be used, or no images are left to train on.
         ValueError: A level that an image doesn't have, an argument out of range, or no foreground by an explicit method.
     """
-
-    component_kind = "data module"
 
     @checked
     def __init__(
@@ -177,40 +264,6 @@ class LabelledImages(pl.LightningDataModule):
         if val_fraction and not len(self.val_set):
             _log.warning("no image is left for validation: those to train on are too few, or of one patient")
 
-    def _check_images(self) -> tuple[int, str]:
-        """Open every image once; the number of channels and the type that all of them have. Spacings that differ are said."""
-        channels: dict[int, Path] = {}
-        types: dict[np.dtype, Path] = {}
-        spacings: dict[float | None, Path] = {}
-        for dataset in (self.train_set, self.val_set, self.test_set):
-            for image, _ in dataset:
-                channels.setdefault(image.shape[0], image.path)
-                types.setdefault(image.dtype, image.path)
-                spacings.setdefault(image.spacing and round(image.spacing[0], 3), image.path)
-        for what, found in (("channel(s)", channels), ("as the type of its pixels", types)):
-            if len(found) > 1:
-                (first, one), (second, other), *_ = found.items()
-                raise LabelError(
-                    f"{one.name} has {first} {what} and {other.name} has {second}; convert them to the same"
-                )
-        known = [spacing for spacing in spacings if spacing]
-        if self.options["spacing"] is None and known and (None in spacings or max(known) > 1.1 * min(known)):
-            named = ", ".join(f"{spacing or 'unknown'} ({path.name})" for spacing, path in list(spacings.items())[:8])
-            _log.warning(
-                "the images have different spacings: %s micrometres per pixel; --spacing reads all at one", named
-            )
-        return next(iter(channels)), str(next(iter(types)))
-
-    @property
-    def foreground(self) -> str:
-        """The rule by which the foreground of all images is found."""
-        return self.train_set.foreground.method
-
-    def take_all_of_images(self) -> None:
-        """Leave no background out from now on, and say so in checkpoints."""
-        for dataset in (self.train_set, self.val_set, self.test_set):
-            dataset.foreground = ForegroundChoice("none")
-
     @property
     def described(self) -> str:
         """Words for what is predicted."""
@@ -235,15 +288,6 @@ class LabelledImages(pl.LightningDataModule):
             for image in self._table.images
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            **self.options,
-            "foreground": self.foreground,
-            "pixels": (self.image_channels, self.image_type),
-            "class_names": self.class_names,
-            "target": self.target,
-        }
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["class_names"] != self.class_names:
             raise LabelError(
@@ -258,20 +302,6 @@ class LabelledImages(pl.LightningDataModule):
                 f"the checkpoint was trained with the target {trained}, and the label table gives {self.target}; "
                 "resume with the labels, the split and the task of the run"
             )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_set, EpochShuffle.of(len(self.train_set), self.seed, self.trainer))
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.test_set)
-
-    def _loader(self, dataset: ImageDataset, sampler: EpochShuffle | None = None) -> DataLoader[Batch]:
-        # A generator of its own: otherwise each pass over the data would draw from torch's default one.
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
 
 
 def _split(table: LabelTable, task: Task, val_fraction: float, seed: int) -> dict[str, list[LabelledImage]]:

@@ -187,9 +187,9 @@ class FilesByName:
         for file in files:
             path = _key(str(file if folder is None else file.relative_to(folder)))
             self._by_path.setdefault(path, []).append(file)
-            for stem in _stems(path):
+            for stem in stems_of(path):
                 self._by_stem.setdefault(stem, []).append(file)
-            for name in {file.name, *_stems(file.name)}:
+            for name in {file.name, *stems_of(file.name)}:
                 self._by_bare_name.setdefault(_key(name), []).append(file)
 
     def matches(self, name: str) -> list[Path]:
@@ -206,7 +206,7 @@ def _key(name: str) -> str:
     return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).as_posix()
 
 
-def _stems(path: str) -> Iterable[str]:
+def stems_of(path: str) -> Iterable[str]:
     """Yield a path without its last ending, and without those of images and `.ome` before that."""
     stem = PurePosixPath(path)
     if stem.suffix:

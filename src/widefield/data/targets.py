@@ -27,7 +27,7 @@ class Target(TypedDict, total=False):
         edges: Times that part the intervals in which an event is predicted, in survival analysis.
     """
 
-    task: Task
+    task: Task | Literal["segment"]
     mean: list[float]
     std: list[float]
     edges: list[float]

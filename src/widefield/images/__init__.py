@@ -5,6 +5,7 @@ from widefield.images.files import OTHER_PICTURES, image_endings, images_below, 
 from widefield.images.foreground import Mask, foreground
 from widefield.images.formats import Alpha, ImageReadError, warn_of_dropped_alpha
 from widefield.images.image import ImageFile, open_image, thumbnail
+from widefield.images.label_maps import LabelMap, LabelMapError, open_labels
 from widefield.images.map_target import map_target
 from widefield.images.polygons import polygons
 
@@ -15,6 +16,8 @@ __all__ = [
     "ForegroundChoice",
     "ImageFile",
     "ImageReadError",
+    "LabelMap",
+    "LabelMapError",
     "Mask",
     "foreground",
     "image_endings",
@@ -22,6 +25,7 @@ __all__ = [
     "is_image_name",
     "map_target",
     "open_image",
+    "open_labels",
     "polygons",
     "thumbnail",
     "warn_of_dropped_alpha",

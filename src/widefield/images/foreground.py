@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"otsu": by_otsu, "hsv"
 
 
 def _inside_polygons(image: ImageFile, path: Path, size: int) -> Mask:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        polygons = list(_polygons(content))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise cannot_read(path, f"it is no GeoJSON ({type(error).__name__}: {error})") from error
+    polygons = [rings for _, rings in named_polygons(path)]
     if not polygons:
         raise cannot_read(path, "it holds no polygon; expected Polygon or MultiPolygon in a FeatureCollection")
     height, width = image.levels[
@@ -154,18 +148,37 @@ def _inside_polygons(image: ImageFile, path: Path, size: int) -> Mask:
     return Mask(cells)
 
 
-def _polygons(content: Any) -> Iterator[Sequence[Any]]:
-    """The polygons in GeoJSON, each a list of rings: the outer one, then holes."""
+def named_polygons(path: Path) -> Iterator[tuple[str | None, Sequence[Any]]]:
+    """Yield the class and the rings of each polygon of a GeoJSON file; None where it names no class.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImageReadError: It is no GeoJSON.
+    """
+    try:
+        yield from list(_named(json.loads(path.read_text(encoding="utf-8")), None))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise cannot_read(path, f"it is no GeoJSON ({type(error).__name__}: {error})") from error
+
+
+def _named(content: Any, name: str | None) -> Iterator[tuple[str | None, Sequence[Any]]]:
     if isinstance(content, list):
         for one in content:
-            yield from _polygons(one)
-    elif content["type"] == "FeatureCollection":
-        yield from _polygons(content["features"])
-    elif content["type"] == "Feature":
-        yield from _polygons(content["geometry"])
-    elif content["type"] == "GeometryCollection":
-        yield from _polygons(content["geometries"])
-    elif content["type"] == "Polygon":
-        yield content["coordinates"]
-    elif content["type"] == "MultiPolygon":
-        yield from content["coordinates"]
+            yield from _named(one, name)
+        return
+    match content["type"]:
+        case "FeatureCollection":
+            yield from _named(content["features"], name)
+        case "Feature":
+            properties = content.get("properties") or {}
+            found = properties.get("classification", properties.get("class", properties.get("label")))
+            yield from _named(content["geometry"], found.get("name") if isinstance(found, Mapping) else found)
+        case "GeometryCollection":
+            yield from _named(content["geometries"], name)
+        case "Polygon":
+            yield name, content["coordinates"]
+        case "MultiPolygon":
+            for rings in content["coordinates"]:
+                yield name, rings
