@@ -20,6 +20,9 @@ from widefield.registry import absolute_place, arguments_of, import_module_or_fi
 SHORTCUTS = {
     "images": "data.images",
     "labels": "data.labels",
+    "masks": "data.masks",
+    "classes": "data.classes",
+    "crop": "data.crop",
     "columns": "data.columns",
     "task": "data.task",
     "separator": "data.separator",

@@ -18,10 +18,10 @@ from widefield.components.heads.classification_heads import MultiLabelClsHead, S
 from widefield.components.metrics import METRICS
 from widefield.config import Config, Foreign, Section, write_yaml
 from widefield.config.check import MAPPINGS, mark_of
-from widefield.data import LabelledImages
+from widefield.data import LabelledImages, SegmentedImages
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
-from widefield.models import Classifier
+from widefield.models import Classifier, Segmenter
 from widefield.models.feature_cache import FeatureCache
 from widefield.modules import AtomicCheckpointIO
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
@@ -31,7 +31,7 @@ from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, impo
 class ConfiguredCLI(LightningCLI):
     """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
 
-    Of these the classes and the target come from the data.
+    Of these the classes and the target come from the data, and so they do for a `Segmenter` on `SegmentedImages`.
 
     Attributes:
         evaluation: What computes the metrics of the configuration.
@@ -54,6 +54,8 @@ class ConfiguredCLI(LightningCLI):
     ) -> None:
         self._views, self._metrics = views, metrics
         types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
+        kinds = [SECTIONS[key].resolve(config.data.get(key) or {}) for key in types]
+        self._segments = kinds == [Segmenter, SegmentedImages]
         self._links_classes = types == {"model": None, "data": None}
         super().__init__(
             LightningModule if types["model"] else Classifier,
@@ -86,6 +88,13 @@ class ConfiguredCLI(LightningCLI):
             ("lr_scheduler", dict[str, Any] | list[dict[str, Any]]),
         ):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
+        if self._segments:
+            for source, name in (
+                ("class_names", "class_names"),
+                ("ignore_index", "ignore_index"),
+                ("image_channels", "in_channels"),
+            ):
+                parser.link_arguments(f"data.{source}", f"model.init_args.{name}", apply_on="instantiate")
         if self._links_classes:
             for source, name in (
                 ("class_names", "class_names"),

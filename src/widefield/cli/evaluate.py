@@ -93,6 +93,7 @@ def evaluate(
     found: dict[str, Tensor] = dict(cli.trainer.callback_metrics)
     prefix = "val_" if phase == "validate" else "test_"
     found |= {prefix + name: value for name, value in cli.evaluation.results.items()}
+    found |= getattr(cli.model, "tables", {})
     return {name: value.tolist() for name, value in sorted(found.items())}
 
 

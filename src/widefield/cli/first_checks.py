@@ -22,6 +22,7 @@ _FUNCTIONS = {
 _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
     "features": "the folder of features {} does not exist; check --features",
+    "masks": "the folder of label maps {} does not exist; check --masks",
     "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
     "checkpoint": "the checkpoint {} does not exist",
     "foreground": "the foreground {} does not exist; give auto, none, otsu, hsv, a GeoJSON file, or a folder of such files",

@@ -22,13 +22,14 @@ def fit(
     model: str | None = None,
     *,
     features: str | Path | None = None,
+    masks: str | Path | None = None,
     config: str | Path | Sequence[str | Path] = (),
     imports: Sequence[str] = (),
     resume: bool = False,
     split_images: bool | int = False,
     **entries: Any,
 ) -> Path:
-    """Train a classifier on whole images with one label each, as `widefield fit` does.
+    """Train a network on whole images with one label each, or with a label map each, as `widefield fit` does.
 
     Args:
         out: Folder of the checkpoints, the configuration and the report.
@@ -36,6 +37,7 @@ def fit(
         labels: CSV or Parquet file with a row per image, see `widefield.data.read_labels`.
         model: resnet18, ..., a narrow one such as resnet18_w16, timm/NAME, or patches:timm/NAME.
         features: Folder of files of features, in place of `images` and `model`.
+        masks: With `task="segment"`, the folder of a label map for each image, see `widefield.data.SegmentedImages`.
         config: Configuration to start from, YAML or Python, or several, each over the last.
         imports: Python files (or modules) with components of yours.
         resume: Continue the run in `out`.
@@ -54,7 +56,7 @@ def fit(
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
     if "foreground" in flags:
         flags["foreground"] = foreground_argument(flags["foreground"])
-    given = {"images": images, "labels": labels, "features": features}
+    given = {"images": images, "labels": labels, "features": features, "masks": masks}
     places = {name: None if place is None else Path(place) for name, place in given.items()}
     files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
     arguments = argparse.Namespace(
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
     try:
-        others = [*_processes(arguments.split_images), *others]
+        others = [*_segmentation(arguments), *_processes(arguments.split_images), *others]
         config, left = read_configuration(arguments, _files(arguments), others, starts=not arguments.resume)
         return fit_run.train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
@@ -85,6 +87,21 @@ def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
         for name, entry in SHORTCUTS.items():
             message = message.replace(entry, f"--{name.replace('_', '-')}")
         raise ValueError(message) from error
+
+
+def _segmentation(arguments: argparse.Namespace) -> list[str]:
+    """Return entries of the configuration for a network and data of label maps, if that is the task.
+
+    Raises:
+        ValueError: Flags of this task are given for another.
+    """
+    if getattr(arguments, "task", None) == "segment":
+        arguments.task = None
+        return ["model.type=widefield.models.Segmenter", "data.type=SegmentedImages"]
+    named = [name for name in ("masks", "classes", "crop") if getattr(arguments, name, None) is not None]
+    if named and not (arguments.config or arguments.resume):
+        raise ValueError(f"--{named[0]} is for label maps; add --task segment, or leave it out")
+    return []
 
 
 def _processes(split_images: bool | int | None) -> list[str]:

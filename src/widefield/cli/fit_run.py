@@ -22,12 +22,13 @@ from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import left_out
 from widefield.config import Config
-from widefield.data import LabelledImages
+from widefield.data import LazyImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
+from widefield.images import LabelMap
 from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import other_weights
 from widefield.inference.names import BEST, CONFIG, LAST
-from widefield.models import Classifier
+from widefield.models import FromCheckpoint
 from widefield.models.instances import is_patches
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.streaming import calibrate_batch_norm
@@ -100,11 +101,12 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     last = out / LAST if resume and (out / LAST).is_file() else None
     if last and (out / CONFIG).is_file():
         check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
-    classifies = isinstance(model, Classifier) and isinstance(data, LabelledImages)
-    reads_pixels = classifies and model.reads_pixels
+    by_name = isinstance(model, FromCheckpoint) and isinstance(data, LazyImages)
+    reads_pixels = by_name and model.reads_pixels
     if reads_pixels:
-        statistics = _normalise(model, data, cli.config.model, cli.config.data.seed)
-    if isinstance(data, LabelledImages):
+        given, seed = _arguments_of(cli.config.model), data.seed
+        statistics = _normalise(model, data, given, seed)
+    if isinstance(data, LazyImages):
         _settle_background(model, data)
     cli.keep_features()  # no earlier, as a mask that is tried out is not kept
     if reads_pixels:
@@ -116,9 +118,9 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()
-    elif reads_pixels and (cli.config.model.weights is None or _unsettled(model)):
-        why = "random weights" if cli.config.model.weights is None else "weights of a short training"
-        _calibrate(model, data, statistics, cli.config.data.seed, why)
+    elif reads_pixels and (given.weights is None or _unsettled(model)):
+        why = "random weights" if given.weights is None else "weights of a short training"
+        _calibrate(model, data, statistics, seed, why)
     writes = cli.trainer.is_global_zero
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     if writes:
@@ -146,7 +148,7 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     finally:
         if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
             (out / CONFIG).write_bytes(former)
-    if classifies and writes:
+    if by_name and writes:
         write_training_report(out, model, data, cli.history.rows, cli.memory.peak)
         _log.info("report: %s", out / "report.html")
     kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
@@ -157,12 +159,17 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     return out
 
 
+def _arguments_of(section: Any) -> Any:
+    """Return the arguments of the model, whether or not the configuration names its class."""
+    return section.init_args if "init_args" in section else section
+
+
 def _write_settings(cli: FitCLI) -> None:
     """Write the configuration, whole or not at all, as other processes may read it; and the split of labelled images."""
     cli.out.mkdir(parents=True, exist_ok=True)
     with replacing(cli.out / CONFIG) as partial:
         cli.parser.save(cli.config, partial, skip_none=False, overwrite=True, multifile=False)
-    if isinstance(cli.datamodule, LabelledImages):
+    if isinstance(cli.datamodule, LazyImages):
         write_csv(cli.out / "split.csv", cli.datamodule.split_rows())
 
 
@@ -178,18 +185,18 @@ def _left(out: Path) -> str:
     )
 
 
-def _check(model: LightningModule, data: LabelledImages) -> None:
+def _check(model: LightningModule, data: LazyImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
-    images = [image for image, _ in data.train_set]
-    largest = max(images, key=lambda image: image.shape[1] * image.shape[2])
-    plan = model.stream_network.plan(largest.shape, mask=left_out(largest.background).get("mask"))
+    largest, target = max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
+    maps = [target] if isinstance(target, LabelMap) else []
+    plan = model.stream_network.plan(largest.shape, *maps, mask=left_out(largest.background).get("mask"))
     skipped = f", {1 - plan.computed_fraction:.0%} skipped" if largest.background is not None else ""
     _log.info(
         "an image of %d x %d pixels in %d steps of %d x %d%s", *largest.shape[1:], plan.steps, *plan.tile_size, skipped
     )
 
 
-def _settle_background(model: LightningModule, data: LabelledImages) -> None:
+def _settle_background(model: LightningModule, data: LazyImages) -> None:
     """Say how much of the images is background, which is left out; take all of them if the model takes no masks."""
     images = [image for dataset in (data.train_set, data.val_set, data.test_set) for image, _ in dataset]
     masked = [image for image in images if image.background is not None]
@@ -206,7 +213,7 @@ def _settle_background(model: LightningModule, data: LabelledImages) -> None:
     )  # fmt: skip
 
 
-def _normalise(model: Classifier, data: LabelledImages, given: Any, seed: int) -> PixelStatistics:
+def _normalise(model: FromCheckpoint, data: LazyImages, given: Any, seed: int) -> PixelStatistics:
     """Set what the training images say of the range, mean and standard deviation, where the configuration leaves it open."""
     found = pixel_statistics([image for image, _ in data.train_set], seed)
     used = model.stream_network.normalisation
@@ -242,13 +249,13 @@ def _rounded(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def _unsettled(model: Classifier) -> bool:
+def _unsettled(model: FromCheckpoint) -> bool:
     """True if running statistics come from so few batches that their initial values, 0 and 1, still count in them."""
     counts = (buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked"))
     return any(0 < int(count) < _SETTLED for count in counts)  # 0 in files that do not tell it
 
 
-def _calibrate(model: Classifier, data: LabelledImages, found: PixelStatistics, seed: int, why: str) -> None:
+def _calibrate(model: FromCheckpoint, data: LazyImages, found: PixelStatistics, seed: int, why: str) -> None:
     images = [image for image, _ in data.train_set][: len(found.masks)]
     generator = torch.Generator().manual_seed(seed)
     layers = calibrate_batch_norm(model.stream_network, images, masks=found.masks, generator=generator)

@@ -14,7 +14,8 @@ SECTIONS: Sections = {
         component=ComponentOf(MODELS, "model"),
         base="lightning.pytorch:LightningModule",
         default="widefield.models:Classifier",
-        given=("class_names", "target", "in_channels"),
+        given=("class_names", "target", "in_channels", "ignore_index"),
+        given_to="widefield.models:FromCheckpoint",
         ranges={"lr": _NOT_NEGATIVE, "weight_decay": _NOT_NEGATIVE},
     ),
     "data": Section(

@@ -5,19 +5,25 @@ import io
 import json
 import logging
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 
-from widefield.data import LabelledImages
-from widefield.models import Classifier
+from widefield.cli.predict_maps import predict_map
+from widefield.data import LazyImages
+from widefield.images import LabelMap, open_image
+from widefield.models import FromCheckpoint, Segmenter
 from widefield.reports import Page, PeakMemory, plain_step_bytes
 from widefield.reports.figures import as_png
+from widefield.reports.label_overlay import label_overlay
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
+_SHOWN = 3
+"""Images whose label maps a report shows."""
 
 
 class History(Callback):
@@ -94,7 +100,7 @@ def _scale(data: Any) -> str:
 
 
 def write_training_report(
-    out: Path, model: Classifier, data: LabelledImages, rows: list[dict[str, float]], peak: int | None
+    out: Path, model: FromCheckpoint, data: LazyImages, rows: list[dict[str, float]], peak: int | None
 ) -> None:
     """Write `out/report.html`: what was trained on what, how it is streamed, and the numbers of every epoch.
 
@@ -111,14 +117,34 @@ def write_training_report(
     if not model.reads_pixels:
         page.write(out / "report.html")
         return
+    if isinstance(model, Segmenter):
+        add_label_maps(page, model, data)
     page.heading("Memory")
-    image = max((image for image, _ in data.train_set), key=lambda image: image.shape[1] * image.shape[2])
+    image, target = max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
+    maps = [target] if isinstance(target, LabelMap) else []
     plain = plain_step_bytes(model.stream_network.module, image.shape)
-    page.code(str(model.stream_network.plan(image.shape)))
+    page.code(str(model.stream_network.plan(image.shape, *maps)))
     page.table(["one training step on the largest image", "bytes"], memory_rows(peak, plain))
     page.write(out / "report.html")
     memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain}
     (out / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
+
+
+def add_label_maps(page: Page, model: Segmenter, data: LazyImages) -> None:
+    """Add the confusion matrix of the last validation, and validation images with their labels and with what is predicted."""
+    names = model.class_names
+    if (matrix := model.tables.get("val_confusion_matrix")) is not None:
+        page.heading("Confusion matrix of the last validation, in pixels")
+        page.table(["true class", *names], [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)])
+    page.heading("Label maps of validation images")
+    pairs: Any = [data.val_set[k] for k in range(min(_SHOWN, len(data.val_set)))]
+    with tempfile.TemporaryDirectory(prefix="widefield-") as folder:
+        for k, (image, labels) in enumerate(pairs):
+            predicted = Path(folder) / f"{k}.tif"
+            predict_map(model, image, predicted, None)
+            for what, shown in (("labels", labels), ("predicted", open_image(predicted))):
+                title = f"{image.path.name}: {what}"
+                page.picture(as_png(label_overlay(image, shown, names, title)), title)
 
 
 def memory_rows(peak: int | None, plain: int) -> list[tuple[str, str]]:

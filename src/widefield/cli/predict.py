@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from widefield.cli.predict_maps import ending_of, predict_map
 from widefield.cli.predictions import PredictionTable
 from widefield.cli.progress import make_progress, streamed_network, tile_bar
 from widefield.components.models.image_classifier import ImageClassifier
@@ -24,6 +25,7 @@ from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
 from widefield.models import Classifier
+from widefield.modules import DenseModule
 from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
 from widefield.streaming import StreamingCNN
 
@@ -58,9 +60,15 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     if isinstance(model, ImageToImageRetriever):
         info = replace(info, class_names=None)  # its scores are those of the items of the collection, by their index
     network = streamed_network(model)
-    if not isinstance(model, Classifier) and not hasattr(model, "predict"):
+    gives_labels = isinstance(model, DenseModule) and model.task == "segmentation"
+    if not (gives_labels or isinstance(model, Classifier) or hasattr(model, "predict")):
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if gives_labels and (views is not None or set(arguments.heatmap) - {"png"}):
+        raise ValueError(
+            "this model predicts label maps, which are written as TIFF with an overlay as PNG: leave --tta and other --heatmap "
+            "out; widefield.images.polygons makes GeoJSON of a label map"
+        )
     if info.pipeline.description and set(arguments.heatmap) - {"png"}:
         raise ValueError(
             f"--heatmap {','.join(arguments.heatmap)}: the transforms of the run change images before the model sees them, so that "
@@ -86,6 +94,12 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
     def predict_one(file: Path) -> None:
         image = info.open(file, level=level, spacing=arguments.spacing)
+        if gives_labels:
+            stem = free_stem(file, table.names)
+            written = [out / f"{stem}{ending_of(image)}", *(out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap)]
+            cells = predict_map(model, image, written[0], (*written[1:], None)[0])
+            table.add(file, {**cells, "overlay": ";".join(path.name for path in written)})
+            return
         named = {"tiff": "tiff" if image.transform is None else "geotiff"}
         formats = [named.get(one, one) for one in arguments.heatmap]
         if "geotiff" in formats:

@@ -203,8 +203,23 @@ VERBS = {
         (
             _option("--images", "DIR", "folder of image files", Path),
             _option("--labels", "TABLE", "CSV or Parquet file with a row per image, see below", Path),
+            _option(
+                "--masks", "DIR", "for --task segment: folder of a label image or GeoJSON file for each image", Path
+            ),
+            _option(
+                "--classes",
+                "LIST",
+                "for --task segment: names of the labels from 0, such as [ground, tree] (default: found)",
+            ),
+            _option(
+                "--crop", "N", "for --task segment: train on crops of N pixels a side (default: whole images)", _count
+            ),
             _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
-            _option("--task", "TASK", "classification, multilabel, regression or survival (default: classification)"),
+            _option(
+                "--task",
+                "TASK",
+                "classification, multilabel, regression, survival or segment (default: classification)",
+            ),
             _option("--separator", "TEXT", "between several labels in one cell, for multilabel"),
             _option("--model", "NAME", "resnet18, ..., resnet18_w16, timm/NAME, or patches:timm/NAME, see below"),
             _option(
@@ -251,6 +266,10 @@ target), and maybe its split (split: train, val or test) and patient (case_id, p
   --task multilabel --columns "{label: [necrosis, mitosis]}"  0 or 1 in each
   --task regression --columns "{label: age}"                  a number, or several as a list
   --task survival --columns "{time: months, event: died}"     1 where the event was observed, 0 where not until then
+
+--task segment learns the class of each pixel from label maps of the names of the images, see docs/segmentation.md; --model is then
+a segmentation model of torchvision, or timm/NAME:
+  widefield fit --task segment --images scenes --masks labels --model timm/resnet18 --out out model.loss=dice
 
 --foreground auto leaves out the background of slides of which a thumbnail shows less than half to be foreground, by Otsu's
 threshold: it is not read and not computed, and poolings look at the rest. A slide has several levels or a known spacing, 4096

@@ -18,6 +18,7 @@ class Section:
         base: Import path of the class of everything else that a `type` may name.
         default: Import path of the class whose arguments stand here where there is no `type`.
         given: Arguments that are added when the class is called.
+        given_to: Import path of the class whose subclasses they are added for; None adds them for all.
         also: More names, with their types, that are taken out before the class is called.
         ranges: Of arguments whose classes do not say, or not at once, which numbers they take.
         several: Whether a list of descriptions may stand here too.
@@ -27,6 +28,7 @@ class Section:
     base: str | None = None
     default: str | None = None
     given: tuple[str, ...] = ()
+    given_to: str | None = None
     also: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)
     several: bool = False
@@ -64,7 +66,9 @@ class Section:
         if self.base is not None and not issubclass(function, base := import_object(self.base)):
             return [(path, f"{value['type']} is no {base.__name__}, which is expected here")]
         arguments = {name: item for name, item in value.items() if name != "type"}
-        return [*check_arguments(function, arguments, path, self.given, self.also), *self._outside(arguments, path)]
+        is_given = self.given_to is None or issubclass(function, import_object(self.given_to))
+        given = self.given if is_given else ()
+        return [*check_arguments(function, arguments, path, given, self.also), *self._outside(arguments, path)]
 
     def _outside(self, arguments: Mapping[str, Any], path: Path) -> list[Problem]:
         """Return the numbers that are out of range."""

@@ -16,8 +16,7 @@ from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
 from widefield.images import ForegroundChoice, ImageFile, open_image
 from widefield.inference.names import BEST, CONFIG, LAST, model_names
-from widefield.models import Classifier
-from widefield.models.classifier import read_checkpoint
+from widefield.models import Classifier, Segmenter, read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
 from widefield.pretraining.checkpoint import KEY as PRETRAINED
 from widefield.registry import MODELS, import_module_or_file, suggestion
@@ -171,7 +170,8 @@ def load_trained(
     path = checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     if "model_name" in checkpoint.get("hyper_parameters", {}):
-        classifier, _ = Classifier.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
+        kind = Segmenter if "ignore_index" in checkpoint["hyper_parameters"] else Classifier
+        classifier, _ = kind.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
         set_info(classifier, _info(checkpoint, {}))
         return classifier
     if PRETRAINED in checkpoint:
@@ -187,7 +187,9 @@ def load_trained(
                 "(`widefield config convert` makes one of MMPretrain's), or name it, to predict with --config FILE"
             )
         config = load(beside)
-    config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if streaming else {})
+    if streaming:
+        inside = "backbone" in (config.data.get("model") or {})
+        config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if inside else streaming)
     model = build(_changed(config, overrides or {}), ("model",))
     load_all(model, path)
     set_info(model, _info(checkpoint, config.data.get("data") or {}))

@@ -1,18 +1,17 @@
 """Any network by its name, with a trunk that streams: the classifier that `widefield fit` trains, and timm's models."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.features import background_of, mask_of_map
 from widefield.components.necks.instance_pooling import InstancePooling
 from widefield.data import Target
 from widefield.errors import WrongArgumentError
+from widefield.models.checkpointed import FromCheckpoint
 from widefield.models.feature_cache import FeatureCache
 from widefield.models.instances import FEATURES, PATCHES_PREFIX, is_patches, make_encoder, make_head, network_of
 from widefield.models.lora import merged
@@ -24,12 +23,11 @@ from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD, check_opt
 from widefield.modules.streaming_module import Loss
 from widefield.registry import Range
 from widefield.streaming import split
-from widefield.streaming.tiles import Normalisation
 
 Pooling = Literal["average", "max", "mean", "abmil", "clam", "clam-mb", "dsmil", "transmil", "abmilx"]
 
 
-class Classifier(ImageNetClassifier):
+class Classifier(FromCheckpoint, ImageNetClassifier):
     """A network by name, streamed, trained to predict one of several classes of an image; or by `target` something else.
 
     By its task, the loss, the metrics, and what metrics and `predict_step` get:
@@ -182,18 +180,6 @@ class Classifier(ImageNetClassifier):
         if self.feature_cache is not None:
             self.stream_network.eval()  # what is kept is what validation computes
 
-    def normalise_by(
-        self, mean: Sequence[float] | None, std: Sequence[float] | None, value_range: tuple[float, float] | None
-    ) -> None:
-        """Normalise images so from now on, and say so in checkpoints; see `StreamingCNN`."""
-        self.stream_network.normalisation = Normalisation.parse(mean, std, value_range)
-        self.save_plain_hyperparameters(**self._plain)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        used = checkpoint["hyper_parameters"]
-        self.normalise_by(used["mean"], used["std"], used["value_range"])
-
     def predictions(self, output: Tensor) -> Tensor:
         """Return predictions (N, classes) of outputs, see the class."""
         return self._predictions(output)
@@ -216,45 +202,6 @@ class Classifier(ImageNetClassifier):
         if self.model_name.startswith(TIMM_PREFIX) or isinstance(self.head, InstancePooling):
             return super().plain_state_dict()
         return resnet_state_dict(self.stream_network.module, self.head)
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, **options: Any) -> "tuple[Classifier, dict[str, Any]]":
-        """A classifier with the weights of a checkpoint, and the whole checkpoint (tensors and plain data).
-
-        Args:
-            path: A `.ckpt` file that `fit` wrote.
-            options: `tile_size` and `memory_budget`, which belong to the machine and are not in the checkpoint.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not a checkpoint of a `Classifier`.
-        """
-        checkpoint = read_checkpoint(path)
-        try:
-            classifier = cls(**checkpoint["hyper_parameters"], **options)
-            classifier.load_state_dict(checkpoint["state_dict"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{path} is not a checkpoint that `widefield fit` wrote ({reason}); give its .ckpt file"
-            ) from error
-        return classifier, checkpoint
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, read with `weights_only=True`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read as a checkpoint.
-    """
-    path = Path(path)
-    checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give a .ckpt file that `widefield fit` wrote"
-        )
-    return checkpoint
 
 
 def _trunk_and_head(

@@ -1,0 +1,151 @@
+"""Segmentation networks by name, and the one that `widefield fit --task segment` trains."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torchvision.models.segmentation as torchvision_segmentation
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import list_models
+
+from widefield.models.checkpointed import FromCheckpoint
+from widefield.models.networks import TIMM_PREFIX, make_timm, make_torchvision, unknown_model
+from widefield.models.weights import load_weights
+from widefield.modules import DenseModule
+from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+
+SEGMENTATION_NETWORKS = tuple(list_models(torchvision_segmentation))
+"""Names of torchvision's segmentation models."""
+
+
+class PyramidSegmenter(nn.Module):
+    """Features of several strides, brought to the same channels and to the size of the finest, added up, and classified.
+
+    The decoder of Kirillov et al., Panoptic Feature Pyramid Networks, 2019, https://arxiv.org/abs/1901.02446, figure 3, with a
+    projection and one bilinear resizing for each level. The logits are resized to the size of the image.
+
+    Args:
+        backbone: A network of timm with `features_only`.
+        num_classes: Channels of the logits.
+        width: Channels of the decoder.
+    """
+
+    def __init__(self, backbone: Any, num_classes: int, width: int = 128) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projections = nn.ModuleList(nn.Conv2d(count, width, 1) for count in backbone.feature_info.channels())
+        self.refine = nn.Conv2d(width, width, 3, padding=1)
+        self.classify = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, num_classes, H, W) of images (N, C, H, W)."""
+        levels = [project(level) for project, level in zip(self.projections, self.backbone(x), strict=True)]
+        size = levels[0].shape[-2:]
+        total = levels[0]
+        for level in levels[1:]:
+            total = total + functional.interpolate(level, size=size, mode="bilinear", align_corners=False)
+        logits = self.classify(functional.relu(self.refine(functional.relu(total))))
+        return functional.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def make_segmentation_network(
+    name: str, num_classes: int, weights: str | None = None, in_channels: int = 3
+) -> nn.Module:
+    """A segmentation model of torchvision by its name, or any timm model with maps of several strides in a `PyramidSegmenter`.
+
+    Args:
+        name: One of `SEGMENTATION_NETWORKS`, or `timm/NAME`.
+        num_classes: Channels of the logits.
+        weights: None for random ones, "DEFAULT" for those of the backbone that are published (a download), or a file.
+        in_channels: Channels of the images; other than 3 for timm's only.
+
+    Raises:
+        ValueError: An unknown name, or other than 3 channels for a model of torchvision.
+        OSError: The weights cannot be downloaded or read.
+    """
+    published = weights if weights == "DEFAULT" else None
+    if name.startswith(TIMM_PREFIX):
+        backbone = make_timm(name, num_classes, published, in_chans=in_channels, features_only=True)
+        net: nn.Module = PyramidSegmenter(backbone, num_classes)
+    elif name in SEGMENTATION_NETWORKS:
+        if in_channels != 3:
+            raise ValueError(f"{name} takes images of 3 channels, and these have {in_channels}; name a model timm/NAME")
+        net = make_torchvision(name, num_classes, None, weights_backbone=published)
+    else:
+        raise unknown_model(name, [*SEGMENTATION_NETWORKS, "timm/resnet18", "timm/convnext_tiny"])
+    if weights is not None and published is None:
+        load_weights(net, weights)
+    return net
+
+
+class Segmenter(FromCheckpoint, DenseModule):
+    """A segmentation network by name, streamed, trained with its loss inside; see `DenseModule`.
+
+    Its hyperparameters are plain data and stand in the checkpoint, so `Segmenter.from_checkpoint` needs nothing else.
+
+    Args:
+        model_name: A segmentation model of torchvision, or any timm model with maps of several strides as `timm/NAME`, which gets a
+            small decoder, see `PyramidSegmenter`.
+        class_names: Names of the classes, in the order of their labels.
+        loss: "cross_entropy", "dice", "jaccard" or "focal".
+        tile_size, memory_budget, mean, std, lr, weight_decay: As for `Classifier`.
+        weights: None for random ones, "DEFAULT" for published ones of the backbone (a download), or a file.
+        in_channels: Channels of the images.
+        value_range: As for `Classifier`.
+        ignore_index, class_weights: See `DenseModule`.
+
+    Raises:
+        ValueError: An unknown model name, or weights that don't belong to the model.
+        OSError: The weights cannot be downloaded or read.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        class_names: Sequence[str],
+        loss: Literal["cross_entropy", "dice", "jaccard", "focal"] = "cross_entropy",
+        tile_size: int | tuple[int, int] | None = None,
+        memory_budget: int | str | None = None,
+        weights: str | None = None,
+        in_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        value_range: tuple[float, float] | Literal["dtype", "percentiles"] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        network = make_segmentation_network(model_name, len(class_names), weights, in_channels)
+        if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        super().__init__(
+            network,
+            len(class_names),
+            loss,
+            ignore_index,
+            class_weights,
+            tile_size,
+            class_names=class_names,
+            memory_budget=memory_budget,
+            mean=mean,
+            std=std,
+            value_range=None if isinstance(value_range, str) else value_range,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+        self.model_name = model_name
+        self.target = {"task": "segment"}
+        self._plain = {
+            "model_name": model_name,
+            "class_names": self.class_names,
+            "loss": loss,
+            "in_channels": in_channels,
+            "ignore_index": ignore_index,
+            "class_weights": None if class_weights is None else list(class_weights),
+        }
+        self.save_plain_hyperparameters(**self._plain)
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the network, on the CPU."""
+        return {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}

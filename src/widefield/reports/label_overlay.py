@@ -1,0 +1,81 @@
+"""Overlays of label maps: the picture of an image with its classes in colours over it, and a legend."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from widefield.images import ImageFile, LabelMap
+from widefield.reports.figures import new_figure, save
+from widefield.reports.overlay import overview
+
+_SIDE = 1024
+"""Long side of the picture, in pixels."""
+_OPACITY = 0.5
+_BACKGROUND = "background"
+"""The class of this name is not painted."""
+_STRIP_BYTES = 16 * 2**20
+
+
+def label_overlay(
+    image: ImageFile | Tensor, labels: ImageFile | LabelMap, class_names: Sequence[str], title: str
+) -> Figure:
+    """Return a figure: an image, its classes in colours over it, and a legend of those that are there.
+
+    Of a large label map every n-th pixel is shown. Labels that are no class, and the class "background", have no colour.
+
+    Args:
+        image: See `save_overlay`.
+        labels: The label map, of one channel.
+        class_names: Names of the classes.
+        title: Above the picture.
+    """
+    shown = reduced(labels)
+    picture = overview(image, _SIDE)
+    colours = np.zeros((*shown.shape, 4))
+    patches = []
+    for k, name in enumerate(class_names):
+        if name != _BACKGROUND and (at := shown == k).any():
+            colour = colormaps["tab20" if len(class_names) > 10 else "tab10"](k % 20)[:3]
+            colours[at] = (*colour, _OPACITY)
+            patches.append(Patch(color=colour, label=name))
+    height, width = shown.shape
+    figure, axes = new_figure(8.0, max(2.5, min(10.0, 6.0 * height / width)) + 0.5)
+    extent = (0, width, height, 0)
+    axes.imshow(picture, extent=extent)
+    axes.imshow(colours, extent=extent, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+    if patches:
+        axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return figure
+
+
+def save_label_overlay(
+    path: str | Path, image: ImageFile | Tensor, labels: ImageFile | LabelMap, class_names: Sequence[str], title: str
+) -> None:
+    """Write the figure of `label_overlay` as a PNG; whole or not at all."""
+    save(label_overlay(image, labels, class_names, title), path)
+
+
+def reduced(labels: ImageFile | LabelMap) -> np.ndarray:
+    """Return every n-th row and column of a label map, (height, width), so that the long side has 1024 pixels at most."""
+    _, height, width = labels.shape
+    step = -(-max(height, width) // _SIDE)
+    rows = max(1, _STRIP_BYTES // (width * step)) * step
+    strips = [labels.read(y, 0, min(rows, height - y), width)[0, ::step, ::step] for y in range(0, height, rows)]
+    return np.concatenate(strips)
+
+
+def class_counts(labels: ImageFile | LabelMap, count: int) -> np.ndarray:
+    """Return how many pixels of a label map have each of `count` classes; it is read strip by strip."""
+    _, height, width = labels.shape
+    rows, total = max(1, _STRIP_BYTES // width), np.zeros(count, np.int64)
+    for y in range(0, height, rows):
+        strip = labels.read(y, 0, min(rows, height - y), width)
+        total += np.bincount(strip[strip < count].ravel(), minlength=count)[:count]
+    return total
