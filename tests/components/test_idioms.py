@@ -148,3 +148,13 @@ def test_a_transform_of_dictionaries_is_answered_with_what_a_transform_is() -> N
         Pipeline([{"type": "Invert"}])(picture)
     with pytest.raises(ValueError, match=r"Nothing was given a picture .* and returned nothing"):
         Pipeline([{"type": "MultiView", "transforms": [{"type": "Nothing"}]}])(picture)
+
+
+def test_a_bare_name_means_the_class_of_torch_whatever_else_is_imported() -> None:
+    others = [type(name, (torch.optim.Optimizer,), {"__module__": m}) for m in ("a", "b") for name in ("SGD", "Fancy")]
+    assert find_class("SGD", torch.optim.Optimizer) is torch.optim.SGD
+    with pytest.raises(
+        ValueError, match=r"there are several classes named 'Fancy': give the import path, a.Fancy or b.Fancy"
+    ):
+        find_class("Fancy", torch.optim.Optimizer)
+    del others

@@ -196,8 +196,10 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 def find_class(name: str, base: type) -> type:
     """Return the class called `name`: by its import path, or by its name alone if it is a loaded subclass of `base`.
 
+    Of several with one name it is ours, Lightning's or torch's, whatever else has been imported (bitsandbytes has an SGD, too).
+
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or there are several of other libraries.
     """
     if "." in name or ":" in name:
         found = import_object(name)
@@ -208,7 +210,13 @@ def find_class(name: str, base: type) -> type:
     if name not in loaded:
         usable = [known for known in loaded.values() if known is not base and not _is_internal(known)]
         raise ValueError(f"no {base.__name__} named {name!r}; {suggestion(name, (one.__name__ for one in usable))}")
-    return loaded[name]
+    several = {(one.__module__, one.__qualname__): one for one in _subclasses(base) if one.__name__ == name}
+    of_package = {module.partition(".")[0]: one for (module, _), one in several.items()}
+    at_home = [of_package[package] for package in ("widefield", "lightning", "torch") if package in of_package]
+    if not at_home and len(several) > 1:
+        paths = " or ".join(f"{module}.{name}" for module, _ in several)
+        raise ValueError(f"there are several classes named {name!r}: give the import path, {paths}")
+    return at_home[0] if at_home else loaded[name]
 
 
 def _is_internal(known: type) -> bool:
