@@ -195,6 +195,7 @@ def test_the_maps_of_a_frozen_encoder_are_computed_once(
     assert sorted(path.name for path in computed) == ["s4.tif", "s5.tif"]
 
 
+@pytest.mark.slow
 def test_other_weights_have_other_maps(slides: Path, tmp_path: Path) -> None:
     from widefield.models.feature_cache import FeatureCache
 
@@ -216,7 +217,7 @@ def test_other_weights_have_other_maps(slides: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("format", ["hdf5", "zarr"])
+@pytest.mark.parametrize("format", ["hdf5", pytest.param("zarr", marks=pytest.mark.slow)])
 def test_features_of_patches_are_written_with_their_places_and_train_a_head(
     format: str, run: Path, slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

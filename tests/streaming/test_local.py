@@ -106,7 +106,7 @@ DRAWN = {
 }
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(**DRAWN)
 def test_windows_drawn_at_random_are_exact(**drawn: Any) -> None:
     agrees(**drawn)

@@ -75,6 +75,7 @@ def test_a_swin_is_exact(version: int, size: tuple[int, int], classes: bool) -> 
     assert_exact(module, torch.randn(2, 3, *size), [(9, None), (11, 20)])
 
 
+@pytest.mark.slow
 def test_shifted_windows_twice_roll_further_each_time() -> None:
     torch.manual_seed(0)
     module = randomise(Net([4], 1, False)).eval()
