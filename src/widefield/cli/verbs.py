@@ -116,7 +116,7 @@ def foreground_argument(text: str | Path) -> str | Path:
 FOREGROUNDS = ("auto", "none", "otsu", "hsv")
 """Ways to find the foreground, see `widefield.images.ForegroundChoice`."""
 POOLINGS = ("average", "max", "mean", "abmil", "clam", "clam-mb", "dsmil", "transmil", "abmilx")
-"""How the map of an image becomes a vector, see `widefield.models.Classifier`."""
+"""The ways in which the map of an image becomes a vector, see `widefield.models.Classifier`."""
 HEATMAPS = ("png", "tiff", "geojson")
 """Formats of heatmaps."""
 _IMPORTS = _option(

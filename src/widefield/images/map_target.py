@@ -25,7 +25,7 @@ _LEAST_ROWS = 32
 
 
 class WrittenMap(Protocol):
-    """What the engine says of a map that is written, see `widefield.streaming.map_writing.WrittenMap`."""
+    """A map that is written, as the engine describes it, see `widefield.streaming.map_writing.WrittenMap`."""
 
     @property
     def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""What models by name have in common: hyperparameters that are plain data, and a checkpoint from which the same model is made."""
+"""The common part of models by name: hyperparameters that are plain data, and a checkpoint from which the same model is made."""
 
 from collections.abc import Sequence
 from pathlib import Path

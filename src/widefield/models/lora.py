@@ -11,7 +11,7 @@ from widefield.writing import replacing
 
 _ATTENTION = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "proj", "out_proj")
 _PREFIX = "base_model.model."
-"""Of the names of weights in files of peft."""
+"""The beginning of the names of weights in files of peft."""
 
 
 def add_adapters(net: nn.Module, rank: int) -> None:

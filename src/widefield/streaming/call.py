@@ -1,4 +1,4 @@
-"""What a streamed module is called with, checked before anything is captured or computed."""
+"""The inputs of a streamed module, checked before anything is captured or computed."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

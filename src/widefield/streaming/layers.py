@@ -145,7 +145,7 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
 
 
 def _turned(value: Value, source: Value, axis: int) -> ReceptiveField:
-    """How a map that is rolled reads the one before it, but for what comes from the other border."""
+    """Return how a map that is rolled reads the one before it, but for what comes from the other border."""
     size = _size(value, axis)
     shift = (value.begin[axis] - source.begin[axis]) % size
     shift -= size if 2 * shift > size else 0

@@ -59,7 +59,7 @@ class MapSink(Protocol):
 
     @property
     def places(self) -> Sequence[Any]:
-        """What is written: a path or an array for each map."""
+        """The places that are written: a path or an array for each map."""
 
     def write(self, number: int, y: int, x: int, tile: np.ndarray) -> None:
         """Take a tile (..., height, width) of a map, whose corner is at (y, x). No position comes twice."""

@@ -1,4 +1,4 @@
-"""What is done with a tile of a result before it is written: functions of single positions, and the type that is stored."""
+"""Steps between a tile of a result and the file: functions of single positions, and the type that is stored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

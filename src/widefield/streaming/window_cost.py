@@ -1,4 +1,4 @@
-"""What one window needs in memory: the module runs on windows without data, and what lives at a time is counted."""
+"""The memory that one window needs: the module runs on windows without data, and what lives at a time is counted."""
 
 import weakref
 from collections.abc import Callable, Sequence

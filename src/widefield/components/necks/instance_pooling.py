@@ -115,7 +115,7 @@ class MeanPooling(InstancePooling):
 
 @MODELS.register_module()
 class MaxPooling(InstancePooling):
-    """Of each class the greatest logit of all instances.
+    """The greatest logit of all instances, for each class.
 
     logits_c = max_i (W x_i + b)_c. The attention maps (N, C, h, w) are 1 at that instance, the first of several, and 0 elsewhere.
     Arguments are those of `InstancePooling`.

@@ -143,7 +143,7 @@ class Distillation(Method):
 
 
 _UNIT = {"mean": (0.0,), "std": (1.0,)}
-"""Of images with values from 0 to 1, which an encoder of patches normalises itself."""
+"""For images with values from 0 to 1, which an encoder of patches normalises itself."""
 
 
 class PatchTeacher(nn.Module):

@@ -119,7 +119,7 @@ class Placed:
 
 
 class Flattened(NamedTuple):
-    """How many dimensions of a map the model sees as one, and how many of them stand behind the width."""
+    """The number of dimensions of a map that the model sees as one, and how many of them stand behind the width."""
 
     width: int
     behind: int = 0

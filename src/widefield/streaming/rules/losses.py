@@ -36,7 +36,7 @@ _ELEMENTWISE: dict[Any, int] = {
 
 
 def _on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
-    """What is reduced has neither height nor width any more."""
+    """A loss that is reduced has neither height nor width any more."""
     nodes, width = flat.elementwise(node, maps, names)
     reduced = argument(node, _ELEMENTWISE[node.target], "reduction", 1) != 0
     return ([*nodes[:-1], replace(nodes[-1], shape=node.shape)], None) if reduced else (nodes, width)
@@ -136,7 +136,7 @@ def likelihood_at_each(
 
 
 def weight_at_each(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.dtype) -> Tensor:
-    """What each position counts in the mean: the weight of its class, 0 where it is ignored."""
+    """Return what each position counts in the mean: the weight of its class, 0 where it is ignored."""
     counts = target != ignored
     return counts.to(dtype) if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0)
 

@@ -175,7 +175,7 @@ def around(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], Node, Pl
 
 
 def _around(inner: Sequence[AxisMap], begins: Sequence[int], weights: Sequence[bool]) -> list[Rolled]:
-    """How an operation reads maps that begin at `begins` along one axis, with as little as possible read twice."""
+    """Return how an operation reads maps that begin at `begins` along one axis, with as little as possible read twice."""
     candidates = set()
     for m, begin, weight in zip(inner, begins, weights, strict=True):
         if not weight:
