@@ -110,17 +110,34 @@ class LazyImages(pl.LightningDataModule):
     """
 
     component_kind = "data module"
-    options: dict[str, Any]
     train_set: ImageDataset
     val_set: ImageDataset
     test_set: ImageDataset
-    batch_size: int
-    seed: int
     class_names: list[str]
     target: Target
     image_channels: int
     image_type: str
     collate: Callable[[Sequence[Any]], Any] = staticmethod(collate)
+
+    def __init__(
+        self,
+        level: int,
+        spacing: float | None,
+        channels: list[int | str] | None,
+        alpha: Alpha,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if spacing is not None and level:
+            raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
+        self.options: dict[str, Any] = {
+            "level": None if spacing else level,
+            "spacing": spacing,
+            "channels": channels,
+            "alpha": alpha,
+        }
+        self.batch_size, self.seed = batch_size, seed
 
     def _check_images(self) -> tuple[int, str]:
         """Open every image once; the number of channels and the type that all of them have. Spacings that differ are said."""
@@ -236,19 +253,9 @@ class LabelledImages(LazyImages):
         separator: str | None = None,
         foreground: str = "auto",
     ) -> None:
-        super().__init__()
-        if spacing is not None and level:
-            raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
+        super().__init__(level, spacing, channels, alpha, batch_size, seed)
         table = read_labels(labels, images, columns, task, separator)
         ForegroundChoice(foreground).check_count(len(table.images))
-        self.options: dict[str, Any] = {
-            "level": None if spacing else level,
-            "spacing": spacing,
-            "channels": channels,
-            "alpha": alpha,
-        }
-        self.batch_size = batch_size
-        self.seed = seed
         self._table = table
         splits = _split(table, task, val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (

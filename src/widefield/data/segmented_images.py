@@ -174,13 +174,10 @@ class SegmentedImages(LazyImages):
         alpha: Alpha = "drop",
         foreground: str = "none",
     ) -> None:
-        super().__init__()
-        if spacing is not None and level:
-            raise ValueError(f"level={level} and spacing={spacing:g} were both given; give one of them")
+        super().__init__(level, spacing, channels, alpha, batch_size, seed)
         found = matched(Path(images), Path(masks))
         ForegroundChoice(foreground).check_count(len(found))
-        self.options = {"level": None if spacing else level, "spacing": spacing, "channels": channels, "alpha": alpha}
-        self.batch_size, self.seed, self.crop, self.ignore_index = batch_size, seed, crop, ignore_index
+        self.crop, self.ignore_index = crop, ignore_index
         self.class_names = classes or _classes_in(found, self.options, ignore_index)
         if len(set(self.class_names)) != len(self.class_names) or len(self.class_names) < 2:
             raise LabelError(f"the classes are {listed(self.class_names)}; expected two at least, all different")
