@@ -54,7 +54,7 @@ def test_float64_is_exact_wherever_the_maps_live(name: str, place: str, tmp_path
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_an_image_in_host_memory_gets_its_gradient_there(place: str) -> None:
     module = network("efficientnet_b0").double()
-    whole = torch.randn(1, 3, 97, 113, dtype=torch.float64, requires_grad=True)
+    whole = torch.randn(1, 3, 97, 113, dtype=torch.float64, device="cpu", requires_grad=True)
     tiled = whole.detach().clone().requires_grad_()
     plain_reference(module)(whole.cuda()).sum().backward()
     found = stream(module, 40, verify=False)

@@ -132,6 +132,7 @@ def test_a_forward_pass_that_is_never_the_same_is_refused() -> None:
 
 def test_the_check_computes_in_float32_whatever_else_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, compare = [], verification.outcome
+    allowed = torch.backends.cudnn.rnn.fp32_precision
 
     def outcome(*args: Any, **kwargs: Any) -> Any:
         seen.append(torch.backends.cuda.matmul.fp32_precision)
@@ -146,7 +147,7 @@ def test_the_check_computes_in_float32_whatever_else_is_allowed(monkeypatch: pyt
     try:
         StreamingCNN(Net(lambda net, x: net.b(x)), 7)(IMAGE)
         assert torch.get_float32_matmul_precision() == "high"
-        assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+        assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision) == ("ieee", allowed)
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True

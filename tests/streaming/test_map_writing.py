@@ -146,7 +146,7 @@ def test_tiles_are_processed_as_the_whole_result_would_be(name: str) -> None:
     process, dtype, expected = POSTPROCESSES[name]
     model, kept = unet(), Kept()
     model.write(image(), kept, postprocess=process, dtype=dtype)
-    wanted = expected(called(model, image())).numpy()
+    wanted = expected(called(model, image())).cpu().numpy()
     assert kept.arrays[0].dtype == wanted.dtype
     np.testing.assert_allclose(
         kept.arrays[0], wanted, 1e-15
@@ -264,7 +264,7 @@ def test_a_budget_that_no_whole_map_fits_is_enough_to_write_one() -> None:
 
 def test_under_autocast_a_map_is_written_in_a_type_that_arrays_have() -> None:
     model, kept = StreamingCNN(nn.Conv2d(2, 3, 3), 32, verify=False), Kept()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         model.write(image().float(), kept)
         expected = called(model, image().float())
     assert expected.dtype == torch.bfloat16 and kept.maps[0].dtype == np.float32

@@ -292,7 +292,7 @@ def test_a_prepared_image_is_refused_once_anything_has_changed(changed: str) -> 
         elif changed == "normalisation":
             streamed = StreamingCNN(net, 10, verify=False)
         with (
-            torch.autocast("cpu", enabled=changed == "autocast"),
+            torch.autocast(torch.get_default_device().type, enabled=changed == "autocast"),
             pytest.raises(ValueError, match="prepare it again"),
         ):
             streamed(prepared, region=(2, 2, 4, 4))

@@ -329,7 +329,7 @@ def _check_instance(value: Any, annotation: type, path: Path) -> list[Problem]:
     if issubclass(annotation, os.PathLike):
         return [] if isinstance(value, str) else _mismatch(value, annotation, path)
     if issubclass(annotation, Enum):
-        return [] if value in annotation.__members__ else _mismatch(value, annotation, path)
+        return _mismatch(value, annotation, path) if member(annotation, value) is None else []
     if not isinstance(value, Mapping):
         return _mismatch(value, annotation, path)
     if "type" not in value and "class_path" not in value:
@@ -345,6 +345,11 @@ def _check_instance(value: Any, annotation: type, path: Path) -> list[Problem]:
     if isinstance(found, type) and not issubclass(found, annotation):
         return [(path, f"{name} is no {annotation.__name__}, which is expected here")]
     return check_arguments(found, arguments, path)
+
+
+def member(enumeration: type[Enum], value: Any) -> Enum | None:
+    """The member that a configuration names by its name or its value; None if there is none."""
+    return next((one for one in enumeration if value in (one, one.name, one.value)), None)
 
 
 def _is_loaded(name: str, base: type) -> bool:
@@ -399,7 +404,7 @@ def describe(annotation: Any, python: bool = False) -> str:
     if dataclasses.is_dataclass(annotation):
         return f"a dictionary with keys among {', '.join(field.name for field in dataclasses.fields(annotation))}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return "one of " + ", ".join(member.name for member in annotation)
+        return "one of " + ", ".join(one.value if isinstance(one.value, str) else one.name for one in annotation)
     if kind is collections.abc.Callable:
         return "a function by its import path"
     if isinstance(annotation, type):

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.tv_tensors import Image
 
 from widefield.config import checked
+from widefield.config.check import member
 from widefield.errors import WrongArgumentError
 from widefield.images import ImageFile
 from widefield.registry import TRANSFORMS, ComponentOf, Range, arguments_of, split_description
@@ -131,12 +132,9 @@ def _build(description: dict[str, Any]) -> Transform:
 def _enumerated(value: Any, name: str, kind: Callable[..., Any]) -> Any:
     """The member of torchvision's enumerations that a text means."""
     known = arguments_of(kind).named.get(name)
-    if not isinstance(value, str) or known is None:
-        return value
-    if name == "interpolation":
-        return InterpolationMode(value)
-    is_enumeration = isinstance(known.annotation, type) and issubclass(known.annotation, Enum)
-    return known.annotation[value] if is_enumeration else value
+    kinds = () if known is None else (known.annotation, *get_args(known.annotation))
+    found = (member(one, value) for one in kinds if isinstance(one, type) and issubclass(one, Enum))
+    return next((one for one in found if one is not None), value)
 
 
 def _changed(picture: Any, transform: Transform) -> Any:

@@ -9,7 +9,6 @@ and objects that are compared so are held, weakly where possible, so that anothe
 them.
 """
 
-import copy
 import functools
 import os
 import pickle
@@ -19,7 +18,7 @@ import types
 import warnings
 import weakref
 from array import array
-from collections import ChainMap, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -141,7 +140,7 @@ class Surroundings:
                     walk(value)
             walk(type(part))
             walk.hooks(part)
-        self._containers = [(of, copy.copy(of)) for of in walk.containers]
+        self._containers = [(of, _items(of)) for of in walk.containers]
         self._names = [(of, name, of[name] if isinstance(of, dict) else vars(of)[name]) for of, name in walk.names]
         self._caches = [(cached, cached.cache_info().misses) for cached in walk.caches]
         self._advancing = [(of, state) for of in walk.advancing if (state := _state(of)) is not None]
@@ -163,15 +162,14 @@ class Surroundings:
             if came is not None:
                 keys = came if isinstance(container, dict) else ()
                 what = f"a {type(container).__name__}" + (f" (key {next(iter(keys))!r:.60})" if keys else "")
+                now = _items(container)
                 only_added = isinstance(container, set) or (
-                    isinstance(container, dict)
-                    and all(key in container and container[key] is before[key] for key in before)
+                    isinstance(container, dict) and all(now.get(key, NOTHING) is before[key] for key in before)
                 )
                 changes.append(
                     ("" if only_added else what, list(came.values()) if isinstance(came, dict) else list(came))
                 )
-                container.clear()
-                container.update(before) if isinstance(container, (dict, set)) else container.extend(before)
+                _fill(container, before)
         for cached, misses in self._caches:
             if cached.cache_info().misses != misses:
                 cached.cache_clear()
@@ -191,8 +189,28 @@ class Surroundings:
         return changes
 
 
-def _difference(now: Any, before: Any) -> Any:
+def _items(container: Any) -> Any:
+    """Copy what a container holds, past the methods of its class: some make a new object each time a key is looked up."""
+    if isinstance(container, dict):
+        return dict(dict.items(container))
+    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
+    return (set if kind is set else list)(kind.__iter__(container))
+
+
+def _fill(container: Any, contents: Any) -> None:
+    """Let a container hold `contents` and nothing else."""
+    kind = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
+    kind.clear(container)
+    if isinstance(container, dict):
+        for key, value in contents.items():
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, contents)
+
+
+def _difference(container: Any, before: Any) -> Any:
     """The entries that are new or another object; None if there is no difference."""
+    now = _items(container)
     if isinstance(now, dict):
         came = {key: value for key, value in now.items() if key not in before or before[key] is not value}
         return came if came or len(now) != len(before) else None
@@ -298,7 +316,8 @@ class _Walk:
         if isinstance(value, (dict, list, set, deque)):
             self.containers.append(value)
         if isinstance(value, (dict, types.MappingProxyType)):
-            return tuple((self(key), self(item)) for key, item in tuple(value.items())), self._attributes(value)
+            held = _items(value) if isinstance(value, dict) else value
+            return tuple((self(key), self(item)) for key, item in tuple(held.items())), self._attributes(value)
         if isinstance(value, (set, frozenset)):
             return frozenset(map(self, value))
         if isinstance(value, (tuple, list, deque)):

@@ -59,8 +59,8 @@ class Postprocess:
         steps = tuple(map(_step, listed))
         if len(shape) < 3 and {"argmax", "softmax"} & {one for one in listed if isinstance(one, str)}:
             raise ValueError(f"postprocess={asked!r} is over channels, which a map of shape {tuple(shape)} has not")
-        generator = torch.Generator().manual_seed(0)
-        random = torch.rand((*shape[:-2], 4, 6), generator=generator) * 4 - 2
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.rand((*shape[:-2], 4, 6), generator=generator, device="cpu") * 4 - 2
         tile = random.to(device, made) if made.is_floating_point else random.abs().to(device, made)
         found = Postprocess(steps, (), np.dtype(np.float32), False)(tile)
         if not isinstance(found, Tensor) or tuple(found.shape[-2:]) != (4, 6):
@@ -126,7 +126,7 @@ def _stored(asked: Any, made: torch.dtype) -> np.dtype:
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:

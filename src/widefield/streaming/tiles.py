@@ -13,6 +13,9 @@ from widefield.streaming.captured import MapInput
 from widefield.streaming.foreground import Foreground
 from widefield.streaming.store import Store
 
+# CUDA chooses between values of signed types only.
+_SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 @runtime_checkable
 class LazyImage(Protocol):
@@ -204,8 +207,12 @@ class TileReader:
         if self.foreground is not None:
             extent = self.data.shape[-2:]
             mask = self.foreground.tile(extent, y, x, raw.shape[2], raw.shape[3], raw.device)[:, None]
-            fill = torch.tensor(self.fill, dtype=torch.float64, device="cpu").to(raw.dtype)  # as uint64 cannot be made
+            dtype, bits = raw.dtype, _SAME_BITS.get(raw.dtype, raw.dtype)
+            fill = torch.tensor(self.fill, dtype=torch.float64, device="cpu").to(dtype)  # as uint64 cannot be made
+            if bits != dtype:
+                raw, fill = raw.view(bits), fill.view(bits)  # not differentiable
             raw = torch.where(mask, raw, fill.to(raw.device).view(-1, 1, 1))
+            raw = raw if bits == dtype else raw.view(dtype)
         tile = raw if self.normalisation is None else self.normalisation.apply(raw, self.dtype)
         return tile if self.memory_format is None else tile.contiguous(memory_format=self.memory_format)
 
