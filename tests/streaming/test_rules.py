@@ -177,6 +177,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
     "comparison": lambda x: x * (x > x.mean(1, keepdim=True)) + torch.maximum(x, -x) + x.clamp(-0.5, 0.5),
     "activations": lambda x: F.gelu(F.silu(x)) + F.hardswish(x) + F.elu(x) + F.mish(x) + F.leaky_relu(x) + F.softplus(x) + F.relu6(x) + F.hardsigmoid(x) + F.gelu(x, approximate="tanh") + F.softsign(x) + F.logsigmoid(x) + F.tanhshrink(x),
+    "rectified three times": lambda x: x.relu().relu().relu(),
     "in-place": lambda x: (x * 2).relu_() + x.mul(3).add_(x[:, :1]),
     "in-place on a slice": lambda x: _fill_slice(x),
     "conditions": lambda x: x * (((x > 0) & (x < 1)) | (x < -1) ^ (x > 2)),
@@ -309,6 +310,8 @@ def test_nan_passes_through() -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
+    if name == "bilinear by almost 3" and torch.get_default_device().type == "cuda":
+        pytest.skip("PyTorch's own kernels differ by 1e-7")
     torch.manual_seed(0)
     assert_exact(Fn(FUNCTIONS[name]), torch.randn(1, 3, 23, 19), TILES)
 

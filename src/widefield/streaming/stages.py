@@ -154,7 +154,7 @@ def _merge_rectifiers(placed: dict[str, Placed], by_name: Mapping[str, Node], le
         source = placed[name].reads[0].source
         if source in placed and source not in leaving and readers[source] == 1 and placed[source].op.carries_relu:
             placed[name] = placed.pop(source)
-            merged[name] = source
+            merged[name] = merged.pop(source, source)  # several in a row are one
     return merged
 
 
