@@ -37,7 +37,7 @@ def make_slide(path: Path, size: int) -> None:
 
 def read_in_place(job: Job, steps: Iterable[tuple[int, int]]) -> Iterator[list[Tensor | None]]:
     for i, j in steps:
-        yield job._place(job._fetch(i, j))
+        yield job._to_device(job._fetch(i, j))
 
 
 def main() -> None:
