@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tests.streaming.exactness import plain_reference, relative_error
 from widefield.streaming import StreamingCNN
@@ -52,8 +53,9 @@ def mask() -> Tensor:
 
 
 @torch.no_grad()
-def called(model: StreamingCNN, x: Any, **options: Any) -> Any:
-    return model(x, **options)
+def called(model: Callable[..., Any], x: Any, *maps: Any, **options: Any) -> Any:
+    """The results of a call, on the CPU as arrays are."""
+    return pytree.tree_map(Tensor.cpu, model(x, *maps, **options))
 
 
 @pytest.mark.parametrize("tile", [(16, 24), (8, None), (200, 200), (9, 31)])
@@ -66,18 +68,18 @@ def test_a_written_map_is_bit_for_bit_that_of_forward_and_exactly_that_of_plain_
     out = np.full((1, 5, *IMAGE), np.nan)
     assert model.write(image(), out) is out
     assert torch.equal(torch.from_numpy(out), called(model, image()))
-    assert relative_error(torch.from_numpy(out), plain_reference(model.module)(image())) <= 1e-14
+    assert relative_error(torch.from_numpy(out), called(plain_reference(model.module), image())) <= 1e-14
 
 
 def test_a_region_is_written_as_it_is_returned() -> None:
     model, region = unet(), (11, 20, 30, 41)
     out = torch.full((5, 30, 41), torch.nan, dtype=torch.float64)
     model.write(image(), out, region=region)
-    assert torch.equal(out[None], called(model, image(), region=region))
+    assert torch.equal(out[None].cpu(), called(model, image(), region=region))
     model = unet(group_norm)
     prepared = model.prepare(image())
     model.write(prepared, out, region=region)
-    assert torch.equal(out[None], called(model, prepared, region=region))
+    assert torch.equal(out[None].cpu(), called(model, prepared, region=region))
 
 
 def test_background_is_zero_whatever_the_array_held_and_whatever_is_done_with_tiles() -> None:
@@ -87,7 +89,7 @@ def test_background_is_zero_whatever_the_array_held_and_whatever_is_done_with_ti
     expected = called(model, image(), mask=mask(), fill=0.25)
     assert np.array_equal(out, expected[0])
     model.write(image(), out, mask=mask(), fill=0.25, postprocess="sigmoid")
-    foreground = F.adaptive_max_pool2d(mask()[None].double(), IMAGE)[0] > 0
+    foreground = F.adaptive_max_pool2d(mask()[None].double(), IMAGE)[0].cpu() > 0
     np.testing.assert_allclose(out, torch.where(foreground, expected.sigmoid(), 0)[0], 1e-15)
     assert not out[:, ~foreground].any()
 
@@ -146,7 +148,7 @@ def test_tiles_are_processed_as_the_whole_result_would_be(name: str) -> None:
     process, dtype, expected = POSTPROCESSES[name]
     model, kept = unet(), Kept()
     model.write(image(), kept, postprocess=process, dtype=dtype)
-    wanted = expected(called(model, image())).cpu().numpy()
+    wanted = expected(called(model, image())).numpy()
     assert kept.arrays[0].dtype == wanted.dtype
     np.testing.assert_allclose(
         kept.arrays[0], wanted, 1e-15
@@ -162,7 +164,7 @@ class WithLabels(nn.Module):
 def test_maps_that_forward_takes_besides_the_image_are_given_behind_the_target() -> None:
     x, labels, kept = image()[..., :64, :88], torch.arange(32 * 44).reshape(1, 32, 44) % 7, Kept()
     StreamingCNN(WithLabels(), 24, verify=False).write(x, kept, labels)
-    for found, expected in zip(kept.arrays, WithLabels()(x, labels), strict=True):
+    for found, expected in zip(kept.arrays, called(WithLabels(), x, labels), strict=True):
         assert np.array_equal(found, expected)
     assert [each.stride for each in kept.maps] == [(1, 1), (2, 2)]
 
@@ -185,15 +187,15 @@ def test_several_maps_are_written_and_what_is_no_map_is_returned() -> None:
     torch.manual_seed(0)
     model, kept = StreamingCNN(Pyramid().double(), 16, verify=False), Kept()
     result = model.write(image(), kept)
-    expected = plain_reference(model.module)(image())
+    expected = called(plain_reference(model.module), image())
     assert [each.name for each in kept.maps] == ["maps.0", "maps.1"]
     assert [each.stride for each in kept.maps] == [(1.0, 1.0), (4.0, 4.0)]
     assert kept.maps[1].origin == (1.5, 1.5)
     assert result["maps"][1] is kept.arrays[1]
-    assert relative_error(result["score"], expected["score"]) <= 1e-14
+    assert relative_error(result["score"].cpu(), expected["score"]) <= 1e-14
     for found, wanted in zip(kept.arrays, expected["maps"], strict=True):
         assert relative_error(torch.from_numpy(found), wanted) <= 1e-14
-    assert relative_error(model.module.features, expected["maps"][0]) <= 1e-14
+    assert relative_error(model.module.features.cpu(), expected["maps"][0]) <= 1e-14
     arrays = [np.zeros((3, *IMAGE)), np.zeros((4, 16, 22))]
     model.write(image(), arrays)
     assert np.array_equal(arrays[1], kept.arrays[1][0])
@@ -259,7 +261,7 @@ def test_a_budget_that_no_whole_map_fits_is_enough_to_write_one() -> None:
         model(x)
     out = np.zeros((20, 640, 128))
     model.write(x, out)
-    assert relative_error(torch.from_numpy(out)[None], plain_reference(model.module)(x)) <= 1e-14
+    assert relative_error(torch.from_numpy(out)[None], called(plain_reference(model.module), x)) <= 1e-14
 
 
 def test_under_autocast_a_map_is_written_in_a_type_that_arrays_have() -> None:
