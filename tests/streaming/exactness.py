@@ -46,7 +46,9 @@ def plain_reference(module: nn.Module) -> nn.Module:
             part.train(part.training and not part.track_running_stats)
             part.register_forward_hook(_guard)
         elif isinstance(part, nn.AvgPool2d):
-            part.register_forward_pre_hook(lambda layer, args: args[0].contiguous())  # else wrong on CUDA before torch 2.14
+            part.register_forward_pre_hook(
+                lambda layer, args: args[0].contiguous()
+            )  # else wrong on CUDA before torch 2.14
     return reference
 
 

@@ -394,6 +394,38 @@ def test_windows_that_depend_on_each_other_are_refused_by_name(module: nn.Module
     assert raised.value.module_path == "0"
 
 
+HIDDEN = nn.Linear(5, 5)
+
+
+class UsesHidden(nn.Module):
+    """Trains a layer in a list, a tensor in a dictionary, a global layer, or what was computed from one."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        layer = nn.Linear(5, 5)
+        self.kept = {
+            "list": [layer],
+            "dictionary": {"weight": nn.Parameter(torch.rand(5, 5))},
+            "global": lambda x: HIDDEN(x),
+            "computed before": {"weight": HIDDEN.weight * 2},
+        }[where]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.kept, dict):
+            return x @ self.kept["weight"]
+        return self.kept[0](x) if isinstance(self.kept, list) else self.kept(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("where", ["list", "dictionary", "global", "computed before"])
+def test_what_trains_within_windows_and_is_no_parameter_is_refused(where: str) -> None:
+    net = nn.Sequential(Local(nn.Sequential(convolution(3, (8, 8)), UsesHidden(where)), 8), nn.Conv2d(5, 2, 1))
+    with pytest.raises(UnsupportedOpError, match="requires grad within Local is no parameter"):
+        StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24))
+    with torch.no_grad():
+        assert StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24)).shape == (1, 2, 3, 3)
+
+
 class Centred(nn.Module):
     def __init__(self, by_value: bool) -> None:
         super().__init__()

@@ -193,13 +193,13 @@ def _items(container: Any) -> Any:
     """Copy what a container holds, past the methods of its class: some make a new object each time a key is looked up."""
     if isinstance(container, dict):
         return dict(dict.items(container))
-    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
+    kind: Any = next(kind for kind in (list, set, deque) if isinstance(container, kind))
     return (set if kind is set else list)(kind.__iter__(container))
 
 
 def _fill(container: Any, contents: Any) -> None:
     """Let a container hold `contents` and nothing else."""
-    kind = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
+    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
     kind.clear(container)
     if isinstance(container, dict):
         for key, value in contents.items():

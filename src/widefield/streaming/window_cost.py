@@ -52,17 +52,22 @@ def window_cost(
     `requires_grad` says of the windows, then of each tensor, whether its gradient is wanted.
 
     Raises:
-        UnsupportedOpError: the module decides by values, or changes a buffer.
+        UnsupportedOpError: the module decides by values, changes a buffer, or trains a tensor that it does not register.
     """
-    autocast = watch.autocast
+    autocast, with_gradients = watch.autocast, torch.is_grad_enabled()
 
-    def measured() -> WindowCost | None:
+    def measured() -> WindowCost | str:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             weights = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").requires_grad_(need)
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
+            windows = torch.empty((2, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
+            if with_gradients and any(
+                all(x is not y for y in (windows, *weights)) for x in _leaves(run(windows, weights))
+            ):
+                return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
                 windows = torch.empty((count, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
@@ -70,7 +75,7 @@ def window_cost(
             changed = any(weight._version for weight in weights)
         (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
         if changed:
-            return None
+            return "changed"
         own = windows[0].numel() * dtype.itemsize
         return WindowCost(
             (saved_2 - saved) // _MANY,
@@ -97,12 +102,35 @@ def window_cost(
             f"runs on no tensors without data ({error!s:.200}), so that the memory of a window is not known",
             "register a fake implementation of it (torch.library.register_fake)",
         ) from error
-    if found is None:
-        raise watch.refusal(
-            "an update in place within Local",
-            "changes a parameter or buffer of the module, so that windows depend on each other",
-            "put the layer in evaluation mode, or move the update out of forward",
-        )
+    if isinstance(found, str):
+        raise watch.refusal(*_REFUSED[found])
+    return found
+
+
+_REFUSED = {
+    "changed": (
+        "an update in place within Local",
+        "changes a parameter or buffer of the module, so that windows depend on each other",
+        "put the layer in evaluation mode, or move the update out of forward",
+    ),
+    "hidden": (
+        "a tensor that requires grad within Local",
+        "is no parameter or buffer of its module, and so would get no gradient",
+        "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
+    ),
+}
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """Return the tensors that get a gradient from that of `result`."""
+    todo: list[Any] = [result.grad_fn]
+    seen, found = set(), []
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+            found += [node.variable] if type(node).__name__ == "AccumulateGrad" else []
     return found
 
 
