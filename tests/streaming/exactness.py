@@ -53,9 +53,14 @@ def plain_reference(module: nn.Module) -> nn.Module:
 
 
 def _guard(layer: nn.Module, args: Any, out: Tensor) -> None:
-    """Plain batch norm on the CPU gives wrong gradients where that of a batch of 1 has a small first stride (torch 2.15)."""
+    """Plain batch and instance norm on the CPU give wrong gradients where that of a batch of 1 has other strides (torch 2.15)."""
     if out.requires_grad and len(out) == 1:
-        out.register_hook(lambda grad: grad.as_strided(grad.shape, (grad.numel(), *grad.stride()[1:])))
+        out.register_hook(_restrided)
+
+
+def _restrided(grad: Tensor) -> Tensor:
+    grad = grad.contiguous()
+    return grad.as_strided(grad.shape, (grad.numel(), *grad.stride()[1:]))
 
 
 def assert_exact(
