@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,9 +65,7 @@ def window_cost(
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
             windows = torch.empty((2, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
-            if with_gradients and any(
-                all(x is not y for y in (windows, *weights)) for x in _leaves(run(windows, weights))
-            ):
+            if with_gradients and _trains_others(run, windows, weights):
                 return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
@@ -121,17 +120,29 @@ _REFUSED = {
 }
 
 
-def _leaves(result: Tensor) -> list[Tensor]:
-    """Return the tensors that get a gradient from that of `result`."""
-    todo: list[Any] = [result.grad_fn]
-    seen, found = set(), []
+def _trains_others(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> bool:
+    """True if the result has a gradient with respect to other tensors than these, or had one before the capture cut it off."""
+    with _Computed() as computed:
+        todo: list[Any] = [run(windows, weights).grad_fn]
+    given, seen = {id(x) for x in (windows, *weights)}, set()
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
             todo += [following for following, _ in node.next_functions]
-            found += [node.variable] if type(node).__name__ == "AccumulateGrad" else []
-    return found
+            if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in given:
+                return True
+    return computed.used
+
+
+class _Computed(TorchFunctionMode):
+    """Notices the use of what `watch.mark_computed` marked."""
+
+    used = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.used |= any(hasattr(x, "_computed_before") for x in pytree.tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 class _Live(TorchDispatchMode):
