@@ -1,7 +1,9 @@
 """Property test: networks, image sizes, tiles, batch sizes and dtypes drawn at random agree with the whole image."""
 
+import random
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.streaming.exactness import assert_exact, randomise
+from tests.streaming.test_rules import FUNCTIONS, POOLS
+from widefield.streaming import UnsupportedOpError
 
 layer = st.one_of(
     st.tuples(st.just("conv"), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), st.integers(1, 2)),
@@ -113,3 +117,55 @@ def test_drawn_networks_are_exact(
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), randomise(Drawn(layers)))
     assert_exact(module, torch.randn(batch, 2, *size), tiles)
+
+
+OPERATIONS = {**FUNCTIONS, **POOLS}
+
+
+class Chain(nn.Module):
+    """Operations of the tests of the rules, one after the other with nothing between them."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.before, self.names = nn.Conv2d(3, 8, 3, padding=1), names
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for name in self.names:
+            x = OPERATIONS[name](x)
+        return x
+
+
+def drawn_chain(seed: int, image: Tensor, length: int = 3) -> Chain:
+    """A chain of operations that the size of the image suits, and the sizes that they make."""
+    names: list[str] = []
+    for name in random.Random(seed).sample(sorted(OPERATIONS), 3 * length):
+        try:
+            made = Chain([*names, name]).double()(image)
+        except (RuntimeError, ValueError):
+            continue
+        if len(names) < length and made.ndim == 4 and made.shape[1] == 8 and made.numel() and max(made.shape) < 80:
+            names.append(name)
+    return Chain(names)
+
+
+def assert_chains_are_exact_or_refused(seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        image = torch.randn(1, 3, 23, 19, dtype=torch.float64)
+        chain = drawn_chain(seed, image)
+        try:
+            assert_exact(chain, image, [[(7, None), (5, 6), (3, 4), (9, 13)][seed % 4]])
+        except UnsupportedOpError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {chain.names}") from error
+
+
+def test_operations_one_after_the_other_are_exact_or_refused() -> None:
+    assert_chains_are_exact_or_refused(range(8))
+
+
+@pytest.mark.slow
+def test_a_thousand_rows_of_operations_are_exact_or_refused() -> None:
+    assert_chains_are_exact_or_refused(range(1000, 2000))
