@@ -71,6 +71,31 @@ def test_a_step_with_a_loss_inside_has_the_gradients_of_plain_pytorch(
     assert all(relative_error(f, e) <= TOLERANCE for f, e in pairs)
 
 
+class Hinge(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (1 - logits[:, 1]).relu().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "weighted"),
+    [
+        ({"type": "DiceLoss", "whole_batch": True}, DiceLoss(whole_batch=True, class_weights=WEIGHTS)),
+        ({"class_path": "JaccardLoss"}, JaccardLoss(class_weights=WEIGHTS)),
+        ({"type": Hinge}, None),
+    ],
+    ids=["type", "class_path", "without class weights and ignored labels"],
+)
+def test_a_described_loss_gets_what_it_takes(loss: dict[str, Any], weighted: nn.Module | None) -> None:
+    net = network()
+    options = {} if weighted is None else {"class_weights": WEIGHTS}
+    found = module(net, loss=loss, **options).stream_network.module.loss
+    expected = Hinge() if weighted is None else weighted
+    torch.testing.assert_close(found(net(image(1)), labels(1)), expected(net(image(1)), labels(1)))
+    if weighted is None:
+        with pytest.raises(WrongArgumentError, match="class_weights are for the losses"):
+            module(net, loss=loss, class_weights=WEIGHTS)
+
+
 NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": functional.l1_loss,
     "l2": functional.mse_loss,

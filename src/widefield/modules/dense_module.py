@@ -20,7 +20,7 @@ from widefield.components.metrics.dense_metrics import RegressionScores, Segment
 from widefield.components.models.features import background_of, left_out
 from widefield.errors import WrongArgumentError
 from widefield.modules.streaming_module import BaseModule, described
-from widefield.registry import MODELS, ComponentOf, suggestion
+from widefield.registry import MODELS, ComponentOf, arguments_of, split_description, suggestion
 
 DenseTask = Literal["segmentation", "regression"]
 MapLoss = Callable[[Tensor, Tensor], Tensor]
@@ -297,8 +297,11 @@ def _loss(given: Any, task: DenseTask, ignore_index: int, class_weights: Sequenc
             return cast(MapLoss, names[given](ignore_index=ignore_index, **weights))
         given = names[given]()
     elif isinstance(given, Mapping):
+        kind, arguments = split_description(given)
         own = {"ignore_index": ignore_index, **weights} if segments else {}
-        given = MODELS.build({**own, **given})
+        taken = arguments_of(MODELS.get(kind) if isinstance(kind, str) else kind).named
+        given = MODELS.build({"type": kind, **{name: own[name] for name in own if name in taken}, **arguments})
+        weights = {} if segments and "class_weights" in taken else weights
     if weights:
         raise WrongArgumentError(
             f"class_weights are for the losses {', '.join(_OF_LABELS)}; give them to your own loss"
