@@ -10,3 +10,6 @@ from widefield.inference.patch_features import embed_patches as embed_patches
 from widefield.inference.prediction import ImageClassificationInferencer as ImageClassificationInferencer
 from widefield.inference.prediction import inference_model as inference_model
 from widefield.inference.prediction import predict_samples as predict_samples
+from widefield.inference.seams import AtDistance as AtDistance
+from widefield.inference.seams import TileMismatch as TileMismatch
+from widefield.inference.seams import tile_mismatch as tile_mismatch
