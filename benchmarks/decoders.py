@@ -1,9 +1,9 @@
-"""What do tiles change in networks that make images? ESRGAN's RRDB network and the decoder of diffusers' `AutoencoderKL`.
+"""What do tiles change in networks that make images? ESRGAN's network, Swin2SR, and the decoder of diffusers' `AutoencoderKL`.
 
     uv pip install diffusers transformers
-    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/decoders.py [--sides 1024 2048]
+    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/decoders.py [--rows 0 1 2 3 4]
 
-Random weights, float32; narrow networks, so that it takes minutes on a CPU. Tiles are those of the tools that people use: of 256
+Random weights, float32; narrow networks, so that it takes minutes on a CPU. Tiles are those of the tools that people use: of 128
 pixels with 10 more at each side, as Real-ESRGAN crops and joins them, and `enable_tiling()` of diffusers, which blends. Errors
 are those of the result against plain PyTorch. Seconds are of one run each, interleaved with plain PyTorch; peak memory is
 measured in a fresh process for each cell, above the weights and the image (VmHWM). Prints a Markdown table.
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widefield as wf
+
+ROWS = [("RRDB", 1024), ("RRDB", 2048), ("AutoencoderKL", 1024), ("AutoencoderKL", 2048), ("Swin2SR", 512)]
+"""Networks, and the height and width of the images that they make."""
 
 
 class DenseBlock(nn.Module):
@@ -132,9 +135,11 @@ def padded_tiles(network: nn.Module, tile: int, pad: int, image: Tensor) -> Tens
         row = []
         for x in range(0, width, tile):
             top, left = max(y - pad, 0), max(x - pad, 0)
-            found = network(image[..., top : y + tile + pad, left : x + tile + pad])
-            y0, x0 = 4 * (y - top), 4 * (x - left)
-            row.append(found[..., y0 : y0 + 4 * min(tile, height - y), x0 : x0 + 4 * min(tile, width - x)])
+            given = image[..., top : y + tile + pad, left : x + tile + pad]
+            found = network(given)
+            n = found.shape[-1] // given.shape[-1]
+            y0, x0 = n * (y - top), n * (x - left)
+            row.append(found[..., y0 : y0 + n * min(tile, height - y), x0 : x0 + n * min(tile, width - x)])
         rows.append(torch.cat(row, 3))
     return torch.cat(rows, 2)
 
@@ -148,15 +153,15 @@ def tiled_decode(latents: Tensor) -> Tensor:
 def ways(name: str, side: int) -> tuple[Tensor, dict[str, Callable[[Tensor], Tensor]]]:
     """Return the input of an image of `side` pixels, and the ways to this image; plain PyTorch is the first."""
     generator = torch.Generator().manual_seed(0)
-    if name == "RRDB":
-        network, given = rrdb(), torch.rand(1, 3, side // 4, side // 4, generator=generator)
-        tiles: dict[str, Callable[[Tensor], Tensor]] = {
-            f"tiles of 128, {pad} pixels more": partial(padded_tiles, network, 128, pad) for pad in (10, 32)
-        }
-    else:
+    tiles: dict[str, Callable[[Tensor], Tensor]]
+    if name == "AutoencoderKL":
         network, given = vae_decoder(), torch.randn(1, 4, side // 8, side // 8, generator=generator)
         tiles = {"enable_tiling()": tiled_decode}
-    return given, {"plain": network, "streamed": wf.stream(network, (32 if name == "RRDB" else 16, None)), **tiles}
+    else:
+        network, scale = (rrdb(), 4) if name == "RRDB" else (swin2sr(), 2)
+        given = torch.rand(1, 3, side // scale, side // scale, generator=generator)
+        tiles = {f"tiles of 128, {pad} pixels more": partial(padded_tiles, network, 128, pad) for pad in (10, 32)}
+    return given, {"plain": network, "streamed": wf.stream(network, (16, None)), **tiles}
 
 
 @torch.no_grad()
@@ -194,8 +199,7 @@ def peak(name: str, side: int, way: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1024, 2048], help="of the images that are made")
-    parser.add_argument("--networks", nargs="+", default=["RRDB", "AutoencoderKL"])
+    parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows, from 0")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
@@ -204,9 +208,8 @@ def main() -> None:
         return
     print(f"random weights, float32, torch {torch.__version__}, {platform.machine()}\n")
     print("| | image | | mean / std | max / range | peak (MiB) | / plain | seconds / plain |\n" + "|---" * 8 + "|")
-    for name in options.networks:
-        for side in options.sides:
-            compare(name, side)
+    for row in options.rows:
+        compare(*ROWS[row])
 
 
 if __name__ == "__main__":

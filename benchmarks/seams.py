@@ -1,7 +1,7 @@
 """What do tiles change? U-Nets of MONAI with three kinds of norm layers, on tiles and on the whole image.
 
     uv pip install monai
-    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/seams.py [--side 1024] [--steps 120] [--picture docs/pictures/seams.jpg]
+    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/seams.py [--tables tiles learning memory] [--picture FILE]
 
 Each network learns to find vessels in a fundus photograph that scikit-image ships: from the left half, in crops of 128 pixels;
 the labels are a threshold on Sato's vesselness. Then its logits of the whole photograph by plain PyTorch are compared with
@@ -31,6 +31,7 @@ import widefield as wf
 
 CROP = 128
 """Side of the crops that the networks learn from."""
+TABLES = ["tiles", "learning", "memory"]
 NORMS: dict[str, Any] = {"batch": "batch", "instance": "instance", "group": ("group", {"num_groups": 4})}
 
 
@@ -52,17 +53,20 @@ def photograph(side: int) -> tuple[Tensor, Tensor]:
     return pixels.contiguous(), torch.from_numpy(vessels)[None].long()
 
 
-def learn(norm: str, side: int, steps: int) -> nn.Module:
-    """Return a network that has seen `steps` batches of crops of the left half."""
+def learn(norm: str, side: int, steps: int, whole: bool = False) -> nn.Module:
+    """Return a network that has seen `steps` batches of four crops of the left half, or all of it half as often."""
     network = unet(norm).train()
     image, labels = photograph(side)
     optimizer = torch.optim.Adam(network.parameters(), 5e-3)
-    for _ in range(steps):
-        corners = [(int(torch.randint(side - CROP, ())), int(torch.randint(side // 2 - CROP, ()))) for _ in range(4)]
-        crops = torch.cat([image[..., y : y + CROP, x : x + CROP] for y, x in corners])
-        truth = torch.cat([labels[..., y : y + CROP, x : x + CROP] for y, x in corners])
+    count, height, width = (1, side, side // 2) if whole else (4, CROP, CROP)
+    for _ in range(steps // 2 if whole else steps):
+        places = []
+        for _ in range(count):
+            y, x = (int(torch.randint(max(room, 1), ())) for room in (side - height, side // 2 - width))
+            places.append((..., slice(y, y + height), slice(x, x + width)))
+        batch, truth = (torch.cat([whole_map[place] for place in places]) for whole_map in (image, labels))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(network(crops), truth).backward()
+        nn.functional.cross_entropy(network(batch), truth).backward()
         optimizer.step()
     return network.eval()
 
@@ -204,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=1024, help="of the photograph, at most 1411; a multiple of 16")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--picture", type=Path, help="a file to draw to")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -212,24 +217,39 @@ def main() -> None:
         print(json.dumps(peak(norm, name, options.side)))
         return
     print(f"{options.side} x {options.side} pixels, float32, torch {torch.__version__}, {platform.machine()}\n")
-    networks = {norm: learn(norm, options.side, options.steps) for norm in NORMS}
-    print(
-        "| norm | | mean / std | max / range | step / std | another class | Dice | seconds / plain |\n"
-        + "|---" * 8
-        + "|"
-    )
-    for norm, network in networks.items():
-        compare(norm, network, options.side)
-    print("\n| norm | | peak (MiB) | / plain |\n" + "|---" * 4 + "|")
-    for norm in ("batch", "instance"):
-        plain = 0
-        for name in ("plain", "streamed", "tiles of 256", "tiles of 256, MONAI: overlap 25%, Gaussian"):
-            size = peak_in_new_process(f"{norm}: {name}")
-            plain = plain or size
-            print(f"| {norm} | {name} | {size / 2**20:.0f} | {size / plain:.2f} |", flush=True)
+    networks = {
+        norm: learn(norm, options.side, options.steps) for norm in NORMS if {"tiles", "learning"} & {*options.tables}
+    }
+    if "tiles" in options.tables:
+        print(
+            "| norm | | mean / std | max / range | step / std | another class | Dice | seconds / plain |\n"
+            + "|---" * 8
+            + "|"
+        )
+        for norm, network in networks.items():
+            compare(norm, network, options.side)
+    if "learning" in options.tables:
+        print("\n| norm | learned from | Dice, tiles of 128 | Dice, whole image |\n" + "|---" * 4 + "|")
+        for norm, network in networks.items():
+            image, labels = photograph(options.side)
+            for name, trained in (
+                ("crops of 128", network),
+                ("the whole left half", learn(norm, options.side, options.steps, whole=True)),
+            ):
+                with torch.no_grad():
+                    scores = dice(joined(trained, CROP, 0, image), labels), dice(trained(image), labels)
+                print(f"| {norm} | {name} | {scores[0]:.3f} | {scores[1]:.3f} |", flush=True)
     if options.picture:
         figure = draw(networks, options.side)
         figure.savefig(options.picture, dpi=100, pil_kwargs={"quality": 85, "optimize": True})
+    if "memory" in options.tables:
+        print("\n| norm | | peak (MiB) | / plain |\n" + "|---" * 4 + "|")
+        for norm in ("batch", "instance"):
+            plain = 0
+            for name in ("plain", "streamed", "tiles of 256", "tiles of 256, MONAI: overlap 25%, Gaussian"):
+                size = peak_in_new_process(f"{norm}: {name}")
+                plain = plain or size
+                print(f"| {norm} | {name} | {size / 2**20:.0f} | {size / plain:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

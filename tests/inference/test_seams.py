@@ -1,5 +1,9 @@
 """Tile mismatch, compared with plain PyTorch on whole images and tiles."""
 
+import errno
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widefield as wf
+
+PAGE = Path(__file__).parents[2] / "docs" / "no-seams.md"
 
 
 def convolution() -> nn.Module:
@@ -139,6 +145,16 @@ def test_what_cannot_be_joined_is_refused(module: nn.Module, arguments: dict[str
         wf.tile_mismatch(module, torch.rand(1, 3, 32, 32), **arguments)
 
 
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"needs 4096 bytes in the folder .*: No space left on device") as caught:
+        wf.tile_mismatch(wf.stream(convolution(), scratch_dir=tmp_path), torch.rand(1, 3, 8, 16).double(), tile_size=8)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_several_maps_are_refused() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -146,3 +162,10 @@ def test_several_maps_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"gives: low \(1, 3, 8, 8\), high \(1, 3, 16, 16\); wrap it"):
         wf.tile_mismatch(Two(), torch.rand(1, 3, 16, 16))
+
+
+def test_the_page_tells_exact_overlaps_from_norms(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)[0], {})
+    printed = capsys.readouterr().out
+    assert "another class at    0.000% of the positions" in printed
+    assert float(re.findall(r"([\d.]+)% of the standard deviation, ", printed)[0]) > 1

@@ -1,6 +1,7 @@
 """Tile mismatch: by how much a model's map, put together from tiles, differs from its map of the whole image."""
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def tile_mismatch(
     Raises:
         UnsupportedOpError: The model cannot be streamed.
         ValueError: The result is not one map of such a size, or tile size and overlap do not fit each other or the map's stride.
+        OSError: The folder for temporary files has no room for the map.
 
     Example:
         >>> network = torch.nn.Conv2d(3, 2, 3, padding=1)
@@ -213,8 +215,16 @@ class _Scratch:
             )
         along = zip(image.shape[-2:], maps[0].shape[2:], maps[0].stride, self.tile_size, strict=True)
         self.axes = [_tiles(*axis, self.overlap) for axis in along]
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            self.array = np.memmap(file, maps[0].dtype, "w+", shape=maps[0].shape)
+        size = maps[0].shape[2] * maps[0].row_bytes
+        folder = self.folder or tempfile.gettempdir()
+        try:
+            with tempfile.TemporaryFile(prefix="widefield-", dir=folder) as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a bus error later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                self.array = np.memmap(file, maps[0].dtype, "w+", shape=maps[0].shape)
+        except OSError as error:
+            needed = f"the map of the whole image needs {size} bytes in the folder {folder}: {error.strerror}. Give another one:"
+            raise OSError(error.errno, f"{needed} stream(model, scratch_dir=...)") from error
         with ArrayTarget([self.array]).begin(image, maps) as sink:
             yield sink
 
