@@ -1,7 +1,7 @@
 """What do tiles change in networks that make images? ESRGAN's network, Swin2SR, and the decoder of diffusers' `AutoencoderKL`.
 
     uv pip install diffusers transformers
-    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/decoders.py [--rows 0 1 2 3 4 5]
+    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/decoders.py [--rows 0 1 2 3 4]
 
 Random weights, float32; narrow networks, so that it takes minutes on a CPU. Tiles are those of the tools that people use: of 128
 pixels with 10 more at each side, as Real-ESRGAN crops and joins them, and `enable_tiling()` of diffusers, which blends tiles of
