@@ -83,6 +83,7 @@ class ConfiguredCLI(LightningCLI):
             "--metrics", type=list[dict[str, Any]] | None, default=None, help="computed in validation and test"
         )
         for name, kind in (
+            ("loggers", dict[str, Any]),
             ("optimizer", dict[str, Any]),
             ("paramwise_cfg", dict[str, Any]),
             ("lr_scheduler", dict[str, Any] | list[dict[str, Any]]),

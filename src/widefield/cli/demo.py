@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import math
@@ -15,10 +16,10 @@ from torchmetrics.functional.classification import binary_auroc
 
 from widefield.cli import main
 from widefield.cli.demo_images import CLASSES, CLUSTER_RADIUS, CLUSTERS, SIDE, SPACING, THUMBNAIL, Made, make_images
-from widefield.cli.history import mebibytes, memory_rows
-from widefield.cli.progress import make_progress
 from widefield.cli.run import console
-from widefield.reports import Page
+from widefield.cli.training_report import memory_rows
+from widefield.reports import Page, ProgressLine
+from widefield.streaming.budget import format_bytes
 
 _log = logging.getLogger(__name__)
 MODEL = "resnet10_w16"
@@ -77,20 +78,22 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     )
     console.print(f"the heatmap's maximum lies on a mark in {hits} of {positives} speckled images")
     console.print(
-        f"peak memory of a training step, above that between steps (measured): {'unknown' if peak is None else mebibytes(peak)}"
+        f"peak memory of a training step, above that between steps (measured): {'unknown' if peak is None else format_bytes(peak)}"
     )
-    console.print(f"a plain step would keep, in activations alone (computed): {mebibytes(plain)}")
+    console.print(f"a plain step would keep, in activations alone (computed): {format_bytes(plain)}")
     console.print(f"report: {out / 'report.html'} (after {seconds:.0f} s)", soft_wrap=True)
 
 
 def _make_data(out: Path, seed: int) -> list[Made]:
     """Training and held-out images under `out/data`; the held-out ones."""
-    with make_progress() as progress:
-        task = progress.add_task("images made", total=_TRAINING_IMAGES + _HELD_OUT_IMAGES)
-        make_images(out / "data" / "training", _TRAINING_IMAGES, 2 * seed, lambda: progress.advance(task))
-        held_out = make_images(
-            out / "data" / "held-out", _HELD_OUT_IMAGES, 2 * seed + 1, lambda: progress.advance(task)
-        )
+    made = itertools.count(1)
+    with ProgressLine(console=console) as line:
+
+        def tell() -> None:
+            line.update(next(made), _TRAINING_IMAGES + _HELD_OUT_IMAGES, "images are made")
+
+        make_images(out / "data" / "training", _TRAINING_IMAGES, 2 * seed, tell)
+        held_out = make_images(out / "data" / "held-out", _HELD_OUT_IMAGES, 2 * seed + 1, tell)
     _log.info("made %d images of %d x %d pixels", _TRAINING_IMAGES + _HELD_OUT_IMAGES, SIDE, SIDE)
     return held_out
 

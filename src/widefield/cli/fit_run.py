@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
 
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.first_checks import check_folder
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
-from widefield.cli.history import History, StepMemory, write_csv, write_training_report
+from widefield.cli.history import History, LastValidation, StepMemory, write_csv
+from widefield.cli.training_report import write_training_report
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
@@ -31,6 +32,8 @@ from widefield.inference.names import BEST, CONFIG, LAST
 from widefield.models import FromCheckpoint
 from widefield.models.instances import is_patches
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
+from widefield.pretraining.loggers import forget_after, named_loggers
+from widefield.pretraining.out import METRICS
 from widefield.streaming import calibrate_batch_norm
 from widefield.writing import replacing
 
@@ -53,6 +56,7 @@ class FitCLI(ConfiguredCLI):
         out: The folder of the results.
         history: The numbers of the epochs.
         memory: What a step needs.
+        seen: What was predicted in the last validation.
         settings: The configuration, with all defaults.
     """
 
@@ -64,8 +68,29 @@ class FitCLI(ConfiguredCLI):
         self.memory = StepMemory()
         self.settings = settings_of(self.parser, self.config)
         optimization = Optimization(optimization_of(self.settings))
-        own = [FiniteTraining(), optimization, self.history, self.memory, RandomState(), *self._checkpoints()]
-        return [*super().callbacks(), *own]
+        self.seen = LastValidation()
+        own = [
+            FiniteTraining(),
+            optimization,
+            self.history,
+            self.memory,
+            self.seen,
+            RandomState(),
+            *self._checkpoints(),
+        ]
+        rates = [LearningRateMonitor()] if self.config.loggers else []
+        return [*super().callbacks(), *own, *rates]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if not self.config.loggers:
+            return super().instantiate_trainer(**kwargs)
+        if self.config.trainer.logger:
+            raise ValueError("trainer.logger and loggers both say where numbers are logged; give one of them")
+        root = self.config.trainer.default_root_dir
+        loggers = (
+            named_loggers(self.config.loggers, Path(root)) if root is not None else []
+        )  # `callbacks` tells of none
+        return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and that of the least validation loss (where there is none: the last one)."""
@@ -125,6 +150,10 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
     if writes:
         _write_settings(cli)
+        if last:
+            forget_after(out / METRICS, read_torch_file(last)["global_step"])
+    for logger in cli.trainer.loggers if cli.config.loggers else ():
+        logger.log_hyperparams(cli.settings)
     try:
         cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -149,7 +178,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
             (out / CONFIG).write_bytes(former)
     if by_name and writes:
-        write_training_report(out, model, data, cli.history.rows, cli.memory.peak)
+        model.to(cli.trainer.strategy.root_device)  # from which Lightning has taken it
+        write_training_report(out, model, data, cli.history.rows, cli.memory.peak, cli.seen.images)
         _log.info("report: %s", out / "report.html")
     kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
     if kept:

@@ -56,6 +56,7 @@ SECTIONS: Sections = {
         },
         several=True,
     ),
+    "loggers": Section(default="widefield.pretraining.loggers:LoggerArgs"),
     "seed_everything": bool | Annotated[int, _NOT_NEGATIVE],
     "imports": list[str],
     **FOREIGN,

@@ -1,33 +1,27 @@
-"""Records that `fit` keeps of a run: the numbers of every epoch, the memory of a step, and the page about them."""
+"""Records that `fit` keeps of a run: the numbers of every epoch, the memory of a step, and what was predicted last."""
 
 import csv
 import io
-import json
 import logging
 import math
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
+from torch import Tensor
 
-from widefield.cli.predict_maps import predict_map
-from widefield.data import LazyImages
-from widefield.images import LabelMap, open_image
-from widefield.models import FromCheckpoint, Segmenter
-from widefield.reports import Page, PeakMemory, plain_step_bytes
-from widefield.reports.figures import as_png
-from widefield.reports.label_overlay import label_overlay
+from widefield.models import Classifier
+from widefield.reports import PeakMemory
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
-_SHOWN = 3
-"""Images whose label maps a report shows."""
 
 
 class History(Callback):
     """Collects the logged numbers of each epoch and writes them to a CSV file; a resumed run goes on with its rows.
+
+    Beside what is logged are the least and the greatest loss of the training steps, as `train_loss_min` and `train_loss_max`.
 
     Attributes:
         rows: The numbers of each epoch.
@@ -38,6 +32,7 @@ class History(Callback):
         self._path = path
         self.has_started = False
         self.rows: list[dict[str, float]] = []
+        self._losses: tuple[Tensor, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -48,9 +43,22 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_started = True
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        if isinstance(outputs, dict) and "loss" in outputs:  # stays on the device, so that nothing waits for it
+            loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+            low, high = self._losses or (loss, loss)
+            self._losses = torch.minimum(low, loss), torch.maximum(high, loss)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         numbers = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        self.rows.append({"epoch": trainer.current_epoch + 1, **numbers})
+        ends = {
+            f"train_loss_{name}": float(trainer.strategy.reduce(value, reduce_op=name))
+            for name, value in zip(("min", "max"), self._losses or (), strict=False)
+        }
+        self.rows.append({"epoch": trainer.current_epoch + 1, **numbers, **ends})
         if trainer.is_global_zero:
             write_csv(self._path, self.rows)
         lost = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
@@ -61,9 +69,9 @@ class History(Callback):
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows`, which share their keys, with a header; whole or not at all."""
+    """Write `rows` with a header, cells being empty where a row has no such key; whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as partial:
@@ -94,78 +102,45 @@ class StepMemory(Callback):
         self._memory = None  # what a validation needs does not count
 
 
-def _scale(data: Any) -> str:
-    spacing, level = data.options["spacing"], data.options["level"]
-    return f"level {level or 0}" if spacing is None else f"{spacing:g} micrometres per pixel"
+class Seen(NamedTuple):
+    """An image of a validation, what was predicted (K,) and the target, a number or (K,)."""
+
+    image: Any
+    predicted: Tensor
+    target: Tensor
 
 
-def write_training_report(
-    out: Path, model: FromCheckpoint, data: LazyImages, rows: list[dict[str, float]], peak: int | None
-) -> None:
-    """Write `out/report.html`: what was trained on what, how it is streamed, and the numbers of every epoch.
+class LastValidation(Callback):
+    """Keeps what a `Classifier` predicted in the last validation, `images` of this process."""
 
-    Args:
-        peak: Measured peak memory of a training step above that between steps, in bytes, if known.
-    """
-    page = Page(f"Training of {model.hparams['model_name']}")
-    sizes = (f"{len(data.train_set)} images for training", f"{len(data.val_set)} for validation")
-    page.paragraph(f"{', '.join(sizes)}; {data.described}; {_scale(data)}.")
-    page.heading("Numbers of every epoch")
-    if rows:
-        page.picture(_curves(rows), "Loss and metrics by epoch")
-        page.table(list(rows[0]), [list(row.values()) for row in rows])
-    if not model.reads_pixels:
-        page.write(out / "report.html")
-        return
-    if isinstance(model, Segmenter):
-        add_label_maps(page, model, data)
-    page.heading("Memory")
-    image, target = max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
-    maps = [target] if isinstance(target, LabelMap) else []
-    plain = plain_step_bytes(model.stream_network.module, image.shape)
-    page.code(str(model.stream_network.plan(image.shape, *maps)))
-    page.table(["one training step on the largest image", "bytes"], memory_rows(peak, plain))
-    page.write(out / "report.html")
-    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain}
-    (out / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
+    def __init__(self) -> None:
+        self.images: list[Seen] = []
+        self._output: Any = None
+        self._hook: Any = None
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.images = []
+        if isinstance(pl_module, Classifier):
+            self._hook = pl_module.register_forward_hook(self._keep)
 
-def add_label_maps(page: Page, model: Segmenter, data: LazyImages) -> None:
-    """Add the confusion matrix of the last validation, and validation images with their labels and with what is predicted."""
-    names = model.class_names
-    if (matrix := model.tables.get("val_confusion_matrix")) is not None:
-        page.heading("Confusion matrix of the last validation, in pixels")
-        page.table(["true class", *names], [[name, *row] for name, row in zip(names, matrix.tolist(), strict=True)])
-    page.heading("Label maps of validation images")
-    pairs: Any = [data.val_set[k] for k in range(min(_SHOWN, len(data.val_set)))]
-    with tempfile.TemporaryDirectory(prefix="widefield-") as folder:
-        for k, (image, labels) in enumerate(pairs):
-            predicted = Path(folder) / f"{k}.tif"
-            predict_map(model, image, predicted, None)
-            for what, shown in (("labels", labels), ("predicted", open_image(predicted))):
-                title = f"{image.path.name}: {what}"
-                page.picture(as_png(label_overlay(image, shown, names, title)), title)
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
+    ) -> None:
+        if self._hook is not None and self._output is not None:
+            found = pl_module.predictions(self._output).float().cpu()
+            self.images += map(Seen, batch[0], found, batch[1].cpu())
+            self._output = None
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
 
-def memory_rows(peak: int | None, plain: int) -> list[tuple[str, str]]:
-    """Rows for a table: the measured peak, and what a plain step would have kept."""
-    return [
-        ("streamed: measured peak, above the memory between steps", "unknown" if peak is None else mebibytes(peak)),
-        ("plain: computed, the activations that autograd keeps for the backward pass", mebibytes(plain)),
-    ]
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
 
+    def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
+        self._output = output.detach()
 
-def mebibytes(size: int) -> str:
-    """`size` bytes as text, in MiB."""
-    return f"{size / 2**20:.0f} MiB"
-
-
-def _curves(rows: list[dict[str, float]]) -> bytes:
-    figure = Figure(figsize=(8, 3), dpi=110, layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("loss", ""), strict=True):
-        for name in rows[0]:
-            if name != "epoch" and name.endswith("loss") == bool(kind):
-                axes.plot([row["epoch"] for row in rows], [row.get(name) for row in rows], marker=".", label=name)
-        axes.set_xlabel("epoch")
-        axes.legend(fontsize=8)
-    return as_png(figure)
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None

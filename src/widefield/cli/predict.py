@@ -13,7 +13,8 @@ from torch import Tensor
 
 from widefield.cli.predict_maps import ending_of, predict_map
 from widefield.cli.predictions import PredictionTable
-from widefield.cli.progress import make_progress, streamed_network, tile_bar
+from widefield.cli.progress import streamed_network
+from widefield.cli.run import console
 from widefield.components.models.image_classifier import ImageClassifier
 from widefield.components.models.image_to_image_retriever import ImageToImageRetriever
 from widefield.config import load
@@ -26,7 +27,7 @@ from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load
 from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
 from widefield.models import Classifier
 from widefield.modules import DenseModule
-from widefield.reports import Heatmap, NoMapError, cells_of, class_activation, grad_cam, save_overlay
+from widefield.reports import Heatmap, NoMapError, ProgressLine, cells_of, class_activation, grad_cam, save_overlay
 from widefield.streaming import StreamingCNN
 
 _log = logging.getLogger(__name__)
@@ -115,12 +116,12 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         cells = {**prediction.cells, "skipped": _skipped(network, image)}
         table.add(file, {**cells, "overlay": ";".join(path.name for path in paths.values())})
 
-    with make_progress() as progress:
-        bar = progress.add_task("images", total=len(files))
-        if network is not None:
-            network.progress = tile_bar(progress)
+    with ProgressLine(network, console=console) as line:
+        line.update(0, len(files))
         try:
-            for_each(files, predict_one, lambda: progress.advance(bar), None if alone else table.add_failure)
+            for_each(
+                files, predict_one, lambda done: line.update(done, len(files)), None if alone else table.add_failure
+            )
         finally:
             table.finish()
 
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 def for_each(
     files: Sequence[Path],
     action: Callable[[Path], None],
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[int], None] = lambda count: None,
     failed: Callable[[Path, str], None] | None = None,
 ) -> None:
     """Call `action` with each file, and `done` after it; a file that fails is logged at once, and the others go on.
@@ -136,14 +137,14 @@ def for_each(
     Args:
         files: In this order.
         action: May raise whatever it likes.
-        done: Called after each file.
+        done: Called after each file with how many are done.
         failed: Called with each file that failed and the reason; None raises the error itself where there is one file alone.
 
     Raises:
         ValueError: Some of several files failed; the message has a line for each of the first of them.
     """
     reasons: list[str] = []
-    for file in files:
+    for count, file in enumerate(files, 1):
         try:
             action(file)
         except Exception as error:
@@ -156,7 +157,7 @@ def for_each(
                 failed(file, reason)
             reasons.append(reason if str(file) in reason else f"{file}: {reason}")
             _log.warning("failed: %s", reasons[-1])
-        done()
+        done(count)
     if reasons:
         more = [f"... and {len(reasons) - _SHOWN} more, named above"] if len(reasons) > _SHOWN else []
         raise ValueError("\n".join([f"{len(reasons)} of {len(files)} images failed:", *reasons[:_SHOWN], *more]))

@@ -1,37 +1,16 @@
-"""Progress bars with images and tiles."""
+"""How far a training or an evaluation is."""
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from lightning.pytorch.trainer.states import TrainerFn
 
 from widefield.cli.run import console
 from widefield.modules import BaseModule
+from widefield.reports import ProgressLine
 from widefield.streaming import StreamingCNN
-
-
-def make_progress() -> Progress:
-    """A rich progress display with a description, a bar, "done/total" and the time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def tile_bar(progress: Progress) -> Callable[[str, int, int], None]:
-    """A bar for the tiles of the image that is being streamed: what to set as `StreamingCNN.progress`."""
-    task = progress.add_task("tiles", total=None)
-
-    def update(phase: str, done: int, total: int) -> None:
-        progress.update(task, description=f"  tiles, {phase}", completed=done, total=total)
-
-    return update
 
 
 def streamed_network(model: Any) -> StreamingCNN | None:
@@ -43,53 +22,59 @@ def streamed_network(model: Any) -> StreamingCNN | None:
 
 
 class StreamingProgress(ProgressBar):
-    """Two bars: the images of the epoch, and the tiles of the image at hand."""
+    """The line of `ProgressLine` about the images of a Lightning trainer: those of the epoch, or of a validation or test."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._progress: Progress | None = None
-        self._images: TaskID | None = None
+        self._line: ProgressLine | None = None
 
     def disable(self) -> None:
         self._stop()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._progress is None and trainer.is_global_zero:
-            self._progress = make_progress()
-            self._images = self._progress.add_task("", total=None)
-            self._progress.start()
-            network = streamed_network(pl_module)
-            if network is not None:
-                network.progress = tile_bar(self._progress)
+        if self._line is None and trainer.is_global_zero:
+            unit = "image" if getattr(getattr(trainer, "datamodule", None), "batch_size", 1) == 1 else "batch"
+            self._line = ProgressLine(streamed_network(pl_module), unit, console).__enter__()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        network = streamed_network(pl_module)
-        if network is not None:
-            network.progress = None
         self._stop()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", 0, self.total_train_batches)
+        self._training(trainer, 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = f", loss {float(outputs['loss']):.3f}" if isinstance(outputs, dict) and "loss" in outputs else ""
-        self._show(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{loss}", batch_idx + 1, self.total_train_batches
-        )
+        loss = f"loss {float(outputs['loss']):.3f}" if isinstance(outputs, dict) and "loss" in outputs else ""
+        self._training(trainer, batch_idx + 1, loss)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *others: int
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *others: int
     ) -> None:
-        self._show("validation", batch_idx + 1, sum(trainer.num_val_batches))
+        self._evaluation("validation", batch_idx, sum(trainer.num_val_batches))
 
-    def _show(self, description: str, done: int, total: float) -> None:
-        if self._progress is not None and self._images is not None:
-            self._progress.update(self._images, description=description, completed=done, total=total)
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *others: int
+    ) -> None:
+        self._evaluation("test", batch_idx, sum(trainer.num_test_batches))
+
+    def _training(self, trainer: Trainer, done: int, loss: str = "") -> None:
+        epochs, total = trainer.max_epochs or -1, self.total_train_batches
+        known = epochs > 0 and 0 < total < math.inf
+        share = (trainer.current_epoch + done / total) / epochs if known else math.nan
+        if self._line is not None:
+            name = (
+                f"epoch {trainer.current_epoch + 1} of {epochs}" if epochs > 0 else f"epoch {trainer.current_epoch + 1}"
+            )
+            self._line.update(done, total, name, loss, share)
+
+    def _evaluation(self, name: str, done: int, total: float) -> None:
+        if self._line is not None:
+            in_training = self.trainer.state.fn == TrainerFn.FITTING
+            self._line.update(done, total, name, share=self._line.share if in_training else None)
 
     def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._line is not None:
+            self._line.__exit__(None, None, None)
+            self._line = None

@@ -15,6 +15,7 @@ from widefield.images.feature_files import PatchFeatures, import_h5py
 from widefield.inference.models import info_of, load_trained
 from widefield.models import Classifier
 from widefield.models.instances import is_patches, make_encoder
+from widefield.reports import ProgressLine
 from widefield.streaming import StreamingCNN
 from widefield.writing import replacing
 
@@ -102,18 +103,21 @@ def embed_patches(
             return info.open(path, level=level, spacing=spacing)
 
     network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    files = []
-    for path in _slides([data] if isinstance(data, (str, Path)) else data):
-        file = Path(out) / f"{path.name.removesuffix(path.suffix)}{_ENDINGS[format]}"
-        if file in files:
-            raise WrongArgumentError(f"{path} and another slide would both be written to {file}; give them apart")
-        files.append(file)
-        if file.exists() and not overwrite:
-            _log.info("%s is there already", file)
-            continue
-        found = features_of_patches(network, opened(path), model)
-        write_features(file, found)
-        _log.info("%s: %d patches", file, len(found.features))
+    files: list[Path] = []
+    slides = list(_slides([data] if isinstance(data, (str, Path)) else data))
+    with ProgressLine(network, "slide") as line:
+        for done, path in enumerate(slides):
+            line.update(done, len(slides))
+            file = Path(out) / f"{path.name.removesuffix(path.suffix)}{_ENDINGS[format]}"
+            if file in files:
+                raise WrongArgumentError(f"{path} and another slide would both be written to {file}; give them apart")
+            files.append(file)
+            if file.exists() and not overwrite:
+                _log.info("%s is there already", file)
+                continue
+            found = features_of_patches(network, opened(path), model)
+            write_features(file, found)
+            _log.info("%s: %d patches", file, len(found.features))
     return files
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,11 @@ from widefield.pretraining.source import Files, ImageSource, Patches, make_sourc
 from widefield.pretraining.transform_args import Normalize, Size, TransformArgs
 from widefield.pretraining.views import to_unit, whole_image
 from widefield.registry import Range
+from widefield.streaming import StreamingCNN
 from widefield.writing import replacing, write_torch_file
+
+if TYPE_CHECKING:
+    from widefield.reports import ProgressLine
 
 _log = logging.getLogger(__name__)
 Format = Literal["torch", "csv", "lightly_csv", "parquet"]
@@ -133,6 +137,8 @@ def embed(
         FileNotFoundError: There is no such checkpoint.
         ValueError: An argument cannot be used, or no image can be read; what is at `out` is as it was.
     """
+    from widefield.reports import ProgressLine  # loads matplotlib
+
     errors = Errors()
     given = arguments(embed, locals(), errors, unchecked=("data",))
     errors.raise_if_any("widefield.embed")
@@ -178,7 +184,9 @@ def embed(
                 generator=torch.Generator(),  # else an epoch would draw from torch's default one
             )
             embedded = _in_batches(model, loader, args.normalize, fabric.device)
-        indices, embeddings = _collected(embedded, maps=not given.pool)
+        streamed = next((part for part in embedding.modules() if isinstance(part, StreamingCNN)), None)
+        with ProgressLine(streamed) as line:
+            indices, embeddings = _collected(_counted(embedded, len(source), line), maps=not given.pool)
     names = _names(source, given.data)
     write_embeddings(given.out, [names[index] for index in indices], embeddings, given.format)
     shape = " x ".join(map(str, embeddings.shape[1:]))
@@ -252,6 +260,16 @@ def _embedded(model: Callable[[Any], Tensor], image: "Tensor | LazyPixels") -> t
         found = model(image)
         _log.info("background is not left out: %s", error)
         return found, True
+
+
+def _counted(embedded: Iterable[Embedded], total: int, line: "ProgressLine") -> Iterator[Embedded]:
+    """Yield the same, and tell the line how many images are done."""
+    done = 0
+    line.update(done, total)
+    for one in embedded:
+        done += 1 if isinstance(one, str) else len(one[0])
+        line.update(done, total)
+        yield one
 
 
 def _collected(embedded: Iterable[Embedded], maps: bool) -> tuple[list[int], Tensor]:

@@ -12,7 +12,8 @@ from lightning.fabric.loggers import TensorBoardLogger as WithoutFiles
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from widefield.pretraining.settings import Count
+from widefield.pretraining.out import METRICS
+from widefield.pretraining.settings import Count, Errors, updated
 from widefield.writing import replacing
 
 
@@ -27,11 +28,12 @@ class JsonlArgs:
 class LoggerArgs:
     """The loggers of a run; None turns one off. TensorBoard is on where it is installed.
 
-    The dictionaries are arguments of Lightning's logger of that name.
+    The dictionaries are arguments of Lightning's logger of that name. Of `csv` each part of a run, begun or resumed, has a folder.
     """
 
     jsonl: JsonlArgs | None = field(default_factory=JsonlArgs)
     tensorboard: dict[str, Any] | None = field(default_factory=lambda: {} if has_tensorboard() else None)
+    csv: dict[str, Any] | None = None
     mlflow: dict[str, Any] | None = None
     wandb: dict[str, Any] | None = None
 
@@ -39,6 +41,22 @@ class LoggerArgs:
 def has_tensorboard() -> bool:
     """Return True if a TensorBoard logger can be made."""
     return any(importlib.util.find_spec(name) is not None for name in ("tensorboard", "tensorboardX"))
+
+
+def named_loggers(given: Mapping[str, Any], out: Path) -> list[Logger]:
+    """Return the loggers of `widefield fit`: those that are named, and no others.
+
+    Args:
+        given: Fields of `LoggerArgs` by name.
+        out: The folder of the run.
+
+    Raises:
+        ValueError: There is no such logger, or see `make_loggers`.
+    """
+    errors = Errors()
+    args = updated(LoggerArgs(jsonl=None, tensorboard=None), given, "loggers", errors)
+    errors.raise_if_any("fit")
+    return make_loggers(args, out, out / METRICS)
 
 
 def make_loggers(args: LoggerArgs, out: Path, metrics: Path) -> list[Logger]:
@@ -52,6 +70,7 @@ def make_loggers(args: LoggerArgs, out: Path, metrics: Path) -> list[Logger]:
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "tensorboard": (TensorBoard, {"save_dir": out, "name": "", "version": ""}),
+        "csv": (lightning.CSVLogger, {"save_dir": out, "name": "csv"}),
         "mlflow": (lightning.MLFlowLogger, {"save_dir": str(out)}),
         "wandb": (lightning.WandbLogger, {"save_dir": out}),
     }

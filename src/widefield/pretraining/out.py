@@ -13,6 +13,8 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+"""What was logged, a JSON object per line."""
 
 
 class OutFolder:
@@ -36,7 +38,7 @@ class OutFolder:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.exported = path / "exported_models" / "exported_last.pt"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.log = path / "train.log"
         self.config = path / "config.yaml"
         self.bad_images = path / "bad_images.csv"

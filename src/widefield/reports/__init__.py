@@ -12,12 +12,14 @@ from widefield.reports.heatmap import Heatmap
 from widefield.reports.memory import PeakMemory, plain_step_bytes
 from widefield.reports.overlay import ScaleBar, save_overlay, save_picture, scale_bar
 from widefield.reports.page import Page
+from widefield.reports.progress import ProgressLine
 
 __all__ = [
     "Heatmap",
     "NoMapError",
     "Page",
     "PeakMemory",
+    "ProgressLine",
     "ScaleBar",
     "cells_of",
     "class_activation",

@@ -52,6 +52,13 @@ def _reset_peak() -> int | None:
         return None
 
 
+def memory_in_use(device: torch.device) -> int | None:
+    """Return the bytes in use: of tensors on a CUDA `device`, of this process otherwise; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS") if _STATUS.exists() else None
+
+
 def _status_bytes(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -1,14 +1,14 @@
 """The page on a run of self-supervised pretraining."""
 
 import importlib.util
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from widefield.reports.figures import as_png, new_figure, points_figure, tsne
+from widefield.reports.charts import binned, curves
+from widefield.reports.figures import as_png, points_figure, tsne
 from widefield.reports.page import Page
 
 CURVES = {
@@ -44,12 +44,13 @@ def write_pretraining_page(
         labels: Of the embeddings, if they have any.
     """
     page = Page("Pretraining")
-    page.table(("", ""), [*facts, *_last(metrics)])
+    page.numbers([*facts, *_last(metrics)])
     page.heading("Curves")
     for beginning, title in CURVES.items():
         series = next((values for name, values in metrics.items() if name.startswith(beginning)), None)
         if series:
-            page.picture(_curve(series, title), title)
+            steps, values = zip(*series, strict=True)
+            page.chart(curves([binned(title, steps, values)], "step"))
     page.heading("Views")
     page.picture(views, "what the model was shown: a row per image")
     if neighbours is not None:
@@ -81,12 +82,3 @@ def _last(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[str,
     names = ("train_loss", "knn_accuracy", "effective_rank", "embedding_spread", "images_per_second", "bad_images")
     titles = {**CURVES, "bad_images": "images that could not be read"}
     return [(titles[name], metrics[name][-1][1]) for name in names if metrics.get(name)]
-
-
-def _curve(series: Sequence[tuple[int, float]], title: str) -> bytes:
-    figure, axes = new_figure(4.5, 3)
-    steps, values = [step for step, _ in series], [value if math.isfinite(value) else math.nan for _, value in series]
-    axes.plot(steps, values, marker="." if len(steps) < 30 else None)
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    return as_png(figure)
