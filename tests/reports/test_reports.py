@@ -79,7 +79,7 @@ def test_a_page_holds_its_pictures_and_escapes_its_texts(tmp_path: Path) -> None
     page.write(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>a &lt; b</h1>" in text
-    assert "<td>x&lt;y</td><td>0.1235</td>" in text
+    assert '<td>x&lt;y</td><td class="number">0.1235</td>' in text
     assert "data:image/png;base64,cG5n" in text
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 

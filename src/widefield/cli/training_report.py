@@ -76,7 +76,7 @@ def write_training_report(
     if rows:
         page.heading("Learning curves")
         for lines in _grouped(rows):
-            page.chart(curves(lines), "band: least and greatest loss of a step" if lines[0].low is not None else "")
+            page.chart(curves(lines), "band: least and greatest loss of a step, as far as the chart reaches" if lines[0].low is not None else "")
         with page.folded("Numbers of every epoch"):
             names = list(dict.fromkeys(name for row in rows for name in row))
             page.table(names, [[row.get(name) for name in names] for row in rows])
@@ -110,7 +110,8 @@ def _grouped(rows: Sequence[Mapping[str, float]]) -> list[list[Line]]:
         band = ends if any(name + _ENDS[0] in row for row in rows) else (None, None)
         kind = name.removeprefix("train_").removeprefix("val_").partition("_")[0]
         groups.setdefault(kind, []).append(Line(name, epochs, values, *band))
-    return [sorted(group, key=lambda line: not line.name.startswith("train_")) for group in groups.values()]
+    order = sorted(groups, key=lambda kind: (kind != "loss", kind.startswith("lr-")))
+    return [sorted(groups[kind], key=lambda line: not line.name.startswith("train_")) for kind in order]
 
 
 def _add_validation(page: Page, model: Classifier, seen: Sequence[Seen]) -> None:

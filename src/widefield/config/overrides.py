@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from widefield.config.check import MAPPINGS, find_class, mark_of, written
+from widefield.config.check import MAPPINGS, UNIONS, find_class, mark_of, written
 from widefield.config.config import Config, ConfigError, Origin, Path
 from widefield.config.load import parse_value
 from widefield.config.merge import DELETE, merge, with_types
@@ -114,8 +114,10 @@ def _with_defaults_along(path: Path, whole: Config, config: Config, sections: Se
 
 def _enter(node: dict[Any, Any], annotation: Any, key: str, last: bool, here: Path, whole: Config) -> Any:
     """See that `node` has, or takes, the key; the annotation of its value. A default is filled in if the path goes on."""
-    if typing.get_origin(annotation) in MAPPINGS:
-        found = (typing.get_args(annotation) or (Any, Any))[1]
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,)
+    mapping = next((option for option in options if typing.get_origin(option) in MAPPINGS), None)
+    if mapping is not None:
+        found = (typing.get_args(mapping) or (Any, Any))[1]
         if last or found is not Any:
             node.setdefault(key, {})
             return found

@@ -53,12 +53,16 @@ class _Scale:
     def __init__(self, values: np.ndarray, first: float, last: float, whole: bool = False) -> None:
         known = values[np.isfinite(values)]
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        if not whole and high - low <= 1e-6 * abs(high):  # else the ticks would tell rounding errors
+            low, high = low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1)
         self.ticks: np.ndarray = MaxNLocator(5, integer=whole).tick_values(low, high)
         if whole:
             self.ticks = self.ticks[(self.ticks >= low) & (self.ticks <= high)]
         else:
             low, high = float(self.ticks[0]), float(self.ticks[-1])
-        self._low, self._size = low, (high - low) or 1.0
+        if low == high:  # one epoch alone is in the middle
+            low, high = low - 0.5, high + 0.5
+        self._low, self._size = low, high - low
         self._first, self._last = first, last
 
     def __call__(self, value: float) -> float:
@@ -66,17 +70,16 @@ class _Scale:
 
 
 def curves(lines: Sequence[Line], x_label: str = "epoch") -> str:
-    """Return a chart of lines over one axis, with their names above."""
+    """Return a chart of lines over one axis, with their names above; a band that goes beyond all lines is cut off."""
     x = _Scale(np.concatenate([np.asarray(line.x, float) for line in lines]), _LEFT + 6, _RIGHT - 6, whole=True)
-    numbers = [one for line in lines for one in (line.y, line.low, line.high) if one is not None]
-    y = _Scale(np.concatenate([np.asarray(one, float) for one in numbers]), _BOTTOM, _TOP)
+    y = _Scale(np.concatenate([np.asarray(line.y, float) for line in lines]), _BOTTOM, _TOP)
     parts = []
     for k, line in enumerate(lines):
         colour = f"var(--c{k % COLOURS})"
         if line.low is not None and line.high is not None:
             ends = [end for end in zip(line.x, line.low, line.high) if all(map(math.isfinite, end))]
             outline = [(at, high) for at, _, high in ends] + [(at, low) for at, low, _ in reversed(ends)]
-            points = " ".join(f"{x(at)},{y(value)}" for at, value in outline)
+            points = " ".join(f"{x(at)},{min(max(y(value), _TOP), _BOTTOM)}" for at, value in outline)
             parts.append(f'<polygon points="{points}" fill="{colour}" opacity=".2"/>')
         known = [(at, value) for at, value in zip(line.x, line.y, strict=True) if math.isfinite(value)]
         path, before = [], False

@@ -23,8 +23,9 @@ _EVERY = 60.0
 class ProgressLine:
     """A context in which a line tells how far a command is; elsewhere than at a terminal, the log at most once a minute.
 
-    A step of the engine sets an attribute, and a thread draws the line four times a second. Memory is what is in use above
-    that before the image at hand, beside the budget: of tensors on CUDA, of the process otherwise, on Linux alone.
+    A step of the engine sets an attribute, and a thread draws the line four times a second. Memory
+    stands beside the budget: on CUDA that of tensors above what there was before the image at hand; otherwise, on Linux alone,
+    that of the process above what it had at the first image.
 
     Attributes:
         share: Of the whole command that is done.
@@ -80,7 +81,7 @@ class ProgressLine:
         self._at = now
         if self._first is None:
             self._first = now, self.share
-        if self._network is not None:
+        if self._network is not None and (self._memory is None or self._device.type == "cuda"):
             self._memory = memory_in_use(self._device)
         self._log_if_due()
 
