@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from lightning.pytorch import loggers as lightning
@@ -32,7 +32,7 @@ def fit(folder: Path, out: Path, *more: str) -> int:
 class Recorder(Logger):
     """A stand-in for a logger of a service, which keeps what it is told."""
 
-    made: list["Recorder"] = []
+    made: ClassVar[list["Recorder"]] = []
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

@@ -76,7 +76,12 @@ def write_training_report(
     if rows:
         page.heading("Learning curves")
         for lines in _grouped(rows):
-            page.chart(curves(lines), "band: least and greatest loss of a step, as far as the chart reaches" if lines[0].low is not None else "")
+            page.chart(
+                curves(lines),
+                "band: least and greatest loss of a step, as far as the chart reaches"
+                if lines[0].low is not None
+                else "",
+            )
         with page.folded("Numbers of every epoch"):
             names = list(dict.fromkeys(name for row in rows for name in row))
             page.table(names, [[row.get(name) for name in names] for row in rows])

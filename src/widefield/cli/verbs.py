@@ -293,6 +293,8 @@ based on others with `_base_`; `widefield config check FILE` says what is wrong 
 `optimizer={type: SGD, lr: 0.1}` is one of torch's, `lr_scheduler` one of its schedules or a list of them, one after the other:
 `lr_scheduler=[{type: LinearLR, end: 5}, {type: CosineAnnealingLR, T_max: 95}]`; `paramwise_cfg={norm_decay_mult: 0.0}` sets some
 parameters apart.
+`loggers.csv={}`, jsonl, tensorboard, wandb and mlflow log the numbers of history.csv, with the arguments of Lightning's loggers:
+`loggers.wandb.project=slides`.
 `widefield fit --print_config` prints all entries with their defaults.
 
 Several processes, one for each device, are started with torchrun (or with trainer.devices=4). Each trains on images of its own, or

@@ -120,7 +120,7 @@ def train(
         float32_matmul_precision: Of `torch.set_float32_matmul_precision`; "auto" leaves it.
         seed: Of the weights that are made here, of the order of images and of their views.
         on_bad_image: What to do with an image that cannot be read: "skip" it, and list it in bad_images.csv, or "raise".
-        loggers: Settings by name, None turns one off: jsonl (on), tensorboard (on if installed), mlflow, wandb.
+        loggers: Settings by name, None turns one off: jsonl (on), tensorboard (on if installed), csv, mlflow, wandb.
         callbacks: Settings by name, None turns one off: learning_rate_monitor, early_stopping,
             model_export, model_checkpoint, device_stats_monitor (off), quality (effective rank and spread of embeddings, k-nearest-
             neighbour accuracy if there are labels: folders of classes, `targets` of a dataset or {"labels": CSV file}), report.

@@ -293,7 +293,7 @@ def settings(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Section
         notes.append((("auto_scale_lr",), "the learning rate is what you say; scale optimizer.lr to your batch size"))
     for k, backend in enumerate(listed(old.get("vis_backends"))):
         if bare(backend.get("type")) != "LocalVisBackend":
-            advice = "history.csv has the numbers; name a logger of Lightning under trainer.logger"
+            advice = "history.csv has the numbers; name other loggers under loggers, as in loggers.tensorboard={}"
             notes.append((("vis_backends", str(k)), f"{bare(backend.get('type'))}: {advice}"))
     for key, advice in _ELSEWHERE.items():
         if old.get(key):
