@@ -1,4 +1,4 @@
-"""Draw docs/pictures/report.png: a report of `widefield fit`, as Chromium shows it in light and in dark.
+"""Draw docs/pictures/report.jpg: a report of `widefield fit`, as Chromium shows it in light and in dark.
 
 uv run python -m docs.pictures.report runs/first/report.html chromium
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT, SHOWN = 1100, 3300, 430
+WIDTH, HEIGHT, SHOWN = 1100, 3020, 430
 """Of the window, and the width of each of the two pictures, in pixels."""
 
 
@@ -37,4 +37,4 @@ if __name__ == "__main__":
     both = Image.new("RGB", (2 * SHOWN, pictures[0].height))
     for k, picture in enumerate(pictures):
         both.paste(picture, (k * SHOWN, 0))
-    both.quantize(64).save(Path(__file__).parent / "report.png", optimize=True)
+    both.save(Path(__file__).parent / "report.jpg", quality=75)

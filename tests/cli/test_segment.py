@@ -39,9 +39,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_scores_a_report_and_a_checkpoint(trained: Path) -> None:
     (row,) = rows(trained / "run" / "history.csv")
     scores = {f"val_{name}" for name in ("loss", "mean_iou", "dice", "accuracy", *(f"iou_{one}" for one in NAMES))}
-    assert set(row) == {"epoch", "train_loss"} | scores
+    assert set(row) == {"epoch", "train_loss", "train_loss_min", "train_loss_max"} | scores
     report = (trained / "run" / "report.html").read_text(encoding="utf-8")
-    assert "Confusion matrix" in report and report.count("<figure") == 3
+    assert "Confusion matrix" in report and "Learning curves" in report and report.count("data:image/") == 2
     model, checkpoint = Segmenter.from_checkpoint(trained / "run" / "best.ckpt")
     assert model.class_names == NAMES and checkpoint["hyper_parameters"]["loss"] == "dice"
     assert [row["split"] for row in rows(trained / "run" / "split.csv")].count("val") == 1

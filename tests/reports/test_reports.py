@@ -1,9 +1,12 @@
 """Class activation maps, scale bars, pages and memory figures."""
 
+import io
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from widefield.modules import ImageNetClassifier
@@ -76,11 +79,14 @@ def test_a_page_holds_its_pictures_and_escapes_its_texts(tmp_path: Path) -> None
     page.table(["name", "value"], [("x<y", 0.123456), ("none", None)])
     page.code("1 < 2")
     page.picture(b"png", "a caption")
+    noise = io.BytesIO()
+    Image.frombytes("RGB", (320, 320), random.Random(0).randbytes(3 * 320 * 320)).save(noise, "PNG")
+    page.picture(noise.getvalue(), "a large picture", wide=True)
     page.write(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>a &lt; b</h1>" in text
     assert '<td>x&lt;y</td><td class="number">0.1235</td>' in text
-    assert "data:image/png;base64,cG5n" in text
+    assert "data:image/png;base64,cG5n" in text and text.count("data:image/jpeg;base64,") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

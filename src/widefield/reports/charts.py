@@ -13,7 +13,7 @@ from widefield.streaming.budget import format_bytes
 COLOURS = 8
 """Colours that a page has, `--c0` to `--c7`."""
 _WIDTH, _HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 428, 10, 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 428, 10, 210
 _FEW = 40
 """Points up to which each is marked, and tells its numbers under the mouse."""
 

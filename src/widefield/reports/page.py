@@ -2,12 +2,17 @@
 
 import base64
 import html
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from widefield.writing import replacing
 
+_LARGE = 2**18
+"""Bytes of a PNG beyond which it becomes a JPEG: a page has to go by mail."""
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -37,8 +42,14 @@ class Page:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table; floats are shown with four significant digits."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in rows)
+        lines = [list(row) for row in rows]
+        head = "".join(
+            f"<th{_class(line[k] for line in lines)}>{html.escape(name)}</th>" for k, name in enumerate(columns)
+        )
+        body = "".join(
+            "<tr>" + "".join(f"<td{_class([cell])}>{html.escape(_cell(cell, 4))}</td>" for cell in line) + "</tr>"
+            for line in lines
+        )
         self._parts.append(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
@@ -57,9 +68,10 @@ class Page:
         self._parts.append(f"{start}{markup}{text}</figure>")
 
     def picture(self, png: bytes, caption: str, wide: bool = False) -> None:
-        """A PNG picture, put into the page itself; a `wide` one fills the page, others stand side by side."""
-        data = base64.b64encode(png).decode("ascii")
-        self.chart(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">', caption, wide)
+        """A PNG picture, put into the page itself, a large one as JPEG; a `wide` one fills the page, others stand side by side."""
+        kind, content = ("png", png) if len(png) <= _LARGE else ("jpeg", _as_jpeg(png))
+        data = base64.b64encode(content).decode("ascii")
+        self.chart(f'<img alt="{html.escape(caption)}" src="data:image/{kind};base64,{data}">', caption, wide)
 
     def write(self, path: str | Path) -> None:
         """Write the page as one HTML file that needs no other; whole or not at all."""
@@ -73,9 +85,15 @@ class Page:
             partial.write_text(text, encoding="utf-8")
 
 
-def _table_cell(value: object) -> str:
-    kind = ' class="number"' if isinstance(value, (int, float)) else ""
-    return f"<td{kind}>{html.escape(_cell(value, 4))}</td>"
+def _as_jpeg(png: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _class(values: Iterable[object]) -> str:
+    """Return the class of a cell over, or with, such values: numbers stand on the right."""
+    return ' class="number"' if any(isinstance(value, (int, float)) for value in values) else ""
 
 
 def _cell(value: object, digits: int) -> str:
