@@ -59,7 +59,8 @@ def write_training_report(
     page = Page(f"Training of {model.hparams['model_name']}")
     counts = len(data.train_set), len(data.val_set)
     page.paragraph(
-        f"Trained for {len(rows)} epoch{'s' * (len(rows) != 1)} on {counts[0]} images, at {_scale(data)}, to predict {data.described}; "
+        f"Trained for {len(rows)} epoch{'s' * (len(rows) != 1)} on {counts[0]} images, at {_scale(data)}, to predict "
+        f"{data.described}; "
         f"{counts[1]} other images tell how well that went."
     )
     complete = len(seen) == counts[1]  # of several processes each has seen a part

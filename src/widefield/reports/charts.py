@@ -55,7 +55,7 @@ class _Scale:
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
         if not whole and high - low <= 1e-6 * abs(high):  # else the ticks would tell rounding errors
             low, high = low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1)
-        self.ticks: np.ndarray = MaxNLocator(5, integer=whole).tick_values(low, high)
+        self.ticks = np.asarray(MaxNLocator(5, integer=whole).tick_values(low, high), float)
         if whole:
             self.ticks = self.ticks[(self.ticks >= low) & (self.ticks <= high)]
         else:
