@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,16 +57,21 @@ class Recorder(Logger):
         self.numbers.update(metrics)
 
 
-def test_a_run_logs_to_the_loggers_that_are_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(lightning, "WandbLogger", Recorder)
-    monkeypatch.setattr(lightning, "MLFlowLogger", Recorder)
-    monkeypatch.setattr(Recorder, "made", [])
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Recorder]]]:
+    """The folder of a run, and the loggers of services that it made."""
+    out = tmp_path_factory.mktemp("runs") / "run"
     named = ["loggers.wandb.project=slides", "loggers.mlflow={}", "loggers.csv={}", "loggers.jsonl={}"]
-    assert fit(folder, out, *named) == 0, capsys.readouterr().err
-    mlflow, wandb = Recorder.made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning, "WandbLogger", Recorder)
+        patch.setattr(lightning, "MLFlowLogger", Recorder)
+        patch.setattr(Recorder, "made", made := [])
+        assert fit(folder, out, *named, "data.val_fraction=0.5", "--lr", "0", "--memory-budget", "1GiB") == 0
+        yield out, made
+
+
+def test_a_run_logs_to_the_loggers_that_are_named(run: tuple[Path, list[Recorder]]) -> None:
+    out, (mlflow, wandb) = run
     assert wandb.arguments == {"save_dir": out, "project": "slides"}
     assert mlflow.arguments == {"save_dir": str(out)}
     assert wandb.settings["model"]["model_name"] == "resnet10_w16"
@@ -77,10 +83,6 @@ def test_a_run_logs_to_the_loggers_that_are_named(
     assert logged <= {name for line in lines for name in line}
     assert "val_accuracy" in (out / "csv" / "version_0" / "metrics.csv").read_text()
     assert float(row["train_loss_min"]) < float(row["train_loss"]) < float(row["train_loss_max"])
-    assert fit(folder, out, "--resume", "--epochs", "2") == 0
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert (out / "csv" / "version_1" / "metrics.csv").is_file()
 
 
 def test_a_logger_without_its_package_is_refused_before_anything_is_written(
@@ -100,10 +102,8 @@ def test_a_logger_without_its_package_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_page_has_curves_the_confusion_matrix_mistakes_and_the_plan(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert fit(folder, out, "data.val_fraction=0.5", "--lr", "0", "--memory-budget", "1GiB") == 0
-    page = (out / "report.html").read_text(encoding="utf-8")
+def test_the_page_has_curves_the_confusion_matrix_mistakes_and_the_plan(run: tuple[Path, list[Recorder]]) -> None:
+    page = (run[0] / "report.html").read_text(encoding="utf-8")
     for heading in ("Learning curves", "Confusion matrix", "Worst mistakes", "Memory of a training step"):
         assert f"<h2>{heading}" in page
     (right, of) = map(int, re.findall(r"(\d+) of (\d+) of these were classified right", page)[0])
@@ -111,6 +111,20 @@ def test_the_page_has_curves_the_confusion_matrix_mistakes_and_the_plan(folder: 
     assert (sum(cells), of) == (right, 4)
     assert page.count("data:image/") == min(4, of - right) > 0
     assert "measured peak" in page and "1.00 GiB, is the dashed line" in page
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of the copy
+def test_a_resumed_run_goes_on_with_what_was_logged(
+    run: tuple[Path, list[Recorder]], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train_loss": 0.0}\n')  # of an epoch that was broken off
+    assert fit(folder, out, "--resume", "--epochs", "2") == 0
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and max(steps) < 99
+    assert (out / "csv" / "version_1" / "metrics.csv").is_file()
 
 
 def test_the_page_about_numbers_has_their_points_and_the_worst_of_them(folder: Path, tmp_path: Path) -> None:
