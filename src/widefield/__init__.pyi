@@ -11,6 +11,8 @@ from widefield.inference import ImageRetrievalInferencer as ImageRetrievalInfere
 from widefield.inference import embed_patches as embed_patches
 from widefield.inference import get_model, list_models
 from widefield.inference import inference_model as inference_model
+from widefield.inference import push_to_hub as push_to_hub
+from widefield.inference import save_pretrained as save_pretrained
 from widefield.inference import tile_mismatch as tile_mismatch
 from widefield.models.classifier import StreamingTimm as StreamingTimm
 from widefield.models.convnext import StreamingConvNeXt as StreamingConvNeXt

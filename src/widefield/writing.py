@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,3 +65,12 @@ def write_torch_file(content: Any, path: Path) -> None:
             raise
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_safetensors(weights: Mapping[str, Any], path: Path) -> None:
+    """Write tensors by name as safetensors; those that share memory, of which the format has none, are written twice."""
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, {"format": "pt"})
+    with replacing(path) as partial:  # not `save_file`, which is vague about a full disk
+        partial.write_bytes(content)

@@ -291,7 +291,7 @@ def _add_memory(page: Page, model: FromCheckpoint, data: LazyImages, plan: Plan,
     page.table(["one training step on the largest image", "memory"], memory_rows(peak, plain))
     with page.folded("The plan, layer by layer"):
         page.code(str(plan))
-    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain}
+    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain, "image_shape": list(image.shape)}
     (out / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
 
 

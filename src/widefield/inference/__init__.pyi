@@ -2,6 +2,8 @@ from widefield.inference.averaged_views import AveragedViews as AveragedViews
 from widefield.inference.evaluation import Evaluation as Evaluation
 from widefield.inference.features import FeatureExtractor as FeatureExtractor
 from widefield.inference.features import ImageRetrievalInferencer as ImageRetrievalInferencer
+from widefield.inference.hub import push_to_hub as push_to_hub
+from widefield.inference.hub import save_pretrained as save_pretrained
 from widefield.inference.models import ModelInfo as ModelInfo
 from widefield.inference.models import get_model as get_model
 from widefield.inference.models import info_of as info_of

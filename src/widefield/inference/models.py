@@ -15,8 +15,8 @@ from widefield.components.models.base_model import BaseModel
 from widefield.config import Config, build, load, merge, ready_configs
 from widefield.data import Pipeline
 from widefield.images import ForegroundChoice, ImageFile, open_image
-from widefield.inference.names import BEST, CONFIG, LAST, model_names
-from widefield.models import Classifier, Segmenter, read_checkpoint
+from widefield.inference.names import BEST, CONFIG, HUB_CONFIG, HUB_PREFIX, HUB_WEIGHTS, LAST, model_names
+from widefield.models import class_of, pixels_in, read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
 from widefield.pretraining.checkpoint import KEY as PRETRAINED
 from widefield.registry import MODELS, import_module_or_file, suggestion
@@ -112,7 +112,7 @@ def get_model(
     Args:
         name: A ready configuration, a name that `list_models` gives, a class of `MODELS`, the description of a model
             (`{type: ImageClassifier, ...}`), a configuration or its file, a checkpoint that `widefield fit` wrote, or the folder of
-            its run.
+            its run; a folder that `save_pretrained` wrote, or `hf-hub:OWNER/NAME[@REVISION]` for one on the Hugging Face Hub.
         pretrained: A file of weights; True takes those that torchvision or timm publish, which may download them; False makes
             random ones. A checkpoint or a run has its weights anyway.
         device: Where the model goes.
@@ -124,6 +124,7 @@ def get_model(
     Raises:
         ValueError: An unknown name, arguments that the model does not take, or weights that there are not.
         FileNotFoundError: There is no such file.
+        OSError: A model cannot be fetched.
     """
     model = _made(name, pretrained, overrides)
     return model.eval() if device is None else model.eval().to(device)
@@ -142,6 +143,10 @@ def _made(name: Name, pretrained: bool | str | Path, overrides: dict[str, Any]) 
     if isinstance(name, Mapping):
         return _from_config(Config({"model": dict(name)}), pretrained, overrides)
     path = Path(name)
+    if str(name).startswith(HUB_PREFIX):
+        from widefield.inference.hub import fetch
+
+        path = fetch(str(name))
     if path.is_dir() or path.suffix == ".ckpt":
         if not isinstance(pretrained, bool):
             raise ValueError(f"{name} has weights of its own; leave pretrained={str(pretrained)!r} out")
@@ -168,11 +173,14 @@ def load_trained(
         config: Of the run; None reads the file beside the checkpoint.
     """
     path = checkpoint_file(path)
+    if path.name == HUB_WEIGHTS and (path.parent / HUB_CONFIG).is_file():
+        from widefield.inference.hub import load_pretrained
+
+        return load_pretrained(path.parent, {**(streaming or {}), **(overrides or {})})
     checkpoint = read_checkpoint(path)
     if "model_name" in checkpoint.get("hyper_parameters", {}):
-        kind = Segmenter if "ignore_index" in checkpoint["hyper_parameters"] else Classifier
-        classifier, _ = kind.from_checkpoint(path, **(streaming or {}), **(overrides or {}))
-        set_info(classifier, _info(checkpoint, {}))
+        classifier, _ = class_of(checkpoint["hyper_parameters"]).from_checkpoint(path, **(streaming or {}), **(overrides or {}))
+        set_info(classifier, info_in(checkpoint))
         return classifier
     if PRETRAINED in checkpoint:
         raise ValueError(
@@ -192,7 +200,7 @@ def load_trained(
         config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if inside else streaming)
     model = build(_changed(config, overrides or {}), ("model",))
     load_all(model, path)
-    set_info(model, _info(checkpoint, config.data.get("data") or {}))
+    set_info(model, info_in(checkpoint, config.data.get("data")))
     return model  # type: ignore[no-any-return]
 
 
@@ -209,10 +217,14 @@ def load_all(model: nn.Module, path: Path) -> None:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """Return `path`, or in the folder of a run the checkpoint of its best epoch."""
+    """Return `path`, or the weights in a folder: of a run of `fit` those of its best epoch, of one of `pretrain` the last."""
     if not path.is_dir():
         return path
-    return next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
+    names = (BEST, LAST, HUB_WEIGHTS, f"checkpoints/{LAST}")
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None and (path / HUB_CONFIG).is_file():
+        return path / HUB_WEIGHTS
+    return found or path / BEST
 
 
 def other_weights(error: Exception, checkpoint: Path) -> ValueError:
@@ -223,7 +235,7 @@ def other_weights(error: Exception, checkpoint: Path) -> ValueError:
 
 def class_names_of(checkpoint: Path) -> tuple[str, ...] | None:
     """Names of the classes of a checkpoint that `fit` or MMPretrain wrote; None where they have none."""
-    return _info(read_checkpoint(checkpoint), {}).class_names
+    return info_in(read_checkpoint(checkpoint)).class_names
 
 
 def _from_config(config: Config, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
@@ -240,7 +252,7 @@ def _from_config(config: Config, pretrained: bool | str | Path, overrides: dict[
     if not isinstance(pretrained, bool):
         Pretrained(checkpoint=str(pretrained))(model)
     began_with = config.data["model"].get("pretrained") if isinstance(pretrained, bool) else pretrained
-    info = _info({}, config.data.get("data") or {})
+    info = info_in({}, config.data.get("data"))
     set_info(model, replace(info, class_names=_names_beside(began_with, model)))
     return model  # type: ignore[no-any-return]
 
@@ -251,7 +263,7 @@ def _names_beside(weights: str | Path | None, model: nn.Module) -> tuple[str, ..
     if not path.is_file() or path.suffix == ".safetensors":
         return None
     content = read_torch_file(path, "meta")
-    names = _info(content, {}).class_names if isinstance(content, dict) else None
+    names = info_in(content).class_names if isinstance(content, dict) else None
     return names if names and len(names) == getattr(getattr(model, "head", None), "num_classes", None) else None
 
 
@@ -265,8 +277,9 @@ def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:
     return merge(config, Config({"model": dict(overrides)})) if overrides else config
 
 
-def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
+def info_in(checkpoint: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> ModelInfo:
     """From the state of the data module in the checkpoint, and from the section of the configuration that describes it."""
+    data = data or {}
     parts = [part for key, part in checkpoint.items() if key != "hyper_parameters" and isinstance(part, dict)]
     state = next((part for part in parts if "class_names" in part), {})
     names = state.get("class_names") or checkpoint.get("hyper_parameters", {}).get("class_names")
@@ -281,7 +294,7 @@ def _info(checkpoint: Mapping[str, Any], data: Mapping[str, Any]) -> ModelInfo:
             if name in one
         },
         Pipeline(seen.get("transforms")),
-        None if "pixels" not in state else (int(state["pixels"][0]), str(state["pixels"][1])),
+        pixels_in(checkpoint),
         state.get("foreground", data.get("foreground", "none")),
     )
 

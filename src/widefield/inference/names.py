@@ -12,6 +12,11 @@ NARROW_RESNETS = ("resnet10_w16", "resnet18_w8", "resnet18_w16", "resnet18_w32")
 CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
 """Files in the folder of a run of `widefield fit`."""
 
+HUB_CONFIG, HUB_WEIGHTS, HUB_CARD = "config.json", "model.safetensors", "README.md"
+"""Files in a folder that `widefield.save_pretrained` wrote."""
+HUB_PREFIX = "hf-hub:"
+"""Before the name of a model on the Hugging Face Hub."""
+
 _TIMM = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _TORCHVISION = re.compile(
     r"^@register_model\((?:name=\"(\w+)\")?\)\n(?:@.*\n|    .*\n|\)\n)*?def (\w+)\(", re.MULTILINE

@@ -1,6 +1,6 @@
 """The common part of models by name: hyperparameters that are plain data, and a checkpoint from which the same model is made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -62,6 +62,13 @@ class FromCheckpoint(BaseModule):
                 f"{path} is not a checkpoint that `widefield fit` wrote ({reason}); give its .ckpt file"
             ) from error
         return model, checkpoint
+
+
+def pixels_in(checkpoint: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Return the number of channels and the type of the pixels of the training images; None if a checkpoint does not say so."""
+    parts = (part for key, part in checkpoint.items() if key != "hyper_parameters" and isinstance(part, dict))
+    found = next((part["pixels"] for part in parts if "class_names" in part and "pixels" in part), None)
+    return None if found is None else (int(found[0]), str(found[1]))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

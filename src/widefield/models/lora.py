@@ -4,10 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from widefield.errors import MissingExtraError, WrongArgumentError
-from widefield.writing import replacing
+from widefield.writing import write_safetensors
 
 _ATTENTION = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "proj", "out_proj")
 _PREFIX = "base_model.model."
@@ -53,19 +53,14 @@ def merged(net: nn.Module) -> nn.Module:
 def write_adapters(net: nn.Module, folder: Path) -> None:
     """Write the adapters alone to a folder, as `peft.PeftModel.from_pretrained(net, folder)` reads them."""
     peft = _peft()
-    from safetensors.torch import save
-
-    weights: dict[str, Tensor] = {
-        _PREFIX + name: value.detach().cpu().contiguous() for name, value in peft.get_peft_model_state_dict(net).items()
-    }
+    weights = {_PREFIX + name: value for name, value in peft.get_peft_model_state_dict(net).items()}
     configs: Any = net.peft_config
     config = copy.deepcopy(configs["default"])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    with replacing(folder / "adapter_model.safetensors") as partial:
-        partial.write_bytes(save(weights, {"format": "pt"}))
+    write_safetensors(weights, folder / "adapter_model.safetensors")
 
 
 def _peft() -> Any:

@@ -1,6 +1,6 @@
 """Segmentation networks by name, and the one that `widefield fit --task segment` trains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torchvision.models.segmentation as torchvision_segmentation
@@ -9,6 +9,7 @@ from torch.nn import functional
 from torchvision.models import list_models
 
 from widefield.models.checkpointed import FromCheckpoint
+from widefield.models.classifier import Classifier
 from widefield.models.networks import TIMM_PREFIX, make_timm, make_torchvision, unknown_model
 from widefield.models.weights import load_weights
 from widefield.modules import DenseModule
@@ -149,3 +150,8 @@ class Segmenter(FromCheckpoint, DenseModule):
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the network, on the CPU."""
         return {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
+
+
+def class_of(hyper_parameters: Mapping[str, Any]) -> type[Classifier] | type[Segmenter]:
+    """Return the class whose checkpoints hold these hyperparameters."""
+    return Segmenter if "ignore_index" in hyper_parameters else Classifier

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.base_model import is_plain
-from widefield.models import Classifier, load_state, load_weights
+from widefield.models import GRAPHS, Classifier, Segmenter, class_of, load_state, load_weights, pixels_in, write_graph
 from widefield.models.instances import is_patches
 from widefield.models.lora import has_adapters, merged, write_adapters
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
 from widefield.pretraining.out import check_file
 from widefield.pretraining.settings import Errors, arguments
-from widefield.pretraining.transform_args import Normalize, TransformArgs
+from widefield.pretraining.transform_args import Normalize, Size, TransformArgs
 from widefield.pretraining.wrapping import wrap
-from widefield.writing import replacing, write_torch_file
+from widefield.writing import write_safetensors, write_torch_file
 
 KEY = "widefield"
 """The key of a checkpoint under which our part stands."""
@@ -44,6 +43,8 @@ class ModelFormat(StrEnum):
     TORCH_MODEL = "torch_model"
     TORCH_STATE_DICT = "torch_state_dict"
     SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+    TORCH_EXPORT = "torch_export"
 
 
 _WRAPPED, _HEAD = "wrapped_model.", "embed_head."
@@ -248,7 +249,7 @@ def load_model(model: Path | str, device: str | torch.device | None = None) -> n
     return load_model_from_checkpoint(model, device)
 
 
-ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors"]
+ExportFormat = Literal["package_default", "torch_state_dict", "torch_model", "safetensors", "onnx", "torch_export"]
 
 
 def export(
@@ -259,6 +260,7 @@ def export(
     format: ExportFormat | ModelFormat = "package_default",
     overwrite: bool = False,
     model: Any = None,
+    image_size: Size | None = None,
 ) -> None:
     """Write the trained model of a checkpoint to a file of its own, whole or not at all.
 
@@ -271,14 +273,19 @@ def export(
             `peft.PeftModel.from_pretrained`.
         format: "torch_state_dict": tensors, for `torch.load(..., weights_only=True)`; "torch_model": the module itself, pickled;
             "safetensors"; "package_default": what the package of the model loads by itself, which for torchvision, timm and
-            models of one's own is a state dict.
+            models of one's own is a state dict. "onnx" and "torch_export": the whole model as a graph, see `write_graph`, which is
+            compared with the model on random images before the file is left. Of a checkpoint of `fit` it takes images as they are
+            stored, normalisation being in it, and gives logits; of one of `pretrain`, images that are normalised already.
         overwrite: Replace a file that is there.
-        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed for "torch_model" if the
-            run was not given it by name, because checkpoints hold no code.
+        model: The model again, as `widefield.train` takes it; it is loaded with the weights. Needed for "torch_model", "onnx" and
+            "torch_export" if the run was not given it by name, because checkpoints hold no code.
+        image_size: Height and width of the images that a graph takes, these alone; None leaves both open.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: An argument cannot be used; what is at `out` is as it was.
+        DifferentGraphError: A graph does not compute what the model computes; what is at `out` is as it was.
+        MissingExtraError: "onnx" needs packages that are not installed.
     """
     errors = Errors()
     given = arguments(export, locals(), errors)
@@ -289,10 +296,21 @@ def export(
             f'format="package_default" is for part="model", which a package knows; give "torch_state_dict", "torch_model" or '
             f'"safetensors" for part={given.part!r}'
         )
-    if (classifier := _classifier(Path(given.checkpoint))) is not None:
-        _export_classifier(classifier, given)
+    is_graph = given.format in GRAPHS
+    if given.image_size is not None and not is_graph:
+        raise ValueError(
+            f"image_size={given.image_size!r} is for format=onnx and torch_export, and the format is {given.format!r}; leave it out"
+        )
+    if is_graph and given.part == "adapters":
+        raise ValueError(f"part='adapters' are weights alone, and {given.format!r} is a whole model; give part='model'")
+    if (found_by_name := _named(Path(given.checkpoint))) is not None:
+        _export_named(*found_by_name, given)
         return
     found = Checkpoint.read(given.checkpoint)
+    if is_graph:
+        module = part_of(found.embedding_model(given.model), given.part)
+        write_graph(module, given.format, given.out, found.transforms.channels, image_size=_pair(given.image_size))
+        return
     if given.model is None and given.format != "torch_model":
         module, weights = None, found.weights(given.part)
     else:
@@ -303,7 +321,7 @@ def export(
 
 def _write(module: nn.Module | None, weights: dict[str, Tensor], format: str, out: Path) -> None:
     if format == "safetensors":
-        _write_safetensors(weights, out)
+        write_safetensors(weights, out)
     elif format == "torch_model":
         try:
             write_torch_file(module, out)
@@ -315,32 +333,33 @@ def _write(module: nn.Module | None, weights: dict[str, Tensor], format: str, ou
         write_torch_file(weights, out)
 
 
-def _classifier(path: Path) -> Classifier | None:
-    """Return the classifier of a checkpoint that `widefield fit` wrote; None for another file."""
+def _pair(size: Size | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _named(path: Path) -> tuple[Classifier | Segmenter, dict[str, Any]] | None:
+    """Return the model of a network by name of a checkpoint that `widefield fit` wrote, and the checkpoint; None for another file."""
     content = {} if path.suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict) or "model_name" not in content.get("hyper_parameters", {}):
         return None
-    return Classifier.from_checkpoint(path)[0]
+    return class_of(content["hyper_parameters"]).from_checkpoint(path)
 
 
-def _export_classifier(classifier: Classifier, given: Any) -> None:
+def _export_named(model: Classifier | Segmenter, checkpoint: dict[str, Any], given: Any) -> None:
     """Raises ValueError for a part that it does not have."""
-    encodes = is_patches(classifier.model_name)
+    encodes = is_patches(model.model_name)
     if given.part == "adapters":
-        if not encodes or not has_adapters(classifier.encoder):
+        if not isinstance(model, Classifier) or not encodes or not has_adapters(model.encoder):
             raise ValueError(f"part='adapters': {given.checkpoint} has none; `widefield fit --lora RANK` trains them")
-        write_adapters(classifier.encoder, given.out)
-    elif given.part == "model":
-        module = merged(classifier.encoder) if encodes else classifier.plain_model()
-        _write(module, classifier.plain_state_dict(), given.format, given.out)
-    else:
+        write_adapters(model.encoder, given.out)
+    elif given.part != "model":
         raise ValueError(
             f"part={given.part!r} is of `widefield pretrain`, and {given.checkpoint} of `fit`; give 'model'"
         )
-
-
-def _write_safetensors(weights: dict[str, Tensor], out: Path) -> None:
-    """The format has no tensors that share memory: those are written twice."""
-    content = save({name: value.detach().clone().contiguous() for name, value in weights.items()}, {"format": "pt"})
-    with replacing(out) as partial:  # not `save_file`, which is vague about a full disk
-        partial.write_bytes(content)
+    elif given.format in GRAPHS:
+        channels, type_of_pixels = pixels_in(checkpoint) or (checkpoint["hyper_parameters"]["in_channels"], "float32")
+        dtype = getattr(torch, type_of_pixels)
+        write_graph(model.plain_model(), given.format, given.out, channels, dtype, _pair(given.image_size))
+    else:
+        module = merged(model.encoder) if isinstance(model, Classifier) and encodes else model.plain_model()
+        _write(module, model.plain_state_dict(), given.format, given.out)
