@@ -12,7 +12,7 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes the place of `path` at the end of the block.
 
-    An OSError that names no file, as that of a full disk, gets the name of `path`.
+    An OSError that names no file, as that of a full disk, or that beside `path`, gets the name of `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None and error.filename in (None, str(partial)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -71,6 +71,8 @@ def write_safetensors(weights: Mapping[str, Any], path: Path) -> None:
     """Write tensors by name as safetensors; those that share memory, of which the format has none, are written twice."""
     from safetensors.torch import save
 
-    content = save({name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, {"format": "pt"})
+    content = save(
+        {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}, {"format": "pt"}
+    )
     with replacing(path) as partial:  # not `save_file`, which is vague about a full disk
         partial.write_bytes(content)

@@ -1,10 +1,10 @@
 """Models as ONNX files and programs of torch.export, compared with the model before a file is left."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_a_network_of_one_size_is_refused_with_the_size_to_give_and_written_with
     with pytest.raises(ValueError, match=r"with height and width left open .*; give image_size=\[HEIGHT, WIDTH\]"):
         write_graph(OneSize(), "torch_export", tmp_path / "m.pt2", 3)
     assert write_graph(OneSize(), "torch_export", tmp_path / "m.pt2", 3, image_size=(32, 48)) == 0
-    with pytest.raises(ValueError, match="for images of .*give an image_size that it takes"):
+    with pytest.raises(ValueError, match=r"for images of .*give an image_size that it takes"):
         write_graph(OneSize(), "torch_export", tmp_path / "m.pt2", 3, image_size=(32, 32))
 
 
@@ -115,7 +115,7 @@ def test_what_a_graph_cannot_be_of_is_said(classifier: Path, tmp_path: Path, mon
         widefield.export(out, classifier, image_size=64)
     with pytest.raises(ValueError, match="'adapters' are weights alone"):
         widefield.export(out, classifier, format="onnx", part="adapters")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'widefield\[onnx\]'"):
         widefield.export(out, classifier, format="onnx")
-    assert not out.exists() and np.isfinite(classifier.stat().st_size)
+    assert not out.exists()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from widefield.cli.messages import told
 from widefield.cli.verbs import VERBS, Verb
 from widefield.registry import import_module_or_file, import_object
 
@@ -85,7 +86,7 @@ def _run_light(run: Callable[[], Any], arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         if arguments.verbose or isinstance(error, BrokenPipeError):
             raise
-        print(f"widefield {arguments.verb}: error: {error}", file=sys.stderr)
+        print(f"widefield {arguments.verb}: error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

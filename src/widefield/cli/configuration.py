@@ -15,7 +15,7 @@ from widefield.config import Config, ConfigError, check_config, load, override
 from widefield.config.merge import IMPORTS
 from widefield.inference.names import CONFIG, LAST
 from widefield.models.instances import FEATURES
-from widefield.registry import absolute_place, arguments_of, import_module_or_file
+from widefield.registry import absolute_place, arguments_of, import_module_or_file, suggestion
 
 SHORTCUTS = {
     "images": "data.images",
@@ -93,9 +93,11 @@ def read_run(arguments: argparse.Namespace, others: list[str]) -> tuple[Config, 
     files = list(arguments.config) or [arguments.run / CONFIG]
     checkpoint: Path = arguments.checkpoint or arguments.run / LAST
     if not arguments.config and not files[0].is_file():
-        raise FileNotFoundError(f"there is no run in {arguments.run}: {files[0]} does not exist")
+        raise FileNotFoundError(
+            f"there is no run in {arguments.run}: {files[0]} does not exist; name a folder that `widefield fit` wrote with --run"
+        )
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"the checkpoint {checkpoint} does not exist")
+        raise FileNotFoundError(f"the checkpoint {checkpoint} does not exist; name one with --checkpoint CKPT")
     try:
         # The processes in which it was trained are not those of this command: one counts each image once.
         others = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", *others]
@@ -150,6 +152,9 @@ def _split(others: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest:
         text = rest.pop(0)
         name, equals, _ = text.removeprefix("--").partition("=")
+        if not text.startswith("--") and not equals and left:
+            flags = [f"--{flag.replace('_', '-')}" for flag in SHORTCUTS]
+            raise ValueError(f"there is no flag {left[-1]}; {suggestion(left[-1], flags)}")
         if not text.startswith("--") and not equals:
             raise ValueError(f"got {text!r}, expected a value for a path, as in model.lr=0.01")
         if text.startswith("--") and name.split(".")[0] not in SECTIONS:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
         raise NotADirectoryError(f"{folder} is not a folder; give the folder that holds the images")
     files = images_below(folder)
     if not files:
-        raise ValueError(f"the folder {folder} holds no images")
+        raise ValueError(f"the folder {folder} holds no images; name another with --images")
     rows = read_rows(arguments.labels, arguments.columns, arguments.task) if arguments.labels is not None else None
     console = Console()
     findings: list[Finding] = []

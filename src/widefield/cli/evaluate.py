@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     views = None if arguments.tta is None else AveragedViews.parse(arguments.tta)
     config, checkpoint = read_run(arguments, others)
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {arguments.out} does not exist")
+        raise FileNotFoundError(
+            f"the folder of {arguments.out} does not exist; make it, or name another file with --out"
+        )
     numbers = evaluate(config, checkpoint, arguments.verb, views)
     width = max(map(len, numbers), default=0)
     for name, value in numbers.items():

@@ -24,11 +24,24 @@ _MISSING = {
     "features": "the folder of features {} does not exist; check --features",
     "masks": "the folder of label maps {} does not exist; check --masks",
     "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
-    "checkpoint": "the checkpoint {} does not exist",
+    "checkpoint": "the checkpoint {} does not exist; name a .ckpt file, or the folder of a run, with --checkpoint",
     "foreground": "the foreground {} does not exist; give auto, none, otsu, hsv, a GeoJSON file, or a folder of such files",
-    "run": "there is no run in {}, which does not exist",
+    "run": "there is no run in {}, which does not exist; name a folder that `widefield fit` wrote with --run",
 }
 """The message about a path that is not there, by the argument."""
+_EXPECTED = {
+    "data": "name a folder of images, or image files, with --data",
+    "checkpoint": "name a .ckpt file in the folder checkpoints of a run, or that of a run of `fit`, with --checkpoint",
+}
+"""What is expected of the arguments of a call that name files."""
+_FIT_NEEDS = {
+    "images": "--images DIR, a folder of image files",
+    "labels": "--labels TABLE, a CSV or Parquet file with a row per image",
+    "masks": "--masks DIR, a folder of label maps",
+    "model": "--model NAME, such as resnet18 or timm/convnext_tiny",
+    "out": "--out DIR, a folder for the results",
+}
+"""Flags of `fit` without which there is nothing to train, and what they take."""
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 _NOT_ARGUMENTS = ("verbose", "imports", "verb", "chosen", "patches")
 
@@ -59,12 +72,25 @@ def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
         ValueError, OSError: As `check_paths` and `check_folder`.
     """
     check_paths(arguments, others)
+    _check_needed(arguments, others)
     if getattr(arguments, "features", None) is not None and (arguments.images or arguments.model):
         raise ValueError("--features takes the place of --images and --model; give it alone")
     if is_missing_file(arguments.weights):
-        raise FileNotFoundError(f"--weights: {arguments.weights} does not exist")
+        raise FileNotFoundError(
+            f"--weights: {arguments.weights} does not exist; name a file of weights, DEFAULT to download some, or leave it out"
+        )
     if arguments.out is not None:
         check_folder(arguments.out, arguments.resume)
+
+
+def _check_needed(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Raises ValueError for what `fit` needs and is not given, unless a configuration may hold it."""
+    if arguments.config or arguments.resume or others:
+        return
+    labels = "masks" if arguments.task == "segment" else "labels"
+    needed = ["labels", "out"] if arguments.features is not None else ["images", labels, "model", "out"]
+    if missing := [_FIT_NEEDS[name] for name in needed if getattr(arguments, name, None) is None]:
+        raise ValueError(f"give {'; '.join(missing)}; or a configuration with --config FILE")
 
 
 def is_missing_file(weights: Any) -> bool:
@@ -119,7 +145,9 @@ def check_call(arguments: argparse.Namespace, others: list[str]) -> None:
     for name, paths in {"data": [data] if isinstance(data, str) else data, **paths_of}.items():
         for path in paths:
             if path is not None and not Path(path).expanduser().exists():
-                raise FileNotFoundError(f"{name}: {path} does not exist")
+                raise FileNotFoundError(
+                    f"{name}: {path} does not exist; {_EXPECTED.get(name, 'name a file of weights')}"
+                )
     if not arguments.imports:  # they may bring networks
         _check_name(given.get("model"))
         _check_name(method_args.get("teacher"))
@@ -189,7 +217,9 @@ def arguments_of_call(arguments: argparse.Namespace, others: list[str]) -> dict[
             raise ValueError(f"there is no argument {path[0]!r}; {suggestion(path[0], known)}")
         _put(given, path, value, text)
     if missing := [name for name, one in known.items() if one.required and name not in given]:
-        raise ValueError(f"give {', '.join(f'--{name}' for name in missing)}")
+        raise ValueError(
+            f"give {', '.join(f'--{name}' for name in missing)}; `widefield {arguments.verb} --help` says what they take"
+        )
     return given
 
 

@@ -125,6 +125,9 @@ def _files(arguments: argparse.Namespace) -> list[Path]:
             raise ValueError("--resume continues the run in a folder; name it with --out DIR")
         saved = arguments.out / "config.yaml"
         if not saved.is_file():
-            raise FileNotFoundError(f"there is no run to resume in {arguments.out}: {saved} does not exist")
+            raise FileNotFoundError(
+                f"there is no run to resume in {arguments.out}: {saved} does not exist; name the folder of the run with --out, or "
+                "leave --resume out to begin one"
+            )
         files.insert(0, saved)
     return files

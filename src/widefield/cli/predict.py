@@ -22,6 +22,7 @@ from widefield.data.pipeline import Picture
 from widefield.images import ImageFile, image_endings, images_below
 from widefield.images.map_geotiff import import_rasterio
 from widefield.inference.averaged_views import AveragedViews
+from widefield.inference.hub import fetch
 from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import ModelInfo, checkpoint_file, info_of, load_trained
 from widefield.inference.prediction import labels_of, predict_samples, row_of, task_of
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     files = image_files(arguments.images)
     options = {"memory_budget": arguments.memory_budget, "tile_size": arguments.tile_size}
     streaming = {name: value for name, value in options.items() if value is not None}
+    if isinstance(checkpoint, str):
+        checkpoint = fetch(checkpoint)
     config = None if arguments.config is None else load(arguments.config)
     model: Any = load_trained(checkpoint, streaming=streaming, config=config)
     info = info_of(model).with_foreground(arguments.foreground, len(files))

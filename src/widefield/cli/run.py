@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from widefield.cli.messages import told
 from widefield.errors import WidefieldError
 
 console = Console(stderr=True, highlight=False)
@@ -31,7 +32,7 @@ def run_verb(run: Callable[[], Any], arguments: argparse.Namespace) -> int:
             if isinstance(error, BrokenPipeError) or not isinstance(error, _USERS_ERRORS):
                 raise
             _log.debug("the error came from here", exc_info=True)
-            _fail(arguments.verb, str(error))
+            _fail(arguments.verb, told(error))
             return 2
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from widefield.inference.names import HUB_PREFIX
+
 Declaration = tuple[str, dict[str, Any]]
 """The name and the options that `ArgumentParser.add_argument` takes."""
 
@@ -45,7 +47,25 @@ class Verb:
 
 
 def _option(name: str, metavar: str | None, text: str, kind: Callable[[str], Any] = str, **options: Any) -> Declaration:
-    return name, {"metavar": metavar, "help": text, "type": kind, **options}
+    return name, {"metavar": metavar, "help": text, "type": _READERS.get(kind, kind), **options}
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, as in 3") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, as in 0.25") from None
+
+
+_READERS: dict[Callable[[str], Any], Callable[[str], Any]] = {int: _whole, float: _number}
+"""In place of argparse's own, which say "invalid int value"."""
 
 
 def _flag(name: str, text: str, **options: Any) -> Declaration:
@@ -80,6 +100,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _passes(text: str) -> int:
+    """A number of passes, which Lightning would repeat without an end where it is negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 0, as in 20")
+    return int(text)
+
+
 def _sharing(text: str) -> int:
     """A number of processes; what follows a flag without one may be an entry of the configuration."""
     if not text.isdecimal() or int(text) < 1:
@@ -108,6 +135,11 @@ def _shares(text: str) -> tuple[float, ...]:
     return shares
 
 
+def checkpoint_argument(text: str) -> str | Path:
+    """The name of a model on the Hugging Face Hub, or else the path of a file or folder."""
+    return text if text.startswith(HUB_PREFIX) else Path(text)
+
+
 def foreground_argument(text: str | Path) -> str | Path:
     """The name of a way to find the foreground, or else the path of a file or folder that says it."""
     return text if text in FOREGROUNDS else Path(text)
@@ -115,6 +147,8 @@ def foreground_argument(text: str | Path) -> str | Path:
 
 FOREGROUNDS = ("auto", "none", "otsu", "hsv")
 """Ways to find the foreground, see `widefield.images.ForegroundChoice`."""
+TASKS = ("classification", "multilabel", "regression", "survival", "segment")
+"""Tasks of `widefield fit`."""
 POOLINGS = ("average", "max", "mean", "abmil", "clam", "clam-mb", "dsmil", "transmil", "abmilx")
 """The ways in which the map of an image becomes a vector, see `widefield.models.Classifier`."""
 HEATMAPS = ("png", "tiff", "geojson")
@@ -219,6 +253,7 @@ VERBS = {
                 "--task",
                 "TASK",
                 "classification, multilabel, regression, survival or segment (default: classification)",
+                choices=TASKS,
             ),
             _option("--separator", "TEXT", "between several labels in one cell, for multilabel"),
             _option("--model", "NAME", "resnet18, ..., resnet18_w16, timm/NAME, or patches:timm/NAME, see below"),
@@ -243,7 +278,7 @@ VERBS = {
             ),
             _MEMORY_BUDGET,
             _option("--tile-size", "N", "pixels per step: N or [HEIGHT, WIDTH] (default: chosen)"),
-            _option("--epochs", "N", "passes over the training images (default: 20)", int),
+            _option("--epochs", "N", "passes over the training images (default: 20)", _passes),
             _option("--batch-size", "N", "images per optimizer step (default: 1)", int),
             _option("--lr", "X", "learning rate of AdamW (default: 0.0001)", float),
             _option("--seed", "N", "of weights, split, order and crops (default: 0)", int),
@@ -339,8 +374,11 @@ Every other argument of widefield.pretrain is given as key=value, with dots for 
             *_CALL,
         ),
         """\
-Formats: package_default, torch_state_dict, torch_model (the module itself, pickled), safetensors.
-Only torch_model needs --model, and only if the run was not given its model by name.
+Formats: package_default, torch_state_dict, torch_model (the module itself, pickled), safetensors; and the whole model as a graph:
+onnx (needs widefield[onnx]) and torch_export, for images of any height and width, or with image_size=[H, W] of this size alone. A
+graph is run on random images and compared with the model; the largest difference is told, and no file is left that differs.
+Of a checkpoint of `fit` a graph takes images as they are stored and gives logits; of `pretrain`, images that are normalised already.
+Only torch_model, onnx and torch_export need --model, and only if the run was not given its model by name.
 Of a checkpoint of `fit`, model is the network under timm's or torchvision's names, or the encoder of patches with adapters merged;
 adapters are those of --lora alone, written to the folder --out, which peft.PeftModel.from_pretrained reads.
 Arguments of widefield.export may also be given as key=value.
@@ -406,7 +444,13 @@ read, or if the images and the label table do not name each other.
         "classify images with a checkpoint, and show where the evidence lies",
         "widefield.cli.predict:run",
         (
-            _option("--checkpoint", "CKPT", "a .ckpt file that `widefield fit` wrote", Path, required=True),
+            _option(
+                "--checkpoint",
+                "CKPT",
+                "a .ckpt file that `widefield fit` wrote, a folder that widefield.save_pretrained wrote, or hf-hub:OWNER/NAME",
+                checkpoint_argument,
+                required=True,
+            ),
             _option("--config", "FILE", "of a model of components (default: config.yaml beside the checkpoint)", Path),
             _IMAGES,
             _option("--out", "DIR", "(default: ./predictions)", Path, default=Path("predictions")),
@@ -530,7 +574,7 @@ Exit code: 0 exact, 1 not exact (wrong, refused, or streamed in part), 2 an erro
         (
             *_MODEL,
             _option("--size", "HxW", "of the image, such as 80000x100000", _size, required=True),
-            _option("--batch", "N", "images at a time (default: 1)", int, default=1),
+            _option("--batch", "N", "images at a time (default: 1)", _count, default=1),
             _flag("--inference", "plan a forward pass (default: a training step)"),
             *_PLAN,
         ),

@@ -252,7 +252,7 @@ def read_yaml(text: str, place: str) -> Config:
         data = {} if node is None else _construct(loader, node, (), origins, place)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{place}{line}: {error.problem}") from error
+        raise ConfigError(f"{place}{line}: {error.problem}; correct the YAML there, or in the line before") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{place} cannot be read as YAML: {error}") from error
     except RecursionError:

@@ -114,7 +114,10 @@ def _pairs(labels: Sequence[Label]) -> list[tuple[float, float]]:
 def _classes(texts: Sequence[str], problems: Problems) -> tuple[list[Label], tuple[str, ...]]:
     names = _sorted(set(texts), problems)
     if len(names) == 1 and not problems.found:
-        problems.add(f"every image has the label {names[0]!r}; training needs at least two classes")
+        problems.add(
+            f"every image has the label {names[0]!r}; training needs at least two classes; choose another column with "
+            "columns={label: NAME}, or add images of others"
+        )
     for separator in (";", "|"):
         joined = [
             name for name in names if any(part.strip() in names for part in name.split(separator) if part != name)

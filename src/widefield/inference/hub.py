@@ -151,8 +151,8 @@ def fetch(name: str) -> Path:
         found = snapshot_download(repo, revision=revision or None, allow_patterns=[HUB_CONFIG, HUB_WEIGHTS])
     except Exception as error:
         raise OSError(
-            f"{name} cannot be fetched ({_reason(error)}); check OWNER/NAME[@REVISION] and the network, log in with `hf auth login` "
-            "if the model is private, or download its repository elsewhere (`hf download OWNER/NAME --local-dir FOLDER`) and give "
+            f"{name} cannot be fetched ({_reason(error)}); check OWNER/NAME[@REVISION] and the network, log in with `hf auth login` if "
+            "the model is private, or download its repository elsewhere (`hf download OWNER/NAME --local-dir FOLDER`) and give "
             "the folder"
         ) from error
     return Path(found)
@@ -192,7 +192,9 @@ def _made(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     given, images = config["model"], config["images"]
     if config["kind"] == _BACKBONE:
         if options:
-            raise WrongArgumentError(f"{', '.join(options)}: a backbone is made as it is; stream it with widefield.stream")
+            raise WrongArgumentError(
+                f"{', '.join(options)}: a backbone is made as it is; stream it with widefield.stream"
+            )
         _refuse_code(given["args"], HUB_CONFIG)
         with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
             made: nn.Module = wrap(given["name"], given["args"], given["channels"]).get_model()
@@ -295,7 +297,7 @@ def _refuse_code(value: Any, place: Any) -> None:
         for key, part in value.items():
             if key in ("type", "class_path") and not re.fullmatch(r"\w+", str(part)):
                 raise WrongArgumentError(
-                    f"{place}: {key}: {part!r} is imported from elsewhere; a folder of a model may name components of Widefield alone"
+                    f"{place}: {key}: {part!r} is imported from elsewhere; such a folder may name components of Widefield alone"
                 )
             _refuse_code(part, place)
     elif isinstance(value, (list, tuple)):

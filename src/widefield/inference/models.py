@@ -177,9 +177,15 @@ def load_trained(
         from widefield.inference.hub import load_pretrained
 
         return load_pretrained(path.parent, {**(streaming or {}), **(overrides or {})})
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; name a .ckpt file, the folder of a run of `widefield fit`, or one that save_pretrained wrote"
+        )
     checkpoint = read_checkpoint(path)
     if "model_name" in checkpoint.get("hyper_parameters", {}):
-        classifier, _ = class_of(checkpoint["hyper_parameters"]).from_checkpoint(path, **(streaming or {}), **(overrides or {}))
+        classifier, _ = class_of(checkpoint["hyper_parameters"]).from_checkpoint(
+            path, **(streaming or {}), **(overrides or {})
+        )
         set_info(classifier, info_in(checkpoint))
         return classifier
     if PRETRAINED in checkpoint:

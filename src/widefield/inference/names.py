@@ -14,6 +14,7 @@ CONFIG, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
 
 HUB_CONFIG, HUB_WEIGHTS, HUB_CARD = "config.json", "model.safetensors", "README.md"
 """Files in a folder that `widefield.save_pretrained` wrote."""
+
 HUB_PREFIX = "hf-hub:"
 """Before the name of a model on the Hugging Face Hub."""
 

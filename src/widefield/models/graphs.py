@@ -129,9 +129,7 @@ def _write_program(program: torch.export.ExportedProgram, path: Path) -> Callabl
     return lambda image: tree_leaves(loaded(image))
 
 
-def _compare(
-    module: nn.Module, run: Callable[[Tensor], list[Tensor]], images: list[Tensor]
-) -> tuple[float, float]:
+def _compare(module: nn.Module, run: Callable[[Tensor], list[Tensor]], images: list[Tensor]) -> tuple[float, float]:
     """Return the largest difference of any output on any image, and the largest absolute output."""
     differences, values = [], []
     for image in images:

@@ -338,7 +338,7 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
 
 
 def _named(path: Path) -> tuple[Classifier | Segmenter, dict[str, Any]] | None:
-    """Return the model of a network by name of a checkpoint that `widefield fit` wrote, and the checkpoint; None for another file."""
+    """Return the model of a checkpoint that `widefield fit` wrote of a network by name, and its content; None for another file."""
     content = {} if path.suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict) or "model_name" not in content.get("hyper_parameters", {}):
         return None

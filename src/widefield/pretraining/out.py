@@ -48,13 +48,13 @@ class OutFolder:
     def check(self, overwrite: bool, resume: bool) -> None:
         """Raises ValueError if the folder cannot be used for the run; changes nothing."""
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"out: {self.path} is not a directory!")
+            raise ValueError(f"out: {self.path} is not a directory! Name a folder with out (--out DIR)")
         if self.path.is_dir():
             _unlock(_lock(self.path))
         if self.path.is_dir() and any(self.path.iterdir()) and not (overwrite or resume):
             raise ValueError(
-                f"out: {self.path} is not empty! Set overwrite=True to begin anew in it, or resume_interrupted=True to go on with "
-                "the run that it holds"
+                f"out: {self.path} is not empty! Set overwrite=True (--overwrite) to begin anew in it, or resume_interrupted=True "
+                "(--resume) to go on with the run that it holds"
             )
 
     @contextmanager
@@ -146,4 +146,6 @@ def check_file(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise ValueError(f"out: {path} is a directory; give the path of a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"out: {path} already exists! Set overwrite=True to overwrite the file")
+        raise ValueError(
+            f"out: {path} already exists! Set overwrite=True to overwrite the file (--overwrite), or name another"
+        )

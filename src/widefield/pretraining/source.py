@@ -45,7 +45,7 @@ def find_images(data: str | Path | Sequence[str | Path], but: Path | None = None
                 _log.warning("the folder %s holds no images", path)
             found += images
         elif not path.exists():
-            wrong.append(f"data: {path} does not exist")
+            wrong.append(f"data: {path} does not exist; name a folder of images, or image files")
         elif not is_image_name(path.name):
             wrong.append(f"data: {path} has no extension of an image, which are {', '.join(image_endings())}")
         else:

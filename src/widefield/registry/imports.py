@@ -121,7 +121,9 @@ def _run(path: Path) -> ModuleType:
     except Exception as error:
         if not hidden:
             del sys.modules[path.stem]
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be run: {type(error).__name__}: {error}; `python {path}` shows where"
+        ) from error
     return module
 
 
