@@ -225,7 +225,8 @@ def test_one_error_tells_all_that_is_wrong(tmp_path: Path, images: Path) -> None
         "  names a.tif 2 times, in lines 2, 3; keep one of them",
         f"  names 22 image(s) that are not in {images}: gone (line 4), bb.tif (line 5, did you mean b.tif?), "
         + ", ".join(f"no{k} (line {k + 8})" for k in range(8))
-        + " and 12 more; 3 image(s) there have no row: b.tif, c.tif, more/d.png; correct the paths in the table, or remove these rows",
+        + " and 12 more; 3 image(s) there have no row: b.tif, c.tif, more/d.png; "
+        + "correct the paths in the table, or remove these rows",
     ]
 
 

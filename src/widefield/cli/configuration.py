@@ -147,7 +147,8 @@ def _takes_seed(data: dict[str, Any]) -> bool:
 
 def _split(others: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides, and flags such as `--print_config` that are none."""
-    overrides, left = [], []
+    overrides: list[str] = []
+    left: list[str] = []
     rest = list(others)
     while rest:
         text = rest.pop(0)

@@ -377,7 +377,7 @@ Every other argument of widefield.pretrain is given as key=value, with dots for 
 Formats: package_default, torch_state_dict, torch_model (the module itself, pickled), safetensors; and the whole model as a graph:
 onnx (needs widefield[onnx]) and torch_export, for images of any height and width, or with image_size=[H, W] of this size alone. A
 graph is run on random images and compared with the model; the largest difference is told, and no file is left that differs.
-Of a checkpoint of `fit` a graph takes images as they are stored and gives logits; of `pretrain`, images that are normalised already.
+Of a checkpoint of `fit` a graph takes images as they are stored and gives logits; of `pretrain`, images normalised already.
 Only torch_model, onnx and torch_export need --model, and only if the run was not given its model by name.
 Of a checkpoint of `fit`, model is the network under timm's or torchvision's names, or the encoder of patches with adapters merged;
 adapters are those of --lora alone, written to the folder --out, which peft.PeftModel.from_pretrained reads.

@@ -266,8 +266,8 @@ class _Images:
             )
             others = f"; {len(left)} image(s) there have no row: {listed(left)}" if left else ""
             problems.add(
-                f"names {len(missing)} image(s) that are not in {self._folder}: {shown}{others}; correct the paths in the table, or "
-                "remove these rows"
+                f"names {len(missing)} image(s) that are not in {self._folder}: {shown}{others}; correct the paths in the table, "
+                "or remove these rows"
             )
         elif left:
             _log.warning("%d image(s) in %s have no row and are left out: %s", len(left), self._folder, listed(left))

@@ -308,8 +308,8 @@ def export(
         return
     found = Checkpoint.read(given.checkpoint)
     if is_graph:
-        module = part_of(found.embedding_model(given.model), given.part)
-        write_graph(module, given.format, given.out, found.transforms.channels, image_size=_pair(given.image_size))
+        whole = part_of(found.embedding_model(given.model), given.part)
+        write_graph(whole, given.format, given.out, found.transforms.channels, image_size=_pair(given.image_size))
         return
     if given.model is None and given.format != "torch_model":
         module, weights = None, found.weights(given.part)
