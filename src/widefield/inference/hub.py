@@ -151,9 +151,8 @@ def fetch(name: str) -> Path:
         found = snapshot_download(repo, revision=revision or None, allow_patterns=[HUB_CONFIG, HUB_WEIGHTS])
     except Exception as error:
         raise OSError(
-            f"{name} cannot be fetched ({_reason(error)}); check OWNER/NAME[@REVISION] and the network, log in with `hf auth "
-            "login` if the model is private, or download its repository elsewhere (`hf download OWNER/NAME --local-dir FOLDER`) and give "
-            "the folder"
+            f"{name} cannot be fetched ({_reason(error)}); check OWNER/NAME[@REVISION] and the network, and log in if the model is "
+            "private (`hf auth login`), or download it elsewhere (`hf download OWNER/NAME --local-dir FOLDER`) and give the folder"
         ) from error
     return Path(found)
 
