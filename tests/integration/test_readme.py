@@ -14,7 +14,10 @@ MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 @pytest.mark.parametrize("block", sum(PAGES, README), ids=lambda block: block.split("\n")[-2][:40])
-def test_the_examples_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run(
+    block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where an example writes
     exec(compile(block, "example", "exec"), {})
     if "plan" in block:
         assert "tile" in capsys.readouterr().out

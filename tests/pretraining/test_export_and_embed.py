@@ -233,7 +233,7 @@ def test_dino_exports_the_teacher_with_gradients_on(tmp_path: Path, images: Path
     [
         ({"part": "modle"}, "part: got 'modle', expected one of .*; did you mean 'model'"),
         ({"part": "head"}, "part: got 'head', expected one of 'model', 'wrapped_model', 'embedding_model'"),
-        ({"format": "onnx"}, "format: got 'onnx', expected one of 'package_default', 'torch_state_dict'"),
+        ({"format": "tensorrt"}, "format: got 'tensorrt', expected one of 'package_default', 'torch_state_dict'"),
         ({"overwrite": 1}, "overwrite: got 1, expected True or False"),
         ({"format": "torch_model"}, r"holds weights and no code.*give what was trained again, as model="),
         ({"model": TinyWrapper(dim=7)}, "is not of this model"),

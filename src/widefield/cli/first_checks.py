@@ -66,13 +66,12 @@ def check_paths(arguments: argparse.Namespace, others: list[str]) -> None:
 
 
 def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
-    """Check the paths of `fit`.
+    """Check the paths of `fit`, and that what it needs is given.
 
     Raises:
         ValueError, OSError: As `check_paths` and `check_folder`.
     """
     check_paths(arguments, others)
-    _check_needed(arguments, others)
     if getattr(arguments, "features", None) is not None and (arguments.images or arguments.model):
         raise ValueError("--features takes the place of --images and --model; give it alone")
     if is_missing_file(arguments.weights):
@@ -81,6 +80,7 @@ def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:
         )
     if arguments.out is not None:
         check_folder(arguments.out, arguments.resume)
+    _check_needed(arguments, others)
 
 
 def _check_needed(arguments: argparse.Namespace, others: list[str]) -> None:
