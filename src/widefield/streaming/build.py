@@ -26,7 +26,7 @@ from widefield.streaming.program import Program, Stage
 from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 from widefield.streaming.rules.norms import statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.stages import cut, is_view, size_of, weight_size
+from widefield.streaming.stages import cut, is_view, narrow_maps, size_of, weight_size
 
 _OF_BATCH = (statistics_of_batch, statistics_of_tensor)
 
@@ -36,8 +36,8 @@ class Graph:
     """A forward pass on its way to a program; what later passes make is empty before.
 
     `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
-    `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. `whole` are plain nodes that
-    depend on a whole map, because of the operations `refused`.
+    `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. What reads the map
+    `cut` is in a scan of its own. `whole` are plain nodes that depend on a whole map, because of the operations `refused`.
     """
 
     captured: Captured
@@ -49,6 +49,7 @@ class Graph:
     whole: frozenset[str] = frozenset()
     levels: Mapping[str, int] = field(default_factory=dict)
     stages: Mapping[int, Stage] = field(default_factory=dict)
+    cut: str = ""
 
     @property
     def plain(self) -> list[Node]:
@@ -83,7 +84,16 @@ class Graph:
 def build(captured: Captured, *, allow_whole: bool) -> Program:
     """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
     *_, (_, graph) = passes(captured, allow_whole=allow_whole)
-    return _program(graph)
+    program = _program(graph)
+    # What a window costs is not known as that of other operations is, and several stages record the deeper ones first anyhow.
+    if len(program.stages) > 1 or any(isinstance(node.target, LocalCall) for node in graph.nodes):
+        return program
+    cuts = narrow_maps(graph.maps, graph.placed, graph.streamed)
+    return replace(program, divisions=tuple(partial(_divided, graph, name) for name in cuts))
+
+
+def _divided(graph: Graph, name: str) -> Program:
+    return _program(_stages(_levels(replace(graph, cut=name))))
 
 
 def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Graph]]:
@@ -170,11 +180,13 @@ def _live(graph: Graph) -> Graph:
 def _levels(graph: Graph) -> Graph:
     levels: dict[str, int] = {}
     # What follows from the results of frozen windows has a scan of its own: theirs is not computed again in the backward pass.
-    frozen = {node.name for node in graph.nodes if isinstance(node.target, LocalCall) and node.target.frozen}
+    left = {node.name for node in graph.nodes if isinstance(node.target, LocalCall) and node.target.frozen} | {
+        graph.cut
+    }
     for node in graph.nodes:
         # A plain operation comes after the scan that computes a map which it reads.
         after = (
-            levels.get(name, 0) + (name in frozen or (name in graph.maps and node.name not in graph.placed))
+            levels.get(name, 0) + (name in left or (name in graph.maps and node.name not in graph.placed))
             for name in node.refs
         )
         levels[node.name] = max(after, default=0)

@@ -85,9 +85,20 @@ class Footprint:
         """Bytes of all maps that are computed, and of all maps."""
         (rows, _), (cols, _) = _halves(self.rows.work), _halves(self.cols.work)
         whole = float((rows.sum(1) * cols.sum(1)) @ self.needs.sizes)
-        if self.need is None:
-            return whole, whole
-        return float(self.need.boxes.sizes.sum((1, 2)) @ self.needs.sizes), whole
+        return float(self._positions @ self.needs.sizes), whole
+
+    @cached_property
+    def work(self) -> float:
+        """Work of a forward pass, see `MemoryModel.work`."""
+        return float(self._positions @ self.needs.work)
+
+    @cached_property
+    def _positions(self) -> Array:
+        """Positions that are computed of each map."""
+        if self.need is not None:
+            return self.need.boxes.sizes.sum((1, 2))
+        (rows, _), (cols, _) = _halves(self.rows.work), _halves(self.cols.work)
+        return rows.sum(1) * cols.sum(1)  # type: ignore[no-any-return]
 
     @cached_property
     def carries(self) -> dict[torch.dtype, int]:

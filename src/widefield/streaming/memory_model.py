@@ -15,6 +15,8 @@ from widefield.streaming.program import Stage
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
+# Multiplications that take as long as to read and write an element, about.
+_WORK_OF_ELEMENT = 32
 _INDEX_BYTES = 8  # per position of a maximum
 # Copies of a weight's gradient that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's.
 _GRADIENTS_OF_WEIGHTS = 3
@@ -33,6 +35,17 @@ class MemoryModel:
     def sizes(self) -> Array:
         """Bytes per position of each map."""
         return np.array([value.pixel_bytes for value in self.stage.values], dtype=np.float64)
+
+    @cached_property
+    def work(self) -> Array:
+        """Multiplications per position of each map, with as many added as its elements take the time of."""
+        return np.array(
+            [
+                value.shape[0] * value.weight_bytes / value.dtype.itemsize
+                + _WORK_OF_ELEMENT * value.pixel_bytes / value.dtype.itemsize
+                for value in self.stage.values
+            ]
+        )
 
     def saved_by_autograd(self, buffered: Flags) -> tuple[Array, Array]:
         """Bytes per position that autograd keeps of the new positions and of the buffer, where there is one apart from them."""

@@ -330,7 +330,7 @@ class StreamingCNN(nn.Module):
         parsed_fill = parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image))
         with writing.begin(image) if writing is not None else nullcontext(dict[str, MapOutput]()) as written:
             values = execute(
-                program,
+                planner.program,
                 plan,
                 stage_plans,
                 reader,

@@ -26,6 +26,7 @@ from widefield.streaming.store import PLACES, Place
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 _SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
+_GAIN = 0.02  # of a step's time: what a stage more must save
 _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that works
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
@@ -96,12 +97,44 @@ class Planner:
         """The plan of a pass that computes what is `wanted` (None: all), and how each stage is scanned."""
         return self._whole if wanted is None else _finished(self, needs(self.program, self.grids, wanted))
 
+    @property
+    def overhead(self) -> float:
+        return self._whole[0].predicted_overhead
+
     @cached_property
     def _whole(self) -> tuple[Plan, tuple[StagePlan, ...]]:
         return _finished(self, [None] * len(self.grids))
 
 
 def make_planner(program: Program, request: PlanRequest) -> Planner:
+    """Find tiles, and whether a deep part of the network is worth a stage of its own, of which more is recorded.
+
+    The later the stage is cut, the less memory the deep part needs, and the more the shallow one recomputes: best is the first cut
+    behind which all fits, or one near it.
+
+    Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
+    """
+    best = _planner(program, request)
+    places = best.draft.maps, best.draft.carries
+    if not request.training or best.limit is None or best.draft.total > best.limit or places != ("device", "device"):
+        return best
+    first, end = 0, len(program.divisions)
+    while first < end and best.overhead > 1 + _GAIN:
+        middle = (first + end) // 2
+        divided = program.divisions[middle]()
+        try:
+            found = _planner(divided, replace(request, stages=len(divided.stages)))
+        except ValueError:
+            first = middle + 1
+            continue
+        if (found.draft.maps, found.draft.carries) == places and found.overhead < best.overhead - _GAIN:
+            best = found
+        last = found.plan()[1][-1]
+        first, end = (first, middle) if last.recorded == len(last.grid.order) else (middle + 1, end)
+    return best
+
+
+def _planner(program: Program, request: PlanRequest) -> Planner:
     """Find tiles.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
@@ -288,9 +321,8 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
     footprints = [replace(found, need=need) for found, need in zip(planner.footprints, needed, strict=True)]
     sizes = _sizes_of_parts(planner, footprints)
     spare = 0 if planner.limit is None or not request.training else max(0, planner.limit - sum(sizes.values()))
-    room, used, total, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
+    room, used, again, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
     if request.training:
-        total = sum(float(footprint.recorded.sum()) for footprint in footprints)
         last = footprints[-1]
         there = max(0.0, sizes["step"] - planner.footprints[-1].cost.step + float(last.recorded.max()))
         there += max(footprint.cost.row for footprint in planner.footprints)
@@ -299,9 +331,8 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
             sums = np.cumsum(_in_order(footprints[s])[::-1])
             recorded[s] = int(np.searchsorted(sums, room, side="right"))
             taken = float(sums[recorded[s] - 1]) if recorded[s] else 0.0
-            room, used = room - taken, used + taken
-            if recorded[s] < len(sums):
-                break
+            room, used = (room - taken if recorded[s] == len(sums) else 0.0), used + taken
+            again += footprints[s].work * (1 - taken / max(1.0, float(sums[-1])))
         sizes["recorded"] = int(max(0.0, used - there))
         sizes["allocator"] += int(sizes["recorded"] * request.heap_excess[1])
     stage_plans = [
@@ -314,7 +345,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
         tile_size=planner.tile,
         steps=sum(len(_in_order(found)) for found in footprints),
         predicted_bytes=MappingProxyType(sizes),
-        predicted_overhead=1 + (1 - used / total) / 3 if total else 1.0,
+        predicted_overhead=1 + again / max(1.0, sum(found.work for found in footprints)) / 3,
         layers=layers_of(program, grids),
         streamed_fraction=program.streamed_fraction,
         stages=len(program.stages),

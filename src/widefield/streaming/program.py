@@ -8,6 +8,7 @@ image, two small layers run on it, and the second one multiplies the map by the 
 by ordinary autograd. All of this holds no tensors, so it can be kept and used for every image of the same size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -128,7 +129,8 @@ class Program:
 
     `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name. `statistics` lists the
     batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the operations that run
-    whole; `streamed_fraction` is the share of the activation bytes that does not. `plain_bytes` is what all plain operations make
+    whole; `streamed_fraction` is the share of the activation bytes that does not. `divisions` make the same program with its
+    one stage cut in two at a narrow map, from the first such map to the last. `plain_bytes` is what all plain operations make
     of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are those of all weights
     that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
     """
@@ -144,6 +146,7 @@ class Program:
     refused: tuple[UnsupportedOpError, ...]
     random: bool
     kind: Any = None
+    divisions: "tuple[Callable[[], Program], ...]" = ()
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

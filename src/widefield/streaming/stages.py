@@ -53,6 +53,25 @@ def cut(
     return stages
 
 
+def narrow_maps(maps: Maps, placed: Mapping[str, Placed], nodes: Sequence[Node]) -> list[str]:
+    """Return the maps through which everything goes, those that are no larger than any such map before.
+
+    Of a map and what follows from it by one cheap operation, the latter counts.
+    """
+    last_read = {read.source: k for k, node in enumerate(nodes) for read in placed[node.name].reads}
+    found: list[Node] = []
+    alive: set[str] = set()
+    for k, node in enumerate(nodes):
+        alive = {name for name in (*alive, node.name) if last_read.get(name, k) > k}
+        usable = not is_view(node) and node.dtype.is_floating_point and node.name not in maps.begin
+        if alive != {node.name} or not usable or (found and size_of(node) > size_of(found[-1])):
+            continue
+        if found and placed[node.name].op.cheap and {x.source for x in placed[node.name].reads} == {found[-1].name}:
+            found.pop()
+        found.append(node)
+    return [node.name for node in found]
+
+
 def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed], nodes: Sequence[Node]) -> set[str]:
     """The maps that are kept for later stages.
 
