@@ -31,6 +31,7 @@ class Plan:
     every layer. `streamed_fraction` is the share of the plain model's activation bytes that is streamed; the rest is computed
     whole, because of the operations `refused`. `stages` is the number of scans; `map_bytes` is what the maps between them need,
     gradients included, and `map_place` where they live, `carry_place` where the carries do: only on the device they count.
+    `recorded` says of each scan how many of its steps are recorded, and how many it has; the others are computed twice.
     """
 
     image_shape: tuple[int, int, int, int]
@@ -46,6 +47,7 @@ class Plan:
     carry_place: Place = "device"
     refused: tuple[UnsupportedOpError, ...] = ()
     computed_fraction: float = 1.0
+    recorded: tuple[tuple[int, int], ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -55,6 +57,7 @@ class Plan:
     @property
     def summary(self) -> str:
         """The plan without its layers."""
+        scans = enumerate(self.recorded) if any(some for some, _ in self.recorded) else ()
         rows = [
             ("image", " x ".join(map(str, self.image_shape))),
             ("tile", f"{self.tile_size[0]} x {self.tile_size[1]}"),
@@ -64,6 +67,10 @@ class Plan:
             *((f"memory: {kind}", format_bytes(size)) for kind, size in self.predicted_bytes.items() if size),
             ("memory: total", format_bytes(self.total_bytes)),
             ("stages", str(self.stages)),
+            *(
+                (f"  stage {s}", f"{some} of {steps} steps recorded, {steps - some} computed twice")
+                for s, (some, steps) in scans
+            ),
             *([("maps", f"{format_bytes(self.map_bytes)} between stages: {self.map_place}")] if self.map_bytes else []),
             *([("carries", f"in: {self.carry_place}")] if self.carry_place != "device" else []),
             ("streamed", f"{self.streamed_fraction:.1%} of the activation bytes"),

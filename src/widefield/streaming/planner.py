@@ -42,7 +42,8 @@ class PlanRequest:
     between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
     has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
     be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image. `written`: maps are
-    written to a sink, which changes the bytes of output maps by so many, and by so many for each row of a tile.
+    written to a sink, which changes the bytes of output maps by so many, and by so many for each row of a tile. `divided`: the
+    stages are parts of one, with its kind of steps, which they take for their parts of the image.
     """
 
     tile: tuple[int, int | None] | None
@@ -56,6 +57,7 @@ class PlanRequest:
     limit: int | None = None
     ranks: int = 1
     written: tuple[int, float] | None = None
+    divided: bool = False
 
     @property
     def heap_excess(self) -> tuple[float, float]:
@@ -118,17 +120,17 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     places = best.draft.maps, best.draft.carries
     if not request.training or best.limit is None or best.draft.total > best.limit or places != ("device", "device"):
         return best
-    first, end = 0, len(program.divisions)
+    target, (first, end) = best.overhead - _GAIN, (0, len(program.divisions))
     while first < end and best.overhead > 1 + _GAIN:
         middle = (first + end) // 2
         divided = program.divisions[middle]()
         try:
-            found = _planner(divided, replace(request, stages=len(divided.stages)))
+            found = _planner(divided, replace(request, divided=True))
         except ValueError:
             first = middle + 1
             continue
-        if (found.draft.maps, found.draft.carries) == places and found.overhead < best.overhead - _GAIN:
-            best = found
+        if (found.draft.maps, found.draft.carries) == places and found.overhead < target:
+            best, target = found, found.overhead
         last = found.plan()[1][-1]
         first, end = (first, middle) if last.recorded == len(last.grid.order) else (middle + 1, end)
     return best
@@ -354,6 +356,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
         carry_place=draft.carries,
         refused=program.refused,
         computed_fraction=computed / everything,
+        recorded=tuple((count, len(_in_order(found))) for count, found in zip(recorded, footprints, strict=True)),
     )
     return plan, tuple(stage_plans)
 
@@ -410,7 +413,8 @@ def _tiles(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list[t
     height, width = stage.extent
     pixels = PREFERRED_PIXELS.get(request.device.type, 1 << 20)
     pixels = min(pixels, max(pixels // 2, image[0] * image[1] // _SOME_STEPS))
-    pixels = int(pixels * sqrt(height * width / (image[0] * image[1])))  # deeper maps are smaller, their weights larger
+    share = height * width / (image[0] * image[1])
+    pixels = int(pixels * (share if request.divided else sqrt(share)))  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
     heights = sorted(
         {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}

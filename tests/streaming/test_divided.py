@@ -1,0 +1,119 @@
+"""A stage that is cut at a narrow map, so that the deep part is recorded and the shallow one recomputed: the same numbers."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
+from widefield.streaming import StreamingCNN, planner
+from widefield.streaming.planner import Planner, PlanRequest
+from widefield.streaming.program import Program
+
+
+class Net(nn.Module):
+    """A block with a shortcut, strides, a map that leaves at the cut, and a mean over the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 5, 2, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+        self.deep = nn.Sequential(nn.Conv2d(6, 10, 3, 2, 1), nn.ReLU(), nn.Conv2d(10, 8, 3, padding=1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.stem(x)
+        x = torch.relu(x + self.block(x))
+        deep = self.deep(x)
+        return x, deep, deep.mean((2, 3))
+
+
+def divide(monkeypatch: pytest.MonkeyPatch, which: int, shares: tuple[float, float] = (0.0, 1.0)) -> None:
+    """All plans are of the program cut at this map, and record these shares of its two scans."""
+    finished = planner._finished
+
+    def divided(program: Program, request: PlanRequest) -> Planner:
+        program = program.divisions[which]()
+        assert len(program.stages) > 1
+        return planner._planner(program, PlanRequest(**{**vars(request), "divided": True}))
+
+    def recorded(*args: Any) -> Any:
+        plan, scans = finished(*args)
+        counts = [round(share * len(scan.grid.order)) for share, scan in zip(shares, scans, strict=True)]
+        return plan, tuple(type(s)(s.grid, s.carry_sizes, count) for s, count in zip(scans, counts, strict=True))
+
+    monkeypatch.setattr("widefield.streaming.module.make_planner", divided)
+    monkeypatch.setattr(planner, "_finished", recorded)
+
+
+def program_of(module: nn.Module) -> Program:
+    return StreamingCNN(module)._program((1, 3, 64, 64), torch.float32, torch.device("cpu"))
+
+
+def test_a_stage_can_be_cut_where_all_goes_through_one_map() -> None:
+    """Not within the block, nor between a layer and its ReLU, nor where the map is larger than one before."""
+    cuts = [division().stages[1] for division in program_of(Net()).divisions]
+    shapes = [stage.values[stage.inputs[0]].shape for stage in cuts]
+    assert shapes == [(1, 6, 32, 32), (1, 6, 16, 16), (1, 6, 16, 16), (1, 10, 8, 8), (1, 8, 8, 8)]
+    assert all(len(stage.inputs) == 1 for stage in cuts)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_any_cut(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    divide(monkeypatch, which)
+    assert_exact(Net().eval(), torch.randn(2, 3, 45, 39), [(8, None), (11, 13)])
+
+
+def test_a_share_of_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    divide(monkeypatch, 2, (0.4, 0.6))
+    assert_exact(Net().eval(), torch.randn(1, 3, 45, 39), [(8, None), (11, 13)])
+
+
+def test_a_region_and_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Net().double().eval()
+    image, mask = torch.randn(1, 3, 64, 48, dtype=torch.float64), torch.zeros(64, 48, dtype=torch.bool)
+    mask[8:40, 16:44] = True
+    calls = [{"mask": mask}, {"region": (16, 8, 24, 20)}]
+
+    def found() -> list[Tensor]:
+        results: list[Tensor] = []
+        for call in calls:
+            streamed = StreamingCNN(module, 16, verify=False)
+            module.zero_grad()
+            tensors = streamed(image, **call)[:2]
+            torch.stack([x.square().sum() for x in tensors]).sum().backward()
+            results += [*tensors, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+        return results
+
+    expected = found()
+    divide(monkeypatch, 2)
+    for a, b in zip(found(), expected, strict=True):
+        assert relative_error(a, b) < TOLERANCE
+
+
+def deep_net() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64), (64, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 1 if inputs == outputs else 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def test_the_planner_cuts_where_that_is_faster_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = deep_net()
+    wrap = partial(StreamingCNN, module, memory_budget="12MiB")
+    plan = wrap().plan((3, 512, 512))
+    monkeypatch.setattr(planner, "_GAIN", 1.0)
+    whole = wrap().plan((3, 512, 512))
+    assert (plan.stages, whole.stages) == (2, 1)
+    assert plan.predicted_overhead < whole.predicted_overhead - 0.02
+    assert plan.total_bytes <= 12 << 20
+
+
+def test_nothing_is_cut_where_all_fits_and_without_gradients() -> None:
+    module = deep_net()
+    assert StreamingCNN(module, memory_budget="500MiB").plan((3, 512, 512)).stages == 1
+    assert StreamingCNN(module, 64).plan((3, 512, 512)).stages == 1
+    with torch.no_grad():
+        assert StreamingCNN(module, memory_budget="12MiB").plan((3, 512, 512)).stages == 1
