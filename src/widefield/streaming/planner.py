@@ -118,7 +118,9 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     """
     best = _planner(program, request)
     places = best.draft.maps, best.draft.carries
-    if not request.training or best.limit is None or best.draft.total > best.limit or places != ("device", "device"):
+    if not request.training or request.ranks > 1 or places != ("device", "device"):
+        return best
+    if best.limit is None or best.draft.total > best.limit:
         return best
     target, (first, end) = best.overhead - _GAIN, (0, len(program.divisions))
     while first < end and best.overhead > 1 + _GAIN:
