@@ -33,7 +33,7 @@ _EXPECTED = {
     "data": "name a folder of images, or image files, with --data",
     "checkpoint": "name a .ckpt file in the folder checkpoints of a run, or that of a run of `fit`, with --checkpoint",
 }
-"""What is expected of the arguments of a call that name files."""
+"""The words for what was expected of the arguments of a call that name files."""
 _FIT_NEEDS = {
     "images": "--images DIR, a folder of image files",
     "labels": "--labels TABLE, a CSV or Parquet file with a row per image",

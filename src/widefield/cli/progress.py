@@ -1,4 +1,4 @@
-"""How far a training or an evaluation is."""
+"""The progress of a training or an evaluation, for its line."""
 
 import math
 from typing import Any

@@ -42,7 +42,7 @@ streamed = widefield.stream(backbone)  # for images of any size
 """,
     ),
 }
-"""Of each kind its task on the hub, and how it is used."""
+"""The task of each kind on the hub, and how it is used."""
 
 
 def write_card(

@@ -18,7 +18,7 @@ GRAPHS = ("onnx", "torch_export")
 _SIZES = ((224, 288), (320, 192))
 """Height and width of the images that are compared where any may come; whole multiples of the strides of most networks."""
 _RELATIVE = 1e-4
-"""Of the largest output: the difference that another order of float32 sums explains, with room; in float64 it is 1e-10."""
+"""A share of the largest output: the difference that another order of float32 sums explains, with room; in float64 it is 1e-10."""
 
 
 class DifferentGraphError(WidefieldError, RuntimeError):

@@ -14,7 +14,7 @@ except ImportError:  # not on Windows
 
 _log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
-"""What was logged, a JSON object per line."""
+"""The numbers that were logged, a JSON object per line."""
 
 
 class OutFolder:

@@ -56,7 +56,7 @@ class Page:
 
     @contextmanager
     def folded(self, summary: str) -> Iterator[None]:
-        """What is added in this context is shown on request only."""
+        """Show on request only what is added in this context."""
         self._parts.append(f"<details><summary>{html.escape(summary)}</summary>")
         yield
         self._parts.append("</details>")
