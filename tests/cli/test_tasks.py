@@ -129,7 +129,6 @@ def test_a_model_of_components_learns_several_labels(tmp_path: Path, capfd: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "regresion"], "--task: got 'regresion', expected"),
         (["--task", "regression"], "age is 'young', expected a number"),
         (["--task", "multilabel"], "age is 'young', expected 0 or 1, or give separator=';'"),
         (["--separator", ";"], "separator=';' is what stands between the labels in a cell, for task=multilabel"),

@@ -11,7 +11,7 @@ import tifffile
 from widefield.data import LabelledImages
 from widefield.data.described import AnnotationFile, ImageFolder
 from widefield.images import formats, open_image, thumbnail
-from widefield.inference.models import _info
+from widefield.inference.models import info_in
 from widefield.inference.prediction import as_picture
 from widefield.pretraining.pixels import open_lazily, read_pixels
 from widefield.pretraining.slides import SlideArgs, read_patch
@@ -91,9 +91,9 @@ def test_labelled_images_keep_alpha_where_they_are_told(tmp_path, rgbn):
 def test_predictions_keep_alpha_where_the_training_did(tmp_path, rgbn):
     path = _write(tmp_path / "a.tif", rgbn)
     trained = {"LabelledImages": {"class_names": ["a", "b"], "level": 0, "alpha": "keep"}}
-    assert as_picture(path, _info(trained, {})).shape[0] == 4
-    assert as_picture(path, _info({}, {"test": {"type": "ImageFolder", "alpha": "keep"}})).shape[0] == 4
-    assert as_picture(path, _info({}, {})).shape[0] == 3
+    assert as_picture(path, info_in(trained, {})).shape[0] == 4
+    assert as_picture(path, info_in({}, {"test": {"type": "ImageFolder", "alpha": "keep"}})).shape[0] == 4
+    assert as_picture(path, info_in({}, {})).shape[0] == 3
 
 
 def test_datasets_of_configurations_keep_alpha_where_they_are_told(tmp_path, rgbn):

@@ -190,7 +190,7 @@ def test_fit_takes_the_processes_of_torchrun(tmp_path: Path, monkeypatch: pytest
     widefield.fit(*places, split_images=2)
     flags = [f"--{name}={place}" for name, place in zip(("out", "images", "labels"), places, strict=True)]
     for given in (["--split-images=2"], ["--split-images"]):
-        assert main(["fit", *flags, *given]) == 0
+        assert main(["fit", *flags, "--model=resnet18", *given]) == 0
     assert not {"strategy", "devices", "num_nodes"} & seen[0].keys()
     assert all((one["devices"], one["num_nodes"]) == (4, 2) for one in seen[1:])
     strategies = [one.get("strategy") for one in seen[1:]]

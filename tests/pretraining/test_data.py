@@ -47,7 +47,9 @@ def test_wrong_paths_are_named_a_line_each(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("x")
     (tmp_path / "image.png").write_text("x")
-    with pytest.raises(ValueError, match=r"nowhere does not exist\ndata: .*text\.txt has no extension of an image"):
+    with pytest.raises(
+        ValueError, match=r"nowhere does not exist; name .*\ndata: .*text\.txt has no extension of an image"
+    ):
         find_images([tmp_path / "nowhere", tmp_path / "text.txt", tmp_path / "image.png"])
     with pytest.raises(ValueError, match=r"there are no images in .*empty; images end in \.bif"):
         find_images(tmp_path / "empty")

@@ -316,7 +316,8 @@ def test_a_member_of_an_enumeration_is_its_text() -> None:
         widefield.export, {"out": "a", "checkpoint": "b", "part": widefield.ModelPart.MODEL}, "x", errors
     )
     assert type(given["part"]) is str and given["part"] == "model" and not errors
-    assert [*widefield.ModelFormat] == ["package_default", "torch_model", "torch_state_dict", "safetensors"]
+    theirs = ["package_default", "torch_model", "torch_state_dict", "safetensors"]
+    assert [*widefield.ModelFormat] == [*theirs, "onnx", "torch_export"]
     assert [*widefield.EmbeddingFormat] == ["torch", "csv", "lightly_csv", "parquet"]
 
 

@@ -87,7 +87,7 @@ def _check_needed(arguments: argparse.Namespace, others: list[str]) -> None:
     """Raises ValueError for what `fit` needs and is not given, unless a configuration may hold it."""
     if arguments.config or arguments.resume or others:
         return
-    labels = "masks" if arguments.task == "segment" else "labels"
+    labels = "masks" if arguments.task == "segment" or arguments.masks is not None else "labels"
     needed = ["labels", "out"] if arguments.features is not None else ["images", labels, "model", "out"]
     if missing := [_FIT_NEEDS[name] for name in needed if getattr(arguments, name, None) is None]:
         raise ValueError(f"give {'; '.join(missing)}; or a configuration with --config FILE")

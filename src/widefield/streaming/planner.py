@@ -336,7 +336,8 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
             recorded[s] = int(np.searchsorted(sums, room, side="right"))
             taken = float(sums[recorded[s] - 1]) if recorded[s] else 0.0
             room, used = (room - taken if recorded[s] == len(sums) else 0.0), used + taken
-            again += footprints[s].work * (1 - taken / max(1.0, float(sums[-1])))
+            whole = sums[-1] if len(sums) else 0.0  # nothing of the image may be wanted
+            again += footprints[s].work * (1 - taken / max(1.0, float(whole)))
         sizes["recorded"] = int(max(0.0, used - there))
         sizes["allocator"] += int(sizes["recorded"] * request.heap_excess[1])
     stage_plans = [
