@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
@@ -117,3 +118,34 @@ def test_nothing_is_cut_where_all_fits_and_without_gradients() -> None:
     assert StreamingCNN(module, 64).plan((3, 512, 512)).stages == 1
     with torch.no_grad():
         assert StreamingCNN(module, memory_budget="12MiB").plan((3, 512, 512)).stages == 1
+
+
+class Shared(nn.Module):
+    """The image is read again behind the cut, a layer works on both sides, and each side drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.both = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.out, self.drop = nn.Conv2d(9, 4, 3, padding=1), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.drop(self.both(self.drop(self.both(self.stem(x)).relu())))
+        return self.out(torch.cat([deep, functional.avg_pool2d(x, 2)], 1))
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_what_both_parts_read_and_draw(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, results = Shared().double().train(), []
+    for cut in (False, True):
+        if cut:
+            divide(monkeypatch, which, (0.3, 0.5))
+        image = torch.rand(
+            2, 3, 46, 38, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
+        module.zero_grad()
+        torch.manual_seed(3)
+        found = StreamingCNN(module, (8, None), verify=False)(image)
+        found.square().sum().backward()
+        results.append([found.detach(), image.grad, *(p.grad for p in module.parameters())])
+    assert all(relative_error(f, e) <= TOLERANCE for f, e in zip(*results, strict=True))
