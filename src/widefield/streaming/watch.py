@@ -105,7 +105,7 @@ class Watch(TorchFunctionMode):
         self, module: nn.Module, device: torch.device, autocast: torch.dtype | None, limit: float, sees_reads: bool
     ) -> None:
         super().__init__()
-        self._device = device
+        self.device = device
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the original's identity: it and its copy, both held
         self._sees_reads = sees_reads
         self.autocast = autocast
@@ -176,9 +176,9 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         self._refuse_foreign(name, leaves)
         self._refuse_lost(func, name, args, kwargs, tensors)
-        if self._device != CAPTURE_DEVICE:
+        if self.device != CAPTURE_DEVICE:
             if func in _DEVICE_GETTERS and is_fake(args[0]):
-                return _DEVICE_GETTERS[func](self._device)
+                return _DEVICE_GETTERS[func](self.device)
             if func is Tensor.cuda and is_fake(args[0]):
                 return args[0]
             args, kwargs = pytree.tree_map(self._here, (args, kwargs))
@@ -192,7 +192,7 @@ class Watch(TorchFunctionMode):
 
     def _here(self, leaf: Any) -> Any:
         """An argument of a call as it is on `CAPTURE_DEVICE`: tensors of the module's device are copied, once."""
-        if isinstance(leaf, str | torch.device) and str(leaf).partition(":")[0] == self._device.type:
+        if isinstance(leaf, str | torch.device) and str(leaf).partition(":")[0] == self.device.type:
             return CAPTURE_DEVICE
         if not isinstance(leaf, Tensor) or is_fake(leaf) or leaf.device == CAPTURE_DEVICE:
             return leaf
@@ -281,7 +281,7 @@ class Watch(TorchFunctionMode):
         yield patch.object(torch, "is_autocast_cpu_enabled", functools.partial(cpu, CAPTURE_DEVICE.type))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             yield patch.object(torch, name, self._answering(getattr(torch, name), CAPTURE_DEVICE.type))
-        if self._device != CAPTURE_DEVICE:
+        if self.device != CAPTURE_DEVICE:
             yield patch.object(FakeTensor, "device", property(self._device_of))
         yield patch.object(torch.SymInt, "__repr__", _as_number(torch.SymInt.__repr__))
         yield patch.object(FunctionMeta, "__getattribute__", self._function_attribute, create=True)
@@ -308,7 +308,7 @@ class Watch(TorchFunctionMode):
         return lambda *args: answer if args == asked and self._is_mine(sys._getframe(1)) else function(*args)
 
     def _device_of(self, x: FakeTensor, answer: Callable[..., Any] = FakeTensor.device.fget) -> torch.device:  # type: ignore[attr-defined]
-        return self._device if self._is_mine(sys._getframe(1)) else answer(x)
+        return self.device if self._is_mine(sys._getframe(1)) else answer(x)
 
     @property
     def _function_attribute(self) -> Callable[[type, str], Any]:

@@ -59,17 +59,17 @@ def window_cost(
 
     def measured() -> WindowCost | str:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with fake, torch.autocast(watch.device.type, autocast or torch.bfloat16, autocast is not None):
             weights = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").requires_grad_(need)
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=watch.device).requires_grad_(need)
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
-            windows = torch.empty((2, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
+            windows = torch.empty((2, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
             if with_gradients and _trains_others(run, windows, weights):
                 return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
-                windows = torch.empty((count, *shape), dtype=dtype, device="cpu").requires_grad_(requires_grad[0])
+                windows = torch.empty((count, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
                 counted.append((*_training(run, windows, weights), *_inference(run, windows, weights)))
             changed = any(weight._version for weight in weights)
         (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
@@ -123,7 +123,8 @@ _REFUSED = {
 def _trains_others(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> bool:
     """True if the result has a gradient with respect to other tensors than these, or had one before the capture cut it off."""
     with _Computed() as computed:
-        todo: list[Any] = [run(windows, weights).grad_fn]
+        result = run(windows, weights)  # kept: functions written in Python do not live longer than their graph
+    todo: list[Any] = [result.grad_fn]
     given, seen = {id(x) for x in (windows, *weights)}, set()
     while todo:
         node = todo.pop()
