@@ -6,27 +6,30 @@ normal form   operators that differ only in how they are written become one
 place         each operation becomes a map, a reduction over the whole image, or a plain operation
 live          what no output needs is dropped
 levels        by which scan a map can be computed: local operations keep the level, what a reduction gives is one level up
+kept          which maps live from one scan to later ones
 stages        the maps of a level are computed by one scan
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fold import fold_batch_norms
+from widefield.streaming.kept import Scans, is_view, size_of
 from widefield.streaming.local import LocalCall
+from widefield.streaming.memory_model import MemoryModel
 from widefield.streaming.normal_form import normal_form
 from widefield.streaming.placing import Placing
 from widefield.streaming.program import Program, Stage
 from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 from widefield.streaming.rules.norms import statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.stages import cut, is_view, narrow_maps, size_of, weight_size
+from widefield.streaming.stages import cut, weight_size
 
 _OF_BATCH = (statistics_of_batch, statistics_of_tensor)
 
@@ -37,7 +40,8 @@ class Graph:
 
     `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
     `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. What reads the map
-    `cut` is in a scan of its own. `whole` are plain nodes that depend on a whole map, because of the operations `refused`.
+    `cut` is in a scan of its own. `kept` are the maps that live between scans. `whole` are plain nodes that depend on a whole map,
+    because of the operations `refused`.
     """
 
     captured: Captured
@@ -50,6 +54,7 @@ class Graph:
     levels: Mapping[str, int] = field(default_factory=dict)
     stages: Mapping[int, Stage] = field(default_factory=dict)
     cut: str = ""
+    kept: frozenset[str] = frozenset()
 
     @property
     def plain(self) -> list[Node]:
@@ -60,6 +65,19 @@ class Graph:
     def streamed(self) -> list[Node]:
         """The maps and reductions."""
         return [node for node in self.nodes if node.name in self.placed]
+
+    @property
+    def scans(self) -> Scans:
+        """What scans compute, to be divided among them."""
+        wanted = {name for node in (*self.plain, self.outputs) for name in node.refs if name in self.maps}
+        given = self.captured.spatial_inputs
+        return Scans(self.maps, given, self.streamed, self.placed, self.levels, wanted)
+
+    @property
+    def left(self) -> set[str]:
+        """Names of maps after which a new scan begins: theirs is not computed again in the backward pass."""
+        frozen = {node.name for node in self.nodes if isinstance(node.target, LocalCall) and node.target.frozen}
+        return frozen | {self.cut}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -85,15 +103,31 @@ def build(captured: Captured, *, allow_whole: bool) -> Program:
     """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
     *_, (_, graph) = passes(captured, allow_whole=allow_whole)
     program = _program(graph)
-    # What a window costs is not known as that of other operations is, and several stages record the deeper ones first anyhow.
-    if len(program.stages) > 1 or any(isinstance(node.target, LocalCall) for node in graph.nodes):
-        return program
-    cuts = narrow_maps(graph.maps, graph.placed, graph.streamed)
-    return replace(program, divisions=tuple(partial(_divided, graph, name) for name in cuts))
+    if len(program.stages) > 1:
+        return replace(program, thinner=cache(partial(_thinner, graph)))
+    if any(isinstance(node.target, LocalCall) for node in graph.nodes):
+        return program  # what a window costs is not known as that of other operations is
+    return replace(program, divisions=tuple(partial(_divided, graph, name) for name in graph.scans.narrow()))
 
 
 def _divided(graph: Graph, name: str) -> Program:
-    return _program(_stages(_levels(replace(graph, cut=name))))
+    """The program with a scan of its own for what follows from map `name`."""
+    return _program(_stages(_kept(_levels(replace(graph, cut=name)))))
+
+
+def _thinner(graph: Graph) -> list[Callable[[], Program]]:
+    """Programs that keep fewer maps between scans, and compute more of them again."""
+    work: dict[str, float] = {}
+    for stage in graph.stages.values():
+        for value, each in zip(stage.values, MemoryModel(stage, graph.captured.image).work.tolist(), strict=True):
+            if value.placed is not None:
+                work[value.name] = each * value.extent[0] * value.extent[1]
+    choices = graph.scans.thinner(work, graph.left)
+    return [cache(partial(_program_keeping, graph, kept)) for kept in choices]
+
+
+def _program_keeping(graph: Graph, kept: frozenset[str]) -> Program:
+    return _program(_stages(replace(graph, kept=kept)))
 
 
 def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Graph]]:
@@ -107,6 +141,7 @@ def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Grap
         "place": partial(_place, allow_whole=allow_whole),
         "live": _live,
         "levels": _levels,
+        "kept": _kept,
         "stages": _stages,
     }
     for name, function in functions.items():
@@ -179,10 +214,7 @@ def _live(graph: Graph) -> Graph:
 
 def _levels(graph: Graph) -> Graph:
     levels: dict[str, int] = {}
-    # What follows from the results of frozen windows has a scan of its own: theirs is not computed again in the backward pass.
-    left = {node.name for node in graph.nodes if isinstance(node.target, LocalCall) and node.target.frozen} | {
-        graph.cut
-    }
+    left = graph.left
     for node in graph.nodes:
         # A plain operation comes after the scan that computes a map which it reads.
         after = (
@@ -195,10 +227,12 @@ def _levels(graph: Graph) -> Graph:
     return replace(graph, levels=levels)
 
 
+def _kept(graph: Graph) -> Graph:
+    return replace(graph, kept=frozenset(graph.scans.crossing()))
+
+
 def _stages(graph: Graph) -> Graph:
-    wanted = {name for node in (*graph.plain, graph.outputs) for name in node.refs if name in graph.maps}
-    stages = cut(graph.captured, graph.maps, graph.levels, graph.placed, graph.streamed, wanted, graph.dtypes)
-    return replace(graph, stages=stages)
+    return replace(graph, stages=cut(graph.scans, graph.kept, graph.dtypes))
 
 
 def _program(graph: Graph) -> Program:

@@ -88,9 +88,10 @@ class Footprint:
         return float(self._positions @ self.needs.sizes), whole
 
     @cached_property
-    def work(self) -> float:
-        """Work of a forward pass, see `MemoryModel.work`."""
-        return float(self._positions @ self.needs.work)
+    def work(self) -> dict[str, float]:
+        """Work of a forward pass for each map, see `MemoryModel.work`."""
+        names = [value.name for value in self.needs.stage.values]
+        return dict(zip(names, (self._positions * self.needs.work).tolist(), strict=True))
 
     @cached_property
     def _positions(self) -> Array:

@@ -27,6 +27,7 @@ PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 _SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
 _GAIN = 0.02  # of a step's time: what a stage more must save
+_ELSEWHERE = 1.3  # times the compute: what maps in a file cost; measured, see docs/benchmarks.md
 _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that works
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
@@ -100,6 +101,11 @@ class Planner:
         return self._whole if wanted is None else _finished(self, needs(self.program, self.grids, wanted))
 
     @property
+    def fits(self) -> bool:
+        """False if nothing fits, so that what needs least is tried."""
+        return self.limit is not None and self.draft.total <= self.limit
+
+    @property
     def overhead(self) -> float:
         return self._whole[0].predicted_overhead
 
@@ -109,26 +115,51 @@ class Planner:
 
 
 def make_planner(program: Program, request: PlanRequest) -> Planner:
-    """Find tiles, and whether a deep part of the network is worth a stage of its own, of which more is recorded.
-
-    The later the stage is cut, the less memory the deep part needs, and the more the shallow one recomputes: best is the first cut
-    behind which all fits, or one near it.
+    """Find tiles, which maps live between stages, and whether a deep part of the network is worth a stage of its own.
 
     Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
     """
     best = _planner(program, request)
-    places = best.draft.maps, best.draft.carries
-    if not request.training or request.ranks > 1 or places != ("device", "device"):
+    if best is None or best.draft.maps != "device":
+        thinner = _thinner(program, request)
+        if best is None or (thinner is not None and thinner.overhead < best.overhead * _ELSEWHERE):
+            best = thinner
+    if best is None:
+        thinnest = [choice() for choice in program.thinner()[-1:] if request.ranks == 1]
+        best = next((found for each in thinnest if (found := _planner(each, request)) is not None), None)
+        if best is None:
+            raise _too_small([program, *thinnest], request)
+    return _divided(best, request)
+
+
+def _thinner(program: Program, request: PlanRequest) -> Planner | None:
+    """The planner that keeps most maps between stages, of those that keep all on the device; None if there is none."""
+    best, choices = None, program.thinner() if request.ranks == 1 and request.maps in (None, "device") else ()
+    first, end = 0, len(choices)
+    while first < end:
+        middle = (first + end) // 2
+        found = _planner(choices[middle](), replace(request, maps="device"))
+        if found is None or not found.fits or found.draft.carries != "device":
+            first = middle + 1
+        else:
+            best, end = found, middle
+    return best
+
+
+def _divided(best: Planner, request: PlanRequest) -> Planner:
+    """`best`, or one with a stage of its own for the deep part of the network, of which more is recorded.
+
+    The later the stage is cut, the less memory the deep part needs, and the more the shallow one recomputes: best is the first cut
+    behind which all fits, or one near it.
+    """
+    places, divisions = (best.draft.maps, best.draft.carries), best.program.divisions
+    if not request.training or request.ranks > 1 or places != ("device", "device") or not best.fits:
         return best
-    if best.limit is None or best.draft.total > best.limit:
-        return best
-    target, (first, end) = best.overhead - _GAIN, (0, len(program.divisions))
+    target, (first, end) = best.overhead - _GAIN, (0, len(divisions))
     while first < end and best.overhead > 1 + _GAIN:
         middle = (first + end) // 2
-        divided = program.divisions[middle]()
-        try:
-            found = _planner(divided, replace(request, divided=True))
-        except ValueError:
+        found = _planner(divisions[middle](), replace(request, divided=True))
+        if found is None:
             first = middle + 1
             continue
         if (found.draft.maps, found.draft.carries) == places and found.overhead < target:
@@ -138,11 +169,22 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     return best
 
 
-def _planner(program: Program, request: PlanRequest) -> Planner:
-    """Find tiles.
+def _planner(program: Program, request: PlanRequest) -> Planner | None:
+    """Find tiles; None if the budget is too small for any."""
+    limit, tile, options = _options(program, request)
+    drafts = (_fitting(program, request, options, places, limit) for places in _places(request))
+    draft = next((draft for draft in drafts if draft is not None), None)
+    if draft is None:
+        if request.budget is not None:
+            return None
+        # Where nothing fits the share of the free memory, what needs least is tried.
+        draft = _smallest(program, request, options)
+    footprints = tuple(option.footprint(k) for option, k in zip(options, draft.choice, strict=True))
+    return Planner(program, request, draft, footprints, limit, tile or options[0].tiles[draft.choice[0]])
 
-    Raises ValueError when the budget is too small for any tile, naming the smallest that would do.
-    """
+
+def _options(program: Program, request: PlanRequest) -> tuple[int | None, tuple[int, int] | None, list["_Options"]]:
+    """Return the limit in bytes and the tile, if there are such, and the options of each stage."""
     height, width = program.captured.image_shape[2:]
     limit, tile = request.budget, None
     if request.tile is not None:
@@ -158,20 +200,23 @@ def _planner(program: Program, request: PlanRequest) -> Planner:
         )
         for stage in program.stages
     ]
-    drafts = (_fitting(program, request, options, places, limit) for places in _places(request))
-    draft = next((draft for draft in drafts if draft is not None), None)
-    if draft is None:
-        smallest = [_smallest(program, request, options, places) for places in _places(request)]
-        draft = min(smallest, key=lambda draft: draft.total)
-        if request.budget is not None and draft.total > request.budget:
-            raise ValueError(
-                f"memory_budget of {format_bytes(request.budget)} is too small for an image of shape "
-                f"{program.captured.image_shape}: the smallest that works is {format_bytes(draft.total + 2**20)} "
-                f"({draft.total + 2**20} bytes, with tile_size={options[0].tiles[draft.choice[0]]})"
-            )
-        # Where nothing fits the share of the free memory, what needs least is tried.
-    footprints = tuple(option.footprint(k) for option, k in zip(options, draft.choice, strict=True))
-    return Planner(program, request, draft, footprints, limit, tile or options[0].tiles[draft.choice[0]])
+    return limit, tile, options
+
+
+def _too_small(programs: Sequence[Program], request: PlanRequest) -> ValueError:
+    """The error that names the smallest budget with which one of `programs` works."""
+    found = []
+    for each in programs:
+        *_, options = _options(each, request)
+        draft = _smallest(each, request, options)
+        found.append((draft.total, options[0].tiles[draft.choice[0]]))
+    total, tile = min(found)
+    assert request.budget is not None
+    return ValueError(
+        f"memory_budget of {format_bytes(request.budget)} is too small for an image of shape "
+        f"{programs[0].captured.image_shape}: the smallest that works is {format_bytes(total + 2**20)} "
+        f"({total + 2**20} bytes, with tile_size={tile})"
+    )
 
 
 class _Options:
@@ -264,17 +309,18 @@ def _fitting(
     return None
 
 
-def _smallest(
-    program: Program, request: PlanRequest, options: Sequence[_Options], places: tuple[Place, Place]
-) -> _Draft:
-    """The tiles that need least, found among those that seem to."""
-    choice = []
-    for option in options:
-        sizes = option.sizes(request, places[1])
-        near = sorted(range(len(sizes)), key=lambda k: sizes[k])[:_NEAR]
-        choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, request, places[1])))
-    costs = [option.footprint(k).cost for option, k in zip(options, choice, strict=True)]
-    return _draft(program, request, options, choice, costs, *places)
+def _smallest(program: Program, request: PlanRequest, options: Sequence[_Options]) -> _Draft:
+    """The tiles that need least, found among those that seem to, wherever maps and carries may live."""
+    drafts = []
+    for maps, carries in _places(request):
+        choice = []
+        for option in options:
+            sizes = option.sizes(request, carries)
+            near = sorted(range(len(sizes)), key=lambda k: sizes[k])[:_NEAR]
+            choice.append(min(near, key=lambda k: _size(option.footprint(k).cost, request, carries)))
+        costs = [option.footprint(k).cost for option, k in zip(options, choice, strict=True)]
+        drafts.append(_draft(program, request, options, choice, costs, maps, carries))
+    return min(drafts, key=lambda draft: draft.total)
 
 
 def _draft(
@@ -290,7 +336,7 @@ def _draft(
     saved = 0.0
     if request.training:
         saved = sum(cost.carries for cost in costs) if carries == "device" else row
-    kept = program.stored_bytes + program.gradient_bytes * request.training
+    kept = program.map_bytes(request.training)
     sizes = {
         "weights": program.combined_bytes + program.weight_bytes * (request.copied_weights + request.training),
         "carries": int(saved + row),
@@ -325,7 +371,13 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
     footprints = [replace(found, need=need) for found, need in zip(planner.footprints, needed, strict=True)]
     sizes = _sizes_of_parts(planner, footprints)
     spare = 0 if planner.limit is None or not request.training else max(0, planner.limit - sum(sizes.values()))
-    room, used, again, recorded = float(spare), 0.0, 0.0, [0] * len(footprints)
+    room, used, recorded = float(spare), 0.0, [0] * len(footprints)
+    work = [found.work for found in footprints]
+    everything = sum(sum(of.values()) for of in work)
+    once = sum(
+        {name: size for of in work[::-1] for name, size in of.items()}.values()
+    )  # made again in later stages or not
+    again = 3 * (everything - once) if request.training else everything - once
     if request.training:
         last = footprints[-1]
         there = max(0.0, sizes["step"] - planner.footprints[-1].cost.step + float(last.recorded.max()))
@@ -337,20 +389,20 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
             taken = float(sums[recorded[s] - 1]) if recorded[s] else 0.0
             room, used = (room - taken if recorded[s] == len(sums) else 0.0), used + taken
             whole = sums[-1] if len(sums) else 0.0  # nothing of the image may be wanted
-            again += footprints[s].work * (1 - taken / max(1.0, float(whole)))
+            again += sum(work[s].values()) * (1 - taken / max(1.0, float(whole)))
         sizes["recorded"] = int(max(0.0, used - there))
         sizes["allocator"] += int(sizes["recorded"] * request.heap_excess[1])
     stage_plans = [
         StagePlan(footprint.need or grid, footprint.carries if request.training else {}, count)
         for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
     ]
-    computed, everything = (sum(of) for of in zip(*(found.computed for found in footprints), strict=True))
+    computed, of_all = (sum(of) for of in zip(*(found.computed for found in footprints), strict=True))
     plan = Plan(
         image_shape=program.captured.image_shape,  # type: ignore[arg-type]
         tile_size=planner.tile,
         steps=sum(len(_in_order(found)) for found in footprints),
         predicted_bytes=MappingProxyType(sizes),
-        predicted_overhead=1 + again / max(1.0, sum(found.work for found in footprints)) / 3,
+        predicted_overhead=1 + again / max(1.0, once * (3 if request.training else 1)),
         layers=layers_of(program, grids),
         streamed_fraction=program.streamed_fraction,
         stages=len(program.stages),
@@ -358,7 +410,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
         map_place=draft.maps,
         carry_place=draft.carries,
         refused=program.refused,
-        computed_fraction=computed / everything,
+        computed_fraction=computed / of_all,
         recorded=tuple((count, len(_in_order(found))) for count, found in zip(recorded, footprints, strict=True)),
     )
     return plan, tuple(stage_plans)

@@ -8,7 +8,7 @@ image, two small layers run on it, and the second one multiplies the map by the 
 by ordinary autograd. All of this holds no tensors, so it can be kept and used for every image of the same size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -130,7 +130,8 @@ class Program:
     `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name. `statistics` lists the
     batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the operations that run
     whole; `streamed_fraction` is the share of the activation bytes that does not. `divisions` make the same program with its
-    one stage cut in two at a narrow map, from the first such map to the last. `plain_bytes` is what all plain operations make
+    one stage cut in two at a narrow map, from the first such map to the last; `thinner` gives those that keep fewer maps between
+    stages, and compute more of them again, the more the later. `plain_bytes` is what all plain operations make
     of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are those of all weights
     that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
     """
@@ -147,6 +148,7 @@ class Program:
     random: bool
     kind: Any = None
     divisions: "tuple[Callable[[], Program], ...]" = ()
+    thinner: "Callable[[], Sequence[Callable[[], Program]]]" = tuple
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -163,26 +165,29 @@ class Program:
         """Bytes of the maps that leave the program."""
         return sum(stage.values[v].bytes for stage in self.stages for v in stage.outputs if v not in stage.stored)
 
-    @cached_property
-    def stored_bytes(self) -> int:
-        """Bytes of the maps between stages."""
-        return sum(map(self._stored_bytes, self.stages))
+    def map_bytes(self, training: bool) -> int:
+        """Bytes of the maps between stages that are there at a time; in training, with their gradients.
 
-    @cached_property
-    def gradient_bytes(self) -> int:
-        """Bytes of their gradients that are there at a time. The image's and those of weights do not count."""
-        if len(self.stages) == 1:
-            return 0
-        given = {*self.captured.spatial_inputs, *self.broadcast}
-        read = (
-            sum(stage.values[v].bytes for v in stage.inputs if stage.values[v].name not in given)
-            for stage in self.stages
-        )
-        return max(self._stored_bytes(stage) + size for stage, size in zip(self.stages, read, strict=True))
-
-    @staticmethod
-    def _stored_bytes(stage: Stage) -> int:
-        return sum(stage.values[v].bytes for v in stage.stored)
+        A map goes when its last reader is done: the last stage that reads it, or in the backward pass the first one. Its gradient
+        is there from the last stage that reads it to the one that makes it. Those of the image and of weights do not count.
+        """
+        made, sizes = dict[str, int](), dict[str, int]()
+        read: dict[str, list[int]] = {}
+        for s, stage in enumerate(self.stages):
+            for v in stage.stored:
+                made[stage.values[v].name], sizes[stage.values[v].name] = s, stage.values[v].bytes
+            for v in stage.inputs:
+                read.setdefault(stage.values[v].name, []).append(s)
+        counts = [0] * len(self.stages)
+        for name, size in sizes.items():
+            first, *_, last = readers if len(readers := read[name]) > 1 else readers * 2
+            for s in range(len(counts)):
+                if training:
+                    gradients = (made[name] <= s < last) + (s in readers)
+                    counts[s] += size * ((s >= first) + gradients)
+                elif made[name] <= s <= last:
+                    counts[s] += size
+        return max(counts, default=0)
 
     @cached_property
     def last_reads(self) -> tuple[tuple[str, ...], ...]:

@@ -1,109 +1,27 @@
-"""Sorted nodes, cut into stages: what each scan computes, what it leaves for later ones, what is computed twice instead."""
+"""The stages of a program: of each scan, its values in order, what it reads, and what it leaves for later ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from widefield.streaming.captured import Captured, Node
-from widefield.streaming.extents import identity
+from widefield.streaming.captured import Node
+from widefield.streaming.kept import Scans, is_view
 from widefield.streaming.local import LocalCall
 from widefield.streaming.program import Stage, Value
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.rules.rolled import straight, turn
 
 
-def cut(
-    captured: Captured,
-    maps: Maps,
-    levels: Mapping[str, int],
-    placed: Mapping[str, Placed],
-    nodes: Sequence[Node],
-    wanted: set[str],
-    dtypes: Mapping[str, torch.dtype],
-) -> dict[int, Stage]:
-    """The stages by level. `nodes` are the maps and reductions that are needed, `wanted` the maps that are needed whole."""
-    by_name = {node.name: node for node in nodes}
-    stored = _stored(maps, levels, placed, nodes)
+def cut(scans: Scans, kept: Collection[str], dtypes: Mapping[str, torch.dtype]) -> dict[int, Stage]:
+    """The stages by level, if the maps `kept` live between them."""
+    by_name = {node.name: node for node in scans.nodes}
     stages = {}
-    for level in sorted({levels.get(name, 0) for name in (*by_name, *wanted)}):
-        leaving = [
-            name
-            for name in (*captured.spatial_inputs, *by_name)
-            if levels.get(name, 0) == level
-            and (name in wanted or (name in stored and name not in captured.spatial_inputs))
-        ]
-        reductions = [n.name for n in nodes if levels[n.name] == level and isinstance(n.target, Reduction)]
-        if not leaving and not reductions:
-            continue
-        needed, stack = {*leaving, *reductions}, [*leaving, *reductions]
-        inputs: dict[str, None] = {}
-        while stack:
-            name = stack.pop()
-            if name not in placed or (levels[name] < level and name in stored):
-                inputs[name] = None
-                continue
-            for read in placed[name].reads:
-                if read.source not in needed:
-                    needed.add(read.source)
-                    stack.append(read.source)
-        order = [name for name in (*captured.spatial_inputs, *maps.broadcast, *by_name) if name in inputs]
-        own = {name: placed[name] for name in by_name if name in needed and name not in inputs}
-        stages[level] = _stage(maps, by_name, dtypes, order, own, leaving, frozenset(stored - wanted))
+    for level, scan in scans.all(kept).items():
+        order = [name for name in (*scans.given, *scans.maps.broadcast, *by_name) if name in scan.read]
+        own = {name: scans.placed[name] for name in by_name if name in scan.computed}
+        stored = frozenset(scan.leaving).difference(scans.wanted)
+        stages[level] = _stage(scans.maps, by_name, dtypes, order, own, scan.leaving, stored)
     return stages
-
-
-def narrow_maps(maps: Maps, placed: Mapping[str, Placed], nodes: Sequence[Node]) -> list[str]:
-    """Return the maps through which everything goes, those that are no larger than any such map before.
-
-    Of a map and what follows from it by one cheap operation, the latter counts.
-    """
-    last_read = {read.source: k for k, node in enumerate(nodes) for read in placed[node.name].reads}
-    found: list[Node] = []
-    alive: set[str] = set()
-    for k, node in enumerate(nodes):
-        alive = {name for name in (*alive, node.name) if last_read.get(name, k) > k}
-        usable = not is_view(node) and node.dtype.is_floating_point and node.name not in maps.begin
-        if alive != {node.name} or not usable or (found and size_of(node) > size_of(found[-1])):
-            continue
-        if found and placed[node.name].op.cheap and {x.source for x in placed[node.name].reads} == {found[-1].name}:
-            found.pop()
-        found.append(node)
-    return [node.name for node in found]
-
-
-def _stored(maps: Maps, levels: Mapping[str, int], placed: Mapping[str, Placed], nodes: Sequence[Node]) -> set[str]:
-    """The maps that are kept for later stages.
-
-    A map that follows by cheap operations from a single map which is kept is computed again where it is needed.
-    """
-    crossing = {
-        read.source
-        for node in nodes
-        for read in placed[node.name].reads
-        if levels.get(read.source, 0) < levels[node.name]
-    }
-    by_name = {node.name: node for node in nodes}
-    stored: set[str] = set()
-    for node in nodes:
-        if node.name in crossing and not _follows(node.name, maps, placed, by_name, stored):
-            stored.add(node.name)
-    return stored
-
-
-def _follows(
-    name: str, maps: Maps, placed: Mapping[str, Placed], by_name: Mapping[str, Node], stored: set[str]
-) -> bool:
-    """True if cheap operations lead from a map in `stored` to map `name`."""
-    while name in placed and len({read.source for read in placed[name].reads}) == 1:
-        read = placed[name].reads[0]
-        height, width = maps.extent(read.source)
-        if (read.rows, read.cols) != (identity(height), identity(width)) or not placed[name].op.cheap:
-            return False
-        name = read.source
-        if name in stored:
-            return True
-    return False
 
 
 def _stage(
@@ -183,18 +101,6 @@ def _weights(node: Node, rule: Placed, maps: Maps) -> tuple[str, ...]:
     return tuple(ref for ref in node.refs if ref not in maps and ref not in broadcast)
 
 
-def size_of(node: Node) -> int:
-    """Bytes of a node's result, none for views."""
-    return 0 if is_view(node) else torch.Size(node.shape).numel() * node.dtype.itemsize
-
-
 def weight_size(name: str, maps: Maps, dtypes: Mapping[str, torch.dtype]) -> int:
     """Bytes of what a stage uses as a weight; parts of reductions, whose dtype is not known here, are taken for float32."""
     return torch.Size(maps.shapes[name]).numel() * dtypes.get(name, torch.float32).itemsize
-
-
-def is_view(node: Node) -> bool:
-    """True if a node's result shares the memory of what it reads."""
-    if node.target in (turn, straight):
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")

@@ -69,7 +69,9 @@ def window_cost(
                 return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
-                windows = torch.empty((count, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
+                windows = torch.empty((count, *shape), dtype=dtype, device=watch.device).requires_grad_(
+                    requires_grad[0]
+                )
                 counted.append((*_training(run, windows, weights), *_inference(run, windows, weights)))
             changed = any(weight._version for weight in weights)
         (saved, training, forward, *_), (saved_2, training_2, forward_2, result, draws) = counted
