@@ -119,7 +119,8 @@ class Scans:
     def thinner(self, work: Mapping[str, float], fixed: Collection[str]) -> list[frozenset[str]]:
         """Choices of maps to keep, each with fewer bytes than the one before, at the least work; `fixed` ones are always kept.
 
-        One map after the other is given up: that which costs least for its bytes. `work` is that of each node, ReLUs with what is before them.
+        One map after the other is given up: that which costs least for its bytes. `work` is that of each node, of ReLUs with what
+        is before them.
         """
         sizes = {node.name: size_of(node) for node in self.nodes}
         kept, once = self.crossing(), sum(work.values())
