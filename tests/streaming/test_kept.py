@@ -78,6 +78,7 @@ def test_what_is_computed_again_is_exact(kind: Any, share: float, monkeypatch: p
     assert len(made(used[0])) > len(set(made(used[0])))
 
 
+@pytest.mark.cpu
 def test_a_budget_that_holds_no_more_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap = partial(stream, blocks(6), verify=False)
     rich = wrap(memory_budget="200MiB").plan((3, 600, 500))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.buffers import in_channels_last
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.foreground import broadcast_mask
 from widefield.streaming.grid import Box
@@ -227,9 +228,18 @@ def fill_refs(structure: Any, values: dict[str, Any]) -> Any:
     return pytree.tree_map(lambda leaf: values[leaf.name] if isinstance(leaf, Ref) else leaf, structure)
 
 
-def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last where convolutions are faster in it, and a strip of a map is one block of memory."""
-    fast = dtype in (torch.float32, torch.bfloat16, torch.float16) if device.type == "cpu" else dtype.itemsize == 2
+def memory_format(device: torch.device, dtype: torch.dtype, kernels: Sequence[Tensor]) -> torch.memory_format:
+    """Channels last where convolutions are faster in it, and a strip of a map is one block of memory.
+
+    They are on a CPU, and on a GPU in 16 bits and with large depthwise `kernels`, whose gradients take it tens of seconds otherwise; else a
+    GPU has them as the model's owner has.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if device.type == "cpu":
+        fast = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    else:
+        fast = dtype.itemsize == 2 or any(in_channels_last(x) or (x.shape[1] == 1 and x.shape[3] > 3) for x in kernels)
     return torch.channels_last if fast else torch.contiguous_format
 
 

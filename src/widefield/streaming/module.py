@@ -325,7 +325,7 @@ class StreamingCNN(nn.Module):
             device,
             dtype,
             self.normalisation,
-            memory_format=memory_format(device, dtype),
+            memory_format=memory_format(device, dtype, self._kernels),
         )
         parsed_fill = parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image))
         with writing.begin(image) if writing is not None else nullcontext(dict[str, MapOutput]()) as written:
@@ -639,6 +639,11 @@ class StreamingCNN(nn.Module):
         """True if a program for images of `shape` and `maps` follows from what is captured already, as `program` did."""
         return self._programs.holds(program, shape, maps)
 
+    @property
+    def _kernels(self) -> list[Tensor]:
+        """The weights of convolutions."""
+        return [p for p in self.module.parameters() if p.ndim == 4]
+
     def _norms_to_freeze(self) -> list[nn.Module]:
         """Norm layers in training mode that are evaluated with their running statistics nevertheless."""
         if self.batch_statistics == "exact":
@@ -654,10 +659,11 @@ class StreamingCNN(nn.Module):
         writing: Writing | None = None,
     ) -> Planner:
         """Return the planner for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
-        planners, parameters = self._planners.setdefault(program, {}), list(self.module.parameters())
-        training = torch.is_grad_enabled() and (image_requires_grad or any(p.requires_grad for p in parameters))
-        kernel = next((p for p in parameters if p.ndim == 4), None)
-        copied = kernel is not None and not kernel.is_contiguous(memory_format=memory_format(device, kernel.dtype))
+        planners, kernels = self._planners.setdefault(program, {}), self._kernels
+        wanted = image_requires_grad or any(p.requires_grad for p in self.module.parameters())
+        training = torch.is_grad_enabled() and wanted
+        used = memory_format(device, kernels[0].dtype, kernels) if kernels else torch.contiguous_format
+        copied = bool(kernels) and not kernels[0].is_contiguous(memory_format=used)
         request = PlanRequest(
             tile=self.tile_size,
             budget=self.memory_budget,

@@ -27,7 +27,8 @@ PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 _SOME_STEPS = 8
 SHARE_OF_FREE_MEMORY = 0.5
 _GAIN = 0.02  # of a step's time: what a stage more must save
-_ELSEWHERE = 1.3  # times the compute: what maps in a file cost; measured, see docs/benchmarks.md
+# Times the compute: what maps in a file cost, and what those that a GPU moves to the host do; measured, see docs/benchmarks.md.
+_ELSEWHERE = {"cpu": 1.3, "cuda": 10.0}
 _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that works
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
@@ -121,8 +122,8 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     """
     best = _planner(program, request)
     if best is None or best.draft.maps != "device":
-        thinner = _thinner(program, request)
-        if best is None or (thinner is not None and thinner.overhead < best.overhead * _ELSEWHERE):
+        thinner, elsewhere = _thinner(program, request), _ELSEWHERE.get(request.device.type, 1.3)
+        if best is None or (thinner is not None and thinner.overhead < best.overhead * elsewhere):
             best = thinner
     if best is None:
         thinnest = [choice() for choice in program.thinner()[-1:] if request.ranks == 1]

@@ -59,13 +59,17 @@ def window_cost(
 
     def measured() -> WindowCost | str:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, torch.autocast(watch.device.type, autocast or torch.bfloat16, autocast is not None):
+        with (
+            fake,
+            torch.autocast(watch.device.type, autocast or torch.bfloat16, autocast is not None),
+            _Computed(watch.device) as computed,
+        ):
             weights = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=watch.device).requires_grad_(need)
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
             windows = torch.empty((2, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
-            if with_gradients and _trains_others(run, windows, weights):
+            if with_gradients and (_trains_others(run, windows, weights) or computed.used):
                 return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
@@ -123,9 +127,8 @@ _REFUSED = {
 
 
 def _trains_others(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> bool:
-    """True if the result has a gradient with respect to other tensors than these, or had one before the capture cut it off."""
-    with _Computed() as computed:
-        result = run(windows, weights)  # kept: functions written in Python do not live longer than their graph
+    """True if the result has a gradient with respect to other tensors than these."""
+    result = run(windows, weights)  # kept: functions written in Python do not live longer than their graph
     todo: list[Any] = [result.grad_fn]
     given, seen = {id(x) for x in (windows, *weights)}, set()
     while todo:
@@ -135,17 +138,25 @@ def _trains_others(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> bool
             todo += [following for following, _ in node.next_functions]
             if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in given:
                 return True
-    return computed.used
+    return False
 
 
 class _Computed(TorchFunctionMode):
-    """Notices the use of what `watch.mark_computed` marked."""
+    """Notices the use of what `watch.mark_computed` marked, which is empty on the CPU, and takes it to `device`."""
 
-    used = False
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.used = device, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.used |= any(hasattr(x, "_computed_before") for x in pytree.tree_leaves((args, kwargs)))
-        return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(self._here, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _here(self, leaf: Any) -> Any:
+        if not hasattr(leaf, "_computed_before"):
+            return leaf
+        self.used = True
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=self.device)
 
 
 class _Live(TorchDispatchMode):
