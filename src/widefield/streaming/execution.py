@@ -231,8 +231,8 @@ def fill_refs(structure: Any, values: dict[str, Any]) -> Any:
 def memory_format(device: torch.device, dtype: torch.dtype, kernels: Sequence[Tensor]) -> torch.memory_format:
     """Channels last where convolutions are faster in it, and a strip of a map is one block of memory.
 
-    They are on a CPU, and on a GPU in 16 bits and with large depthwise `kernels`, whose gradients take it tens of seconds otherwise; else a
-    GPU has them as the model's owner has.
+    They are on a CPU, and on a GPU in 16 bits and with large depthwise `kernels`, whose gradients take it tens of seconds
+    otherwise; else a GPU has them as the model's owner has.
     """
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

@@ -104,6 +104,10 @@ class Grid:
         row, col = self.rows[i][v], self.cols[j][v]
         return row.done, col.done, row.new, col.new
 
+    def covers(self, v: int) -> bool:
+        """True if every position of map v is computed: of an input, the last ones may not be needed."""
+        return (self.row_schedule.ready[v][-1], self.col_schedule.ready[v][-1]) == self.extent(v)
+
     def part(self, v: int) -> Box:
         """Return the part of map v that is computed: all of it."""
         return 0, 0, *self.extent(v)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from widefield.streaming.grid import Grid
 from widefield.streaming.job import Job
 from widefield.streaming.program import Stage
+from widefield.streaming.rules.rolled import straight
 from widefield.streaming.tape import Made, Recorded
 
 
@@ -41,6 +43,9 @@ class Results:
             if v in self.job.replaced:
                 continue
             if v not in self.maps:
+                if self._is_all(v, tile, i, j):
+                    self.maps[v] = tile.detach()
+                    continue
                 self.maps[v] = self.job.new(v, tile)
             axes, y = values[v].axes, 0
             for pieces in self.job.tiles_of(self.maps[v], v, i, j):
@@ -50,6 +55,17 @@ class Results:
                     piece.copy_(tile.narrow(axes.rows, y, height).narrow(axes.cols, x, width))
                     x += width
                 y += height
+
+    def _is_all(self, v: int, tile: Tensor, i: int, j: int) -> bool:
+        """True if a tile can be what is stored of map v: all that is made of it, on the device, in memory of its own."""
+        job = self.job
+        if (
+            v not in job.grid.stage.stored
+            or job.store.place != "device"
+            or job.grid.stage.values[v].op == straight.__name__
+        ):
+            return False
+        return job.grid.box(v, i, j) == job.parts[v] and tile.untyped_storage().nbytes() == tile.nbytes
 
     def _merge(self, v: int, one: Any, other: Any) -> Any:
         reduction = self.job.grid.stage.values[v].reduction
@@ -110,18 +126,30 @@ def _joined(pieces: Sequence[Tensor], dim: int) -> Tensor:
 
 
 class InputGradients:
-    """The gradients of the stage inputs, summed up tile by tile; None in `wholes` where none is needed."""
+    """The gradients of the stage inputs, put together tile by tile; None in `wholes` where none is needed.
+
+    Those of maps between stages of which every position is read are `written`, the others summed up.
+    """
 
     def __init__(self, job: Job, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self.job = job
-        self.wholes = [
-            reader.zeros_like(x) if need and x is not None else None
-            for reader, x, need in zip(job.readers, inputs, needed, strict=True)
-        ]
+        self.wholes: list[Tensor | None] = []
+        self.written: list[bool] = []
+        for v, reader, x, need in zip(job.grid.stage.inputs, job.readers, inputs, needed, strict=True):
+            written = reader.store is not None and isinstance(job.grid, Grid) and job.grid.covers(v)
+            self.written.append(written)
+            self.wholes.append(reader.gradient(x, zeros=not written) if need and x is not None else None)
 
     def add(self, raws: Sequence[Tensor | None], i: int, j: int) -> None:
         """Add the gradients of the tiles of step (i, j)."""
-        inputs = self.job.grid.stage.inputs
-        for reader, raw, whole, v in zip(self.job.readers, raws, self.wholes, inputs, strict=True):
-            if raw is not None and whole is not None and raw.grad is not None:
-                reader.view(whole, *self.job.grid.box(v, i, j)).add_(raw.grad.to(whole.device))
+        for k, (v, raw, whole) in enumerate(zip(self.job.grid.stage.inputs, raws, self.wholes, strict=True)):
+            if raw is None or whole is None:
+                continue
+            view = self.job.readers[k].view(whole, *self.job.grid.box(v, i, j))
+            if not self.written[k]:
+                if raw.grad is not None:
+                    view.add_(raw.grad.to(whole.device))
+            elif raw.grad is None:
+                view.zero_()
+            else:
+                view.copy_(raw.grad)

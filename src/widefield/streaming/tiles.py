@@ -158,9 +158,11 @@ class TileReader:
     foreground: Foreground | None = None
     fill: tuple[float, ...] = (0.0,)
 
-    def zeros_like(self, tensor: Tensor) -> Tensor:
-        """Zeros for the gradient of the whole input `tensor`."""
-        return torch.zeros_like(tensor) if self.store is None else self.store.zeros(tuple(tensor.shape), tensor)
+    def gradient(self, tensor: Tensor, zeros: bool) -> Tensor:
+        """A tensor for the gradient of the whole input `tensor`, of zeros or empty."""
+        if self.store is None:
+            return torch.zeros_like(tensor)
+        return (self.store.zeros if zeros else self.store.empty)(tuple(tensor.shape), tensor)
 
     def view(self, whole: Tensor, y: int, x: int, height: int, width: int) -> Tensor:
         """A region of `data`, or of its gradient, as a view. What has height or width 1 is meant for all rows or columns."""
