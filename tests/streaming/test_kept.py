@@ -1,5 +1,6 @@
 """Fewer maps kept between stages, and more of them computed again: the same numbers."""
 
+import random
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
+from tests.streaming.exactness import TOLERANCE, assert_exact, randomise, relative_error
+from tests.streaming.test_random_networks import Drawn
 from tests.streaming.test_stages import normed, trained_like_plain
 from widefield.streaming import StreamingCNN, planner, stream
 from widefield.streaming.planner import Planner, PlanRequest
@@ -57,7 +59,7 @@ def thin(monkeypatch: pytest.MonkeyPatch, share: float) -> list[Program]:
 
     def thinned(program: Program, request: PlanRequest) -> Planner:
         choices = program.thinner()
-        used.append(choices[round(share * (len(choices) - 1))]())
+        used.append(choices[round(share * (len(choices) - 1))]() if choices else program)
         planned = planner._planner(used[-1], request)
         assert planned is not None
         return planned
@@ -132,3 +134,35 @@ def test_a_region_and_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = found()
     thin(monkeypatch, 1)
     assert all(relative_error(a, b) < TOLERANCE for a, b in zip(found(), expected, strict=True))
+
+
+LAYERS: list[tuple[Any, ...]] = [
+    *(("conv", 3, 1, 1, 1), ("conv", 3, 2, 1, 1), ("depthwise", 5, 1), ("act", "relu"), ("max", 3, 2, False)),
+    *(("up", "bilinear"), ("residual", 1), ("keep",), ("excite",), ("excite",), ("group norm", 1), ("group norm", 2)),
+    *(("attend",), ("cross-covariance",), ("spread",)),
+]
+
+
+def assert_drawn_are_exact(seeds: range) -> None:
+    for seed in seeds:
+        torch.manual_seed(seed)
+        draw = random.Random(seed)
+        layers = draw.choices(LAYERS, k=draw.randint(3, 8))
+        module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), randomise(Drawn(layers)))
+        size = draw.randint(5, 40), draw.randint(5, 40)
+        with pytest.MonkeyPatch.context() as patch:
+            thin(patch, draw.random())
+            try:
+                tiles = [(draw.randint(3, 20), None), (draw.randint(3, 20), draw.randint(5, 20))]
+                assert_exact(module, torch.randn(draw.randint(1, 2), 2, *size), tiles)
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {layers}, {size}") from error
+
+
+def test_drawn_networks_are_exact() -> None:
+    assert_drawn_are_exact(range(4))
+
+
+@pytest.mark.slow
+def test_five_hundred_drawn_networks_are_exact() -> None:
+    assert_drawn_are_exact(range(1000, 1500))
