@@ -1,0 +1,199 @@
+"""Seconds and peak memory of passes through a network: what `widefield bench` and the scripts in benchmarks/ measure with."""
+
+import ctypes
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class DoesNotFit(Exception):
+    """A pass needs more memory than there is."""
+
+
+@dataclass
+class Measured:
+    """Seconds of the passes of one kind, in their order, and on CUDA the bytes at their peaks.
+
+    `cold` says that there was time for the warm-up alone.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    fits: bool = True
+    cold: bool = False
+
+    @property
+    def median(self) -> float | None:
+        """Median of the seconds; None where nothing was measured."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def without(self, warm_ups: int) -> "Measured":
+        """Return the same without the warm-ups, or if there is nothing else with the last of them."""
+        cold = 0 < len(self.seconds) <= warm_ups
+        first = len(self.seconds) - 1 if cold else warm_ups
+        return Measured(self.seconds[first:], self.peaks[first:], self.fits, cold)
+
+
+def measure(
+    passes: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    warm_ups: int = 1,
+    repeats: int = 3,
+    limit: float = math.inf,
+) -> dict[str, Measured]:
+    """Run `passes` in turn, `warm_ups` rounds and then `repeats`, and measure all but the warm-ups.
+
+    After `limit` seconds no pass begins, other than the first ones. Passes of a kind that does not fit are left out from then on.
+    """
+    begin = time.perf_counter()
+    found = {name: Measured() for name in passes}
+    for turn in range(warm_ups + repeats):
+        for name, work in passes.items():
+            if not found[name].fits or (turn > 0 and time.perf_counter() - begin > limit):
+                continue
+            try:
+                with memory_errors():
+                    seconds, peak = _timed(work, device)
+            except DoesNotFit:
+                found[name] = Measured(fits=False)
+                release(device)
+                continue
+            found[name].seconds.append(seconds)
+            found[name].peaks += [] if peak is None else [peak]
+    return {name: of.without(warm_ups) for name, of in found.items()}
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
+    """Return the seconds of `work`, and on CUDA the bytes at its peak above those that were allocated before."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begin
+    return seconds, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+
+
+def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Return the bytes at the peak of `work` above what is in use before.
+
+    On CUDA they are those that PyTorch allocates, else those that are resident: call it in a process of its own, after a warm-up.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        return _timed(work, torch.device(device))[1] or 0
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(name))) * 1024
+
+
+_MEMORY_WORDS = ("allocate memory", "out of memory", "could not create a primitive")  # the last is oneDNN's
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise DoesNotFit in place of what PyTorch raises where memory is short."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DoesNotFit(str(error)) from None  # the frames of the error hold the tensors
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _MEMORY_WORDS):
+            raise
+        raise DoesNotFit(str(error)) from None
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back after a pass that did not fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def limit_memory() -> None:
+    """Let this process have no more memory than is free: it gets an error then, and is not ended by the system.
+
+    Linux only; elsewhere nothing is limited.
+    """
+    try:
+        import resource
+
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        text = Path("/proc/meminfo").read_text()
+        free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free, resource.RLIM_INFINITY))
+    except (ImportError, OSError, ValueError, StopIteration):
+        pass
+
+
+def in_new_process(command: Sequence[str]) -> Any:
+    """Return what Python prints last, as JSON, when it is run with the arguments `command`.
+
+    Raises:
+        DoesNotFit: the system ended it, which it does to the process that takes most memory.
+        RuntimeError: it failed.
+    """
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode == -9:
+        raise DoesNotFit("the system ended the process")
+    if done.returncode:
+        raise RuntimeError(f"`python {' '.join(command)}` failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_in_new_process(peak: str) -> Any:
+    """Return what this script prints last, as JSON, when it is run with its own arguments and `--peak PEAK`."""
+    return in_new_process([*sys.argv, "--peak", peak])
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """Return what a result has to name: processor, device, cores, versions and the date."""
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write `data` to `path`, which is complete at any time: an earlier version, or this one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)
