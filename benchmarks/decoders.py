@@ -17,11 +17,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import peak_in_new_process, peak_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import widefield as wf
+from widefield.cli.measuring import peak_in_new_process, peak_of
 
 ROWS = [
     ("RRDB", 1024),

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import peak_in_new_process, peak_of
 from writing import CLASSES, UNet
 
 import widefield as wf
+from widefield.cli.measuring import peak_in_new_process, peak_of
 from widefield.modules import DenseModule
 from widefield.streaming.budget import format_bytes
 

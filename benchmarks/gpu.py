@@ -207,7 +207,14 @@ def carries_on_the_host(session: Session, name: str, ways: Ways, size: int, dtyp
             plan = ways.plan(Way("streamed", budget), (1, 3, size, size), "step", dtype)
         except ValueError as error:
             session.add(
-                model=name, size=size, dtype=dtype, way="streamed", budget=budget, fits=False, reason=str(error)
+                model=name,
+                size=size,
+                dtype=dtype,
+                what="step",
+                way="streamed",
+                budget=budget,
+                fits=False,
+                reason=str(error),
             )
             return
         if plan["carries"] != "device":

@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import timm
 import torch
-from measuring import peak_in_new_process, peak_of
 from torch import Tensor, nn
 
 import widefield as wf
+from widefield.cli.measuring import peak_in_new_process, peak_of
 
 
 class GatedAttention(nn.Module):

@@ -2,53 +2,41 @@
 
     uv run python benchmarks/pixels.py
 
-Strips of one height for all sizes. Medians of rounds over all sizes, in one process, after a round of the smaller ones to warm up.
-Prints a Markdown table.
+Tiles of one size for all images, on a CPU. Medians of rounds over all sizes, in one process, after a round to warm up. Prints a
+Markdown table.
 """
 
 import argparse
-import datetime
-import platform
-import statistics
 import sys
-import time
+from functools import partial
 
 import torch
-from streaming import setup, step
 
-from widefield.streaming import StreamingCNN
+from widefield import stream
+from widefield.cli.bench import Case
+from widefield.cli.measuring import machine, measure
+from widefield.cli.ways import one_pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="a torchvision model, or timm/NAME")
+    parser.add_argument("--model", default="torchvision/resnet18", help="as of `widefield bench`")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--tile", type=int, nargs=2, default=[128, 1024], help="height and width")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    options.device, options.bf16 = "cpu", False
-    torch.set_num_threads(options.threads)
-    seconds: dict[int, list[float]] = {size: [] for size in options.sizes}
-    for repeat in range(options.rounds + 1):
-        for size in options.sizes if repeat else options.sizes[:-1]:
-            trunk, image = setup(options, size)
-            run = StreamingCNN(trunk, tuple(options.tile))
-            run.plan(tuple(image.shape))
-            begin = time.perf_counter()
-            step(run, image, options)
-            if repeat:
-                seconds[size].append(time.perf_counter() - begin)
+    case = Case(options.model, min(options.sizes), "step", "float32", "cpu", channels_last=True)
+    model = case.network()
+    streamed = stream(model, tuple(options.tile))
+    passes = {size: partial(one_pass, streamed, model, case.image(size), "step", "float32") for size in options.sizes}
+    found = measure(passes, torch.device("cpu"), repeats=options.rounds)
+    told = machine("cpu")
     print(f"`python benchmarks/pixels.py {' '.join(sys.argv[1:])}`")
-    print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads, "
-        f"torch {torch.__version__}, {options.model} trunk, float32, tile {tuple(options.tile)}\n"
-    )
+    print(f"{told['date']}, {told['machine']}, {told['threads']} threads, torch {told['torch']}, {options.model}\n")
     print("| image | step (s) | ns per pixel | / smallest |\n|---|---|---|---|")
-    least = min(options.sizes)
-    for size in options.sizes:
-        per_pixel, of_least = (statistics.median(seconds[n]) / n**2 for n in (size, least))
-        print(f"| {size}x{size} | {per_pixel * size**2:.2f} | {per_pixel * 1e9:.0f} | {per_pixel / of_least:.2f} |")
+    nanoseconds = {size: 1e9 * (of.median or 0) / size**2 for size, of in found.items()}
+    for size, each in nanoseconds.items():
+        print(f"| {size}x{size} | {found[size].median:.2f} | {each:.0f} | {each / nanoseconds[case.size]:.2f} |")
 
 
 if __name__ == "__main__":

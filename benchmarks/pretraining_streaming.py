@@ -22,10 +22,10 @@ from random import Random
 from typing import Any
 
 import torch
-from measuring import peak_in_new_process, peak_of
 from skimage import data
 from torch import Tensor, nn
 
+from widefield.cli.measuring import peak_in_new_process, peak_of
 from widefield.pretraining import METHODS, EmbeddingModel, Run, wrap
 from widefield.pretraining.embedding import StreamingArgs
 from widefield.pretraining.views import Views

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measuring import peak_in_new_process, peak_of
 from skimage.data import retina
 from skimage.filters import sato
 from torch import Tensor, nn
 
 import widefield as wf
+from widefield.cli.measuring import peak_in_new_process, peak_of
 
 CROP = 128
 """Side of the crops that the networks learn from."""

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import peak_in_new_process, peak_of
 from torch import Tensor, nn
 
 import widefield as wf
+from widefield.cli.measuring import peak_in_new_process, peak_of
 from widefield.streaming import StreamingCNN
 from widefield.streaming.budget import format_bytes
 

@@ -62,7 +62,9 @@ def check_paths(arguments: argparse.Namespace, others: list[str]) -> None:
                     f"cannot read {path}: there is no such file" if given is paths else message.format(path)
                 )
     if not getattr(arguments, "imports", ()):  # they may bring networks
-        _check_model(getattr(arguments, "model", None))
+        models = getattr(arguments, "model", None)
+        for model in models if isinstance(models, list) else [models]:
+            _check_model(model)
 
 
 def check_fit(arguments: argparse.Namespace, others: list[str]) -> None:

@@ -13,69 +13,68 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+K = TypeVar("K")
 
 
 class DoesNotFit(Exception):
     """A pass needs more memory than there is."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """Seconds of the passes of one kind, in their order, and on CUDA the bytes at their peaks.
+    """Seconds of the passes of one kind in their order, and on CUDA the bytes at their peaks, warm-ups left out."""
 
-    `cold` says that there was time for the warm-up alone.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    seconds: tuple[float, ...] = ()
+    peaks: tuple[int, ...] = ()
     fits: bool = True
-    cold: bool = False
 
     @property
     def median(self) -> float | None:
         """Median of the seconds; None where nothing was measured."""
         return statistics.median(self.seconds) if self.seconds else None
 
-    def without(self, warm_ups: int) -> "Measured":
-        """Return the same without the warm-ups, or if there is nothing else with the last of them."""
-        cold = 0 < len(self.seconds) <= warm_ups
-        first = len(self.seconds) - 1 if cold else warm_ups
-        return Measured(self.seconds[first:], self.peaks[first:], self.fits, cold)
-
 
 def measure(
-    passes: Mapping[str, Callable[[], object]],
+    passes: Mapping[K, Callable[[], object]],
     device: torch.device,
     *,
     warm_ups: int = 1,
     repeats: int = 3,
     limit: float = math.inf,
-) -> dict[str, Measured]:
+) -> dict[K, Measured]:
     """Run `passes` in turn, `warm_ups` rounds and then `repeats`, and measure all but the warm-ups.
 
-    After `limit` seconds no pass begins, other than the first ones. Passes of a kind that does not fit are left out from then on.
+    After `limit` seconds no pass begins, other than the first ones: where nothing else was measured, the last warm-up counts.
+    Passes of a kind that does not fit are left out from then on.
     """
     begin = time.perf_counter()
-    found = {name: Measured() for name in passes}
+    found: dict[K, list[tuple[float, int | None]]] = {name: [] for name in passes}
+    too_large = set[K]()
     for turn in range(warm_ups + repeats):
         for name, work in passes.items():
-            if not found[name].fits or (turn > 0 and time.perf_counter() - begin > limit):
+            if name in too_large or (turn > 0 and time.perf_counter() - begin > limit):
                 continue
             try:
                 with memory_errors():
-                    seconds, peak = _timed(work, device)
+                    found[name].append(_timed(work, device))
             except DoesNotFit:
-                found[name] = Measured(fits=False)
+                too_large.add(name)
                 release(device)
-                continue
-            found[name].seconds.append(seconds)
-            found[name].peaks += [] if peak is None else [peak]
-    return {name: of.without(warm_ups) for name, of in found.items()}
+    kept = {name: () if name in too_large else of[warm_ups:] or of[-1:] for name, of in found.items()}
+    return {
+        name: Measured(
+            tuple(seconds for seconds, _ in of),
+            tuple(peak for _, peak in of if peak is not None),
+            name not in too_large,
+        )
+        for name, of in kept.items()
+    }
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
@@ -108,8 +107,8 @@ def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> i
     return _status("VmHWM") - before
 
 
-def _status(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
+def _status(name: str, file: str = "/proc/self/status") -> int:
+    text = Path(file).read_text()
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith(name))) * 1024
 
 
@@ -137,19 +136,12 @@ def release(device: torch.device) -> None:
 
 
 def limit_memory() -> None:
-    """Let this process have no more memory than is free: it gets an error then, and is not ended by the system.
-
-    Linux only; elsewhere nothing is limited.
-    """
-    try:
+    """On Linux, let this process have no more memory than is free: it gets an error then, and is not ended by the system."""
+    if sys.platform == "linux":
         import resource
 
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        text = Path("/proc/meminfo").read_text()
-        free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
+        free = _status("MemAvailable", "/proc/meminfo")
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free, resource.RLIM_INFINITY))
-    except (ImportError, OSError, ValueError, StopIteration):
-        pass
 
 
 def in_new_process(command: Sequence[str]) -> Any:

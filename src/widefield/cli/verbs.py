@@ -585,6 +585,41 @@ that it carries from one tile row to the next, and how many rows and columns at 
 tiling with halos would lose at the borders of a tile as large as the image.
 """,
     ),
+    "bench": Verb(
+        "measure time and memory of a model on this machine: plain, streamed, and by peers that are installed",
+        "widefield.cli.bench:run",
+        (
+            _option(
+                "--model", "MODEL", "see below; several times (default: two small ones)", action="append", default=[]
+            ),
+            _option("--size", "N", "height and width of the image; several times", _count, action="append", default=[]),
+            _option("--device", "DEVICE", "cpu or cuda (default: cpu)", choices=("cpu", "cuda"), default="cpu"),
+            _option(
+                "--dtype",
+                "DTYPE",
+                "float32, or bfloat16 for autocast (default: float32)",
+                choices=("float32", "bfloat16"),
+                default="float32",
+            ),
+            _option("--budget", "SIZE", "a share of plain's peak such as 1/4, or 2GiB; several times", action="append"),
+            _option("--repeats", "N", "passes of which the median is taken (default: 3)", _count, default=3),
+            _flag("--all", "all networks that marks are set for, which takes an hour on a CPU"),
+            _flag("--largest", "look for the largest image of which a training step fits, plain and streamed, instead"),
+            _option("--json", "FILE", "also write the numbers to this file", Path),
+        ),
+        f"""\
+{_MODELS}
+A forward pass without gradients and a training step are measured, in evaluation mode. Ways take turns in one process; seconds are
+medians. Memory is the peak above the weights, their gradients and the image: on a CPU of a process of its own for each way. Where
+plain PyTorch is faster in channels_last, all ways have it. Streamed runs get shares of plain's peak, or of the machine's memory if
+plain PyTorch does not fit. Measure on an idle machine: short steps suffer most from other processes.
+
+Peers: torch.utils.checkpoint in training steps; lightstream on ResNets of torchvision (beside which norm layers are frozen), from
+1312 pixels on; MONAI's sliding window (not exact) where the result is a map of the image's size; diffusers' tiling (not exact).
+  widefield bench --model torchvision/resnet50 --size 4096 --device cuda --dtype bfloat16 --budget 1/2 --budget 1/4 --json new.json
+  widefield bench --model timm/resnet50 --device cuda --largest
+""",
+    ),
     "list": Verb(
         "list models, components, methods of pretraining or ready configurations by name",
         "widefield.cli.lookup:list_names",

@@ -1,11 +1,13 @@
-"""The ways in which `widefield bench` runs a network: plain, with checkpoints, compiled, streamed; and a comparison of them."""
+"""The ways in which `widefield bench` runs a network, plain, streamed and as peers do it, and a comparison of them."""
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from io import StringIO
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from widefield.streaming.store import Place
 
 What = Literal["step", "forward"]
 Run = Callable[[Any], Any]
+_WINDOW = 512  # pixels, of MONAI's sliding window
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -27,41 +30,38 @@ class Way:
     """A way to run a network.
 
     Attributes:
-        how: "plain", "checkpoint", "compiled" or "streamed".
+        how: "plain", "checkpoint" (`torch.utils.checkpoint`), "compiled" (`torch.compile`), "streamed", "lightstream",
+            "sliding window" (of MONAI) or "tiling" (of diffusers).
         budget: Of a streamed one: its memory budget in bytes. None: that of `widefield.stream`.
         maps: Of a streamed one: where maps between stages live. None: as the plan has it.
+        window: Pixels of a tile along each side, of lightstream and of the sliding window.
     """
 
     how: str = "plain"
     budget: int | None = None
     maps: Place | None = None
+    window: int | None = None
 
 
 class Ways:
-    """One network and its runs: those that are streamed share what was captured.
-
-    The network is used as it is; `torch.utils.checkpoint` runs in a copy.
-    """
+    """One network and its runs: those that are streamed share what was captured, peers have copies."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.streamed = stream(model)
-        self._runs: dict[str, Run] = {"plain": model}
+        self._runs: dict[Way, Run] = {Way(): model}
 
     def run(self, way: Way) -> Run:
         """Return what is called with an image."""
         if way.how == "streamed":
-            return partial(self._stream, way)
-        if way.how not in self._runs:
-            self._runs[way.how] = checkpointed(self.model) if way.how == "checkpoint" else torch.compile(self.model)
-        return self._runs[way.how]
-
-    def _stream(self, way: Way, image: Any) -> Any:
-        return self._with(way)(image)
+            return lambda image: self._with(way)(image)
+        if way not in self._runs:
+            self._runs[way] = _MAKERS[way.how](self.model, way.window)
+        return self._runs[way]
 
     def plan(self, way: Way, shape: tuple[int, ...], what: What, dtype: str) -> dict[str, Any]:
         """Return what the plan of a streamed pass says; raises ValueError for a budget that cannot work."""
-        with grad_mode(what), autocast(self.model, dtype):
+        with _grad_mode(what), _autocast(self.model, dtype):
             plan = self._with(way).plan(shape)
         return {
             "predicted_bytes": plan.total_bytes,
@@ -79,11 +79,37 @@ class Ways:
         return self.streamed
 
 
-def checkpointed(model: nn.Module) -> nn.Module:
+def peers(model: nn.Module, size: int, what: What) -> list[Way]:
+    """Return the peers that can run `model` as it is, of those that are installed."""
+    if what == "step":
+        return [Way("checkpoint")]
+    found = [Way("tiling")] if hasattr(model, "enable_tiling") else []
+    if size > _WINDOW and find_spec("monai") is not None and _is_dense(model):
+        found.append(Way("sliding window", window=_WINDOW))
+    return found
+
+
+def lightstream_tiles(model: nn.Module, size: int) -> list[int]:
+    """Return tiles with which lightstream, if it is installed, is right on a ResNet: multiples of its stride above 1024."""
+    if find_spec("lightstream") is None or type(model).__module__ != "torchvision.models.resnet" or size % 32:
+        return []
+    return [tile for tile in (1280, 1600) if tile < size]
+
+
+def _is_dense(model: nn.Module) -> bool:
+    """True if the result for an image is a map of its size."""
+    weight = next(model.parameters())
+    with torch.no_grad():
+        result = model(torch.rand(1, 3, 64, 96, device=weight.device, dtype=weight.dtype))
+    return any(isinstance(leaf, Tensor) and leaf.shape[2:] == (64, 96) for leaf in pytree.tree_leaves(result))
+
+
+def _checkpointed(model: nn.Module, window: int | None) -> Run:
     """Return a copy that computes its blocks again in the backward pass: as timm has it, else the blocks of every Sequential."""
     model = copy.deepcopy(model)
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
+    switch: Any = getattr(model, "set_grad_checkpointing", None)
+    if switch is not None:
+        switch()
         return model
     for block in list(_blocks(model)):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -91,7 +117,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules with layers of their own that a Sequential or a list holds; no Sequential of such."""
+    """The outermost modules with layers of their own that a Sequential or a list holds, and that are no Sequential of such."""
     for child in module.children():
         nested = any(True for part in child.children() for _ in part.children())
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and not (isinstance(child, nn.Sequential) and nested):
@@ -101,21 +127,72 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def grad_mode(what: What) -> Any:
-    """Context of a pass: without gradients for a forward pass."""
+class _Lightstream(nn.Module):
+    """A torchvision ResNet of which lightstream runs all before the pooling."""
+
+    def __init__(self, model: nn.Module, window: int | None) -> None:
+        from lightstream.core.scnn.scnn import StreamingCNN as Lightstream
+
+        super().__init__()
+        *trunk, self.pooling, self.head = copy.deepcopy(model).children()
+        self.trunk = nn.Sequential(*trunk)
+        with redirect_stdout(StringIO()):
+            self.net = Lightstream(self.trunk, (1, 3, window, window), copy_to_gpu=False)
+        self.trunk.to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.pooling(_LightstreamPass.apply(image, self.head.weight, self.net)).flatten(1))
+
+
+class _LightstreamPass(torch.autograd.Function):
+    """Its two passes; `anchor` is a tensor that requires grad, without which autograd would ask for no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, anchor: Tensor, net: Any) -> Tensor:
+        ctx.image, ctx.net = image, net
+        return net.forward(image).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        with torch.enable_grad():
+            ctx.net.backward(ctx.image, grads[0])
+        return None, None, None
+
+
+def _sliding_window(model: nn.Module, window: int | None) -> Run:
+    from monai.inferers.utils import sliding_window_inference
+
+    return lambda image: sliding_window_inference(image, window, 1, model, overlap=0.25)
+
+
+def _tiling(model: nn.Module, window: int | None) -> Run:
+    copied: Any = copy.deepcopy(model)
+    copied.enable_tiling()
+    return copied
+
+
+_MAKERS: dict[str, Callable[[nn.Module, int | None], Run]] = {
+    "checkpoint": _checkpointed,
+    "compiled": lambda model, window: torch.compile(model),
+    "lightstream": _Lightstream,
+    "sliding window": _sliding_window,
+    "tiling": _tiling,
+}
+
+
+def _grad_mode(what: What) -> Any:
     return torch.no_grad() if what == "forward" else nullcontext()
 
 
-def autocast(model: nn.Module, dtype: str) -> Any:
-    """Autocast to `dtype`, which float32 needs none for."""
+def _autocast(model: nn.Module, dtype: str) -> Any:
     kind = next(model.parameters()).device.type
     return torch.autocast(kind, dtype=DTYPES[dtype]) if dtype != "float32" else nullcontext()
 
 
 def one_pass(run: Run, model: nn.Module, image: Any, what: What, dtype: str) -> None:
-    """A forward pass without gradients, or a training step: forward, the mean of all results, backward."""
-    with grad_mode(what):
-        with autocast(model, dtype):
+    """A forward pass without gradients, or a training step: forward, the mean of all results, backward; autocast to `dtype`."""
+    with _grad_mode(what):
+        with _autocast(model, dtype):
             result = run(image)
         if what == "step":
             tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -140,35 +217,37 @@ def compare(
     repeats: int = 3,
     limit: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Measure `kinds` in turn on an image; returns a row for each.
+    """Measure `kinds` in turn on an image, see `measure`; returns a row for each.
 
-    A row has `fits`, `seconds` (the median), `all_seconds`, on CUDA `bytes` at the peak above weights, gradients and image, for a
-    streamed way what its plan says, and where it does not fit the `reason`.
+    A row has what `Way` has, `fits`, `seconds` (their median, and `all_seconds`), on CUDA `bytes` at the peak above weights,
+    gradients and image; for a streamed way what its plan says; where it does not fit the `reason`.
     """
-    device = next(ways.model.parameters()).device
     rows: dict[Way, dict[str, Any]] = {}
+    passes = {}
     for way in kinds:
-        row = rows[way] = {"way": way.how, "budget": way.budget, "fits": True, "seconds": None, "bytes": None}
+        row = rows[way] = {
+            "way": way.how,
+            "budget": way.budget,
+            "window": way.window,
+            "fits": True,
+            "seconds": None,
+            "bytes": None,
+        }
         if way.how == "streamed":
             try:
                 row |= ways.plan(way, tuple(image.shape), what, dtype)
             except ValueError as error:
                 row |= {"fits": False, "reason": str(error)}
-    fitting = [way for way in kinds if rows[way]["fits"]]
-    passes = {}
-    for way in fitting:
+                continue
         run = ways.run(way)
-        of = run if isinstance(run, nn.Module) else ways.model
+        model = run if isinstance(run, nn.Module) else ways.model
         if what == "step":
-            give_gradients(of)
-        passes[str(way)] = partial(one_pass, run, of, image, what, dtype)
-    found = measure(passes, device, warm_ups=warm_ups, repeats=repeats, limit=limit)
-    for way in fitting:
-        of_way = found[str(way)]
+            give_gradients(model)
+        passes[way] = partial(one_pass, run, model, image, what, dtype)
+    found = measure(passes, next(ways.model.parameters()).device, warm_ups=warm_ups, repeats=repeats, limit=limit)
+    for way, of_way in found.items():
         rows[way] |= {"fits": of_way.fits, "seconds": of_way.median, "bytes": max(of_way.peaks, default=None)}
         rows[way]["all_seconds"] = [round(value, 5) for value in of_way.seconds]
-        if of_way.cold:
-            rows[way]["cold"] = True
         if not of_way.fits:
             rows[way]["reason"] = "out of memory"
     return list(rows.values())

@@ -1,0 +1,57 @@
+"""Writes docs/benchmarks.md: benchmarks/page.md, with tables of the files in benchmarks/results.
+
+    uv run python benchmarks/page.py
+
+A line `<!-- results/NAME.json -->` is replaced by the tables of that file, which `widefield bench --json` or benchmarks/gpu.py wrote.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from widefield.cli.bench import HEADER, table_row
+from widefield.streaming.budget import format_bytes
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "benchmarks.md"
+
+
+def page() -> str:
+    """Return the page as it should be."""
+    text = (FOLDER / "page.md").read_text(encoding="utf-8")
+    return re.sub(r"<!-- (results/\w+\.json) -->", lambda found: tables(FOLDER / found[1]), text)
+
+
+def tables(file: Path) -> str:
+    """Return the tables of a file of results, in Markdown, below what it was measured with."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    places = ", ".join(str(data[key]) for key in ("device", "machine") if data[key] != "CPU")
+    lines = [f"`{data['command']}`", f"{data['date']}, {places}, {data['threads']} threads, torch {data['torch']}."]
+    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"] if "dtype" in row):
+        rows = [row for row in data["rows"] if row.get("dtype") == dtype]
+        lines += _passes(dtype, [row for row in rows if row["what"] != "largest"])
+        lines += _largest([row for row in rows if row["what"] == "largest"])
+    return "\n".join(lines)
+
+
+def _passes(dtype: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    if rows:
+        yield from ("", f"{'autocast to ' if dtype != 'float32' else ''}{dtype}:", "", *HEADER)
+        yield from map(table_row, rows)
+
+
+def _largest(rows: list[dict[str, Any]]) -> Iterator[str]:
+    if rows:
+        yield from ("", "| largest step | way | memory | pixels | s | planned MiB |", "|---|---|---|---|---|---|")
+    for row in rows:
+        fits = "" if row.get("fits", True) else " does not fit"
+        planned = f"{row['predicted_bytes'] / 2**20:.0f}" if "predicted_bytes" in row else ""
+        seconds = "" if row.get("seconds") is None else f"{row['seconds']:.1f}"
+        cells = (row["model"], row["way"], format_bytes(row["cap"]), f"{row['size']}{fits}", seconds, planned)
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,328 @@
+"""`widefield bench`: time and memory of training steps and forward passes on this machine, streamed, plain and by peers."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from widefield.cli.inspect_model import find_model
+from widefield.cli.measuring import (
+    DoesNotFit,
+    in_new_process,
+    limit_memory,
+    machine,
+    measure,
+    memory_errors,
+    peak_of,
+    release,
+    write_json,
+)
+from widefield.cli.ways import Way, Ways, What, compare, give_gradients, lightstream_tiles, one_pass, peers
+from widefield.errors import WidefieldError
+from widefield.streaming.budget import format_bytes, parse_bytes
+
+SMALL = 256  # pixels of the image that warms up
+_FORMAT_SIZE = 1024  # pixels at most of the image on which memory formats are compared
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is aimed at: the largest time over that of plain PyTorch, by the share of its memory."""
+
+    model: str
+    size: int
+    step: Mapping[str, float]
+    forward: Mapping[str, float] = field(default_factory=dict)
+
+
+MARKS = (
+    Mark("torchvision/resnet18", 2048, {"1/4": 1.05, "1/6": 1.15}, {"1/4": 0.8}),
+    Mark("timm/efficientnet_b0", 1024, {"1/3": 1.1}, {"0.4": 1.15}),
+    Mark("torchvision/resnet50", 2048, {"1/4": 1.05, "1/6": 1.15}, {"1/4": 0.8}),
+    Mark("torchvision/convnext_tiny", 2048, {"1/4": 1.05, "1/6": 1.15}, {"1/4": 0.8}),
+    Mark("timm/regnety_008", 1024, {"1/3": 1.1}, {"0.4": 1.15}),
+    Mark("timm/convnextv2_nano", 1024, {"1/3": 1.1}, {"0.4": 1.15}),
+    Mark("timm/resnet50_gn", 1024, {"0.4": 1.35}, {"0.4": 1.15}),
+    Mark("torchvision/deeplabv3_resnet50", 1024, {"1/3": 1.15}),
+    Mark("timm/hrnet_w18_small", 1024, {"1/3": 1.15}),
+    Mark("torchvision/densenet121", 1024, {"1/3": 1.15}),
+    Mark("torchvision/swin_t", 1024, {"1/3": 1.15}),
+)
+DEFAULT = MARKS[:2]
+_LIGHTSTREAM = 5.0  # times faster than lightstream, at its peak
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass through a network, on an image of `size` x `size` pixels. `frozen`: norm layers do not train, for lightstream."""
+
+    model: str
+    size: int
+    what: What
+    dtype: str
+    device: str
+    channels_last: bool = False
+    frozen: bool = False
+
+    def network(self) -> nn.Module:
+        """Return the network in evaluation mode, so that all ways compute the same."""
+        torch.manual_seed(0)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        model = find_model(self.model).eval().to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        for layer in model.modules() if self.frozen else ():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.requires_grad_(False)
+        return model
+
+    def image(self, size: int) -> torch.Tensor:
+        """Return a random image; raises DoesNotFit."""
+        with memory_errors():
+            image = torch.rand(1, 3, size, size, device=self.device)
+            return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+
+def run(arguments: argparse.Namespace, others: list[str]) -> None:
+    """Measure, print a table, and write the numbers as JSON."""
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda: PyTorch finds no CUDA device; give --device cpu, or see torch.cuda.is_available()"
+        )
+    command = shlex.join(["widefield", *sys.argv[1:]])
+    data: dict[str, Any] = {**machine(device), "command": command, "rows": []}
+    models = {name: find_model(name) for name in arguments.model}  # unknown names are told before anything runs
+    del models
+    print(
+        *(f"{data[key]}, " for key in ("date", "machine", "device")),
+        f"torch {data['torch']}, {arguments.dtype}\n",
+        sep="",
+    )
+    print(*HEADER, sep="\n", flush=True)
+    for case, budgets, marks in _cases(arguments):
+        try:
+            rows = bench(case, budgets, arguments.repeats) if not arguments.largest else largest(case)
+        except (WidefieldError, DoesNotFit) as error:
+            rows = [{"way": "streamed", "fits": False, "reason": str(error)}]
+        for row in rows:
+            row |= {key: value for key, value in asdict(case).items() if key not in row and key != "device"}
+            row["mark"] = _LIGHTSTREAM if row.get("peer_ratio") else marks.get(row.get("share") or "")
+            data["rows"].append(row)
+            print(table_row(row), flush=True)
+        if arguments.json is not None:
+            write_json(arguments.json, data)
+
+
+def _cases(arguments: argparse.Namespace) -> Iterator[tuple[Case, list[str], Mapping[str, float]]]:
+    """Each case with its budgets and the marks for them."""
+    marks = {mark.model: mark for mark in MARKS}
+    chosen = [marks.get(name, Mark(name, SMALL * 4, {})) for name in arguments.model]
+    for mark in chosen or (MARKS if arguments.all else DEFAULT):
+        for size in arguments.size or [mark.size]:
+            for what in ("step",) if arguments.largest else ("step", "forward"):
+                wanted: Mapping[str, float] = getattr(mark, what)
+                case = Case(mark.model, size, what, arguments.dtype, arguments.device)  # type: ignore[arg-type]
+                yield case, arguments.budget or list(wanted) or ["1/4", "1/2"], wanted
+
+
+def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each way: plain, peers, and streamed within each of `budgets`, shares of plain's peak or bytes."""
+    case = _in_faster_format(case)
+    model = case.network()
+    ways = Ways(model)
+    known = _peaks(case, ways, [Way()])
+    plain = known[Way()]
+    whole = plain or memory_of(case.device)
+    shares = {Way("streamed", budget): text for text in budgets for budget in [_bytes(text, whole)]}
+    kinds = [*([Way()] if plain else []), *peers(model, min(case.size, SMALL), case.what), *shares]
+    rows = _measured(case, ways, kinds, repeats, known)
+    for row in rows:
+        row["share"] = shares.get(Way(row["way"], row["budget"], None, row["window"]))
+    if not plain:
+        rows.insert(0, {"way": "plain", "fits": False, "reason": "out of memory"})
+    tiles = lightstream_tiles(model, case.size) if case.what == "step" and plain else []
+    return rows + (_beside_lightstream(case, tiles, repeats) if tiles else [])
+
+
+def _beside_lightstream(case: Case, tiles: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Return rows of lightstream, and streamed within the memory that it took; norm layers are frozen for all."""
+    case = Case(**{**asdict(case), "frozen": True})
+    ways = Ways(case.network())
+    theirs = {Way("lightstream", window=tile): tile for tile in tiles}
+    peaks = _peaks(case, ways, [Way(), *theirs])
+    ours = {way: Way("streamed", peak) for way in theirs if (peak := peaks[way])}
+    rows = _measured(case, ways, [Way(), *theirs, *ours.values()], repeats, peaks)
+    seconds = {(row["way"], row["budget"], row["window"]): row["seconds"] for row in rows}
+    for way, own in ours.items():
+        row = next(row for row in rows if row["way"] == "streamed" and row["budget"] == own.budget)
+        other = seconds["lightstream", None, way.window]
+        row |= {"share": f"lightstream {way.window}", "peer_ratio": other / row["seconds"] if row["seconds"] else None}
+    return [{**row, "frozen": True} for row in rows]
+
+
+def _measured(
+    case: Case, ways: Ways, kinds: list[Way], repeats: int, known: Mapping[Way, int | None]
+) -> list[dict[str, Any]]:
+    """Return the rows of `kinds`, of which some peaks are `known`."""
+    rows = compare(ways, kinds, case.image(case.size), case.what, case.dtype, warm_ups=1, repeats=repeats)
+    if case.device == "cpu":
+        fitting = [way for way, row in zip(kinds, rows, strict=True) if row["fits"]]
+        peaks = {**known, **_peaks(case, ways, [way for way in fitting if way not in known])}
+        for way, row in zip(kinds, rows, strict=True):
+            row["bytes"] = peaks.get(way)
+    plain = known.get(Way())
+    seconds = next((row["seconds"] for row in rows if row["way"] == "plain"), None)
+    for row in rows:
+        row |= {"plain_seconds": seconds, "plain_bytes": plain}
+        row["time_ratio"] = row["seconds"] / seconds if seconds and row["seconds"] else None
+        row["memory_ratio"] = row["bytes"] / plain if plain and row["bytes"] else None
+    return rows
+
+
+def _peaks(case: Case, ways: Ways, kinds: list[Way]) -> dict[Way, int | None]:
+    """Bytes at the peak of each way, None where it does not fit: on a CPU each in a process of its own."""
+    peaks: dict[Way, int | None] = {}
+    for way in kinds:
+        try:
+            if case.device == "cpu":
+                what = json.dumps({"case": asdict(case), "way": asdict(way), "threads": torch.get_num_threads()})
+                peaks[way] = int(in_new_process(["-m", __name__, what]))
+            else:
+                row = compare(ways, [way], case.image(case.size), case.what, case.dtype, repeats=1)[0]
+                peaks[way] = row["bytes"]
+        except DoesNotFit:
+            peaks[way] = None
+    return peaks
+
+
+def peak_here(case: Case, way: Way) -> int:
+    """Bytes at the peak of one pass in this process, above weights, gradients and image, after one over a small image."""
+    limit_memory()
+    ways = Ways(case.network())
+    run = ways.run(way)
+    model = run if isinstance(run, nn.Module) else ways.model
+    with memory_errors():
+        one_pass(run, model, case.image(min(case.size, SMALL)), case.what, case.dtype)
+        if way.how == "streamed":
+            ways.plan(way, (1, 3, case.size, case.size), case.what, case.dtype)
+        if case.what == "step":
+            give_gradients(model)
+        image = case.image(case.size)
+        return peak_of(lambda: one_pass(run, model, image, case.what, case.dtype), case.device)
+
+
+def _in_faster_format(case: Case) -> Case:
+    """Return the case with channels last where plain PyTorch is faster so, on an image that is not large."""
+    cases = [Case(**{**asdict(case), "channels_last": last}) for last in (False, True)]
+    passes = {}
+    for one in cases:
+        model, image = one.network(), one.image(min(case.size, _FORMAT_SIZE))
+        passes[one] = lambda model=model, image=image: one_pass(model, model, image, case.what, case.dtype)
+    found = measure(passes, torch.device(case.device), repeats=1)
+    return min(cases, key=lambda one: found[one].median or float("inf"))
+
+
+def largest(case: Case) -> list[dict[str, Any]]:
+    """Return the largest sizes of which a step fits: plain, to some 10%, and streamed: twice as large, and by its plan."""
+    case = Case(**{**asdict(case), "channels_last": True})
+    ways = Ways(case.network())
+    low, high = largest_size(lambda size: _fits(case, ways, Way(), size), case.size)
+    rows: list[dict[str, Any]] = [
+        {"way": "plain", "fits": low > 0, "size": low, "too_large": high, "reason": "by trying"}
+    ]
+    size = 2 * max(low, case.size // 2)
+    fits = _fits(case, ways, Way("streamed"), size)
+    rows.append({"way": "streamed", "fits": fits, "size": size, "reason": "by trying"})
+    planned = None
+    while size < 1 << 18:
+        try:
+            planned = {"size": size, **ways.plan(Way("streamed"), (1, 3, size, size), case.what, case.dtype)}
+        except ValueError:
+            break
+        size *= 2
+    return [*rows, {"way": "streamed", "fits": True, "reason": "by its plan", **planned}] if planned else rows
+
+
+def largest_size(fits: Any, start: int) -> tuple[int, int]:
+    """Return the largest size that `fits`, to 10%, and the smallest that was seen not to; 0 for the first if nothing does."""
+    low, high, size = 0, 0, start
+    while size >= 32 and (not high or high > 1.1 * low):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = 2 * low if not high else (low + high) // 64 * 32 if low else high // 2
+        if size in (low, high):
+            break
+    return low, high
+
+
+def _fits(case: Case, ways: Ways, way: Way, size: int) -> bool:
+    release(torch.device(case.device))
+    try:
+        return bool(_peaks(Case(**{**asdict(case), "size": size}), ways, [way])[way])
+    except DoesNotFit:
+        return False
+
+
+def memory_of(device: str) -> int:
+    """Bytes of the memory of the device, or of this machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    import os
+
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _bytes(budget: str, whole: int) -> int:
+    """Return the bytes of a budget that is a share of `whole`, such as 1/4 or 0.4, or bytes, such as 2GiB."""
+    try:
+        share = Fraction(budget)
+    except (ValueError, ZeroDivisionError):
+        return parse_bytes(budget) or 0
+    return int(share * whole) if share <= 1 else int(share)
+
+
+HEADER = (
+    "| model | pixels | pass | way | budget | s | / plain | MiB | / plain | planned MiB | mark |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def table_row(row: Mapping[str, Any]) -> str:
+    """Return a line of the table of results, in Markdown."""
+
+    def number(key: str, form: str, unit: float = 1) -> str:
+        return "" if row.get(key) is None else format(row[key] / unit, form)
+
+    way = (
+        row["way"]
+        + (f" {row['window']}" if row.get("window") else "")
+        + (", norms frozen" if row.get("frozen") else "")
+    )
+    budget = row.get("share") or (format_bytes(row["budget"]) if row.get("budget") else "")
+    seconds = number("seconds", ".3f") if row["fits"] else "does not fit"
+    if row.get("too_large") or row.get("reason", "").startswith("by "):
+        seconds = row["reason"]
+    mark = ""
+    if row.get("mark") and row.get("peer_ratio"):
+        mark = f"{row['peer_ratio']:.1f} times faster, at least {row['mark']:g}"
+    elif row.get("mark"):
+        mark = f"at most {row['mark']:.2f}"
+    cells = (
+        *(row["model"].rpartition("/")[2], row["size"], row["what"], way, budget, seconds, number("time_ratio", ".2f")),
+        *(number("bytes", ".0f", 2**20), number("memory_ratio", ".2f"), number("predicted_bytes", ".0f", 2**20), mark),
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":  # in a process of its own, see _peaks
+    given = json.loads(sys.argv[1])
+    torch.set_num_threads(given["threads"])
+    print(peak_here(Case(**given["case"]), Way(**given["way"])))
