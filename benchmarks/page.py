@@ -2,7 +2,8 @@
 
     uv run python benchmarks/page.py
 
-A line `<!-- results/NAME.json -->` is replaced by the tables of that file, which `widefield bench --json` or benchmarks/gpu.py wrote.
+A line `<!-- results/NAME.json -->` is replaced by the tables of that file, which `widefield bench --json` or benchmarks/gpu.py
+wrote.
 """
 
 import json
@@ -15,13 +16,14 @@ from widefield.cli.bench import HEADER, table_row
 from widefield.streaming.budget import format_bytes
 
 FOLDER = Path(__file__).parent
+RESULTS = re.compile(r"<!-- (results/\w+\.json) -->")
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 
 
 def page() -> str:
     """Return the page as it should be."""
     text = (FOLDER / "page.md").read_text(encoding="utf-8")
-    return re.sub(r"<!-- (results/\w+\.json) -->", lambda found: tables(FOLDER / found[1]), text)
+    return RESULTS.sub(lambda found: tables(FOLDER / found[1]), text)
 
 
 def tables(file: Path) -> str:
@@ -49,7 +51,8 @@ def _largest(rows: list[dict[str, Any]]) -> Iterator[str]:
         fits = "" if row.get("fits", True) else " does not fit"
         planned = f"{row['predicted_bytes'] / 2**20:.0f}" if "predicted_bytes" in row else ""
         seconds = "" if row.get("seconds") is None else f"{row['seconds']:.1f}"
-        cells = (row["model"], row["way"], format_bytes(row["cap"]), f"{row['size']}{fits}", seconds, planned)
+        memory = format_bytes(row["cap"]) if "cap" in row else ""
+        cells = (row["model"], row["way"], memory, f"{row['size']}{fits}", seconds, planned)
         yield f"| {' | '.join(cells)} |"
 
 

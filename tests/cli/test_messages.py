@@ -111,6 +111,8 @@ MESSAGES = {
     "plan parts.py:net --size 0x5": r"'0x5' is not a size; give height and width as in 97x113",
     "plan parts.py:net --size 90x90 --batch 0": r"got '0', expected a whole number, at least 1",
     "plan parts.py:net --size 90x90 --memory-budget 1KiB": r"budget of 1 KiB is too small for .*: the smallest that works is",
+    "bench --model timm/resnet19": r"there is no model 'timm/resnet19'; did you mean timm/resnet18",
+    "bench --model parts.py:net --budget lots": r"--budget: 'lots' is no share such as 1/4, and no size such as 2GiB",
     "list wat": r"invalid choice: 'wat' \(choose from .*models",
     "help Resnet": r"no component named 'Resnet'; did you mean ResNet",
     "config check nothing.yaml": r"the configuration .*nothing\.yaml does not exist; did you mean",

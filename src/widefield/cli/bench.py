@@ -97,8 +97,10 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         )
     command = shlex.join(["widefield", *sys.argv[1:]])
     data: dict[str, Any] = {**machine(device), "command": command, "rows": []}
-    models = {name: find_model(name) for name in arguments.model}  # unknown names are told before anything runs
-    del models
+    for name in arguments.model:  # what cannot be used is told before anything runs
+        find_model(name)
+    for budget in arguments.budget or ():
+        _bytes(budget, 1)
     print(
         *(f"{data[key]}, " for key in ("date", "machine", "device")),
         f"torch {data['torch']}, {arguments.dtype}\n",
@@ -145,7 +147,7 @@ def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
     for row in rows:
         row["share"] = shares.get(Way(row["way"], row["budget"], None, row["window"]))
     if not plain:
-        rows.insert(0, {"way": "plain", "fits": False, "reason": "out of memory"})
+        rows.insert(0, {"way": "plain", "budget": None, "share": None, "fits": False, "reason": "out of memory"})
     tiles = lightstream_tiles(model, case.size) if case.what == "step" and plain else []
     return rows + (_beside_lightstream(case, tiles, repeats) if tiles else [])
 
@@ -234,19 +236,23 @@ def largest(case: Case) -> list[dict[str, Any]]:
     ways = Ways(case.network())
     low, high = largest_size(lambda size: _fits(case, ways, Way(), size), case.size)
     rows: list[dict[str, Any]] = [
-        {"way": "plain", "fits": low > 0, "size": low, "too_large": high, "reason": "by trying"}
+        {"way": "plain", "what": "largest", "fits": low > 0, "size": low, "too_large": high, "reason": "by trying"}
     ]
     size = 2 * max(low, case.size // 2)
     fits = _fits(case, ways, Way("streamed"), size)
-    rows.append({"way": "streamed", "fits": fits, "size": size, "reason": "by trying"})
-    planned = None
+    rows.append({"way": "streamed", "what": "largest", "fits": fits, "size": size, "reason": "by trying"})
+    planned: dict[str, Any] | None = None
     while size < 1 << 18:
         try:
             planned = {"size": size, **ways.plan(Way("streamed"), (1, 3, size, size), case.what, case.dtype)}
         except ValueError:
             break
         size *= 2
-    return [*rows, {"way": "streamed", "fits": True, "reason": "by its plan", **planned}] if planned else rows
+    return (
+        [*rows, {"way": "streamed", "what": "largest", "fits": True, "reason": "by its plan", **planned}]
+        if planned
+        else rows
+    )
 
 
 def largest_size(fits: Any, start: int) -> tuple[int, int]:
@@ -284,8 +290,15 @@ def _bytes(budget: str, whole: int) -> int:
     """Return the bytes of a budget that is a share of `whole`, such as 1/4 or 0.4, or bytes, such as 2GiB."""
     try:
         share = Fraction(budget)
-    except (ValueError, ZeroDivisionError):
-        return parse_bytes(budget) or 0
+    except ZeroDivisionError:
+        share = Fraction(0)
+    except ValueError:
+        try:
+            return parse_bytes(budget) or 0
+        except ValueError:
+            share = Fraction(0)
+    if share <= 0:
+        raise ValueError(f"--budget: {budget!r} is no share such as 1/4, and no size such as 2GiB")
     return int(share * whole) if share <= 1 else int(share)
 
 
