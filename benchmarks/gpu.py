@@ -21,7 +21,7 @@ import timm
 import torch
 import torchvision
 
-from widefield.cli.measuring import DoesNotFit, machine, memory_errors, write_json
+from widefield.cli.measuring import DoesNotFit, largest_size, machine, memory_errors, write_json
 from widefield.cli.ways import Way, Ways, compare, one_pass
 
 BEGIN = time.perf_counter()
@@ -138,49 +138,26 @@ def largest(session: Session, name: str, ways: Ways, cap: int, start: int, dtype
         finally:
             session.clear()
 
-    low, high, seconds = 0, 0, 0.0
-    size = start
-    while (not high or high > 1.1 * low) and session.left > 20 and 64 <= size <= 2 * session.options.largest:
-        found = tried(ways.model, lambda: session.image(size))  # noqa: B023
-        if found is None:
-            high = size
-        else:
-            low, seconds = size, found
-        size = 2 * low if not high else (low + high) // 2 // 32 * 32 if low else high // 2
-    session.add(
-        model=name, dtype=dtype, what="largest", way="plain", cap=cap, size=low, too_large=high, seconds=seconds
-    )
+    def fits(size: int) -> bool:
+        return session.left > 20 and tried(ways.model, lambda: session.image(size)) is not None
+
+    head: dict[str, Any] = {"model": name, "dtype": dtype, "what": "largest", "cap": cap}
+    low, high = largest_size(fits, start)
+    seconds = tried(ways.model, lambda: session.image(low))
+    session.add(**head, way="plain", size=low, too_large=high, seconds=seconds)
     way, size, rate = Way("streamed", int(0.85 * cap)), 2 * max(low, 32), 0.0
     while session.left > 20 + 1.3 * rate * size**2 and size <= session.options.largest:
         try:
             plan = ways.plan(way, (1, 3, size, size), "step", dtype)
         except ValueError as error:
-            session.add(
-                model=name,
-                dtype=dtype,
-                what="largest",
-                way="streamed",
-                cap=cap,
-                size=size,
-                fits=False,
-                reason=str(error),
-            )
+            session.add(**head, way="streamed", size=size, fits=False, reason=str(error))
             break
-        seconds_or_none = tried(ways.run(way), lambda: host_image(session, size))  # noqa: B023
-        fits = seconds_or_none is not None
-        row = {
-            "model": name,
-            "dtype": dtype,
-            "what": "largest",
-            "way": "streamed",
-            "cap": cap,
-            "size": size,
-            "fits": fits,
-        }
-        session.add(**row, seconds=seconds_or_none, image="uint8, in host memory", **plan)
-        if not fits:
+        seconds = tried(ways.run(way), lambda: host_image(session, size))  # noqa: B023
+        row = {**head, "way": "streamed", "size": size, "fits": seconds is not None, "seconds": seconds}
+        session.add(**row, image="uint8, in host memory", **plan)
+        if seconds is None:
             break
-        rate, size = (seconds_or_none or 0.0) / size**2, 2 * size
+        rate, size = seconds / size**2, 2 * size
     if session.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -206,16 +183,8 @@ def carries_on_the_host(session: Session, name: str, ways: Ways, size: int, dtyp
         try:
             plan = ways.plan(Way("streamed", budget), (1, 3, size, size), "step", dtype)
         except ValueError as error:
-            session.add(
-                model=name,
-                size=size,
-                dtype=dtype,
-                what="step",
-                way="streamed",
-                budget=budget,
-                fits=False,
-                reason=str(error),
-            )
+            row = {"model": name, "size": size, "dtype": dtype, "what": "step", "way": "streamed", "budget": budget}
+            session.add(**row, fits=False, reason=str(error))
             return
         if plan["carries"] != "device":
             compared(session, name, ways, size, dtype, [Way("streamed", budget)], limit=15, warm_ups=1)

@@ -16,6 +16,7 @@ from widefield.cli.inspect_model import find_model
 from widefield.cli.measuring import (
     DoesNotFit,
     in_new_process,
+    largest_size,
     limit_memory,
     machine,
     measure,
@@ -255,20 +256,6 @@ def largest(case: Case) -> list[dict[str, Any]]:
     )
 
 
-def largest_size(fits: Any, start: int) -> tuple[int, int]:
-    """Return the largest size that `fits`, to 10%, and the smallest that was seen not to; 0 for the first if nothing does."""
-    low, high, size = 0, 0, start
-    while size >= 32 and (not high or high > 1.1 * low):
-        if fits(size):
-            low = size
-        else:
-            high = size
-        size = 2 * low if not high else (low + high) // 64 * 32 if low else high // 2
-        if size in (low, high):
-            break
-    return low, high
-
-
 def _fits(case: Case, ways: Ways, way: Way, size: int) -> bool:
     release(torch.device(case.device))
     try:
@@ -314,13 +301,11 @@ def table_row(row: Mapping[str, Any]) -> str:
     def number(key: str, form: str, unit: float = 1) -> str:
         return "" if row.get(key) is None else format(row[key] / unit, form)
 
-    way = (
-        row["way"]
-        + (f" {row['window']}" if row.get("window") else "")
-        + (", norms frozen" if row.get("frozen") else "")
-    )
+    way = f"{row['way']} {row['window']}" if row.get("window") else row["way"]
+    way += ", norms frozen" if row.get("frozen") else ""
+    way += "".join(f", {kind} on the host" for kind in ("maps", "carries") if row.get(kind) == "host")
     budget = row.get("share") or (format_bytes(row["budget"]) if row.get("budget") else "")
-    seconds = number("seconds", ".3f") if row["fits"] else "does not fit"
+    seconds = number("seconds", ".3f") + (" (first pass)" if row.get("cold") else "") if row["fits"] else "does not fit"
     if row.get("too_large") or row.get("reason", "").startswith("by "):
         seconds = row["reason"]
     mark = ""

@@ -28,11 +28,15 @@ class DoesNotFit(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the passes of one kind in their order, and on CUDA the bytes at their peaks, warm-ups left out."""
+    """Seconds of the passes of one kind in their order, and on CUDA the bytes at their peaks, warm-ups left out.
+
+    `cold`: there was no time but for warm-ups, of which the last is here.
+    """
 
     seconds: tuple[float, ...] = ()
     peaks: tuple[int, ...] = ()
     fits: bool = True
+    cold: bool = False
 
     @property
     def median(self) -> float | None:
@@ -66,15 +70,13 @@ def measure(
             except DoesNotFit:
                 too_large.add(name)
                 release(device)
-    kept = {name: () if name in too_large else of[warm_ups:] or of[-1:] for name, of in found.items()}
-    return {
-        name: Measured(
-            tuple(seconds for seconds, _ in of),
-            tuple(peak for _, peak in of if peak is not None),
-            name not in too_large,
-        )
-        for name, of in kept.items()
-    }
+    return {name: Measured(fits=False) if name in too_large else _summed_up(of, warm_ups) for name, of in found.items()}
+
+
+def _summed_up(passes: list[tuple[float, int | None]], warm_ups: int) -> Measured:
+    kept = passes[warm_ups:] or passes[-1:]
+    peaks = tuple(peak for _, peak in kept if peak is not None)
+    return Measured(tuple(seconds for seconds, _ in kept), peaks, cold=len(passes) <= warm_ups)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
@@ -142,6 +144,20 @@ def limit_memory() -> None:
 
         free = _status("MemAvailable", "/proc/meminfo")
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free, resource.RLIM_INFINITY))
+
+
+def largest_size(fits: Callable[[int], bool], start: int) -> tuple[int, int]:
+    """Return the largest size that `fits`, to 10%, and the smallest that was seen not to; 0 for the first if nothing does."""
+    low, high, size = 0, 0, start
+    while size >= 32 and (not high or high > 1.1 * low):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = 2 * low if not high else (low + high) // 64 * 32 if low else high // 2
+        if size in (low, high):
+            break
+    return low, high
 
 
 def in_new_process(command: Sequence[str]) -> Any:

@@ -246,7 +246,12 @@ def compare(
         passes[way] = partial(one_pass, run, model, image, what, dtype)
     found = measure(passes, next(ways.model.parameters()).device, warm_ups=warm_ups, repeats=repeats, limit=limit)
     for way, of_way in found.items():
-        rows[way] |= {"fits": of_way.fits, "seconds": of_way.median, "bytes": max(of_way.peaks, default=None)}
+        rows[way] |= {
+            "fits": of_way.fits,
+            "cold": of_way.cold,
+            "seconds": of_way.median,
+            "bytes": max(of_way.peaks, default=None),
+        }
         rows[way]["all_seconds"] = [round(value, 5) for value in of_way.seconds]
         if not of_way.fits:
             rows[way]["reason"] = "out of memory"

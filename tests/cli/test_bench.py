@@ -1,0 +1,188 @@
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from widefield.cli import bench, main
+from widefield.cli.measuring import DoesNotFit, measure, memory_errors
+from widefield.cli.ways import Way, Ways, one_pass
+
+ROOT = Path(__file__).parents[2]
+MODEL = """
+from torch import nn
+
+
+def net():
+    blocks = [nn.Sequential(nn.Conv2d(n, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()) for n in (3, 8)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+"""
+ROW = {
+    *("model", "size", "dtype", "what", "way", "budget", "share", "fits", "channels_last"),
+    *("seconds", "bytes", "plain_seconds", "plain_bytes", "time_ratio", "memory_ratio"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("models") / "tiny.py"
+    file.write_text(MODEL)
+    return f"{file}:net"
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are measured here: a process for each, which imports torch, takes seconds."""
+
+    def peak(command: list[str]) -> Any:
+        given = json.loads(command[-1])
+        return bench.peak_here(bench.Case(**given["case"]), Way(**given["way"]))
+
+    monkeypatch.setattr(bench, "in_new_process", peak)
+    monkeypatch.setattr(bench, "limit_memory", lambda: None)  # it would hold for all tests
+
+
+def run(*arguments: str, to: Path) -> dict[str, Any]:
+    assert main(["bench", *arguments, "--repeats", "1", "--json", str(to)]) == 0
+    return json.loads(to.read_text())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_command_prints_a_table_and_writes_its_numbers(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = run("--model", model, "--size", "320", "--budget", "1/2", "--budget", "1GiB", to=tmp_path / "new.json")
+    assert data.keys() >= {"machine", "device", "torch", "date", "command", "rows"}
+    assert [(row["what"], row["way"], row["share"]) for row in data["rows"]] == [
+        *(
+            ("step", "plain", None),
+            ("step", "checkpoint", None),
+            ("step", "streamed", "1/2"),
+            ("step", "streamed", "1GiB"),
+        ),
+        *(("forward", "plain", None), ("forward", "streamed", "1/2"), ("forward", "streamed", "1GiB")),
+    ]
+    for row in data["rows"]:
+        assert row.keys() >= ROW
+        assert row["fits"] and row["seconds"] > 0 and row["bytes"] >= 0 and row["plain_seconds"] > 0, row
+        assert ("predicted_bytes" in row) == ("predicted_overhead" in row) == (row["way"] == "streamed")
+    shown = capsys.readouterr().out
+    assert shown.count("| tiny.py:net | 320 |") == 7
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_plain_pytorch_that_does_not_fit_is_a_row(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = bench.in_new_process
+
+    def peak(command: list[str]) -> Any:
+        if json.loads(command[-1])["way"]["how"] == "plain":
+            raise DoesNotFit("the system ended the process")
+        return measured(command)
+
+    monkeypatch.setattr(bench, "in_new_process", peak)
+    monkeypatch.setattr(bench, "memory_of", lambda device: 64 << 20)
+    plain, *others = run("--model", model, "--size", "64", "--budget", "1/2", to=tmp_path / "new.json")["rows"][:3]
+    assert not plain["fits"] and plain["way"] == "plain" and plain["model"] == model
+    assert [(row["way"], row["budget"], row["fits"]) for row in others] == [
+        ("checkpoint", None, True),
+        ("streamed", 32 << 20, True),
+    ]
+    assert others[1]["seconds"] > 0 and others[1]["time_ratio"] is None
+    assert "| plain |  | does not fit |" in capsys.readouterr().out
+
+
+def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
+    found = measure(
+        {"large": lambda: torch.empty(1 << 60, dtype=torch.uint8), "small": lambda: torch.empty(1)},
+        torch.device("cpu"),
+        repeats=3,
+    )
+    assert not found["large"].fits and found["large"].median is None
+    assert found["small"].fits and len(found["small"].seconds) == 3
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_errors():
+        torch.empty(2, 3) @ torch.empty(2, 3)
+
+
+def test_no_pass_but_the_first_begins_after_the_limit() -> None:
+    calls: list[str] = []
+    found = measure({n: lambda n=n: calls.append(n) for n in "ab"}, torch.device("cpu"), warm_ups=1, limit=0.0)
+    assert calls == ["a", "b"] and all(len(one.seconds) == 1 for one in found.values())
+
+
+def test_the_copy_with_checkpoints_has_the_same_gradients(model: str) -> None:
+    net = bench.Case(model, 64, "step", "float32", "cpu").network()
+    ways, image, grads = Ways(net.double()), torch.rand(1, 3, 40, 40, dtype=torch.float64), []
+    for how in ("plain", "checkpoint"):
+        run: Any = ways.run(Way(how))
+        one_pass(run, run, image, "step", "float32")
+        grads.append([weight.grad for weight in run.parameters()])
+    assert run is not net and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    blocks = [part for part in run.modules() if isinstance(part, nn.Sequential) and "forward" in vars(part)]
+    assert len(blocks) == 2
+
+
+def test_the_largest_size_is_found_to_a_tenth() -> None:
+    for most in (33, 700, 1000, 5000):
+        low, high = bench.largest_size(lambda size, most=most: size <= most, 1024)
+        assert low <= most < high and (high <= 1.1 * low or high - low <= 32), (most, low, high)
+    assert bench.largest_size(lambda size: False, 1024) == (0, 32)
+
+
+def test_a_budget_is_a_share_or_bytes() -> None:
+    assert [bench._bytes(text, 1000) for text in ("1/4", "0.4", "1", "2KiB", "5000")] == [250, 400, 1000, 2048, 5000]
+
+
+@pytest.mark.slow
+def test_a_peak_of_a_process_of_its_own_is_that_of_the_largest_pass(model: str) -> None:
+    case = bench.Case(model, 1024, "step", "float32", "cpu")
+    peaks = bench._peaks(case, Ways(case.network()), [Way(), Way("streamed", 16 << 20)])
+    assert (peaks[Way()] or 0) > 8 << 20 and (peaks[Way("streamed", 16 << 20)] or 0) < (peaks[Way()] or 0)
+
+
+def test_the_page_of_benchmarks_agrees_with_the_files_of_results() -> None:
+    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "benchmarks" / "page.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.page()
+    assert text == module.PAGE.read_text(encoding="utf-8"), "run: uv run python benchmarks/page.py"
+    assert text.count("\n") < 200
+    assert {file.name for file in (ROOT / "benchmarks" / "results").glob("*.json")} == {
+        name.rpartition("/")[2] for name in module.RESULTS.findall((module.FOLDER / "page.md").read_text())
+    }
+
+
+def test_a_file_of_results_becomes_tables(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "benchmarks" / "page.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    row = {"model": "torchvision/net", "size": 64, "dtype": "bfloat16", "what": "step", "fits": True, "seconds": 2.0}
+    rows = [
+        {**row, "way": "plain", "bytes": 4 << 20, "time_ratio": 1.0, "memory_ratio": 1.0},
+        {**row, "way": "streamed", "share": "1/4", "bytes": 1 << 20, "predicted_bytes": 2 << 20, "mark": 1.05},
+        {**row, "way": "streamed", "budget": 3 << 20, "fits": False, "carries": "host"},
+        {**row, "way": "plain", "what": "largest", "cap": 40 << 30, "size": 8192},
+    ]
+    head = {"machine": "M", "device": "G", "threads": 4, "torch": "2.11", "date": "2026-11-27", "command": "c"}
+    (tmp_path / "new.json").write_text(json.dumps({**head, "rows": rows}))
+    assert module.tables(tmp_path / "new.json").splitlines() == [
+        "`c`",
+        "2026-11-27, G, M, 4 threads, torch 2.11.",
+        "",
+        "autocast to bfloat16:",
+        "",
+        *bench.HEADER,
+        "| net | 64 | step | plain |  | 2.000 | 1.00 | 4 | 1.00 |  |  |",
+        "| net | 64 | step | streamed | 1/4 | 2.000 |  | 1 |  | 2 | at most 1.05 |",
+        "| net | 64 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |",
+        "",
+        "| largest step | way | memory | pixels | s | planned MiB |",
+        "|---|---|---|---|---|---|",
+        "| torchvision/net | plain | 40.00 GiB | 8192 | 2.0 |  |",
+    ]
