@@ -21,7 +21,7 @@ import timm
 import torch
 import torchvision
 
-from widefield.cli.measuring import DoesNotFit, largest_size, machine, memory_errors, write_json
+from widefield.cli.measuring import DoesNotFit, largest_size, machine, memory_errors, memory_of, write_json
 from widefield.cli.ways import Way, Ways, compare, one_pass
 
 BEGIN = time.perf_counter()
@@ -45,10 +45,6 @@ class Session:
     @property
     def left(self) -> float:
         return float(self.options.seconds) - (time.perf_counter() - BEGIN)
-
-    def memory(self) -> int:
-        """Bytes of the device, or on a CPU (to try this script) some."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 2 << 30
 
     def model(self, name: str) -> Ways:
         torch.manual_seed(0)
@@ -106,7 +102,7 @@ def at_shares(session: Session, name: str, ways: Ways, size: int, dtype: str) ->
         return
     first = compare(ways, [Way("plain")], session.image(size), "step", dtype, warm_ups=0, repeats=1)[0]
     session.clear()
-    whole = first["bytes"] or session.memory()
+    whole = first["bytes"] or memory_of(session.device)
     kinds = [Way("checkpoint"), Way("streamed", whole // 2), Way("streamed", whole // 4)]
     if first["fits"]:
         kinds.insert(0, Way("plain"))
@@ -120,7 +116,7 @@ def at_shares(session: Session, name: str, ways: Ways, size: int, dtype: str) ->
 
 def largest(session: Session, name: str, ways: Ways, cap: int, start: int, dtype: str) -> None:
     """The largest image of which a step fits within `cap` bytes, plain (found by trying) and streamed (of host memory, uint8)."""
-    total = session.memory()
+    total = memory_of(session.device)
     if session.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
 
@@ -179,7 +175,7 @@ def on_the_host(session: Session, name: str, size: int, dtype: str) -> None:
 
 def carries_on_the_host(session: Session, name: str, ways: Ways, size: int, dtype: str) -> None:
     """The largest of some small budgets at which the plan moves carries to the host."""
-    for budget in (session.memory() // 2**k for k in range(3, 12)):
+    for budget in (memory_of(session.device) // 2**k for k in range(3, 12)):
         try:
             plan = ways.plan(Way("streamed", budget), (1, 3, size, size), "step", dtype)
         except ValueError as error:
@@ -227,13 +223,13 @@ def main() -> None:
         lambda: at_shares(session, convnext, networks[convnext], 2 * size, full),
         lambda: compared(
             *(session, resnet, networks[resnet], 4 * size, half),
-            [Way("streamed", session.memory() // 2)],
+            [Way("streamed", memory_of(session.device) // 2)],
             limit=1,
             warm_ups=0,
         ),
         lambda: compared(
             *(session, convnext, networks[convnext], 4 * size, half),
-            [Way("streamed", session.memory() // 2)],
+            [Way("streamed", memory_of(session.device) // 2)],
             limit=1,
             warm_ups=0,
         ),

@@ -31,28 +31,24 @@ def tables(file: Path) -> str:
     data = json.loads(file.read_text(encoding="utf-8"))
     places = ", ".join(str(data[key]) for key in ("device", "machine") if data[key] != "CPU")
     lines = [f"`{data['command']}`", f"{data['date']}, {places}, {data['threads']} threads, torch {data['torch']}."]
-    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"] if "dtype" in row):
-        rows = [row for row in data["rows"] if row.get("dtype") == dtype]
-        lines += _passes(dtype, [row for row in rows if row["what"] != "largest"])
-        lines += _largest([row for row in rows if row["what"] == "largest"])
-    return "\n".join(lines)
-
-
-def _passes(dtype: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    if rows:
-        yield from ("", f"{'autocast to ' if dtype != 'float32' else ''}{dtype}:", "", *HEADER)
-        yield from map(table_row, rows)
+    rows = [row for row in data["rows"] if "way" in row]
+    lines += ["", *HEADER, *(table_row(row) for row in rows if row["what"] != "largest")]
+    return "\n".join([*lines, *_largest([row for row in rows if row["what"] == "largest"])])
 
 
 def _largest(rows: list[dict[str, Any]]) -> Iterator[str]:
     if rows:
-        yield from ("", "| largest step | way | memory | pixels | s | planned MiB |", "|---|---|---|---|---|---|")
+        yield from (
+            "",
+            "| largest step | dtype | way | memory | pixels | s | planned MiB |",
+            "|---|---|---|---|---|---|---|",
+        )
     for row in rows:
         fits = "" if row.get("fits", True) else " does not fit"
         planned = f"{row['predicted_bytes'] / 2**20:.0f}" if "predicted_bytes" in row else ""
         seconds = "" if row.get("seconds") is None else f"{row['seconds']:.1f}"
         memory = format_bytes(row["cap"]) if "cap" in row else ""
-        cells = (row["model"], row["way"], memory, f"{row['size']}{fits}", seconds, planned)
+        cells = (row["model"], row["dtype"], row["way"], memory, f"{row['size']}{fits}", seconds, planned)
         yield f"| {' | '.join(cells)} |"
 
 

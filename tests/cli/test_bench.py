@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,29 +55,24 @@ def run(*arguments: str, to: Path) -> dict[str, Any]:
 def test_the_command_prints_a_table_and_writes_its_numbers(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = run("--model", model, "--size", "320", "--budget", "1/2", "--budget", "1GiB", to=tmp_path / "new.json")
+    to = tmp_path / "new.json"
+    assert (
+        main(["bench", "--model", model, "--size", "64", "--budget", "32MiB", "--repeats", "1", "--json", str(to)]) == 0
+    )
+    data = json.loads(to.read_text())
     assert data.keys() >= {"machine", "device", "torch", "date", "command", "rows"}
-    assert [(row["what"], row["way"], row["share"]) for row in data["rows"]] == [
-        *(
-            ("step", "plain", None),
-            ("step", "checkpoint", None),
-            ("step", "streamed", "1/2"),
-            ("step", "streamed", "1GiB"),
-        ),
-        *(("forward", "plain", None), ("forward", "streamed", "1/2"), ("forward", "streamed", "1GiB")),
-    ]
+    kinds = [(row["what"], row["way"], row["share"]) for row in data["rows"]]
+    step = [("step", "plain", None), ("step", "checkpoint", None), ("step", "streamed", "32MiB")]
+    assert kinds == [*step, ("forward", "plain", None), ("forward", "streamed", "32MiB")]
     for row in data["rows"]:
         assert row.keys() >= ROW
         assert row["fits"] and row["seconds"] > 0 and row["bytes"] >= 0 and row["plain_seconds"] > 0, row
         assert ("predicted_bytes" in row) == ("predicted_overhead" in row) == (row["way"] == "streamed")
-    shown = capsys.readouterr().out
-    assert shown.count("| tiny.py:net | 320 |") == 7
+    assert capsys.readouterr().out.count("| tiny.py:net | 64 | float32 |") == 5
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_plain_pytorch_that_does_not_fit_is_a_row(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_pytorch_that_does_not_fit_is_a_row(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = bench.in_new_process
 
     def peak(command: list[str]) -> Any:
@@ -86,14 +82,13 @@ def test_plain_pytorch_that_does_not_fit_is_a_row(
 
     monkeypatch.setattr(bench, "in_new_process", peak)
     monkeypatch.setattr(bench, "memory_of", lambda device: 64 << 20)
-    plain, *others = run("--model", model, "--size", "64", "--budget", "1/2", to=tmp_path / "new.json")["rows"][:3]
-    assert not plain["fits"] and plain["way"] == "plain" and plain["model"] == model
-    assert [(row["way"], row["budget"], row["fits"]) for row in others] == [
-        ("checkpoint", None, True),
-        ("streamed", 32 << 20, True),
-    ]
-    assert others[1]["seconds"] > 0 and others[1]["time_ratio"] is None
-    assert "| plain |  | does not fit |" in capsys.readouterr().out
+    case = bench.Case(model, 64, "forward", "float32", "cpu")
+    plain, streamed = bench.bench(case, ["1/2"], repeats=1)
+    assert not plain["fits"] and plain["way"] == "plain"
+    assert streamed["fits"] and streamed["way"] == "streamed" and streamed["budget"] == 32 << 20
+    assert streamed["seconds"] > 0 and streamed["time_ratio"] is None
+    shown = bench.table_row({**asdict(case), **plain})
+    assert shown == "| tiny.py:net | 64 | float32 | forward | plain |  | does not fit |  |  |  |  |  |"
 
 
 def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
@@ -135,6 +130,8 @@ def test_the_largest_size_is_found_to_a_tenth() -> None:
 
 def test_a_budget_is_a_share_or_bytes() -> None:
     assert [bench._bytes(text, 1000) for text in ("1/4", "0.4", "1", "2KiB", "5000")] == [250, 400, 1000, 2048, 5000]
+    with pytest.raises(ValueError, match="1/0"):
+        bench._bytes("1/0", 1000)
 
 
 @pytest.mark.slow
@@ -144,45 +141,39 @@ def test_a_peak_of_a_process_of_its_own_is_that_of_the_largest_pass(model: str) 
     assert (peaks[Way()] or 0) > 8 << 20 and (peaks[Way("streamed", 16 << 20)] or 0) < (peaks[Way()] or 0)
 
 
-def test_the_page_of_benchmarks_agrees_with_the_files_of_results() -> None:
+@pytest.fixture(scope="module")
+def page() -> Any:
+    """The script that writes docs/benchmarks.md."""
     spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "benchmarks" / "page.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = module.page()
-    assert text == module.PAGE.read_text(encoding="utf-8"), "run: uv run python benchmarks/page.py"
-    assert text.count("\n") < 200
-    assert {file.name for file in (ROOT / "benchmarks" / "results").glob("*.json")} == {
-        name.rpartition("/")[2] for name in module.RESULTS.findall((module.FOLDER / "page.md").read_text())
-    }
+    return module
 
 
-def test_a_file_of_results_becomes_tables(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("benchmarks_page", ROOT / "benchmarks" / "page.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_page_of_benchmarks_agrees_with_the_files_of_results(page: Any) -> None:
+    text = page.page()
+    assert text == page.PAGE.read_text(encoding="utf-8"), "run: uv run python benchmarks/page.py"
+    shown = page.RESULTS.findall((page.FOLDER / "page.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(f"results/{file.name}" for file in (page.FOLDER / "results").glob("*.json"))
+
+
+def test_a_file_of_results_becomes_tables(page: Any, tmp_path: Path) -> None:
     row = {"model": "torchvision/net", "size": 64, "dtype": "bfloat16", "what": "step", "fits": True, "seconds": 2.0}
     rows = [
         {**row, "way": "plain", "bytes": 4 << 20, "time_ratio": 1.0, "memory_ratio": 1.0},
         {**row, "way": "streamed", "share": "1/4", "bytes": 1 << 20, "predicted_bytes": 2 << 20, "mark": 1.05},
         {**row, "way": "streamed", "budget": 3 << 20, "fits": False, "carries": "host"},
         {**row, "way": "plain", "what": "largest", "cap": 40 << 30, "size": 8192},
+        {"what": "failed", "reason": "RuntimeError"},
     ]
     head = {"machine": "M", "device": "G", "threads": 4, "torch": "2.11", "date": "2026-11-27", "command": "c"}
     (tmp_path / "new.json").write_text(json.dumps({**head, "rows": rows}))
-    assert module.tables(tmp_path / "new.json").splitlines() == [
-        "`c`",
-        "2026-11-27, G, M, 4 threads, torch 2.11.",
-        "",
-        "autocast to bfloat16:",
-        "",
-        *bench.HEADER,
-        "| net | 64 | step | plain |  | 2.000 | 1.00 | 4 | 1.00 |  |  |",
-        "| net | 64 | step | streamed | 1/4 | 2.000 |  | 1 |  | 2 | at most 1.05 |",
-        "| net | 64 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |",
-        "",
-        "| largest step | way | memory | pixels | s | planned MiB |",
-        "|---|---|---|---|---|---|",
-        "| torchvision/net | plain | 40.00 GiB | 8192 | 2.0 |  |",
+    assert page.tables(tmp_path / "new.json").splitlines() == [
+        *("`c`", "2026-11-27, G, M, 4 threads, torch 2.11.", "", *bench.HEADER),
+        "| net | 64 | bfloat16 | step | plain |  | 2.000 | 1.00 | 4 | 1.00 |  |  |",
+        "| net | 64 | bfloat16 | step | streamed | 1/4 | 2.000 |  | 1 |  | 2 | at most 1.05 |",
+        "| net | 64 | bfloat16 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |",
+        *("", "| largest step | dtype | way | memory | pixels | s | planned MiB |", "|---|---|---|---|---|---|---|"),
+        "| torchvision/net | bfloat16 | plain | 40.00 GiB | 8192 | 2.0 |  |",
     ]

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +24,15 @@ from widefield.cli.measuring import (
     machine,
     measure,
     memory_errors,
+    memory_of,
     peak_of,
-    release,
     write_json,
 )
 from widefield.cli.ways import Way, Ways, What, compare, give_gradients, lightstream_tiles, one_pass, peers
 from widefield.errors import WidefieldError
 from widefield.streaming.budget import format_bytes, parse_bytes
 
+_LARGEST = 1 << 18  # pixels a side, for which `--largest` plans at most
 SMALL = 256  # pixels of the image that warms up
 _FORMAT_SIZE = 1024  # pixels at most of the image on which memory formats are compared
 
@@ -102,11 +106,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         find_model(name)
     for budget in arguments.budget or ():
         _bytes(budget, 1)
-    print(
-        *(f"{data[key]}, " for key in ("date", "machine", "device")),
-        f"torch {data['torch']}, {arguments.dtype}\n",
-        sep="",
-    )
+    print(", ".join(str(data[key]) for key in ("date", "machine", "device", "torch")), f"{arguments.dtype}\n", sep=", ")
     print(*HEADER, sep="\n", flush=True)
     for case, budgets, marks in _cases(arguments):
         try:
@@ -141,7 +141,7 @@ def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
     ways = Ways(model)
     known = _peaks(case, ways, [Way()])
     plain = known[Way()]
-    whole = plain or memory_of(case.device)
+    whole = plain or memory_of(torch.device(case.device))
     shares = {Way("streamed", budget): text for text in budgets for budget in [_bytes(text, whole)]}
     kinds = [*([Way()] if plain else []), *peers(model, min(case.size, SMALL), case.what), *shares]
     rows = _measured(case, ways, kinds, repeats, known)
@@ -155,7 +155,7 @@ def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
 
 def _beside_lightstream(case: Case, tiles: list[int], repeats: int) -> list[dict[str, Any]]:
     """Return rows of lightstream, and streamed within the memory that it took; norm layers are frozen for all."""
-    case = Case(**{**asdict(case), "frozen": True})
+    case = replace(case, frozen=True)
     ways = Ways(case.network())
     theirs = {Way("lightstream", window=tile): tile for tile in tiles}
     peaks = _peaks(case, ways, [Way(), *theirs])
@@ -222,7 +222,7 @@ def peak_here(case: Case, way: Way) -> int:
 
 def _in_faster_format(case: Case) -> Case:
     """Return the case with channels last where plain PyTorch is faster so, on an image that is not large."""
-    cases = [Case(**{**asdict(case), "channels_last": last}) for last in (False, True)]
+    cases = [replace(case, channels_last=last) for last in (False, True)]
     passes = {}
     for one in cases:
         model, image = one.network(), one.image(min(case.size, _FORMAT_SIZE))
@@ -233,65 +233,39 @@ def _in_faster_format(case: Case) -> Case:
 
 def largest(case: Case) -> list[dict[str, Any]]:
     """Return the largest sizes of which a step fits: plain, to some 10%, and streamed: twice as large, and by its plan."""
-    case = Case(**{**asdict(case), "channels_last": True})
+    case = replace(case, channels_last=True)
     ways = Ways(case.network())
-    low, high = largest_size(lambda size: _fits(case, ways, Way(), size), case.size)
-    rows: list[dict[str, Any]] = [
-        {"way": "plain", "what": "largest", "fits": low > 0, "size": low, "too_large": high, "reason": "by trying"}
-    ]
+
+    def fits(way: Way, size: int) -> bool:
+        return bool(_peaks(replace(case, size=size), ways, [way])[way])
+
+    low, high = largest_size(partial(fits, Way()), case.size)
     size = 2 * max(low, case.size // 2)
-    fits = _fits(case, ways, Way("streamed"), size)
-    rows.append({"way": "streamed", "what": "largest", "fits": fits, "size": size, "reason": "by trying"})
-    planned: dict[str, Any] | None = None
-    while size < 1 << 18:
-        try:
-            planned = {"size": size, **ways.plan(Way("streamed"), (1, 3, size, size), case.what, case.dtype)}
-        except ValueError:
-            break
-        size *= 2
-    return (
-        [*rows, {"way": "streamed", "what": "largest", "fits": True, "reason": "by its plan", **planned}]
-        if planned
-        else rows
-    )
-
-
-def _fits(case: Case, ways: Ways, way: Way, size: int) -> bool:
-    release(torch.device(case.device))
-    try:
-        return bool(_peaks(Case(**{**asdict(case), "size": size}), ways, [way])[way])
-    except DoesNotFit:
-        return False
-
-
-def memory_of(device: str) -> int:
-    """Bytes of the memory of the device, or of this machine."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
-    import os
-
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows: list[dict[str, Any]] = [
+        {"way": "plain", "fits": low > 0, "size": low, "too_large": high},
+        {"way": "streamed", "fits": fits(Way("streamed"), size), "size": size},
+    ]
+    with suppress(ValueError):  # of a plan for which the memory is too small
+        while size < _LARGEST:
+            size *= 2
+            plan = ways.plan(Way("streamed"), (1, 3, size, size), case.what, case.dtype)
+            rows[2:] = [{"way": "streamed, by its plan", "fits": True, "size": size, **plan}]
+    return [{**row, "what": "largest"} for row in rows]
 
 
 def _bytes(budget: str, whole: int) -> int:
     """Return the bytes of a budget that is a share of `whole`, such as 1/4 or 0.4, or bytes, such as 2GiB."""
+    if re.fullmatch(r"0?\.[0-9]+|1|[1-9][0-9]*/[1-9][0-9]*", budget):
+        return int(Fraction(budget) * whole)
     try:
-        share = Fraction(budget)
-    except ZeroDivisionError:
-        share = Fraction(0)
+        return parse_bytes(budget) or 0
     except ValueError:
-        try:
-            return parse_bytes(budget) or 0
-        except ValueError:
-            share = Fraction(0)
-    if share <= 0:
-        raise ValueError(f"--budget: {budget!r} is no share such as 1/4, and no size such as 2GiB")
-    return int(share * whole) if share <= 1 else int(share)
+        raise ValueError(f"--budget: {budget!r} is no share such as 1/4, and no size such as 2GiB") from None
 
 
 HEADER = (
-    "| model | pixels | pass | way | budget | s | / plain | MiB | / plain | planned MiB | mark |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
+    "| model | pixels | dtype | pass | way | budget | s | / plain | MiB | / plain | planned MiB | mark |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -306,16 +280,20 @@ def table_row(row: Mapping[str, Any]) -> str:
     way += "".join(f", {kind} on the host" for kind in ("maps", "carries") if row.get(kind) == "host")
     budget = row.get("share") or (format_bytes(row["budget"]) if row.get("budget") else "")
     seconds = number("seconds", ".3f") + (" (first pass)" if row.get("cold") else "") if row["fits"] else "does not fit"
-    if row.get("too_large") or row.get("reason", "").startswith("by "):
-        seconds = row["reason"]
     mark = ""
     if row.get("mark") and row.get("peer_ratio"):
         mark = f"{row['peer_ratio']:.1f} times faster, at least {row['mark']:g}"
     elif row.get("mark"):
         mark = f"at most {row['mark']:.2f}"
     cells = (
-        *(row["model"].rpartition("/")[2], row["size"], row["what"], way, budget, seconds, number("time_ratio", ".2f")),
-        *(number("bytes", ".0f", 2**20), number("memory_ratio", ".2f"), number("predicted_bytes", ".0f", 2**20), mark),
+        *(row["model"].rpartition("/")[2], row["size"], row["dtype"], row["what"], way, budget, seconds),
+        *(
+            number("time_ratio", ".2f"),
+            number("bytes", ".0f", 2**20),
+            number("memory_ratio", ".2f"),
+            number("predicted_bytes", ".0f", 2**20),
+            mark,
+        ),
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -137,6 +137,13 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of the memory of a CUDA device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def limit_memory() -> None:
     """On Linux, let this process have no more memory than is free: it gets an error then, and is not ended by the system."""
     if sys.platform == "linux":
