@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class RRDBNet(nn.Module):
 class Decoder(nn.Module):
     """From latents to the image, as `AutoencoderKL.decode` computes it."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
@@ -152,7 +153,7 @@ def padded_tiles(network: nn.Module, tile: int, pad: int, image: Tensor) -> Tens
 
 
 def tiled_decode(latents: Tensor) -> Tensor:
-    vae = autoencoder()
+    vae: Any = autoencoder()
     vae.enable_tiling()
     return vae.decode(latents).sample
 

@@ -30,7 +30,7 @@ def measure(kind: str, size: int, budget: str, loss: str, folder: Path) -> dict[
     module = DenseModule(UNet().eval(), CLASSES, loss=loss, memory_budget=budget)
     network = module.stream_network
     random = np.random.default_rng(0)
-    pairs = []
+    pairs: list[list[Any]] = []
     for side in (256, size):
         files = [folder / f"{name}{side}.npy" for name in ("image", "labels")]
         for file, (channels, top) in zip(files, ((3, 256), (1, CLASSES)), strict=True):

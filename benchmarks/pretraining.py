@@ -68,14 +68,19 @@ def measure(library: str, run: str, images: str, batch: int, steps: int) -> None
     """Print the CPU-seconds of each step."""
     import torch
 
+    trainer: Any
     torch.set_num_threads(1)
     if library == "ours":
         from lightning.pytorch import Trainer
 
-        import widefield as trainer
+        import widefield
+
+        trainer = widefield
     else:
-        import lightly_train as trainer
+        import lightly_train
         from pytorch_lightning import Trainer
+
+        trainer = lightly_train
     starts: list[float] = []
     method, side, local = RUNS[run]
     views: dict[str, Any] = {"image_size": side if library == "ours" else (side, side)}

@@ -219,7 +219,7 @@ def train(method: str, seed: int, images: Tensor, epochs: int, wrapper: Any) -> 
         method_args = {"teacher": teacher}
     elif method == "beit":
         method_args = {"target_generator": tokenizer(seed, images)}
-    kind = METHODS.get(method)
+    kind: Any = METHODS.get(method)
     views = {**VIEWS, **settings.get("transform_args", {})}
     if kind.transforms.global_view_1 is None:
         del views["global_view_1"]

@@ -56,7 +56,8 @@ def make(name: str, streaming: StreamingArgs | None, frozen: bool) -> Any:
 
 
 def views(name: str, side: int, batch: int) -> list[Tensor]:
-    args = METHODS.get(name).transforms
+    method: Any = METHODS.get(name)
+    args = method.transforms
     local = None if args.local_view is None else replace(args.local_view, view_size=round(side * LOCAL))
     draw = Views(replace(args, image_size=side, local_view=local))
     photos = (data.astronaut(), data.immunohistochemistry(), data.coffee(), data.chelsea())

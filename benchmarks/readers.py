@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -47,7 +48,7 @@ def by_libvips(path: Path) -> Read:
 
 
 def by_tifffile(path: Path) -> Read:
-    array = zarr.open(tifffile.imread(path, aszarr=True), mode="r")
+    array: Any = zarr.open(tifffile.imread(path, aszarr=True), mode="r")
     return lambda y, x, height, width: array[y : y + height, x : x + width].transpose(2, 0, 1)
 
 
@@ -64,7 +65,8 @@ def by_rasterio(path: Path) -> Read:
 
 
 def by_zarr(path: Path) -> Read:
-    array = zarr.open(str(path), mode="r")["0"]
+    group: Any = zarr.open(str(path), mode="r")
+    array = group["0"]
     return lambda y, x, height, width: array[:, y : y + height, x : x + width]
 
 
@@ -89,7 +91,11 @@ def main() -> None:
         root = Path(folder)
         files: list[tuple[str, Path, Callable[[Path], Read]]] = []
         for compression in ("jpeg", "deflate", "lzw", "zstd"):
-            for layout, kind in (({"tile": (256, 256)}, "tiles"), ({"rowsperstrip": 16}, "strips")):
+            layouts: tuple[tuple[dict[str, Any], str], ...] = (
+                ({"tile": (256, 256)}, "tiles"),
+                ({"rowsperstrip": 16}, "strips"),
+            )
+            for layout, kind in layouts:
                 path = root / f"{compression}-{kind}.tif"
                 colours = "ycbcr" if compression == "jpeg" else "rgb"
                 predictor = compression in ("deflate", "zstd", "lzw")
@@ -105,11 +111,17 @@ def main() -> None:
                 libraries = [by_tifffile] if compression == "zstd" else [by_libvips, by_tifffile]
                 files += [(f"TIFF, {compression}, {kind}", path, library) for library in libraries]
         description = "Aperio Image Library v11\r\n|AppMag = 20|MPP = 0.5"
-        for name, compression in (("JPEG", "jpeg"), ("JPEG 2000", 33005)):
-            path = root / f"{compression}.svs"
-            colours = "ycbcr" if compression == "jpeg" else "rgb"
-            options_ = {"photometric": colours, "compression": compression, "tile": (256, 256), "metadata": None}
-            tifffile.imwrite(path, pixels, description=description, **options_)
+        for name, compression_of_slide in (("JPEG", "jpeg"), ("JPEG 2000", 33005)):
+            path = root / f"{compression_of_slide}.svs"
+            tifffile.imwrite(
+                path,
+                pixels,
+                description=description,
+                photometric="ycbcr" if compression_of_slide == "jpeg" else "rgb",
+                compression=compression_of_slide,
+                tile=(256, 256),
+                metadata=None,
+            )
             files.append((f"SVS, {name}", path, by_openslide))
         path, shape = root / "map.tif", {"height": options.size, "width": options.size, "count": 3, "dtype": "uint8"}
         with rasterio.open(

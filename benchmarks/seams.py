@@ -166,7 +166,7 @@ def draw(networks: dict[str, nn.Module], side: int) -> Figure:
     """A part of the photograph, its whole maps and maps from tiles, and differences by the distance to the border of a tile."""
     image, _ = photograph(side)
     part = slice(0, 640), slice(0, 640)
-    figure = Figure((13.5, 7.4), layout="constrained")
+    figure: Any = Figure((13.5, 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.45, 1))
     axes = upper.subplots(1, 4)
     network = networks["instance"]
