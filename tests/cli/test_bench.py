@@ -128,6 +128,15 @@ def test_the_largest_size_is_found_to_a_tenth() -> None:
     assert bench.largest_size(lambda size: False, 1024) == (0, 32)
 
 
+def test_the_largest_images_are_told_of_plain_and_streamed_passes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_peaks", lambda case, ways, kinds: dict.fromkeys(kinds, case.size <= 1000))
+    monkeypatch.setattr(bench, "_LARGEST", 4096)
+    plain, tried, planned = bench.largest(bench.Case(model, 512, "step", "float32", "cpu"))
+    assert plain["way"] == "plain" and 900 <= plain["size"] <= 1000 < plain["too_large"]
+    assert tried["way"] == "streamed" and tried["size"] == 2 * plain["size"] and not tried["fits"]
+    assert planned["way"] == "streamed, by its plan" and planned["size"] >= 4096 and planned["predicted_bytes"] > 0
+
+
 def test_a_budget_is_a_share_or_bytes() -> None:
     assert [bench._bytes(text, 1000) for text in ("1/4", "0.4", "1", "2KiB", "5000")] == [250, 400, 1000, 2048, 5000]
     with pytest.raises(ValueError, match="1/0"):
