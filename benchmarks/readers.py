@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows of the table whose name contains this, such as lzw")
     options = parser.parse_args()
     pyvips.cache_set_max(0)  # or it gives what it decoded in an earlier pass
     warnings.simplefilter("ignore")  # rasterio warns of pictures that are no maps
@@ -136,7 +137,7 @@ def main() -> None:
         files.append(("OME-Zarr, zstd", root / "a.zarr", by_zarr))
         np.save(root / "a.npy", channels_first)
         files.append(("npy", root / "a.npy", by_numpy))
-        for name, path, library in files:
+        for name, path, library in (one for one in files if options.only in one[0]):
             compare(name, path, library, options.size, options.repeats)
 
 

@@ -12,7 +12,7 @@ import zarr
 
 from tests.microscopy_files import write_lif, write_nd2
 from widefield.errors import WidefieldError
-from widefield.images import ImageReadError, open_image, photos, zarrs
+from widefield.images import ImageReadError, embedded, open_image, photos, zarrs
 
 PIXELS = (np.indices((60, 75)).sum(0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
 
@@ -96,9 +96,10 @@ def test_a_damaged_picture_beside_a_slide_is_named(tmp_path):
         open_image(tmp_path / "a.svs").associated_images["label"]()
 
 
-def _replace_tile(path, tile, compression):
+def _replace_tile(path, tile, compression, samples=1):
     """A TIFF file of one 64 x 64 tile, the bytes of which are another picture."""
-    tifffile.imwrite(path, np.zeros((64, 64), np.uint8), tile=(64, 64), compression=compression)
+    pixels = np.zeros((64, 64, samples)[: 2 + (samples > 1)], np.uint8)
+    tifffile.imwrite(path, pixels, tile=(64, 64), compression=compression)
     with tifffile.TiffFile(path) as file:
         tags = file.pages[0].tags
         places = tags["TileOffsets"].valueoffset, tags["TileByteCounts"].valueoffset
@@ -108,17 +109,63 @@ def _replace_tile(path, tile, compression):
     path.write_bytes(content + tile)
 
 
-@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "png"])
+ENCODERS = {
+    "jpeg": imagecodecs.jpeg8_encode,
+    "jpeg2000": imagecodecs.jpeg2k_encode,
+    "png": imagecodecs.png_encode,
+    "webp": imagecodecs.webp_encode,
+    "jpegxl": imagecodecs.jpegxl_encode,
+    "jpegxr": imagecodecs.jpegxr_encode,
+    "lerc": imagecodecs.lerc_encode,
+}
+
+
+@pytest.mark.parametrize("compression", ENCODERS)
 def test_a_picture_larger_than_the_tile_that_it_lies_in_is_not_decoded(tmp_path, compression):
-    encode = {"jpeg": imagecodecs.jpeg8_encode, "jpeg2000": imagecodecs.jpeg2k_encode, "png": imagecodecs.png_encode}
-    for side, fits in ((64, True), (500, False)):
-        _replace_tile(tmp_path / "a.tif", encode[compression](np.zeros((side, side), np.uint8)), compression)
+    samples = 3 if compression == "webp" else 1
+    for height, width, fits in ((64, 64, True), (500, 400, False)):
+        tile = ENCODERS[compression](np.zeros((height, width, samples)[: 2 + (samples > 1)], np.uint8))
+        _replace_tile(tmp_path / "a.tif", tile, compression, samples)
         image = open_image(tmp_path / "a.tif")
         if fits:
             assert not image.read(0, 0, 64, 64).any()
             continue
-        with pytest.raises(ImageReadError, match=r"a\.tif: .*a picture of 500 by 500 pixels lies in it"):
+        with pytest.raises(ImageReadError, match=r"a\.tif: .*a picture of 500 by 400 pixels lies in it"):
             image.read(0, 0, 1, 1)
+
+
+def test_a_lerc_tile_of_many_values_for_each_pixel_is_not_decoded(tmp_path):
+    one = imagecodecs.lerc_encode(np.zeros((64, 64), np.uint8))
+    for tile in (imagecodecs.lerc_encode(np.zeros((64, 64, 40), np.uint8)), one * 40):
+        _replace_tile(tmp_path / "a.tif", tile, "lerc")
+        with pytest.raises(ImageReadError, match="a picture of 64 by 64 pixels of 40 values lies in it"):
+            open_image(tmp_path / "a.tif").read(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("pack", [zlib.compress, imagecodecs.zstd_encode])
+def test_a_lerc_tile_within_another_compression_is_unpacked_so_far_as_it_may_be_large(tmp_path, pack):
+    one = imagecodecs.lerc_encode(np.full((64, 64), 3, np.uint8))
+    _replace_tile(tmp_path / "a.tif", pack(one), "lerc")
+    assert np.all(open_image(tmp_path / "a.tif").read(0, 0, 64, 64) == 3)
+    _replace_tile(tmp_path / "a.tif", pack(one + bytes(2**20)), "lerc")
+    with pytest.raises(ImageReadError, match=r"a\.tif: truncated or corrupt data"):
+        open_image(tmp_path / "a.tif").read(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("compression", ENCODERS)
+def test_the_size_that_a_picture_declares_is_read_from_its_header(compression):
+    for shape in ((1, 1, 3), (8, 16, 3), (120, 160, 3), (300, 1100, 3)):
+        data = ENCODERS[compression](np.full(shape, 7, np.uint8))
+        assert embedded.declared_size(data) == (*shape[:2], 3 if compression == "lerc" else 1)
+        for end in (0, 5, 20):
+            embedded.declared_size(data[:end])
+    for options in ({"lossless": True}, {"usecontainer": True}):
+        if compression == {"lossless": "webp", "usecontainer": "jpegxl"}[next(iter(options))]:
+            assert embedded.declared_size(ENCODERS[compression](np.zeros((9, 700, 3), np.uint8), **options)) == (
+                9,
+                700,
+                1,
+            )
 
 
 def test_a_picture_of_absurd_size_is_refused_with_the_limit(tmp_path):

@@ -1,9 +1,10 @@
 """Arrays as images: in memory, in `.npy` and PNM files, or anywhere uncompressed in a file, read through a memory map."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedRandom
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -59,8 +60,9 @@ class ArrayPixels:
 class MappedArray:
     """An array in a file; what is taken of it is a view of the file.
 
-    The map is made for each read and dropped with the view: the pages of a lasting one would count as resident memory, so
-    that a pass over the image would seem (to a container's limit, too) to hold all of it.
+    The map of a large file is made anew when the reads through it have touched more than `TOUCHED_BYTES`: the pages of a lasting
+    one count as resident memory, so that a pass over the image would seem (to a container's limit, too) to hold all of it. It is
+    made anew, too, when the file was written in the meantime: a process that reads a map beyond the end of its file is ended.
     """
 
     file: Path | BufferedRandom
@@ -70,15 +72,47 @@ class MappedArray:
     dtype: np.dtype
     strides: tuple[int, ...] | None = None
     """Bytes from one element to the next on each axis; None if they lie one behind the other, the last axis fastest."""
+    _mapped: list[Any] = field(default_factory=list, repr=False, compare=False)
+    """The array over the map, the state of the file when it was made, and the bytes that were touched; empty at first."""
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        now = self.file.stat() if isinstance(self.file, Path) else os.fstat(self.file.fileno())
+        state = now.st_ino, now.st_size, now.st_mtime_ns
+        array, known, touched = self._mapped or (None, None, 0)
+        if array is None or known != state or touched > TOUCHED_BYTES:
+            array, touched = self._map(), 0
+        view: np.ndarray = array[index]
+        if now.st_size > KEPT_BYTES:
+            touched += _touched_bytes(view)
+        self._mapped[:] = [array, state, touched]
+        return view
+
+    def _map(self) -> np.ndarray:
         if isinstance(self.file, Path):
             with self.file.open("rb", buffering=0) as file:
                 mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
         else:
             mapped = mmap(self.file.fileno(), 0, access=ACCESS_READ)
         # faster than np.memmap by half for a small region
-        return np.ndarray(self.shape, self.dtype, mapped, self.offset, self.strides)[index]
+        return np.ndarray(self.shape, self.dtype, mapped, self.offset, self.strides)
+
+
+KEPT_BYTES = 64 * 2**20
+"""The map of a file that is no larger is kept."""
+
+TOUCHED_BYTES = 16 * 2**20
+"""Bytes of a larger file that a map of it may hold in memory."""
+
+_FAULT_BYTES = 2**16
+"""Bytes that Linux maps around a page that is touched."""
+
+
+def _touched_bytes(view: np.ndarray) -> int:
+    """At most so many bytes become resident when `view` is read."""
+    size = view.itemsize
+    for stride, count in sorted(zip(map(abs, view.strides), view.shape)):
+        size = size + stride * (count - 1) if stride - size <= _FAULT_BYTES else count * (size + _FAULT_BYTES)
+    return size
 
 
 @dataclass(frozen=True)

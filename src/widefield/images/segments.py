@@ -1,33 +1,39 @@
 """Pixels of one TIFF page: its tiles or strips, decoded one by one as they are needed."""
 
 import math
-import struct
+import os
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pyvips
 import simplejpeg
 import tifffile
-from tifffile import COMPRESSION, PHOTOMETRIC
+from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import ForkSafeLock, Pixels, cannot_read, check_segment
+from widefield.images.embedded import declared_size
+from widefield.images.formats import ForkSafeLock, PerProcess, Pixels, cannot_read, check_segment
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
 CACHE_BYTES = 16 * 2**20
 """Decoded segments are kept up to so many bytes, or those of one row of tiles where that is more: what strips lower than a tile
 read twice."""
 
+_WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_POOL = PerProcess(lambda: ThreadPoolExecutor(_WORKERS, "widefield-segments"))
+_PARALLEL_BYTES = 2**15
+"""Segments that decode to fewer bytes are decoded one after the other: handing them to a thread would take as long."""
+
 _JPEG = (COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY)
-_EMBEDDED = (33003, 33004, 33005, 34712, 34933)
-"""Compressions that make a whole JPEG 2000 or PNG file of a tile."""
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of a JPEG that begin a frame."""
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 """A marker that says how the colours of a JPEG are stored; the last byte, 0 for RGB and 1 for YCbCr, is to follow."""
 
@@ -162,11 +168,25 @@ def _decoder(path: Path, page: Page) -> Decode:
     strip = min(frame.rowsperstrip, frame.imagelength), frame.imagewidth
     height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else strip
     most = 2 * (height + 16) * (width + 16)  # encoders may fill up a segment
+    if compression in TIFF.IMAGE_COMPRESSIONS and compression not in _JPEG:
+
+        def decode_picture(data: bytes, index: int) -> np.ndarray:
+            _check_embedded(data, most, frame.samplesperpixel)
+            return decode(data, index)[0][0]
+
+        return decode_picture
+    if compression == COMPRESSION.LERC:
+        most_bytes = 2**16 + 2 * most * frame.samplesperpixel * frame.dtype.itemsize
+
+        def decode_lerc(data: bytes, index: int) -> np.ndarray:
+            data = _unpacked_lerc(data, most_bytes)
+            _check_embedded(data, most, frame.samplesperpixel)
+            return decode(data, index)[0][0]
+
+        return decode_lerc
     if compression not in _JPEG:
 
         def decode_other(data: bytes, index: int) -> np.ndarray:
-            if compression in _EMBEDDED:
-                _check_embedded(data, most)
             return decode(data, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
 
         return decode_other
@@ -175,13 +195,13 @@ def _decoder(path: Path, page: Page) -> Decode:
     if colourspace is None or frame.bitspersample != 8:
 
         def decode_unusual_jpeg(data: bytes, index: int) -> np.ndarray:
-            _check_embedded(data, most)
+            _check_embedded(data, most, frame.samplesperpixel)
             return decode(_ended(data), index, jpegtables=tables)[0][0]
 
         return decode_unusual_jpeg
 
     def decode_jpeg(data: bytes, index: int) -> np.ndarray:
-        _check_embedded(data, most)
+        _check_embedded(data, most, frame.samplesperpixel)
         # the bare decoder of the format gives grey for what is damaged; this one raises
         before = tables[:-2] if tables else data[:2]
         marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
@@ -191,24 +211,25 @@ def _decoder(path: Path, page: Page) -> Decode:
     return decode_jpeg
 
 
-def _check_embedded(data: bytes, most: int) -> None:
-    """Raise a ValueError if a whole picture in a tile or strip says that it has more pixels than `most`, before it is decoded.
+def _check_embedded(data: bytes, most: int, samples: int) -> None:
+    """Raise a ValueError if a picture in a tile or strip says, before it is decoded, that it has more than `most` pixels."""
+    height, width, bands = declared_size(data) or (0, 0, 1)
+    if height * width * bands > most * (samples if bands > 1 else 1):
+        each = f" of {bands} values" if bands > 1 else ""
+        raise ValueError(f"a picture of {height} by {width} pixels{each} lies in it, which can hold {most} pixels")
 
-    The places are those of the frame header of JPEG, the marker SIZ of JPEG 2000 and the chunk IHDR of PNG.
-    """
-    sides = None
-    if data.startswith(b"\x89PNG"):
-        sides = struct.unpack_from(">II", data, 16)
-    elif (start := data[:4096].find(b"\xff\x4f\xff\x51")) >= 0:
-        sides = struct.unpack_from(">II", data, start + 8)
-    else:
-        at = 2
-        while at + 9 <= len(data) and data[at] == 0xFF and sides is None:
-            if data[at + 1] in _FRAMES:
-                sides = struct.unpack_from(">HH", data, at + 5)
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if sides is not None and math.prod(sides) > most:
-        raise ValueError(f"a picture of {sides[0]} by {sides[1]} pixels lies in it, of which it can hold {most}")
+
+def _unpacked_lerc(data: bytes, most: int) -> bytes:
+    """LERC data without the deflate or ZSTD that GDAL may put around them, which imagecodecs would unpack as far as they go."""
+    if data.startswith(b"\x28\xb5\x2f\xfd"):
+        return imagecodecs.zstd_decode(data, out=most)
+    if data.startswith((b"Lerc2 ", b"CntZImage ")):
+        return data
+    unpacking = zlib.decompressobj()
+    unpacked = unpacking.decompress(data, most)
+    if unpacking.unconsumed_tail:
+        raise ValueError(f"it unpacks to more than {most} bytes")
+    return unpacked
 
 
 def _ended(data: bytes) -> bytes:
@@ -244,6 +265,12 @@ class SegmentPixels:
     blank: np.ndarray
     """The channels of a pixel that was never written."""
     _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
+    _spooled: dict[int, MappedArray] = field(default_factory=dict, repr=False)
+    """Segments in a temporary file: those that narrow reads of wide strips came for again after they had left the cache."""
+    _left: set[int] = field(default_factory=set, repr=False)
+    """Segments that left the cache during narrow reads."""
+    _spool: dict[int, Any] = field(default_factory=dict, repr=False)
+    """The temporary file of each process, when there is one; None in its place if it is full."""
     _lock: Any = field(default_factory=ForkSafeLock, repr=False)
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
@@ -252,40 +279,63 @@ class SegmentPixels:
         pixels = np.empty((len(channels), height, width) if planar else (height, width, len(channels)), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             if not planar:
-                self._read_plane(file, 0, pixels, y, x, channels)
+                self._read_planes(file, [0], [pixels], y, x, channels)
                 return pixels.transpose(2, 0, 1)
-            for target, channel in zip(pixels, channels, strict=True):
-                self._read_plane(file, channel, target[..., None], y, x, [0])
+            self._read_planes(file, channels, [target[..., None] for target in pixels], y, x, [0])
             return pixels
 
-    def _read_plane(self, file: Any, plane: int, target: np.ndarray, y: int, x: int, channels: Sequence[int]) -> None:
-        """Fill `target` (height, width, channels) from the segments of a plane."""
-        height, width, _ = target.shape
+    def _read_planes(
+        self, file: Any, planes: Sequence[int], targets: Sequence[np.ndarray], y: int, x: int, channels: Sequence[int]
+    ) -> None:
+        """Fill each of `targets` (height, width, channels) from the segments of its plane, several segments at a time."""
+        height, width, _ = targets[0].shape
         rows, columns = self.segment
+        is_narrow = self.grid[1] == 1 and 2 * width <= self.shape[2]
         every = self.planes > 1 or list(channels) == list(range(self.shape[0]))
-        for row in range(y // rows, (y + height - 1) // rows + 1):
-            for column in range(x // columns, (x + width - 1) // columns + 1):
-                index = (plane * self.grid[0] + row) * self.grid[1] + column
-                top, left = row * rows, column * columns
-                first = max(y, top), max(x, left)
-                end = min(y + height, top + rows), min(x + width, left + columns)
-                inside = target[first[0] - y : end[0] - y, first[1] - x : end[1] - x]
-                if not self.counts[index]:
-                    inside[...] = self.blank[[plane] if self.planes > 1 else list(channels)]
-                    continue
-                part = self._decoded(index, file)[first[0] - top : end[0] - top, first[1] - left : end[1] - left]
-                if part.shape[:2] != inside.shape[:2]:
-                    raise ValueError(f"a tile or strip of {part.shape[0]}x{part.shape[1]} pixels is too small")
-                inside[...] = part if every else part[..., channels]
 
-    def _decoded(self, index: int, file: Any) -> np.ndarray:
+        def fill(place: tuple[int, int, int]) -> None:
+            k, row, column = place
+            index = (planes[k] * self.grid[0] + row) * self.grid[1] + column
+            top, left = row * rows, column * columns
+            first = max(y, top), max(x, left)
+            end = min(y + height, top + rows), min(x + width, left + columns)
+            inside = targets[k][first[0] - y : end[0] - y, first[1] - x : end[1] - x]
+            if not self.counts[index]:
+                inside[...] = self.blank[[planes[k]] if self.planes > 1 else list(channels)]
+                return
+            segment = self._decoded(index, file, is_narrow)
+            part = segment[first[0] - top : end[0] - top, first[1] - left : end[1] - left]
+            if part.shape[:2] != inside.shape[:2]:
+                raise ValueError(f"a tile or strip of {part.shape[0]}x{part.shape[1]} pixels is too small")
+            inside[...] = part if every else part[..., channels]
+
+        places = [
+            (k, row, column)
+            for k in range(len(planes))
+            for row in range(y // rows, (y + height - 1) // rows + 1)
+            for column in range(x // columns, (x + width - 1) // columns + 1)
+        ]
+        if len(places) == 1 or _WORKERS == 1 or self._segment_bytes() < _PARALLEL_BYTES:
+            for place in places:
+                fill(place)
+        else:
+            for _ in _POOL.get().map(fill, places):
+                pass  # raises what a thread raised
+
+    def _segment_bytes(self) -> int:
+        """Bytes of a decoded segment."""
+        return math.prod(self.segment) * (1 if self.planes > 1 else self.shape[0]) * self.dtype.itemsize
+
+    def _decoded(self, index: int, file: Any, is_narrow: bool) -> np.ndarray | MappedArray:
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
-        file.seek(int(self.offsets[index]))
-        count = int(self.counts[index])
-        data = file.read(count)
+            if index in self._spooled:
+                return self._spooled[index]
+            file.seek(int(self.offsets[index]))
+            count = int(self.counts[index])
+            data = file.read(count)
         if len(data) < count:
             raise ValueError("the file ends before")
         segment = self.decode(data, index)
@@ -295,11 +345,37 @@ class SegmentPixels:
             segment = self._spilled(segment)
         with self._lock:
             self._cache[index] = segment
-            kept = sum(part.nbytes for part in self._cache.values())
-            row = self.grid[1] * self.planes * math.prod(self.segment) * segment.shape[-1] * segment.itemsize
-            while kept > max(CACHE_BYTES, row) and len(self._cache) > 1:
-                kept -= self._cache.popitem(last=False)[1].nbytes
+            self._shrink_cache(is_narrow)
         return segment
+
+    def _shrink_cache(self, is_narrow: bool) -> None:
+        """Drop the segments that were used longest ago; strips that narrow reads will come for again go to a file."""
+        kept = sum(part.nbytes for part in self._cache.values())
+        limit = max(CACHE_BYTES, self.grid[1] * self.planes * self._segment_bytes())
+        if is_narrow:
+            limit = max(limit, MEMORY_BYTES)
+        while kept > limit and len(self._cache) > 1:
+            index, segment = self._cache.popitem(last=False)
+            kept -= segment.nbytes
+            if is_narrow and index not in self._spooled:
+                if index in self._left:
+                    self._write(index, segment)
+                self._left.add(index)
+
+    def _write(self, index: int, segment: np.ndarray) -> None:
+        """Keep a segment in the temporary file, while there is room."""
+        process = os.getpid()
+        try:
+            if process not in self._spool:
+                self._spool[process] = file = TemporaryFile(prefix="widefield-")  # noqa: SIM115 - closed with this object
+                weakref.finalize(self, file.close)
+            if (file := self._spool[process]) is not None:
+                place = file.seek(0, os.SEEK_END)
+                file.write(np.ascontiguousarray(segment).data)
+                file.flush()
+                self._spooled[index] = MappedArray(file, place, segment.shape, segment.dtype)
+        except OSError:
+            self._spool[process] = None
 
     def _spilled(self, segment: np.ndarray) -> np.ndarray:
         """A segment too large for memory (a file of one compressed strip), as a map of a temporary file."""
