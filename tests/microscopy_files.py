@@ -1,10 +1,12 @@
-"""Writers of ND2 and LIF files as small as their readers take them, since no package writes either."""
+"""Writers of ND2, LIF, OIF and OIB files as small as their readers take them, since no package writes them."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
+import tifffile
 
 _DIMENSIONS = {"X": 1, "Y": 2, "Z": 3, "T": 4, "M": 10}
 _CHUNK_NAME_BYTES = 4096 - 16 - 8
@@ -131,3 +133,88 @@ def _experiment(loops: tuple[tuple[str, int], ...]) -> str:
     following = f"<ppNextLevelEx><i0>{_experiment(tuple(inner))}</i0></ppNextLevelEx>" if inner else ""
     kind = {"T": 1, "P": 2, "Z": 4}[axis]
     return f'<eType runtype="lx_uint32" value="{kind}"/><uLoopPars>{parameters}</uLoopPars>{following}'
+
+
+def write_oif(path: Path, planes: dict[str, np.ndarray], channels: tuple[str, ...] = ()) -> Path:
+    """Write an OIF file and its folder, or an OIB file, by the ending; planes are named as in `s_C001Z002.tif`."""
+    said = {
+        "Reference Image Parameter": {"HeightConvertValue": "0.25", "HeightUnit": '"um"'}
+        | {"WidthConvertValue": "0.5", "WidthUnit": '"um"'},
+        "ProfileSaveInfo": {"Name": '"a"', "Version": '"1"'},
+        **{f"Channel {k} Parameters": {"CH Name": f'"{name}"'} for k, name in enumerate(channels, 1)},
+    }
+    files = {}
+    for name, pixels in planes.items():
+        stream = io.BytesIO()
+        tifffile.imwrite(stream, pixels, metadata=None)
+        files[name] = stream.getvalue()
+    if path.suffix == ".oif":
+        path.write_bytes(_settings(said))
+        folder = path.with_name(f"{path.name}.files")
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return path
+    streams = {f"Stream{k:05d}": content for k, content in enumerate([_settings(said), *files.values()])}
+    names = dict(zip(streams, ["a.oif", *(f"Storage00001/{name}" for name in files)], strict=True))
+    info = {"OibSaveInfo": {"Version": "2", "MainFileName": "Stream00000", **names}}
+    path.write_bytes(_compound({"OibInfo.txt": _settings(info), **streams}))
+    return path
+
+
+def _settings(sections: dict[str, dict[str, str]]) -> bytes:
+    lines = [
+        line for name, values in sections.items() for line in (f"[{name}]", *(f"{k}={v}" for k, v in values.items()))
+    ]
+    return b"\xff\xfe" + "\r\n".join([*lines, ""]).encode("utf-16-le")
+
+
+def _compound(streams: dict[str, bytes]) -> bytes:
+    """A compound file (MS-CFB) of version 3, whose streams are filled up to the 4096 bytes below which they lie elsewhere."""
+    end, free, none = 0xFFFFFFFE, 0xFFFFFFFF, 0xFFFFFFFF
+    contents = [content.ljust(4096, b"\0") for content in streams.values()]
+    lengths = [-(-(len(streams) + 1) // 4), *(-(-len(content) // 512) for content in contents)]
+    tables = -(-(sum(lengths) + 1) // 127)
+    starts = np.cumsum([tables, *lengths])
+    fat = [0xFFFFFFFD] * tables
+    for start, length in zip(starts, lengths):
+        fat += [*range(start + 1, start + length), end]
+    fat += [free] * (128 * tables - len(fat))
+    entries = [("Root Entry", 5, none, 1, end, 0)]
+    for k, (name, content) in enumerate(zip(streams, contents), 1):
+        entries.append((name, 2, k + 1 if k < len(streams) else none, none, int(starts[k]), len(content)))
+    directory = b"".join(
+        struct.pack("<64sHBBIII", name.encode("utf-16-le"), 2 * len(name) + 2, kind, 1, none, right, child)
+        + struct.pack("<16sIQQIQ", b"", 0, 0, 0, start, size)
+        for name, kind, right, child, start, size in entries
+    )
+    header = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(16)
+    header += struct.pack("<HHHHHHIIIIIIIIII", 0x3E, 3, 0xFFFE, 9, 6, 0, 0, 0, tables, tables, 0, 4096, end, 0, end, 0)
+    header += struct.pack("<109I", *range(tables), *[free] * (109 - tables))
+    body = struct.pack(f"<{len(fat)}I", *fat) + directory.ljust(512 * lengths[0], b"\0")
+    return header + body + b"".join(content.ljust(-(-len(content) // 512) * 512, b"\0") for content in contents)
+
+
+def write_xlef(path: Path, images: dict[str, dict]) -> Path:
+    """Write an XLEF, and beside it an XLIF and a LOF for each image; images are as in `write_lif`."""
+    references = ""
+    for number, (name, one) in enumerate(images.items()):
+        content = write_lif(path.with_suffix(".lif"), {name: one}).read_bytes()
+        path.with_suffix(".lif").unlink()
+        end = 13 + 2 * struct.unpack_from("<I", content, 9)[0]
+        element = content[13:end].decode("utf-16-le").split("<Children>")[1].split("</Children>")[0]
+        pixels = content[end + 22 + 4 :]
+        head = '<LMSDataContainerHeader Version="2">'
+        xml = f"{head}{element}</LMSDataContainerHeader>".encode("utf-16-le")
+        kind = "LMS_Object_File".encode("utf-16-le")
+        lof = struct.pack("<IIBI", 0x70, len(kind) + 5, 0x2A, len(kind) // 2) + kind
+        lof += struct.pack("<BIBIBQ", 0x2A, 2, 0x2A, 0, 0x2A, len(pixels)) + pixels
+        lof += struct.pack("<IIBI", 0x70, len(xml) + 5, 0x2A, len(xml) // 2) + xml
+        path.with_name(f"image {number}.lof").write_bytes(lof)
+        frame = f'><Frame File="image%20{number}.lof" Offset="0" Size="{len(pixels)}" UUID=""/></Memory></Element>'
+        xlif = f"{head}{element.replace('/></Element>', frame)}</LMSDataContainerHeader>"
+        path.with_name(f"image {number}.xlif").write_text('<?xml version="1.0"?>' + xlif)
+        references += f'<Reference File="image%20{number}.xlif" UUID="{number}"/>'
+    project = f'<Element Name="project"><Data><Experiment/></Data><Children>{references}</Children></Element>'
+    path.write_text(f'<?xml version="1.0"?><LMSDataContainerHeader Version="2">{project}</LMSDataContainerHeader>')
+    return path

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 import zarr
 
-from tests.microscopy_files import write_lif, write_nd2
+from tests.microscopy_files import write_lif, write_nd2, write_oif
 from widefield.errors import WidefieldError
 from widefield.images import ImageReadError, embedded, open_image, photos, zarrs
 
@@ -44,6 +44,7 @@ WRITERS = {
     "a.svs": _svs,
     "a.zarr.zip": _zarr_zip,
     "a.nd2": lambda path: write_nd2(path, [PIXELS] * 2, loops=(("T", 2),), lossless=True),
+    "a.oib": lambda path: write_oif(path, {"s_C001.tif": PIXELS[..., 0], "s_C002.tif": PIXELS[..., 1]}, ("A", "B")),
     "a.lif": lambda path: write_lif(path, {"A": {"pixels": PIXELS, "tags": [3, 2, 1], "pad": 2}}),
 }
 

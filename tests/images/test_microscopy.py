@@ -1,4 +1,4 @@
-"""CZI, ND2 and LIF files come as they were written and as their libraries read them; others are refused by name."""
+"""CZI, ND2, LIF, OIF and OIB files come as they were written and as their libraries read them; others are refused by name."""
 
 import re
 import struct
@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import liffile
 import nd2
 import numpy as np
+import oiffile
 import openslide
 import pytest
 import tifffile
 from PIL import Image
 from pylibCZIrw import czi as pyczi
 
-from tests.microscopy_files import write_lif, write_nd2
+from tests.microscopy_files import write_lif, write_nd2, write_oif, write_xlef
 from widefield.images import ImageReadError, open_image
 
 CORNER = (-13, -7)
@@ -321,7 +322,53 @@ def test_a_lif_file_whose_pixels_do_not_fit_is_refused_when_it_is_opened(tmp_pat
         open_image(_replaced(path, old.encode("utf-16-le"), new.encode("utf-16-le")))
 
 
-@pytest.mark.parametrize("name", ["a.xlef", "a.VSI", "a.oib", "a.oif", "a.ims", "a.zvi"])
+def test_an_xlef_gives_the_images_of_the_lof_files_that_it_names(tmp_path):
+    one, two = _noise(30, 40, bands=2), np.stack([_noise(20, 25, "u2", seed=z) for z in range(3)])
+    path = write_xlef(tmp_path / "a b.xlef", {"One": {"pixels": one}, "Two": {"pixels": two, "axes": "ZYX"}})
+    with liffile.LifFile(path) as file:
+        names = [image.path for image in file.images]
+        np.testing.assert_array_equal(file.images[1].asarray(), two[..., 0])
+    np.testing.assert_array_equal(open_image(path, series=names[0]).read(0, 0, 30, 40), one.transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        open_image(path, series=f"{names[1]} Z=2").read(3, 4, 10, 9)[0], two[2, 3:13, 4:13, 0]
+    )
+    (tmp_path / "image 1.lof").unlink()
+    with pytest.raises(
+        ImageReadError, match=r"a b\.xlef: .*image 1\.lof, in which the pixels of .*Two lie, is missing"
+    ):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["ä b.oif", "ä b.oib"])
+def test_planes_of_an_olympus_file_are_those_that_were_written_and_that_oiffile_reads(tmp_path, name):
+    planes = {
+        f"s_C00{c}Z00{z}.tif": _noise(20, 30, "u2", seed=10 * c + z)[..., 0] for c in (1, 2, 3) for z in (1, 2, 3, 4)
+    }
+    path = write_oif(tmp_path / name, planes, ("CH1", "CH2", "TD1"))
+    with pytest.raises(ImageReadError, match=r"it holds several images.*0: image Z=0 20x30, 1: image Z=1 20x30"):
+        open_image(path)
+    read = oiffile.imread(path)
+    for z in range(4):
+        image = open_image(path, series=f"image Z={z}")
+        expected = np.stack([planes[f"s_C00{c}Z00{z + 1}.tif"] for c in (1, 2, 3)])
+        np.testing.assert_array_equal(image.read(0, 0, 20, 30), expected)
+        np.testing.assert_array_equal(read[:, z], expected)
+    assert (image.channel_names, image.spacing, image.dtype) == (("CH1", "CH2", "TD1"), (0.25, 0.5), np.uint16)
+    chosen = open_image(path, series=1, channels=["TD1"]).read(3, 4, 5, 6)
+    np.testing.assert_array_equal(chosen, read[2:, 1, 3:8, 4:10])
+
+
+def test_an_olympus_file_without_its_planes_is_refused_with_the_reason(tmp_path):
+    path = write_oif(tmp_path / "a.oif", {"s_C001.tif": _noise(9, 9)[..., 0]})
+    path.with_name("a.oif.files").rename(tmp_path / "elsewhere")
+    with pytest.raises(ImageReadError, match=r"a\.oif: it holds no plane; the folder beside it.* may be missing"):
+        open_image(path)
+    both = {"s_C001.tif": _noise(9, 9)[..., 0], "s_C002.tif": _noise(9, 8)[..., 0]}
+    with pytest.raises(ImageReadError, match="its channels have different sizes or types"):
+        open_image(write_oif(tmp_path / "b.oib", both))
+
+
+@pytest.mark.parametrize("name", ["a.VSI", "a.oir", "a.ims", "a.zvi"])
 def test_microscopy_files_that_are_not_read_are_refused_with_what_to_do(tmp_path, name):
     tifffile.imwrite(tmp_path / name, _noise(40, 50)[..., 0])  # a VSI file is a TIFF file, of an overview
     with pytest.raises(ImageReadError, match=rf"{name}: .* files .* are not read; convert it to OME-TIFF or OME-Zarr"):
@@ -331,6 +378,7 @@ def test_microscopy_files_that_are_not_read_are_refused_with_what_to_do(tmp_path
 def test_what_is_refused_is_not_among_the_formats_that_a_message_lists(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"nothing known")
     with pytest.raises(
-        ImageReadError, match="none of Nikon ND2, Leica LIF, LOF, Zeiss CZI, slides that OpenSlide reads, TIFF"
+        ImageReadError,
+        match="none of Nikon ND2, Leica LIF, LOF, XLEF, Olympus OIF, OIB, Zeiss CZI, slides that OpenSlide reads, TIFF",
     ):
         open_image(tmp_path / "a.bin")

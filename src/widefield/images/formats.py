@@ -150,6 +150,7 @@ def image_formats() -> tuple[ImageFormat, ...]:
     rooms = [
         "nikon",
         "leica",
+        "olympus",
         "microscopy",
         "slides",
         "tiff",

@@ -1,9 +1,13 @@
-"""Leica LIF and LOF files: their structure through liffile, which the extra `microscopy` brings, their pixels from the file."""
+"""Leica LIF and LOF files, and XLEF, which names LOF files.
+
+Their structure is read by liffile, which the extra `microscopy` brings, their pixels from the file.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -42,11 +46,13 @@ class _Axis:
 class _Image:
     """One image of a file, as its XML tells it; of several positions in time, depth and the like."""
 
+    file: Path
+    """The file that its pixels lie in."""
     name: str
     axes: dict[str, _Axis]
     channels: list[Element]
     offset: int | None
-    """Return the place at which its pixels begin; None if the file lacks them."""
+    """Place at which its pixels begin; None if the file lacks them."""
     size: int
     """Bytes of its pixels."""
 
@@ -58,23 +64,23 @@ class _Image:
         return {name: axis.count for name, axis in self.axes.items() if name not in "YX" and axis.count > 1}
 
 
-@image_format(
-    "Leica LIF, LOF",
-    endings=(".lif", ".lof"),
-    recognises=lambda path, start: start.startswith(b"\x70\0\0\0") and start[8:9] == b"\x2a",
-)
+def _is_leica(path: Path | str, start: bytes) -> bool:
+    is_project = str(path).lower().endswith(".xlef") and start.startswith((b"<", b"\xff\xfe<", b"\xef\xbb\xbf<"))
+    return is_project or (start.startswith(b"\x70\0\0\0") and start[8:9] == b"\x2a")
+
+
+@image_format("Leica LIF, LOF, XLEF", endings=(".lif", ".lof", ".xlef"), recognises=_is_leica)
 def open_lif(path: Path, choice: Choice) -> Contents:
-    """Open one plane of an image of a LIF file: all its channels at one position in depth, time and the like.
+    """Open one plane of an image of a LIF file, or of a LOF file that an XLEF names: all its channels at one position.
 
     What is no picture of rows and columns (line scans, histograms of photon counts) is none of the images.
     """
     liffile: Any = optional("liffile", path, "microscopy")
-    with liffile.LifFile(path) as file:
-        images = [_image(path, one) for one in file.images if not one.is_flim]
-    images = [one for one in images if {"Y", "X"} <= one.axes.keys()]
+    images = [one for one in _images(path, liffile) if {"Y", "X"} <= one.axes.keys()]
     places = [(one, at) for one in images for at in np.ndindex(*one.stacked.values())]
     if not places:
-        raise cannot_read(path, "it holds no picture of rows and columns")
+        reason = "no picture of rows and columns" + " in a LOF file" * (path.suffix.lower() == ".xlef")
+        raise cannot_read(path, f"it holds {reason}; convert it to OME-TIFF, as Bio-Formats' bfconvert does")
     names = [" ".join([one.name, *(f"{axis}={k}" for axis, k in zip(one.stacked, at))]) for one, at in places]
     sizes = [(one.axes["Y"].count, one.axes["X"].count) for one, _ in places]
     index = choose_series(path, choice.series, names, sizes)
@@ -93,7 +99,8 @@ def open_lif(path: Path, choice: Choice) -> Contents:
     first = sum(image.axes[axis].step * k for axis, k in zip(image.stacked, at, strict=True))
     starts = [image.offset + first + int(one.attrib["BytesInc"]) for one in channels]
     parts = tuple(
-        ArrayPixels(MappedArray(path, start, (y.count, x.count), dtype, (y.step, x.step)), "YX") for start in starts
+        ArrayPixels(MappedArray(image.file, start, (y.count, x.count), dtype, (y.step, x.step)), "YX")
+        for start in starts
     )
     end = max(starts) + (y.count - 1) * y.step + (x.count - 1) * x.step + dtype.itemsize
     if end > image.offset + image.size:
@@ -106,6 +113,26 @@ def open_lif(path: Path, choice: Choice) -> Contents:
         spacing=known(y.spacing, x.spacing),
         channel_names=tuple(named) if all(named) and len(set(named)) == len(named) else None,
     )
+
+
+def _images(path: Path, liffile: Any) -> list[_Image]:
+    """All images but histograms of photon counts; of an XLEF those whose pixels lie in a LOF file, by their names in the XLEF."""
+    with liffile.LifFile(path) as file:
+        if path.suffix.lower() != ".xlef":
+            return [_image(path, one) for one in file.images if not one.is_flim]
+        named = [
+            (one.path, Path(one.parent.dirname), one.memory_block.frames) for one in file.images if not one.is_flim
+        ]
+    found = []
+    for name, folder, parts in named:
+        if len(parts) != 1 or not parts[0].file.lower().endswith(".lof"):
+            continue
+        lof = folder / unquote(parts[0].file).replace("\\", "/")
+        if not lof.is_file():
+            raise cannot_read(path, f"{lof}, in which the pixels of {name} lie, is missing")
+        with liffile.LifFile(lof) as file:
+            found += [replace(_image(lof, one), name=name) for one in file.images]
+    return found
 
 
 def _image(path: Path, image: Any) -> _Image:
@@ -129,7 +156,7 @@ def _image(path: Path, image: Any) -> _Image:
         offset, size = None, 0
     if offset is not None and (planes := math.prod(one.count for one in axes.values())) > size:
         raise cannot_read(path, f"its structure is damaged: {image.path} has {planes} pixels of {size} bytes together")
-    return _Image(image.path, axes, description.findall("./Channels/ChannelDescription"), offset, size)
+    return _Image(path, image.path, axes, description.findall("./Channels/ChannelDescription"), offset, size)
 
 
 def _dtype(path: Path, channel: Element) -> np.dtype:

@@ -38,8 +38,7 @@ _CACHE_BYTES = 2**26
 """Decoded tiles that an open file keeps; a tile of a scanner has about 15 MiB."""
 
 _REFUSED = {
-    ".xlef": "Leica LAS X project",
-    **dict.fromkeys((".vsi", ".ets", ".oib", ".oif", ".oir"), "Olympus"),
+    **dict.fromkeys((".vsi", ".ets", ".oir"), "Olympus"),
     ".ims": "Imaris",
     ".zvi": "Zeiss ZVI",
     ".dv": "DeltaVision",

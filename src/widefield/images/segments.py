@@ -222,7 +222,7 @@ def _check_embedded(data: bytes, most: int, samples: int) -> None:
 def _unpacked_lerc(data: bytes, most: int) -> bytes:
     """LERC data without the deflate or ZSTD that GDAL may put around them, which imagecodecs would unpack as far as they go."""
     if data.startswith(b"\x28\xb5\x2f\xfd"):
-        return imagecodecs.zstd_decode(data, out=most)
+        return bytes(imagecodecs.zstd_decode(data, out=most))
     if data.startswith((b"Lerc2 ", b"CntZImage ")):
         return data
     unpacking = zlib.decompressobj()
