@@ -1,10 +1,12 @@
 """Label maps: the indices of label images, and polygons drawn region by region as others draw them whole."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import rasterio.features
 import tifffile
@@ -33,6 +35,35 @@ def test_a_label_image_gives_the_indices_that_are_stored(tmp_path: Path, palette
     found = open_labels(tmp_path / "a.png", IMAGE)
     assert found.shape == (1, *SIZE) and found.dtype == np.uint8
     np.testing.assert_array_equal(found.read(7, 3, 30, 40)[0], LABELS[7:37, 3:43])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compression": "lzw", "tile": (32, 32)}, {}, {"compression": "deflate", "rowsperstrip": 7}, {"dtype": "u2"}],
+    ids=["tiles", "plain", "strips", "16 bits"],
+)
+def test_of_a_tiff_with_a_palette_the_indices_are_the_labels(tmp_path: Path, options: dict[str, Any]) -> None:
+    stored = LABELS.astype(options.pop("dtype", "u1"))
+    table = np.random.default_rng(0).integers(0, 2**16, (3, 2 ** (8 * stored.itemsize)), dtype=np.uint16)
+    described = {"extratags": [(42113, "s", 0, "3", True)], "metadata": None}  # 3 is no data
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="palette", colormap=table, **described, **options)
+    labels = open_labels(tmp_path / "a.tif", IMAGE)
+    assert labels.dtype == stored.dtype
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(labels)).read(7, 3, 30, 40)[0], LABELS[7:37, 3:43])
+    image = open_image(tmp_path / "a.tif")
+    assert (image.shape, image.nodata) == ((3, *SIZE), None)
+    indices = open_image(tmp_path / "a.tif", palette="indices")
+    assert (indices.shape, indices.nodata) == ((1, *SIZE), 3)
+
+
+@pytest.mark.parametrize("ending", [".bmp", ".gif"])
+def test_pictures_with_a_palette_give_their_indices_when_asked(tmp_path: Path, ending: str) -> None:
+    picture = PIL.Image.fromarray(LABELS, "P")
+    picture.putpalette(np.arange(768) % 251)
+    picture.save(tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(open_labels(tmp_path / f"a{ending}", IMAGE).read(0, 0, *SIZE)[0], LABELS)
+    with pytest.raises(ValueError, match=r'palette=True for .*; expected "colours" or "indices"'):
+        open_image(tmp_path / f"a{ending}", palette=True)
 
 
 def test_a_tiff_of_16_bits_is_a_label_image(tmp_path: Path) -> None:

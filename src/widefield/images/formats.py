@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 Alpha = Literal["drop", "keep"]
 """Treatment of a last channel that the file marks as alpha."""
 
+Palette = Literal["colours", "indices"]
+"""What a pixel of a picture with a palette is: its colour as RGB, or its stored index."""
+
 ChannelAxis = Literal["first", "last"]
 """Axis of the channels of an array of three axes."""
 
@@ -82,6 +85,7 @@ class Choice:
 
     series: int | str | None = None
     channel_axis: ChannelAxis | None = None
+    palette: Palette = "colours"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from widefield.images.formats import (
     Choice,
     Contents,
     ImageReadError,
+    Palette,
     Pixels,
     Size,
     Transform,
@@ -163,6 +164,7 @@ def open_image(
     series: int | str | None = None,
     channels: Sequence[int | str] | None = None,
     alpha: Alpha = "drop",
+    palette: Palette = "colours",
     channel_axis: ChannelAxis | None = None,
     fill: float | None = None,
 ) -> ImageFile:
@@ -189,6 +191,7 @@ def open_image(
             image. By default the first, which must be the largest, or the only one.
         channels: Which channels, by index or name, in this order. All by default.
         alpha: "keep" gives transparency like every other channel.
+        palette: "indices" gives the stored indices of a TIFF, PNG, GIF or BMP file with a palette, not colours: a label image.
         channel_axis: Of arrays of three axes without names in `.npy` or Zarr: "first" for (C, H, W), "last" for (H, W, C). Needed
             only where the shape leaves it open: by default it is the smaller of the first and the last axis, if that has at most
             32 entries.
@@ -210,6 +213,7 @@ def open_image(
         "series": series,
         "channels": channels,
         "alpha": alpha,
+        "palette": palette,
         "channel_axis": channel_axis,
         "fill": fill,
     }
@@ -220,6 +224,8 @@ def open_image(
         path = Path(path)
     if alpha not in ("drop", "keep"):
         raise ValueError(f'alpha={alpha!r} for {path}; expected "drop" or "keep"')
+    if palette not in ("colours", "indices"):
+        raise ValueError(f'palette={palette!r} for {path}; expected "colours" or "indices"')
     if channel_axis not in ("first", "last", None):
         raise ValueError(f'channel_axis={channel_axis!r} for {path}; expected "first", "last" or None')
     if level is not None and spacing is not None:
@@ -229,7 +235,7 @@ def open_image(
     if spacing is not None:
         expected = "micrometres per pixel, above 0"
         spacing = real_number("spacing", spacing, path, expected, lambda number: 0 < number < math.inf)
-    choice = Choice(series, channel_axis)
+    choice = Choice(series, channel_axis, palette)
     contents = _contents(path, choice) if array is None else of_array(path, array, choice)
     level, target = (level or 0, None) if spacing is None else _level_of(path, contents, spacing)
     check_level(level, contents.levels, path)

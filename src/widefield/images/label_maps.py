@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
 from widefield.errors import WidefieldError
 from widefield.images.foreground import is_geojson, named_polygons
-from widefield.images.formats import cannot_read
 from widefield.images.image import ImageFile, open_image
 
 
@@ -39,7 +37,7 @@ class LabelMap:
 def open_labels(path: str | Path, image: ImageFile, class_names: Sequence[str] | None = None) -> LabelMap:
     """Open the label map of an image; of a label image no pixels are read yet.
 
-    A label image has one channel of whole numbers, the indices of classes, and the size of the image as it is opened; of a PNG with
+    A label image has one channel of whole numbers, the indices of classes, and the size of the image as it is opened; where it has
     a palette its indices count. A GeoJSON file holds polygons in pixels of the largest level, such as QuPath exports: each is of
     the class of that name (`properties.classification.name`), those behind lie over those before, and all else is class 0. A pixel
     belongs to a polygon if its middle lies inside, by the even-odd rule.
@@ -59,7 +57,7 @@ def open_labels(path: str | Path, image: ImageFile, class_names: Sequence[str] |
         full, size = image.levels[0], image.shape[1:]
         scale = size[0] / full[0], size[1] / full[1]
         return LabelMap(path, Polygons.read_file(path, (1, *size), scale, class_names))
-    source = _indices(path)
+    source = open_image(path, palette="indices")
     if source.shape[0] != 1 or source.dtype.kind not in "uib":
         raise LabelMapError(
             f"{path} has {source.shape[0]} channel(s) of {source.dtype}; a label image has one channel of whole numbers, the "
@@ -72,18 +70,6 @@ def open_labels(path: str | Path, image: ImageFile, class_names: Sequence[str] |
             f"{image.shape[1]} x {image.shape[2]}; give one of the same size, or read the image at the level of its labels"
         )
     return LabelMap(path, source)
-
-
-def _indices(path: Path) -> ImageFile:
-    """Open a label image, of a palette its indices."""
-    if path.suffix.lower() == ".png" and path.is_file():
-        try:
-            with PIL.Image.open(path) as opened:
-                if opened.mode == "P":
-                    return open_image(np.asarray(opened))
-        except (OSError, SyntaxError) as error:
-            raise cannot_read(path, f"it is damaged ({error})") from error
-    return open_image(path)
 
 
 class Polygons:

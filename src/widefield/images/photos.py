@@ -52,6 +52,9 @@ _MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 @image_format("PNG, JPEG, WebP", endings=_ENDINGS, recognises=lambda path, start: bool(_MAGIC.match(start)))
 def open_photo(path: Path, choice: Choice) -> Contents:
     """Open a PNG, JPEG or WebP file."""
+    if choice.palette == "indices" and (indices := _palette_indices(path)) is not None:
+        choose_series(path, choice.series, [path.name], [indices.shape])
+        return Contents(levels=(indices.shape,), pixels=lambda level: ArrayPixels(indices, "YX"))
     image = _load(path)
     pixels = _DecodedPixels(path, (image.bands, image.height, image.width), dtype_of(image))
     if (nbytes := math.prod(pixels.shape) * pixels.dtype.itemsize) > MAX_DECODED_BYTES:
@@ -69,9 +72,18 @@ def open_photo(path: Path, choice: Choice) -> Contents:
 def open_bmp(path: Path, choice: Choice) -> Contents:
     """Open a BMP file or the first picture of a GIF file, into memory."""
     with PIL.Image.open(path) as image:
-        pixels = np.array(image.convert("RGB") if image.mode == "P" else image)
+        pixels = np.array(image.convert("RGB") if image.mode == "P" and choice.palette == "colours" else image)
     choose_series(path, choice.series, [path.name], [pixels.shape[:2]])
     return Contents(levels=(pixels.shape[:2],), pixels=lambda level: ArrayPixels(pixels, "YXC"[: pixels.ndim]))
+
+
+def _palette_indices(path: Path) -> np.ndarray | None:
+    """The indices of a PNG file with a palette, (height, width); None of another file."""
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(image) if image.mode == "P" else None
+    except (OSError, SyntaxError) as error:
+        raise cannot_read(path, f"it is damaged ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 
 from widefield.images.arrays import ArrayPixels, MappedArray
 from widefield.images.embedded import declared_size
-from widefield.images.formats import ForkSafeLock, PerProcess, Pixels, cannot_read, check_segment
+from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, cannot_read, check_segment
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
 CACHE_BYTES = 16 * 2**20
@@ -50,19 +50,20 @@ class _Colours:
     convert: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-def page_pixels(path: Path, page: Page, blank: float) -> Pixels:
+def page_pixels(path: Path, page: Page, blank: float, palette: Palette = "colours") -> Pixels:
     """Open the pixels of a page, while its file is open.
 
     Args:
         path: The file that the pixels lie in.
         page: The page.
         blank: Stored value of tiles that have no bytes; the nearest one that their type holds, as in GDAL.
+        palette: What becomes of the indices of a palette.
 
     Raises:
         ImageReadError: Something of it is not supported.
     """
     frame = page.keyframe
-    colours = _colours(path, frame)
+    colours = _colours(path, frame, palette)
     size, samples = (frame.imagelength, frame.imagewidth), frame.samplesperpixel
     is_planar = samples > 1 and frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     if colours.convert is None and frame.is_memmappable:
@@ -103,7 +104,7 @@ def _blank_pixel(value: float, page: Page, colours: _Colours) -> np.ndarray:
     return np.ravel(pixel if colours.convert is None else colours.convert(pixel))
 
 
-def _colours(path: Path, page: Page) -> _Colours:
+def _colours(path: Path, page: Page, palette: Palette) -> _Colours:
     """Tell what becomes of the samples of a page, or refuse colours that would pass for RGB."""
     if page.dtype is None or page.dtype.kind not in "uifb":
         stored = page.dtype or f"{page.bitspersample} bits of sample format {page.sampleformat}"
@@ -116,7 +117,8 @@ def _colours(path: Path, page: Page) -> _Colours:
         )
     photometric, samples = page.photometric, page.samplesperpixel
     dtype = np.dtype("u1") if page.dtype.kind == "b" else page.dtype.newbyteorder("=")
-    if photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.MASK, PHOTOMETRIC.CFA):
+    is_index = photometric == PHOTOMETRIC.PALETTE and palette == "indices"
+    if is_index or photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.MASK, PHOTOMETRIC.CFA):
         return _Colours(samples, dtype, None if page.dtype == dtype else lambda pixels: pixels.astype(dtype))
     if photometric == PHOTOMETRIC.MINISWHITE:
         if dtype.kind != "u":

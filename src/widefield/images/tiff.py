@@ -18,6 +18,7 @@ from widefield.images.formats import (
     Choice,
     Contents,
     ImageReadError,
+    Palette,
     Pixels,
     Size,
     cannot_read,
@@ -86,7 +87,7 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
         plane = planes[choose_series(path, choice.series, names, sizes)]
         page: Page = plane.series.keyframe
         levels = [level for level in plane.series.levels if _is_reduced(level, plane.series)]
-        opened = [_attempted(partial(_level_pixels, path, file, level, plane.at)) for level in levels]
+        opened = [_attempted(partial(_level_pixels, path, file, level, plane.at, choice.palette)) for level in levels]
         crs, transform = georeference(page)
         if transform is not None and (reason := _left_to_gdal(path, file, page, crs)):
             if find_spec("rasterio") and len(planes) == 1:
@@ -101,7 +102,7 @@ def open_tiff(path: Path, choice: Choice) -> Contents:
             spacing=spacing(file, plane.index) if transform is None else None,
             channel_names=named,
             has_alpha=transform is None and len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA,
-            nodata=shown_nodata(page),
+            nodata=shown_nodata(page, choice.palette),
             crs=crs,
             transform=transform,
             associated={name: partial(_picture, path, one) for name, one in _beside_pixels(path, beside)},
@@ -190,7 +191,9 @@ def _is_reduced(level: tifffile.TiffPageSeries, series: tifffile.TiffPageSeries)
     return abs(height * full_width - width * full_height) <= rows * full_width + columns * full_height
 
 
-def _level_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries, at: dict[str, int]) -> Pixels:
+def _level_pixels(
+    path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries, at: dict[str, int], palette: Palette
+) -> Pixels:
     """Pixels of one level of an image, of one page or of a page for each channel."""
     page: Page = level.keyframe
     leading = level.axes[: len(level.axes) - len(page.axes)]
@@ -215,7 +218,7 @@ def _level_pixels(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageS
         parent = one.parent.filehandle
         holder = path if parent is file.filehandle else Path(parent.dirname) / parent.name
         _check_holds_pixels(path, parent.size, one)
-        parts.append(page_pixels(holder, one, blank))
+        parts.append(page_pixels(holder, one, blank, palette))
     if any(part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype for part in parts):
         raise cannot_read(path, "its channels have different sizes or types; save them as pages of one size and type")
     return parts[0] if len(parts) == 1 else StackedPixels(tuple(parts))

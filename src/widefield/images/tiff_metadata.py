@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from tifffile import PHOTOMETRIC
 
-from widefield.images.formats import Pixels, Spacing, Transform, known, micrometres
+from widefield.images.formats import Palette, Pixels, Spacing, Transform, known, micrometres
 from widefield.images.segments import Page
 
 _TAG_UNITS = {2: "inch", 3: "cm"}
@@ -83,10 +83,11 @@ def channel_names(file: tifffile.TiffFile, series: int, pixels: Pixels) -> tuple
     return tuple(map(str, names)) if len(names) == pixels.shape[0] and all(names) else None
 
 
-def shown_nodata(page: Page) -> float | None:
-    """The value of missing pixels after the conversion of colours; None of palettes, where it is an index."""
+def shown_nodata(page: Page, palette: Palette) -> float | None:
+    """The value of missing pixels after the conversion of colours; None of the colours of palettes, where it is an index."""
     value = nodata(page)
-    if value is None or page.photometric in (PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED):
+    is_index = page.photometric == PHOTOMETRIC.PALETTE and palette == "colours"
+    if value is None or is_index or page.photometric == PHOTOMETRIC.SEPARATED:
         return None
     is_inverted = page.photometric == PHOTOMETRIC.MINISWHITE and page.dtype.kind in "ub"
     return 2**page.bitspersample - 1 - value if is_inverted else value
