@@ -194,6 +194,20 @@ def test_a_map_has_the_pixels_place_and_bands_that_gdal_sees(tmp_path, name, dri
     assert image.spacing is None
 
 
+@pytest.mark.parametrize("compress", ["LERC", "LERC_ZSTD"])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_what_lerc_leaves_out_is_missing_or_transparent_as_gdal_has_it(tmp_path, compress, interleave):
+    options = {"compress": compress, "interleave": interleave, "tiled": True, "blockxsize": 32, "blockysize": 32}
+    floats = np.random.default_rng(0).random((3, 50, 70), np.float32)
+    floats[:, 5:30, 8:40] = floats[0, 40, 3] = floats[2, 45:, 60:] = np.nan
+    colours = np.random.default_rng(1).integers(0, 256, (4, 50, 70), np.uint8)
+    colours[3] = np.where(colours[3] > 99, 255, 0)
+    for pixels, more in ((floats, {}), (colours, {"photometric": "rgb", "alpha": "yes"})):
+        path = _write_raster(tmp_path / "a.tif", pixels, **options, **more)
+        with rasterio.open(path) as file:  # colours below transparency are lost at writing
+            np.testing.assert_array_equal(open_image(path, alpha="keep").read(0, 0, 50, 70), file.read())
+
+
 @pytest.mark.parametrize("area", ["Area", "Point"])
 def test_a_geotiff_lies_where_gdal_says(tmp_path, area):
     transform = rasterio.Affine(9.5, 1.25, 500_000, -1.5, -10.5, 5_000_000)
@@ -262,6 +276,23 @@ def test_white_is_large_in_every_dicom_image_and_frames_are_images(tmp_path):
     path = _write_dicom(tmp_path / "a.dcm", frames, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
     np.testing.assert_array_equal(open_image(path, series=1).read(0, 0, 30, 40), 4095 - frames[1:])
     with pytest.raises(ImageReadError, match=r"several images.*frame 0 30x40, 1: frame 1"):
+        open_image(path)
+
+
+def test_floats_of_dicom_come_as_floats_and_bits_at_an_unusual_place_are_refused(tmp_path):
+    path = _write_dicom(tmp_path / "a.dcm", np.zeros((4, 6), "u4"))
+    dataset, pixels = pydicom.dcmread(path), np.random.default_rng(0).random((4, 6), np.float32)
+    del dataset.PixelData
+    dataset.FloatPixelData = pixels.tobytes()
+    dataset.save_as(path)
+    with pytest.raises(ImageReadError, match=r"a\.dcm: .*its pixels are float32, where its header says uint32"):
+        open_image(path).read(0, 0, 4, 6)
+    for name in ("PixelRepresentation", "BitsStored", "HighBit"):
+        delattr(dataset, name)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 4, 6)[0], pixels)
+    path = _write_dicom(tmp_path / "b.dcm", np.zeros((4, 6), "u2"), BitsStored=12, HighBit=15)
+    with pytest.raises(ImageReadError, match=r"b\.dcm: its 12 bits end at bit 15 of a pixel.*expected bit 11"):
         open_image(path)
 
 

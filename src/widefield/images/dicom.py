@@ -34,7 +34,11 @@ def open_dicom(path: Path, choice: Choice) -> Contents:
     frames, samples = int(header.get("NumberOfFrames") or 1), int(header.SamplesPerPixel)
     colours = str(header.PhotometricInterpretation)
     decoder = decoders.get_decoder(header.file_meta.TransferSyntaxUID)
-    dtype = np.dtype(f"{'i' if header.PixelRepresentation else 'u'}{max(8, int(header.BitsAllocated)) // 8}")
+    kind = "f" if "PixelRepresentation" not in header else "i" if header.PixelRepresentation else "u"
+    dtype = np.dtype(f"{kind}{max(8, int(header.BitsAllocated)) // 8}")
+    if kind != "f" and header.get("HighBit", header.BitsStored - 1) != header.BitsStored - 1:
+        bits = f"its {header.BitsStored} bits end at bit {header.HighBit} of a pixel"
+        raise cannot_read(path, f"{bits}, which is not supported; expected bit {header.BitsStored - 1}")
     if not decoder.is_available:
         missing = "; ".join(decoder.missing_dependencies)
         raise cannot_read(path, f"nothing decodes {header.file_meta.TransferSyntaxUID.name}: {missing}")
@@ -77,7 +81,8 @@ class FramePixels:
         if self.is_alone:  # read as a whole, also deflated files and those with damaged tables of frames can be decoded
             pydicom: Any = optional("pydicom", self.path, "dicom")
             source = pydicom.dcmread(self.path)
-        pixels = np.asarray(decoders.pixel_array(source, index=self.frame), self.dtype).reshape(
-            *self.shape[1:], self.shape[0]
-        )
+        decoded = decoders.pixel_array(source, index=self.frame)
+        if decoded.dtype.kind != self.dtype.kind:
+            raise ValueError(f"its pixels are {decoded.dtype}, where its header says {self.dtype}")
+        pixels = np.asarray(decoded, self.dtype).reshape(*self.shape[1:], self.shape[0])
         return pixels if self.white is None else self.dtype.type(self.white) - pixels

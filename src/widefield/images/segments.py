@@ -178,12 +178,13 @@ def _decoder(path: Path, page: Page) -> Decode:
 
         return decode_picture
     if compression == COMPRESSION.LERC:
+        samples = 1 if frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE else frame.samplesperpixel
         most_bytes = 2**16 + 2 * most * frame.samplesperpixel * frame.dtype.itemsize
 
         def decode_lerc(data: bytes, index: int) -> np.ndarray:
             data = _unpacked_lerc(data, most_bytes)
             _check_embedded(data, most, frame.samplesperpixel)
-            return decode(data, index)[0][0]
+            return _decoded_lerc(data, samples, frame.dtype)
 
         return decode_lerc
     if compression not in _JPEG:
@@ -232,6 +233,31 @@ def _unpacked_lerc(data: bytes, most: int) -> bytes:
     if unpacking.unconsumed_tail:
         raise ValueError(f"it unpacks to more than {most} bytes")
     return unpacked
+
+
+def _decoded_lerc(data: bytes, samples: int, dtype: np.dtype) -> np.ndarray:
+    """The samples (height, width, samples) of LERC data.
+
+    As libtiff writes and reads them, and tifffile does not: NaN are left out by a mask, so is alpha of 0 and 255 only, and bands
+    with masks of their own are blobs of their own.
+    """
+    decoded = imagecodecs.lerc_decode(data, masks=True)
+    values, mask = decoded if isinstance(decoded, tuple) else (decoded, None)
+    if values.ndim == 3 and data.count(b"Lerc2 ") > 1:
+        values = np.moveaxis(values, 0, -1)
+        mask = mask if mask is None or mask.ndim == 2 else np.moveaxis(mask, 0, -1)
+    height, width = values.shape[:2]
+    values = values.reshape(height, width, -1)
+    if mask is not None:
+        mask = np.reshape(mask, (height, width, -1)).astype(bool)
+        if values.shape[2] == samples - 1 and dtype == np.uint8:
+            values = np.concatenate([values, mask[..., :1] * np.uint8(255)], axis=2)
+        elif dtype.kind == "f":
+            values = np.where(mask, values, np.nan).astype(values.dtype)
+    if values.shape[2] != samples or values.dtype != dtype.newbyteorder("="):
+        stored = f"{values.shape[2]} samples of {values.dtype}"
+        raise ValueError(f"{stored} lie in it in place of {samples} of {dtype}")
+    return values
 
 
 def _ended(data: bytes) -> bytes:
