@@ -1,5 +1,6 @@
 """`widefield fit` on images of any type, number of channels and spacing, from the plain command line."""
 
+import argparse
 import logging
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import tifffile
 import torch
 
 from widefield.cli import main
+from widefield.cli.configuration import _from_flags
+from widefield.config import load
 from widefield.data import LabelledImages
 from widefield.data.statistics import pixel_statistics
 from widefield.images import open_image
@@ -37,7 +40,7 @@ def write_folder(folder: Path, dtype: str, channels: int, scale: float, count: i
     [
         ("u1", 1, 255, [], (1, None)),
         ("u2", 5, 4095, ["--spacing", "1.0"], (5, "percentiles")),
-        pytest.param("u2", 5, 65_535, ["--channels", "[4, 0]"], (2, None), marks=pytest.mark.slow),
+        pytest.param("u2", 5, 65_535, ["--channels", "4,0"], (2, None), marks=pytest.mark.slow),
         ("f4", 4, 1e4, ["--level", "0"], (4, "percentiles")),
         pytest.param("u1", 3, 100, ["--value-range", "percentiles"], (3, "percentiles"), marks=pytest.mark.slow),
     ],
@@ -119,3 +122,13 @@ def test_statistics_are_those_of_the_foreground_with_data(tmp_path):
     np.save(tmp_path / "a.npy", np.full((3, 60, 60), np.nan, np.float32))
     with pytest.raises(ValueError, match="hold no data in a channel"):
         pixel_statistics([open_image(tmp_path / "a.npy")], seed=0)
+
+
+def test_lists_are_given_with_or_without_brackets():
+    given = argparse.Namespace(channels="DAPI,2", classes="[ground, tree]", value_range="0,1200")
+    lists = ["data.classes=[ground, tree]", "data.channels=[DAPI,2]", "model.value_range=[0,1200]"]
+    assert _from_flags(given, load()) == lists
+    assert _from_flags(argparse.Namespace(channels="GFP", value_range="dtype"), load()) == [
+        "data.channels=[GFP]",
+        "model.value_range=dtype",
+    ]

@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture
-def rgb() -> np.ndarray:
+def picture() -> np.ndarray:
     """A uint8 picture (height, width, 3) whose size no tile divides; noise, so that a shifted region shows."""
     return np.random.default_rng(0).integers(0, 256, (201, 333, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    """The picture as an array (height, width, 3)."""
+    return picture()
 
 
 @pytest.fixture

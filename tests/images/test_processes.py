@@ -11,6 +11,7 @@ import pytest
 import pyvips
 from pylibCZIrw import czi as pyczi
 
+from tests.images.conftest import picture
 from widefield.images import open_image
 
 WRITERS = {
@@ -20,23 +21,30 @@ WRITERS = {
 }
 
 
+WRITING = """
+import sys, numpy, pyvips
+pixels, folder, options = sys.argv[1:]
+for name, one in eval(options).items():
+    pyvips.Image.new_from_array(numpy.load(pixels)).write_to_file(f"{folder}/{name}", **one)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A picture in every format."""
+    folder, rgb = tmp_path_factory.mktemp("files"), picture()
+    np.save(folder / "a.npy", rgb)
+    with pyczi.create_czi(str(folder / "a.czi"), compression_options="zstd1:") as file:
+        for y in range(0, 201, 64):
+            file.write(np.ascontiguousarray(rgb[y : y + 64, :, ::-1]), (-20, y - 30))
+    # in a process of its own: saving starts the thread pool of libvips, which does not survive the fork below
+    subprocess.run([sys.executable, "-c", WRITING, folder / "a.npy", folder, repr(WRITERS)], check=True)
+    return folder
+
+
 @pytest.fixture(params=[*WRITERS, "a.npy", "a.czi"])
-def path(request, tmp_path, rgb):
-    path = tmp_path / request.param
-    if path.suffix == ".npy":
-        np.save(path, rgb)
-    elif path.suffix == ".czi":
-        with pyczi.create_czi(str(path), compression_options="zstd1:") as file:
-            for y in range(0, 201, 64):
-                file.write(np.ascontiguousarray(rgb[y : y + 64, :, ::-1]), (-20, y - 30))
-    else:
-        # in a process of its own: saving starts the thread pool of libvips, which does not survive the fork below
-        np.save(tmp_path / "pixels.npy", rgb)
-        code = "import sys, numpy, pyvips; a, b, o = sys.argv[1:]; "
-        code += "pyvips.Image.new_from_array(numpy.load(a)).write_to_file(b, **eval(o))"
-        arguments = [tmp_path / "pixels.npy", path, repr(WRITERS[path.name])]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    return path
+def path(request, folder):
+    return folder / request.param
 
 
 def test_an_image_pickles_before_and_after_it_was_read(path, chw):
@@ -65,22 +73,27 @@ def test_threads_read_the_same_image_at_the_same_time(path, chw):
 FORK = """
 import os, signal, sys
 from widefield.images import open_image, thumbnail
-path = sys.argv[1]
-used, unused = open_image(path), open_image(path)
-before = used.read(0, 0, 150, 200).sum()
-thumbnail(used, 50)
+paths = sys.argv[1:]
+used, unused = [open_image(path) for path in paths], [open_image(path) for path in paths]
+before = [image.read(0, 0, 150, 200).sum() for image in used]
+for image in used:
+    thumbnail(image, 50)
 child = os.fork()
 if child == 0:
     signal.alarm(20)
-    images = used, unused, open_image(path)
-    os._exit(0 if all(image.read(0, 0, 150, 200).sum() == before for image in images) else 1)
-raise SystemExit(os.waitpid(child, 0)[1])
+    for k, (path, expected) in enumerate(zip(paths, before)):
+        images = used[k], unused[k], open_image(path)
+        if any(image.read(0, 0, 150, 200).sum() != expected for image in images):
+            os._exit(k + 1)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_reads_on(path):
-    subprocess.run([sys.executable, "-c", FORK, path], check=True, timeout=60)
+def test_a_forked_process_reads_on(folder):
+    paths = [folder / name for name in (*WRITERS, "a.npy", "a.czi")]
+    subprocess.run([sys.executable, "-c", FORK, *paths], check=True, timeout=60)  # exits with the number of a wrong one
 
 
 STRIPS = """

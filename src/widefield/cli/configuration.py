@@ -46,6 +46,8 @@ SHORTCUTS = {
 }
 _TEXTS = ("model", "pooling", "weights", "separator", "foreground")
 """Shortcuts whose value is a text even where it looks like a number."""
+_LISTS = ("channels", "classes", "value_range")
+"""Shortcuts whose value is a list, with or without its brackets: `0,2`; of "value_range" a word is a word."""
 
 
 def read_configuration(
@@ -128,6 +130,8 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
             value = json.dumps(value)
         elif isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
+        elif name in _LISTS and value is not None and not value.startswith("[") and value != "null":
+            value = f"[{value}]" if name != "value_range" or "," in value else value
         if value is not None:
             overrides.append(f"{entry}={value}")
     if getattr(arguments, "seed", None) is not None:

@@ -243,7 +243,7 @@ VERBS = {
             _option(
                 "--classes",
                 "LIST",
-                "for --task segment: names of the labels from 0, such as [ground, tree] (default: found)",
+                "for --task segment: names of the labels from 0, such as ground,tree (default: found)",
             ),
             _option(
                 "--crop", "N", "for --task segment: train on crops of N pixels a side (default: whole images)", _count
@@ -267,11 +267,9 @@ VERBS = {
             _flag("--resume", "continue the run in --out"),
             _option("--level", "N", "level of the image pyramids, 0 the largest (default: 0)", int),
             _option("--spacing", "UM", "micrometres per pixel instead of a level", float),
-            _option("--channels", "LIST", "channels by index or name, such as [0, 2] (default: all)"),
+            _option("--channels", "LIST", "channels by index or name, such as 0,2 or DAPI (default: all)"),
             _foreground("auto"),
-            _option(
-                "--value-range", "R", "what stands for 0 and 1: [LOW, HIGH], dtype or percentiles (default: found)"
-            ),
+            _option("--value-range", "R", "what stands for 0 and 1: LOW,HIGH or dtype or percentiles (default: found)"),
             _option("--weights", "FILE", "weights to start from, or DEFAULT to download (default: random)"),
             _flag(
                 "--cache-features", "compute the map of each image once, with a frozen trunk, and keep it", default=None
