@@ -1,5 +1,9 @@
 """TIFF files of every structure that a writer can make are read as tifffile reads them as a whole."""
 
+import dataclasses
+import sys
+from collections import Counter
+
 import numpy as np
 import pytest
 import tifffile
@@ -156,3 +160,28 @@ def test_one_large_compressed_strip_goes_through_a_temporary_file(tmp_path, rgb,
     monkeypatch.setattr(formats, "MAX_SEGMENT_BYTES", 2**17)
     with pytest.raises(ImageReadError, match=r"a single strip of it has 0 MiB when decoded; the limit is"):
         open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    "disk", ["room", pytest.param("full", marks=pytest.mark.skipif(sys.platform != "linux", reason="/dev/full"))]
+)
+def test_tiles_out_of_strips_decode_no_strip_more_than_twice(tmp_path, monkeypatch, disk):
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", compression="deflate", rowsperstrip=8)
+    monkeypatch.setattr(segments, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr(segments, "MEMORY_BYTES", 20_000)
+    if disk == "full":
+        monkeypatch.setattr(segments, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: PTH123, SIM115
+    source, decoded = open_image(tmp_path / "a.tif")._pixels, Counter()
+
+    def decode(data, index):
+        decoded[index] += 1
+        return source.decode(data, index)
+
+    counted = dataclasses.replace(source, decode=decode)
+    tiles = [(y, x) for y in range(0, 256, 64) for x in range(0, 300, 50)]
+    np.random.default_rng(1).shuffle(tiles)
+    for y, x in tiles:
+        found = counted.read(y, x, 64, 50, [0, 1, 2])
+        np.testing.assert_array_equal(found, pixels[y : y + 64, x : x + 50].transpose(2, 0, 1))
+    assert (max(decoded.values()) <= 2) == (disk == "room")

@@ -184,6 +184,8 @@ def _decoder(path: Path, page: Page) -> Decode:
         def decode_lerc(data: bytes, index: int) -> np.ndarray:
             data = _unpacked_lerc(data, most_bytes)
             _check_embedded(data, most, frame.samplesperpixel)
+            if frame.predictor != 1:  # of tifffile's own
+                return decode(data, index)[0][0]
             return _decoded_lerc(data, samples, frame.dtype)
 
         return decode_lerc
@@ -293,8 +295,8 @@ class SegmentPixels:
     blank: np.ndarray
     """The channels of a pixel that was never written."""
     _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
-    _spooled: dict[int, MappedArray] = field(default_factory=dict, repr=False)
-    """Segments in a temporary file: those that narrow reads of wide strips came for again after they had left the cache."""
+    _spooled: dict[int, tuple[Any, int, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    """Temporary file, place in it and shape of segments that narrow reads of wide strips came for again and again."""
     _left: set[int] = field(default_factory=set, repr=False)
     """Segments that left the cache during narrow reads."""
     _spool: dict[int, Any] = field(default_factory=dict, repr=False)
@@ -354,23 +356,27 @@ class SegmentPixels:
         """Bytes of a decoded segment."""
         return math.prod(self.segment) * (1 if self.planes > 1 else self.shape[0]) * self.dtype.itemsize
 
-    def _decoded(self, index: int, file: Any, is_narrow: bool) -> np.ndarray | MappedArray:
+    def _decoded(self, index: int, file: Any, is_narrow: bool) -> np.ndarray:
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
-            if index in self._spooled:
-                return self._spooled[index]
-            file.seek(int(self.offsets[index]))
-            count = int(self.counts[index])
-            data = file.read(count)
-        if len(data) < count:
+            spooled = self._spooled.get(index)
+            if spooled is None:
+                file.seek(int(self.offsets[index]))
+                count = int(self.counts[index])
+                data = file.read(count)
+        if spooled is not None:
+            temporary, place, shape = spooled
+            segment = np.array(np.memmap(temporary, self.dtype, "r", place, shape))
+        elif len(data) < count:
             raise ValueError("the file ends before")
-        segment = self.decode(data, index)
-        if self.convert is not None:
-            segment = self.convert(segment)
-        if segment.nbytes > MEMORY_BYTES:
-            segment = self._spilled(segment)
+        else:
+            segment = self.decode(data, index)
+            if self.convert is not None:
+                segment = self.convert(segment)
+            if segment.nbytes > MEMORY_BYTES:
+                segment = self._spilled(segment)
         with self._lock:
             self._cache[index] = segment
             self._shrink_cache(is_narrow)
@@ -395,13 +401,14 @@ class SegmentPixels:
         process = os.getpid()
         try:
             if process not in self._spool:
-                self._spool[process] = file = TemporaryFile(prefix="widefield-")  # noqa: SIM115 - closed with this object
+                file: Any = TemporaryFile(prefix="widefield-", buffering=0)  # noqa: SIM115 - closed with this object
                 weakref.finalize(self, file.close)
+                self._spool[process] = file
             if (file := self._spool[process]) is not None:
                 place = file.seek(0, os.SEEK_END)
-                file.write(np.ascontiguousarray(segment).data)
-                file.flush()
-                self._spooled[index] = MappedArray(file, place, segment.shape, segment.dtype)
+                if file.write(np.ascontiguousarray(segment, self.dtype).data) < segment.nbytes:
+                    raise OSError("the disk is full")
+                self._spooled[index] = file, place, segment.shape
         except OSError:
             self._spool[process] = None
 
