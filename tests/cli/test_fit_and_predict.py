@@ -151,6 +151,18 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_without_a_finished_epoch_starts_over_and_says_so(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(run / "config.yaml", tmp_path)
+    line = ["fit", "--resume", "--out", str(tmp_path)]
+    assert main([*line, "--epochs", "1"]) == 0
+    assert "no epoch of the run was finished: it starts from the beginning" in " ".join(capfd.readouterr().err.split())
+    (tmp_path / "last.ckpt").unlink()
+    assert main(line) == 2
+    assert "best.ckpt does; put it back" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_resumed_run_applies_or_refuses_what_is_changed(
     run: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

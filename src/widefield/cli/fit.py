@@ -129,5 +129,11 @@ def _files(arguments: argparse.Namespace) -> list[Path]:
                 f"there is no run to resume in {arguments.out}: {saved} does not exist; name the folder of the run with --out, or "
                 "leave --resume out to begin one"
             )
+        best, last = (arguments.out / name for name in ("best.ckpt", "last.ckpt"))
+        if best.is_file() and not last.is_file():
+            raise FileNotFoundError(
+                f"{last}, from which a run goes on, does not exist, but {best} does; put it back, or remove {best} to train from "
+                "the beginning"
+            )
         files.insert(0, saved)
     return files

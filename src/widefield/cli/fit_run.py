@@ -124,6 +124,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     out = cli.out
     model, data = cli.model, cli.datamodule
     last = out / LAST if resume and (out / LAST).is_file() else None
+    if resume and not last:
+        _log.warning("%s has no %s, for no epoch of the run was finished: it starts from the beginning", out, LAST)
     if last and (out / CONFIG).is_file():
         check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
     by_name = isinstance(model, FromCheckpoint) and isinstance(data, LazyImages)

@@ -34,6 +34,10 @@ class Config:
     Attributes:
         data: The values.
         origins: Where they were written, by path; those of a branch may stand at the branch alone.
+
+    Example:
+        >>> Config({"model": {"type": "LinearClsHead"}}).data["model"]["type"]
+        'LinearClsHead'
     """
 
     data: dict[str, Any]
@@ -62,6 +66,10 @@ def build(config: Config, path: Path, registry: Registry = MODELS) -> Any:
 
     Raises:
         ConfigError: A constructor refuses its arguments; the message names the path of the innermost one that does.
+
+    Example:
+        >>> build(Config({"neck": {"type": "GlobalAveragePooling"}}), ("neck",))
+        GlobalAveragePooling()
     """
     description: Any = config.data
     for key in path:

@@ -234,6 +234,11 @@ class LabelledImages(LazyImages):
         OSError: A file or folder is missing or not readable as an image.
         LabelError: The label table cannot be used, or no images are left to train on.
         ValueError: A level that an image doesn't have, an argument out of range, or no foreground by an explicit method.
+
+    Example:
+        >>> data = LabelledImages("slides", "labels.csv", val_fraction=0.5)
+        >>> data.class_names, data.val_set[0][0].shape
+        (['negative', 'tumor'], (3, 512, 512))
     """
 
     @checked

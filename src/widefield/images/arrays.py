@@ -21,7 +21,12 @@ MAX_CHANNELS = 32
 
 @dataclass(frozen=True)
 class ArrayPixels:
-    """An array of any axes, in memory (or a view of one in a file, if it is a `MappedArray`)."""
+    """An array of any axes, in memory (or a view of one in a file, if it is a `MappedArray`).
+
+    Example:
+        >>> ArrayPixels(np.zeros((5, 100, 80, 3)), "ZYXC", at=(2,)).shape
+        (3, 100, 80)
+    """
 
     array: Any
     """A NumPy array, or what has `shape`, `dtype` and is indexed like one."""

@@ -50,6 +50,12 @@ class ForegroundChoice:
 
     Raises:
         ValueError: There is no such method.
+
+    Example:
+        >>> slide = wf.open_image("slides/tumor_001.tif")
+        >>> slide.background = ForegroundChoice("otsu").of(slide)
+        >>> slide.background.required
+        True
     """
 
     method: str = "auto"

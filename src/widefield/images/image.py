@@ -203,9 +203,9 @@ def open_image(
         ValueError: A level, spacing, series or channel does not exist, or another argument is wrong.
 
     Example:
-        >>> image = open_image("slide.svs", spacing=0.5)
-        >>> image.read(0, 0, 256, 256).shape
-        (3, 256, 256)
+        >>> image = open_image("slides/tumor_001.tif", spacing=5.0)
+        >>> image.read(0, 0, 20, 16).shape
+        (3, 20, 16)
     """
     arguments = {
         "level": level,
@@ -397,6 +397,10 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
     Raises:
         ValueError: `size` is below 1.
         ImageReadError: As in `ImageFile.read`.
+
+    Example:
+        >>> thumbnail(open_image("slides/tumor_001.tif"), 64).shape
+        (64, 64, 3)
     """
     return overview(image, size)[0]
 

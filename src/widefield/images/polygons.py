@@ -47,6 +47,12 @@ def polygons(
         MissingExtraError: rasterio is not installed.
         ValueError: It is no map of one channel of whole numbers of at most 32 bits.
         ImageReadError: The map cannot be read.
+
+    Example:
+        >>> labels = np.zeros((64, 64), np.uint8)
+        >>> labels[10:20, 30:50] = 1
+        >>> polygons(labels, "cells.geojson", names={1: "cell"}).name
+        'cells.geojson'
     """
     to = Path(to)
     opened: Any = labels

@@ -31,6 +31,11 @@ class FeatureExtractor:
         model: A model, or what `get_model` takes.
         pretrained: See `get_model`.
         device: Where the model goes; None leaves it where it is.
+
+    Example:
+        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512)
+        >>> wf.FeatureExtractor(model)("slides/tumor_001.tif", stage="neck")[0][-1].shape
+        torch.Size([64])
     """
 
     def __init__(

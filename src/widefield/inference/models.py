@@ -125,6 +125,10 @@ def get_model(
         ValueError: An unknown name, arguments that the model does not take, or weights that there are not.
         FileNotFoundError: There is no such file.
         OSError: A model cannot be fetched.
+
+    Example:
+        >>> wf.get_model("torchvision/resnet18").fc.out_features
+        1000
     """
     model = _made(name, pretrained, overrides)
     return model.eval() if device is None else model.eval().to(device)

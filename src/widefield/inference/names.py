@@ -31,6 +31,10 @@ def list_models(pattern: str = "*", exclude: str | Iterable[str] = ()) -> list[s
         pattern: With `*`, `?` and `[...]`, or a part of the name, with or without what stands before the slash; case counts for
             nothing.
         exclude: Patterns of names to leave out.
+
+    Example:
+        >>> wf.list_models("resnet18_w*")
+        ['resnet18_w8', 'resnet18_w16', 'resnet18_w32']
     """
     from widefield.config import ready_configs
 

@@ -150,6 +150,11 @@ class ImageClassificationInferencer:
         classes: Names of the classes; None takes those that the model was trained with.
         views: Test-time augmentation, see `AveragedViews`.
         foreground: What is computed of images that are files, see `ForegroundChoice.method`; None: as in the training.
+
+    Example:
+        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512)
+        >>> wf.ImageClassificationInferencer(model)("slides/tumor_001.tif")[0]["pred_class"] in model.class_names
+        True
     """
 
     def __init__(

@@ -71,6 +71,11 @@ class Classifier(FromCheckpoint, ImageNetClassifier):
         ValueError: An unknown model name, fewer than two classes, weights that don't belong to the model, a wrong target, or
             options that do not go together.
         OSError: The weights cannot be downloaded or read.
+
+    Example:
+        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512, pooling="max")
+        >>> model(wf.open_image("slides/tumor_001.tif")).shape
+        torch.Size([1, 2])
     """
 
     def __init__(
@@ -269,6 +274,11 @@ class StreamingTimm(ImageNetClassifier):
         ValueError: An unknown model name, or weights that don't belong to the model.
         UnsupportedOpError: The model begins with an operation over the whole image.
         OSError: The weights cannot be downloaded or read.
+
+    Example:
+        >>> model = wf.StreamingTimm("test_resnet", tile_size=64, loss_fn=nn.CrossEntropyLoss(), num_classes=2, weights=None)
+        >>> model(torch.rand(1, 3, 100, 70)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(

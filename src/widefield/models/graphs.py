@@ -51,6 +51,11 @@ def write_graph(
         MissingExtraError: onnxruntime or onnxscript are not installed.
         WrongArgumentError: The module cannot be exported.
         DifferentGraphError: The difference is more than rounding.
+
+    Example:
+        >>> difference = write_graph(nn.Conv2d(3, 2, 3), "torch_export", Path("model.pt2"), channels=3)
+        >>> difference < 1e-5
+        True
     """
     if format == "onnx":
         _check_onnx()

@@ -160,8 +160,8 @@ class DenseModule(BaseModule):
     Example:
         >>> network = torch.nn.Conv2d(3, 2, 3, padding=1)
         >>> module = DenseModule(network, 2, loss="dice", tile_size=256)
-        >>> module.training_step((torch.rand(1, 3, 300, 400), torch.zeros(1, 300, 400, dtype=torch.uint8)), 0).ndim
-        0
+        >>> module(torch.rand(1, 3, 300, 400)).shape
+        torch.Size([1, 2, 300, 400])
     """
 
     def __init__(

@@ -142,6 +142,9 @@ class RandomState(Callback):
     """Keeps the state of torch's default generators in the checkpoint and restores it when training starts again.
 
     With a checkpoint of the end of an epoch, dropout and the order of a shuffled `DataLoader` go on as in an unbroken run.
+
+    Example:
+        >>> trainer = lightning.pytorch.Trainer(max_epochs=1, logger=False, callbacks=[wf.RandomState()], accelerator="cpu")
     """
 
     def __init__(self) -> None:
@@ -166,6 +169,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place, then rename it: a process killed while writing leaves the old one intact.
 
     Checkpoints hold tensors and plain data only and are read with `weights_only=True`.
+
+    Example:
+        >>> trainer = lightning.pytorch.Trainer(max_epochs=1, logger=False, plugins=[wf.AtomicCheckpointIO()], accelerator="cpu")
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

@@ -509,6 +509,13 @@ class StreamingModule(BaseModule):
     The trunk and the head are parts of a network that was split, for example by `widefield.split` or `split_resnet`. Arguments,
     batches and attributes are those of `BaseModule`; with two differences in what may be given by position, as lightstream 1.x has
     it: `(trunk, tile_size)` is a trunk alone, and `(trunk, head, loss_fn)` has a trunk that streams already.
+
+    Example:
+        >>> trunk = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())
+        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> module = wf.StreamingModule(trunk, head, tile_size=64, loss_fn=nn.CrossEntropyLoss())
+        >>> module(torch.rand(1, 3, 100, 70)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(

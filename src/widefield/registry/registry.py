@@ -82,6 +82,15 @@ class Registry:
         index: Gives the components that are imported on first use; called when a name is first looked for.
         group: The group of entry points in which installed packages name components of theirs.
         sequence: What makes one component of several, as an import path; a list of descriptions is built with it.
+
+    Example:
+        >>> SHAPES = Registry("shape")
+        >>> @SHAPES.register_module()
+        ... class Circle:
+        ...     def __init__(self, radius: float) -> None:
+        ...         self.radius = radius
+        >>> SHAPES.build({"type": "Circle", "radius": 2.0}).radius
+        2.0
     """
 
     def __init__(
@@ -309,6 +318,10 @@ class Range:
     """Marks an annotation: numbers given for the argument are finite, and from `least` to `most`.
 
     `Annotated[int, Range(1)]` takes 1 and more. Arguments and configurations are checked against it before anything is built.
+
+    Example:
+        >>> 0 in Range(1), 3 in Range(1), str(Range(0, 1))
+        (False, True, 'from 0 to 1')
     """
 
     least: float

@@ -48,10 +48,10 @@ def label_overlay(
     extent = (0, width, height, 0)
     axes.imshow(picture, extent=extent)
     axes.imshow(colours, extent=extent, interpolation="nearest")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=14)
     axes.set_axis_off()
     if patches:
-        axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        axes.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=14)
     return figure
 
 

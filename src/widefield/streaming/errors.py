@@ -8,6 +8,16 @@ class UnsupportedOpError(WidefieldError):
 
     `module_path` is the dotted name of the module that runs the operation ("" for the model itself), `op` its name, `reason` why
     it cannot be streamed, `remedy` what would remove the obstacle, `source` where it is called, if known.
+
+    Example:
+        >>> class Flipped(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.flip(3)
+        >>> try:
+        ...     wf.StreamingCNN(Flipped(), tile_size=16)(torch.rand(1, 3, 32, 32))
+        ... except wf.UnsupportedOpError as error:
+        ...     print(error.op)
+        aten.flip
     """
 
     def __init__(self, module_path: str, op: str, reason: str, remedy: str, source: str = ""):

@@ -83,6 +83,11 @@ class StreamingCNN(nn.Module):
         UnsupportedOpError: at the first call, before any pixel is computed, naming the layer that cannot be streamed.
         VerificationError: at the first call: on a small image, the streamed results are not those of the plain module.
         ValueError: for arguments or images that cannot be used.
+
+    Example:
+        >>> layer, image = nn.Conv2d(3, 4, 3, stride=2), torch.rand(1, 3, 99, 70)
+        >>> bool(torch.allclose(StreamingCNN(layer, tile_size=32)(image), layer(image), atol=1e-6))
+        True
     """
 
     def __init__(
@@ -699,6 +704,11 @@ def stream(
     """A whole model, classifier and all: what is local in space is streamed, the rest runs as it is.
 
     `stream(torchvision.models.resnet18())(image)` returns logits. `StreamingCNN` explains the arguments, and has some more.
+
+    Example:
+        >>> model = wf.stream(torchvision.models.resnet18(num_classes=2), tile_size=64)
+        >>> model(torch.rand(1, 3, 150, 90)).shape
+        torch.Size([1, 2])
     """
     return StreamingCNN(
         model,

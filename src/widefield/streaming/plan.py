@@ -32,6 +32,11 @@ class Plan:
     whole, because of the operations `refused`. `stages` is the number of scans; `map_bytes` is what the maps between them need,
     gradients included, and `map_place` where they live, `carry_place` where the carries do: only on the device they count.
     `recorded` says of each scan how many of its steps are recorded, and how many it has; the others are computed twice.
+
+    Example:
+        >>> plan = wf.stream(nn.Conv2d(3, 8, 3), tile_size=1000).plan((3, 4000, 6000))
+        >>> plan.tile_size, plan.streamed_fraction
+        ((1000, 1000), 1.0)
     """
 
     image_shape: tuple[int, int, int, int]

@@ -23,6 +23,14 @@ class LazyImage(Protocol):
 
     `shape` is (channels, height, width), `dtype` a NumPy or torch dtype. `read` takes a region in pixels and returns an array or
     tensor of shape (channels, height, width) and this dtype. A scan calls it from a thread of its own, one call at a time.
+
+    Example:
+        >>> class Noise:
+        ...     shape, dtype = (3, 90, 70), torch.float32
+        ...     def read(self, y, x, height, width):
+        ...         return torch.rand(3, height, width)
+        >>> wf.stream(nn.Conv2d(3, 2, 3), tile_size=32)(Noise()).shape
+        torch.Size([1, 2, 88, 68])
     """
 
     @property

@@ -88,6 +88,11 @@ class StreamingResNet(ImageNetClassifier):
     Raises:
         ValueError: An unknown model name, or weights that don't belong to the model.
         OSError: The weights cannot be downloaded or read.
+
+    Example:
+        >>> model = wf.StreamingResNet("resnet18", tile_size=64, loss_fn=nn.CrossEntropyLoss(), num_classes=2, weights=None)
+        >>> model(torch.rand(1, 3, 100, 70)).shape
+        torch.Size([1, 2])
     """
 
     model_choices = RESNETS

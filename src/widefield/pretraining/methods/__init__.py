@@ -23,7 +23,12 @@ RULE = ("lr_scale_method", "reference_batch_size", "gradient_clip_val")
 
 
 def list_methods() -> list[str]:
-    """Return the names of all methods of pretraining."""
+    """Return the names of all methods of pretraining.
+
+    Example:
+        >>> "simclr" in wf.list_methods()
+        True
+    """
     return METHODS.names()
 
 
