@@ -415,6 +415,8 @@ log_level = 'INFO'
     assert main(["config", "convert", str(tmp_path / "old.py"), "--out", str(new)]) == 2  # nothing is written over
     assert main(["fit", "--config", str(new), "--out", str(tmp_path / "run"), "trainer.enable_progress_bar=false"]) == 0
     assert "val_accuracy/top1" in (tmp_path / "run" / "history.csv").read_text()
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Learning curves" in report and "ImageClassifier" in report
 
 
 def test_an_interpolation_that_torchvision_has_not_is_replaced_and_said(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.pictures.parts import draw
+
 ROOT = Path(__file__).parents[2]
 README, *PAGES = (
     re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.S)
@@ -34,6 +36,12 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_picture_of_the_parts_is_that_of_their_contract() -> None:
+    assert (ROOT / "docs" / "pictures" / "parts.svg").read_text(encoding="utf-8") == draw(), (
+        "python -m docs.pictures.parts"
+    )
 
 
 def _anchors(page: Path) -> set[str]:

@@ -20,15 +20,11 @@ SMALLER = {
         "epochs=10": "epochs=1",
     },
     "pretraining": {"range(400)": "range(16)", "batch_size=64": "batch_size=8", "epochs=30": "epochs=1"},
-    "components": {"range(12)": "range(2)", "max_epochs: 6": "max_epochs: 1", "160": "48"},
-    "patches": {"make_images": "small_images", "epochs=5": "epochs=1", "size=96": "size=64", "96 *": "64 *"},
+    "components": {"range(12)": "range(2)", "max_epochs: 8": "max_epochs: 1", "160": "48"},
+    "patches": {"range(24)": "range(6)", "epochs=6": "epochs=1"},
     "engine": {"(480, 480)": "(240, 240)", "[1000, 2000, 4000, 8000, 16000, 32000]": "[1000, 4000]"},
 }
 """Of each page, what takes time and what stands in its place."""
-BEFORE = {
-    "patches": "import widefield.cli.demo_images as small_images\nsmall_images.SIDE = 736\n"
-    "small_images = small_images.make_images\n"
-}
 
 
 def code_of(page: Path, smaller: dict[str, str]) -> str:
@@ -45,8 +41,8 @@ def test_every_page_is_run() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_on_small_data(page: Path, tmp_path: Path) -> None:
-    code = code_of(page, SMALLER[page.stem]).replace("import make_images", "import make_images as _")
-    run_code(f"import matplotlib\nmatplotlib.use('Agg')\n{BEFORE.get(page.stem, '')}{code}", tmp_path)
+    code = code_of(page, SMALLER[page.stem])
+    run_code(f"import matplotlib\nmatplotlib.use('Agg')\n{code}", tmp_path)
     assert all((tmp_path / name).is_file() for name in SAVED.findall(code))
 
 

@@ -17,7 +17,7 @@ from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.first_checks import check_folder
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.history import History, LastValidation, StepMemory, write_csv
-from widefield.cli.training_report import write_training_report
+from widefield.cli.training_report import write_curves, write_training_report
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
@@ -108,7 +108,7 @@ def train(config: Config, others: list[str], resume: bool) -> Path:
 
     Everything that can be wrong with the input is checked before the folder is made. It gets `config.yaml`, `best.ckpt`
     (least validation loss), `last.ckpt`, `history.csv`, of labelled images `split.csv` (their table, with the split that was
-    drawn), and of a streamed classifier `memory.json` and `report.html`.
+    drawn), `report.html`, and of a streamed classifier `memory.json`.
 
     Raises:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why.
@@ -179,9 +179,13 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     finally:
         if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
             (out / CONFIG).write_bytes(former)
-    if by_name and writes:
-        model.to(cli.trainer.strategy.root_device)  # from which Lightning has taken it
-        write_training_report(out, model, data, cli.history.rows, cli.memory.peak, cli.seen.images)
+    if writes:
+        rows, peak = cli.history.rows, cli.memory.peak
+        if by_name:
+            model.to(cli.trainer.strategy.root_device)  # from which Lightning has taken it
+            write_training_report(out, model, data, rows, peak, cli.seen.images)
+        else:
+            write_curves(out, type(model).__name__, rows, peak)
         _log.info("report: %s", out / "report.html")
     kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
     if kept:

@@ -19,6 +19,7 @@ from widefield.components.models.features import left_out
 from widefield.data import LazyImages
 from widefield.errors import WidefieldError
 from widefield.images import LabelMap, open_image
+from widefield.inference.names import CONFIG
 from widefield.inference.prediction import labels_of, task_of
 from widefield.models import Classifier, FromCheckpoint, Segmenter
 from widefield.reports import Page, plain_step_bytes, save_overlay
@@ -69,6 +70,39 @@ def write_training_report(
         page.paragraph(
             f"In the last epoch, {hits} of {counts[1]} of these were classified right ({hits / counts[1]:.0%})."
         )
+    _add_numbers(page, rows, peak)
+    plan = _plan(model, data) if model.reads_pixels else None
+    model.eval()
+    if isinstance(model, Segmenter):
+        _add_label_maps(page, model, data)
+    elif isinstance(model, Classifier) and seen:
+        if complete:
+            _add_validation(page, model, seen)
+            _add_worst(page, model, seen)
+        else:
+            page.paragraph("Several processes validated images of their own; `widefield test` counts all of them.")
+    if plan is not None:
+        _add_memory(page, model, data, plan, peak, out)
+    page.write(out / "report.html")
+
+
+def write_curves(out: Path, name: str, rows: list[dict[str, float]], peak: int | None) -> None:
+    """Write `out/report.html` of a model of components: how it learned, and the configuration.
+
+    Args:
+        out: The folder of the run.
+        name: What was trained.
+        rows, peak: See `write_training_report`.
+    """
+    page = Page(f"Training of {name}")
+    _add_numbers(page, rows, peak)
+    with page.folded("Configuration"):
+        page.code((out / CONFIG).read_text(encoding="utf-8"))
+    page.write(out / "report.html")
+
+
+def _add_numbers(page: Page, rows: Sequence[dict[str, float]], peak: int | None) -> None:
+    """Add the last numbers, the learning curves, and the numbers of every epoch."""
     last = {name.removeprefix("val_"): value for name, value in (rows or [{}])[-1].items() if name.startswith("val_")}
     memory = [] if peak is None else [("measured peak of a step", format_bytes(peak))]
     page.numbers(
@@ -86,19 +120,6 @@ def write_training_report(
         with page.folded("Numbers of every epoch"):
             names = list(dict.fromkeys(name for row in rows for name in row))
             page.table(names, [[row.get(name) for name in names] for row in rows])
-    plan = _plan(model, data) if model.reads_pixels else None
-    model.eval()
-    if isinstance(model, Segmenter):
-        _add_label_maps(page, model, data)
-    elif isinstance(model, Classifier) and seen:
-        if complete:
-            _add_validation(page, model, seen)
-            _add_worst(page, model, seen)
-        else:
-            page.paragraph("Several processes validated images of their own; `widefield test` counts all of them.")
-    if plan is not None:
-        _add_memory(page, model, data, plan, peak, out)
-    page.write(out / "report.html")
 
 
 def _scale(data: Any) -> str:

@@ -35,7 +35,7 @@ class Config:
         data: The values.
         origins: Where they were written, by path; those of a branch may stand at the branch alone.
 
-    Example:
+    Examples:
         >>> Config({"model": {"type": "LinearClsHead"}}).data["model"]["type"]
         'LinearClsHead'
     """
@@ -67,7 +67,7 @@ def build(config: Config, path: Path, registry: Registry = MODELS) -> Any:
     Raises:
         ConfigError: A constructor refuses its arguments; the message names the path of the innermost one that does.
 
-    Example:
+    Examples:
         >>> build(Config({"neck": {"type": "GlobalAveragePooling"}}), ("neck",))
         GlobalAveragePooling()
     """

@@ -235,7 +235,7 @@ class LabelledImages(LazyImages):
         LabelError: The label table cannot be used, or no images are left to train on.
         ValueError: A level that an image doesn't have, an argument out of range, or no foreground by an explicit method.
 
-    Example:
+    Examples:
         >>> data = LabelledImages("slides", "labels.csv", val_fraction=0.5)
         >>> data.class_names, data.val_set[0][0].shape
         (['negative', 'tumor'], (3, 512, 512))

@@ -23,7 +23,7 @@ MAX_CHANNELS = 32
 class ArrayPixels:
     """An array of any axes, in memory (or a view of one in a file, if it is a `MappedArray`).
 
-    Example:
+    Examples:
         >>> ArrayPixels(np.zeros((5, 100, 80, 3)), "ZYXC", at=(2,)).shape
         (3, 100, 80)
     """

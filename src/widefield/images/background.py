@@ -51,7 +51,7 @@ class ForegroundChoice:
     Raises:
         ValueError: There is no such method.
 
-    Example:
+    Examples:
         >>> slide = wf.open_image("slides/tumor_001.tif")
         >>> slide.background = ForegroundChoice("otsu").of(slide)
         >>> slide.background.required

@@ -65,7 +65,7 @@ def foreground(image: ImageFile, method: str | Path | np.ndarray = "otsu", *, sp
         ImageReadError: The image or the GeoJSON file cannot be read.
         ValueError: There is no such method, or a spacing is asked for of an image that does not say its own.
 
-    Example:
+    Examples:
         >>> mask = wf.images.foreground(wf.open_image("slides/tumor_001.tif"), "hsv")
         >>> mask.cells.shape, 0 <= mask.share <= 1
         ((512, 512), True)

@@ -202,7 +202,7 @@ def open_image(
         ImageReadError: The file is of an unsupported format, truncated or corrupt, or holds several images of one size.
         ValueError: A level, spacing, series or channel does not exist, or another argument is wrong.
 
-    Example:
+    Examples:
         >>> image = open_image("slides/tumor_001.tif", spacing=5.0)
         >>> image.read(0, 0, 20, 16).shape
         (3, 20, 16)
@@ -398,7 +398,7 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
         ValueError: `size` is below 1.
         ImageReadError: As in `ImageFile.read`.
 
-    Example:
+    Examples:
         >>> thumbnail(open_image("slides/tumor_001.tif"), 64).shape
         (64, 64, 3)
     """

@@ -323,8 +323,10 @@ def map_target(to: Any, *, ome_zarr: Literal["0.4", "0.5"] = "0.5") -> PathTarge
     Raises:
         ValueError: It is no path, or has another ending.
 
-    Example:
-        model.write(image, map_target("map.ome.zarr", ome_zarr="0.4"), postprocess="argmax")
+    Examples:
+        >>> model = wf.stream(nn.Conv2d(3, 2, 3), tile_size=64)
+        >>> target = map_target("map.ome.zarr", ome_zarr="0.4")
+        >>> written = model.write(torch.rand(1, 3, 100, 80), target, postprocess="argmax")
     """
     if ome_zarr not in ("0.4", "0.5"):
         raise WrongArgumentError(f"ome_zarr={ome_zarr!r}; expected '0.4' or '0.5'")

@@ -48,7 +48,7 @@ def polygons(
         ValueError: It is no map of one channel of whole numbers of at most 32 bits.
         ImageReadError: The map cannot be read.
 
-    Example:
+    Examples:
         >>> labels = np.zeros((64, 64), np.uint8)
         >>> labels[10:20, 30:50] = 1
         >>> polygons(labels, "cells.geojson", names={1: "cell"}).name

@@ -32,10 +32,10 @@ class FeatureExtractor:
         pretrained: See `get_model`.
         device: Where the model goes; None leaves it where it is.
 
-    Example:
-        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512)
+    Examples:
+        >>> model = wf.models.Classifier("resnet10_w16", ["benign", "malignant"], tile_size=512)
         >>> wf.FeatureExtractor(model)("slides/tumor_001.tif", stage="neck")[0][-1].shape
-        torch.Size([64])
+        torch.Size([128])
     """
 
     def __init__(

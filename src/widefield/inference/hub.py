@@ -71,7 +71,7 @@ def save_pretrained(model: nn.Module | str | Path, folder: str | Path, *, overwr
         FileExistsError: There is something at `folder`.
         FileNotFoundError: There is no such run or checkpoint.
 
-    Example:
+    Examples:
         >>> model = widefield.models.Classifier("resnet10_w16", ["benign", "malignant"])
         >>> folder = save_pretrained(model, "mine")  # doctest: +SKIP
         >>> widefield.get_model(folder).class_names  # doctest: +SKIP

@@ -126,7 +126,7 @@ def get_model(
         FileNotFoundError: There is no such file.
         OSError: A model cannot be fetched.
 
-    Example:
+    Examples:
         >>> wf.get_model("torchvision/resnet18").fc.out_features
         1000
     """

@@ -32,7 +32,7 @@ def list_models(pattern: str = "*", exclude: str | Iterable[str] = ()) -> list[s
             nothing.
         exclude: Patterns of names to leave out.
 
-    Example:
+    Examples:
         >>> wf.list_models("resnet18_w*")
         ['resnet18_w8', 'resnet18_w16', 'resnet18_w32']
     """

@@ -151,8 +151,8 @@ class ImageClassificationInferencer:
         views: Test-time augmentation, see `AveragedViews`.
         foreground: What is computed of images that are files, see `ForegroundChoice.method`; None: as in the training.
 
-    Example:
-        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512)
+    Examples:
+        >>> model = wf.models.Classifier("resnet10_w16", ["benign", "malignant"], tile_size=512)
         >>> wf.ImageClassificationInferencer(model)("slides/tumor_001.tif")[0]["pred_class"] in model.class_names
         True
     """

@@ -120,7 +120,7 @@ def tile_mismatch(
         ValueError: The result is not one map of such a size, or tile size and overlap do not fit each other or the map's stride.
         OSError: The folder for temporary files has no room for the map.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv2d(3, 2, 3, padding=1)
         >>> found = widefield.tile_mismatch(network, torch.rand(1, 3, 64, 64), tile_size=32)
         >>> found.by_distance[1].max_difference < 1e-6  # one pixel from the border of a tile, a 3 x 3 kernel sees all it needs

@@ -72,10 +72,10 @@ class Classifier(FromCheckpoint, ImageNetClassifier):
             options that do not go together.
         OSError: The weights cannot be downloaded or read.
 
-    Example:
-        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=512, pooling="max")
-        >>> model(wf.open_image("slides/tumor_001.tif")).shape
-        torch.Size([1, 2])
+    Examples:
+        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], pooling="max", memory_budget="2GiB")
+        >>> model.hparams["pooling"]
+        'max'
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class StreamingTimm(ImageNetClassifier):
         UnsupportedOpError: The model begins with an operation over the whole image.
         OSError: The weights cannot be downloaded or read.
 
-    Example:
+    Examples:
         >>> model = wf.StreamingTimm("test_resnet", tile_size=64, loss_fn=nn.CrossEntropyLoss(), num_classes=2, weights=None)
         >>> model(torch.rand(1, 3, 100, 70)).shape
         torch.Size([1, 2])

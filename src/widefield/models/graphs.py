@@ -52,7 +52,7 @@ def write_graph(
         WrongArgumentError: The module cannot be exported.
         DifferentGraphError: The difference is more than rounding.
 
-    Example:
+    Examples:
         >>> difference = write_graph(nn.Conv2d(3, 2, 3), "torch_export", Path("model.pt2"), channels=3)
         >>> difference < 1e-5
         True

@@ -47,7 +47,7 @@ class PatchEncoder(Local):
         WrongArgumentError: there is no such network, or an argument cannot be used.
         OSError: weights cannot be fetched or read.
 
-    Example:
+    Examples:
         >>> encoder = PatchEncoder("timm/vit_tiny_patch16_224", size=32, input_size=32)
         >>> encoder(torch.rand(1, 3, 100, 70)).shape
         torch.Size([1, 192, 3, 2])

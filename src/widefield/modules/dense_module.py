@@ -157,7 +157,7 @@ class DenseModule(BaseModule):
         WrongArgumentError: An argument cannot be used; in a step, labels that are no class.
         UnsupportedOpError: In the first step, an operation of the network or the loss cannot be streamed.
 
-    Example:
+    Examples:
         >>> network = torch.nn.Conv2d(3, 2, 3, padding=1)
         >>> module = DenseModule(network, 2, loss="dice", tile_size=256)
         >>> module(torch.rand(1, 3, 300, 400)).shape

@@ -143,7 +143,7 @@ class RandomState(Callback):
 
     With a checkpoint of the end of an epoch, dropout and the order of a shuffled `DataLoader` go on as in an unbroken run.
 
-    Example:
+    Examples:
         >>> trainer = lightning.pytorch.Trainer(max_epochs=1, logger=False, callbacks=[wf.RandomState()], accelerator="cpu")
     """
 
@@ -170,7 +170,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Checkpoints hold tensors and plain data only and are read with `weights_only=True`.
 
-    Example:
+    Examples:
         >>> trainer = lightning.pytorch.Trainer(max_epochs=1, logger=False, plugins=[wf.AtomicCheckpointIO()], accelerator="cpu")
     """
 

@@ -510,7 +510,7 @@ class StreamingModule(BaseModule):
     batches and attributes are those of `BaseModule`; with two differences in what may be given by position, as lightstream 1.x has
     it: `(trunk, tile_size)` is a trunk alone, and `(trunk, head, loss_fn)` has a trunk that streams already.
 
-    Example:
+    Examples:
         >>> trunk = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())
         >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
         >>> module = wf.StreamingModule(trunk, head, tile_size=64, loss_fn=nn.CrossEntropyLoss())

@@ -83,7 +83,7 @@ class Registry:
         group: The group of entry points in which installed packages name components of theirs.
         sequence: What makes one component of several, as an import path; a list of descriptions is built with it.
 
-    Example:
+    Examples:
         >>> SHAPES = Registry("shape")
         >>> @SHAPES.register_module()
         ... class Circle:
@@ -319,7 +319,7 @@ class Range:
 
     `Annotated[int, Range(1)]` takes 1 and more. Arguments and configurations are checked against it before anything is built.
 
-    Example:
+    Examples:
         >>> 0 in Range(1), 3 in Range(1), str(Range(0, 1))
         (False, True, 'from 0 to 1')
     """

@@ -159,8 +159,8 @@ def class_activation(model: ImageNetClassifier, image: Any, class_index: int | N
     Returns:
         Probabilities of shape (classes,) and the map of shape (h, w), on the CPU. Both need no gradient.
 
-    Example:
-        >>> model = wf.models.Classifier("resnet18_w8", ["benign", "malignant"], tile_size=64).eval()
+    Examples:
+        >>> model = wf.models.Classifier("resnet10_w16", ["benign", "malignant"], tile_size=64).eval()
         >>> probabilities, evidence = class_activation(model, torch.rand(1, 3, 128, 96))
         >>> probabilities.shape, evidence.shape
         (torch.Size([2]), torch.Size([4, 3]))

@@ -41,7 +41,7 @@ class Heatmap:
         crs: Coordinate reference system of a map, see `ImageFile`.
         transform: Place of the largest level on the map, see `ImageFile`; None if the image is no map.
 
-    Example:
+    Examples:
         >>> cells = Cells(size=(4, 4), origin=(15.5, 15.5), stride=(32.0, 32.0))
         >>> evidence = np.outer([0, 1, 5, 1], [0, 2, 1, 0]).astype(np.float32)
         >>> Heatmap(evidence=evidence, cells=cells, size=(128, 128)).peak

@@ -59,7 +59,7 @@ def calibrate_batch_norm(
     Raises:
         ValueError: No images, not a mask for each, a number below 1, or a normalisation given along with a `StreamingCNN`.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         >>> wf.calibrate_batch_norm(network, [torch.rand(3, 64, 64)], crop_size=32, crops=4, batch_size=2)
         1

@@ -9,7 +9,7 @@ class UnsupportedOpError(WidefieldError):
     `module_path` is the dotted name of the module that runs the operation ("" for the model itself), `op` its name, `reason` why
     it cannot be streamed, `remedy` what would remove the obstacle, `source` where it is called, if known.
 
-    Example:
+    Examples:
         >>> class Flipped(nn.Module):
         ...     def forward(self, x):
         ...         return x.flip(3)

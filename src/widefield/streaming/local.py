@@ -171,7 +171,7 @@ class Local(nn.Module):
     Raises:
         LocalError: for arguments that cannot be used; when called, for a map that holds no window, and for other results.
 
-    Example:
+    Examples:
         >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> Local(encoder, 64)(torch.rand(1, 3, 200, 300)).shape
         torch.Size([1, 8, 3, 4])

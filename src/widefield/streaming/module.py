@@ -84,7 +84,7 @@ class StreamingCNN(nn.Module):
         VerificationError: at the first call: on a small image, the streamed results are not those of the plain module.
         ValueError: for arguments or images that cannot be used.
 
-    Example:
+    Examples:
         >>> layer, image = nn.Conv2d(3, 4, 3, stride=2), torch.rand(1, 3, 99, 70)
         >>> bool(torch.allclose(StreamingCNN(layer, tile_size=32)(image), layer(image), atol=1e-6))
         True
@@ -705,7 +705,7 @@ def stream(
 
     `stream(torchvision.models.resnet18())(image)` returns logits. `StreamingCNN` explains the arguments, and has some more.
 
-    Example:
+    Examples:
         >>> model = wf.stream(torchvision.models.resnet18(num_classes=2), tile_size=64)
         >>> model(torch.rand(1, 3, 150, 90)).shape
         torch.Size([1, 2])

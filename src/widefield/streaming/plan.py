@@ -33,7 +33,7 @@ class Plan:
     gradients included, and `map_place` where they live, `carry_place` where the carries do: only on the device they count.
     `recorded` says of each scan how many of its steps are recorded, and how many it has; the others are computed twice.
 
-    Example:
+    Examples:
         >>> plan = wf.stream(nn.Conv2d(3, 8, 3), tile_size=1000).plan((3, 4000, 6000))
         >>> plan.tile_size, plan.streamed_fraction
         ((1000, 1000), 1.0)

@@ -21,7 +21,7 @@ def split(model: nn.Module, image_shape: tuple[int, int, int, int] = _EXAMPLE) -
     Raises `UnsupportedOpError` when the model begins with something that cannot be streamed, or when its forward cannot be cut
     (torch.fx must be able to trace it down to the layer where the trunk ends); `stream(model)` needs no such cut.
 
-    Example:
+    Examples:
         >>> trunk, head = wf.split(torchvision.models.resnet18(num_classes=2))
         >>> trunk(torch.rand(1, 3, 64, 96)).shape
         torch.Size([1, 512, 2, 3])

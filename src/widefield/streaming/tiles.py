@@ -24,7 +24,7 @@ class LazyImage(Protocol):
     `shape` is (channels, height, width), `dtype` a NumPy or torch dtype. `read` takes a region in pixels and returns an array or
     tensor of shape (channels, height, width) and this dtype. A scan calls it from a thread of its own, one call at a time.
 
-    Example:
+    Examples:
         >>> class Noise:
         ...     shape, dtype = (3, 90, 70), torch.float32
         ...     def read(self, y, x, height, width):

@@ -437,7 +437,7 @@ def register_op(function: type[Function]) -> type[Function]:
     Raises:
         ValueError: `function` is not a subclass of `torch.autograd.Function`.
 
-    Example:
+    Examples:
         >>> @register_op
         ... class Round(torch.autograd.Function):
         ...     @staticmethod

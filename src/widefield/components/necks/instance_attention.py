@@ -29,7 +29,7 @@ class ABMILX(InstancePooling):
         embed_channels: Rows of We, a multiple of `heads`.
         heads: Attention maps.
 
-    Example:
+    Examples:
         >>> ABMILX(8, 2)(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 2])
     """
@@ -166,7 +166,7 @@ class TransMIL(InstancePooling):
         heads: Of the attention.
         landmarks: Of the attention.
 
-    Example:
+    Examples:
         >>> TransMIL(8, 2, embed_channels=16)(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 2])
     """

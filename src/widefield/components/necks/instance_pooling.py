@@ -94,7 +94,7 @@ class MeanPooling(InstancePooling):
 
     logits = W mean_i(x_i) + b. The attention map (N, 1, h, w) is 1 / n everywhere. Arguments are those of `InstancePooling`.
 
-    Example:
+    Examples:
         >>> MeanPooling(8, 2)(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 2])
     """
@@ -120,7 +120,7 @@ class MaxPooling(InstancePooling):
     logits_c = max_i (W x_i + b)_c. The attention maps (N, C, h, w) are 1 at that instance, the first of several, and 0 elsewhere.
     Arguments are those of `InstancePooling`.
 
-    Example:
+    Examples:
         >>> MaxPooling(8, 2)(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 2])
     """
@@ -180,7 +180,7 @@ class GatedAttentionPooling(InstancePooling):
         hidden_channels: Rows of V and U.
         heads: Attention maps.
 
-    Example:
+    Examples:
         >>> head = GatedAttentionPooling(8, 2)
         >>> logits, attention = head(torch.rand(1, 8, 5, 7), return_attention=True)
         >>> logits.shape, attention.shape
@@ -223,7 +223,7 @@ class CLAM(InstancePooling):
         bag_weight: The loss is bag_weight * that of the logits + (1 - bag_weight) * that of instances.
         subtyping: See above; in the loss of instances the mean over the classes is taken then.
 
-    Example:
+    Examples:
         >>> head = CLAM(8, 3, "multi")
         >>> x, target = torch.rand(1, 8, 5, 7), torch.tensor([2])
         >>> logits, loss = head.loss(x, target, nn.functional.cross_entropy)
@@ -329,7 +329,7 @@ class DSMIL(InstancePooling):
         num_classes: Logits C.
         query_channels: Length of q.
 
-    Example:
+    Examples:
         >>> DSMIL(8, 2)(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 2])
     """

@@ -89,10 +89,10 @@ class StreamingResNet(ImageNetClassifier):
         ValueError: An unknown model name, or weights that don't belong to the model.
         OSError: The weights cannot be downloaded or read.
 
-    Example:
+    Examples:
         >>> model = wf.StreamingResNet("resnet18", tile_size=64, loss_fn=nn.CrossEntropyLoss(), num_classes=2, weights=None)
-        >>> model(torch.rand(1, 3, 100, 70)).shape
-        torch.Size([1, 2])
+        >>> torchvision.models.resnet18(num_classes=2).load_state_dict(model.plain_state_dict())
+        <All keys matched successfully>
     """
 
     model_choices = RESNETS

@@ -25,7 +25,7 @@ RULE = ("lr_scale_method", "reference_batch_size", "gradient_clip_val")
 def list_methods() -> list[str]:
     """Return the names of all methods of pretraining.
 
-    Example:
+    Examples:
         >>> "simclr" in wf.list_methods()
         True
     """
