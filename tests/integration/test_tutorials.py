@@ -46,6 +46,12 @@ def test_a_page_runs_on_small_data(page: Path, tmp_path: Path) -> None:
     assert all((tmp_path / name).is_file() for name in SAVED.findall(code))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_as_printed(page: Path, tmp_path: Path) -> None:
+    run_code(f"import matplotlib\nmatplotlib.use('Agg')\n{code_of(page, {})}", tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_notebook_of_a_page_has_its_cells_and_its_pictures(page: Path) -> None:
     notebook = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))
