@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from docs.notebooks import PICTURE, SAVED, cells_of
@@ -39,11 +40,15 @@ def test_every_page_is_run() -> None:
     assert [page.stem for page in PAGES] == sorted(SMALLER)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_runs_on_small_data(page: Path, tmp_path: Path) -> None:
+def test_a_page_runs_on_small_data(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
     code = code_of(page, SMALLER[page.stem])
-    run_code(f"import matplotlib\nmatplotlib.use('Agg')\n{code}", tmp_path)
-    assert all((tmp_path / name).is_file() for name in SAVED.findall(code))
+    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+    plt.close("all")
+    assert all(Path(name).is_file() for name in SAVED.findall(code))
 
 
 @pytest.mark.slow
