@@ -20,6 +20,7 @@ from typing import Any
 PAGES = Path(__file__).parent / "tutorials"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", flags=re.S | re.M)
 PICTURE = re.compile(r"^!\[[^\]]*\]\((?P<file>[\w-]+\.jpg)\)\n", flags=re.M)
+HERE = re.compile(r"\[As a notebook\]\([\w-]+\.ipynb\); ")
 SAVED = re.compile(r"savefig\(\"([\w-]+\.jpg)\"")
 
 
@@ -28,7 +29,7 @@ def cells_of(page: Path) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
     for index, text in enumerate(BLOCK.split(page.read_text(encoding="utf-8"))):
         code = index % 2 == 1
-        text = (text if code else PICTURE.sub("", text)).strip("\n")
+        text = (text if code else HERE.sub("", PICTURE.sub("", text))).strip("\n")
         if text:
             more = {"execution_count": None, "outputs": []} if code else {}
             cell = {"cell_type": "code" if code else "markdown", "id": f"{page.stem}-{index}", "metadata": {}, **more}

@@ -22,10 +22,18 @@ SMALLER = {
     },
     "pretraining": {"range(400)": "range(16)", "batch_size=64": "batch_size=8", "epochs=30": "epochs=1"},
     "components": {"range(12)": "range(2)", "max_epochs: 8": "max_epochs: 1", "160": "48"},
-    "patches": {"range(24)": "range(6)", "epochs=6": "epochs=1"},
-    "engine": {"(480, 480)": "(240, 240)", "[1000, 2000, 4000, 8000, 16000, 32000]": "[1000, 4000]"},
+    "patches": {
+        "range(24)": "range(4)",
+        "epochs=6": "epochs=1",
+        "512": "192",
+        "704": "256",
+        "(452, 644)": "(132, 196)",
+    },
+    "engine": {"(480, 480)": "(240, 240)", "[1000, 2000, 4000, 8000, 16000, 32000]": "[1000]"},
 }
 """Of each page, what takes time and what stands in its place."""
+LONG = ("segmentation", "components", "patches")
+"""Pages that take more than some seconds all the same."""
 
 
 def code_of(page: Path, smaller: dict[str, str]) -> str:
@@ -41,7 +49,9 @@ def test_every_page_is_run() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in LONG)) for page in PAGES]
+)
 def test_a_page_runs_on_small_data(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("agg")
