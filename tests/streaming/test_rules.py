@@ -129,6 +129,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "reflect": lambda x: F.pad(x, (4, 3, 5, 2), mode="reflect"),
     "replicate": lambda x: F.pad(x, (4, 3, 5, 2), mode="replicate"),
     "cat": lambda x: torch.cat([x[:, :4], x.relu()[:, 4:]], 1),
+    "cat of two parts along the height": lambda x: torch.cat([x[:, :, 5:], x[:, :, :5]], 2),
+    "cat of two parts, the last one first": lambda x: torch.cat([x[..., -3:].relu(), x[..., :-3]], 3) + x,
+    "cat of borders around a map": lambda x: torch.cat([x[:, :, :1], x.tanh(), x[:, :, -2:], x[:, :, 4:5]], 2),
+    "circular padding": lambda x: F.pad(x, (1, 2, 3, 0), mode="circular"),
+    "circular padding twice": lambda x: F.avg_pool2d(F.pad(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1).tanh(), (0, 2, 2, 0), mode="circular"), 3, 1) * x,
+    "circular padding and strides": lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 2) * x.mean((2, 3), keepdim=True),
     "cat shifted branches": lambda x: torch.cat([F.avg_pool2d(x, 5, 1, 2)[:, :2], x[:, 2:]], 1),
     "stack and unbind": lambda x: sum(torch.stack([x, x * 2], 1).unbind(1)),
     "stack in front": lambda x: torch.stack([x, x.tanh()], 0).sum(0),
@@ -153,6 +159,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "attention in windows": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w.cos(), w * 2)),
     "attention in shifted windows": lambda x: _in_windows(x.roll((-1, -2), (2, 3)), lambda w: F.scaled_dot_product_attention(w, w, w, _shift_mask(w), scale=0.7)).roll((1, 2), (2, 3)),
     "attention in windows by matmul": lambda x: _in_windows(x, lambda w: (w @ w.mT / 3).softmax(-1) @ w),
+    "grouped attention in windows": lambda x: _in_windows(x, lambda w: _grouped(w)),
+    "attention in windows to what is not masked": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w, w, _shift_mask(w) > 0)),
+    "causal attention in windows": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w.cos(), w, is_causal=True)),
     "heads merged with windows": lambda x: _in_windows(x, lambda w: _heads(w)),
     "attention in windows by einsum": lambda x: _in_windows(x, lambda w: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", w, w).softmax(-1), w)),
     "negative indices": lambda x: x[:, torch.tensor([-1, 0, 2, -2, 1, 1, -8, 3])],
@@ -209,6 +218,14 @@ def _heads(windows: Tensor) -> Tensor:
     apart = windows.view(count, length, 2, channels // 2).transpose(1, 2).reshape(count * 2, length, channels // 2)
     made = torch.bmm((apart @ apart.mT / 3).softmax(-1), apart)
     return made.view(count, 2, length, channels // 2).transpose(1, 2).reshape(count, length, channels)
+
+
+def _grouped(windows: Tensor) -> Tensor:
+    """Attention of four heads, of which two have keys and values in common."""
+    heads = windows.unflatten(2, (4, 2)).transpose(1, 2)
+    few = heads[:, :2].cos()
+    made = F.scaled_dot_product_attention(heads, few, 2 * few, enable_gqa=True)
+    return made.transpose(1, 2).flatten(2)
 
 
 def _upsampled(x: Tensor) -> Tensor:
@@ -331,7 +348,8 @@ def test_tiny_images(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("name", "function"),
     [
-        ("circular padding", lambda x: F.pad(x, (1, 1, 1, 1), mode="circular")),
+        ("circular padding by half of a large map", lambda x: F.pad(F.interpolate(x, scale_factor=10), (0, 0, 65, 0), mode="circular")),
+        ("two large maps, one above the other", lambda x: torch.cat([F.interpolate(x, scale_factor=10)] * 2, 2)),
         ("softmax over space", lambda x: x.softmax(-1)),
         ("flip", lambda x: x.flip(3)),
         ("spatial matmul", lambda x: x @ x.transpose(2, 3)),

@@ -343,6 +343,31 @@ class Resample(_OneByOne):
 
 
 @dataclass(frozen=True)
+class Piece(_OneByOne):
+    """Output `o` is input `o - offset`: of one of several maps that are joined along an axis.
+
+    Outputs before and after it read nothing of it, and do not wait for it.
+    """
+
+    n_in: int
+    n_out: int
+    offset: int
+    stride: int = 1
+
+    def ready(self, r: int) -> int:
+        return self.n_out if r >= self.n_in else self.offset + max(r, 0)
+
+    def first(self, o: int) -> int:
+        return clamp(o - self.offset, 0, self.n_in)
+
+    def stop(self, o: int) -> int:
+        return clamp(o - self.offset, 0, self.n_in)
+
+    def span(self, o0: int, o1: int) -> Span:
+        return Span(o0, o1, self.first(o0), self.stop(o1))
+
+
+@dataclass(frozen=True)
 class Rolled:
     """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs from `begin` on, and so round.
 
@@ -395,9 +420,11 @@ class Rolled:
     def ready_all(self, r: Positions) -> Positions:
         n, there = self.inner.n_in, r + self.begin_in
         ready = np.maximum(self.inner.ready_all(np.clip(there, 0, n)) - self.begin, 0)
-        ready += np.minimum(self.inner.ready_all(np.clip(there - n, 0, n)), self.begin)
+        behind = np.minimum(self.inner.ready_all(np.clip(there - n, 0, n)), self.begin)
+        ready = ready + np.where(ready == self.at_end, behind, 0)
         ready[r >= self.n_in] = self.n_out
-        ready[r <= 0] = 0
+        if not self.inner.ready(0):
+            ready[r <= 0] = 0
         return ready
 
     def first_all(self, o: Positions) -> Positions:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from widefield.streaming.extents import clamp
+from widefield.streaming.extents import Piece, Rolled, clamp
 from widefield.streaming.grid import Grid
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
@@ -139,9 +139,17 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
             if value.op == turn.__name__:
                 fields = [(_turned(value, stage.values[value.sources[0]], axis),) for axis in (0, 1)]
             sources = (number[stage.values[s].name] for s in value.sources)
+            reads = zip(sources, zip(*fields, strict=True), strict=True)
             number[value.name] = len(maps)
-            maps.append(_Map(value, tuple(zip(sources, zip(*fields, strict=True), strict=True))))
+            maps.append(_Map(value, tuple(r for k, r in enumerate(reads) if not _is_edge(value, k))))
     return maps, number
+
+
+def _is_edge(value: Value, k: int) -> bool:
+    """True if what a map reads from its k-th source is some rows or columns that are joined to another map."""
+    maps = [value.flow(axis).axis_maps[k] for axis in (0, 1)]
+    inner = [m.inner if isinstance(m, Rolled) else m for m in maps]
+    return any(isinstance(m, Piece) and 2 * m.n_in < m.n_out for m in inner)
 
 
 def _turned(value: Value, source: Value, axis: int) -> ReceptiveField:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from widefield.streaming.extents import AdaptiveWindow, AxisMap, Behind, BorderPad, Resample, Rolled, Transposed, Window
+from widefield.streaming.extents import (
+    AdaptiveWindow,
+    AxisMap,
+    Behind,
+    BorderPad,
+    Piece,
+    Resample,
+    Rolled,
+    Transposed,
+    Window,
+)
 
 
 class ReceptiveField(NamedTuple):
@@ -54,7 +64,7 @@ def receptive_field_of(axis: AxisMap) -> ReceptiveField:
     match axis:
         case Rolled():
             return receptive_field_of(axis.inner)
-        case Behind():  # the same rows again, one turn later
+        case Behind() | Piece():  # the same rows again, one turn later; for joined maps see `layers`
             return IDENTITY
         case Window():
             return ReceptiveField(axis.stride, 1, -axis.padding, axis.extent - 1 - axis.padding)

@@ -222,6 +222,8 @@ def step(
         cuts = grid.cuts(v, i, j)
         if not cuts.windows:
             continue
+        if new is None and v not in left and v not in above:  # not begun, and read by what is joined to it
+            new = torch.empty(value.tile_shape(*cuts.layout.size), dtype=value.dtype, device=job.device)
         rectify = value.rectified and v not in made.outputs
         parts = list(cut_out((left.get(v), above.get(v), new), value.axes, cuts.layout, cuts.windows, rectify))
         del new

@@ -5,6 +5,7 @@ from dataclasses import replace
 from string import ascii_letters
 
 import torch
+from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import flat
@@ -21,6 +22,7 @@ from widefield.streaming.rules.base import (
     rule,
     sources,
 )
+from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.rewriting import Rewriting
 
 aten = torch.ops.aten
@@ -147,31 +149,51 @@ def matmul(node: Node, maps: Maps) -> Placed:
 def attention_inside(node: Node, maps: Maps, dtype_of: Callable[[str], torch.dtype]) -> list[Node] | None:
     """`scaled_dot_product_attention` among positions of other dimensions than height and width, step by step: inside of windows.
 
-    None for other attention, for masks of booleans, and for what is causal.
+    None for other attention.
     """
     query, key, value, *_ = node.args
     mask, p = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    causal, grouped = argument(node, 5, "is_causal", False), node.kwargs.get("enable_gqa", False)
     shapes = [flat.seen_shape(maps, ref.name) for ref in (query, key, value)]
+    inside = 3 if grouped else 2  # dimensions of what attends, heads among them where they are matched
     apart = all(
-        ref.name in maps and flat.last_of_image(maps, ref.name) < len(shape) - 2
+        ref.name in maps and flat.last_of_image(maps, ref.name) < len(shape) - inside
         for ref, shape in zip((query, key, value), shapes, strict=True)
     )
-    causal, grouped = argument(node, 5, "is_causal", False), node.kwargs.get("enable_gqa", False)
-    if not apart or causal or grouped or (mask is not None and dtype_of(mask.name) == torch.bool):
+    if not apart:
         return None
     scale = node.kwargs.get("scale")
     scale = shapes[0][-1] ** -0.5 if scale is None else scale
     new = Rewriting(node)
+    if grouped and shapes[1][-3] != shapes[0][-3]:
+        each = shapes[0][-3] // shapes[1][-3]
+        for k in (1, 2):
+            shapes[k] = (*shapes[k][:-3], shapes[0][-3], *shapes[k][-2:])
+        key = new.add("keys of all heads", aten.repeat_interleave.self_int, (key, each, -3), shapes[1])
+        value = new.add("values of all heads", aten.repeat_interleave.self_int, (value, each, -3), shapes[2])
     scores = (*node.shape[:-1], shapes[1][-2])
     turned = new.add("key", aten.transpose.int, (key, -2, -1), (*shapes[1][:-2], *shapes[1][:-3:-1]))
     scaled = new.add("query", aten.mul.Tensor, (query, scale), shapes[0])
     weights = new.add("scores", aten.matmul.default, (scaled, turned), scores)
-    if mask is not None:
+    if mask is not None and dtype_of(mask.name) == torch.bool:
+        weights = new.add("masked", aten.where.ScalarOther, (mask, weights, -torch.inf), scores)
+    elif mask is not None:
         weights = new.add("masked", aten.add.Tensor, (weights, mask), scores)
+    if causal:
+        weights = new.add("causal", without_later, (weights,), scores)
     weights = new.add("weights", aten._safe_softmax.default, (weights, -1), scores)
     if p:
         weights = new.add("dropout", aten.dropout.default, (weights, p, True), scores)
     return new.result(aten.matmul.default, weights, value)
+
+
+def without_later(scores: Tensor) -> Tensor:
+    """Scores of queries (rows) and keys (columns) without those of keys that come after the query."""
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, -torch.inf)
+
+
+rule(without_later, saves=("mask",), cheap=True, keeps_batch=True, flat=flat.elementwise)(pointwise)
 
 
 def as_einsum(node: Node, shapes: Sequence[Sequence[int]]) -> Node:

@@ -12,6 +12,7 @@ from string import ascii_letters
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
@@ -41,7 +42,7 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], Flattened | None]:
         if op is not None and op.flattens is not None:
             return [op.flattens(node, maps)], Flattened(2)
         found = _flattening(node, maps, names[0]) if flat is reshaping else None
-        return ([node], None) if found is None else ([_reshaped(node, names[0], found[0])], found[1])
+        return ([node], None) if found is None else found
     shapes = {(maps.flat.get(n), maps.shapes[n][_position(maps, n) :][: _width(maps, n)]) for n in names}
     if len(shapes) > 1:
         raise node.refuse(
@@ -102,8 +103,18 @@ def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
     )
 
 
-def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Flattened] | None:
-    """If `node` merges height and width of map `name`, and maybe what stands beside them: its shape with all apart, how many."""
+def apart(x: Tensor, shape: Sequence[int], rows: int, cols: int) -> Tensor:
+    """A map in another shape, in which `rows` and `cols` are the dimensions of its height and its width."""
+    return x.reshape(tuple(shape))
+
+
+def _apart_node(node: Node, name: str, shape: Sequence[int], rows: int, cols: int) -> Node:
+    args = (Ref(name), list(shape), rows, cols)
+    return replace(node, target=apart, args=args, kwargs={}, pick=None, shape=tuple(shape))
+
+
+def _flattening(node: Node, maps: Maps, name: str) -> tuple[list[Node], Flattened] | None:
+    """If `node` merges height and width of map `name`, and maybe what stands beside them: with all apart, and how many."""
     axes, shape = maps.axes[name], maps.shapes[name]
     if axes.cols != axes.rows + 1:
         return None
@@ -117,19 +128,25 @@ def _flattening(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Fla
         return None
     before = [shape[d] for d in group_in if d < axes.rows and shape[d] > 1]
     behind = [shape[d] for d in group_in if d > axes.cols and shape[d] > 1]
-    merged = (*before, *maps.extent(name), *behind)
-    return (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :]), Flattened(len(merged), len(behind))
+    merged, rows = (*before, *maps.extent(name), *behind), wide[0] + len(before)
+    whole = (*node.shape[: wide[0]], *merged, *node.shape[wide[0] + 1 :])
+    return [_apart_node(node, name, whole, rows, rows + 1)], Flattened(len(merged), len(behind))
 
 
-def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[tuple[int, ...], Flattened] | None:
+def _flattening_one_position(node: Node, maps: Maps, name: str) -> tuple[list[Node], Flattened] | None:
     """`_flattening` of a map with a single position: any dimension of size 1 may be both, where there are not two of them."""
     if _places(node, maps):
         return None
-    ones = [d for d, size in enumerate(node.shape) if size == 1]
-    if not ones:
-        merged = maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]  # with the batch
-        return ((node.shape[0], 1, 1, *node.shape[1:]), Flattened(3)) if merged else None
-    return (*node.shape[: ones[-1]], 1, 1, *node.shape[ones[-1] + 1 :]), Flattened(2)
+    before = prod(maps.shapes[name][: maps.axes[name].rows])
+    ones = [d for d, size in enumerate(node.shape) if size == 1 and prod(node.shape[:d]) == before]
+    if ones:
+        rows = ones[-1]
+        return [
+            _apart_node(node, name, (*node.shape[:rows], 1, 1, *node.shape[rows + 1 :]), rows, rows + 1)
+        ], Flattened(2)
+    if maps.axes[name] == (1, 2) and maps.shapes[name][0] == node.shape[0]:  # with the batch
+        return [_apart_node(node, name, (node.shape[0], 1, 1, *node.shape[1:]), 1, 2)], Flattened(3)
+    return None
 
 
 def _places(node: Node, maps: Maps) -> bool:
@@ -149,41 +166,46 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Fla
     after = shape[p + 1 : group_in[-1] + 1]
     inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + width], *after)
     cols = p - group_in[0] + width - behind - 1  # the place of the width among them; the height stands before it
-    if inner[-2:] == (1, 1) and prod(inner) > 1 and cols == len(inner) - 1:
-        return _one_position_reshaped(node, name, inner, group_out)
-    at, result, merged = 0, list(node.shape[: group_out[0]]), None
+    if (found := _taken_apart(node.shape, group_out, inner, cols)) is not None:
+        return [_apart_node(node, name, node.shape, *found)], None
+    at, result, merged, rows = 0, list(node.shape[: group_out[0]]), None, 0
     for d in group_out:
         end, size = at, node.shape[d]
         while prod(inner[at:end]) < size or (size == 1 and end < len(inner) and inner[end] == 1 and end == at):
             end += 1
         if d == group_out[-1] and prod(inner[end:]) == 1:
             end = len(inner)
-        one = at in (cols - 1, cols) and end == at + 1
-        if prod(inner[at:end]) != size or (not one and (at < cols == end or at == cols)):
+        if prod(inner[at:end]) != size or at < cols == end or at == cols:
             raise _refuse(node, "cuts")
         if at < cols < end:
             while at < cols - 1 and inner[at] == 1:
                 at += 1
-            merged = Flattened(end - at, end - 1 - cols)
+            merged, rows = Flattened(end - at, end - 1 - cols), len(result) + cols - 1 - at
             result += inner[at:end]
         else:
             result.append(size)
         at = end
-    if at < len(inner):
+    if at < len(inner) or merged is None:
         raise _refuse(node, "cuts")
-    return [_reshaped(node, name, (*result, *node.shape[group_out[-1] + 1 :]))], merged
+    return [_apart_node(node, name, (*result, *node.shape[group_out[-1] + 1 :]), rows, rows + 1)], merged
 
 
-def _one_position_reshaped(
-    node: Node, name: str, inner: tuple[int, ...], group_out: range
-) -> tuple[list[Node], Flattened | None]:
-    """`reshaping` of a map with a single position, merged with what stands before it: taken off again if there is room for it."""
-    end = group_out[-1] + 1
-    if node.shape[end : end + 2] == (1, 1):
-        return [_reshaped(node, name, node.shape)], None
-    if prod(inner[:-2]) != node.shape[end - 1]:
-        raise _refuse(node, "cuts")
-    return [_reshaped(node, name, (*node.shape[:end], 1, 1, *node.shape[end:]))], Flattened(3)
+def _taken_apart(shape: Sequence[int], group: range, inner: Sequence[int], cols: int) -> tuple[int, int] | None:
+    """Where height and width stand in `shape`, if each has a dimension of its own in `group`; of several, the last ones."""
+    height, width = inner[cols - 1 : cols + 1]
+    before, behind = prod(inner[: cols - 1]), prod(inner[cols + 1 :])
+    start, stop = group.start, group.stop
+    if behind == 1:  # dimensions of size 1 that follow are in the group after this one
+        stop += next((k for k, size in enumerate(shape[stop:]) if size != 1), len(shape) - stop)
+    places = [
+        (row, col)
+        for row in range(start, stop)
+        for col in range(row + 1, stop)
+        if (shape[row], shape[col], prod(shape[start:row])) == (height, width, before)
+        and prod(shape[row + 1 : col]) == 1
+        and prod(shape[col + 1 : stop]) == behind
+    ]
+    return min(places, key=lambda place: (place[1] - place[0], -place[0]), default=None)
 
 
 def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:

@@ -32,6 +32,7 @@ from widefield.streaming.rules.base import (
     refuse_whole,
     rewrite,
     rule,
+    sources,
     swap_refs,
 )
 from widefield.streaming.rules.reductions import Grads, Pairs, Parts, Reduction
@@ -64,6 +65,59 @@ def roll(node: Node, maps: Maps) -> list[Node] | None:
     if others := {d: shift for d, shift in by.items() if shift and d not in axes}:
         source = new.add("others", aten.roll.default, (source, list(others.values()), list(others)), shape)
     return new.result(turn, source, *turns)
+
+
+@rewrite(aten.cat)
+def joined_along(node: Node, maps: Maps) -> list[Node] | None:
+    """Maps joined along height or width, of which all but one are narrow: these come last in the scan, wherever they stand."""
+    names = sources(node, maps)
+    dim = dims(node, argument(node, 1, "dim", 0), len(node.shape))[0]
+    if len(names) < len(node.args[0]) or any(dim not in maps.axes[name] for name in names):
+        return None
+    sizes = [maps.shapes[name][dim] for name in names]
+    widest = sizes.index(max(sizes))
+    if sum(sizes) - sizes[widest] > _FARTHEST:
+        raise node.refuse(
+            f"joins maps of {', '.join(map(str, sizes))} {('rows', 'columns')[dim == maps.axes[names[0]].cols]}, of which every "
+            "tile would carry all but one",
+            f"join at most {_FARTHEST} positions to a map, as padding needs it; or join the results outside of the streamed module",
+        )
+    if not widest:
+        return None
+    new = Rewriting(node)
+    ordered = new.add(
+        "in the order of the scan", node.target, ([*node.args[0][widest:], *node.args[0][:widest]], dim), node.shape
+    )
+    by = sum(sizes[:widest])
+    return new.result(turn, ordered, *((by, 0) if dim == maps.axes[names[0]].rows else (0, by)))
+
+
+@rewrite(aten.pad)
+def pad_around(node: Node, maps: Maps) -> list[Node] | None:
+    """Circular padding: the first positions once more behind the last ones, and the last ones before the first."""
+    if argument(node, 2, "mode", "constant") != "circular":
+        return None
+    name = only_map(node, maps)
+    axes, shape, amounts = maps.axes[name], list(maps.shapes[name]), list(node.args[1])
+    sides = {len(shape) - 1 - k: amounts[2 * k : 2 * k + 2] for k in range(len(amounts) // 2)}
+    sides = {d: side for d, side in sides.items() if any(side)}
+    if sides.keys() - set(axes) or min(amounts) < 0 or any(sum(side) > _FARTHEST for side in sides.values()):
+        raise node.refuse(
+            f"wraps around by {amounts} positions, and every tile would carry as many",
+            f"pad height and width by at most {_FARTHEST} positions in sum, and crop by slices",
+        )
+    new, source = Rewriting(node), Ref(name)
+    for d, (before, after) in sides.items():
+        size, pieces = shape[d], [source]
+        for suffix, start, stop in (("first", 0, after), ("last", size - before, size)):
+            if stop > start:
+                of_piece = (*shape[:d], stop - start, *shape[d + 1 :])
+                pieces.append(new.add(f"{suffix} of {d}", aten.slice.Tensor, (source, d, start, stop), of_piece))
+        shape[d] = size + before + after
+        source = new.add(f"joined along {d}", aten.cat.default, (pieces, d), shape)
+        if before:
+            source = new.add(f"around {d}", turn, (source, *((before, 0) if d == axes.rows else (0, before))), shape)
+    return new.result(aten.alias.default, source)
 
 
 def _shortest(shift: int, size: int) -> int:

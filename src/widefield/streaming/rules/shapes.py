@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.extents import AxisMap, Window, identity, repeat
+from widefield.streaming.extents import AxisMap, Piece, Window, identity, repeat
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
@@ -115,6 +116,23 @@ def reshape(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), Axes(rows, cols), run)
 
 
+@rule(flat.apart, keeps_batch=True)
+def set_apart(node: Node, maps: Maps) -> Placed:
+    """A reshape of which it is known where height and width stand afterwards."""
+    name, (shape, rows, cols) = only_map(node, maps), node.args[1:]
+    axes, shape_in = maps.axes[name], maps.shapes[name]
+    parts_in = shape_in[: axes.rows], shape_in[axes.rows + 1 : axes.cols], shape_in[axes.cols + 1 :]
+    if list(map(prod, parts_in)) != list(map(prod, (shape[:rows], shape[rows + 1 : cols], shape[cols + 1 :]))):
+        raise refuse_whole(node, "flattens")
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        of_tile = list(shape)
+        of_tile[rows], of_tile[cols] = context.rows[0].size, context.cols[0].size
+        return tiles[0].reshape(of_tile)
+
+    return Placed((maps.read(name),), Axes(rows, cols), run)
+
+
 @rule(aten.expand, aten.repeat, flat=flat.sizes)
 def expand(node: Node, maps: Maps) -> Placed:
     """Repetition along dimensions other than height and width."""
@@ -132,7 +150,7 @@ def expand(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.repeat_interleave, saves=())
+@rule(aten.repeat_interleave, saves=(), flat=flat.along(2))
 def repeat_each(node: Node, maps: Maps) -> Placed:
     """Each position of a dimension so many times, height and width included."""
     name, factor, dim = only_map(node, maps), node.args[1], argument(node, 2, "dim")
@@ -255,6 +273,8 @@ def join(node: Node, maps: Maps) -> Placed:
     axes_in = {maps.axes[name] for name in names}
     ndim = len(node.shape)
     dim = dims(node, argument(node, position, "dim", 0), ndim)[0]
+    if node.op == "aten.cat" and axes_in == {axes := maps.axes[names[0]]} and dim in axes:
+        return _joined_along(node, maps, dim)
     if len(axes_in) > 1 or len({maps.extent(name) for name in names}) > 1:
         raise _different(node, maps)
     axes = axes_in.pop()
@@ -272,6 +292,26 @@ def join(node: Node, maps: Maps) -> Placed:
     return Placed(
         tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, context: call(tiles, context.weights)
     )
+
+
+def _joined_along(node: Node, maps: Maps, dim: int) -> Placed:
+    """Joining maps along height or width."""
+    names, reads, offset = sources(node, maps), [], 0
+    axes = maps.axes[names[0]]
+    other = axes.cols if dim == axes.rows else axes.rows
+    if len(names) < len(node.args[0]) or any(maps.shapes[name][other] != node.shape[other] for name in names):
+        raise _different(node, maps)
+    for name in names:
+        size = maps.shapes[name][dim]
+        read, along = maps.read(name), Piece(size, node.shape[dim], offset)
+        reads.append(replace(read, rows=along) if dim == axes.rows else replace(read, cols=along))
+        offset += size
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        some = [tile for tile in tiles if tile.shape[dim]]
+        return some[0] if len(some) == 1 else torch.cat(some, dim)
+
+    return Placed(tuple(reads), axes, run)
 
 
 @rule(aten.select_scatter)

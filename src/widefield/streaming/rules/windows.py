@@ -24,7 +24,6 @@ from widefield.streaming.rules.base import (
     argument,
     declare,
     only_map,
-    refuse_whole,
     rule,
 )
 
@@ -313,8 +312,6 @@ def pad(node: Node, maps: Maps) -> Placed:
     before, after = [0] * ndim, [0] * ndim
     for k in range(len(amounts) // 2):
         before[ndim - 1 - k], after[ndim - 1 - k] = amounts[2 * k], amounts[2 * k + 1]
-    if mode == "circular":
-        raise refuse_whole(node, "wraps around")
     height, width = maps.extent(name)
     low, high = (before[axes.rows], after[axes.rows]), (before[axes.cols], after[axes.cols])
     if mode != "constant":
