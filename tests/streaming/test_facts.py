@@ -28,6 +28,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "einsum": lambda x: torch.einsum("nchw,cd->ndhw", x, torch.rand(4, 3, dtype=torch.float64).requires_grad_()),
     "max_pool2d": lambda x: F.max_pool2d(x, 2),
     "max_pool2d_with_indices": lambda x: F.max_pool2d(x, 2, return_indices=True),
+    "max_unpool2d": lambda x: x.flatten(2).scatter(
+        2, torch.arange(30).expand(2, 4, 30), x.flatten(2)
+    ),  # as the rule does
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
     "batch_norm": lambda x: F.batch_norm(x, SCALE, SCALE, SCALE),
     "_native_batch_norm_legit_no_training": lambda x: F.batch_norm(x, SCALE, SCALE, SCALE),

@@ -181,6 +181,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "repeat_interleave": lambda x: x[:, :4].repeat_interleave(2, 1).repeat_interleave(3, 2).repeat_interleave(2, -1),
     "unfold": lambda x: F.unfold(x, 3, padding=1).view(1, 72, *x.shape[2:])[:, ::9],
     "unfold with strides": lambda x: F.unfold(x, (2, 3), (1, 2), (1, 0), (2, 3)).unflatten(2, ((x.shape[2] + 2) // 2, -1))[:, 2:10],
+    "fold of what was unfolded": lambda x: F.fold(F.unfold(x, 3, padding=1).cos(), x.shape[-2:], 3, padding=1),
+    "fold with strides": lambda x: F.fold(F.unfold(x, (2, 3), (1, 2), (1, 0), (2, 3)) * 2, x.shape[-2:], (2, 3), (1, 2), (1, 0), (2, 3)),
+    "fold of blocks": lambda x: F.fold(x.flatten(2), (2 * x.shape[2], 2 * x.shape[3]), 2, stride=2).repeat(1, 4, 1, 1),
+    "unpooling": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape[-2:]) + x,
+    "unpooling with padding": lambda x: _unpooled(x, (2, 3), (3, 4), (1, 0)),
+    "unpooling of a rolled map": lambda x: _unpooled(x.roll((-2, 3), (2, 3)), 2, 2, 0).roll((2, -3), (2, 3)) * x,
     "convex upsampling": lambda x: _upsampled(x),
     "glu": lambda x: F.glu(x, 1).repeat(1, 2, 1, 1),
     "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
@@ -235,6 +241,11 @@ def _upsampled(x: Tensor) -> Tensor:
     around = F.unfold(8 * x, [3, 3], padding=1).view(batch, 8, 9, 1, 1, height, width)
     fine = (weights * around).sum(2).permute(0, 1, 4, 2, 5, 3)
     return fine.reshape(batch, 8, 2 * height, 2 * width)
+
+
+def _unpooled(x: Tensor, *window: int | tuple[int, int]) -> Tensor:
+    pooled, indices = F.max_pool2d(x, *window, return_indices=True)
+    return F.max_unpool2d(pooled.tanh(), indices, *window, x.shape[-2:])
 
 
 def _shift_mask(windows: Tensor) -> Tensor:
@@ -339,6 +350,15 @@ def test_ties_in_max_pooling_go_as_on_the_whole_image() -> None:
         assert_exact(nn.Sequential(nn.Identity(), nn.ReLU(), pool), image, [(4, 5)])
 
 
+def test_positions_of_max_pooling_are_those_in_the_whole_image() -> None:
+    image = torch.randint(0, 2, (2, 3, 21, 22)).double()
+    image[:, :, :7, :7] = -torch.inf  # windows of which none is larger than padding
+    for window in ((3, 2, 1), (2, 2, 0, 1, True), ((4, 3), 3, (2, 1))):
+        module = Fn(lambda x, window=window: F.max_pool2d(x, *window, return_indices=True)[1], after=None)
+        module.before = nn.Identity()
+        assert_exact(nn.Sequential(nn.Identity(), module), image, [(4, 5), (1, None)])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3)])
 def test_tiny_images(size: tuple[int, int]) -> None:
     module = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 7, padding=3))
@@ -358,7 +378,8 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("roll by half of a large map", lambda x: F.interpolate(x, scale_factor=10).roll(100, 2)),
         ("grid sample", lambda x: F.grid_sample(x, torch.zeros(1, 5, 5, 2, dtype=x.dtype), align_corners=False)),
         ("cumsum over width", lambda x: x.cumsum(3)),
-        ("indices of max pooling", lambda x: F.max_pool2d(x, 2, return_indices=True)[1]),
+        ("unpooling to positions of windows that overlap", lambda x: F.max_unpool2d(*F.max_pool2d(x, 3, 2, 1, return_indices=True), 3, 2, 1, x.shape[-2:])),
+        ("unpooling to positions that were computed", lambda x: F.max_unpool2d(x, x.argsort(1), 2)),
         ("self-attention", lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT] * 3)),
         ("a quantile of the image", lambda x: x.quantile(0.5)),
         ("variance over height", lambda x: x.var(2)),

@@ -125,6 +125,15 @@ class Flattened(NamedTuple):
     behind: int = 0
 
 
+class Positions(NamedTuple):
+    """Of a map of positions in another one: that one's height and width, and the windows in which they lie."""
+
+    extent: tuple[int, int]
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
 @dataclass
 class Maps:
     """The maps placed so far: where their height and width stand. `shapes` holds the whole size of every value, weights too.
@@ -132,8 +141,8 @@ class Maps:
     `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
     names maps that the model has flattened (see `rules.flat`), and counts the dimensions of `shapes` that the model sees as one: 2
     for height and width, 3 where the batch is flattened with them. `begin` holds the row and column of a rolled map at which
-    its scan begins (see `rules.rolled`). `synchronised` are the paths of batch norm
-    layers whose statistics are those of all processes.
+    its scan begins (see `rules.rolled`). `positions` are maps that hold positions in others, as max pooling returns them.
+    `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
     """
 
     axes: dict[str, Axes] = field(default_factory=dict)
@@ -141,6 +150,7 @@ class Maps:
     broadcast: dict[str, str] = field(default_factory=dict)
     flat: dict[str, Flattened] = field(default_factory=dict)
     begin: dict[str, tuple[int, int]] = field(default_factory=dict)
+    positions: dict[str, Positions] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
     def __contains__(self, name: object) -> bool:

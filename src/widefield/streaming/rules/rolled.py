@@ -239,7 +239,7 @@ def _around(inner: Sequence[AxisMap], begins: Sequence[int], weights: Sequence[b
         maps = []
         for m, begin, weight in zip(inner, begins, weights, strict=True):
             begin_in = at if weight else begin  # a weight is read from wherever it has to be
-            late = begin_in > 0 and (at == 0 or m.first(at) < begin_in)
+            late = begin_in > 0 and m.first(at) < begin_in
             maps.append(Rolled(m, begin_in - m.n_in if late else begin_in, at))
         choices.append((sum(m.again for m in maps), at, maps))
     return min(choices, key=lambda choice: choice[:2])[2]

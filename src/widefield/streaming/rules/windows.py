@@ -19,6 +19,7 @@ from widefield.streaming.rules.base import (
     Axes,
     Maps,
     Placed,
+    Positions,
     Read,
     TileContext,
     argument,
@@ -133,8 +134,6 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     """Maximum of each window; the first in raster order wins a tie, as on the whole image."""
     name = only_map(node, maps)
     _require_nchw(node, maps, name)
-    if node.pick == 1:
-        raise node.refuse("returns positions in the whole image", "use max pooling without return_indices")
     kernel = _pair(argument(node, 1, "kernel_size"))
     stride = _pair(argument(node, 2, "stride"), kernel)
     padding = _pair(argument(node, 3, "padding"), (0, 0))
@@ -142,6 +141,19 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     ceil_mode = bool(argument(node, 5, "ceil_mode", False))
     extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     read = _windows(maps, node, name, extent, stride, padding)
+    height, width = maps.extent(name)
+
+    def positions(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        rows, cols = context.rows[0], context.cols[0]
+        tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
+        at = F.max_pool2d(tile, kernel, stride, 0, dilation, return_indices=True)[1]
+        # Where all is -inf, the first position that is no padding.
+        y = (at // tile.shape[3] + (rows.first - rows.low)).clamp(0, height - 1)
+        return y * width + (at % tile.shape[3] + (cols.first - cols.low)).clamp(0, width - 1)
+
+    if node.pick == 1:
+        maps.positions[node.name] = Positions((height, width), (extent[0], extent[1]), stride, padding)
+        return Placed((read,), NCHW, positions)
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         if (
@@ -161,6 +173,40 @@ def max_pool(node: Node, maps: Maps) -> Placed:
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
+
+
+@rule(aten.max_unpool2d, saves=("indices",), keeps_batch=True)
+def max_unpool(node: Node, maps: Maps) -> Placed:
+    """Each position goes back to where `max_pool` found it; windows that do not overlap tell where that may be."""
+    x, indices = (ref.name for ref in node.args[:2])
+    size = node.shape[2], node.shape[3]
+    _require_nchw(node, maps, x)
+    found = maps.positions.get(indices)
+    if found is None or maps.shapes[x] != maps.shapes[indices]:
+        raise node.refuse(
+            "puts positions where a tensor of indices says, and it is not known how far apart that is",
+            "pass the indices that a max pooling of the model returned, as they are; or stream(model), which runs such a layer on "
+            "the whole map after streaming what comes before it",
+        )
+    if found.extent != size or any(k > s for k, s in zip(found.window, found.stride, strict=True)):
+        raise node.refuse(
+            f"fills a map of {size} by positions in one of {found.extent}, pooled by windows of {found.window} with strides of "
+            f"{found.stride}",
+            "pass output_size=x.shape[-2:] of the map that was pooled, and pool it by windows that do not overlap",
+        )
+    sizes = zip(maps.extent(x), size, found.window, found.stride, found.padding, strict=True)
+    rows_map, cols_map = (Transposed(*of_axis) for of_axis in sizes)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        rows, cols, (tile, at) = context.rows[0], context.cols[0], tiles
+        y, x = at // size[1] - rows.start, at % size[1] - cols.start
+        here = (y >= 0) & (y < rows.size) & (x >= 0) & (x < cols.size)
+        area = rows.size * cols.size
+        place = torch.where(here, y * cols.size + x, area).flatten(2)  # the last one is for other tiles
+        full = tile.new_zeros((*tile.shape[:2], area + 1)).scatter(2, place, tile.flatten(2))
+        return full[:, :, :area].unflatten(2, (rows.size, cols.size))
+
+    return Placed((Read(x, rows_map, cols_map), Read(indices, rows_map, cols_map)), NCHW, run)
 
 
 def _not_flattened(node: Node, maps: Maps) -> Node:
@@ -199,6 +245,54 @@ def unfold(node: Node, maps: Maps) -> Placed:
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
+
+
+def folded(
+    x: Tensor,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int],
+    stride: tuple[int, int],
+) -> Tensor:
+    """The sums of overlapping windows (N, C * kernel height * kernel width, rows, columns): (N, C, *size)."""
+    return F.fold(x.flatten(2), size, kernel, dilation, padding, stride)
+
+
+def _of_windows(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], flat.Flattened | None]:
+    """`F.fold` of windows with their rows and columns apart."""
+    size, kernel, dilation, padding, stride = (_pair(arg) for arg in node.args[1:6])
+    sizes = zip(size, kernel, dilation, padding, stride, strict=True)
+    counts = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sizes)
+    name = names[0]
+    if maps.flat[name] != flat.Flattened(2) or maps.axes[name] != NCHW or maps.extent(name) != counts:
+        raise node.refuse(
+            f"joins {counts[0]} x {counts[1]} windows, and the map that was flattened has "
+            f"{maps.extent(name)[0]} x {maps.extent(name)[1]} positions",
+            "fold the windows that F.unfold with the same arguments gave, or a map of as many rows and columns",
+        )
+    args = (node.args[0], size, kernel, dilation, padding, stride)
+    return [replace(node, target=folded, args=args, kwargs={})], None
+
+
+declare(aten.col2im, flat=_of_windows)
+
+
+@rule(folded, saves=(), keeps_batch=True)
+def fold(node: Node, maps: Maps) -> Placed:
+    """See `folded`."""
+    name = only_map(node, maps)
+    kernel, dilation, padding, stride = node.args[2:]
+    read, fit = _spread(node, maps, name, kernel, dilation, padding, stride)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        counts = zip(tiles[0].shape[2:], kernel, dilation, stride, strict=True)
+        full = folded(
+            tiles[0], tuple((n - 1) * s + (k - 1) * d + 1 for n, k, d, s in counts), kernel, dilation, (0, 0), stride
+        )  # type: ignore[arg-type]
+        return fit(full, context)
+
+    return Placed((read,), NCHW, run)
 
 
 @rule(aten.avg_pool2d, keeps_batch=True)
@@ -246,11 +340,33 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
     padding = _pair(argument(node, 4, "padding"), (0, 0))
     groups = argument(node, 6, "groups", 1)
     dilation = _pair(argument(node, 7, "dilation"))
-    extent = [(k - 1) * d + 1 for k, d in zip(maps.shapes[weight][-2:], dilation, strict=True)]
-    sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
-    rows_map, cols_map = (Transposed(*size) for size in sizes)
+    read, fit = _spread(node, maps, name, maps.shapes[weight][-2:], dilation, padding, stride)
 
-    def fit(full: Tensor, axis: int, span: Span) -> tuple[Tensor, int, int]:
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        full = fit(F.conv_transpose2d(tiles[0], context.weights[weight], None, stride, 0, 0, groups, dilation), context)
+        return full + context.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
+
+    return Placed((read,), NCHW, run)
+
+
+def _spread(
+    node: Node,
+    maps: Maps,
+    name: str,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> tuple[Read, Callable[[Tensor, TileContext], Tensor]]:
+    """How an operation reads a map of which each position spreads over a window of results.
+
+    With it comes a function of what it makes of a tile without any padding, which gives the results of a step.
+    """
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = zip(maps.extent(name), node.shape[-2:], extent, stride, padding, strict=True)
+    rows_map, cols_map = (Transposed(*of_axis) for of_axis in sizes)
+
+    def fit_along(full: Tensor, axis: int, span: Span) -> tuple[Tensor, int, int]:
         """Return the part of the full result that falls on the span's outputs, and how many outputs lie before and after it."""
         begin = span.first * stride[axis] - padding[axis]
         size = full.shape[axis + 2]
@@ -259,15 +375,12 @@ def transposed_convolution(node: Node, maps: Maps) -> Placed:
         part = full if high - low == size else full.narrow(axis + 2, low, high - low)
         return part, before, span.size - before - (high - low)
 
-    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
-        full = F.conv_transpose2d(tiles[0], context.weights[weight], None, stride, 0, 0, groups, dilation)
-        full, top, bottom = fit(full, 0, context.rows[0])
-        full, left, right = fit(full, 1, context.cols[0])
-        if top or bottom or left or right:
-            full = F.pad(full, (left, right, top, bottom))
-        return full + context.weights[bias.name][:, None, None] if isinstance(bias, Ref) else full
+    def fit(full: Tensor, context: TileContext) -> Tensor:
+        full, top, bottom = fit_along(full, 0, context.rows[0])
+        full, left, right = fit_along(full, 1, context.cols[0])
+        return F.pad(full, (left, right, top, bottom)) if top or bottom or left or right else full
 
-    return Placed((Read(name, rows_map, cols_map),), NCHW, run)
+    return Read(name, rows_map, cols_map), fit
 
 
 @rule(LocalCall, saves=(), keeps_batch=True, is_layer=True, waits=False)
