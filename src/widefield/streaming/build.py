@@ -23,7 +23,7 @@ from widefield.streaming.fold import fold_batch_norms
 from widefield.streaming.kept import Scans, is_view, size_of
 from widefield.streaming.local import LocalCall
 from widefield.streaming.memory_model import MemoryModel
-from widefield.streaming.normal_form import normal_form
+from widefield.streaming.normal_form import normal_form, taken_apart
 from widefield.streaming.placing import Placing
 from widefield.streaming.program import Program, Stage
 from widefield.streaming.rules import Maps, Placed, Reduction, op_of
@@ -174,7 +174,13 @@ def _fold(graph: Graph) -> Graph:
 def _normal_form(graph: Graph) -> Graph:
     shapes = {name: shape for name, (shape, _) in graph.captured.shapes.items()}
     shapes |= {node.name: node.shape for node in graph.nodes}
-    return replace(graph, nodes=tuple(normal_form(node, shapes) for node in graph.nodes))
+    of_image, nodes = set(graph.captured.spatial_inputs), list[Node]()
+    for node in graph.nodes:
+        parts = taken_apart(node, shapes, graph.dtypes) if of_image.intersection(node.refs) else (node,)
+        of_image |= {node.name} if of_image.intersection(node.refs) else set()
+        shapes |= {part.name: part.shape for part in parts}
+        nodes += [normal_form(part, shapes) for part in parts]
+    return replace(graph, nodes=tuple(nodes))
 
 
 def _place(graph: Graph, allow_whole: bool) -> Graph:

@@ -1,12 +1,20 @@
-"""Operators that differ only in how they are written, brought to one form, which the rules know."""
+"""Operators that differ only in how they are written, brought to one form, which the rules know.
+
+What PyTorch itself composes of other operators, and no rule knows, is taken apart.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from widefield.streaming.captured import Node
+from widefield.streaming.captured import Node, Ref
+from widefield.streaming.rules import op_of
 from widefield.streaming.rules.channels import explicit
 
 aten = torch.ops.aten
@@ -51,3 +59,78 @@ def normal_form(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Node:
     if node.target is aten.slice_scatter.default and shapes[node.args[1].name] == node.shape:  # all of it
         return replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
     return node
+
+
+def taken_apart(
+    node: Node, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+) -> tuple[Node, ...]:
+    """The operators of which PyTorch composes that of `node`, where it is no known one; else `node` alone.
+
+    They are those that run without it being known to autograd, so that their derivatives make up its own.
+    """
+    composed = isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose()
+    if not composed or op_of(node.target) is not None or node.dtype.is_complex:
+        return (node,)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    with FakeTensorMode(), torch.no_grad(), _Parts(node) as parts:
+        given = {name: torch.empty(shapes[name], dtype=dtypes[name], device="cpu") for name in node.refs}
+        parts.name(given)
+
+        def empty(value: Any) -> Any:
+            return given[value.name] if isinstance(value, Ref) else value
+
+        args, kwargs = pytree.tree_map(empty, (node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Ref))
+        try:
+            result = node.target.decompose(*args, **kwargs)
+            last = parts.names[id(result if node.pick is None else result[node.pick])]
+        except (RuntimeError, KeyError, TypeError, NotImplementedError):
+            return (node,)
+    if parts.changes_something:
+        return (node,)
+    return (*parts.nodes, replace(node, target=aten.alias.default, args=(last,), kwargs={}, pick=None))
+
+
+class _Parts(TorchDispatchMode):
+    """Records operators as nodes; `names` are the tensors that they read and make, by identity."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+        self.nodes: list[Node] = []
+        self.names: dict[int, Ref] = {}
+        self.changes_something = False
+        self._held: list[Tensor] = []  # as long as they live, no other tensor has their identity
+
+    def name(self, tensors: Mapping[str, Tensor]) -> None:
+        self._held += tensors.values()
+        self.names.update({id(tensor): Ref(name) for name, tensor in tensors.items()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made: Any = [result] if isinstance(result, (Tensor, torch.device)) else list(result)
+        if not self.names or not any(isinstance(each, Tensor) for each in made):  # what is given; questions about it
+            return result
+        if func._schema.is_mutable:
+            func = self._with_result(func, args[0], result)
+
+        def ref(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return self.names[id(value)] if isinstance(value, FakeTensor) else value.item()
+
+        args, kwargs = pytree.tree_map(ref, (args, kwargs or {}))
+        part = replace(self.node, target=func, args=args, kwargs=kwargs, pick=None, grows=None)
+        for k, tensor in enumerate(made):
+            name, pick = f"{self.node.name}@{len(self.nodes)}", None if isinstance(result, Tensor) else k
+            self.nodes.append(replace(part, name=name, pick=pick, shape=tuple(tensor.shape), dtype=tensor.dtype))
+            self.name({name: tensor})
+        return result
+
+    def _with_result(self, func: Any, changed: Tensor, result: Any) -> Any:
+        """The operator that gives what `func` puts in the place of a tensor, of which there must be no views."""
+        storage = changed.untyped_storage()._cdata
+        alone = sum(tensor.untyped_storage()._cdata == storage for tensor in self._held) == 1
+        found = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
+        own = alone and result is changed and self.names[id(changed)].name not in self.node.refs
+        self.changes_something |= not own or found is None
+        return found

@@ -14,6 +14,7 @@ from widefield.streaming.rules.base import (
     Flattened,
     Maps,
     Placed,
+    TileContext,
     argument,
     caller,
     dims,
@@ -29,7 +30,10 @@ aten = torch.ops.aten
 
 
 # Their default overloads take no dimension: they reduce over all of them.
-WITHOUT_DIM = {"mean", "sum", "var", "std", "var_mean", "std_mean", "max", "min", "prod", "any", "all"}
+WITHOUT_DIM = {
+    *("mean", "sum", "var", "std", "var_mean", "std_mean", "max", "min", "prod", "any", "all"),
+    *("median", "nanmedian"),
+}
 
 
 def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
@@ -46,7 +50,9 @@ def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
 )
 @rule(aten.cumsum, saves=(), flat=flat.along(1))
 @rule(aten.sort, aten.topk, saves=("indices",))
+@rule(aten.cummax, aten.cummin, saves=("inputs", "indices"))
 @rule(aten.argsort)
+@rule(aten.logcumsumexp, saves=("inputs", "result"), flat=flat.along(1))
 @rule(aten.cumprod, saves=("inputs", "result"), flat=flat.along(1))
 @rule(aten.glu, flat=flat.along(1, default=-1))
 def along(node: Node, maps: Maps) -> Placed:
@@ -62,11 +68,20 @@ def along(node: Node, maps: Maps) -> Placed:
 
 
 @rule(aten.gather, saves=("inputs", "indices"))
+@rule(aten.scatter, aten.scatter_add)
+@rule(aten.linalg_cross)
 def gather(node: Node, maps: Maps) -> Placed:
-    """Picking among the channels of each position by a map of indices."""
+    """Picking among the channels of each position by a map of indices, putting them there, products of channels."""
     names = sources(node, maps)
-    ndim, dim = len(node.shape), dims(node, node.args[1], len(node.shape))[0]
-    if len(names) != 2 or len({(maps.axes[name], maps.extent(name), len(maps.shapes[name])) for name in names}) > 1:
+    ndim, dim = (
+        len(node.shape),
+        dims(node, argument(node, 2 if "cross" in node.op else 1, "dim", -1), len(node.shape))[0],
+    )
+    needed = sum(isinstance(arg, Ref) for arg in node.args)
+    if (
+        len(names) != needed
+        or len({(maps.axes[name], maps.extent(name), len(maps.shapes[name])) for name in names}) > 1
+    ):
         raise node.refuse("picks by indices of another height or width", "pick from a map by a map of the same size")
     if dim in maps.axes[names[0]] or ndim != len(maps.shapes[names[0]]):
         raise refuse_whole(node, "picks along")
@@ -96,13 +111,17 @@ def pool_channels(node: Node, maps: Maps) -> Placed:
 @rule(aten.prod, saves=("inputs", "result"))
 @rule(aten.linalg_vector_norm, aten.norm, saves=("inputs", "result"), flat=flat.along(2, whole=True))
 @rule(aten.max, aten.min, saves=("indices",), flat=flat.along(1, whole=True))
+@rule(aten.median, aten.nanmedian, aten.kthvalue, aten.mode, saves=("indices",))
+@rule(aten.nansum)
+@rule(aten.aminmax, saves=("inputs", "result", "mask"))
+@rule(aten.count_nonzero)
 @rule(aten.var, aten.var_mean, aten.argmax, aten.argmin, flat=flat.along(1, whole=True))
 @rule(aten.any, aten.all)
 def reduction(node: Node, maps: Maps) -> Placed:
     """Over some dimensions, none of them height or width."""
     name = sources(node, maps)[0]
-    position = 2 if node.op in ("aten.linalg_vector_norm", "aten.norm") else 1
-    value = argument(node, position, "dim")
+    position = 2 if node.op in ("aten.linalg_vector_norm", "aten.norm", "aten.kthvalue") else 1
+    value = argument(node, position, "dim", -1 if node.op in ("aten.kthvalue", "aten.mode") else None)
     if getattr(node.target, "_overloadname", "") == "default" and node.op.split(".")[1] in WITHOUT_DIM:
         value = None
     if isinstance(value, Ref):  # aten.max.other compares two maps
@@ -114,6 +133,38 @@ def reduction(node: Node, maps: Maps) -> Placed:
     if len(node.shape) < len(maps.shapes[name]):  # keepdim=False
         axes = Axes(*(axis - sum(d < axis for d in over) for axis in axes))
     return _placed(node, maps, axes)
+
+
+@rule(aten.searchsorted, aten.bucketize)
+def between(node: Node, maps: Maps) -> Placed:
+    """The place of each value among those of one sorted list."""
+    name = sources(node, maps)[0]
+    if [ref for ref in node.refs if ref != name and maps.shapes[ref][1:]] or len(sources(node, maps)) > 1:
+        raise node.refuse("searches in another list at each position", "search in one list (K,) for all of them")
+    call = caller(node, maps)
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        return call([tiles[0].contiguous()], context.weights)  # PyTorch warns of other tensors
+
+    return Placed((maps.read(name),), maps.axes[name], run)
+
+
+@rule(aten.embedding)
+def embedding(node: Node, maps: Maps) -> Placed:
+    """The row of a weight for each position, as a last dimension."""
+    name = sources(node, maps)[-1]
+    if len(sources(node, maps)) > 1 or any(node.args[3:]):
+        raise node.refuse("scales gradients by what the whole image holds", "leave scale_grad_by_freq and sparse off")
+    return _placed(node, maps, maps.axes[name])
+
+
+@rule(aten.tril, aten.triu, saves=())
+def triangle(node: Node, maps: Maps) -> Placed:
+    """Half of the matrices in the last two dimensions, none of them height or width."""
+    name = only_map(node, maps)
+    if max(maps.axes[name]) >= len(node.shape) - 2:
+        raise refuse_whole(node, "cuts")
+    return _placed(node, maps, maps.axes[name])
 
 
 @rule(aten.layer_norm, keeps_batch=True, flat=flat.normalised)

@@ -17,6 +17,7 @@ from widefield.streaming.local import Draws, LocalCall
 from widefield.streaming.rules import flat
 from widefield.streaming.rules.base import (
     Axes,
+    Flattened,
     Maps,
     Placed,
     Positions,
@@ -127,6 +128,40 @@ def convolution(node: Node, maps: Maps) -> Placed:
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
+
+
+@rule(aten.conv3d, keeps_batch=True, is_layer=True)
+def convolution_beside(node: Node, maps: Maps) -> Placed:
+    """Convolution along height, width and a third dimension, of which every tile holds all."""
+    name, weight = only_map(node, maps), node.args[1].name
+    axes, padding = maps.axes[name], argument(node, 4, "padding", 0)
+    if len(maps.shapes[name]) != 5 or min(axes) < 2 or padding == "same":
+        raise node.refuse(
+            f"needs a map of five dimensions, height and width among the last three, and gets {maps.shapes[name]}",
+            "permute the map, and give the padding in numbers",
+        )
+    padding = 0 if padding == "valid" else padding
+    stride, padding, dilation = (
+        list(value) * (3 // len(value)) if isinstance(value, (list, tuple)) else [value] * 3
+        for value in (argument(node, 3, "stride", 1), padding, argument(node, 5, "dilation", 1))
+    )
+    kernel, groups = maps.shapes[weight][2:], argument(node, 6, "groups", 1)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    bias = argument(node, 2, "bias")
+    rows, cols = (
+        Window(maps.shapes[name][d], node.shape[d], extent[d - 2], stride[d - 2], padding[d - 2]) for d in axes
+    )
+    beside = [0 if d + 2 in axes else amount for d, amount in enumerate(padding)]
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        sides = [(0, 0)] * 3
+        for d, span in zip(axes, (context.rows[0], context.cols[0]), strict=True):
+            sides[d - 2] = (span.low, span.high)
+        tile = F.pad(tiles[0], [amount for side in reversed(sides) for amount in side])
+        w, b = context.weights[weight], context.weights[bias.name] if isinstance(bias, Ref) else None
+        return F.conv3d(tile, w, b, stride, beside, dilation, groups)
+
+    return Placed((Read(name, rows, cols),), axes, run, exclusive=True)
 
 
 @rule(aten.max_pool2d, aten.max_pool2d_with_indices, saves=("inputs", "indices"), keeps_batch=True)
@@ -259,13 +294,13 @@ def folded(
     return F.fold(x.flatten(2), size, kernel, dilation, padding, stride)
 
 
-def _of_windows(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], flat.Flattened | None]:
+def _of_windows(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
     """`F.fold` of windows with their rows and columns apart."""
     size, kernel, dilation, padding, stride = (_pair(arg) for arg in node.args[1:6])
     sizes = zip(size, kernel, dilation, padding, stride, strict=True)
     counts = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sizes)
     name = names[0]
-    if maps.flat[name] != flat.Flattened(2) or maps.axes[name] != NCHW or maps.extent(name) != counts:
+    if maps.flat[name] != Flattened(2) or maps.axes[name] != NCHW or maps.extent(name) != counts:
         raise node.refuse(
             f"joins {counts[0]} x {counts[1]} windows, and the map that was flattened has "
             f"{maps.extent(name)[0]} x {maps.extent(name)[1]} positions",
