@@ -426,6 +426,38 @@ def test_what_trains_within_windows_and_is_no_parameter_is_refused(where: str) -
         assert StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24)).shape == (1, 2, 3, 3)
 
 
+class Keeps(nn.Module):
+    """Sets attributes: to what it makes of windows, a counter, a list, a cache of what is always the same."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls, self.all, self.cache = what, 0, [], None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "features":
+            self.features = x.exp().view(-1)
+        elif self.what == "calls":
+            self.calls += 1
+        elif self.what == "all":
+            self.all.append(len(x))
+        elif self.cache is None:
+            self.cache = torch.arange(x.shape[1]).to(x)
+        return x if self.cache is None else x * self.cache
+
+
+@pytest.mark.parametrize("what", ["features", "calls", "all"])
+def test_attributes_that_windows_would_leave_are_refused_by_name(what: str) -> None:
+    net = nn.Sequential(Local(nn.Sequential(convolution(3, (8, 8)), Keeps(what)), 8), nn.Conv2d(5, 2, 1))
+    with pytest.raises(UnsupportedOpError, match=f"attribute 1.{what} within Local") as raised:
+        StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24))
+    assert raised.value.module_path == "0"
+
+
+def test_a_cache_of_what_is_always_the_same_is_exact() -> None:
+    net = nn.Sequential(Local(nn.Sequential(convolution(3, (8, 8)), Keeps("cache")), 8), nn.Conv2d(5, 2, 1))
+    assert_exact(net, torch.randn(1, 3, 24, 24), [8])
+
+
 class Centred(nn.Module):
     def __init__(self, by_value: bool) -> None:
         super().__init__()

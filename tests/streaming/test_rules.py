@@ -164,6 +164,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "causal attention in windows": lambda x: _in_windows(x, lambda w: F.scaled_dot_product_attention(w, w.cos(), w, is_causal=True)),
     "heads merged with windows": lambda x: _in_windows(x, lambda w: _heads(w)),
     "attention in windows by einsum": lambda x: _in_windows(x, lambda w: torch.einsum("bij,bjc->bic", torch.einsum("bic,bjc->bij", w, w).softmax(-1), w)),
+    "pooling of the first tokens of each window": lambda x: _unrolled(x[:, :, :22, :18]),
     "negative indices": lambda x: x[:, torch.tensor([-1, 0, 2, -2, 1, 1, -8, 3])],
     "negative bounds": lambda x: x[:, :, -15:-1:2, :-2],
     "strided slice": lambda x: x[:, :, 1::2, ::3],
@@ -235,6 +236,15 @@ def _heads(windows: Tensor) -> Tensor:
     apart = windows.view(count, length, 2, channels // 2).transpose(1, 2).reshape(count * 2, length, channels // 2)
     made = torch.bmm((apart @ apart.mT / 3).softmax(-1), apart)
     return made.view(count, 2, length, channels // 2).transpose(1, 2).reshape(count, length, channels)
+
+
+def _unrolled(x: Tensor) -> Tensor:
+    """Windows of 2 x 2, of which the first token of all comes first, then the second ones, pooled as Hiera does."""
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 3, 5, 2, 4, 1)
+    tokens = x.reshape(batch, height * width, channels) * 2
+    pooled = tokens.view(batch, 2, -1, channels).amax(1) + tokens.unflatten(1, (2, -1)).mean(1)
+    return pooled.view(batch, 2, height // 2, width // 2, channels).sum(1).permute(0, 3, 1, 2)
 
 
 def _grouped(windows: Tensor) -> Tensor:

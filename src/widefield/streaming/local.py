@@ -228,11 +228,13 @@ class Local(nn.Module):
         trains = [x.requires_grad, *(tensor.requires_grad for tensor in tensors)]
         given = (len(tensors) + 1) * [False] if not torch.is_grad_enabled() else trains
 
-        def run(windows: Tensor, weights: Sequence[Tensor]) -> Tensor:
-            return _checked(_bound(module, weights)(windows), len(windows))
+        def bind(weights: Sequence[Tensor]) -> nn.Module:
+            bound = _bound(module, weights)
+            bound.register_forward_hook(lambda part, args, result: _checked(result, len(args[0])))
+            return bound
 
         shape = int(x.shape[1]), *self.windows.size
-        cost = window_cost(run, shape, x.dtype, tensors, given, watch)
+        cost = window_cost(bind, shape, x.dtype, tensors, given, watch)
         call = LocalCall(module, self.windows, self.chunk, cost, torch.is_grad_enabled() and not any(trains))
         result = torch.ops.widefield.local([x, *tensors], call.record(watch))
         return _side_by_side(result, cost.result)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -41,23 +41,28 @@ class WindowCost:
 
 
 def window_cost(
-    run: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    bind: Callable[[Sequence[Tensor]], nn.Module],
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     tensors: Sequence[Tensor],
     requires_grad: Sequence[bool],
     watch: Watch,
 ) -> WindowCost:
-    """Measure `run` on windows of `shape` (C, h, w), with tensors like `tensors`, in the capture of `watch`.
+    """Measure a module on windows of `shape` (C, h, w), with tensors like `tensors`, in the capture of `watch`.
 
-    `requires_grad` says of the windows, then of each tensor, whether its gradient is wanted.
+    `bind` gives a copy of it that has such tensors. `requires_grad` says of the windows, then of each tensor, whether its gradient
+    is wanted.
 
     Raises:
-        UnsupportedOpError: the module decides by values, changes a buffer, or trains a tensor that it does not register.
+        UnsupportedOpError: the module decides by values, changes a buffer, keeps what it makes of a window, or trains a tensor
+            that it does not register.
     """
     autocast, with_gradients = watch.autocast, torch.is_grad_enabled()
 
-    def measured() -> WindowCost | str:
+    def run(windows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return bind(weights)(windows)  # type: ignore[no-any-return]
+
+    def measured() -> WindowCost | str | tuple[str, str, str]:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (
             fake,
@@ -71,6 +76,12 @@ def window_cost(
             windows = torch.empty((2, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
             if with_gradients and (_trains_others(run, windows, weights) or computed.used):
                 return "hidden"
+            if name := _set_by(bind(weights), windows):
+                return (
+                    f"attribute {name} within Local",
+                    "is set by what forward makes of windows, of which each tile has others",
+                    "return what you want to keep beside the result, as further channels; or leave such attributes out",
+                )
             counted = []
             for count in (_MANY, 2 * _MANY):
                 windows = torch.empty((count, *shape), dtype=dtype, device=watch.device).requires_grad_(
@@ -107,8 +118,8 @@ def window_cost(
             f"runs on no tensors without data ({error!s:.200}), so that the memory of a window is not known",
             "register a fake implementation of it (torch.library.register_fake)",
         ) from error
-    if isinstance(found, str):
-        raise watch.refusal(*_REFUSED[found])
+    if not isinstance(found, WindowCost):
+        raise watch.refusal(*(_REFUSED[found] if isinstance(found, str) else found))
     return found
 
 
@@ -139,6 +150,58 @@ def _trains_others(run: Any, windows: Tensor, weights: Sequence[Tensor]) -> bool
             if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in given:
                 return True
     return False
+
+
+def _set_by(module: nn.Module, windows: Tensor) -> str:
+    """Return the path of an attribute that a pass sets to what depends on `windows`, or anew at each pass; "" if there is none.
+
+    What a first pass fills and others leave is a cache, and each tile may fill its own.
+    """
+    with torch.no_grad(), _Derived(windows) as derived:
+        module(windows)
+        before = _attributes(module)
+        module(windows)
+    for path, (value, size) in _attributes(module).items():
+        old, old_size = before.get(path, (None, None))
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in derived.storages for x in leaves):
+            return path
+        plain = isinstance(value, (bool, int, float, str, tuple, type(None))) and not any(
+            isinstance(x, Tensor) for x in leaves
+        )
+        if size != old_size or (plain and value != old):
+            return path
+    return ""
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
+    """The attributes of a module and its parts, each with its length if it is a container."""
+    found: dict[str, tuple[Any, int | None]] = {}
+    for path, part in module.named_modules():
+        own = {name: value for name, value in vars(part).items() if name not in ("_parameters", "_modules", "_buffers")}
+        for name, value in {**own, **part._buffers}.items():
+            size = len(value) if isinstance(value, (list, dict, set)) else None
+            found[f"{path}.{name}".removeprefix(".")] = value, size
+    return found
+
+
+class _Derived(TorchDispatchMode):
+    """Notices the memory of all that is computed from a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.storages = {tensor.untyped_storage()._cdata}
+        self._held = [tensor.untyped_storage()]  # as long as they live, no other memory has their place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x.untyped_storage() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(storage._cdata in self.storages for storage in given):
+            made = [x.untyped_storage() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+            made += given[:1] if func._schema.is_mutable else []
+            self._held += made
+            self.storages.update(storage._cdata for storage in made)
+        return result
 
 
 class _Computed(TorchFunctionMode):

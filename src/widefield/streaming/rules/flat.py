@@ -164,13 +164,16 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Fla
     p, shape, (width, behind) = _position(maps, name), seen_shape(maps, name), maps.flat[name]
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])
     after = shape[p + 1 : group_in[-1] + 1]
-    inner = (*shape[group_in[0] : p], *maps.shapes[name][p : p + width], *after)
+    inner = [*shape[group_in[0] : p], *maps.shapes[name][p : p + width], *after]
     cols = p - group_in[0] + width - behind - 1  # the place of the width among them; the height stands before it
     if (found := _taken_apart(node.shape, group_out, inner, cols)) is not None:
         return [_apart_node(node, name, node.shape, *found)], None
     at, result, merged, rows = 0, list(node.shape[: group_out[0]]), None, 0
     for d in group_out:
         end, size = at, node.shape[d]
+        if at < len(inner) and at not in (cols - 1, cols) and inner[at] > size > 1 and inner[at] % size == 0:
+            inner[at : at + 1] = size, inner[at] // size
+            cols += at < cols
         while prod(inner[at:end]) < size or (size == 1 and end < len(inner) and inner[end] == 1 and end == at):
             end += 1
         if d == group_out[-1] and prod(inner[end:]) == 1:
