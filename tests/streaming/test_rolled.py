@@ -11,7 +11,7 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2,
 )
 
-from tests.streaming.exactness import assert_exact, randomise
+from tests.streaming.exactness import TOLERANCE, assert_exact, randomise, relative_error
 from widefield.streaming import StreamingCNN
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window, identity
 from widefield.streaming.rules.rolled import _around
@@ -99,12 +99,44 @@ class Rolling(nn.Module):
         return torch.roll(x, (-3, 2), (2, 3))
 
 
-@pytest.mark.parametrize("part", ["region", "mask"])
-def test_parts_of_an_image_are_refused_by_name_where_a_map_is_rolled(part: str) -> None:
+def test_a_mask_is_refused_by_name_where_a_map_is_rolled() -> None:
     streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
-    wanted = {"region": {"region": (0, 0, 8, 8)}, "mask": {"mask": np.ones((4, 4), dtype=bool), "fill": 0.0}}[part]
     with pytest.raises(ValueError, match="layer '1' rolls its map"):
-        streamed(torch.randn(1, 3, 20, 20), **wanted)
+        streamed(torch.randn(1, 3, 20, 20), mask=np.ones((4, 4), dtype=bool), fill=0.0)
+
+
+@pytest.mark.parametrize("region", [(0, 0, 9, 7), (11, 13, 10, 13), (8, 0, 1, 26), (20, 25, 1, 1), (0, 0, 21, 26)])
+def test_a_region_of_a_rolled_map_is_exact(region: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(0)
+    circular = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+    module = nn.Sequential(
+        circular, nn.Tanh(), Rolling(), nn.MaxPool2d(3, 1, 1), nn.Conv2d(4, 2, 3, padding=1)
+    ).double()
+    y, x, height, width = region
+    images = [torch.randn(1, 3, 21, 26).double().requires_grad_()]
+    images.append(images[0].detach().clone().requires_grad_())
+    expected = module(images[0])[:, :, y : y + height, x : x + width]
+    expected.sin().sum().backward()
+    weight = circular.weight.grad.clone()
+    for tile in ((5, 6), (8, None)):
+        module.zero_grad()
+        images[1].grad = None
+        found = StreamingCNN(module, tile, verify=False)(images[1], region=region)
+        found.sin().sum().backward()
+        assert relative_error(found.detach(), expected.detach()) < TOLERANCE
+        assert relative_error(images[1].grad, images[0].grad) < TOLERANCE
+        assert relative_error(circular.weight.grad, weight) < TOLERANCE
+
+
+def test_a_region_of_a_swin_is_exact() -> None:
+    torch.manual_seed(0)
+    module, image = randomise(Net([2, 2], 1, False)).eval().double(), torch.randn(1, 3, 40, 56).double()
+    with torch.no_grad():
+        expected = module(image)
+        streamed = StreamingCNN(module, 8, verify=False)
+        for y, x in ((0, 0), (4, 12), (32, 48)):
+            found = streamed(image, region=(y, x, 8, 8))
+            assert relative_error(found, expected[:, :, y // 4 : y // 4 + 2, x // 4 : x // 4 + 2]) < TOLERANCE
 
 
 def test_a_rolled_map_is_not_written_while_it_is_computed() -> None:

@@ -20,7 +20,7 @@ from widefield.streaming.extents import AxisMap, Positions, Span
 from widefield.streaming.foreground import Flags, Foreground, Ranges
 from widefield.streaming.grid import Box, Cuts, Grid, Range
 from widefield.streaming.program import Program, Stage
-from widefield.streaming.rules.rolled import turn
+from widefield.streaming.rules.rolled import straight, turn
 from widefield.streaming.schedule import Schedule
 
 
@@ -96,8 +96,10 @@ class PartialGrid:
         return y, x, bottom - y, right - x
 
     def part(self, v: int) -> Box:
-        """Return the smallest part of map v that holds all that is computed of it."""
+        """Return the smallest part of map v that holds all that is computed of it; all of one that was rolled."""
         made = self.made[v]
+        if self.stage.values[v].op == straight.__name__:
+            return 0, 0, *self.whole.extent(v)
         if not made.any():
             return 0, 0, 0, 0
         (y, x), (bottom, right) = (
@@ -157,8 +159,11 @@ class Wanted:
         if not (self.outputs if is_output else self.reductions):
             box = 0, 0, 0, 0
         (top, bottom), across = blocks(grid.row_schedule, v), blocks(grid.col_schedule, v)
-        rows = _cut_to((top[steps], bottom[steps]), box[0], box[0] + box[2])
-        cols = _cut_to(across, box[1], box[1] + box[3])
+        begin = grid.stage.values[v].begin if grid.stage.values[v].op == straight.__name__ else (0, 0)
+        rows, cols = (
+            _cut_round(found, box[axis], box[axis + 2], begin[axis], extent[axis])
+            for axis, found in enumerate(((top[steps], bottom[steps]), across))
+        )
         if self.foreground is None:
             return _products(rows, cols)
         return _around(self.foreground, extent, rows, cols)
@@ -211,8 +216,8 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
-    if wanted.scattered or wanted.band[1] > 1:
-        check_order(program, "a region, a mask or a process_group")
+    if wanted.foreground is not None or wanted.band[1] > 1:
+        check_order(program, "a mask or a process_group")
     if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
         raise ValueError(
             "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "
@@ -365,6 +370,13 @@ def _cut_to(ranges: Ranges, start: int, stop: int) -> Ranges:
     """Return the parts of `ranges` that lie in [start, stop), without those that do not."""
     first, last = np.maximum(ranges[0], start), np.minimum(ranges[1], stop)
     return first[last > first], last[last > first]
+
+
+def _cut_round(ranges: Ranges, start: int, count: int, begin: int, size: int) -> Ranges:
+    """Return the parts of `ranges` that hold `count` positions from `start` on, of a map of `size` whose scan begins at `begin`."""
+    first = (start - begin) % size
+    parts = [_cut_to(ranges, first, min(first + count, size)), _cut_to(ranges, 0, first + count - size)]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def _products(rows: Ranges, cols: Ranges) -> tuple[Ranges, Ranges]:
