@@ -1,5 +1,7 @@
 """Rolled maps and windowed attention: networks of both, and the extents of what goes round."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -139,10 +141,21 @@ def test_a_region_of_a_swin_is_exact() -> None:
             assert relative_error(found, expected[:, :, y // 4 : y // 4 + 2, x // 4 : x // 4 + 2]) < TOLERANCE
 
 
-def test_a_rolled_map_is_not_written_while_it_is_computed() -> None:
+def test_a_rolled_map_is_written_to_an_array() -> None:
+    module, image = nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()).double(), torch.randn(1, 3, 20, 20).double()
+    streamed = StreamingCNN(module, (7, 6), verify=False)
+    written = np.zeros((1, 4, 18, 18))
+    streamed.write(image, written)
+    assert relative_error(torch.from_numpy(written), module(image).detach()) < TOLERANCE
+    part = np.zeros((1, 4, 9, 9))
+    streamed.write(image, part, region=(0, 10, 10, 10))
+    assert np.array_equal(part, written[:, :, :9, 9:])
+
+
+def test_a_rolled_map_is_not_written_to_a_file(tmp_path: Path) -> None:
     streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
     with pytest.raises(ValueError, match="layer '1' rolls its map"):
-        streamed.write(torch.randn(1, 3, 20, 20), np.zeros((1, 4, 18, 18), dtype=np.float32))
+        streamed.write(torch.randn(1, 3, 20, 20), tmp_path / "map.zarr")
 
 
 @pytest.mark.parametrize("begin", [0, 1, 4, 5, 10])

@@ -24,6 +24,7 @@ from widefield.streaming.need import Wanted, cells_in, check_order
 from widefield.streaming.postprocess import Postprocess
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import Cells
+from widefield.streaming.rules.rolled import straight
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,24 @@ class MapOutput:
         assert self.sink is not None
         return self.sink.places[self.number]
 
+    @property
+    def rolled(self) -> bool:
+        """True if the map was rolled, so that its first rows may come last."""
+        return self.value.op == straight.__name__
+
     def add(self, tile: Tensor, y: int, x: int) -> None:
-        """Write a tile whose corner is at (y, x) of the whole map."""
+        """Write a tile whose corner is at (y, x) of the whole map, or of what is scanned of a rolled one."""
+        if not self.rolled:
+            self._add(tile, y, x)
+            return
+        for top, height, row in _round(y + self.value.begin[0], tile.shape[self.value.axes.rows], self.value.extent[0]):
+            part = tile.narrow(self.value.axes.rows, row, height)
+            for left, width, col in _round(
+                x + self.value.begin[1], tile.shape[self.value.axes.cols], self.value.extent[1]
+            ):
+                self._add(part.narrow(self.value.axes.cols, col, width), top, left)
+
+    def _add(self, tile: Tensor, y: int, x: int) -> None:
         assert self.sink is not None
         rows, cols = self.value.axes
         spans = []
@@ -177,7 +194,16 @@ class MapOutput:
     def rows_done(self, y: int) -> None:
         """No later tile has a row of the whole map above `y`."""
         assert self.sink is not None
+        if self.rolled and y < self.value.extent[0]:
+            y = 0
         self.sink.rows_done(self.number, min(max(y - self.box[0], 0), self.box[2]))
+
+
+def _round(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
+    """Where `count` positions from `start` on stand in a map of `size` that goes round: first, count, place among them."""
+    start %= size
+    before = min(count, size - start)
+    return [part for part in ((start, before, 0), (0, count - before, before)) if part[1]]
 
 
 @dataclass(frozen=True)
@@ -216,8 +242,9 @@ def plan_writing(
     Raises:
         ValueError: there is none, or what was asked for cannot be done with them.
     """
-    check_order(program, "writing a map while it is computed")
     target = parse_target(to)
+    if not isinstance(target, ArrayTarget):
+        check_order(program, "writing a map to a file while it is computed")
     result, attributes = pytree.tree_unflatten(program.captured.outputs, program.captured.spec)
     values = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}
     names: dict[str, str] = {}
