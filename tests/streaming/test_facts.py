@@ -62,6 +62,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "aminmax": lambda x: torch.aminmax(x, dim=1)[0],
     "scatter": lambda x: x.scatter(1, torch.zeros(2, 1, 6, 5, dtype=torch.int64), x),
     "scatter_add": lambda x: x.scatter_add(1, torch.zeros(2, 1, 6, 5, dtype=torch.int64), x),
+    "grid_sampler": lambda x: F.grid_sample(x, torch.rand(2, 6, 5, 2, dtype=x.dtype), align_corners=False),
     "linalg_cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:], dim=1),
     "tril": torch.tril,
     "triu": torch.triu,

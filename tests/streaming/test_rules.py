@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -200,6 +201,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "unpooling with padding": lambda x: _unpooled(x, (2, 3), (3, 4), (1, 0)),
     "unpooling of a rolled map": lambda x: _unpooled(x.roll((-2, 3), (2, 3)), 2, 2, 0).roll((2, -3), (2, 3)) * x,
     "convex upsampling": lambda x: _upsampled(x),
+    "deformable convolution": lambda x: _deformed(x, 2.5 * _channels(x, 18).tanh(), padding=1),
+    "deformable convolution with a mask": lambda x: _deformed(x, torch.cat([-_channels(x, 9).clamp(-1, 3), _channels(x, 9).sigmoid() + 0.5], 1)[:, :, ::2, ::3], _channels(x, 9).sigmoid()[:, :, ::2, ::3], stride=(2, 3), padding=(2, 1), dilation=(2, 1)),
     "glu": lambda x: F.glu(x, 1).repeat(1, 2, 1, 1),
     "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
     "comparison": lambda x: x * (x > x.mean(1, keepdim=True)) + torch.maximum(x, -x) + x.clamp(-0.5, 0.5),
@@ -267,6 +270,15 @@ def _upsampled(x: Tensor) -> Tensor:
 def _unpooled(x: Tensor, *window: int | tuple[int, int]) -> Tensor:
     pooled, indices = F.max_pool2d(x, *window, return_indices=True)
     return F.max_unpool2d(pooled.tanh(), indices, *window, x.shape[-2:])
+
+
+def _channels(x: Tensor, count: int) -> Tensor:
+    return torch.cat([x, x.sin(), 3 * x.cos()], 1)[:, :count]
+
+
+def _deformed(x: Tensor, offset: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:
+    weight = torch.arange(8 * 8 * 9).to(x).sin().view(8, 8, 3, 3)
+    return torchvision.ops.deform_conv2d(x, offset, weight, mask=mask, **options)
 
 
 def _shift_mask(windows: Tensor) -> Tensor:
@@ -398,6 +410,7 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("roll of all positions", lambda x: x.roll(1)),
         ("roll by half of a large map", lambda x: F.interpolate(x, scale_factor=10).roll(100, 2)),
         ("grid sample", lambda x: F.grid_sample(x, torch.zeros(1, 5, 5, 2, dtype=x.dtype), align_corners=False)),
+        ("deformable convolution without bounds", lambda x: torchvision.ops.deform_conv2d(x, _channels(x, 18), torch.ones(8, 8, 3, 3).to(x), padding=1)),
         ("cumsum over width", lambda x: x.cumsum(3)),
         ("unpooling to positions of windows that overlap", lambda x: F.max_unpool2d(*F.max_pool2d(x, 3, 2, 1, return_indices=True), 3, 2, 1, x.shape[-2:])),
         ("unpooling to positions that were computed", lambda x: F.max_unpool2d(x, x.argsort(1), 2)),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import op_of
 from widefield.streaming.rules.channels import explicit
+from widefield.streaming.rules.sampling import deformed
 
 aten = torch.ops.aten
 
@@ -54,6 +55,8 @@ def normal_form(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Node:
         same = shapes[one.name] == node.shape
         target, args = (aten.alias.default, (one,)) if same else (aten.expand.default, (one, list(node.shape)))
         return replace(node, target=target, args=args, kwargs={}, pick=None)
+    if node.op == "torchvision.deform_conv2d":
+        return replace(node, target=deformed)
     if node.target is aten.slice.Tensor and shapes[node.args[0].name] == node.shape and node.args[4:] in ((), (1,)):
         return replace(node, target=aten.alias.default, args=node.args[:1], kwargs={})  # `x[:]`
     if node.target is aten.slice_scatter.default and shapes[node.args[1].name] == node.shape:  # all of it

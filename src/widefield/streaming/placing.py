@@ -28,6 +28,7 @@ from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.resize import interpolate
 from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.rolled import around, straight, turn
+from widefield.streaming.rules.sampling import bounds_of
 from widefield.streaming.rules.shapes import reshape
 
 aten = torch.ops.aten
@@ -215,6 +216,8 @@ class Placing:
     def _record(self, node: Node) -> None:
         self.nodes[node.name] = node
         self.maps.shapes[node.name] = node.shape
+        if node.name in self.placed and (bounds := bounds_of(node, self.maps.bounds)) is not None:
+            self.maps.bounds[node.name] = bounds
 
 
 def _gathered(tiles: Sequence[Tensor], context: TileContext) -> Tensor:

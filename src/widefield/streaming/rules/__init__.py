@@ -4,7 +4,19 @@ Operations over the whole image have a rewriting instead: reductions, and local 
 operation is in one `Op`, made by the decorators of its rule or rewriting.
 """
 
-from widefield.streaming.rules import channels, losses, norms, pointwise, random, resize, rolled, shapes, whole, windows
+from widefield.streaming.rules import (
+    channels,
+    losses,
+    norms,
+    pointwise,
+    random,
+    resize,
+    rolled,
+    sampling,
+    shapes,
+    whole,
+    windows,
+)
 from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, TileContext, apply_rule, op_of, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
@@ -24,4 +36,4 @@ __all__ = [
     "unflatten",
 ]
 # Importing them registers all operations and rewritings.
-_ = (channels, losses, norms, pointwise, random, resize, rolled, shapes, whole, windows)
+_ = (channels, losses, norms, pointwise, random, resize, rolled, sampling, shapes, whole, windows)
