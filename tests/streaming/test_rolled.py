@@ -96,6 +96,14 @@ def test_the_receptive_field_grows_where_windows_are_shifted() -> None:
     assert fields[-1] == (16, 16)
 
 
+def test_the_masks_of_shifted_windows_are_made_tile_by_tile() -> None:
+    module, image = Net([2], 1, False).eval(), torch.zeros(1, 3, 128, 192)
+    with torch.no_grad():
+        program = StreamingCNN(module, 64, verify=False)._program(tuple(image.shape), image.dtype, image.device)
+    assert program.broadcast, "the numbers of the parts that a window may hold are a map"
+    assert program.combined_bytes < 16 * 64 * 96 * 4, "a mask has 16 numbers for each position"
+
+
 class Rolling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.roll(x, (-3, 2), (2, 3))

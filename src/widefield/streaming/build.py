@@ -184,9 +184,13 @@ def _normal_form(graph: Graph) -> Graph:
 
 
 def _place(graph: Graph, allow_whole: bool) -> Graph:
-    placing = Placing(graph.captured, allow_whole)
+    placing = Placing(graph.captured, allow_whole=True)
     for node in graph.nodes:
         placing.add(node)
+    if placing.refused and (placing.read_as_maps or not allow_whole):
+        placing = Placing(graph.captured, allow_whole, weights_as_maps=False)
+        for node in graph.nodes:
+            placing.add(node)
     outputs = placing.unflattened(graph.outputs)
     return replace(
         graph,
@@ -204,7 +208,7 @@ def _live(graph: Graph) -> Graph:
     for node in reversed(graph.nodes):
         parts = parts_of(node) if isinstance(node.target, Reduction) else (node.name,)
         if not needed.isdisjoint(parts):
-            needed.update(node.refs)
+            needed.update(graph.maps.broadcast.get(name, name) for name in node.refs)
             live.append(node)
     graph = replace(graph, nodes=tuple(live[::-1]))
     if all(map(is_view, graph.streamed)):

@@ -1,5 +1,6 @@
 """Each operation in its place: a map that is computed tile by tile, a reduction of maps, or a plain operation."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,11 +39,14 @@ aten = torch.ops.aten
 class Placing:
     """The nodes so far: those in `placed` are maps and reductions, the others are plain.
 
-    `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map.
+    `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map. With `weights_as_maps`,
+    weights as large as a map are maps from where they are cut in windows on: `read_as_maps` are their names.
     """
 
     captured: Captured
     allow_whole: bool
+    weights_as_maps: bool = True
+    read_as_maps: set[str] = field(default_factory=set)
     maps: Maps = field(default_factory=Maps)
     nodes: dict[str, Node] = field(default_factory=dict)
     placed: dict[str, Placed] = field(default_factory=dict)
@@ -60,6 +64,8 @@ class Placing:
     def add(self, node: Node) -> None:
         """Place a captured node; what cannot be streamed runs on whole maps, or raises UnsupportedOpError if none may."""
         node = self._note_expansion(node)
+        if self.weights_as_maps and _rule(node) is reshape:
+            node = self._cut_in_windows(node)
         if _rule(node) is pointwise:
             node = self._read_unexpanded(node)
         if not any(name in self.maps for name in node.refs):
@@ -92,6 +98,23 @@ class Placing:
         else:
             if flattened:
                 self.maps.flat[node.name] = flattened
+
+    def _cut_in_windows(self, node: Node) -> Node:
+        """Return `node`, a view of a weight as large as a map that cuts it in windows, as one of a map.
+
+        What is compared among the positions of each window, as the masks of shifted windows are, is many times as large.
+        """
+        source = node.refs[0]
+        if source in self.maps or source not in self.maps.shapes or len(node.refs) > 1:
+            return node
+        shape = self.maps.shapes[source]
+        cut = [group_in[0] for group_in, group_out in groups(shape, node.shape) if len(group_in) == 1 < len(group_out)]
+        extents = {self.maps.extent(name) for name in self.maps.axes}
+        for rows, cols in itertools.pairwise(cut):
+            if cols == rows + 1 and (shape[rows], shape[cols]) in extents:
+                self.read_as_maps.add(source)
+                return swap_refs(node, {source: self.maps.broadcast_weight(source, Axes(rows, cols), shape)})
+        return node
 
     def _note_expansion(self, node: Node) -> Node:
         """Return `node`, an expansion to the size of a map for one that resizes a single position; what expands is noted."""
