@@ -67,6 +67,20 @@ def test_tifffile_reads_the_levels_of_an_ome_tiff(tmp_path: Path, dtype: str, ch
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0, 255, "uint8"), (0, 256, "uint16"), (-1, 200, "int16"), (3, 2**31, "uint32")]
+)
+def test_labels_of_64_bits_get_the_smallest_type_that_holds_them(
+    tmp_path: Path, low: int, high: int, dtype: str
+) -> None:
+    array = np.zeros((1, *SIZE), np.int64)
+    array[0, 20:40, 30:500], array[0, -1, -1] = low, high
+    write(tmp_path / "map.ome.tif", array, labels=True)
+    with tifffile.TiffFile(tmp_path / "map.ome.tif") as file:
+        for level, expected in zip(file.series[0].levels, levels_of(array, labels=True), strict=True):
+            assert level.dtype == dtype and np.array_equal(level.asarray()[None], expected)
+
+
+@pytest.mark.parametrize(
     ("dtype", "version"),
     [("uint8", "0.4"), ("float32", "0.4"), ("float32", "0.5"), ("float16", "0.5"), ("int64", "0.5")],
 )
@@ -253,7 +267,21 @@ def test_polygons_of_a_scene_have_its_coordinates(tmp_path: Path) -> None:
 
 REFUSED = {
     "a batch": ("map.tif", np.zeros((2, 1, 9, 9)), "of one image"),
-    "int64 in OME-TIFF": ("map.ome.tif", np.zeros((1, 9, 9), np.int64), "OME-TIFF cannot hold int64"),
+    "float16 in OME-TIFF": (
+        "map.ome.tif",
+        np.zeros((1, 9, 9), np.float16),
+        "cannot hold float16: give dtype='float32'",
+    ),
+    "64 bits in OME-TIFF": (
+        "map.ome.tif",
+        np.full((1, 9, 9), 2**32),
+        "labels of up to 32 bits, .* from 0 to 4294967296",
+    ),
+    "long and negative": (
+        "map.ome.tif",
+        np.array([[[2**33, -1]]]),
+        "labels of up to 32 bits, .* from -1 to 8589934592",
+    ),
     "polygons of floats": ("map.geojson", np.zeros((1, 9, 9)), "labels"),
     "polygons of channels": ("map.geojson", np.zeros((2, 9, 9), np.uint8), "one channel"),
 }

@@ -58,11 +58,11 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "stride"), zip(LOSSES, (1, 2, 3, 4), strict=True))
 def test_a_step_with_a_loss_inside_has_the_gradients_of_plain_pytorch(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, x, y = network(stride=2), image(), labels()
+    net, x, y = network(stride=stride), image(), labels()
     logits = functional.interpolate(net(x), size=SIZE, mode="bilinear", align_corners=False)
     expected = LOSSES[name](logits, y)
     found = step(module(net, loss=name, class_weights=WEIGHTS), (x, y), monkeypatch)
@@ -104,17 +104,21 @@ NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_maps_of_numbers_are_learnt_likewise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x, y = network(2), image(), torch.rand(2, 2, *SIZE, dtype=torch.float64)
+@pytest.mark.parametrize(("name", "stride"), zip(NUMBERS, (1, 2, 1, 4), strict=True))
+def test_maps_of_numbers_are_learnt_likewise(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, y = network(2, stride), image(), torch.rand(2, 2, *SIZE, dtype=torch.float64)
+
+    def whole() -> Tensor:
+        return functional.interpolate(net(x), size=SIZE, mode="bilinear", align_corners=False)
+
     dense = module(net, 2, task="regression", loss=name)
-    found, expected = step(dense, (x, y), monkeypatch), NUMBERS[name](net(x), y)
+    found, expected = step(dense, (x, y), monkeypatch), NUMBERS[name](whole(), y)
     assert relative_error(found, expected) <= TOLERANCE
     pairs = zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (found, expected)), strict=True)
     assert all(relative_error(f, e) <= TOLERANCE for f, e in pairs)
     with torch.no_grad():
         dense.eval().validation_step((x, y), 0)
-    values, error = dense.scores["val_scores"].compute(), (net(x) - y).detach()
+    values, error = dense.scores["val_scores"].compute(), (whole() - y).detach()
     assert float(values["mae"]) == pytest.approx(float(error.abs().mean()), 1e-6)
     assert float(values["rmse"]) == pytest.approx(float(error.square().mean().sqrt()), 1e-6)
 
@@ -242,5 +246,5 @@ def test_labels_and_maps_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="a batch of 2 images has 1 targets"):
         step(module(network()), ([image(1), image(1)], [labels(1)]), monkeypatch)
     with pytest.raises(ValueError, match=r"gives a map of shape .* and the target has"):
-        dense = module(network(2, stride=2), 2, task="regression")
-        step(dense, (image(1), torch.rand(1, 2, *SIZE, dtype=torch.float64)), monkeypatch)
+        dense = module(network(2), 2, task="regression")
+        step(dense, (image(1), torch.rand(1, 3, *SIZE, dtype=torch.float64)), monkeypatch)

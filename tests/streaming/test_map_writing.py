@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from tests.streaming.exactness import plain_reference, relative_error
 from widefield.streaming import StreamingCNN
 from widefield.streaming.budget import parse_tile_size
+from widefield.streaming.postprocess import Postprocess
 
 IMAGE = (67, 90)
 
@@ -154,6 +155,17 @@ def test_tiles_are_processed_as_the_whole_result_would_be(name: str) -> None:
         kept.arrays[0], wanted, 1e-15
     )  # exp differs in the last bit between vectors and single numbers
     assert kept.maps[0].labels == (name in ("argmax", "a threshold", "bool", "int16"))
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")])
+def test_classes_are_stored_in_a_type_that_holds_them(classes: int, dtype: str) -> None:
+    tile = torch.zeros(1, classes, 1, 2)
+    tile[0, -1, 0, 1] = 1
+    steps = [lambda x: x[:, :1].expand(1, classes, *x.shape[2:]), "argmax"]
+    process = Postprocess.of(steps, None, (1, 1, 9, 9), torch.float32, torch.device("cpu"))
+    found = process.cast(Postprocess.of("argmax", None, tile.shape, tile.dtype, tile.device)(tile)).numpy()
+    assert process.dtype == found.dtype == dtype and process.labels
+    assert found.tolist() == [[[0, classes - 1]]]
 
 
 class WithLabels(nn.Module):

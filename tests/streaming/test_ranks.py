@@ -1,6 +1,7 @@
 """One image over several processes: results and gradients are those of one process."""
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from tests.streaming.exactness import TOLERANCE, relative_error
 from tests.streaming.masked import masked
 from tests.streaming.test_parts import NETWORKS, PARTS, assert_drawn_part_is_exact, trunk
+from widefield.images import open_image
 from widefield.streaming import StreamingCNN
 
 NAMES = {  # the numbers of processes with which each network is tried
@@ -84,6 +86,8 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     assert relative_error(band, one(image)[:, :, start : start + rows[rank]]) <= TOLERANCE
     assert sum(rows) == one(image).shape[2]
 
+    maps_are_written_as_one_process_writes_them(Path(port_file).parent, image, mask, group)
+
     torch.manual_seed(0)
     net = trunk(nn.BatchNorm2d(6), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().train()
     state = copy.deepcopy(net.state_dict())
@@ -111,6 +115,55 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     assert torch.equal(streamed(image), streamed.module(image))
     drawn_networks_are_exact(group)
     distributed.destroy_process_group()
+
+
+def maps_are_written_as_one_process_writes_them(
+    folder: Path, image: Tensor, mask: Any, group: distributed.ProcessGroup
+) -> None:
+    """By the first process; the others return when the file is there, or raise what went wrong."""
+    rank = distributed.get_rank(group)
+    for name in ("map", "group norm"):
+        net = network(name)
+        one = StreamingCNN(net, (16, 24), verify=False)
+        several = StreamingCNN(net, (16, 24), verify=False, process_group=group)
+        for options in ({}, {"region": (20, 11, 50, 60)}, {"mask": mask}, {"mask": mask, "region": (50, 0, 40, 70)}):
+            with torch.no_grad():
+                expected = one(image, **options)
+            to = torch.full_like(expected, 7.0) if rank == 0 else torch.empty_like(expected)
+            assert several.write(image, to, **options) is (to if rank == 0 else None)
+            assert rank > 0 or relative_error(to, expected) <= 1e-14
+            (folder / "map.zarr").mkdir(exist_ok=True)
+            assert several.write(image, folder / "map.zarr", **options) == folder / "map.zarr"
+            written = open_image(folder / "map.zarr").read(0, 0, *expected.shape[2:])
+            assert relative_error(torch.from_numpy(written)[None], expected) <= 1e-14
+            distributed.barrier(group)
+    wrong = np.empty(3) if rank == 0 else np.empty(expected.shape)
+    with pytest.raises(ValueError, match="a map of shape"):
+        several.write(image, wrong)
+    with pytest.raises(ValueError, match="must be given the same one"):
+        several.write(image, folder / "map.zarr", dtype="float32" if rank == 0 else "float64")
+    with pytest.raises(OSError if rank else RuntimeError, match="full"):
+        several.write(image, Full())
+    assert relative_error(several(image, gather=True), one(image)) <= TOLERANCE  # nothing is left of it
+
+
+class Full:
+    """A target that takes no tile."""
+
+    places = (None,)
+
+    def buffer_rows(self, written: Any) -> int:
+        return 0
+
+    @contextmanager
+    def begin(self, image: Any, maps: Any) -> Any:
+        yield self
+
+    def write(self, number: int, y: int, x: int, tile: np.ndarray) -> None:
+        raise RuntimeError("full")
+
+    def rows_done(self, number: int, y: int) -> None:
+        pass
 
 
 def drawn_networks_are_exact(group: distributed.ProcessGroup, examples: int = 6) -> None:

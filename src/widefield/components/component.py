@@ -105,7 +105,7 @@ class Component(AdaptsWeights):
         for initializer in self._initializers():
             if not isinstance(initializer, Pretrained):
                 initializer(self)
-        _init_parts(self)
+        init_parts(self)
         for checkpoint in self.checkpoints:
             checkpoint(self)
 
@@ -114,13 +114,13 @@ class Component(AdaptsWeights):
         return [INITIALIZERS.build(one) for one in ([given] if isinstance(given, dict) else given)]
 
 
-def _init_parts(module: nn.Module) -> None:
+def init_parts(module: nn.Module) -> None:
     """Initialise the components in `module`, however deep in containers; other libraries' modules are left alone."""
     for part in module.children():
         if isinstance(part, Component):
             part.init_weights()
         else:
-            _init_parts(part)
+            init_parts(part)
 
 
 class LossHead(Component):

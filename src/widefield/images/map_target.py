@@ -219,8 +219,9 @@ class PathTarget:
         for each in maps:
             if len(each.shape) > 4 or (len(each.shape) == 4 and each.shape[0] != 1):
                 raise WrongArgumentError(
-                    f"a map of shape {each.shape}{each.name and f' ({each.name})'} cannot be written to {self.paths[0]}: expected "
-                    "(channels, height, width) of one image; write one image at a time, or to an array"
+                    f"a map of shape {each.shape}{each.name and f' ({each.name})'} cannot be written to {self.paths[0]}: a file "
+                    "holds that of one image, (channels, height, width). Call write(images[k : k + 1], path) for each k with a "
+                    "path of its own, or write to an array of that shape"
                 )
         places = [Place.of(image, each.origin, each.stride) for each in maps]
         with ExitStack() as stack:

@@ -25,6 +25,8 @@ from widefield.images.map_target import (
 from widefield.writing import replacing
 
 _OME_TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+_NARROWED = ("int64", "uint64")
+"""Types of labels that OME-TIFF does not have: the smallest one that holds what was written takes their place."""
 
 
 class _Spool:
@@ -35,7 +37,8 @@ class _Spool:
         self._shapes, self._dtype, self._rows = shapes, dtype, rows
         counts = [(channels, -(-height // rows), -(-width // CHUNK)) for channels, height, width in shapes]
         self._at = [np.zeros((*count, 2), np.int64) for count in counts]  # position and size; size 0: nothing but zeros
-        self._blank = _encoded(np.zeros((rows, CHUNK), dtype))
+        self._low = self._high = 0
+        self.dtype = np.dtype(np.uint8) if dtype.name in _NARROWED else dtype  # of the file
 
     def put(self, level: int, number: int, band: np.ndarray | None) -> None:
         """Take a band of a level; None: it is zero."""
@@ -46,6 +49,9 @@ class _Spool:
                 tile = plane[:, column * CHUNK : (column + 1) * CHUNK]
                 if not tile.any():
                     continue
+                if self._dtype.name in _NARROWED:
+                    self._low, self._high = min(self._low, int(tile.min())), max(self._high, int(tile.max()))
+                    self.dtype = _narrowest(self._low, self._high)
                 if tile.shape != (self._rows, CHUNK):
                     whole = np.zeros((self._rows, CHUNK), self._dtype)
                     whole[: tile.shape[0], : tile.shape[1]] = tile
@@ -55,16 +61,35 @@ class _Spool:
                 self._file.write(data)
 
     def tiles(self, level: int) -> Iterator[bytes]:
-        """The encoded tiles of a level, in the order of a TIFF file."""
+        """The encoded tiles of a level in the type of the file, in the order of a TIFF file."""
+        blank = _encoded(np.zeros((self._rows, CHUNK), self.dtype))
         for start, size in self._at[level].reshape(-1, 2):
-            if size:
-                self._file.seek(start)
-                yield self._file.read(size)
-            else:
-                yield self._blank
+            if not size:
+                yield blank
+                continue
+            self._file.seek(start)
+            data = self._file.read(size)
+            if self.dtype != self._dtype:
+                data = _encoded(np.frombuffer(imagecodecs.deflate_decode(data), self._dtype).astype(self.dtype))
+            yield data
 
     def close(self) -> None:
         self._file.close()
+
+
+def _narrowest(low: int, high: int) -> np.dtype:
+    """Return the smallest type of an OME-TIFF that holds labels from `low` to `high`.
+
+    Raises:
+        WrongArgumentError: None does.
+    """
+    found = np.result_type(np.min_scalar_type(low), np.min_scalar_type(high))
+    if found.kind not in "ui" or found.itemsize > 4:
+        raise WrongArgumentError(
+            f"an OME-TIFF holds labels of up to 32 bits, and there are some from {low} to {high}; write a .tif or .zarr, which "
+            "hold 64 bits, or smaller labels"
+        )
+    return found
 
 
 def _encoded(tile: np.ndarray) -> bytes:
@@ -73,12 +98,13 @@ def _encoded(tile: np.ndarray) -> bytes:
 
 @contextmanager
 def ome_tiff(path: Path, maps: Sequence[WrittenMap], places: Sequence[Place]) -> Iterator[list[Bands]]:
-    """Write a pyramidal OME-TIFF of one map, a page for each channel."""
+    """Write a pyramidal OME-TIFF of one map, a page for each channel; labels of 64 bits in the smallest type that holds them."""
     (written,), (place,) = maps, places
     shape = channels_first(written)
-    if written.dtype.name not in _OME_TYPES:
+    if written.dtype.name not in (*_OME_TYPES, *_NARROWED):
         raise WrongArgumentError(
-            f"an OME-TIFF cannot hold {written.dtype}; expected {', '.join(_OME_TYPES)}: give one of them as dtype"
+            f"an OME-TIFF cannot hold {written.dtype}: give dtype='float32', which holds all of its values, or another of "
+            f"{', '.join(_OME_TYPES)}"
         )
     metadata: dict[str, Any] = {"axes": "CYX" if shape[0] > 1 else "YX"}
     if place.spacing is not None and place.origin is not None:
@@ -121,10 +147,10 @@ def _tiff(
                     layout: dict[str, Any] = {"tile": (rows, CHUNK), "compression": "zlib", "photometric": "minisblack"}
                     if shape[0] > 1 and metadata is None:
                         layout["planarconfig"] = "separate"
-                        if shape[0] == 3 and written.dtype in (np.uint8, np.uint16):
+                        if shape[0] == 3 and spool.dtype in (np.uint8, np.uint16):
                             layout["photometric"] = "rgb"
                     pages = shape if shape[0] > 1 else shape[1:]
-                    file.write(spool.tiles(level), shape=pages, dtype=written.dtype, **layout, **options)
+                    file.write(spool.tiles(level), shape=pages, dtype=spool.dtype, **layout, **options)
         finally:
             spool.close()
         with partial.open("rb+") as done:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import list_models
 
+from widefield.components.heads.dense_heads import PyramidHead
 from widefield.models.checkpointed import FromCheckpoint
 from widefield.models.classifier import Classifier
 from widefield.models.networks import TIMM_PREFIX, make_timm, make_torchvision, unknown_model
@@ -19,11 +20,8 @@ SEGMENTATION_NETWORKS = tuple(list_models(torchvision_segmentation))
 """Names of torchvision's segmentation models."""
 
 
-class PyramidSegmenter(nn.Module):
-    """Features of several strides, brought to the same channels and to the size of the finest, added up, and classified.
-
-    The decoder of Kirillov et al., Panoptic Feature Pyramid Networks, 2019, https://arxiv.org/abs/1901.02446, figure 3, with a
-    projection and one bilinear resizing for each level. The logits are resized to the size of the image.
+class PyramidSegmenter(PyramidHead):
+    """A `PyramidHead` with its backbone, of which the logits are resized to the size of the image.
 
     Args:
         backbone: A network of timm with `features_only`.
@@ -32,20 +30,12 @@ class PyramidSegmenter(nn.Module):
     """
 
     def __init__(self, backbone: Any, num_classes: int, width: int = 128) -> None:
-        super().__init__()
+        super().__init__(num_classes, backbone.feature_info.channels(), width)
         self.backbone = backbone
-        self.projections = nn.ModuleList(nn.Conv2d(count, width, 1) for count in backbone.feature_info.channels())
-        self.refine = nn.Conv2d(width, width, 3, padding=1)
-        self.classify = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return logits (N, num_classes, H, W) of images (N, C, H, W)."""
-        levels = [project(level) for project, level in zip(self.projections, self.backbone(x), strict=True)]
-        size = levels[0].shape[-2:]
-        total = levels[0]
-        for level in levels[1:]:
-            total = total + functional.interpolate(level, size=size, mode="bilinear", align_corners=False)
-        logits = self.classify(functional.relu(self.refine(functional.relu(total))))
+        logits = super().forward(self.backbone(x))
         return functional.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 

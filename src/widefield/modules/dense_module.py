@@ -62,7 +62,7 @@ class DenseNetwork(nn.Module):
         """Return the map; with a target the loss, and of labels the smallest and largest wrong one, (0, 0) if there is none.
 
         Not in training mode, the sums that metrics are made of follow: the confusion matrix (C, C), or those of `RegressionScores`.
-        A map of logits that is smaller than its labels is resized, bilinearly.
+        A map of another size than its target is resized to it, bilinearly.
         """
         out, aux = self._maps(image)
         if target is None:
@@ -85,14 +85,15 @@ class DenseNetwork(nn.Module):
 
     def _numbers(self, out: Tensor, aux: Tensor | None, target: Tensor) -> Any:
         target = (target.unsqueeze(1) if target.ndim == 3 else target).to(out.dtype)
-        if out.shape != target.shape:
+        if out.shape[1] != target.shape[1]:
             raise WrongArgumentError(
                 f"the network gives a map of shape {tuple(out.shape)}, and the target has {tuple(target.shape)}; give targets of "
-                "the same shape"
+                "as many channels"
             )
+        out = _resized(out, target)
         loss = self.loss(out, target)
         if aux is not None:
-            loss = loss + _AUX_WEIGHT * self.loss(aux, target)
+            loss = loss + _AUX_WEIGHT * self.loss(_resized(aux, target), target)
         if self.training:
             return (loss,)
         error = (out.detach() - target).double()
@@ -116,11 +117,11 @@ class DenseNetwork(nn.Module):
         return given, None
 
 
-def _resized(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return logits of the size of labels (N, H, W)."""
-    if logits.shape[2:] == labels.shape[1:]:
-        return logits
-    return functional.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+def _resized(made: Tensor, target: Tensor) -> Tensor:
+    """Return a map (N, C, h, w) of the size of a target (..., H, W), bilinearly."""
+    if made.shape[-2:] == target.shape[-2:]:
+        return made
+    return functional.interpolate(made, size=target.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class DenseModule(BaseModule):
@@ -140,8 +141,8 @@ class DenseModule(BaseModule):
 
     Args:
         network: Gives a map (N, num_classes, h, w), or a dictionary with `out` and maybe `aux` as torchvision's segmentation models
-            do, where the loss of `aux` counts half; or the description of one, `{type: package.Network, ...}`. A smaller map of
-            logits is resized bilinearly to the size of the labels.
+            do, where the loss of `aux` counts half; or the description of one, `{type: package.Network, ...}`. A map of another
+            size than its target, a quarter say, is resized to it bilinearly, inside of the loss.
         num_classes: Channels of the map.
         loss: "cross_entropy", "dice", "jaccard" or "focal"; for regression "l1", "l2", "huber" or "ssim"; the description of a
             component, such as `{type: DiceLoss, whole_batch: true}`; or a function of (map, target) of operations that stream. By

@@ -27,7 +27,7 @@ from widefield.registry.registry import (
 
 MODELS = Registry(
     "component",
-    partial(registered_in, "MODELS", "components"),
+    partial(registered_in, "MODELS", "components", "modules"),
     group="widefield.components",
     sequence="torch.nn:Sequential",
 )

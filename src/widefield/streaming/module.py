@@ -23,7 +23,7 @@ from widefield.streaming.foreground import parse_fill, parse_mask
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
 from widefield.streaming.map_writing import MapOutput, Writing, plan_writing
-from widefield.streaming.need import Wanted, check_parts, parse_region
+from widefield.streaming.need import PartialGrid, Wanted, check_parts, parse_region, rows_of_bands
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import Planner, PlanRequest, make_planner, usable_memory
 from widefield.streaming.program import Program
@@ -31,6 +31,7 @@ from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.ranks import Ranks
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.rules.norms import update_running_statistics
+from widefield.streaming.shared_writing import split_writing
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, map_input, pixel_dtype, read_whole
 from widefield.streaming.verification import verify_at_first_use
@@ -216,26 +217,32 @@ class StreamingCNN(nn.Module):
         """Stream `image`, and write the maps among the results while they are computed: none is in memory as a whole.
 
         Written is what `forward` returns, after `postprocess`, without gradients. A file is there when it is complete, and not
-        before. Where the image has a spacing or a place on a map, the file has those of the map's entries: side by side from the
-        corner of the image on, if they cover it, and else, without padding, in the middles of their receptive fields (`cells`).
+        before: a run over many images that was cut off goes on with those whose files are not there. Where the image has a spacing
+        or a place on a map, the file has those of the map's entries: side by side from the corner of the image on, if they cover
+        it, and else, without padding, in the middles of their receptive fields (`cells`).
+
+        With a `process_group` all processes call `write` alike, and the first of them writes: the others keep their rows in
+        temporary files, in `scratch_dir`, until it takes them. All return when the file is complete, or raise if it cannot be
+        written.
 
         Args:
             image: one image, or what `prepare` returned.
             to: a path, of which the ending says the format (`widefield.images.map_target`): `.ome.zarr`, `.zarr`, `.ome.tif`,
-                `.tif`, `.geojson`; an array or tensor of the map's shape, which need not be in memory (`numpy.memmap`); or an
-                object that takes tiles (`widefield.streaming.map_writing.MapTarget`). A list has one for each map.
+                `.tif`, `.geojson`, for one image and not a batch; an array or tensor of the map's shape, which need not be in
+                memory (`numpy.memmap`); or an object that takes tiles (`widefield.streaming.map_writing.MapTarget`). A list has
+                one for each map.
             maps: as of `forward`.
             postprocess: what is done with each tile (N, C, height, width): "argmax", "softmax" (over channels), "sigmoid", "uint8"
                 (0 to 1 become 0 to 255); a number, above which values become 1 and others 0; a function of single positions; or a
                 list of these, one after the other.
-            dtype: of what is written. None: that of the result; "argmax" of up to 256 channels gives uint8. From floats to whole
-                numbers values are rounded, and cut to the range of the type.
+            dtype: of what is written. None: that of the result; "argmax" gives uint8 for up to 256 channels, uint16 for up to
+                65536, and else int32. From floats to whole numbers values are rounded, and cut to the range of the type.
             region: as of `forward`: only these cells are computed and written.
             mask: as of `forward`. The background is written as zeros, after `postprocess`.
             fill: as of `forward`.
 
         Returns:
-            The result, with the path or array in the place of each map.
+            The result, with the path or array in the place of each map; None for an array that another process has written to.
 
         Raises:
             ValueError: the result has no map that is computed tile by tile, or `to`, `postprocess` or `dtype` does not fit it.
@@ -245,11 +252,6 @@ class StreamingCNN(nn.Module):
             raise ValueError("write() takes one image: call it for each, with a path of its own")
         if not self.enabled:
             raise ValueError("maps are written as they are streamed, which disable() has turned off: call enable()")
-        if self.ranks is not None:
-            raise ValueError(
-                "the processes of a process_group have a band of each map each: write from a model without process_group, or "
-                "call it with gather=True and write the result"
-            )
         return self._one(image, maps, region, mask, fill, False, (to, postprocess, dtype))
 
     def _one(
@@ -298,6 +300,10 @@ class StreamingCNN(nn.Module):
             )
         statistics = prepared.statistics if prepared else None
         planned = None if writing is None else plan_writing(program, wanted, *writing, inputs.device)
+        if planned is not None and self.ranks is not None:
+            maps_written = [each.written for each in planned.outputs.values()]
+            described = [(one.name, one.shape, str(one.dtype)) for one in maps_written]
+            self.ranks.agree({"written": described, "buffers": planned.memory}, None)
         return self._run(program, inputs, wanted, fill, statistics, gather, planned)
 
     def _verified_program(self, inputs: Inputs) -> Program:
@@ -333,6 +339,10 @@ class StreamingCNN(nn.Module):
             memory_format=memory_format(device, dtype, self._kernels),
         )
         parsed_fill = parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image))
+        if writing is not None and self.ranks is not None and wanted is not None:
+            grids = [each.grid.whole for each in stage_plans if isinstance(each.grid, PartialGrid)]
+            rows = {name: rows_of_bands(program, grids, wanted, name) for name in writing.outputs}
+            writing = split_writing(writing, self.ranks, rows, self.scratch_dir)
         with writing.begin(image) if writing is not None else nullcontext(dict[str, MapOutput]()) as written:
             values = execute(
                 planner.program,

@@ -77,6 +77,9 @@ class Postprocess:
                 "its result: leave out what looks at neighbours, or at the whole (a mean, a maximum over height and width)"
             )
         labels = not found.is_floating_point() and not (listed and listed[-1] == "uint8")
+        if dtype is None and listed and listed[-1] == "argmax" and found.dtype == torch.int32:
+            classes = Postprocess(steps[:-1], (), np.dtype(np.float32), False)(tile).shape[_CHANNELS]
+            dtype = np.uint16 if classes <= 2**16 else None  # which PyTorch stores, but hardly computes with
         return Postprocess(steps, process.leading, _stored(dtype, found.dtype), labels)
 
     def __call__(self, tile: Tensor) -> Tensor:

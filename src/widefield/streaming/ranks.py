@@ -2,10 +2,11 @@
 
 Every process is given the same image and reads of it what its band needs. Reductions are gathered over all bands, so that their
 results, and all that follows from them, are the same everywhere; gradients of weights and of the image are summed over the bands.
-Nothing else passes between the processes.
+Nothing else passes between the processes, but rows of maps that the first of them writes to a file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,35 @@ class Ranks:
                 + "; ".join(f"rank {k}: {one}" for k, one in enumerate(found))
             )
         return [one for _, one in both]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all processes leave with an error if one of them does; nothing in it waits for another process.
+
+        The others get a ValueError in the place of a ValueError, and else an OSError, which name the process that has failed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        kind = None if error is None else (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
+        everywhere = self.everywhere(kind)
+        if error is not None:
+            raise error
+        for rank, failed in enumerate(everywhere):
+            if failed is not None:
+                raise (ValueError if failed[0] else OSError)(f"rank {rank} has failed: {failed[1]}")
+
+    def send_to_first(self, value: Any) -> None:
+        """Send plain data or an array to process 0, which waits for it in `receive`."""
+        distributed.send_object_list([value], group=self.group, group_dst=0)
+
+    def receive(self, source: int) -> Any:
+        """Return what process `source` sends to this one, which is process 0."""
+        found: list[Any] = [None]
+        distributed.recv_object_list(found, group=self.group, group_src=source)
+        return found[0]
 
     def gather(self, band: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         """Put the bands of a map together along `dim`, of which each process has so many positions; differentiable."""

@@ -71,7 +71,7 @@ def _mapping(size: int, folder: str | None) -> mmap.mmap:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"a map between stages needs {size} bytes in the scratch folder {where}: {error.strerror}. "
+            f"a map needs {size} bytes in the scratch folder {where}: {error.strerror}. "
             "Give a folder with more room (scratch_dir=...), or keep the maps in memory (maps='host')",
         ) from error
     _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping

@@ -25,7 +25,7 @@ _STEPS = {
 """Methods of MMEngine's models that Lightning's take the place of, and what to do instead."""
 
 
-class _KeepsArguments(LightningModule):
+class KeepsArguments(LightningModule):
     """Keeps the arguments of the outermost constructor, which alone make the same model again.
 
     A class of its own, for jsonargparse takes the arguments of a class that has a `__new__` from that.
@@ -37,7 +37,7 @@ class _KeepsArguments(LightningModule):
         return model
 
 
-class BaseModel(Component, _KeepsArguments):
+class BaseModel(Component, KeepsArguments):
     """A model that gives its losses by name: a subclass writes `loss`, and Lightning does the rest.
 
     A batch is `(inputs, targets)`, or a dictionary with `inputs` and maybe `data_samples`. Inputs are images as a tensor
@@ -77,7 +77,7 @@ class BaseModel(Component, _KeepsArguments):
                     f"{type(self).__name__} has a {theirs}, which nothing calls: Lightning trains; {ours}"
                 )
         args, kwargs = self.__dict__.pop("_call")
-        self.save_hyperparameters(_plain_arguments(type(self), args, kwargs), logger=False)
+        self.save_hyperparameters(plain_arguments(type(self), args, kwargs), logger=False)
         self.lr = lr
         self.weight_decay = weight_decay
         described = {} if data_preprocessor is None else data_preprocessor
@@ -312,7 +312,7 @@ def as_sample(target: Any) -> DataSample:
     return DataSample().set_gt_label(target.cpu() if isinstance(target, Tensor) else target)
 
 
-def _plain_arguments(
+def plain_arguments(
     model: type, args: tuple[Any, ...], kwargs: dict[str, Any], partial: bool = False
 ) -> dict[str, Any]:
     """Return the arguments of a constructor that are plain data, with their defaults, or `partial` those alone that are given."""
@@ -327,7 +327,7 @@ def _plain_arguments(
             given |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:  # handed on to the next constructor, which has names for them
             after = [one for one in model.__mro__ if "__init__" in vars(one)][1:]
-            given |= _plain_arguments(after[0], value, {}, partial=True) if value else {}
+            given |= plain_arguments(after[0], value, {}, partial=True) if value else {}
         else:
             given[name] = value
     return {name: value for name, value in given.items() if is_plain(value)}
