@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.label_files import write_label_map, write_segmented
 from widefield.data import LabelError, SegmentedImages
@@ -73,6 +75,56 @@ def test_crops_depend_on_seed_epoch_and_image_alone_and_are_balanced(tmp_path: P
     assert pixels.shape == (2, 1, 96, 96) and labels.shape == (2, 96, 96)
     whole, maps = next(iter(data.train_set))
     assert whole.shape == (1, 256, 320) and maps.shape == (1, 256, 320)
+
+
+def test_crops_are_turned_and_mirrored_with_their_labels(folder: Path) -> None:
+    places = folder / "images", folder / "masks"
+    plain, data = (SegmentedImages(*places, crop=40, augment=how) for how in (None, "flips"))
+    found = set()
+    for epoch in range(40):
+        (image, labels), changed = (one.train_set[epoch, 0] for one in (plain, data))
+        every = [(k, m) for k in range(4) for m in (False, True)]
+        both = np.concatenate([image, labels[None]])
+        turned = [np.rot90(both, k, (1, 2))[..., :: -1 if m else 1] for k, m in every]
+        (which,) = (
+            k for k, one in enumerate(turned) if np.array_equal(one, np.concatenate([changed[0], changed[1][None]]))
+        )
+        found.add(which)
+    assert len(found) == 8
+    assert changed[1].dtype == labels.dtype and np.array_equal(changed[0], data.train_set[39, 0][0])
+    assert data.val_set[0][1].shape == (1, 64, 72)
+
+
+def test_transforms_of_torchvision_change_labels_alike_and_what_they_bring_in_is_ignored(folder: Path) -> None:
+    described = [
+        {"type": "RandomAffine", "degrees": [90, 90], "translate": [0.4, 0.4]},
+        {"type": "ColorJitter", "brightness": 0.3},
+    ]
+    data = SegmentedImages(folder / "images", folder / "masks", crop=48, augment=described, ignore_index=200)
+    state = torch.get_rng_state()
+    pixels, labels = data.train_set[3, 1]
+    assert torch.equal(state, torch.get_rng_state())
+    again = data.train_set[3, 1]
+    assert np.array_equal(pixels, again[0]) and np.array_equal(labels, again[1])
+    assert pixels.shape == (3, 48, 48) and labels.shape == (48, 48) and labels.dtype == np.uint8
+    outside = (pixels == 0).all(0)
+    assert outside.any() and (labels[outside] == 200).mean() > 0.95
+    red = (pixels[0] > 100) & (pixels[1] < 80)
+    assert red.sum() > 50 and (labels[red] == 1).mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "flips"}, "augment changes crops, and whole images are trained on"),
+        ({"augment": "flip", "crop": 9}, "augment='flip' must be 'flips', or a list of transforms"),
+        ({"augment": [{"type": "TimmRandAugment"}], "crop": 9}, "TimmRandAugment changes images alone"),
+    ],
+    ids=["without crops", "another name", "of images alone"],
+)
+def test_augmentation_that_cannot_be_is_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentedImages(folder / "images", folder / "masks", **options)
 
 
 def test_a_crop_larger_than_an_image_is_all_of_it(folder: Path) -> None:

@@ -58,7 +58,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("name", "stride"), zip(LOSSES, (1, 2, 3, 4), strict=True))
+@pytest.mark.parametrize(("name", "stride"), list(zip(LOSSES, (1, 2, 3, 4), strict=True)))
 def test_a_step_with_a_loss_inside_has_the_gradients_of_plain_pytorch(
     name: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +104,7 @@ NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "stride"), zip(NUMBERS, (1, 2, 1, 4), strict=True))
+@pytest.mark.parametrize(("name", "stride"), list(zip(NUMBERS, (1, 2, 1, 4), strict=True)))
 def test_maps_of_numbers_are_learnt_likewise(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = network(2, stride), image(), torch.rand(2, 2, *SIZE, dtype=torch.float64)
 

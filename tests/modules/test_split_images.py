@@ -96,7 +96,7 @@ def train(file: Path, strategy: Any = "auto", processes: int = 1) -> None:
         torch.save({"weights": model.state_dict(), "numbers": numbers.epochs, "sharing": numbers.sharing}, file)
 
 
-def train_as(rank: int, processes: int, port: int, file: Path, strategy: Any) -> None:
+def train_as(rank: int, processes: int, port: int, file: Path, strategy: Any, work: Any) -> None:
     """Train as one of the processes that torchrun starts."""
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
@@ -106,16 +106,16 @@ def train_as(rank: int, processes: int, port: int, file: Path, strategy: Any) ->
         **{name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
     }
     torch.set_num_threads(1)  # renews torch's pool of threads after the fork
-    train(file, strategy, processes)
+    work(file, strategy, processes)
 
 
-def train_in(processes: int, file: Path, strategy: Any) -> None:
-    """Train in several processes."""
+def train_in(processes: int, file: Path, strategy: Any, work: Any = train) -> None:
+    """Train in several processes: each calls `work` as `train`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=train_as, args=(k, processes, port, file, strategy)) for k in range(processes)]
+    started = [fork.Process(target=train_as, args=(k, processes, port, file, strategy, work)) for k in range(processes)]
     for process in started:
         process.start()
     for process in started:

@@ -23,6 +23,7 @@ SHORTCUTS = {
     "masks": "data.masks",
     "classes": "data.classes",
     "crop": "data.crop",
+    "augment": "data.augment",
     "columns": "data.columns",
     "task": "data.task",
     "separator": "data.separator",

@@ -98,7 +98,7 @@ def _segmentation(arguments: argparse.Namespace) -> list[str]:
     if getattr(arguments, "task", None) == "segment":
         arguments.task = None
         return ["model.type=widefield.models.Segmenter", "data.type=SegmentedImages"]
-    named = [name for name in ("masks", "classes", "crop") if getattr(arguments, name, None) is not None]
+    named = [name for name in ("masks", "classes", "crop", "augment") if getattr(arguments, name, None) is not None]
     if named and not (arguments.config or arguments.resume):
         raise ValueError(f"--{named[0]} is for label maps; add --task segment, or leave it out")
     return []

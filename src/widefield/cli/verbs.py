@@ -248,6 +248,7 @@ VERBS = {
             _option(
                 "--crop", "N", "for --task segment: train on crops of N pixels a side (default: whole images)", _count
             ),
+            _option("--augment", "A", "for --crop: flips, or transforms such as '[{type: RandomAffine, degrees: 20}]'"),
             _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
             _option(
                 "--task",

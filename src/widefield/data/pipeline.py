@@ -117,6 +117,21 @@ def whole(picture: Picture) -> Tensor:
     return picture if isinstance(picture, Tensor) else torch.as_tensor(picture.read(0, 0, *picture.shape[1:]))
 
 
+def torchvision_transform(description: dict[str, Any]) -> v2.Transform:
+    """Return the transform of torchvision that is described.
+
+    Raises:
+        WrongArgumentError: It is another.
+    """
+    made = _build(description)
+    if not isinstance(made, _OfTorchvision):
+        raise WrongArgumentError(
+            f"{type(made).__name__} changes images alone; give transforms of torchvision, such as "
+            "{type: RandomAffine, degrees: 20}"
+        )
+    return made.transform
+
+
 def _build(description: dict[str, Any]) -> Transform:
     name, arguments = split_description(description)
     kind = TRANSFORMS.get(name) if isinstance(name, str) else name

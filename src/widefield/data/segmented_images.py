@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from widefield.config import checked
+from widefield.data.joint_augmentation import JointAugmentation
 from widefield.data.labelled_images import EpochShuffle, ImageDataset, LazyImages
 from widefield.data.labels import SPLITS, FilesByName, stems_of
 from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
+from widefield.errors import WrongArgumentError
 from widefield.images import Alpha, ForegroundChoice, ImageFile, LabelMap, images_below, open_image, open_labels
 from widefield.images.foreground import is_geojson, named_polygons
-from widefield.registry import DATASETS, Range
+from widefield.registry import DATASETS, TRANSFORMS, ComponentOf, Range
 
 _log = logging.getLogger(__name__)
 _CELL = 64
@@ -49,7 +51,8 @@ class SegmentedDataset(ImageDataset):
         foreground: See `ImageDataset`.
         crop: Side of crops in pixels; None for whole images.
         ignore_index: The label that is no class.
-        seed: Of the crops.
+        seed: Of the crops, and of their changes.
+        augmentation: Changes crops; None for none.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class SegmentedDataset(ImageDataset):
         crop: int | None = None,
         ignore_index: int = 255,
         seed: int = 0,
+        augmentation: JointAugmentation | None = None,
     ) -> None:
         super().__init__(images, options, foreground)  # type: ignore[arg-type]
+        self._augmentation = augmentation
         self._class_names, self._crop, self._ignored, self._seed = list(class_names), crop, ignore_index, seed
         self._cells: dict[int, dict[int, np.ndarray]] = {}
 
@@ -73,7 +78,8 @@ class SegmentedDataset(ImageDataset):
         if epoch is None or self._crop is None:
             return image, labels
         region = self._region(index, labels, epoch)
-        return image.read(*region), labels.read(*region)[0]
+        crop = image.read(*region), labels.read(*region)[0]
+        return crop if self._augmentation is None else self._augmentation(*crop, (self._seed, epoch, index))
 
     def _region(self, index: int, labels: LabelMap, epoch: int) -> tuple[int, int, int, int]:
         """Return the crop (y, x, height, width) of an image in an epoch, which depends on these and the seed alone."""
@@ -147,11 +153,13 @@ class SegmentedImages(LazyImages):
         ignore_index: The label of pixels that count neither in the loss nor in metrics.
         crop: Train on crops of so many pixels a side, one for each image and epoch, drawn anew in each: half of them anywhere, half
             around a class other than 0, all of which are as likely. Validation is of whole images. None trains on whole images.
+        augment: Change crops and their labels alike: "flips", or a list of transforms of torchvision, see `JointAugmentation`.
         level, spacing, channels, batch_size, val_fraction, seed, alpha, foreground: See `LabelledImages`.
 
     Raises:
         OSError: A file or folder is missing or cannot be read.
         LabelError: No image has a label map, a label map has no image or several, or images differ in channels or type.
+        WrongArgumentError: `augment` without `crop`, or one that is not known.
         LabelMapError: A label map has another size than its image, or is none.
     """
 
@@ -165,6 +173,7 @@ class SegmentedImages(LazyImages):
         classes: list[str] | None = None,
         ignore_index: int = 255,
         crop: Annotated[int, Range(1)] | None = None,
+        augment: Annotated[str | list[dict[str, Any]] | None, ComponentOf(TRANSFORMS)] = None,
         level: Annotated[int, Range(0)] = 0,
         spacing: Annotated[float, Range(0)] | None = None,
         channels: list[int | str] | None = None,
@@ -175,6 +184,11 @@ class SegmentedImages(LazyImages):
         foreground: str = "none",
     ) -> None:
         super().__init__(level, spacing, channels, alpha, batch_size, seed)
+        if augment is not None and crop is None:
+            raise WrongArgumentError(
+                "augment changes crops, and whole images are trained on; give crop too, or leave it out"
+            )
+        augmentation = None if augment is None else JointAugmentation(augment, ignore_index)
         found = matched(Path(images), Path(masks))
         ForegroundChoice(foreground).check_count(len(found))
         self.crop, self.ignore_index = crop, ignore_index
@@ -184,7 +198,14 @@ class SegmentedImages(LazyImages):
         train, val = stratified_split([0] * len(found), val_fraction, seed)
         self.train_set, self.val_set, self.test_set = (
             SegmentedDataset(
-                [found[k] for k in chosen], self.options, self.class_names, foreground, side, ignore_index, seed
+                [found[k] for k in chosen],
+                self.options,
+                self.class_names,
+                foreground,
+                side,
+                ignore_index,
+                seed,
+                augmentation,
             )
             for chosen, side in ((train, crop), (val, None), ([], None))
         )
