@@ -66,7 +66,15 @@ class Dense(BaseModel):
         return {"loss": sum(loss(maps, target) for loss, target in zip(self.losses, targets, strict=True))}
 
 
+PYRAMID: dict[str, Any] = {
+    "backbone": {"type": "ResNet_CIFAR", **RESNET, "out_indices": [0, 1]},
+    "head": {"type": "PyramidHead", "num_classes": 3, "in_channels": [4, 8], "width": 4},
+    "tile_size": 24,
+    "verify": False,
+}
 MODELS_BY_NAME: dict[str, dict[str, Any]] = {
+    "DenseClassifier": {"type": "DenseClassifier", **PYRAMID, "loss": {"type": "DiceLoss"}},
+    "DenseRegressor": {"type": "DenseRegressor", **PYRAMID},
     "losses of maps": {
         "type": "tests.Dense",
         "losses": [
@@ -198,27 +206,33 @@ def model_of(component: str) -> str:
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images with the labels, or the two views of each, that a model takes."""
+    """Random images with the labels or maps, or the two views of each, that a model takes."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         names = set(described(description))
         self.views = 3 if "SwAV" in names else int(bool(names & {"SimCLR", "MoCo", "tests.SimSiam", *LEARNERS}))
         self.several_labels = any(name.startswith("MultiLabel") for name in names)
+        maps = {"DenseClassifier": lambda image: image[0] % 3, "DenseRegressor": lambda image: image / 255}
+        self.target = next((make for name, make in maps.items() if name in names), None)
 
     def __len__(self) -> int:
         return IMAGES
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], DataSample]:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], DataSample | Tensor]:
         generator = torch.Generator().manual_seed(index)
         views = torch.randint(0, 256, (1 + self.views, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+        if self.target is not None:
+            return list(views), self.target(views[0])
         return list(views), DataSample().set_gt_label([0, 1 + index % 2] if self.several_labels else index % 3)
 
     def loader(self) -> DataLoader:
         return DataLoader(self, BATCH, collate_fn=_batch, generator=torch.Generator())
 
 
-def _batch(items: list[tuple[list[Tensor], DataSample]]) -> dict[str, Any]:
+def _batch(items: list[tuple[list[Tensor], Any]]) -> Any:
     views = [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
+    if isinstance(items[0][1], Tensor):
+        return views[0], torch.stack([target for _, target in items])
     return {"inputs": views if len(views) > 1 else views[0], "data_samples": [sample for _, sample in items]}
 
 
