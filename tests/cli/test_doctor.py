@@ -7,6 +7,7 @@ import pytest
 import tifffile
 from skimage import data
 
+from tests.label_files import write_label_map, write_segmented
 from widefield.cli import main
 
 
@@ -88,3 +89,46 @@ def test_a_table_is_read_before_any_image_by_the_columns_that_are_named(folder, 
     assert main([*command, "--columns", "{image: scan, time: months, event: died}", "--task", "survival"]) == 1
     with (tmp_path / "found.csv").open() as file:
         assert {row["label"] for row in csv.DictReader(file)} == {"", "3, 1", "4, 0", "7, 1", "2, 0"}
+
+
+def test_label_maps_are_read_and_what_does_not_fit_is_told_by_name(tmp_path, capsys):
+    write_segmented(tmp_path, 6, palette=True)
+    masks = tmp_path / "masks"
+    (masks / "im1.png").unlink()
+    write_label_map(masks / "im2.png", np.zeros((9, 9), np.uint8))
+    write_label_map(masks / "im3.png", np.zeros((64, 72), np.uint8))
+    labels = np.zeros((64, 72), np.uint8)
+    labels[3, 5] = 7
+    write_label_map(masks / "im4.png", labels)
+    write_label_map(masks / "im5.png", np.full((64, 72), 255, np.uint8))
+    table = tmp_path / "found.csv"
+    places = ["--images", str(tmp_path / "images"), "--masks", str(masks), "--out", str(table)]
+    assert main(["doctor", *places, "--classes", "[ground, tree, house, sea]"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "im2.png has 9 x 9 pixels, and its image",
+        "im4.png: it has the labels 7, expected the 4 classes from 0, or 255",
+        "im5.png: all of its pixels are 255, which does not count",
+        "1 image(s) without a label map in",
+        "4 label maps; shares of the labels: 0: ",
+        "classes that no label map has: sea",
+        "1 label maps without a class but the first: ",
+    ):
+        assert part in said, part
+    with table.open() as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert rows["im0.png"]["mask"] == str(masks / "im0.png") and rows["im1.png"]["mask"] == ""
+    assert rows["im4.png"]["mask_labels"] == "0: 1; 7: 0.000217" and rows["im0.png"]["mask_labels"].startswith("0: 0.")
+
+
+def test_label_maps_of_0_and_255_are_told_and_others_end_with_0(tmp_path, capsys):
+    write_segmented(tmp_path, 2)
+    places = ["doctor", "--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks")]
+    assert main(places) == 0
+    for file in (tmp_path / "masks").iterdir():
+        write_label_map(file, np.eye(64, 72, dtype=np.uint8) * 255)
+    assert main(places) == 1
+    assert "hold 0 and 255 alone" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*places, "--classes", "tree"])
+    assert "names no classes; give them as in" in capsys.readouterr().err

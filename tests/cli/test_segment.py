@@ -77,17 +77,25 @@ def test_predicted_label_maps_are_those_of_plain_pytorch_and_their_scores_are_th
     assert np.sum(found["test_confusion_matrix"]) == 63 * 72
 
 
-def test_a_network_by_its_import_path_is_trained_tested_and_predicts(tmp_path: Path) -> None:
-    write_segmented(tmp_path)
-    network = {"type": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 3, "kernel_size": 3, "padding": 1}
-    loss = {"type": "DiceLoss", "whole_batch": True}
-    model = {
+MODELS: dict[str, dict[str, Any]] = {
+    "a network by its import path": {
         "type": "widefield.modules.DenseModule",
-        "network": network,
+        "network": {"type": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 3, "kernel_size": 3, "padding": 1},
         "num_classes": 3,
-        "loss": loss,
-        "tile_size": 40,
-    }
+    },
+    "components": {
+        "type": "DenseClassifier",
+        "backbone": {"type": "TimmBackbone", "name": "test_resnet", "features_only": True, "out_indices": [0, 1]},
+        "head": {"type": "PyramidHead", "num_classes": 3, "in_channels": [32, 32], "width": 8},
+        "verify": False,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_described_model_is_trained_tested_and_predicts(tmp_path: Path, kind: str) -> None:
+    write_segmented(tmp_path)
+    model = {**MODELS[kind], "loss": {"type": "DiceLoss", "whole_batch": True}, "tile_size": 40}
     data = {"type": "SegmentedImages", "images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
     config = {"model": model, "data": data, "trainer": {"max_epochs": 1}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -29,10 +29,14 @@ def write_geojson(path: Path, *features: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("palette", [False, True], ids=["grey", "palette"])
-def test_a_label_image_gives_the_indices_that_are_stored(tmp_path: Path, palette: bool) -> None:
-    write_label_map(tmp_path / "a.png", LABELS, palette)
-    found = open_labels(tmp_path / "a.png", IMAGE)
+@pytest.mark.parametrize("name", ["a.png", "palette.png", "palette.bmp", "palette.gif", "palette.tif", "lzw.tif"])
+def test_a_label_image_gives_the_indices_that_are_stored(tmp_path: Path, name: str) -> None:
+    if name == "lzw.tif":
+        colours = {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256) * 85}
+        tifffile.imwrite(tmp_path / name, LABELS, tile=(16, 16), compression="lzw", metadata=None, **colours)
+    else:
+        write_label_map(tmp_path / name, LABELS, palette=name.startswith("palette"))
+    found = open_labels(tmp_path / name, IMAGE)
     assert found.shape == (1, *SIZE) and found.dtype == np.uint8
     np.testing.assert_array_equal(found.read(7, 3, 30, 40)[0], LABELS[7:37, 3:43])
 

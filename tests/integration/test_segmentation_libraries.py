@@ -41,10 +41,10 @@ NETWORKS = {
     "monai UNet, instance norm": monai("UNet", **LEVELS),
 }
 MORE = {
-    "smp Unet, scSE": smp("Unet", decoder_channels=(8, 8, 4), decoder_attention_type="scse"),
+    "smp Unet, scSE": smp("Unet", decoder_channels=(16, 16, 16), decoder_attention_type="scse"),
     "smp UnetPlusPlus": smp("UnetPlusPlus", decoder_channels=(8, 8, 4)),
     "smp Linknet": smp("Linknet"),
-    "smp FPN": smp("FPN", encoder_depth=5, decoder_pyramid_channels=8, decoder_segmentation_channels=8),
+    "smp FPN": smp("FPN", encoder_depth=5, decoder_pyramid_channels=32, decoder_segmentation_channels=32),
     "smp PSPNet": smp("PSPNet", psp_out_channels=8),
     "smp DeepLabV3": smp("DeepLabV3", encoder_depth=5, encoder_name="mobilenet_v2", decoder_channels=8),
     "smp DeepLabV3Plus": smp("DeepLabV3Plus", encoder_depth=5, encoder_name="mobilenet_v2", decoder_channels=8),
@@ -68,8 +68,9 @@ def test_a_step_has_the_loss_and_the_gradients_of_plain_pytorch(name: str, monke
     torch.manual_seed(0)
     net = randomise((NETWORKS | MORE)[name]()).double().eval()
     generator = torch.Generator().manual_seed(1)
-    image = torch.rand(1, 3, 64, 96, dtype=torch.float64, generator=generator)
-    labels = torch.randint(0, CLASSES, (1, 64, 96), dtype=torch.uint8, generator=generator)
+    size = (128, 128) if name == "smp PAN" else (64, 96)  # which pools the deepest map three times
+    image = torch.rand(1, 3, *size, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, CLASSES, (1, *size), dtype=torch.uint8, generator=generator)
     labels[:, 5:9, 7:] = 255
     made = net(image)
     expected = DiceLoss()(made[0] if isinstance(made, (list, tuple)) else made, labels)
@@ -83,4 +84,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_plain_pytorch(name: str, monke
     ]
     scale = max(float(grad.abs().max()) for grad in gradients[1])
     for one, other in zip(*gradients, strict=True):
-        assert float((one - other).abs().max()) <= TOLERANCE * max(float(other.abs().max()), 1e-4 * scale)
+        if other.abs().max() <= 1e-13 * scale:  # zero but for rounding, as of a bias that a norm takes away
+            assert one.abs().max() <= 1e-13 * scale
+        else:
+            assert float((one - other).abs().max()) <= TOLERANCE * max(float(other.abs().max()), 1e-4 * scale)

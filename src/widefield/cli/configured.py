@@ -24,6 +24,7 @@ from widefield.inference.evaluation import Evaluation
 from widefield.models import Classifier, Segmenter
 from widefield.models.feature_cache import FeatureCache
 from widefield.modules import AtomicCheckpointIO
+from widefield.modules.dense_components import DenseClassifier
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
 from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
 
@@ -31,7 +32,8 @@ from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, impo
 class ConfiguredCLI(LightningCLI):
     """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
 
-    Of these the classes and the target come from the data, and so they do for a `Segmenter` on `SegmentedImages`.
+    Of these the classes and the target come from the data, and so they do for a `Segmenter` or `DenseClassifier` on
+    `SegmentedImages`.
 
     Attributes:
         evaluation: What computes the metrics of the configuration.
@@ -55,7 +57,8 @@ class ConfiguredCLI(LightningCLI):
         self._views, self._metrics = views, metrics
         types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
         kinds = [SECTIONS[key].resolve(config.data.get(key) or {}) for key in types]
-        self._segments = kinds == [Segmenter, SegmentedImages]
+        self._segments = kinds[0] in (Segmenter, DenseClassifier) and kinds[1] is SegmentedImages
+        self._takes_channels = kinds[0] is Segmenter
         self._links_classes = types == {"model": None, "data": None}
         super().__init__(
             LightningModule if types["model"] else Classifier,
@@ -93,7 +96,7 @@ class ConfiguredCLI(LightningCLI):
             for source, name in (
                 ("class_names", "class_names"),
                 ("ignore_index", "ignore_index"),
-                ("image_channels", "in_channels"),
+                *([("image_channels", "in_channels")] if self._takes_channels else []),
             ):
                 parser.link_arguments(f"data.{source}", f"model.init_args.{name}", apply_on="instantiate")
         if self._links_classes:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from widefield.cli.doctor_masks import MaskFinding, examine_masks, summary
 from widefield.data.labels import FilesByName, LabelRow, read_rows
 from widefield.data.tables import listed
 from widefield.images import images_below, open_image
@@ -40,6 +41,8 @@ class Finding:
         without_data: Share of the pixels that are NaN, infinite or the file's value for missing data.
         duplicate_of: The first image of the same pixels.
         label: Of the label table.
+        mask: The label map.
+        mask_labels: The share of each label in it.
     """
 
     image: str
@@ -57,6 +60,8 @@ class Finding:
     without_data: float | None = None
     duplicate_of: str = ""
     label: str = ""
+    mask: str = ""
+    mask_labels: str = ""
 
 
 def run(arguments: argparse.Namespace, others: list[str]) -> int:
@@ -81,10 +86,20 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     problems = [f"{one.image}: {one.status}: {one.reason}" for one in findings if one.status != "ok"]
     if rows is not None:
         problems += _label(findings, files, folder, arguments.labels, rows)
+    masks: dict[Path, MaskFinding] = {}
+    if arguments.masks is not None:
+        masks, wrong = examine_masks(folder, arguments.masks, arguments.classes)
+        problems += wrong
+        for finding, file in zip(findings, files, strict=True):
+            if file in masks:
+                finding.mask, finding.mask_labels = str(masks[file].path), masks[file].shares
+        without = [finding.image for finding, file in zip(findings, files, strict=True) if file not in masks]
+        if masks and without:
+            problems.append(f"{len(without)} image(s) without a label map in {arguments.masks}: {listed(without)}")
     if arguments.out is not None:
         write_table(arguments.out, findings)
         console.print(f"the table is {arguments.out}", markup=False, highlight=False, soft_wrap=True)
-    for line in _summary(findings):
+    for line in [*_summary(findings), *summary(masks, arguments.classes)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in problems:
         console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")

@@ -64,13 +64,13 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     if isinstance(model, ImageToImageRetriever):
         info = replace(info, class_names=None)  # its scores are those of the items of the collection, by their index
     network = streamed_network(model)
-    gives_labels = isinstance(model, DenseModule) and model.task == "segmentation"
-    if not (gives_labels or isinstance(model, Classifier) or hasattr(model, "predict")):
+    gives_map = isinstance(model, DenseModule)
+    if not (gives_map or isinstance(model, Classifier) or hasattr(model, "predict")):
         raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if gives_labels and (views is not None or set(arguments.heatmap) - {"png"}):
+    if gives_map and (views is not None or set(arguments.heatmap) - {"png"}):
         raise ValueError(
-            "this model predicts label maps, which are written as TIFF with an overlay as PNG: leave --tta and other --heatmap "
+            "this model predicts maps, which are written as TIFF, labels with an overlay as PNG: leave --tta and other --heatmap "
             "out; widefield.images.polygons makes GeoJSON of a label map"
         )
     if info.pipeline.description and set(arguments.heatmap) - {"png"}:
@@ -98,9 +98,9 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
     def predict_one(file: Path) -> None:
         image = info.open(file, level=level, spacing=arguments.spacing)
-        if gives_labels:
-            stem = free_stem(file, table.names)
-            written = [out / f"{stem}{ending_of(image)}", *(out / f"{stem}{ENDINGS[one]}" for one in arguments.heatmap)]
+        if gives_map:
+            stem, overlays = free_stem(file, table.names), arguments.heatmap if model.task == "segmentation" else ()
+            written = [out / f"{stem}{ending_of(model, image)}", *(out / f"{stem}{ENDINGS[one]}" for one in overlays)]
             cells = predict_map(model, image, written[0], (*written[1:], None)[0])
             table.add(file, {**cells, "overlay": ";".join(path.name for path in written)})
             return

@@ -85,6 +85,19 @@ def _columns(text: str) -> dict[str, Any]:
     return columns
 
 
+def _names(text: str) -> list[str]:
+    """The names in "[tree, house]"."""
+    import yaml
+
+    try:
+        names = yaml.safe_load(text)
+    except yaml.YAMLError:
+        names = None
+    if not isinstance(names, list) or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no classes; give them as in '[ground, tree]'")
+    return [str(name) for name in names]
+
+
 def _size(text: str) -> tuple[int, int]:
     """(height, width) from "97x113"."""
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
@@ -428,13 +441,16 @@ left out.
                 _columns,
             ),
             _option("--task", "TASK", "as for `widefield fit` (default: classification)", default="classification"),
+            _option("--masks", "DIR", "folder of label maps, as for `widefield fit --task segment`", Path),
+            _option("--classes", "LIST", "names of their labels from 0, such as [ground, tree]", _names),
             _option("--out", "CSV", "write what was found of each image here", Path),
             _option("--workers", "N", "images that are read at a time (default: one for each processor)", _count),
         ),
         """\
 The table has a row for each image: whether it opens and reads to its end, size, channels, type, levels, spacing, least and greatest
-value, the share of pixels without data, its label, and the image that has the same pixels. The exit code is 1 if an image cannot be
-read, or if the images and the label table do not name each other.
+value, the share of pixels without data, its label, and the image that has the same pixels; its label map, and the share of each
+label in it. The exit code is 1 if an image or a label map cannot be read, if the images and the label table do not name each other,
+if a label map has another size than its image or labels that are no class, or if an image has none.
 """,
     ),
     "validate": _evaluation("validation"),

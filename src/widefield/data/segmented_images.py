@@ -103,7 +103,7 @@ class SegmentedDataset(ImageDataset):
 def cells_by_class(labels: LabelMap, ignore_index: int) -> dict[int, np.ndarray]:
     """Return for each label of a map the cells (row, column) of 64 x 64 pixels that hold it, (n, 2), in the order of labels."""
     found: dict[int, list[np.ndarray]] = {}
-    for y, strip in _strips(labels):
+    for y, strip in label_strips(labels):
         for label in np.unique(strip):
             if label != ignore_index:
                 rows, columns = np.nonzero(strip == label)
@@ -112,7 +112,7 @@ def cells_by_class(labels: LabelMap, ignore_index: int) -> dict[int, np.ndarray]
     return {label: np.concatenate(found[label]) for label in sorted(found)}
 
 
-def _strips(labels: LabelMap) -> Iterator[tuple[int, np.ndarray]]:
+def label_strips(labels: LabelMap) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first row of each strip of whole cells, and its labels (height, width)."""
     _, height, width = labels.shape
     rows = max(1, min(_STRIP, 2**24 // (width * _CELL))) * _CELL
@@ -142,7 +142,7 @@ class SegmentedImages(LazyImages):
     """Images of a folder with a label map each, in another folder, of which some are drawn for validation.
 
     The label map of `a/b.tif` is the file `a/b` of any ending below the folder of label maps: a label image (one channel of whole
-    numbers, the indices of classes; of a PNG with a palette its indices), or polygons in GeoJSON, see `open_labels`. Images without
+    numbers, the indices of classes; of one with a palette its indices), or polygons in GeoJSON, see `open_labels`. Images without
     a label map are left out, which the log says. Headers are read at once, pixels as they are needed.
 
     Args:
@@ -281,7 +281,7 @@ def _classes_in(found: Sequence[SegmentedImage], options: Mapping[str, Any], ign
     for one in found:
         if not is_geojson(one.label):
             labels = open_labels(one.label, open_image(one.path, **options))
-            for _, strip in _strips(labels):
+            for _, strip in label_strips(labels):
                 greatest = max(greatest, int(np.where(strip == ignore_index, 0, strip).max()))
     if names and greatest:
         raise LabelError(

@@ -32,7 +32,7 @@ class DenseParts(nn.Module):
         return self.head(features if self.neck is None else self.neck(features))
 
 
-class _OfComponents(KeepsArguments, DenseModule):
+class _OfComponents(DenseModule, KeepsArguments):
     """Base class of the models here, which say their task."""
 
     def __init__(
