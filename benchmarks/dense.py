@@ -1,6 +1,8 @@
 """What does a training step with the loss inside take: peak memory and seconds against the budget, and plain PyTorch where it fits.
 
     uv run python benchmarks/dense.py [--size 4096] [--plain-size 2048] [--memory-budget 1GiB] [--loss dice]
+    uv run python benchmarks/dense.py --size 20000 --plain-size 0                  # the streamed step alone
+    uv run python benchmarks/dense.py --size 20000 --plain-size 0 --plan           # without computing it
 
 The U-Net of `benchmarks/writing.py` with 10 classes, float32, on a CPU; image and labels are read from `.npy` files, tile by tile,
 or are whole for plain PyTorch. One fresh process per row: a step on a small image, then the step. Measured is the peak above the
@@ -15,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from writing import CLASSES, UNet
+from writing import CLASSES, UNet, random_file
 
 import widefield as wf
 from widefield.cli.measuring import peak_in_new_process, peak_of
@@ -25,19 +26,19 @@ from widefield.modules import DenseModule
 from widefield.streaming.budget import format_bytes
 
 
-def measure(kind: str, size: int, budget: str, loss: str, folder: Path) -> dict[str, Any]:
+def plan_of(network: Any, size: int) -> Any:
+    return network.plan((3, size, size), torch.empty(1, 1, size, size, dtype=torch.uint8, device="meta"))
+
+
+def measure(kind: str, size: int, budget: str, loss: str, folder: Path, width: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    module = DenseModule(UNet().eval(), CLASSES, loss=loss, memory_budget=budget)
+    module = DenseModule(UNet(width).eval(), CLASSES, loss=loss, memory_budget=budget)
     network = module.stream_network
-    random = np.random.default_rng(0)
     pairs: list[list[Any]] = []
     for side in (256, size):
         files = [folder / f"{name}{side}.npy" for name in ("image", "labels")]
         for file, (channels, top) in zip(files, ((3, 256), (1, CLASSES)), strict=True):
-            pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (side, side, channels))
-            for y in range(0, side, 256):
-                pixels[y : y + 256] = random.integers(0, top, pixels[y : y + 256].shape, dtype=np.uint8)
-            pixels.flush()
+            random_file(file, side, channels, top)
         pairs.append([wf.open_image(file, channel_axis="last") for file in files])
     found: dict[str, Any] = {}
     step: Any = network
@@ -55,26 +56,38 @@ def measure(kind: str, size: int, budget: str, loss: str, folder: Path) -> dict[
 
     work(pairs[0])
     peak = peak_of(lambda: work(pairs[1]))
-    plan = network.plan((3, size, size), torch.empty(1, 1, size, size, dtype=torch.uint8, device="meta"))
+    plan = plan_of(network, size)
     return {**found, "peak": peak, "plan": plan.total_bytes, "tile": plan.tile_size}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--plain-size", type=int, default=2048, help="the size that plain PyTorch is measured at, too")
+    parser.add_argument(
+        "--plain-size", type=int, default=2048, help="the size that plain PyTorch is measured at, too; 0: none"
+    )
     parser.add_argument("--memory-budget", default="1GiB")
     parser.add_argument("--loss", default="dice")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first level of the network")
+    parser.add_argument("--plan", action="store_true", help="print the plan of the step, and compute nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
         kind, size = options.peak.split("@")
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(kind, int(size), options.memory_budget, options.loss, Path(folder))))
+            given = options.memory_budget, options.loss, Path(folder), options.width
+            print(json.dumps(measure(kind, int(size), *given)))
         return
-    print(f"U-Net, {CLASSES} classes, loss {options.loss}, float32, torch {torch.__version__}, {platform.machine()}\n")
+    if options.plan:
+        net = UNet(options.width).eval()
+        module = DenseModule(net, CLASSES, loss=options.loss, memory_budget=options.memory_budget)
+        print(plan_of(module.stream_network, options.size))
+        return
+    net = f"U-Net of {options.width} channels, {CLASSES} classes"
+    print(f"{net}, loss {options.loss}, float32, torch {torch.__version__}, {platform.machine()}\n")
     print("| | pixels | tile | budget | plan | peak | seconds | loss |\n" + "|---" * 8 + "|")
-    rows = [("plain", options.plain_size), ("streamed", options.plain_size), ("streamed", options.size)]
+    compared = [("plain", options.plain_size), ("streamed", options.plain_size)] if options.plain_size else []
+    rows = [*compared, ("streamed", options.size)]
     for kind, size in rows:
         row = peak_in_new_process(f"{kind}@{size}")
         tile, plan = "{} x {}".format(*row["tile"]), format_bytes(row["plan"])

@@ -1,7 +1,7 @@
 """What do tiles change? U-Nets of MONAI with three kinds of norm layers, on tiles and on the whole image.
 
     uv pip install monai
-    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/seams.py [--tables tiles memory] [--picture FILE]
+    OMP_NUM_THREADS=1 uv run --no-sync python benchmarks/seams.py [--tables tiles memory training] [--picture FILE]
 
 Each network learns to find vessels in a fundus photograph that scikit-image ships: from the left half, in crops of 128 pixels;
 the labels are a threshold on Sato's vesselness. Then its logits of the whole photograph by plain PyTorch are compared with
@@ -67,6 +67,34 @@ def learn(norm: str, side: int, steps: int) -> nn.Module:
         nn.functional.cross_entropy(network(crops), truth).backward()
         optimizer.step()
     return network.eval()
+
+
+def learn_whole(norm: str, side: int, steps: int) -> nn.Module:
+    """Return a network that has seen the left half `steps` times, turned and mirrored at random, streamed as a whole."""
+    network = unet(norm).train()
+    module = wf.DenseModule(network, 2, tile_size=256)
+    pair = [each[..., : side // 2] for each in photograph(side)]
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    for _ in range(steps):
+        mirrored = [axis for axis in (-2, -1) if torch.rand(()) < 0.5]
+        image, labels = (each.flip(mirrored) for each in pair)
+        optimizer.zero_grad()
+        module.stream_network(image, labels)[0].backward()
+        optimizer.step()
+    return network.eval()
+
+
+def compare_training(side: int, steps: int) -> None:
+    """Print the Dice of networks that learned from crops and from whole images, by what they see at a time."""
+    print("\n| norm | learned from | 128 | 256 | 512 | whole image |\n" + "|---" * 6 + "|")
+    image, labels = photograph(side)
+    for norm in ("instance", "group"):
+        for name, how in ((f"crops of {CROP}", learn), ("the whole left half", learn_whole)):
+            network = how(norm, side, steps)
+            with torch.no_grad():
+                scores = [dice(joined(network, tile, 0, image), labels) for tile in (128, 256, 512)]
+                scores.append(dice(wf.stream(network, 256)(image), labels))
+            print(f"| {norm} | {name} | " + " | ".join(f"{score:.3f}" for score in scores) + " |", flush=True)
 
 
 def dice(logits: Tensor, labels: Tensor) -> float:
@@ -209,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=1024, help="of the photograph, at most 1411; a multiple of 16")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--tables", nargs="*", default=TABLES, choices=TABLES)
+    parser.add_argument("--tables", nargs="*", default=TABLES, choices=[*TABLES, "training"])
     parser.add_argument("--picture", type=Path, help="a file to draw to")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,6 +256,8 @@ def main() -> None:
         )
         for norm, network in networks.items():
             compare(norm, network, options.side)
+    if "training" in options.tables:
+        compare_training(options.side, options.steps)
     if options.picture:
         figure = draw(networks, options.side)
         figure.savefig(options.picture, dpi=100, pil_kwargs={"quality": 85, "optimize": True})

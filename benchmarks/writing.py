@@ -1,10 +1,11 @@
 """What does writing a large map take: peak memory against the budget and the plan, and seconds, against a call that returns it?
 
     uv run python benchmarks/writing.py [--size 8192] [--out FOLDER]
+    uv run python benchmarks/writing.py --size 26755 --from-file --rows 2     # an image of 2 GiB
 
-A U-Net-like network with 10 classes, float32, on a CPU, and a square image of bytes. One fresh process per row: a warm-up on
-a small image, then the image. Measured is the peak above the weights and the image (VmHWM), and the seconds of the same pass.
-Prints a Markdown table.
+A U-Net-like network with 10 classes, float32, on a CPU, and a square image of bytes, in memory, or `--from-file` read tile by tile.
+One fresh process per row: a warm-up on a small image, then the image. Measured is the peak above the weights and the image (VmHWM),
+and the seconds of the same pass. Prints a Markdown table.
 """
 
 import argparse
@@ -38,14 +39,15 @@ ROWS: tuple[tuple[str, Any, str], ...] = (
 
 
 class UNet(nn.Module):
-    """Three levels with 16, 32 and 64 channels, batch norm and ReLU behind each convolution."""
+    """Three levels with once, twice and four times `width` channels, batch norm and ReLU behind each convolution."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.down = nn.ModuleList([self.twice(3, 16), self.twice(16, 32), self.twice(32, 64)])
-        self.grow = nn.ModuleList([nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)])
-        self.up = nn.ModuleList([self.twice(64, 32), self.twice(32, 16)])
-        self.out = nn.Conv2d(16, CLASSES, 1)
+        one, two, four = width, 2 * width, 4 * width
+        self.down = nn.ModuleList([self.twice(3, one), self.twice(one, two), self.twice(two, four)])
+        self.grow = nn.ModuleList([nn.ConvTranspose2d(four, two, 2, 2), nn.ConvTranspose2d(two, one, 2, 2)])
+        self.up = nn.ModuleList([self.twice(four, two), self.twice(two, one)])
+        self.out = nn.Conv2d(one, CLASSES, 1)
 
     @staticmethod
     def twice(before: int, after: int) -> nn.Sequential:
@@ -62,12 +64,27 @@ class UNet(nn.Module):
         return self.out(x)
 
 
+def random_file(path: Path, size: int, channels: int, values: int) -> Path:
+    """A `.npy` file of a square image of bytes (size, size, channels), written without holding it."""
+    random = np.random.default_rng(0)
+    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (size, size, channels))
+    for y in range(0, size, 256):
+        pixels[y : y + 256] = random.integers(0, values, pixels[y : y + 256].shape, dtype=np.uint8)
+    pixels.flush()
+    return path
+
+
 @torch.no_grad()
-def measure(to: str, postprocess: Any, budget: str, size: int, folder: Path) -> dict[str, Any]:
+def measure(
+    to: str, postprocess: Any, budget: str, size: int, folder: Path, width: int, from_file: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
-    net = UNet().eval()
+    net = UNet(width).eval()
     small = torch.randint(0, 255, (1, 3, 256, 256), dtype=torch.uint8)
-    image = torch.randint(0, 255, (1, 3, size, size), dtype=torch.uint8)
+    if from_file:
+        image: Any = wf.open_image(random_file(folder / "image.npy", size, 3, 256), channel_axis="last")
+    else:
+        image = torch.randint(0, 255, (1, 3, size, size), dtype=torch.uint8)
     wf.stream(net, 128).write(small, folder / to if to.startswith("map") else np.empty((CLASSES, 256, 256)))
     model = StreamingCNN(net, memory_budget=budget)
     model.verify = False
@@ -87,7 +104,7 @@ def measure(to: str, postprocess: Any, budget: str, size: int, folder: Path) -> 
     options = {"to": folder / to if to.startswith("map") else np.empty((CLASSES, 0, 0)), "postprocess": postprocess}
     plan = model.plan((3, size, size), **(options if to else {}))
     peak = peak_of(work)
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "image.npy")
     return {**found, "peak": peak, "plan": plan.total_bytes, "tile": plan.tile_size, "written": written}
 
 
@@ -96,17 +113,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--out", type=Path, help="folder for the maps, which go when they are measured")
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows, from 0")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first level of the network")
+    parser.add_argument("--from-file", action="store_true", help="read the image from a .npy file, tile by tile")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.out))
     try:
         if arguments.peak is not None:
             to, postprocess, budget = ROWS[int(arguments.peak)]
-            print(json.dumps(measure(to, postprocess, budget, arguments.size, folder)))
+            given = arguments.size, folder, arguments.width, arguments.from_file
+            print(json.dumps(measure(to, postprocess, budget, *given)))
             return
     finally:
         shutil.rmtree(folder)
-    print(f"U-Net with {CLASSES} classes, {arguments.size} x {arguments.size}, float32, {platform.machine()}\n")
+    net = f"U-Net of {arguments.width} channels with {CLASSES} classes"
+    print(f"{net}, {arguments.size} x {arguments.size}, float32, {platform.machine()}\n")
     print("| written to | after | tile | budget | plan | peak | written | seconds |\n" + "|---" * 8 + "|")
     for number in arguments.rows:
         to, postprocess, budget = ROWS[number]

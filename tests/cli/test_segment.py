@@ -87,7 +87,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "type": "DenseClassifier",
         "backbone": {"type": "TimmBackbone", "name": "test_resnet", "features_only": True, "out_indices": [0, 1]},
         "head": {"type": "PyramidHead", "num_classes": 3, "in_channels": [32, 32], "width": 8},
-        "verify": False,
     },
 }
 
