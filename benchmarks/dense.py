@@ -4,7 +4,7 @@
     uv run python benchmarks/dense.py --size 20000 --plain-size 0                  # the streamed step alone
     uv run python benchmarks/dense.py --size 20000 --plain-size 0 --plan           # without computing it
 
-The U-Net of `benchmarks/writing.py` with 10 classes, float32, on a CPU; image and labels are read from `.npy` files, tile by tile,
+The U-Net of `benchmarks/writing.py` with 10 classes, float32, on a CPU; image and labels are read from TIFF files, tile by tile,
 or are whole for plain PyTorch. One fresh process per row: a step on a small image, then the step. Measured is the peak above the
 weights, and for plain PyTorch above the image and the labels (VmHWM). Prints a Markdown table.
 """
@@ -36,10 +36,10 @@ def measure(kind: str, size: int, budget: str, loss: str, folder: Path, width: i
     network = module.stream_network
     pairs: list[list[Any]] = []
     for side in (256, size):
-        files = [folder / f"{name}{side}.npy" for name in ("image", "labels")]
+        files = [folder / f"{name}{side}.tif" for name in ("image", "labels")]
         for file, (channels, top) in zip(files, ((3, 256), (1, CLASSES)), strict=True):
             random_file(file, side, channels, top)
-        pairs.append([wf.open_image(file, channel_axis="last") for file in files])
+        pairs.append([wf.open_image(file) for file in files])
     found: dict[str, Any] = {}
     step: Any = network
     if kind == "plain":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import torch
 from torch import Tensor, nn
 
@@ -65,12 +66,17 @@ class UNet(nn.Module):
 
 
 def random_file(path: Path, size: int, channels: int, values: int) -> Path:
-    """A `.npy` file of a square image of bytes (size, size, channels), written without holding it."""
-    random = np.random.default_rng(0)
-    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (size, size, channels))
-    for y in range(0, size, 256):
-        pixels[y : y + 256] = random.integers(0, values, pixels[y : y + 256].shape, dtype=np.uint8)
-    pixels.flush()
+    """A compressed TIFF file of a square image of bytes: pages of a file that is mapped to memory would count as its peak."""
+    random, side = np.random.default_rng(0), 256
+    shape = (size, size, channels) if channels > 1 else (size, size)
+    tile = (side, side, *shape[2:])
+    tiles = (random.integers(0, values, tile, dtype=np.uint8) for _ in range((-(-size // side)) ** 2))
+    kind = {
+        "photometric": "rgb" if channels > 1 else "minisblack",
+        "compression": "zlib",
+        "compressionargs": {"level": 1},
+    }
+    tifffile.imwrite(path, tiles, shape=shape, dtype=np.uint8, tile=(side, side), bigtiff=True, metadata=None, **kind)
     return path
 
 
@@ -82,7 +88,7 @@ def measure(
     net = UNet(width).eval()
     small = torch.randint(0, 255, (1, 3, 256, 256), dtype=torch.uint8)
     if from_file:
-        image: Any = wf.open_image(random_file(folder / "image.npy", size, 3, 256), channel_axis="last")
+        image: Any = wf.open_image(random_file(folder / "image.tif", size, 3, 256))
     else:
         image = torch.randint(0, 255, (1, 3, size, size), dtype=torch.uint8)
     wf.stream(net, 128).write(small, folder / to if to.startswith("map") else np.empty((CLASSES, 256, 256)))
@@ -104,7 +110,7 @@ def measure(
     options = {"to": folder / to if to.startswith("map") else np.empty((CLASSES, 0, 0)), "postprocess": postprocess}
     plan = model.plan((3, size, size), **(options if to else {}))
     peak = peak_of(work)
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "image.npy")
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "image.tif")
     return {**found, "peak": peak, "plan": plan.total_bytes, "tile": plan.tile_size, "written": written}
 
 
@@ -114,7 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the maps, which go when they are measured")
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows, from 0")
     parser.add_argument("--width", type=int, default=16, help="channels of the first level of the network")
-    parser.add_argument("--from-file", action="store_true", help="read the image from a .npy file, tile by tile")
+    parser.add_argument("--from-file", action="store_true", help="read the image from a TIFF file, tile by tile")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.out))
