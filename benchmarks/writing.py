@@ -1,7 +1,7 @@
 """What does writing a large map take: peak memory against the budget and the plan, and seconds, against a call that returns it?
 
     uv run python benchmarks/writing.py [--size 8192] [--out FOLDER]
-    uv run python benchmarks/writing.py --size 26755 --from-file --rows 2     # an image of 2 GiB
+    uv run python benchmarks/writing.py --size 26756 --from-file --rows 2     # an image of 2 GiB
 
 A U-Net-like network with 10 classes, float32, on a CPU, and a square image of bytes, in memory, or `--from-file` read tile by tile.
 One fresh process per row: a warm-up on a small image, then the image. Measured is the peak above the weights and the image (VmHWM),

@@ -95,7 +95,12 @@ MODELS: dict[str, dict[str, Any]] = {
 def test_a_described_model_is_trained_tested_and_predicts(tmp_path: Path, kind: str) -> None:
     write_segmented(tmp_path)
     model = {**MODELS[kind], "loss": {"type": "DiceLoss", "whole_batch": True}, "tile_size": 40}
-    data = {"type": "SegmentedImages", "images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+    data = {
+        "type": "SegmentedImages",
+        "images": str(tmp_path / "images"),
+        "masks": str(tmp_path / "masks"),
+        "classes": NAMES,
+    }
     config = {"model": model, "data": data, "trainer": {"max_epochs": 1}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     run, out = tmp_path / "run", tmp_path / "predicted"
@@ -105,7 +110,7 @@ def test_a_described_model_is_trained_tested_and_predicts(tmp_path: Path, kind: 
     image = str(tmp_path / "images" / "im0.png")
     assert main(["predict", "--checkpoint", str(run / "last.ckpt"), "--out", str(out), "--tile-size", "32", image]) == 0
     (row,) = rows(out / "predictions.csv")
-    assert sum(float(row[f"share_{k}"]) for k in range(3)) == pytest.approx(1)
+    assert sum(float(row[f"share_{name}"]) for name in NAMES) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from widefield.images import ForegroundChoice, ImageFile, open_image
 from widefield.inference.names import BEST, CONFIG, HUB_CONFIG, HUB_PREFIX, HUB_WEIGHTS, LAST, model_names
 from widefield.models import class_of, pixels_in, read_checkpoint
 from widefield.models.networks import NARROW_RESNETS, TIMM_PREFIX, make_resnet, make_timm, make_torchvision
+from widefield.modules import DenseModule
 from widefield.pretraining.checkpoint import KEY as PRETRAINED
-from widefield.registry import MODELS, import_module_or_file, suggestion
+from widefield.registry import MODELS, import_module_or_file, split_description, suggestion
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,23 @@ def load_trained(
             )
         config = load(beside)
     if streaming:
-        inside = "backbone" in (config.data.get("model") or {})
+        described = _changed(config, {}).data.get("model") or {}  # which imports the user's components
+        inside = "backbone" in described and not _is_streamed_whole(described)
         config = _changed(config, {"backbone": {"streaming": dict(streaming)}} if inside else streaming)
     model = build(_changed(config, overrides or {}), ("model",))
     load_all(model, path)
-    set_info(model, info_in(checkpoint, config.data.get("data")))
+    info = info_in(checkpoint, config.data.get("data"))
+    set_info(model, info)
+    if isinstance(model, DenseModule) and len(info.class_names or ()) == len(model.class_names):
+        model.class_names = list(info.class_names or ())
     return model  # type: ignore[no-any-return]
+
+
+def _is_streamed_whole(description: Mapping[str, Any]) -> bool:
+    """Return True if a model is streamed with its backbone, which does not stream by itself."""
+    kind, _ = split_description(description)
+    found = MODELS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(found, type) and issubclass(found, DenseModule)
 
 
 def load_all(model: nn.Module, path: Path) -> None:
