@@ -63,8 +63,8 @@ facts = {"package imports torch": "torch" in sys.modules}
 from widefield.registry import DATASETS, MODELS, TRANSFORMS
 MODELS.get("CrossEntropyLoss")
 facts["backbones of a loss"] = [name for name in sys.modules if name.startswith("widefield.components.backbones")]
-import widefield.data, widefield.pretraining.methods
-for package in (widefield.components, widefield.data, widefield.pretraining.methods):
+import widefield.data, widefield.modules, widefield.pretraining.methods
+for package in (widefield.components, widefield.data, widefield.modules, widefield.pretraining.methods):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 from widefield.components.metrics import METRICS
