@@ -71,7 +71,7 @@ def random_file(path: Path, size: int, channels: int, values: int) -> Path:
     shape = (size, size, channels) if channels > 1 else (size, size)
     tile = (side, side, *shape[2:])
     tiles = (random.integers(0, values, tile, dtype=np.uint8) for _ in range((-(-size // side)) ** 2))
-    kind = {
+    kind: dict[str, Any] = {
         "photometric": "rgb" if channels > 1 else "minisblack",
         "compression": "zlib",
         "compressionargs": {"level": 1},
