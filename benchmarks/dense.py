@@ -79,8 +79,8 @@ def main() -> None:
             print(json.dumps(measure(kind, int(size), *given)))
         return
     if options.plan:
-        net = UNet(options.width).eval()
-        module = DenseModule(net, CLASSES, loss=options.loss, memory_budget=options.memory_budget)
+        network = UNet(options.width).eval()
+        module = DenseModule(network, CLASSES, loss=options.loss, memory_budget=options.memory_budget)
         print(plan_of(module.stream_network, options.size))
         return
     net = f"U-Net of {options.width} channels, {CLASSES} classes"
