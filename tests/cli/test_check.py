@@ -72,7 +72,7 @@ def test_a_model_that_is_not_exact_is_exit_code_1(
 def test_an_explanation_tells_what_each_pass_makes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{file}:model", "--explain", *FAST]) == 0
     shown = capsys.readouterr().out
-    passes = ["capture", "fold", "normal form", "place", "live", "levels", "stages"]
+    passes = ["capture", "fold", "normal form", "place", "live", "levels", "kept", "stages"]
     found = [line.split(":")[0] for line in shown.splitlines() if "operations, " in line]
     assert found == passes
     assert "stage 0: from image to " in shown

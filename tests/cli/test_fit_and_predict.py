@@ -150,7 +150,6 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_without_a_finished_epoch_starts_over_and_says_so(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +162,7 @@ def test_a_run_without_a_finished_epoch_starts_over_and_says_so(
     assert "best.ckpt does; put it back" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_applies_or_refuses_what_is_changed(
     run: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,7 +129,7 @@ def test_a_forward_pass_needs_less_than_a_step() -> None:
     with torch.no_grad():
         forward = streamed.plan((3, 512, 512))
     assert forward.total_bytes < step.total_bytes
-    assert forward.predicted_overhead == 1.0
+    assert forward.predicted_overhead < step.predicted_overhead
 
 
 def test_tiles_and_budget_together() -> None:

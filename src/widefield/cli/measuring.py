@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from widefield.errors import WidefieldError
+
 K = TypeVar("K")
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(WidefieldError, MemoryError):
     """A pass needs more memory than there is."""
 
 
