@@ -70,7 +70,7 @@ MESSAGES = {
     # fit: configurations
     "fit --config nothing.yaml --out new": r"the configuration .*nothing\.yaml does not exist; did you mean",
     "fit --config broken.yaml --out new": r"broken\.yaml, line 2: .*; correct the YAML there, or in the line before",
-    "fit --config wrong.yaml --out new": r"no model named 'ImageClasifier'; did you mean ImageClassifier or \w+\? \(wrong\.yaml, line",
+    "fit --config wrong.yaml --out new": r"no model named 'ImageClasifier'; did you mean ImageClassifier or .*\(wrong\.yaml, line",
     # fit: label maps
     f"{SEGMENT} --masks small": r"small/im0\.png has 9 x 9 pixels, and its image .*64 x 72; give one of the same size",
     f"{SEGMENT} --masks empty": r"no image in .* has a label map in .*empty: that of a\.tif is a\.png",
