@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
 from widefield.streaming.arena import Arena
+from widefield.streaming.captured import Ref
 from widefield.streaming.store import Store
 
 
@@ -196,3 +197,29 @@ def test_carries_whose_size_nobody_knows_lie_in_few_blocks_and_are_copied_once()
     assert all(map(arena.holds, pieces))
     assert not arena.holds(given[0])
     assert all(torch.equal(piece, other) for piece, other in zip(pieces, given, strict=True))
+
+
+def test_a_plan_under_autocast_counts_the_bytes_of_its_dtypes() -> None:
+    """Convolutions are computed in 16 bits; a product with a parameter of 32 bits, and what is added to it, is not."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+            self.scale = nn.Parameter(torch.rand(8, 1, 1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm(self.a(x)).relu()
+            return self.b(x), x + self.b(x) * self.scale
+
+    streamed, image = StreamingCNN(Scaled(), 16, verify=False), torch.rand(1, 3, 40, 40)
+    wide = streamed.plan((3, 400, 400))
+    with torch.autocast("cpu", torch.bfloat16):
+        results = streamed(image)
+        plan = streamed.plan((3, 400, 400))
+        program = streamed._program((1, 3, 40, 40), torch.float32, torch.device("cpu"))
+    made = {value.name: value.itemsize for stage in program.stages for value in stage.values}
+    names = [leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref)]
+    assert [made[name] for name in names] == [x.dtype.itemsize for x in results] == [2, 4]
+    assert plan.map_bytes * 2 == wide.map_bytes
+    assert plan.total_bytes < 0.9 * wide.total_bytes

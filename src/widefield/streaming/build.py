@@ -17,6 +17,7 @@ from functools import cache, partial
 
 import torch
 
+from widefield.streaming.autocast import dtypes_under
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fold import fold_batch_norms
@@ -40,8 +41,8 @@ class Graph:
 
     `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
     `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. What reads the map
-    `cut` is in a scan of its own. `kept` are the maps that live between scans. `whole` are plain nodes that depend on a whole map,
-    because of the operations `refused`.
+    `cut` is in a scan of its own. `kept` are the maps that live between scans. `computed` are dtypes under autocast. `whole` are
+    plain nodes that depend on a whole map, because of the operations `refused`.
     """
 
     captured: Captured
@@ -55,6 +56,7 @@ class Graph:
     stages: Mapping[int, Stage] = field(default_factory=dict)
     cut: str = ""
     kept: frozenset[str] = frozenset()
+    computed: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def plain(self) -> list[Node]:
@@ -80,6 +82,18 @@ class Graph:
         return frozen | {self.cut}
 
     @property
+    def cast(self) -> dict[str, torch.dtype]:
+        """The dtypes of the copies that autocast makes of weights."""
+        dtypes, found = self.dtypes, dict[str, torch.dtype]()
+        for node in self.streamed:
+            if (dtype := self.computed.get(node.name)) is None:
+                continue
+            for name in node.refs:
+                if name not in self.maps and dtype.itemsize < dtypes.get(name, dtype).itemsize:
+                    found[name] = dtype
+        return found
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every value."""
         given = {name: dtype for name, (_, dtype) in self.captured.shapes.items()}
@@ -99,9 +113,14 @@ class Graph:
         return node.name, op, shape, kind if self.placed else "", level, node.module_path
 
 
-def build(captured: Captured, *, allow_whole: bool) -> Program:
-    """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`."""
+def build(captured: Captured, *, allow_whole: bool, autocast: tuple[str, torch.dtype] | None = None) -> Program:
+    """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`.
+
+    `autocast`: the kind of device and the dtype of the autocast that it will run under.
+    """
     *_, (_, graph) = passes(captured, allow_whole=allow_whole)
+    if autocast is not None:
+        graph = _stages(replace(graph, computed=dtypes_under(*autocast, graph.nodes, captured.shapes)))
     program = _program(graph)
     if len(program.stages) > 1:
         return replace(program, thinner=cache(partial(_thinner, graph)))
@@ -242,7 +261,7 @@ def _kept(graph: Graph) -> Graph:
 
 
 def _stages(graph: Graph) -> Graph:
-    return replace(graph, stages=cut(graph.scans, graph.kept, graph.dtypes))
+    return replace(graph, stages=cut(graph.scans, graph.kept, graph.dtypes, graph.computed))
 
 
 def _program(graph: Graph) -> Program:
@@ -269,6 +288,7 @@ def _program(graph: Graph) -> Program:
         plain_bytes=sum(map(size_of, of_image)),
         combined_bytes=sum(size_of(node) for node in plain if levels[node.name] == 0),
         weight_bytes=sum(weight_size(name, maps, dtypes) for name in used),
+        cast_bytes=sum(weight_size(name, maps, graph.cast) for name in used if name in graph.cast),
         refused=graph.refused,
         random=any(map(_draws, graph.nodes)),
     )

@@ -42,7 +42,7 @@ class MemoryModel:
         return np.array(
             [
                 value.shape[0] * value.weight_bytes / value.dtype.itemsize
-                + _WORK_OF_ELEMENT * value.pixel_bytes / value.dtype.itemsize
+                + _WORK_OF_ELEMENT * value.pixel_bytes / value.itemsize
                 for value in self.stage.values
             ]
         )
@@ -72,7 +72,7 @@ class MemoryModel:
         extra = np.zeros(len(self.stage.values))
         for v, value in enumerate(self.stage.values):
             if "indices" in value.facts.saves:
-                extra[v] = value.pixel_bytes / value.dtype.itemsize * _INDEX_BYTES
+                extra[v] = value.pixel_bytes / value.itemsize * _INDEX_BYTES
             elif "mask" in value.facts.saves:
                 extra[v] = value.pixel_bytes
             elif value.placed is not None:

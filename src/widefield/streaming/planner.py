@@ -339,7 +339,9 @@ def _draft(
         saved = sum(cost.carries for cost in costs) if carries == "device" else row
     kept = program.map_bytes(request.training)
     sizes = {
-        "weights": program.combined_bytes + program.weight_bytes * (request.copied_weights + request.training),
+        "weights": program.combined_bytes
+        + program.cast_bytes
+        + program.weight_bytes * (request.copied_weights + request.training),
         "carries": int(saved + row),
         "step": int(step),
         "recorded": 0,

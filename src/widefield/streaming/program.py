@@ -24,7 +24,7 @@ from widefield.streaming.schedule import Flow
 @dataclass(frozen=True)
 class Value:
     """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all;
-    `rectified`: with a ReLU behind the op).
+    `rectified`: with a ReLU behind the op). `itemsize` is the bytes of an element as it is computed, under autocast say.
 
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
     `weights` names the weights that it uses; the gradients of `weight_bytes` of them are computed at a time. A value with a
@@ -37,6 +37,7 @@ class Value:
     shape: tuple[int, ...]
     dtype: torch.dtype
     axes: Axes
+    itemsize: int
     placed: Placed | None = None
     sources: tuple[int, ...] = ()
     weights: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class Value:
         if self.reduction is not None:
             return 0
         height, width = self.shape[self.axes.rows], self.shape[self.axes.cols]
-        return torch.Size(self.shape).numel() // (height * width) * self.dtype.itemsize
+        return torch.Size(self.shape).numel() // (height * width) * self.itemsize
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -70,7 +71,7 @@ class Value:
     @property
     def bytes(self) -> int:
         """Bytes of the whole map."""
-        return 0 if self.reduction is not None else torch.Size(self.shape).numel() * self.dtype.itemsize
+        return 0 if self.reduction is not None else torch.Size(self.shape).numel() * self.itemsize
 
     def tile_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of a tile of the map."""
@@ -144,6 +145,7 @@ class Program:
     plain_bytes: int
     combined_bytes: int
     weight_bytes: int
+    cast_bytes: int
     refused: tuple[UnsupportedOpError, ...]
     random: bool
     kind: Any = None

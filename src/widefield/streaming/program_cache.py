@@ -71,7 +71,8 @@ class ProgramCache:
             assert captured is not None
             traces.append((mode if trace.mode_dependent else None, trace))
             _forget(traces, _KEPT_TRACES)
-        program = replace(build(captured, allow_whole=allow_whole), kind=kind)
+        under = None if autocast is None else (device.type, autocast)
+        program = replace(build(captured, allow_whole=allow_whole, autocast=under), kind=kind)
         self._programs[lengths, kind, mode if trace.mode_dependent else None] = program
         _forget(self._programs, _KEPT_SIZES)
         _forget(self._traces, _KEPT_TRACES)

@@ -12,15 +12,17 @@ from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
 
 
-def cut(scans: Scans, kept: Collection[str], dtypes: Mapping[str, torch.dtype]) -> dict[int, Stage]:
-    """The stages by level, if the maps `kept` live between them."""
+def cut(
+    scans: Scans, kept: Collection[str], dtypes: Mapping[str, torch.dtype], computed: Mapping[str, torch.dtype]
+) -> dict[int, Stage]:
+    """The stages by level, if the maps `kept` live between them; `computed` are dtypes under autocast."""
     by_name = {node.name: node for node in scans.nodes}
     stages = {}
     for level, scan in scans.all(kept).items():
         order = [name for name in (*scans.given, *scans.maps.broadcast, *by_name) if name in scan.read]
         own = {name: scans.placed[name] for name in by_name if name in scan.computed}
         stored = frozenset(scan.leaving).difference(scans.wanted)
-        stages[level] = _stage(scans.maps, by_name, dtypes, order, own, scan.leaving, stored)
+        stages[level] = _stage(scans.maps, by_name, dtypes, computed, order, own, scan.leaving, stored)
     return stages
 
 
@@ -28,6 +30,7 @@ def _stage(
     maps: Maps,
     by_name: Mapping[str, Node],
     dtypes: Mapping[str, torch.dtype],
+    computed: Mapping[str, torch.dtype],
     inputs: Sequence[str],
     placed: dict[str, Placed],
     leaving: Sequence[str],
@@ -39,7 +42,11 @@ def _stage(
     values = []
     for name in inputs:
         key = maps.broadcast.get(name, name)
-        values.append(Value(name, maps.shapes[name], dtypes[key], maps.axes[name]))
+        values.append(
+            Value(
+                name, maps.shapes[name], dtypes[key], maps.axes[name], itemsize=computed.get(key, dtypes[key]).itemsize
+            )
+        )
     for name, rule in placed.items():
         node = by_name[rectified.get(name, name)]
         reduction = node.target if isinstance(node.target, Reduction) else None
@@ -50,6 +57,7 @@ def _stage(
                 name=name,
                 shape=node.shape,
                 dtype=node.dtype,
+                itemsize=computed.get(name, node.dtype).itemsize,
                 axes=rule.axes,
                 placed=rule,
                 sources=tuple(index[read.source] for read in rule.reads),
