@@ -340,7 +340,7 @@ def _draft(
     kept = program.map_bytes(request.training)
     sizes = {
         "weights": program.combined_bytes
-        + program.cast_bytes
+        + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
         + program.weight_bytes * (request.copied_weights + request.training),
         "carries": int(saved + row),
         "step": int(step),
