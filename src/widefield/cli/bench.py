@@ -39,7 +39,7 @@ _FORMAT_SIZE = 1024  # pixels at most of the image on which memory formats are c
 
 @dataclass(frozen=True)
 class Mark:
-    """What is aimed at: the largest time over that of plain PyTorch, by the share of its memory."""
+    """An aim: the largest time over that of plain PyTorch, by the share of its memory."""
 
     model: str
     size: int

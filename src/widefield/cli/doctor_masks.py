@@ -18,7 +18,7 @@ IGNORED = 255
 
 @dataclass
 class MaskFinding:
-    """What a label map holds.
+    """The contents of a label map.
 
     Attributes:
         path: The file.

@@ -37,7 +37,7 @@ Alpha = Literal["drop", "keep"]
 """Treatment of a last channel that the file marks as alpha."""
 
 Palette = Literal["colours", "indices"]
-"""What a pixel of a picture with a palette is: its colour as RGB, or its stored index."""
+"""A pixel of a picture with a palette: its colour as RGB, or its stored index."""
 
 ChannelAxis = Literal["first", "last"]
 """Axis of the channels of an array of three axes."""

@@ -85,7 +85,7 @@ def _position(text: str) -> dict[str, int]:
 
 
 def _parts(path: Path) -> dict[str, Any]:
-    """Where `_part` finds the files that belong to `path`, by their names."""
+    """The places where `_part` finds the files that belong to `path`, by their names."""
     if path.suffix.lower() == ".oif":
         folder = path.with_name(f"{path.name}.files")
         return {one.name: one for one in folder.iterdir()} if folder.is_dir() else {}
@@ -110,7 +110,7 @@ def _part(path: Path, place: Path | str) -> bytes:
 
 
 def _settings(path: Path, parts: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What the main file says, by the names of its sections."""
+    """The contents of the main file, by the names of its sections."""
     if path.suffix.lower() == ".oif":
         return _parsed(path.read_bytes())
     main = next((name for name in parts if name.lower().endswith(".oif")), None)

@@ -70,7 +70,7 @@ class Graph:
 
     @property
     def scans(self) -> Scans:
-        """What scans compute, to be divided among them."""
+        """All that scans compute, to be divided among them."""
         wanted = {name for node in (*self.plain, self.outputs) for name in node.refs if name in self.maps}
         given = self.captured.spatial_inputs
         return Scans(self.maps, given, self.streamed, self.placed, self.levels, wanted)

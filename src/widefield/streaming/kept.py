@@ -24,7 +24,7 @@ _MOST = 2.5
 
 
 class Scan(NamedTuple):
-    """What one scan does: maps that leave it and reductions, of what it computes from what it reads."""
+    """The work of one scan: the maps that leave it and the reductions, computed from what it reads."""
 
     leaving: list[str]
     reductions: list[str]

@@ -200,7 +200,7 @@ class MapOutput:
 
 
 def _round(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
-    """Where `count` positions from `start` on stand in a map of `size` that goes round: first, count, place among them."""
+    """The places of `count` positions from `start` on in a map of `size` that goes round: first, count, place among them."""
     start %= size
     before = min(count, size - start)
     return [part for part in ((start, before, 0), (0, count - before, before)) if part[1]]

@@ -126,7 +126,7 @@ class Flattened(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Of a map of positions in another one: that one's height and width, and the windows in which they lie."""
+    """For a map of positions in another one: that one's height and width, and the windows in which they lie."""
 
     extent: tuple[int, int]
     window: tuple[int, int]

@@ -194,7 +194,7 @@ def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Fla
 
 
 def _taken_apart(shape: Sequence[int], group: range, inner: Sequence[int], cols: int) -> tuple[int, int] | None:
-    """Where height and width stand in `shape`, if each has a dimension of its own in `group`; of several, the last ones."""
+    """The places of height and width in `shape`, if each has a dimension of its own in `group`; of several, the last ones."""
     height, width = inner[cols - 1 : cols + 1]
     before, behind = prod(inner[: cols - 1]), prod(inner[cols + 1 :])
     start, stop = group.start, group.stop

@@ -393,7 +393,7 @@ def _spread(
     padding: Sequence[int],
     stride: Sequence[int],
 ) -> tuple[Read, Callable[[Tensor, TileContext], Tensor]]:
-    """How an operation reads a map of which each position spreads over a window of results.
+    """The extents with which an operation reads a map of which each position spreads over a window of results.
 
     With it comes a function of what it makes of a tile without any padding, which gives the results of a step.
     """
