@@ -38,6 +38,12 @@ def test_few_names_are_shown_and_others_can_be_imported():
         _ = widefield.nothing
 
 
+def test_a_room_is_there_without_an_import_of_its_own():
+    program = "import widefield; print(widefield.images.foreground.__name__, widefield.registry.Registry.__name__)"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert result.stdout.split() == ["foreground", "Registry"]
+
+
 @pytest.mark.parametrize("stub", sorted(SOURCE.rglob("__init__.pyi")), ids=lambda stub: stub.parent.name)
 def test_every_name_of_a_stub_is_where_the_stub_says(stub):
     tree = ast.parse(stub.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ the others that lightstream, LightlyTrain and MMPretrain have at their top can b
 
 import ast
 import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package whose names load their module on first use.
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose names, and modules, load on first use.
 
     Args:
         package: Its `__name__`.
@@ -23,7 +24,7 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
     """
     homes, public = {}, None
     for line in ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8")).body:
-        if isinstance(line, ast.ImportFrom):
+        if isinstance(line, ast.ImportFrom) and line.module != package:
             homes |= {name.name: str(line.module) for name in line.names}
         elif isinstance(line, ast.Assign):
             public = ast.literal_eval(line.value)
@@ -31,6 +32,8 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
 
     def get(name: str) -> Any:
         if name not in homes:
+            if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+                return importlib.import_module(f"{package}.{name}")
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(shown)}")
         return getattr(importlib.import_module(homes[name]), name)
 

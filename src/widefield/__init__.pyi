@@ -1,6 +1,17 @@
 from collections.abc import Callable
 from typing import Any
 
+from widefield import components as components
+from widefield import config as config
+from widefield import data as data
+from widefield import images as images
+from widefield import inference as inference
+from widefield import models as models
+from widefield import modules as modules
+from widefield import pretraining as pretraining
+from widefield import registry as registry
+from widefield import streaming as streaming
+from widefield import transforms as transforms
 from widefield.cli.fit import fit
 from widefield.errors import WidefieldError
 from widefield.images import map_target as map_target

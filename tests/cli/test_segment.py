@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import widefield
 from tests.label_files import write_segmented
 from widefield.cli import main
 from widefield.images import open_image
@@ -131,3 +132,9 @@ def test_what_cannot_be_trained_is_one_clear_error(
     assert main(fit(tmp_path, "--epochs", "1", *arguments)) == 2
     shown = capfd.readouterr().err
     assert message in " ".join(shown.split()) and "Traceback" not in shown
+
+
+def test_lists_of_python_are_taken_as_those_of_the_command_line(tmp_path: Path) -> None:
+    given = {"images": tmp_path / "none", "masks": tmp_path / "none", "classes": ["cell", "gland"], "channels": [0, 2]}
+    with pytest.raises(FileNotFoundError, match="none does not exist; check --images"):
+        widefield.fit(out=tmp_path / "run", task="segment", model="resnet10_w16", **given)

@@ -131,7 +131,7 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
             value = json.dumps(value)
         elif isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
-        elif name in _LISTS and value is not None and not value.startswith("[") and value != "null":
+        elif name in _LISTS and isinstance(value, str) and not value.startswith("[") and value != "null":
             value = f"[{value}]" if name != "value_range" or "," in value else value
         if value is not None:
             overrides.append(f"{entry}={value}")
