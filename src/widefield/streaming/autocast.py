@@ -4,6 +4,7 @@ A capture runs without autocast, and what it captures is run under it: each oper
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,16 +19,27 @@ from widefield.streaming.rules.reductions import precise
 from widefield.streaming.rules.rewriting import parts_of
 
 
-def dtypes_under(
-    device: str,
-    autocast: torch.dtype,
-    nodes: Sequence[Node],
-    given: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-) -> dict[str, torch.dtype]:
-    """Return the dtype of each node's result under autocast to `autocast` on a `device`, by name: run on tensors without storage.
+@dataclass(frozen=True)
+class Autocast:
+    """Autocast to `dtype` on a kind of `device`; `known` are dtypes of results by name, whatever the image's size."""
 
-    `given` are shapes and dtypes of what comes from outside. Nodes that do not run so have the dtype that was captured.
-    """
+    device: str
+    dtype: torch.dtype
+    known: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def dtypes(
+        self, nodes: Sequence[Node], given: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, torch.dtype]:
+        """Return the dtype of each node's result by name; `given` are shapes and dtypes of what comes from outside."""
+        if any(node.name not in self.known for node in nodes):
+            self.known.update(_computed(self.device, self.dtype, nodes, given))
+        return self.known
+
+
+def _computed(
+    device: str, autocast: torch.dtype, nodes: Sequence[Node], given: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> dict[str, torch.dtype]:
+    """Run `nodes` on tensors without storage. Those that do not run so have the dtype that was captured."""
     values: dict[str, Any] = {}
     with FakeTensorMode(), torch.no_grad(), torch.autocast(device, autocast):
 
@@ -43,12 +55,8 @@ def dtypes_under(
         for node in nodes:
             if isinstance(node.target, Reduction):
                 dtype = precise(values[node.refs[0]].dtype)
-                values.update(
-                    {
-                        part: empty(shape, dtype)
-                        for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True)
-                    }
-                )
+                shapes = zip(parts_of(node), node.kwargs["shapes"], strict=True)
+                values.update({node.name: empty((), dtype)} | {part: empty(shape, dtype) for part, shape in shapes})
                 continue
             result = None
             if not isinstance(node.target, LocalCall):

@@ -17,7 +17,7 @@ from functools import cache, partial
 
 import torch
 
-from widefield.streaming.autocast import dtypes_under
+from widefield.streaming.autocast import Autocast
 from widefield.streaming.captured import Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fold import fold_batch_norms
@@ -113,14 +113,12 @@ class Graph:
         return node.name, op, shape, kind if self.placed else "", level, node.module_path
 
 
-def build(captured: Captured, *, allow_whole: bool, autocast: tuple[str, torch.dtype] | None = None) -> Program:
+def build(captured: Captured, *, allow_whole: bool, autocast: Autocast | None = None) -> Program:
     """Make a program. What cannot be streamed runs on whole maps if `allow_whole`, else raises `UnsupportedOpError`.
 
-    `autocast`: the kind of device and the dtype of the autocast that it will run under.
+    `autocast` is that which it will run under.
     """
-    *_, (_, graph) = passes(captured, allow_whole=allow_whole)
-    if autocast is not None:
-        graph = _stages(replace(graph, computed=dtypes_under(*autocast, graph.nodes, captured.shapes)))
+    *_, (_, graph) = passes(captured, allow_whole=allow_whole, autocast=autocast)
     program = _program(graph)
     if len(program.stages) > 1:
         return replace(program, thinner=cache(partial(_thinner, graph)))
@@ -149,7 +147,7 @@ def _program_keeping(graph: Graph, kept: frozenset[str]) -> Program:
     return _program(_stages(replace(graph, kept=kept)))
 
 
-def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Graph]]:
+def passes(captured: Captured, *, allow_whole: bool, autocast: Autocast | None = None) -> Iterator[tuple[str, Graph]]:
     """Each pass by name, with the graph that it made, in the order of the module's docstring."""
     outputs = Node("", tuple, captured.outputs, {}, (), torch.float32)  # no operation, but it reads what is returned
     graph = Graph(captured=captured, nodes=captured.nodes, outputs=outputs)
@@ -163,6 +161,10 @@ def passes(captured: Captured, *, allow_whole: bool) -> Iterator[tuple[str, Grap
         "kept": _kept,
         "stages": _stages,
     }
+    if autocast is not None:
+        functions["stages"] = lambda graph: _stages(
+            replace(graph, computed=autocast.dtypes(graph.nodes, captured.shapes))
+        )
     for name, function in functions.items():
         graph = function(graph)
         yield name, graph
@@ -193,9 +195,9 @@ def _fold(graph: Graph) -> Graph:
 def _normal_form(graph: Graph) -> Graph:
     shapes = {name: shape for name, (shape, _) in graph.captured.shapes.items()}
     shapes |= {node.name: node.shape for node in graph.nodes}
-    of_image, nodes = set(graph.captured.spatial_inputs), list[Node]()
+    of_image, nodes, dtypes = set(graph.captured.spatial_inputs), list[Node](), graph.dtypes
     for node in graph.nodes:
-        parts = taken_apart(node, shapes, graph.dtypes) if of_image.intersection(node.refs) else (node,)
+        parts = taken_apart(node, shapes, dtypes) if of_image.intersection(node.refs) else (node,)
         of_image |= {node.name} if of_image.intersection(node.refs) else set()
         shapes |= {part.name: part.shape for part in parts}
         nodes += [normal_form(part, shapes) for part in parts]
@@ -278,7 +280,7 @@ def _program(graph: Graph) -> Program:
     whole = sum(size_of(node) for node in of_image if _is_whole(node, graph.whole, extents))
     made = [n for n in graph.streamed if not isinstance(n.target, Reduction) and n.name not in repeated]
     streamed = sum(map(size_of, made))
-    dtypes = graph.dtypes
+    dtypes, cast = graph.dtypes, graph.cast
     return Program(
         captured=replace(graph.captured, outputs=graph.outputs.args),
         items=tuple(items),
@@ -288,7 +290,7 @@ def _program(graph: Graph) -> Program:
         plain_bytes=sum(map(size_of, of_image)),
         combined_bytes=sum(size_of(node) for node in plain if levels[node.name] == 0),
         weight_bytes=sum(weight_size(name, maps, dtypes) for name in used),
-        cast_bytes=sum(weight_size(name, maps, graph.cast) for name in used if name in graph.cast),
+        cast_bytes=sum(weight_size(name, maps, cast) for name in used if name in cast),
         refused=graph.refused,
         random=any(map(_draws, graph.nodes)),
     )

@@ -377,10 +377,9 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
     room, used, recorded = float(spare), 0.0, [0] * len(footprints)
     work = [found.work for found in footprints]
     everything = sum(sum(of.values()) for of in work)
-    once = sum(
-        {name: size for of in work[::-1] for name, size in of.items()}.values()
-    )  # made again in later stages or not
-    again = 3 * (everything - once) if request.training else everything - once
+    once = sum({name: size for of in work[::-1] for name, size in of.items()}.values())
+    passes = 3 if request.training else 1  # backward takes as long as two forward
+    again = passes * (everything - once)  # what later stages make again
     if request.training:
         last = footprints[-1]
         there = max(0.0, sizes["step"] - planner.footprints[-1].cost.step + float(last.recorded.max()))
@@ -405,7 +404,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
         tile_size=planner.tile,
         steps=sum(len(_in_order(found)) for found in footprints),
         predicted_bytes=MappingProxyType(sizes),
-        predicted_overhead=1 + again / max(1.0, once * (3 if request.training else 1)),
+        predicted_overhead=1 + again / max(1.0, once * passes),
         layers=layers_of(program, grids),
         streamed_fraction=program.streamed_fraction,
         stages=len(program.stages),

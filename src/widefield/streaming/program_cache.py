@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from widefield.streaming.autocast import Autocast
 from widefield.streaming.build import build
 from widefield.streaming.capture import trace_module
 from widefield.streaming.captured import MapInput
@@ -22,7 +23,7 @@ class ProgramCache:
     """See the module's docstring. `get` notices when the module has changed in a way that matters."""
 
     def __init__(self) -> None:
-        self._traces: dict[Any, list[tuple[Any, Trace]]] = {}
+        self._traces: dict[Any, list[tuple[Any, Trace, Autocast | None]]] = {}
         self._programs: dict[Any, Program] = {}
 
     def get(
@@ -52,10 +53,11 @@ class ProgramCache:
             if (found := self._programs.get((lengths, kind, at))) is not None:
                 return found
         traces = self._traces.setdefault(kind, [])
-        usable = [trace for at, trace in traces if at in (None, mode)]
-        trace, captured = next(((t, c) for t in usable if (c := t.at(*lengths)) is not None), (None, None))
+        usable = [(trace, under) for at, trace, under in traces if at in (None, mode)]
+        fitting = ((trace, c, under) for trace, under in usable if (c := trace.at(*lengths)) is not None)
+        trace, captured, under = next(fitting, (None, None, None))
         if trace is None or captured is None:
-            fixed = any(trace.fixed for _, trace in traces)  # it could not be traced with symbols: not again
+            fixed = any(trace.fixed for _, trace, _ in traces)  # it could not be traced with symbols: not again
             trace = trace_module(
                 module,
                 shape,  # type: ignore[arg-type]
@@ -69,9 +71,9 @@ class ProgramCache:
             )
             captured = trace.at(*lengths)
             assert captured is not None
-            traces.append((mode if trace.mode_dependent else None, trace))
+            under = None if autocast is None else Autocast(device.type, autocast)
+            traces.append((mode if trace.mode_dependent else None, trace, under))
             _forget(traces, _KEPT_TRACES)
-        under = None if autocast is None else (device.type, autocast)
         program = replace(build(captured, allow_whole=allow_whole, autocast=under), kind=kind)
         self._programs[lengths, kind, mode if trace.mode_dependent else None] = program
         _forget(self._programs, _KEPT_SIZES)
@@ -81,7 +83,7 @@ class ProgramCache:
     def holds(self, program: Program, shape: tuple[int, ...], maps: tuple[MapInput, ...] = ()) -> bool:
         """True if a program for images of `shape` and `maps` follows from what is traced already, as `program` did."""
         lengths = lengths_of(shape, maps)
-        return any(trace.at(*lengths) is not None for _, trace in self._traces.get(program.kind, ()))
+        return any(trace.at(*lengths) is not None for _, trace, _ in self._traces.get(program.kind, ()))
 
 
 def _forget(kept: dict[Any, Any] | list[Any], count: int) -> None:

@@ -73,15 +73,11 @@ def along(node: Node, maps: Maps) -> Placed:
 def gather(node: Node, maps: Maps) -> Placed:
     """Picking among the channels of each position by a map of indices, putting them there, products of channels."""
     names = sources(node, maps)
-    ndim, dim = (
-        len(node.shape),
-        dims(node, argument(node, 2 if "cross" in node.op else 1, "dim", -1), len(node.shape))[0],
-    )
+    ndim = len(node.shape)
+    (dim,) = dims(node, argument(node, 2 if node.op == "aten.linalg_cross" else 1, "dim", -1), ndim)
     needed = sum(isinstance(arg, Ref) for arg in node.args)
-    if (
-        len(names) != needed
-        or len({(maps.axes[name], maps.extent(name), len(maps.shapes[name])) for name in names}) > 1
-    ):
+    kinds = {(maps.axes[name], maps.extent(name), len(maps.shapes[name])) for name in names}
+    if len(names) != needed or len(kinds) > 1:
         raise node.refuse("picks by indices of another height or width", "pick from a map by a map of the same size")
     if dim in maps.axes[names[0]] or ndim != len(maps.shapes[names[0]]):
         raise refuse_whole(node, "picks along")
