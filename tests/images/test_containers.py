@@ -17,6 +17,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from zarr.storage import ZipStore
 
+from tests.dicom_files import write_dicom
 from widefield.images import ImageReadError, images_below, open_image, tiff
 from widefield.images.image import has_data
 from widefield.reports import Heatmap
@@ -229,39 +230,11 @@ def test_a_fourth_band_of_a_map_is_a_band_even_if_it_is_marked_as_alpha(tmp_path
     assert not caplog.records
 
 
-def _write_dicom(path, pixels, **tags):
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = tags.pop("syntax", ExplicitVRLittleEndian)
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = pydicom.uid.generate_uid()
-    dataset.Modality = "MG"
-    samples = pixels.shape[-1] if pixels.ndim == 3 and pixels.shape[-1] == 3 else 1
-    dataset.Rows, dataset.Columns = pixels.shape[-3:-1] if samples == 3 else pixels.shape[-2:]
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = samples, int(pixels.dtype.kind == "i")
-    dataset.BitsAllocated, dataset.BitsStored = pixels.itemsize * 8, pixels.itemsize * 8
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PhotometricInterpretation = "RGB" if samples == 3 else "MONOCHROME2"
-    if samples == 3:
-        dataset.PlanarConfiguration = 0
-    if pixels.ndim == 3 and samples == 1:
-        dataset.NumberOfFrames = len(pixels)
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax == ExplicitVRLittleEndian:
-        dataset.PixelData = pixels.tobytes()
-    else:
-        dataset.compress(syntax, pixels, encoding_plugin="pylibjpeg" if syntax == JPEG2000Lossless else "pydicom")
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
 @pytest.mark.parametrize(("dtype", "shape"), [("u2", (70, 90)), ("i2", (70, 90)), ("u1", (70, 90, 3))])
 def test_a_dicom_image_is_read_as_pydicom_does(tmp_path, syntax, dtype, shape):
     pixels = np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
-    path = _write_dicom(tmp_path / "a.dcm", pixels, syntax=syntax, ImagerPixelSpacing=[0.07, 0.05])
+    path = write_dicom(tmp_path / "a.dcm", pixels, syntax=syntax, ImagerPixelSpacing=[0.07, 0.05])
     image = open_image(path)
     expected = pixel_array(path)
     np.testing.assert_array_equal(expected, pixels)
@@ -273,14 +246,14 @@ def test_a_dicom_image_is_read_as_pydicom_does(tmp_path, syntax, dtype, shape):
 
 def test_white_is_large_in_every_dicom_image_and_frames_are_images(tmp_path):
     frames = np.random.default_rng(0).integers(0, 4096, (2, 30, 40)).astype("u2")
-    path = _write_dicom(tmp_path / "a.dcm", frames, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+    path = write_dicom(tmp_path / "a.dcm", frames, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
     np.testing.assert_array_equal(open_image(path, series=1).read(0, 0, 30, 40), 4095 - frames[1:])
     with pytest.raises(ImageReadError, match=r"several images.*frame 0 30x40, 1: frame 1"):
         open_image(path)
 
 
 def test_floats_of_dicom_come_as_floats_and_bits_at_an_unusual_place_are_refused(tmp_path):
-    path = _write_dicom(tmp_path / "a.dcm", np.zeros((4, 6), "u4"))
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((4, 6), "u4"))
     dataset, pixels = pydicom.dcmread(path), np.random.default_rng(0).random((4, 6), np.float32)
     del dataset.PixelData
     dataset.FloatPixelData = pixels.tobytes()
@@ -291,13 +264,13 @@ def test_floats_of_dicom_come_as_floats_and_bits_at_an_unusual_place_are_refused
         delattr(dataset, name)
     dataset.save_as(path)
     np.testing.assert_array_equal(open_image(path).read(0, 0, 4, 6)[0], pixels)
-    path = _write_dicom(tmp_path / "b.dcm", np.zeros((4, 6), "u2"), BitsStored=12, HighBit=15)
+    path = write_dicom(tmp_path / "b.dcm", np.zeros((4, 6), "u2"), BitsStored=12, HighBit=15)
     with pytest.raises(ImageReadError, match=r"b\.dcm: its 12 bits end at bit 15 of a pixel.*expected bit 11"):
         open_image(path)
 
 
 def test_a_dicom_file_without_an_image_is_named(tmp_path):
-    path = _write_dicom(tmp_path / "a.dcm", np.zeros((4, 4), "u1"))
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((4, 4), "u1"))
     dataset = pydicom.dcmread(path)
     del dataset.Rows, dataset.PixelData
     dataset.save_as(path)
@@ -307,7 +280,7 @@ def test_a_dicom_file_without_an_image_is_named(tmp_path):
 
 def test_a_dicom_image_may_have_a_tiff_preamble_or_be_deflated(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 250, (30, 40)).astype("u2")
-    path = _write_dicom(tmp_path / "a.dcm", pixels)
+    path = write_dicom(tmp_path / "a.dcm", pixels)
     path.write_bytes(b"II*\0" + path.read_bytes()[4:])
     np.testing.assert_array_equal(open_image(path).read(0, 0, 30, 40)[0], pixels)
     dataset = pydicom.dcmread(path)

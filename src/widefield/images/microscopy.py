@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import openslide
 
+from widefield.images.czi_structure import check_tiles
 from widefield.images.formats import (
     Choice,
     Contents,
@@ -53,6 +54,7 @@ def open_czi(path: Path, choice: Choice) -> Contents:
     Parts of a scene that no tile covers are 0 in grey images and white in those of colours.
     """
     pyczi: Any = optional("pylibCZIrw.czi", path, "microscopy")
+    check_tiles(path)
     with pyczi.open_czi(str(path)) as header:
         tiles, metadata = _tiles(header), ElementTree.fromstring(header.raw_metadata)
     full = [tile for tile in tiles if tile.stored == tile.box[2:]]

@@ -20,7 +20,7 @@ import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.embedded import declared_size
+from widefield.images.embedded import check_picture
 from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, cannot_read, check_segment
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
@@ -173,7 +173,7 @@ def _decoder(path: Path, page: Page) -> Decode:
     if compression in TIFF.IMAGE_COMPRESSIONS and compression not in _JPEG:
 
         def decode_picture(data: bytes, index: int) -> np.ndarray:
-            _check_embedded(data, most, frame.samplesperpixel)
+            check_picture(data, most, frame.samplesperpixel)
             return decode(data, index)[0][0]
 
         return decode_picture
@@ -183,7 +183,7 @@ def _decoder(path: Path, page: Page) -> Decode:
 
         def decode_lerc(data: bytes, index: int) -> np.ndarray:
             data = _unpacked_lerc(data, most_bytes)
-            _check_embedded(data, most, frame.samplesperpixel)
+            check_picture(data, most, frame.samplesperpixel)
             if frame.predictor != 1:  # of tifffile's own
                 return decode(data, index)[0][0]
             return _decoded_lerc(data, samples, frame.dtype)
@@ -200,13 +200,13 @@ def _decoder(path: Path, page: Page) -> Decode:
     if colourspace is None or frame.bitspersample != 8:
 
         def decode_unusual_jpeg(data: bytes, index: int) -> np.ndarray:
-            _check_embedded(data, most, frame.samplesperpixel)
+            check_picture(data, most, frame.samplesperpixel)
             return decode(_ended(data), index, jpegtables=tables)[0][0]
 
         return decode_unusual_jpeg
 
     def decode_jpeg(data: bytes, index: int) -> np.ndarray:
-        _check_embedded(data, most, frame.samplesperpixel)
+        check_picture(data, most, frame.samplesperpixel)
         # the bare decoder of the format gives grey for what is damaged; this one raises
         before = tables[:-2] if tables else data[:2]
         marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
@@ -214,14 +214,6 @@ def _decoder(path: Path, page: Page) -> Decode:
         return simplejpeg.decode_jpeg(_ended(whole), colourspace, fastdct=False, fastupsample=False)
 
     return decode_jpeg
-
-
-def _check_embedded(data: bytes, most: int, samples: int) -> None:
-    """Raise a ValueError if a picture in a tile or strip says, before it is decoded, that it has more than `most` pixels."""
-    height, width, bands = declared_size(data) or (0, 0, 1)
-    if height * width * bands > most * (samples if bands > 1 else 1):
-        each = f" of {bands} values" if bands > 1 else ""
-        raise ValueError(f"a picture of {height} by {width} pixels{each} lies in it, which can hold {most} pixels")
 
 
 def _unpacked_lerc(data: bytes, most: int) -> bytes:

@@ -26,6 +26,7 @@ from widefield.images.formats import (
     known,
     micrometres,
 )
+from widefield.images.zarr_limits import limited
 
 _ENDINGS = (".zarr", ".zarr.zip", ".ozx")
 _FILES = ("zarr.json", ".zgroup", ".zarray")
@@ -155,7 +156,11 @@ def _array(path: Path | str, root: PerProcess, key: str, array: Any) -> Deferred
     if array.dtype.kind not in "uifb":
         raise cannot_read(path, f"its pixels are of type {array.dtype}; expected integers or floats")
     check_segment(path, "chunk", array.chunks, array.dtype.itemsize)
-    return DeferredArray(PerProcess(lambda: root.get()[key] if key else root.get()), array.shape, array.dtype)
+    if (shards := array.shards) is not None:  # 16 bytes of each chunk in a shard are its index
+        counts = [shard // chunk for shard, chunk in zip(shards, array.chunks, strict=True)]
+        check_segment(path, "index of a shard", counts, 16)
+    opened = PerProcess(lambda: limited(root.get()[key] if key else root.get()))
+    return DeferredArray(opened, array.shape, array.dtype)
 
 
 def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, described: dict[str, Any]) -> _Image:
