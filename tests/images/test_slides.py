@@ -4,8 +4,11 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from skimage import data
 
-from widefield.images import ImageReadError, open_image
+from tests import slide_files
+from tests.microscopy_files import write_oif
+from widefield.images import ImageReadError, images_below, open_image
 
 SCN = """<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection name="c" sizeX="666000"
 sizeY="402000"><barcode>x</barcode>{}</collection></scn>"""
@@ -227,3 +230,70 @@ def test_channels_of_an_ome_file_come_in_the_order_of_its_metadata(tmp_path):
         file.write(planes[1], description=xml, metadata=None)
         file.write(planes[0], metadata=None)
     np.testing.assert_array_equal(open_image(tmp_path / "a.ome.tif").read(0, 0, 64, 64), planes)
+
+
+TISSUE = data.immunohistochemistry()[:256, :384]
+
+
+def _equal_to_openslide(path, vendor):
+    with openslide.OpenSlide(str(path)) as slide:
+        assert slide.properties["openslide.vendor"] == vendor
+        for level, (width, height) in enumerate(slide.level_dimensions):
+            image = open_image(path, level)
+            assert image.shape == (3, height, width) and len(image.levels) == slide.level_count
+            picture = slide.read_region((0, 0), level, (width, height))
+            expected = np.asarray(picture)[..., :3].copy()
+            colour = bytes.fromhex(slide.properties.get("openslide.background-color", "ffffff"))
+            expected[np.asarray(picture)[..., 3] == 0] = list(colour)
+            np.testing.assert_array_equal(image.read(0, 0, height, width).transpose(1, 2, 0), expected)
+    return open_image(path)
+
+
+@pytest.mark.parametrize(("write", "name"), [(slide_files.write_ndpi, "a.ndpi"), (slide_files.write_vms, "a.vms")])
+def test_a_hamamatsu_slide_gives_the_pixels_of_its_jpeg_files(tmp_path, write, name):
+    expected = write(tmp_path / name, TISSUE)
+    image = _equal_to_openslide(tmp_path / name, "hamamatsu")
+    np.testing.assert_array_equal(image.read(0, 0, 256, 384).transpose(1, 2, 0), expected)
+    assert image.spacing == (0.5, 0.5) and image.levels[:2] == ((256, 384), (128, 192))
+    macro = image.associated_images.get("macro")
+    assert (macro().shape == (32, 48, 3)) if macro else name == "a.vms"
+
+
+def test_a_ventana_slide_is_put_together_of_tiles_that_overlap(tmp_path):
+    tiles = np.ascontiguousarray(TISSUE[:192, :192].reshape(3, 64, 3, 64, 3).transpose(0, 2, 1, 3, 4))
+    slide_files.write_bif(tmp_path / "a.bif", tiles, 8)
+    image = _equal_to_openslide(tmp_path / "a.bif", "ventana")
+    assert (image.shape, image.spacing) == ((3, 176, 176), (0.465, 0.465))
+    for row in range(3):
+        for column in range(3):
+            part = image.read(56 * row + 8, 56 * column + 8, 48, 48)
+            np.testing.assert_array_equal(part.transpose(1, 2, 0), tiles[row, column, 8:56, 8:56])
+    assert image.associated_images["macro"]().shape == (48, 48, 3)
+
+
+def test_a_trestle_slide_is_read_level_by_level(tmp_path):
+    slide_files.write_trestle(tmp_path / "a.tif", [TISSUE, TISSUE[::2, ::2]])
+    image = _equal_to_openslide(tmp_path / "a.tif", "trestle")
+    np.testing.assert_array_equal(image.read(0, 0, 256, 384).transpose(1, 2, 0), TISSUE)
+    np.testing.assert_array_equal(image.at_level(1).read(3, 4, 50, 60).transpose(1, 2, 0), TISSUE[6:106:2, 8:128:2])
+
+
+def test_a_mirax_slide_gives_its_images_and_its_colour_where_none_was_taken(tmp_path):
+    slide_files.write_mirax(tmp_path / "a.mrxs", TISSUE, missing=(1, 2))
+    image = _equal_to_openslide(tmp_path / "a.mrxs", "mirax")
+    expected = TISSUE.copy()
+    expected[64:128, 128:192] = (0xE0, 0xF0, 0xFF)
+    np.testing.assert_array_equal(image.read(0, 0, 256, 384).transpose(1, 2, 0), expected)
+    assert (image.spacing, image.levels) == ((0.25, 0.25), ((256, 384), (128, 192)))
+    (tmp_path / "a" / "Data0000.dat").unlink()
+    with pytest.raises(ImageReadError, match=r"a\.mrxs: "):
+        open_image(tmp_path / "a.mrxs").read(0, 0, 9, 9)
+
+
+def test_what_belongs_to_a_slide_is_no_image_of_its_own(tmp_path):
+    slide_files.write_vms(tmp_path / "a.vms", TISSUE)
+    slide_files.write_mirax(tmp_path / "b.mrxs", TISSUE)
+    planes = {"s_C001.tif": TISSUE[..., 0], "s_C002.tif": TISSUE[..., 1]}
+    write_oif(tmp_path / "c.oif", planes)
+    (tmp_path / "other.jpg").write_bytes(slide_files.jpeg(TISSUE))
+    assert [path.name for path in images_below(tmp_path)] == ["a.vms", "b.mrxs", "c.oif", "other.jpg"]

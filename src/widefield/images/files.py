@@ -49,8 +49,9 @@ def _checked(endings: Sequence[str] | None) -> tuple[str, ...]:
 def images_below(folder: Path, endings: Sequence[str] | None = None) -> list[Path]:
     """Return the images in `folder` and all folders below, in the order of their paths from it.
 
-    Links are followed; hidden files and folders are left out. A folder with the ending of an image (`scan.zarr`) is one. Nothing
-    is opened, so a file may still turn out to be no image.
+    Links are followed; hidden files and folders are left out, and so are the files that a slide of Hamamatsu (`.vms`) names and the
+    folder of an OIF. A folder with the ending of an image (`scan.zarr`) is one. No image is opened, so a file may still turn out to
+    be none.
 
     Args:
         folder: Where to look; one that does not exist holds none.
@@ -68,11 +69,24 @@ def images_below(folder: Path, endings: Sequence[str] | None = None) -> list[Pat
 def _walk(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         parent = Path(place)
+        parts = _parts(parent, names)
+        names = [name for name in names if name not in parts]
+        folders[:] = [name for name in folders if name not in parts]
         seen = [name for name in folders if not name.startswith(".") and not _leads_back(parent / name)]
         images = [name for name in seen if is_image_name(name, endings)]
         folders[:] = [name for name in seen if name not in images]
         yield from (parent / name for name in images)
         yield from (parent / name for name in names if not name.startswith(".") and is_image_name(name, endings))
+
+
+def _parts(folder: Path, names: Sequence[str]) -> set[str]:
+    """The names in `folder` of what belongs to another image there."""
+    found = {f"{name}.files" for name in names if name.lower().endswith(".oif")}
+    for name in names:
+        if name.lower().endswith((".vms", ".vmu")):
+            with (folder / name).open(encoding="utf-8", errors="replace") as file:
+                found.update(line.partition("=")[2].strip() for line in file.read(2**16).splitlines())
+    return found
 
 
 def _leads_back(path: Path) -> bool:

@@ -317,7 +317,7 @@ class SegmentPixels:
 
         def fill(place: tuple[int, int, int]) -> None:
             k, row, column = place
-            index = (planes[k] * self.grid[0] + row) * self.grid[1] + column
+            index = self._index(planes[k], row, column)
             top, left = row * rows, column * columns
             first = max(y, top), max(x, left)
             end = min(y + height, top + rows), min(x + width, left + columns)
@@ -337,12 +337,19 @@ class SegmentPixels:
             for row in range(y // rows, (y + height - 1) // rows + 1)
             for column in range(x // columns, (x + width - 1) // columns + 1)
         ]
-        if len(places) == 1 or _WORKERS == 1 or self._segment_bytes() < _PARALLEL_BYTES:
-            for place in places:
-                fill(place)
-        else:
-            for _ in _POOL.get().map(fill, places):
+        apart = []
+        if _WORKERS > 1 and self._segment_bytes() >= _PARALLEL_BYTES:
+            apart = [place for place in places if self._index(planes[place[0]], *place[1:]) not in self._cache]
+        if len(apart) > 1:
+            for _ in _POOL.get().map(fill, apart):
                 pass  # raises what a thread raised
+            places = list(set(places).difference(apart))
+        for place in places:
+            fill(place)
+
+    def _index(self, plane: int, row: int, column: int) -> int:
+        """Number of a segment."""
+        return (plane * self.grid[0] + row) * self.grid[1] + column
 
     def _segment_bytes(self) -> int:
         """Bytes of a decoded segment."""

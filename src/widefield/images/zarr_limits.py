@@ -40,14 +40,12 @@ def limited(array: Any) -> Any:
 
 
 def _within_shards(codec: Any) -> Any:
-    import zarr
+    from zarr.abc.codec import BytesBytesCodec
+    from zarr.codecs import ShardingCodec
 
-    if not isinstance(codec, zarr.codecs.ShardingCodec):
+    if not isinstance(codec, ShardingCodec):
         return codec
-    codecs = [
-        _limited_type()(one) if isinstance(one, zarr.abc.codec.BytesBytesCodec) else _within_shards(one)
-        for one in codec.codecs
-    ]
+    codecs = [_limited_type()(one) if isinstance(one, BytesBytesCodec) else _within_shards(one) for one in codec.codecs]
     return replace(codec, codecs=tuple(codecs))
 
 
@@ -69,7 +67,7 @@ def _unpacked(name: str, data: Any, limit: int) -> bytes | None:
     elif name == "zstd":
         size = zstd_content_size(bytes(packed[:18]))
         if size is None:
-            return bytes(imagecodecs.zstd_decode(packed, out=limit))
+            return bytes(imagecodecs.zstd_decode(bytes(packed), out=limit))
         declared = size
     elif name in ("gzip", "zlib", "bz2", "lzma"):
         return _streamed(name, packed, limit)
