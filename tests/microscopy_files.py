@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 
@@ -133,6 +134,49 @@ def _experiment(loops: tuple[tuple[str, int], ...]) -> str:
     following = f"<ppNextLevelEx><i0>{_experiment(tuple(inner))}</i0></ppNextLevelEx>" if inner else ""
     kind = {"T": 1, "P": 2, "Z": 4}[axis]
     return f'<eType runtype="lx_uint32" value="{kind}"/><uLoopPars>{parameters}</uLoopPars>{following}'
+
+
+def write_legacy_nd2(
+    path: Path, frames: list[np.ndarray], names: tuple[str, ...] = ("",), spacing: float | None = None
+) -> Path:
+    """Write frames (H, W, channels) as NIS-Elements did until version 3: boxes of JPEG 2000, each channel a codestream."""
+    height, width, channels = frames[0].shape
+    planes = "".join(
+        f'<i{k:05}><uiCompCount runtype="lx_uint32" value="1"/><sOpticalConfigName runtype="CLxStringW" value="{name}"/>'
+        f'<uiColor runtype="lx_uint32" value="255"/></i{k:05}>'
+        for k, name in enumerate(names)
+    )
+    picture = (
+        f'<?xml version="1.0"?><variant><no_name><bCalibrated runtype="bool" value="{str(spacing is not None).lower()}"/>'
+        f'<dCalibration runtype="double" value="{spacing or 1.0}"/><sPicturePlanes><uiCount runtype="lx_uint32" '
+        f'value="{channels}"/><uiCompCount runtype="lx_uint32" value="{channels}"/><sPlane>{planes}</sPlane></sPicturePlanes>'
+        "</no_name></variant>"
+    )
+
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    header = struct.pack(">IIHBBBB", height, width, 1, 8 * frames[0].itemsize - 1, 7, 0, 0)
+    boxes = [(b"jP  ", b"\r\n\x87\n", b""), (b"ftyp", b"jp2 \0\0\0\0jp2 ", b""), (b"jp2h", box(b"ihdr", header), b"")]
+    boxes.append((b"xml ", picture.encode(), b"VIMD"))
+    period = "".join(f'<d{key} runtype="double" value="1"/>' for key in ("Start", "Period", "Duration"))
+    period = f'<pPeriod><i00000><uiCount runtype="lx_uint32" value="{len(frames)}"/>{period}</i00000></pPeriod>'
+    kind = '<eType runtype="lx_uint32" value="8"/>'
+    loop = f"<variant><no_name>{kind}<uLoopPars>{period}</uLoopPars></no_name></variant>"
+    boxes.append((b"xml ", loop.encode(), b"AIM1"))
+    for frame in frames:
+        boxes.append((b"xml ", b"<variant/>", b"VCAL"))
+        for channel in range(channels):
+            pixels = np.ascontiguousarray(frame[..., channel])
+            stream = imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", reversible=True, level=0)
+            boxes.append((b"jp2c", bytes(stream), b"LUNK"))
+    content, table = b"", struct.pack(">I", len(boxes))
+    for kind, data, name in boxes:
+        table += struct.pack("<4s4sI4x", kind, name, len(content))
+        content += box(kind, data)
+    table += b"LABORATORY IMAGING ND BOX MAP 00"
+    path.write_bytes(content + table + struct.pack("<Q", len(table) + 8))
+    return path
 
 
 def write_oif(path: Path, planes: dict[str, np.ndarray], channels: tuple[str, ...] = ()) -> Path:

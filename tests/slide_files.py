@@ -92,7 +92,7 @@ def write_trestle(path: Path, levels: list[np.ndarray], overlaps: str = "") -> N
 
 
 def write_mirax(path: Path, pixels: np.ndarray, side: int = 64, missing: tuple[int, int] = (0, 0)) -> None:
-    """Write a MIRAX slide of two levels, in PNG images of `side` x `side` pixels in the folder beside it, but for the `missing` one."""
+    """Write a MIRAX slide of two levels, in PNG images of `side` x `side` pixels beside it, but for the `missing` one."""
     folder = path.with_suffix("")
     folder.mkdir()
     reduced = pixels[::2, ::2]

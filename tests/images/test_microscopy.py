@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 from pylibCZIrw import czi as pyczi
 
-from tests.microscopy_files import write_lif, write_nd2, write_oif, write_xlef
+from tests.microscopy_files import write_legacy_nd2, write_lif, write_nd2, write_oif, write_xlef
 from widefield.images import ImageReadError, open_image
 
 CORNER = (-13, -7)
@@ -254,7 +254,7 @@ def _replaced(path, old, new):
             b'eCompression runtype="lx_int32" value="1',
             "compressed with loss",
         ),
-        (b"\xda\xce\xbe\x0a", b"\0\0\0\x0cjP  ", "an ND2 file of JPEG 2000.* convert it to OME-TIFF"),
+        (b"\xda\xce\xbe\x0a", b"\0\0\0\x0cjP  ", "its structure is truncated or damaged"),
         (b"<sPicturePlanes>", b"<sPicturePlanet>", "its structure is truncated or damaged"),
     ],
 )
@@ -262,6 +262,35 @@ def test_an_nd2_file_that_would_be_misread_is_refused_when_it_is_opened(tmp_path
     path = _replaced(write_nd2(tmp_path / "a.nd2", [_noise(30, 40)]), old, new)
     with pytest.raises(ImageReadError, match=rf"cannot read .*a\.nd2: .*{problem}"):
         open_image(path)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2"])
+def test_an_old_nd2_file_of_jpeg_2000_is_read_as_the_package_nd2_reads_it(tmp_path, dtype):
+    frames = [_noise(30, 40, dtype, 2, seed) for seed in range(3)]
+    path = write_legacy_nd2(tmp_path / "ä b.nd2", frames, ("DAPI", "GFP"), 0.25)
+    with nd2.ND2File(path) as file:
+        theirs = [file._rdr.read_frame(k) for k in range(3)]
+    for k, frame in enumerate(frames):
+        image = open_image(path, series=f"image T={k}")
+        np.testing.assert_array_equal(theirs[k], frame)
+        np.testing.assert_array_equal(image.read(3, 4, 20, 30), frame.transpose(2, 0, 1)[:, 3:23, 4:34])
+    assert (image.dtype, image.spacing, image.channel_names) == (np.dtype(dtype), (0.25, 0.25), ("DAPI", "GFP"))
+    plain = open_image(write_legacy_nd2(tmp_path / "b.nd2", [frames[0][..., :1]]))
+    assert (plain.shape, plain.spacing, plain.channel_names) == ((1, 30, 40), None, None)
+
+
+def test_a_damaged_frame_of_an_old_nd2_file_is_found_when_it_is_opened_or_read(tmp_path):
+    path = write_legacy_nd2(tmp_path / "a.nd2", [_noise(30, 40)])
+    content = path.read_bytes()
+    start = content.index(b"\xff\x4f\xff\x51")
+    path.write_bytes(content[: start + 10] + b"\x09" + content[start + 11 :])
+    with pytest.raises(
+        ImageReadError, match=r"a\.nd2: its frame 0 is damaged or missing: no picture of 30x40 lies there"
+    ):
+        open_image(path)
+    path.write_bytes(content[: start + 120] + bytes(60) + content[start + 180 :])
+    with pytest.raises(ImageReadError, match=r"a\.nd2: truncated or corrupt data in the region"):
+        open_image(path).read(0, 0, 30, 40)
 
 
 def test_a_damaged_packed_frame_is_an_error_when_it_is_read(tmp_path):

@@ -3,7 +3,6 @@
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from widefield.images.formats import (
     known,
     optional,
 )
+from widefield.images.nikon_legacy import frame_name, open_legacy
 from widefield.images.tiff import StackedPixels
 
 _MAGIC = b"\xda\xce\xbe\x0a"
 """The first bytes of every part ("chunk") of an ND2 file, and so of the file."""
-
-_LOOPS = {"TimeLoop": "T", "NETimeLoop": "T", "XYPosLoop": "P", "ZStackLoop": "Z"}
-"""Letters for the loops of an experiment, as the package nd2 names them; P is a position of the stage."""
 
 _CHUNK = struct.Struct("<4sIQ")
 """Header of a chunk: magic, bytes of its name with what pads it, bytes of its content."""
@@ -49,10 +46,7 @@ def open_nd2(path: Path, choice: Choice) -> Contents:
     """
     with path.open("rb") as header:
         if header.read(4) != _MAGIC:
-            reason = "it is an ND2 file of JPEG 2000, as NIS-Elements wrote until version 3"
-            raise cannot_read(
-                path, f"{reason}, which is not read; convert it to OME-TIFF, as Bio-Formats' bfconvert does"
-            )
+            return open_legacy(path, choice)
     nd2: Any = optional("nd2", path, "microscopy")
     with nd2.ND2File(path) as file:
         said, loops, chunks = file.attributes, file.experiment, file._rdr.chunkmap
@@ -69,7 +63,7 @@ def open_nd2(path: Path, choice: Choice) -> Contents:
     frames = sorted(int(name[13:-1]) for name in chunks if name.startswith(b"ImageDataSeq|"))
     if not frames:
         raise cannot_read(path, "it is an ND2 file without an image")
-    names = [_name(frame, loops) for frame in frames]
+    names = [frame_name(frame, loops) for frame in frames]
     frame = frames[choose_series(path, choice.series, names, [size] * len(frames))]
     start, count = _place(path, frame, chunks[b"ImageDataSeq|%d!" % frame][0])
     row = said.widthBytes or width * components * itemsize
@@ -97,17 +91,6 @@ def open_nd2(path: Path, choice: Choice) -> Contents:
         spacing=known(scale, scale),
         channel_names=tuple(named) if len(named) == components and all(named) else None,
     )
-
-
-def _name(frame: int, loops: Sequence[Any]) -> str:
-    """A name that tells the position of a frame in each loop of the experiment, such as "image P=1 Z=4"."""
-    counts = [loop.count for loop in loops]
-    if frame >= math.prod(counts):
-        return f"frame {frame}"
-    place = {
-        _LOOPS.get(loop.type, loop.type): k for loop, k in zip(loops, np.unravel_index(frame, counts), strict=True)
-    }
-    return " ".join(["image", *(f"{axis}={k}" for axis, k in place.items())])
 
 
 def _place(path: Path, frame: int, offset: int) -> tuple[int, int]:
