@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedRandom
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -35,29 +36,39 @@ class ArrayPixels:
     at: tuple[int, ...] = ()
     """Position on each axis that is none of C, Y and X, in their order."""
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         size = dict(zip(self.axes, self.array.shape, strict=True))
         return size.get("C", 1), size["Y"], size["X"]
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         """Type of the pixels, in native byte order; uint8 of truth values."""
         dtype = np.dtype(self.array.dtype)
         return np.dtype("u1") if dtype.kind == "b" else dtype.newbyteorder("=")
 
+    @cached_property
+    def _layout(self) -> tuple[list[Any], list[int | None], list[int]]:
+        """The index of a plane, the places in it of C, Y and X, and their order in what it gives."""
+        rest = iter(self.at)
+        index = [slice(None) if axis in "CYX" else next(rest) for axis in self.axes]
+        kept = [axis for axis in self.axes if axis in "CYX"]
+        places = [self.axes.index(axis) if axis in kept else None for axis in "CYX"]
+        return index, places, [kept.index(axis) for axis in "CYX" if axis in kept]
+
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width), a copy."""
-        rest = iter(self.at)
-        region = {"C": slice(min(channels), max(channels) + 1), "Y": slice(y, y + height), "X": slice(x, x + width)}
-        pixels = np.asarray(self.array[tuple(region[axis] if axis in region else next(rest) for axis in self.axes)])
-        kept = [axis for axis in self.axes if axis in "CYX"]
-        pixels = pixels.transpose([kept.index(axis) for axis in "CYX" if axis in kept])
-        if "C" not in kept:
+        plane, (channel, row, column), order = self._layout
+        index, first, last = plane.copy(), min(channels), max(channels)
+        if channel is not None:
+            index[channel] = slice(first, last + 1)
+        index[row], index[column] = slice(y, y + height), slice(x, x + width)  # type: ignore[index]
+        pixels = np.asarray(self.array[tuple(index)]).transpose(order)
+        if channel is None:
             pixels = pixels[None]
-        if list(channels) != list(range(min(channels), max(channels) + 1)):
-            pixels = pixels[[channel - min(channels) for channel in channels]]
+        if len(channels) != last + 1 - first or list(channels) != list(range(first, last + 1)):
+            pixels = pixels[[channel - first for channel in channels]]
         return np.array(pixels, self.dtype)
 
 
@@ -81,7 +92,7 @@ class MappedArray:
     """The array over the map, the state of the file when it was made, and the bytes that were touched; empty at first."""
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        now = self.file.stat() if isinstance(self.file, Path) else os.fstat(self.file.fileno())
+        now = os.stat(self.file) if isinstance(self.file, Path) else os.fstat(self.file.fileno())  # noqa: PTH116 - faster
         state = now.st_ino, now.st_size, now.st_mtime_ns
         array, known, touched = self._mapped or (None, None, 0)
         if array is None or known != state or touched > TOUCHED_BYTES:

@@ -110,11 +110,12 @@ class ImageFile:
             ValueError: The region is empty or not wholly inside the image.
             ImageReadError: The file is truncated or corrupt where the region lies.
         """
-        named = {"y": y, "x": x, "height": height, "width": width}
-        least = -(2**63)  # what is too small is said with the size of the image
-        y, x, height, width = (
-            whole_number(name, one, f"a region of {self.path}", least) for name, one in named.items()
-        )
+        if not type(y) is type(x) is type(height) is type(width) is int:
+            named = {"y": y, "x": x, "height": height, "width": width}
+            least = -(2**63)  # what is too small is said with the size of the image
+            y, x, height, width = (
+                whole_number(name, one, f"a region of {self.path}", least) for name, one in named.items()
+            )
         _, full_height, full_width = self.shape
         if height < 1 or width < 1 or y < 0 or x < 0 or y + height > full_height or x + width > full_width:
             raise ValueError(

@@ -22,6 +22,7 @@ from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 from widefield.images.arrays import ArrayPixels, MappedArray
 from widefield.images.embedded import check_picture
 from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, cannot_read, check_segment
+from widefield.images.lzw import lzw_decoder
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
 CACHE_BYTES = 16 * 2**20
@@ -168,6 +169,7 @@ def _decoder(path: Path, page: Page) -> Decode:
         except (ValueError, NotImplementedError) as error:
             raise cannot_read(path, f"it cannot be decoded (compression {codec}): {error}") from error
     strip = min(frame.rowsperstrip, frame.imagelength), frame.imagewidth
+    planar = frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else strip
     most = 2 * (height + 16) * (width + 16)  # encoders may fill up a segment
     if compression in TIFF.IMAGE_COMPRESSIONS and compression not in _JPEG:
@@ -178,7 +180,7 @@ def _decoder(path: Path, page: Page) -> Decode:
 
         return decode_picture
     if compression == COMPRESSION.LERC:
-        samples = 1 if frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE else frame.samplesperpixel
+        samples = 1 if planar else frame.samplesperpixel
         most_bytes = 2**16 + 2 * most * frame.samplesperpixel * frame.dtype.itemsize
 
         def decode_lerc(data: bytes, index: int) -> np.ndarray:
@@ -189,6 +191,14 @@ def _decoder(path: Path, page: Page) -> Decode:
             return _decoded_lerc(data, samples, frame.dtype)
 
         return decode_lerc
+    if compression == COMPRESSION.LZW and (lzw := lzw_decoder(frame, 1 if planar else frame.samplesperpixel)):
+        strips = 1 if frame.is_tiled else math.ceil(frame.imagelength / height)
+
+        def decode_lzw(data: bytes, index: int) -> np.ndarray:
+            is_last = not frame.is_tiled and index % strips == strips - 1
+            return lzw(data, frame.imagelength - (strips - 1) * height if is_last else height)
+
+        return decode_lzw
     if compression not in _JPEG:
 
         def decode_other(data: bytes, index: int) -> np.ndarray:
@@ -196,7 +206,7 @@ def _decoder(path: Path, page: Page) -> Decode:
 
         return decode_other
     is_ycbcr = frame.photometric == PHOTOMETRIC.YCBCR
-    colourspace = {1: "GRAY", 3: "RGB"}.get(1 if frame.planarconfig == 2 else frame.samplesperpixel)
+    colourspace = {1: "GRAY", 3: "RGB"}.get(1 if planar else frame.samplesperpixel)
     if colourspace is None or frame.bitspersample != 8:
 
         def decode_unusual_jpeg(data: bytes, index: int) -> np.ndarray:
@@ -291,6 +301,8 @@ class SegmentPixels:
     """Temporary file, place in it and shape of segments that narrow reads of wide strips came for again and again."""
     _left: set[int] = field(default_factory=set, repr=False)
     """Segments that left the cache during narrow reads."""
+    _page: list[Any] = field(default_factory=list, repr=False)
+    """A page that is kept as a whole, (planes, height, width, samples), and which of its strips it has."""
     _spool: dict[int, Any] = field(default_factory=dict, repr=False)
     """The temporary file of each process, when there is one; None in its place if it is full."""
     _lock: Any = field(default_factory=ForkSafeLock, repr=False)
@@ -298,6 +310,8 @@ class SegmentPixels:
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
         planar = self.planes > 1
+        if self._is_kept(width):
+            return self._read_kept(y, x, height, width, channels)
         pixels = np.empty((len(channels), height, width) if planar else (height, width, len(channels)), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             if not planar:
@@ -305,6 +319,33 @@ class SegmentPixels:
                 return pixels.transpose(2, 0, 1)
             self._read_planes(file, channels, [target[..., None] for target in pixels], y, x, [0])
             return pixels
+
+    def _is_kept(self, width: int) -> bool:
+        """True if parts of strips are read, of a page that is small enough to be kept as a whole when it is decoded."""
+        is_narrow = self.grid[1] == 1 < self.grid[0] and 2 * width <= self.shape[2]
+        return is_narrow and math.prod(self.shape) * self.dtype.itemsize <= MEMORY_BYTES
+
+    def _read_kept(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """As `read`, from strips that are decoded once, each into its place in the page."""
+        with self._lock:
+            if not self._page:
+                shape = (self.planes, *self.shape[1:], self.shape[0] // self.planes)
+                self._page[:] = np.empty(shape, self.dtype), np.zeros((self.planes, self.grid[0]), bool)
+        page, known = self._page
+        samples, rows = range(page.shape[3]), self.segment[0]
+        strips = range(y // rows, (y + height - 1) // rows + 1)
+        for plane in channels if self.planes > 1 else [0]:
+            missing = [row for row in strips if not known[plane, row]]
+            if missing:
+                top, bottom = missing[0] * rows, min((missing[-1] + 1) * rows, self.shape[1])
+                with self.path.open("rb", buffering=0) as file:
+                    self._read_planes(file, [plane], [page[plane, top:bottom]], top, 0, samples)
+                known[plane, missing] = True
+        region = page[:, y : y + height, x : x + width]
+        if self.planes > 1:
+            return region[list(channels), ..., 0]
+        pixels = region[0] if list(channels) == list(samples) else region[0][..., list(channels)]
+        return np.array(pixels).transpose(2, 0, 1)
 
     def _read_planes(
         self, file: Any, planes: Sequence[int], targets: Sequence[np.ndarray], y: int, x: int, channels: Sequence[int]
