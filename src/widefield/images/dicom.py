@@ -106,6 +106,8 @@ class FramePixels:
                 return
             if not self.is_alone:
                 file.seek(_ELEMENT_BYTES, 1)
+            else:
+                _check_items(header.PixelData)
             tables = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
             frame = encaps.get_frame(
                 header.PixelData if self.is_alone else file,
@@ -118,6 +120,21 @@ class FramePixels:
             _check_rle(frame, height * width)
         else:
             check_picture(frame, 2 * (height + 16) * (width + 16), samples)
+
+
+def _check_items(data: bytes) -> None:
+    """Raise a ValueError unless compressed pixels are items one behind the other to their end (PS3.5, A.4).
+
+    pydicom decodes what it finds, also if bytes are missing or too many.
+    """
+    at = 0
+    while at < len(data):
+        group, element, length = struct.unpack_from("<HHI", data, at)
+        if (group, element) != (0xFFFE, 0xE000):
+            raise ValueError(f"({group:04X},{element:04X}) stands where an item of compressed pixels is to begin")
+        at += 8 + length
+    if at != len(data):
+        raise ValueError(f"an item of compressed pixels lacks {at - len(data)} bytes")
 
 
 _ELEMENT_BYTES = 12

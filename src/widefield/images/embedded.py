@@ -12,8 +12,8 @@ _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 def declared_size(data: bytes) -> tuple[int, int, int] | None:
     """Return (height, width, values per pixel) of a picture in JPEG, JPEG-LS, JPEG 2000, PNG, WebP, JPEG XL, JPEG XR or LERC.
 
-    Values per pixel are counted for LERC, JPEG 2000 and JPEG XL (one and its extra channels), which may hold any number; else 1,
-    the others have few. None if it is none of these, or its header is damaged so that no decoder would go on.
+    Values per pixel are counted for JPEG, LERC, JPEG 2000 and JPEG XL (one and its extra channels); else 1, the others have few.
+    None if it is none of these, or its header is damaged so that no decoder would go on.
 
     Raises:
         ValueError: It is an animation in JPEG XL, whose header does not tell the number of pictures.
@@ -62,7 +62,7 @@ def _declared_size(data: bytes) -> tuple[int, int, int] | None:
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         if data[at + 1] in _JPEG_FRAMES:
-            return *struct.unpack_from(">HH", data, at + 5), 1
+            return struct.unpack_from(">HHB", data, at + 5)
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 

@@ -206,6 +206,6 @@ def forget_errors() -> None:
 
 
 def describe(error: pyvips.Error) -> str:
-    """Return the last messages of libvips in one line."""
+    """Return the last messages of libvips in one line, or that the file is damaged where it has none."""
     lines = dict.fromkeys(line.strip() for line in error.detail.splitlines() if line.strip())
-    return "; ".join(lines) or error.message
+    return "; ".join(lines) or "it is truncated or damaged"

@@ -20,7 +20,7 @@ import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.embedded import check_picture
+from widefield.images.embedded import check_picture, declared_size
 from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, cannot_read, check_segment
 from widefield.images.lzw import lzw_decoder
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
@@ -217,6 +217,8 @@ def _decoder(path: Path, page: Page) -> Decode:
 
     def decode_jpeg(data: bytes, index: int) -> np.ndarray:
         check_picture(data, most, frame.samplesperpixel)
+        if (found := declared_size(data)) and found[2] != (1 if colourspace == "GRAY" else 3):
+            raise ValueError(f"a picture of {found[2]} colours lies in it; expected {colourspace}")
         # the bare decoder of the format gives grey for what is damaged; this one raises
         before = tables[:-2] if tables else data[:2]
         marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])

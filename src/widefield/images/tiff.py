@@ -173,8 +173,11 @@ def _is_complete(file: tifffile.TiffFile) -> bool:
         if planes < file.imagej_metadata.get("images", 1):
             return False
     first: Page = file.pages.first
-    for index in range(len(first.subifds or ())):
-        first.pages[index]  # raises if it is damaged
+    try:
+        for index in range(len(first.subifds or ())):
+            first.pages[index]  # raises if it is damaged
+    except IndexError:  # or beyond the end of the file
+        return False
     position = file.pages.next_page_offset
     if position is None:
         return False
