@@ -6,10 +6,13 @@ import zlib
 
 import imagecodecs
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 import zarr
+from pydicom.uid import RLELossless
 
+from tests.dicom_files import write_dicom
 from tests.microscopy_files import write_lif, write_nd2, write_oif
 from widefield.errors import WidefieldError
 from widefield.images import ImageReadError, embedded, open_image, photos, zarrs
@@ -193,3 +196,37 @@ def test_parts_of_a_zip_file_that_unpack_to_too_much_or_lie_within_themselves_ar
         archive.writestr("/.zgroup", '{"zarr_format": 2}')
     with pytest.raises(ImageReadError, match=r"a\.zarr\.zip: it is damaged: it holds a part of the name '/\.zgroup'"):
         open_image(tmp_path / "a.zarr.zip")
+
+
+@pytest.mark.parametrize(("samples", "held"), [(1, 3), (3, 1)])
+def test_a_jpeg_tile_of_other_colours_than_the_page_is_an_error(tmp_path, samples, held):
+    tile = imagecodecs.jpeg8_encode(np.zeros((64, 64, held)[: 2 + (held > 1)], np.uint8))
+    pixels = np.zeros((64, 64, samples)[: 2 + (samples > 1)], np.uint8)
+    _replace_tile(tmp_path / "a.tif", tile, "jpeg", samples)
+    assert open_image(tmp_path / "a.tif").shape == (samples, *pixels.shape[:2])
+    with pytest.raises(ImageReadError, match=rf"a\.tif: .*a picture of {held} colours lies in it; expected"):
+        open_image(tmp_path / "a.tif").read(0, 0, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-9] + data[-7:], lambda data: data + b"\0\1"], ids=["fewer bytes", "more bytes"]
+)
+def test_a_compressed_dicom_image_of_other_length_than_it_says_is_an_error(tmp_path, change):
+    path = write_dicom(tmp_path / "a.dcm", PIXELS, syntax=RLELossless)
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = change(dataset.PixelData)
+    dataset.save_as(path)
+    with pytest.raises(ImageReadError, match=r"a\.dcm: .*items of compressed pixels reach to"):
+        open_image(path).read(0, 0, 9, 9)
+
+
+def test_what_a_library_says_nothing_of_is_said_in_words(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nxx")
+    with pytest.raises(ImageReadError, match=r"a\.png: it is truncated or damaged$"):
+        open_image(tmp_path / "a.png")
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(PIXELS, photometric="rgb", tile=(32, 32), subifds=1, metadata=None)
+        file.write(PIXELS[::2, ::2], photometric="rgb", tile=(32, 32), metadata=None)
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:3000])
+    with pytest.raises(ImageReadError, match=r"a\.tif: it is truncated: it lacks some of its pages"):
+        open_image(tmp_path / "a.tif")

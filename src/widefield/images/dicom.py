@@ -128,13 +128,13 @@ def _check_items(data: bytes) -> None:
     pydicom decodes what it finds, also if bytes are missing or too many.
     """
     at = 0
-    while at < len(data):
+    while at + 8 <= len(data):
         group, element, length = struct.unpack_from("<HHI", data, at)
         if (group, element) != (0xFFFE, 0xE000):
             raise ValueError(f"({group:04X},{element:04X}) stands where an item of compressed pixels is to begin")
         at += 8 + length
     if at != len(data):
-        raise ValueError(f"an item of compressed pixels lacks {at - len(data)} bytes")
+        raise ValueError(f"items of compressed pixels reach to {at} of {len(data)} bytes")
 
 
 _ELEMENT_BYTES = 12
