@@ -299,6 +299,8 @@ class SegmentPixels:
     blank: np.ndarray
     """The channels of a pixel that was never written."""
     _cache: "OrderedDict[int, np.ndarray]" = field(default_factory=OrderedDict, repr=False)
+    _held: list[int] = field(default_factory=lambda: [0], repr=False)
+    """Bytes of the segments in the cache."""
     _spooled: dict[int, tuple[Any, int, tuple[int, ...]]] = field(default_factory=dict, repr=False)
     """Temporary file, place in it and shape of segments that narrow reads of wide strips came for again and again."""
     _left: set[int] = field(default_factory=set, repr=False)
@@ -420,19 +422,20 @@ class SegmentPixels:
             if segment.nbytes > MEMORY_BYTES:
                 segment = self._spilled(segment)
         with self._lock:
+            if index not in self._cache:  # another thread may have decoded it, too
+                self._held[0] += segment.nbytes
             self._cache[index] = segment
             self._shrink_cache(is_narrow)
         return segment
 
     def _shrink_cache(self, is_narrow: bool) -> None:
         """Drop the segments that were used longest ago; strips that narrow reads will come for again go to a file."""
-        kept = sum(part.nbytes for part in self._cache.values())
         limit = max(CACHE_BYTES, self.grid[1] * self.planes * self._segment_bytes())
         if is_narrow:
             limit = max(limit, MEMORY_BYTES)
-        while kept > limit and len(self._cache) > 1:
+        while self._held[0] > limit and len(self._cache) > 1:
             index, segment = self._cache.popitem(last=False)
-            kept -= segment.nbytes
+            self._held[0] -= segment.nbytes
             if is_narrow and index not in self._spooled:
                 if index in self._left:
                     self._write(index, segment)
