@@ -120,9 +120,9 @@ def _entry(data: bytes, at: int) -> _Entry:
 def _check_tile(path: Path, file: FileIO, size: int, entry: _Entry) -> None:
     file.seek(entry.position)
     data = file.read(_READ_BYTES)
-    name, _, used = _SEGMENT.unpack_from(data)
+    name, _, used = _SEGMENT.unpack_from(data.ljust(_SEGMENT.size, b"\0"))
     if name.rstrip(b"\0") != b"ZISRAWSUBBLOCK":
-        raise ValueError("does not lie where the directory says")
+        return  # libCZI raises an error where such a tile is read, and only there
     place = _SEGMENT.size + _SIZES.size
     copy = _entry(data, place)
     if copy.said != entry.said:

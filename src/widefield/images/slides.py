@@ -23,7 +23,11 @@ _NO_SLIDES = (b"\x93NUMPY", b"\x89PNG", b"RIFF", b"BM", b"GIF8")
 
 
 def _is_slide(path: Path, start: bytes) -> bool:
-    return bool(start) and not start.startswith(_NO_SLIDES) and openslide.OpenSlide.detect_format(str(path)) not in _READ_AS_TIFF
+    return (
+        bool(start)
+        and not start.startswith(_NO_SLIDES)
+        and openslide.OpenSlide.detect_format(str(path)) not in _READ_AS_TIFF
+    )
 
 
 @image_format("slides that OpenSlide reads", endings=_ENDINGS, recognises=_is_slide)
