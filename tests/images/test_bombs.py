@@ -21,7 +21,7 @@ from zarr.codecs import numcodecs as others
 from tests.dicom_files import write_dicom
 from widefield.images import ImageReadError, dicom, open_image
 
-BOMB = bytes(2**24)
+BOMB = bytes(2**22)
 
 V2 = {
     "blosc": (numcodecs.Blosc(), numcodecs.Blosc().encode),

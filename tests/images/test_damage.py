@@ -3,6 +3,7 @@
 import struct
 import zipfile
 import zlib
+from functools import partial
 
 import imagecodecs
 import numpy as np
@@ -118,7 +119,7 @@ ENCODERS = {
     "jpeg2000": imagecodecs.jpeg2k_encode,
     "png": imagecodecs.png_encode,
     "webp": imagecodecs.webp_encode,
-    "jpegxl": imagecodecs.jpegxl_encode,
+    "jpegxl": partial(imagecodecs.jpegxl_encode, effort=1),
     "jpegxr": imagecodecs.jpegxr_encode,
     "lerc": imagecodecs.lerc_encode,
 }
