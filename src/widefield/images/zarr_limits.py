@@ -14,6 +14,9 @@ import imagecodecs
 
 from widefield.images.embedded import zstd_content_size
 
+_STREAMED = ("gzip", "zlib", "bz2", "lzma")
+"""Codecs whose data do not say how much they unpack to."""
+
 
 def limited(array: Any) -> Any:
     """Return a Zarr array whose chunks are unpacked within limits: twice the bytes of their pixels, and 64 KiB.
@@ -69,7 +72,7 @@ def _unpacked(name: str, data: Any, limit: int) -> bytes | None:
         if size is None:
             return bytes(imagecodecs.zstd_decode(bytes(packed), out=limit))
         declared = size
-    elif name in ("gzip", "zlib", "bz2", "lzma"):
+    elif name in _STREAMED:
         return _streamed(name, packed, limit)
     if declared > limit:
         raise _too_large(limit)
@@ -138,7 +141,8 @@ def _limited_type() -> Any:
         async def _decode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
             name = str(self.codec.to_dict()["name"]).removeprefix("numcodecs.")
             limit = _limit(chunk_spec.shape, chunk_spec.dtype.to_native_dtype().itemsize)
-            unpacked = await asyncio.to_thread(_unpacked, name, chunk_data.as_numpy_array(), limit)
+            arguments = name, chunk_data.as_numpy_array(), limit
+            unpacked = await asyncio.to_thread(_unpacked, *arguments) if name in _STREAMED else _unpacked(*arguments)
             if unpacked is None:
                 return await self.codec._decode_single(chunk_data, chunk_spec)
             return chunk_spec.prototype.buffer.from_bytes(unpacked)
