@@ -37,6 +37,26 @@ def test_numbers_of_any_size_can_be_drawn(values: list[float]) -> None:
     assert all(0 <= place <= 440 for place in places)
 
 
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([0.2, 0.97], (0, 1)),
+        ([0.31, 0.93, 1.0], (0.2, 1)),
+        ([1.0] * 3, (0.9, 1)),
+        ([0.0] * 3, (0, 0.1)),
+        ([0.9991, 0.9999], (0.999, 1)),
+        ([0.4, 1.3], (0.4, 1.4)),
+        ([-0.5, 0.5], (-0.6, 0.6)),
+    ],
+)
+def test_an_axis_of_shares_does_not_reach_beyond_0_and_1(values: list[float], ends: tuple[float, float]) -> None:
+    drawn = svg_of(curves([Line("val_mean_iou", list(range(1, len(values) + 1)), values)]))
+    ticks = [float(str(one.text)) for one in drawn.iter("text") if one.get("text-anchor") == "end"]
+    assert (min(ticks), max(ticks)) == pytest.approx(ends)
+    heights = [float(str(dot.get("cy"))) for dot in drawn.iter("circle")]
+    assert len(heights) == len(values) and all(10 <= height <= 210 for height in heights)
+
+
 def test_a_line_with_other_numbers_of_points_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss: x, y, low and high have \[1, 2\] points; give as many of each"):
         Line("loss", [1, 2], [1.0])

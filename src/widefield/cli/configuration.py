@@ -21,6 +21,7 @@ SHORTCUTS = {
     "images": "data.images",
     "labels": "data.labels",
     "masks": "data.masks",
+    "targets": "data.targets",
     "classes": "data.classes",
     "crop": "data.crop",
     "augment": "data.augment",
@@ -38,6 +39,7 @@ SHORTCUTS = {
     "lora": "model.lora",
     "patch_size": "model.patch_size",
     "cache_features": "model.cache_features",
+    "class_weights": "model.class_weights",
     "weights": "model.weights",
     "tile_size": "model.tile_size",
     "memory_budget": "model.memory_budget",
@@ -47,8 +49,9 @@ SHORTCUTS = {
 }
 _TEXTS = ("model", "pooling", "weights", "separator", "foreground")
 """Shortcuts whose value is a text even where it looks like a number."""
-_LISTS = ("channels", "classes", "value_range")
-"""Shortcuts whose value is a list, with or without its brackets: `0,2`; of "value_range" a word is a word."""
+_LISTS = ("channels", "classes", "value_range", "class_weights")
+"""Shortcuts whose value is a list, with or without its brackets: `0,2`; of `_WORDS` a word is a word."""
+_WORDS = ("value_range", "class_weights")
 
 
 def read_configuration(
@@ -132,7 +135,7 @@ def _from_flags(arguments: argparse.Namespace, config: Config) -> list[str]:
         elif isinstance(value, Path) or (value is not None and name in _TEXTS):
             value = json.dumps(str(value.absolute() if isinstance(value, Path) else value))
         elif name in _LISTS and isinstance(value, str) and not value.startswith("[") and value != "null":
-            value = f"[{value}]" if name != "value_range" or "," in value else value
+            value = f"[{value}]" if name not in _WORDS or "," in value else value
         if value is not None:
             overrides.append(f"{entry}={value}")
     if getattr(arguments, "seed", None) is not None:

@@ -18,22 +18,35 @@ from widefield.components.heads.classification_heads import MultiLabelClsHead, S
 from widefield.components.metrics import METRICS
 from widefield.config import Config, Foreign, Section, write_yaml
 from widefield.config.check import MAPPINGS, mark_of
-from widefield.data import LabelledImages, SegmentedImages
+from widefield.data import LabelledImages, PairedImages, SegmentedImages
 from widefield.inference.averaged_views import AveragedViews
 from widefield.inference.evaluation import Evaluation
-from widefield.models import Classifier, Segmenter
+from widefield.models import Classifier, MapRegressor, Segmenter
 from widefield.models.feature_cache import FeatureCache
-from widefield.modules import AtomicCheckpointIO
+from widefield.modules import AtomicCheckpointIO, DenseModule
 from widefield.modules.dense_components import DenseClassifier
 from widefield.modules.optimization import ParameterOptions, configure_optimizers
 from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
+
+_OF_CLASSES = {"class_names": "class_names", "ignore_index": "ignore_index"}
+_FROM_MAPS: dict[Any, dict[str, str]] = {
+    (Segmenter, SegmentedImages): {**_OF_CLASSES, "image_channels": "in_channels"},
+    (DenseClassifier, SegmentedImages): _OF_CLASSES,
+    (MapRegressor, PairedImages): {"class_names": "class_names", "target": "target", "image_channels": "in_channels"},
+}
+"""Attributes of data modules of maps that are arguments of models."""
+_TASKS_OF_MAPS = {
+    "segment": ("segmentation", "label maps", "DenseClassifier"),
+    "map": ("regression", "maps of numbers", "DenseRegressor"),
+}
+"""By the task of a data module: that of a `DenseModule`, words for the maps, and a model."""
 
 
 class ConfiguredCLI(LightningCLI):
     """LightningCLI for what the configuration describes, by default a `Classifier` on `LabelledImages`.
 
     Of these the classes and the target come from the data, and so they do for a `Segmenter` or `DenseClassifier` on
-    `SegmentedImages`.
+    `SegmentedImages`, and a `MapRegressor` on `PairedImages`.
 
     Attributes:
         evaluation: What computes the metrics of the configuration.
@@ -57,8 +70,7 @@ class ConfiguredCLI(LightningCLI):
         self._views, self._metrics = views, metrics
         types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
         kinds = [SECTIONS[key].resolve(config.data.get(key) or {}) for key in types]
-        self._segments = kinds[0] in (Segmenter, DenseClassifier) and kinds[1] is SegmentedImages
-        self._takes_channels = kinds[0] is Segmenter
+        self._from_maps = _FROM_MAPS.get((kinds[0], kinds[1]), {})
         self._links_classes = types == {"model": None, "data": None}
         super().__init__(
             LightningModule if types["model"] else Classifier,
@@ -92,13 +104,8 @@ class ConfiguredCLI(LightningCLI):
             ("lr_scheduler", dict[str, Any] | list[dict[str, Any]]),
         ):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
-        if self._segments:
-            for source, name in (
-                ("class_names", "class_names"),
-                ("ignore_index", "ignore_index"),
-                *([("image_channels", "in_channels")] if self._takes_channels else []),
-            ):
-                parser.link_arguments(f"data.{source}", f"model.init_args.{name}", apply_on="instantiate")
+        for source, name in self._from_maps.items():
+            parser.link_arguments(f"data.{source}", f"model.init_args.{name}", apply_on="instantiate")
         if self._links_classes:
             for source, name in (
                 ("class_names", "class_names"),
@@ -160,6 +167,13 @@ def _refuse_other_tasks(model: LightningModule, data: LightningDataModule, has_m
     task, head = getattr(data, "target", {}).get("task", "classification"), getattr(model, "head", None)
     if task == "classification":
         return
+    if task in _TASKS_OF_MAPS and isinstance(model, (DenseModule, Classifier)):
+        own, maps, models = _TASKS_OF_MAPS[task]
+        if getattr(model, "task", None) != own:
+            raise ValueError(
+                f"the data gives {maps}, which a {type(model).__name__} does not learn here; give model.type={models}, or a "
+                f"DenseModule with task={own}"
+            )
     if isinstance(head, ScoreHead) and not (task == "multilabel" and isinstance(head, MultiLabelClsHead)):
         others = ", or model.head.type=MultiLabelLinearClsHead" if task == "multilabel" else ""
         raise ValueError(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from widefield.data.segmented_images import SegmentedImage, label_strips, matched
+from widefield.data.paired_images import PairedImage, matched
+from widefield.data.segmented_images import label_strips
 from widefield.data.tables import listed
 from widefield.images import open_image, open_labels
 from widefield.images.foreground import is_geojson, named_polygons
@@ -66,7 +67,7 @@ def examine_masks(
     return found, problems
 
 
-def examine_mask(pair: SegmentedImage, classes: Sequence[str] | None) -> MaskFinding:
+def examine_mask(pair: PairedImage, classes: Sequence[str] | None) -> MaskFinding:
     """Read a label map once."""
     finding = MaskFinding(pair.label)
     try:

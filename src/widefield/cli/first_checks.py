@@ -23,6 +23,7 @@ _MISSING = {
     "images": "the folder of images {} does not exist; check --images",
     "features": "the folder of features {} does not exist; check --features",
     "masks": "the folder of label maps {} does not exist; check --masks",
+    "targets": "the folder of target maps {} does not exist; check --targets",
     "labels": "{} does not exist; give a label table, a CSV file with the columns image and label",
     "checkpoint": "the checkpoint {} does not exist; name a .ckpt file, or the folder of a run, with --checkpoint",
     "foreground": "the foreground {} does not exist; give auto, none, otsu, hsv, a GeoJSON file, or a folder of such files",
@@ -89,7 +90,8 @@ def _check_needed(arguments: argparse.Namespace, others: list[str]) -> None:
     """Raises ValueError for what `fit` needs and is not given, unless a configuration may hold it."""
     if arguments.config or arguments.resume or others:
         return
-    labels = "masks" if arguments.task == "segment" or arguments.masks is not None else "labels"
+    maps = next((name for name in ("masks", "targets") if getattr(arguments, name) is not None), "labels")
+    labels = "masks" if arguments.task == "segment" else maps
     needed = ["labels", "out"] if arguments.features is not None else ["images", labels, "model", "out"]
     if missing := [_FIT_NEEDS[name] for name in needed if getattr(arguments, name, None) is None]:
         raise ValueError(f"give {'; '.join(missing)}; or a configuration with --config FILE")

@@ -23,13 +23,14 @@ def fit(
     *,
     features: str | Path | None = None,
     masks: str | Path | None = None,
+    targets: str | Path | None = None,
     config: str | Path | Sequence[str | Path] = (),
     imports: Sequence[str] = (),
     resume: bool = False,
     split_images: bool | int = False,
     **entries: Any,
 ) -> Path:
-    """Train a network on whole images with one label each, or with a label map each, as `widefield fit` does.
+    """Train a network on whole images with a label, a label map or a map of numbers each, as `widefield fit` does.
 
     Args:
         out: Folder of the checkpoints, the configuration and the report.
@@ -38,6 +39,7 @@ def fit(
         model: resnet18, ..., a narrow one such as resnet18_w16, timm/NAME, or patches:timm/NAME.
         features: Folder of files of features, in place of `images` and `model`.
         masks: With `task="segment"`, the folder of a label map for each image, see `widefield.data.SegmentedImages`.
+        targets: With `task="regression"`, the folder of a map of numbers for each image, see `widefield.data.PairedImages`.
         config: Configuration to start from, YAML or Python, or several, each over the last.
         imports: Python files (or modules) with components of yours.
         resume: Continue the run in `out`.
@@ -56,7 +58,7 @@ def fit(
     flags |= {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
     if "foreground" in flags:
         flags["foreground"] = foreground_argument(flags["foreground"])
-    given = {"images": images, "labels": labels, "features": features, "masks": masks}
+    given = {"images": images, "labels": labels, "features": features, "masks": masks, "targets": targets}
     places = {name: None if place is None else Path(place) for name, place in given.items()}
     files = [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
     arguments = argparse.Namespace(
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
 
 def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
     try:
-        others = [*_segmentation(arguments), *_processes(arguments.split_images), *others]
+        others = [*_maps(arguments), *_processes(arguments.split_images), *others]
         config, left = read_configuration(arguments, _files(arguments), others, starts=not arguments.resume)
         return fit_run.train(config, left, resume=arguments.resume)
     except (ArgumentError, ConfigError) as error:
@@ -89,19 +91,29 @@ def _train(arguments: argparse.Namespace, others: list[str]) -> Path:
         raise ValueError(message) from error
 
 
-def _segmentation(arguments: argparse.Namespace) -> list[str]:
-    """Return entries of the configuration for a network and data of label maps, if that is the task.
+_OF_LABEL_MAPS = ("masks", "classes", "class_weights")
+_OF_MAPS = ("crop", "augment")
+
+
+def _maps(arguments: argparse.Namespace) -> list[str]:
+    """Return entries of the configuration for a network and data of maps, if that is the task.
 
     Raises:
         ValueError: Flags of this task are given for another.
     """
-    if getattr(arguments, "task", None) == "segment":
-        arguments.task = None
-        return ["model.type=widefield.models.Segmenter", "data.type=SegmentedImages"]
-    named = [name for name in ("masks", "classes", "crop", "augment") if getattr(arguments, name, None) is not None]
+    task, targets = getattr(arguments, "task", None), getattr(arguments, "targets", None)
+    segments, regresses = task == "segment", task == "regression" and targets is not None
+    others = () if segments else _OF_LABEL_MAPS if regresses else (*_OF_LABEL_MAPS, *_OF_MAPS)
+    named = [name for name in others if getattr(arguments, name, None) is not None]
     if named and not (arguments.config or arguments.resume):
-        raise ValueError(f"--{named[0]} is for label maps; add --task segment, or leave it out")
-    return []
+        raise ValueError(f"--{named[0].replace('_', '-')} is for label maps; add --task segment, or leave it out")
+    if targets is not None and not regresses and not (arguments.config or arguments.resume):
+        raise ValueError("--targets is for maps of numbers; add --task regression, or leave it out")
+    if not segments and not regresses:
+        return []
+    arguments.task = None
+    model, data = ("Segmenter", "SegmentedImages") if segments else ("MapRegressor", "PairedImages")
+    return [f"model.type=widefield.models.{model}", f"data.type={data}"]
 
 
 def _processes(split_images: bool | int | None) -> list[str]:

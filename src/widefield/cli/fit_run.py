@@ -25,7 +25,6 @@ from widefield.components.models.features import left_out
 from widefield.config import Config
 from widefield.data import LazyImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
-from widefield.images import LabelMap
 from widefield.inference.masks import keep_background_if_usable
 from widefield.inference.models import other_weights
 from widefield.inference.names import BEST, CONFIG, LAST
@@ -34,7 +33,7 @@ from widefield.models.instances import is_patches
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.pretraining.loggers import forget_after, named_loggers
 from widefield.pretraining.out import METRICS
-from widefield.streaming import calibrate_batch_norm
+from widefield.streaming import LazyImage, calibrate_batch_norm
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
@@ -224,7 +223,7 @@ def _left(out: Path) -> str:
 def _check(model: LightningModule, data: LazyImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
     largest, target = max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
-    maps = [target] if isinstance(target, LabelMap) else []
+    maps = [target] if isinstance(target, LazyImage) else []
     plan = model.stream_network.plan(largest.shape, *maps, mask=left_out(largest.background).get("mask"))
     skipped = f", {1 - plan.computed_fraction:.0%} skipped" if largest.background is not None else ""
     _log.info(

@@ -6,9 +6,10 @@ import torch
 
 from widefield.components.models.features import left_out
 from widefield.images import ImageFile, open_image
+from widefield.images.label_maps import class_counts
 from widefield.inference.masks import keep_background_if_usable
 from widefield.modules import DenseModule
-from widefield.reports.label_overlay import class_counts, save_label_overlay
+from widefield.reports.label_overlay import save_label_overlay
 
 
 def ending_of(model: DenseModule, image: ImageFile) -> str:

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from widefield.cli.predict_maps import predict_map
 from widefield.components.models.features import left_out
 from widefield.data import LazyImages
 from widefield.errors import WidefieldError
-from widefield.images import LabelMap, open_image
+from widefield.images import ImageFile, open_image
 from widefield.inference.names import CONFIG
 from widefield.inference.prediction import labels_of, task_of
-from widefield.models import Classifier, FromCheckpoint, Segmenter
+from widefield.models import Classifier, FromCheckpoint, MapRegressor, Segmenter
 from widefield.reports import Page, plain_step_bytes, save_overlay
 from widefield.reports.charts import Line, confusion, curves, memory_bars, scatter
 from widefield.reports.figures import as_png
-from widefield.reports.label_overlay import label_overlay
-from widefield.streaming import Plan
+from widefield.reports.label_overlay import compared_maps, label_overlay
+from widefield.streaming import LazyImage, Plan
 from widefield.streaming.budget import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ def write_training_report(
     model.eval()
     if isinstance(model, Segmenter):
         _add_label_maps(page, model, data)
+    elif isinstance(model, MapRegressor):
+        _add_number_maps(page, model, data)
     elif isinstance(model, Classifier) and seen:
         if complete:
             _add_validation(page, model, seen)
@@ -266,21 +268,37 @@ def _add_label_maps(page: Page, model: Segmenter, data: LazyImages) -> None:
     if (matrix := model.tables.get("val_confusion_matrix")) is not None:
         page.heading("Confusion matrix of the last validation, in pixels")
         add_confusion(page, matrix.cpu().numpy(), names)
+    if model.class_weights is not None:
+        shown = zip(names, model.class_weights, strict=True)
+        page.paragraph(f"Class weights of the loss: {', '.join(f'{name} {weight:.4g}' for name, weight in shown)}.")
     page.heading("Label maps of validation images")
-    pairs: Any = [data.val_set[k] for k in range(min(_SHOWN, len(data.val_set)))]
+    for image, labels, predicted in _predicted(model, data):
+        for what, each in (("labels", labels), ("predicted", predicted)):
+            title = f"{image.path.name}: {what}"
+            page.picture(as_png(label_overlay(image, each, names, title)), title)
+
+
+def _add_number_maps(page: Page, model: MapRegressor, data: LazyImages) -> None:
+    """Add validation images with their targets and what is predicted."""
+    page.heading("Maps of validation images")
+    for image, target, predicted in _predicted(model, data):
+        name = image.path.name
+        page.picture(as_png(compared_maps(image, target, predicted, name)), f"{name}: target and prediction", wide=True)
+
+
+def _predicted(model: Segmenter | MapRegressor, data: LazyImages) -> Iterator[tuple[Any, Any, ImageFile]]:
+    """Yield the first validation images with their maps, and those that the model predicts, which are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="widefield-") as folder:
-        for k, (image, labels) in enumerate(pairs):
-            predicted = Path(folder) / f"{k}.tif"
-            predict_map(model, image, predicted, None)
-            for what, shown in (("labels", labels), ("predicted", open_image(predicted))):
-                title = f"{image.path.name}: {what}"
-                page.picture(as_png(label_overlay(image, shown, names, title)), title)
+        for k in range(min(_SHOWN, len(data.val_set))):
+            image, true = data.val_set[k]
+            predict_map(model, image, Path(folder) / f"{k}.tif", None)
+            yield image, true, open_image(Path(folder) / f"{k}.tif")
 
 
 def _plan(model: FromCheckpoint, data: LazyImages) -> Plan:
     """Return the plan of a training step on the largest image."""
     image, target = _largest(data)
-    maps = [target] if isinstance(target, LabelMap) else []
+    maps = [target] if isinstance(target, LazyImage) else []
     return model.stream_network.plan(image.shape, *maps, mask=left_out(image.background).get("mask"))
 
 

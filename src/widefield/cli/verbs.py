@@ -254,12 +254,23 @@ VERBS = {
                 "--masks", "DIR", "for --task segment: folder of a label image or GeoJSON file for each image", Path
             ),
             _option(
+                "--targets", "DIR", "for --task regression: folder of a map of numbers for each image, see below", Path
+            ),
+            _option(
                 "--classes",
                 "LIST",
                 "for --task segment: names of the labels from 0, such as ground,tree (default: found)",
             ),
             _option(
-                "--crop", "N", "for --task segment: train on crops of N pixels a side (default: whole images)", _count
+                "--class-weights",
+                "W",
+                "for --task segment: balanced, by the pixels of each class, or a number for each (default: all alike)",
+            ),
+            _option(
+                "--crop",
+                "N",
+                "for --masks and --targets: train on crops of N pixels a side (default: whole images)",
+                _count,
             ),
             _option("--augment", "A", "for --crop: flips, or transforms such as '[{type: RandomAffine, degrees: 20}]'"),
             _option("--columns", "COLUMNS", "of the table, such as '{image: slide, label: grade}' (default: guessed)"),
@@ -317,6 +328,8 @@ target), and maybe its split (split: train, val or test) and patient (case_id, p
 --task segment learns the class of each pixel from label maps of the names of the images, see docs/segmentation.md; --model is then
 a segmentation model of torchvision, or timm/NAME:
   widefield fit --task segment --images scenes --masks labels --model timm/resnet18 --out out model.loss=dice
+--task regression with --targets learns numbers for each pixel, from images of them (heights, densities, clean images):
+  widefield fit --task regression --images noisy --targets clean --model timm/resnet18 --out out model.loss=l2
 
 --foreground auto leaves out the background of slides of which a thumbnail shows less than half to be foreground, by Otsu's
 threshold: it is not read and not computed, and poolings look at the rest. A slide has several levels or a known spacing, 4096

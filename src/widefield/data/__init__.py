@@ -5,6 +5,7 @@ from widefield.data.datasets import Datasets, collate_items
 from widefield.data.described import AnnotationFile, DescribedDataset, ImageFolder
 from widefield.data.labelled_images import Batch, EpochShuffle, ImageDataset, LabelledImages, LazyImages, collate
 from widefield.data.labels import Columns, LabelledImage, LabelTable, read_labels
+from widefield.data.paired_images import PairedImages
 from widefield.data.pipeline import MultiView, Pipeline
 from widefield.data.segmented_images import SegmentedImages
 from widefield.data.splits import stratified_split
@@ -31,6 +32,7 @@ __all__ = [
     "LabelledImages",
     "LazyImages",
     "MultiView",
+    "PairedImages",
     "Pipeline",
     "SegmentedImages",
     "Target",

@@ -29,7 +29,7 @@ class JointAugmentation:
         WrongArgumentError: A transform is not torchvision's, so that it is not known how it changes labels.
     """
 
-    def __init__(self, described: str | TransformsConfig, ignore_index: int) -> None:
+    def __init__(self, described: str | TransformsConfig, ignore_index: int = 255) -> None:
         if isinstance(described, str) and described != FLIPS:
             raise WrongArgumentError(
                 f"augment={described!r} must be {FLIPS!r}, or a list of transforms such as [{{type: RandomHorizontalFlip}}]"
@@ -40,7 +40,10 @@ class JointAugmentation:
         self._ignored = ignore_index
 
     def __call__(self, image: np.ndarray, labels: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return an image (C, H, W) and its labels (H, W), changed; the same for the same `seed`."""
+        """Return an image (C, H, W) and its labels (H, W), changed; the same for the same `seed`.
+
+        Flips take any map (..., H, W) in place of labels.
+        """
         random = np.random.default_rng([*seed, 1])  # not the numbers that have drawn the crop
         if self._transforms is None:
             turns, mirrored = int(random.integers(4)), bool(random.integers(2))

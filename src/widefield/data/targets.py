@@ -23,11 +23,11 @@ class Target(TypedDict, total=False):
 
     Attributes:
         task: The task.
-        mean, std: Mean and standard deviation of each number, in regression.
+        mean, std: Mean and standard deviation of each number, in regression and of maps.
         edges: Times that part the intervals in which an event is predicted, in survival analysis.
     """
 
-    task: Task | Literal["segment"]
+    task: Task | Literal["segment", "map"]
     mean: list[float]
     std: list[float]
     edges: list[float]

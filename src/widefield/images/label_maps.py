@@ -9,6 +9,8 @@ from widefield.errors import WidefieldError
 from widefield.images.foreground import is_geojson, named_polygons
 from widefield.images.image import ImageFile, open_image
 
+_STRIP_BYTES = 16 * 2**20
+
 
 class LabelMapError(WidefieldError, ValueError):
     """A label map that does not go with its image or with the classes; the message names the file."""
@@ -70,6 +72,16 @@ def open_labels(path: str | Path, image: ImageFile, class_names: Sequence[str] |
             f"{image.shape[1]} x {image.shape[2]}; give one of the same size, or read the image at the level of its labels"
         )
     return LabelMap(path, source)
+
+
+def class_counts(labels: ImageFile | LabelMap, count: int) -> np.ndarray:
+    """Return how many pixels of a label map have each of `count` classes; it is read strip by strip."""
+    _, height, width = labels.shape
+    rows, total = max(1, _STRIP_BYTES // width), np.zeros(count, np.int64)
+    for y in range(0, height, rows):
+        strip = labels.read(y, 0, min(rows, height - y), width)
+        total += np.bincount(strip[(strip >= 0) & (strip < count)].ravel(), minlength=count)
+    return total
 
 
 class Polygons:

@@ -19,14 +19,14 @@ from widefield.errors import WrongArgumentError
 from widefield.inference.model_card import write_card
 from widefield.inference.models import ModelInfo, checkpoint_file, info_in, info_of, other_weights, set_info
 from widefield.inference.names import HUB_CONFIG, HUB_PREFIX, HUB_WEIGHTS
-from widefield.models import Classifier, Segmenter, class_of, read_checkpoint
+from widefield.models import Classifier, MapRegressor, Segmenter, class_of, read_checkpoint
 from widefield.pretraining.checkpoint import KEY as PRETRAINED
 from widefield.pretraining.checkpoint import Checkpoint
 from widefield.pretraining.wrapping import wrap
 from widefield.writing import replacing_folder, write_safetensors
 
 _FORMAT = 1
-_KINDS = {"Classifier": Classifier, "Segmenter": Segmenter}
+_KINDS = {"Classifier": Classifier, "Segmenter": Segmenter, "MapRegressor": MapRegressor}
 _BACKBONE = "Backbone"
 _MACHINE = ("weights", "tile_size", "memory_budget")
 """Arguments of models that belong to a machine, or load something."""
@@ -37,7 +37,7 @@ class Saved:
     """A model as a folder holds it.
 
     Attributes:
-        kind: "Classifier", "Segmenter", or "Backbone", which `widefield pretrain` trained.
+        kind: "Classifier", "Segmenter", "MapRegressor", or "Backbone", which `widefield pretrain` trained.
         model: What makes the model anew, as plain data: hyperparameters, or of a backbone `name`, `args` and `channels`.
         state: Its weights.
         images: How its images are read: the fields of `ModelInfo`, or of a backbone what they went through in the training.
@@ -241,11 +241,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _saved(model: nn.Module | str | Path) -> Saved:
     if isinstance(model, nn.Module):
-        if not isinstance(model, (Classifier, Segmenter)):
+        if not isinstance(model, (Classifier, Segmenter, MapRegressor)):
             raise WrongArgumentError(
                 f"a {type(model).__name__} is not made by a name, so that no folder could make it anew without code; give a "
-                "Classifier, a Segmenter, or the run or checkpoint of `widefield fit` or `pretrain`. Models of timm have "
-                "timm.models.save_for_hf, and any module has huggingface_hub.PyTorchModelHubMixin"
+                "Classifier, a Segmenter, a MapRegressor, or the run or checkpoint of `widefield fit` or `pretrain`. Models of timm "
+                "have timm.models.save_for_hf, and any module has huggingface_hub.PyTorchModelHubMixin"
             )
         return _by_name(model.hparams, model.state_dict(), info_of(model), {})
     path = checkpoint_file(Path(model))

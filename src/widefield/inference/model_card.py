@@ -32,6 +32,16 @@ image = widefield.inference.info_of(model).open("scene.tif")  # as the images of
 model.stream_network.write(image, "classes.ome.zarr", postprocess="argmax")  # tile by tile, never whole
 """,
     ),
+    "MapRegressor": (
+        "image-to-image",
+        """\
+import widefield
+
+model = widefield.get_model("FOLDER")  # or "hf-hub:OWNER/NAME"
+image = widefield.inference.info_of(model).open("scene.tif")  # as the images of the training were opened
+model.stream_network.write(image, "map.ome.zarr")  # tile by tile, never whole
+""",
+    ),
     "Backbone": (
         "image-feature-extraction",
         """\

@@ -7,7 +7,7 @@ from widefield.models.graphs import GRAPHS, DifferentGraphError, write_graph
 from widefield.models.networks import RESNETS, make_model
 from widefield.models.patch_encoder import PatchEncoder
 from widefield.models.resnet import StreamingResNet
-from widefield.models.segmenter import SEGMENTATION_NETWORKS, Segmenter, class_of
+from widefield.models.segmenter import SEGMENTATION_NETWORKS, MapRegressor, Segmenter, class_of
 from widefield.models.tasks import TaskParts, parts_of
 from widefield.models.weights import load_state, load_weights
 
@@ -18,6 +18,7 @@ __all__ = [
     "Classifier",
     "DifferentGraphError",
     "FromCheckpoint",
+    "MapRegressor",
     "PatchEncoder",
     "Segmenter",
     "StreamingConvNeXt",

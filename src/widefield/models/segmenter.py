@@ -1,20 +1,23 @@
-"""Segmentation networks by name, and the one that `widefield fit --task segment` trains."""
+"""Networks that give a map, by name, and the models of them that `widefield fit` trains: of classes and of numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 import torchvision.models.segmentation as torchvision_segmentation
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import list_models
 
 from widefield.components.heads.dense_heads import PyramidHead
+from widefield.data import Target
 from widefield.models.checkpointed import FromCheckpoint
 from widefield.models.classifier import Classifier
 from widefield.models.networks import TIMM_PREFIX, make_timm, make_torchvision, unknown_model
 from widefield.models.weights import load_weights
 from widefield.modules import DenseModule
 from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.dense_module import ClassWeights
 
 SEGMENTATION_NETWORKS = tuple(list_models(torchvision_segmentation))
 """Names of torchvision's segmentation models."""
@@ -105,7 +108,7 @@ class Segmenter(FromCheckpoint, DenseModule):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         ignore_index: int = 255,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
     ) -> None:
         network = make_segmentation_network(model_name, len(class_names), weights, in_channels)
         if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
@@ -133,7 +136,7 @@ class Segmenter(FromCheckpoint, DenseModule):
             "loss": loss,
             "in_channels": in_channels,
             "ignore_index": ignore_index,
-            "class_weights": None if class_weights is None else list(class_weights),
+            "class_weights": class_weights if isinstance(class_weights, (str, type(None))) else list(class_weights),
         }
         self.save_plain_hyperparameters(**self._plain)
 
@@ -142,6 +145,104 @@ class Segmenter(FromCheckpoint, DenseModule):
         return {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()}
 
 
-def class_of(hyper_parameters: Mapping[str, Any]) -> type[Classifier] | type[Segmenter]:
+class ScaledMap(nn.Module):
+    """A network whose map is given in other units: `out * std + mean`, for each channel.
+
+    Args:
+        network: Gives a map (N, C, h, w), or a dictionary of such maps.
+        mean, std: C numbers each.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the map of images (N, C, H, W), or the dictionary of maps."""
+        found = self.network(x)
+        if isinstance(found, Mapping):
+            return {name: one * self.std + self.mean for name, one in found.items()}
+        return found * self.std + self.mean
+
+
+class MapRegressor(FromCheckpoint, DenseModule):
+    """A network by name that gives numbers for each pixel, streamed, trained with its loss inside; see `DenseModule`.
+
+    What the network computes is scaled by the mean and standard deviation of the training targets, so that maps, losses and errors
+    are in the units of the targets. Its hyperparameters are plain data and stand in the checkpoint, so
+    `MapRegressor.from_checkpoint` needs nothing else.
+
+    Args:
+        model_name: As for `Segmenter`.
+        class_names: Names of the channels of a map.
+        target: `mean` and `std` of each channel, as `PairedImages.target` has them; None takes 0 and 1.
+        loss: "l1", "l2" or "huber".
+        tile_size, memory_budget, mean, std, lr, weight_decay, weights, in_channels, value_range: As for `Segmenter`.
+
+    Raises:
+        ValueError: An unknown model name, or weights that don't belong to the model.
+        OSError: The weights cannot be downloaded or read.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        class_names: Sequence[str] = ("0",),
+        target: Target | None = None,
+        loss: Literal["l1", "l2", "huber"] = "l1",
+        tile_size: int | tuple[int, int] | None = None,
+        memory_budget: int | str | None = None,
+        weights: str | None = None,
+        in_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        value_range: tuple[float, float] | Literal["dtype", "percentiles"] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+    ) -> None:
+        count = len(class_names)
+        network = make_segmentation_network(model_name, count, weights, in_channels)
+        if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        units: Target = {"task": "map", "mean": [0.0] * count, "std": [1.0] * count, **(target or {})}
+        super().__init__(
+            ScaledMap(network, units["mean"], units["std"]),
+            count,
+            loss,
+            tile_size=tile_size,
+            task="regression",
+            class_names=class_names,
+            memory_budget=memory_budget,
+            mean=mean,
+            std=std,
+            value_range=None if isinstance(value_range, str) else value_range,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+        self.model_name = model_name
+        self.target = units
+        self._plain = {
+            "model_name": model_name,
+            "class_names": self.class_names,
+            "target": dict(units),
+            "loss": loss,
+            "in_channels": in_channels,
+        }
+        self.save_plain_hyperparameters(**self._plain)
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the network, which computes the map before it is scaled, on the CPU."""
+        inner: Any = self.network
+        return {name: tensor.detach().cpu() for name, tensor in inner.network.state_dict().items()}
+
+
+def class_of(hyper_parameters: Mapping[str, Any]) -> type[Classifier] | type[Segmenter] | type[MapRegressor]:
     """Return the class whose checkpoints hold these hyperparameters."""
+    if (hyper_parameters.get("target") or {}).get("task") == "map":
+        return MapRegressor
     return Segmenter if "ignore_index" in hyper_parameters else Classifier

@@ -9,7 +9,7 @@ from widefield.components.component import BackboneConfig, HeadConfig, NeckConfi
 from widefield.components.models.base_model import KeepsArguments, plain_arguments
 from widefield.components.models.features import streams
 from widefield.errors import WrongArgumentError
-from widefield.modules.dense_module import DenseModule, DenseTask, MapLossConfig
+from widefield.modules.dense_module import ClassWeights, DenseModule, DenseTask, MapLossConfig
 from widefield.registry import MODELS
 
 
@@ -99,7 +99,7 @@ class DenseClassifier(_OfComponents):
         neck: NeckConfig | None = None,
         loss: MapLossConfig = None,
         ignore_index: int = 255,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         tile_size: int | tuple[int, int | None] | None = None,
         class_names: Sequence[str] | None = None,
         **options: Any,

@@ -1,5 +1,6 @@
 """`DenseModule`: a network that gives a map, its loss inside of what is streamed, for Lightning."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
@@ -11,6 +12,7 @@ from torchmetrics import Metric
 from widefield.components.losses.dense_losses import (
     DenseCrossEntropyLoss,
     DenseFocalLoss,
+    DenseLoss,
     DiceLoss,
     JaccardLoss,
     SSIMLoss,
@@ -22,7 +24,9 @@ from widefield.errors import WrongArgumentError
 from widefield.modules.streaming_module import BaseModule, described
 from widefield.registry import MODELS, ComponentOf, arguments_of, split_description, suggestion
 
+_log = logging.getLogger(__name__)
 DenseTask = Literal["segmentation", "regression"]
+ClassWeights = Sequence[float] | Literal["balanced"] | None
 MapLoss = Callable[[Tensor, Tensor], Tensor]
 MapLossConfig = Annotated[str | dict[str, Any] | MapLoss | None, ComponentOf(MODELS, "loss")]
 _AUX_WEIGHT = 0.5
@@ -61,7 +65,8 @@ class DenseNetwork(nn.Module):
     def forward(self, image: Tensor, target: Tensor | None = None) -> Any:
         """Return the map; with a target the loss, and of labels the smallest and largest wrong one, (0, 0) if there is none.
 
-        Not in training mode, the sums that metrics are made of follow: the confusion matrix (C, C), or those of `RegressionScores`.
+        Not in training mode, the sums that metrics are made of follow: the confusion matrix (C, C), or those of `RegressionScores`,
+        (C,) each.
         A map of another size than its target is resized to it, bilinearly.
         """
         out, aux = self._maps(image)
@@ -96,8 +101,10 @@ class DenseNetwork(nn.Module):
             loss = loss + _AUX_WEIGHT * self.loss(_resized(aux, target), target)
         if self.training:
             return (loss,)
-        error = (out.detach() - target).double()
-        return loss, error.abs().sum(), error.square().sum(), torch.ones_like(error).sum()
+        true = target.double()
+        error = out.detach().double() - true
+        every = (error.abs(), error.square(), true, true.square(), torch.ones_like(true))
+        return loss, *(each.sum((0, 2, 3)) for each in every)
 
     def _maps(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         given = self.network(image)
@@ -134,7 +141,7 @@ class DenseModule(BaseModule):
     data set, whatever the tiles:
 
     - segmentation: `mean_iou`, `dice` and `iou_NAME` of each class, `accuracy`, see `SegmentationScores`;
-    - regression: `mae` and `rmse`.
+    - regression: `mae`, `rmse` and `r2`, see `RegressionScores`.
 
     The state_dict keys are `stream_network.module.network.<key of the network>`. Norm layers are evaluated with their running
     statistics, unless `batch_statistics="exact"` is given, see `StreamingCNN`.
@@ -148,7 +155,10 @@ class DenseModule(BaseModule):
             component, such as `{type: DiceLoss, whole_batch: true}`; or a function of (map, target) of operations that stream. By
             default the first of each.
         ignore_index: The label of positions that count neither in the loss nor in metrics.
-        class_weights: A factor for each class, for the losses above; None means 1.
+        class_weights: A factor for each class, for the losses above; None means 1. "balanced" counts the pixels of the training
+            label maps of a `SegmentedImages` once, when `trainer.fit` begins: a class has the weight N / (K n), where n of the N
+            pixels that count are of it, and K classes are there, as in scikit-learn; one that is not there has 0. A checkpoint
+            holds them.
         task: What the map is.
         class_names: Names of the classes in metrics; by default their numbers.
         tile_size, memory_budget, mean, std, value_range, lr, weight_decay, optimizer, lr_scheduler: See `BaseModule`, as for all
@@ -171,7 +181,7 @@ class DenseModule(BaseModule):
         num_classes: int,
         loss: MapLossConfig = None,
         ignore_index: int = 255,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         tile_size: int | tuple[int, int | None] | None = None,
         *,
         task: DenseTask = "segmentation",
@@ -196,11 +206,22 @@ class DenseModule(BaseModule):
             raise WrongArgumentError(
                 f"there are {len(class_names)} class_names, and num_classes={num_classes}; give a name for each"
             )
+        self._balanced = class_weights == "balanced"
+        if isinstance(class_weights, str):
+            if not self._balanced:
+                raise WrongArgumentError(
+                    f"class_weights={class_weights!r} must be 'balanced', or a number for each class"
+                )
+            class_weights = [1.0] * num_classes  # until they are known
         if class_weights is not None and len(class_weights) != num_classes:
             raise WrongArgumentError(
                 f"there are {len(class_weights)} class_weights, and num_classes={num_classes}; give one for each"
             )
         made = _loss(loss, task, ignore_index, class_weights)
+        if self._balanced and not isinstance(made, DenseLoss):
+            raise WrongArgumentError(
+                f"class_weights='balanced' is for the losses {', '.join(_OF_LABELS)}; name one of them"
+            )
         inner = DenseNetwork(network, made, num_classes if segments else None, ignore_index)
         super().__init__(inner, None, tile_size, **options)
         self.task = task
@@ -214,7 +235,47 @@ class DenseModule(BaseModule):
         return cast(DenseNetwork, self.stream_network.module).network
 
     def _new_scores(self) -> Metric:
-        return SegmentationScores(self.class_names) if self.task == "segmentation" else RegressionScores()
+        segments = self.task == "segmentation"
+        return SegmentationScores(self.class_names) if segments else RegressionScores(len(self.class_names))
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """The factor of each class in the loss; None where all count alike, or the loss is not one of those named."""
+        weights = getattr(cast(DenseNetwork, self.stream_network.module).loss, "weights", None)
+        return None if weights is None else cast(list[float], weights.tolist())
+
+    def setup(self, stage: str) -> None:
+        """As of `BaseModule`; balances the class weights before training.
+
+        Raises:
+            WrongArgumentError: There is nothing to count for it.
+        """
+        super().setup(stage)
+        if self._balanced and stage == "fit":
+            count = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
+            if count is None:
+                raise WrongArgumentError(
+                    "class_weights='balanced' counts the label maps of a data module SegmentedImages: train with one, or give a "
+                    "number for each class"
+                )
+            _log.info("reading the training label maps once, for class_weights=balanced")
+            self._weigh(balanced_weights(count()))
+            shown = zip(self.class_names, self.class_weights or (), strict=True)
+            _log.info("class weights: %s", ", ".join(f"{name} {weight:.4g}" for name, weight in shown))
+
+    def _weigh(self, weights: Sequence[float]) -> None:
+        loss: Any = cast(DenseNetwork, self.stream_network.module).loss
+        loss.weights.copy_(torch.as_tensor(weights))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._balanced:
+            checkpoint["class_weights"] = self.class_weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._balanced and "class_weights" in checkpoint:
+            self._weigh(checkpoint["class_weights"])
 
     def predictions(self, output: Any) -> Any:
         """Return class probabilities (N, C, h, w) of logits; maps of numbers as they are."""
@@ -283,6 +344,25 @@ class DenseModule(BaseModule):
         if scores is not None:
             scores.update(*confusion)
         return cast(Tensor, loss)
+
+
+def balanced_weights(counts: Any) -> list[float]:
+    """Return weights of classes by their counts (C,), N / (K n): the mean over what was counted is 1.
+
+    A class that is not there has 0; K is the number of the others.
+
+    Raises:
+        WrongArgumentError: None is there.
+
+    Examples:
+        >>> balanced_weights([30, 10, 0])
+        [0.6666666666666666, 2.0, 0.0]
+    """
+    there = sum(1 for count in counts if count)
+    if not there:
+        raise WrongArgumentError("class_weights='balanced': the training label maps hold none of the classes")
+    total = float(sum(counts))
+    return [total / (there * float(count)) if count else 0.0 for count in counts]
 
 
 def _loss(given: Any, task: DenseTask, ignore_index: int, class_weights: Sequence[float] | None) -> MapLoss:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.models.base_model import is_plain
-from widefield.models import GRAPHS, Classifier, Segmenter, class_of, load_state, load_weights, pixels_in, write_graph
+from widefield.models import (
+    GRAPHS,
+    Classifier,
+    FromCheckpoint,
+    class_of,
+    load_state,
+    load_weights,
+    pixels_in,
+    write_graph,
+)
 from widefield.models.instances import is_patches
 from widefield.models.lora import has_adapters, merged, write_adapters
 from widefield.pretraining.embedding import EmbeddingModel, StreamingArgs
@@ -337,7 +346,7 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else size
 
 
-def _named(path: Path) -> tuple[Classifier | Segmenter, dict[str, Any]] | None:
+def _named(path: Path) -> tuple[FromCheckpoint, dict[str, Any]] | None:
     """Return the model of a checkpoint that `widefield fit` wrote of a network by name, and its content; None for another file."""
     content = {} if path.suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict) or "model_name" not in content.get("hyper_parameters", {}):
@@ -345,7 +354,7 @@ def _named(path: Path) -> tuple[Classifier | Segmenter, dict[str, Any]] | None:
     return class_of(content["hyper_parameters"]).from_checkpoint(path)
 
 
-def _export_named(model: Classifier | Segmenter, checkpoint: dict[str, Any], given: Any) -> None:
+def _export_named(model: FromCheckpoint, checkpoint: dict[str, Any], given: Any) -> None:
     """Raises ValueError for a part that it does not have."""
     encodes = is_patches(model.model_name)
     if given.part == "adapters":

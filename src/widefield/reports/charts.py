@@ -14,6 +14,7 @@ COLOURS = 8
 """Colours that a page has, `--c0` to `--c7`."""
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 428, 10, 210
+_ROUNDING = 1e-9
 _FEW = 40
 """Points up to which each is marked, and tells its numbers under the mouse."""
 
@@ -48,17 +49,23 @@ def binned(name: str, x: Sequence[float], y: Sequence[float], count: int = 60) -
 
 
 class _Scale:
-    """Positions in the picture of numbers between the ends of `values`, and the round numbers among them."""
+    """Positions in the picture of numbers between the ends of `values`, and the round numbers among them.
+
+    An axis of numbers from 0 to 1, as shares and most scores are, does not reach beyond them.
+    """
 
     def __init__(self, values: np.ndarray, first: float, last: float, whole: bool = False) -> None:
         known = values[np.isfinite(values)]
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
         if not whole and high - low <= 1e-6 * abs(high):  # else the ticks would tell rounding errors
             low, high = low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1)
-        self.ticks = np.asarray(MaxNLocator(5, integer=whole).tick_values(low, high), float)
+        # steps of which 1 is a multiple
+        self.ticks = np.asarray(MaxNLocator(5, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), float)
         if whole:
             self.ticks = self.ticks[(self.ticks >= low) & (self.ticks <= high)]
         else:
+            if known.size and known.min() >= 0 and known.max() <= 1:
+                self.ticks = self.ticks[(self.ticks >= -_ROUNDING) & (self.ticks <= 1 + _ROUNDING)]
             low, high = float(self.ticks[0]), float(self.ticks[-1])
         if low == high:  # one epoch alone is in the middle
             low, high = low - 0.5, high + 0.5

@@ -1,4 +1,4 @@
-"""Overlays of label maps: the picture of an image with its classes in colours over it, and a legend."""
+"""Pictures of maps: an image with its classes in colours over it, and a legend; and maps of numbers beside what is true."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,20 +62,31 @@ def save_label_overlay(
     save(label_overlay(image, labels, class_names, title), path)
 
 
+def compared_maps(image: ImageFile | Tensor, true: ImageFile, predicted: ImageFile, title: str) -> Figure:
+    """Return a figure: an image, the first channel of its map of numbers, and the predicted one in the same colours.
+
+    Of large maps every n-th pixel is shown.
+    """
+    shown = {"target": reduced(true), "predicted": reduced(predicted)}
+    low, high = np.nanpercentile(shown["target"], (0.5, 99.5))
+    height, width = shown["target"].shape
+    figure = Figure(figsize=(12.0, max(2.0, min(10.0, 3.6 * height / width)) + 0.6), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[0].imshow(overview(image, _SIDE))
+    axes[0].set_title(title)
+    for panel, (name, values) in zip(axes[1:], shown.items(), strict=True):
+        picture = panel.imshow(values, cmap="viridis", vmin=low, vmax=high)
+        panel.set_title(name)
+    for panel in axes:
+        panel.set_axis_off()
+    figure.colorbar(picture, ax=axes[1:], shrink=0.8)
+    return figure
+
+
 def reduced(labels: ImageFile | LabelMap) -> np.ndarray:
-    """Return every n-th row and column of a label map, (height, width), so that the long side has 1024 pixels at most."""
+    """Return every n-th row and column of the first channel of a map, (height, width), with a long side of 1024 at most."""
     _, height, width = labels.shape
     step = -(-max(height, width) // _SIDE)
     rows = max(1, _STRIP_BYTES // (width * step)) * step
     strips = [labels.read(y, 0, min(rows, height - y), width)[0, ::step, ::step] for y in range(0, height, rows)]
     return np.concatenate(strips)
-
-
-def class_counts(labels: ImageFile | LabelMap, count: int) -> np.ndarray:
-    """Return how many pixels of a label map have each of `count` classes; it is read strip by strip."""
-    _, height, width = labels.shape
-    rows, total = max(1, _STRIP_BYTES // width), np.zeros(count, np.int64)
-    for y in range(0, height, rows):
-        strip = labels.read(y, 0, min(rows, height - y), width)
-        total += np.bincount(strip[strip < count].ravel(), minlength=count)[:count]
-    return total

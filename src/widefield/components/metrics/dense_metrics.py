@@ -59,21 +59,35 @@ class SegmentationScores(Metric):
 
 
 class RegressionScores(Metric):
-    """Mean absolute and root mean squared error of maps, over all values of a data set, from sums."""
+    """Errors of maps over all values of a data set, from sums.
+
+    `mae` is the mean absolute error, `rmse` the root of the mean squared error, and `r2` the coefficient of determination: one
+    minus the sum of squared errors over that of squared differences of the target from its mean, the mean over the channels, as
+    torchmetrics' `R2Score` computes it; NaN where a target is constant.
+
+    Args:
+        channels: Of the maps.
+    """
 
     full_state_update = False
     higher_is_better = False
     sums: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(5, channels, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor) -> None:
-        """Add the sum of absolute errors, that of squared errors, and the number of values: (3,)."""
+        """Add sums over the positions of a map, of each channel: (5, C).
+
+        They are of absolute errors, squared errors, true values, their squares, and ones.
+        """
         self.sums += sums.to(self.sums)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `mae` and `rmse`."""
-        absolute, squared, count = self.sums
-        return {"mae": (absolute / count).float(), "rmse": (squared / count).sqrt().float()}
+        """Return `mae`, `rmse` and `r2`."""
+        absolute, squared, true, true_squared, count = self.sums
+        spread = true_squared - true.square() / count
+        r2 = torch.where(spread > 0, 1 - squared / spread, torch.nan).mean()
+        scores = {"mae": absolute.sum() / count.sum(), "rmse": (squared.sum() / count.sum()).sqrt(), "r2": r2}
+        return {name: value.float() for name, value in scores.items()}
