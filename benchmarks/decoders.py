@@ -168,7 +168,8 @@ def ways(name: str, side: int) -> tuple[Tensor, dict[str, Callable[[Tensor], Ten
     else:
         network, scale = (rrdb(), 4) if name == "RRDB" else (swin2sr(), 2)
         given = torch.rand(1, 3, side // scale, side // scale, generator=generator)
-        tiles = {f"tiles of 128, {pad} pixels more": partial(padded_tiles, network, 128, pad) for pad in (10, 32)}
+        pads = (10, 32) if name == "RRDB" else (16, 32)  # Swin2SR takes tiles of whole windows
+        tiles = {f"tiles of 128, {pad} pixels more": partial(padded_tiles, network, 128, pad) for pad in pads}
     return given, {"plain": network, "streamed": wf.stream(network, (16, None), verify=False), **tiles}
 
 

@@ -1,9 +1,10 @@
-"""A folder of small images with label maps, for tests."""
+"""Folders of small images with label maps, or with maps of numbers, for tests."""
 
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import tifffile
 
 
 def write_label_map(path: Path, labels: np.ndarray, palette: bool = False) -> None:
@@ -30,3 +31,16 @@ def write_segmented(folder: Path, count: int = 4, size: tuple[int, int] = (64, 7
         labels[0] = 255
         PIL.Image.fromarray(pixels).save(folder / "images" / f"im{k}.png")
         write_label_map(folder / "masks" / f"im{k}.png", labels, palette)
+
+
+def write_paired(folder: Path, count: int = 4, size: tuple[int, int] = (64, 72)) -> None:
+    """Grey images of bytes in the folder `images`, and in `targets` smooth maps of floats around 100, of which they are noisy."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[: size[0], : size[1]]
+    for name in ("images", "targets"):
+        (folder / name).mkdir(parents=True)
+    for k in range(count):
+        smooth = np.sin(y / random.uniform(4, 9)) + np.cos(x / random.uniform(4, 9))
+        noisy = 127 + 50 * smooth + random.normal(0, 10, size)
+        tifffile.imwrite(folder / "images" / f"im{k}.tif", noisy.clip(0, 255).astype(np.uint8))
+        tifffile.imwrite(folder / "targets" / f"im{k}.tif", (100 + 3 * smooth).astype(np.float32))

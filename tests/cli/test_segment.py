@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -27,7 +28,15 @@ def fit(folder: Path, *more: str) -> list[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segment")
     write_segmented(folder, palette=True)
-    classes = ("--classes", "[background, red, green]", "model.loss=dice", "--lr", "0.01")
+    classes = (
+        "--classes",
+        "[background, red, green]",
+        "model.loss=dice",
+        "--lr",
+        "0.01",
+        "--class-weights",
+        "balanced",
+    )
     assert main(fit(folder, *classes, "--epochs", "1", "--crop", "48", "--batch-size", "2")) == 0
     return folder
 
@@ -44,6 +53,11 @@ def test_a_run_leaves_scores_a_report_and_a_checkpoint(trained: Path) -> None:
     report = (trained / "run" / "report.html").read_text(encoding="utf-8")
     assert "Confusion matrix" in report and "Learning curves" in report and report.count("data:image/") == 2
     model, checkpoint = Segmenter.from_checkpoint(trained / "run" / "best.ckpt")
+    train = [Path(row["mask"]) for row in rows(trained / "run" / "split.csv") if row["split"] == "train"]
+    labels = np.concatenate([np.asarray(PIL.Image.open(path)) for path in train])
+    counts = np.bincount(labels[labels < 3])
+    assert checkpoint["class_weights"] == pytest.approx(counts.sum() / (3 * counts))
+    assert f"Class weights of the loss: background {checkpoint['class_weights'][0]:.4g}, red " in report
     assert model.class_names == NAMES and checkpoint["hyper_parameters"]["loss"] == "dice"
     assert [row["split"] for row in rows(trained / "run" / "split.csv")].count("val") == 1
 

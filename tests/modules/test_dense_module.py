@@ -1,17 +1,20 @@
 """`DenseModule`: networks that give maps train as in plain PyTorch, and their metrics are those of all pixels."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
+from torchmetrics.functional import r2_score
 
 from tests.streaming.exactness import TOLERANCE, relative_error
 from widefield.components.losses.dense_losses import DenseCrossEntropyLoss, DenseFocalLoss, DiceLoss, JaccardLoss
@@ -121,6 +124,8 @@ def test_maps_of_numbers_are_learnt_likewise(name: str, stride: int, monkeypatch
     values, error = dense.scores["val_scores"].compute(), (whole() - y).detach()
     assert float(values["mae"]) == pytest.approx(float(error.abs().mean()), 1e-6)
     assert float(values["rmse"]) == pytest.approx(float(error.square().mean().sqrt()), 1e-6)
+    pixels = [each.movedim(1, -1).reshape(-1, 2) for each in (whole().detach(), y)]
+    assert float(values["r2"]) == pytest.approx(float(r2_score(*pixels)), 1e-6)
 
 
 class TwoMaps(nn.Module):
@@ -248,3 +253,35 @@ def test_labels_and_maps_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"gives a map of shape .* and the target has"):
         dense = module(network(2), 2, task="regression")
         step(dense, (image(1), torch.rand(1, 3, *SIZE, dtype=torch.float64)), monkeypatch)
+
+
+class Counted(LightningDataModule):
+    """One image whose labels are counted as those of a `SegmentedImages`."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([(image(1), labels(1))], batch_size=None)
+
+    def class_counts(self) -> np.ndarray:
+        return np.bincount(labels(1)[labels(1) < CLASSES].numpy(), minlength=CLASSES)
+
+
+def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpoint(tmp_path: Path) -> None:
+    net, counts = network(), Counted().class_counts()
+    dense = module(net, class_weights="balanced")
+    weights = compute_class_weight("balanced", classes=np.arange(3), y=labels(1)[labels(1) < CLASSES].numpy())
+    expected = DenseCrossEntropyLoss(class_weights=weights.tolist())(net(image(1)), labels(1))
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu"
+    )
+    trainer.fit(dense, Counted())
+    assert dense.class_weights == pytest.approx(weights) == pytest.approx(counts.sum() / (3 * counts))
+    assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(float(expected.detach()), 1e-6)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other = module(network(), class_weights="balanced")
+    other.on_load_checkpoint(torch.load(tmp_path / "one.ckpt", weights_only=True))
+    assert other.class_weights == dense.class_weights
+    with pytest.raises(WrongArgumentError, match="counts the label maps of a data module SegmentedImages"):
+        trainer.fit(module(network(), class_weights="balanced"), DataLoader([(image(1), labels(1))], batch_size=None))
+    for options in ({"class_weights": "equal"}, {"class_weights": "balanced", "loss": functional.cross_entropy}):
+        with pytest.raises(WrongArgumentError, match=r"class_weights='(equal' must be|balanced' is for the losses)"):
+            module(network(), **options)

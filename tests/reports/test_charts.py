@@ -40,7 +40,7 @@ def test_numbers_of_any_size_can_be_drawn(values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("values", "ends"),
     [
-        ([0.2, 0.97], (0, 1)),
+        ([0.2, 0.97], (0.2, 1)),
         ([0.31, 0.93, 1.0], (0.2, 1)),
         ([1.0] * 3, (0.9, 1)),
         ([0.0] * 3, (0, 0.1)),

@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 """A configuration with all defaults, as nested plain data."""
 _OF_THE_RUN = ("accumulate_grad_batches", "limit_train_batches", "overfit_batches")
 """Arguments of the trainer that say what an epoch is."""
-_PLACES = ("images", "labels", "root", "ann_file", "num_workers")
+_PLACES = ("images", "labels", "masks", "targets", "root", "ann_file", "num_workers")
 """Arguments of data that say where they lie and who reads them."""
 _MEMORY = ("tile_size", "memory_budget", "streaming", "cache_features")
 """Arguments of models that say how they are computed."""

@@ -17,11 +17,10 @@ from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.first_checks import check_folder
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
 from widefield.cli.history import History, LastValidation, StepMemory, write_csv
-from widefield.cli.training_report import write_curves, write_training_report
+from widefield.cli.training_report import largest_step, write_curves, write_training_report
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
 from widefield.components.models.base_model import BaseModel
-from widefield.components.models.features import left_out
 from widefield.config import Config
 from widefield.data import LazyImages
 from widefield.data.statistics import PixelStatistics, pixel_statistics
@@ -33,7 +32,7 @@ from widefield.models.instances import is_patches
 from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, RandomState
 from widefield.pretraining.loggers import forget_after, named_loggers
 from widefield.pretraining.out import METRICS
-from widefield.streaming import LazyImage, calibrate_batch_norm
+from widefield.streaming import calibrate_batch_norm
 from widefield.writing import replacing
 
 _log = logging.getLogger(__name__)
@@ -222,13 +221,11 @@ def _left(out: Path) -> str:
 
 def _check(model: LightningModule, data: LazyImages) -> None:
     """Plan the largest image, so that a network or a budget that won't do fails before anything is written."""
-    largest, target = max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
-    maps = [target] if isinstance(target, LazyImage) else []
-    plan = model.stream_network.plan(largest.shape, *maps, mask=left_out(largest.background).get("mask"))
-    skipped = f", {1 - plan.computed_fraction:.0%} skipped" if largest.background is not None else ""
-    _log.info(
-        "an image of %d x %d pixels in %d steps of %d x %d%s", *largest.shape[1:], plan.steps, *plan.tile_size, skipped
-    )
+    shape, maps, mask = largest_step(data)
+    plan = model.stream_network.plan(shape, *maps, mask=mask)
+    skipped = f", {1 - plan.computed_fraction:.0%} skipped" if mask is not None else ""
+    crops = f"{shape[0]} crop(s)" if len(shape) == 4 else "an image"
+    _log.info("%s of %d x %d pixels in %d steps of %d x %d%s", crops, *shape[-2:], plan.steps, *plan.tile_size, skipped)
 
 
 def _settle_background(model: LightningModule, data: LazyImages) -> None:

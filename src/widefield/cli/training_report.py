@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from widefield.cli.predict_maps import predict_map
 from widefield.components.models.features import left_out
 from widefield.data import LazyImages
 from widefield.errors import WidefieldError
-from widefield.images import ImageFile, open_image
+from widefield.images import ImageFile, LabelMap, open_image
 from widefield.inference.names import CONFIG
 from widefield.inference.prediction import labels_of, task_of
 from widefield.models import Classifier, FromCheckpoint, MapRegressor, Segmenter
@@ -28,6 +29,7 @@ from widefield.reports.figures import as_png
 from widefield.reports.label_overlay import compared_maps, label_overlay
 from widefield.streaming import LazyImage, Plan
 from widefield.streaming.budget import format_bytes
+from widefield.streaming.tiles import pixel_dtype
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
@@ -71,7 +73,8 @@ def write_training_report(
             f"In the last epoch, {hits} of {counts[1]} of these were classified right ({hits / counts[1]:.0%})."
         )
     _add_numbers(page, rows, peak)
-    plan = _plan(model, data) if model.reads_pixels else None
+    step = largest_step(data) if model.reads_pixels else None
+    plan = None if step is None else model.stream_network.plan(step[0], *step[1], mask=step[2])
     model.eval()
     if isinstance(model, Segmenter):
         _add_label_maps(page, model, data)
@@ -83,8 +86,8 @@ def write_training_report(
             _add_worst(page, model, seen)
         else:
             page.paragraph("Several processes validated images of their own; `widefield test` counts all of them.")
-    if plan is not None:
-        _add_memory(page, model, data, plan, peak, out)
+    if step is not None and plan is not None:
+        _add_memory(page, model, step[0], plan, peak, out)
     page.write(out / "report.html")
 
 
@@ -295,21 +298,30 @@ def _predicted(model: Segmenter | MapRegressor, data: LazyImages) -> Iterator[tu
             yield image, true, open_image(Path(folder) / f"{k}.tif")
 
 
-def _plan(model: FromCheckpoint, data: LazyImages) -> Plan:
-    """Return the plan of a training step on the largest image."""
-    image, target = _largest(data)
-    maps = [target] if isinstance(target, LazyImage) else []
-    return model.stream_network.plan(image.shape, *maps, mask=left_out(image.background).get("mask"))
+def largest_step(data: LazyImages) -> tuple[tuple[int, ...], list[Any], Any]:
+    """Return the shape of the largest image of a training step, its maps, as `StreamingCNN.plan` takes them, and its mask.
+
+    The shape is (C, H, W) of an image, and (N, C, H, W) of a batch of crops.
+    """
+    crop = getattr(data, "crop", None) or math.inf
+    pairs: Iterator[Any] = iter(data.train_set)
+    image, target = max(pairs, key=lambda pair: math.prod(min(crop, n) for n in pair[0].shape[1:]))
+    if crop == math.inf:
+        maps = [target] if isinstance(target, LazyImage) else []
+        return image.shape, maps, left_out(image.background).get("mask")
+    size = [min(crop, n) for n in image.shape[1:]]
+    leading = () if isinstance(target, LabelMap) else target.shape[:1]
+    labels = torch.empty(data.batch_size, *leading, *size, dtype=pixel_dtype(target), device="meta")
+    return (data.batch_size, image.shape[0], *size), [labels], None
 
 
-def _largest(data: LazyImages) -> Any:
-    return max(data.train_set, key=lambda pair: pair[0].shape[1] * pair[0].shape[2])
-
-
-def _add_memory(page: Page, model: FromCheckpoint, data: LazyImages, plan: Plan, peak: int | None, out: Path) -> None:
-    """Add the memory of a training step on the largest image, and write it to `memory.json`."""
-    image, _ = _largest(data)
-    plain = plain_step_bytes(model.stream_network.module, image.shape)
+def _add_memory(
+    page: Page, model: FromCheckpoint, shape: tuple[int, ...], plan: Plan, peak: int | None, out: Path
+) -> None:
+    """Add the memory of the largest training step, of an image or batch of `shape`, and write it to `memory.json`."""
+    crops, (channels, height, width) = shape[:-3], shape[-3:]
+    plain = plain_step_bytes(model.stream_network.module, (channels, height, width)) * math.prod(crops)
+    largest = f"The largest step is that of {crops[0]} crop(s) of" if crops else "The largest image has"
     budget = model.stream_network.memory_budget
     page.heading("Memory of a training step")
     against = (
@@ -318,7 +330,7 @@ def _add_memory(page: Page, model: FromCheckpoint, data: LazyImages, plan: Plan,
         else f"the memory budget, {format_bytes(budget)}, is the dashed line"
     )
     page.paragraph(
-        f"The largest image has {image.shape[1]} x {image.shape[2]} pixels. It is streamed in {plan.steps} steps of "
+        f"{largest} {height} x {width} pixels. It is streamed in {plan.steps} steps of "
         f"{plan.tile_size[0]} x {plan.tile_size[1]} pixels, for {plan.predicted_overhead:.2f} times the compute of a plain step. "
         f"In one piece, the activations alone would take {format_bytes(plain)}."
     )
@@ -327,10 +339,10 @@ def _add_memory(page: Page, model: FromCheckpoint, data: LazyImages, plan: Plan,
         f"planned memory by kind; {against}",
         wide=True,
     )
-    page.table(["one training step on the largest image", "memory"], memory_rows(peak, plain))
+    page.table(["the largest training step", "memory"], memory_rows(peak, plain))
     with page.folded("The plan, layer by layer"):
         page.code(str(plan))
-    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain, "image_shape": list(image.shape)}
+    memory = {"streamed_peak_bytes": peak, "plain_step_bytes": plain, "image_shape": [channels, height, width]}
     (out / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
 
 

@@ -58,8 +58,8 @@ def save_pretrained(model: nn.Module | str | Path, folder: str | Path, *, overwr
     opened (level, spacing, channels) and normalised, classes, metrics, memory and plan. There is no code in it.
 
     Args:
-        model: The folder of a run of `widefield fit` (its best epoch) or `pretrain`, a checkpoint of them, or a `Classifier` or
-            `Segmenter`. Of `pretrain` it is the trained backbone, if the run was given it by name.
+        model: The folder of a run of `widefield fit` (its best epoch) or `pretrain`, a checkpoint of them, or a `Classifier`,
+            `Segmenter` or `MapRegressor`. Of `pretrain` it is the trained backbone, if the run was given it by name.
         folder: New, or with `overwrite` replaced.
         overwrite: Replace what is there.
 
@@ -162,7 +162,7 @@ def load_pretrained(folder: Path, options: Mapping[str, Any] | None = None) -> n
 
     Args:
         folder: With `config.json` and `model.safetensors`.
-        options: `tile_size` and `memory_budget` of a `Classifier` or `Segmenter`.
+        options: `tile_size` and `memory_budget` of a model by name.
 
     Raises:
         FileNotFoundError: One of the two files is not there.
@@ -244,7 +244,7 @@ def _saved(model: nn.Module | str | Path) -> Saved:
         if not isinstance(model, (Classifier, Segmenter, MapRegressor)):
             raise WrongArgumentError(
                 f"a {type(model).__name__} is not made by a name, so that no folder could make it anew without code; give a "
-                "Classifier, a Segmenter, a MapRegressor, or the run or checkpoint of `widefield fit` or `pretrain`. Models of timm "
+                "Classifier, Segmenter or MapRegressor, or the run or checkpoint of `widefield fit` or `pretrain`. Models of timm "
                 "have timm.models.save_for_hf, and any module has huggingface_hub.PyTorchModelHubMixin"
             )
         return _by_name(model.hparams, model.state_dict(), info_of(model), {})
