@@ -59,10 +59,13 @@ def test_what_does_not_fit_is_one_clear_error(folder: Path) -> None:
     values = tifffile.imread(first)
     for found, message in (
         (values[:10], r"the target map .*im0.tif has 10 x 72 pixels, and its image .*, level 0, 64 x 72"),
-        (np.stack([values, values], axis=-1), r"im0.tif has 2 channel\(s\) and .*|has 1 channel\(s\) and .*im0.tif has 2"),
+        (
+            np.stack([values, values], axis=-1),
+            r"im0.tif has 2 channel\(s\) and .*|has 1 channel\(s\) and .*im0.tif has 2",
+        ),
         (np.where(values > 100, values, np.nan), r"im0.tif has pixels without a number \(NaN, infinite"),
     ):
-        tifffile.imwrite(first, found)
+        tifffile.imwrite(first, found, photometric="rgb" if found.ndim == 3 else "minisblack")
         with pytest.raises(LabelError, match=message):
             PairedImages(*places, val_fraction=0)
     first.unlink()

@@ -266,7 +266,7 @@ class Counted(LightningDataModule):
 
 
 def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpoint(tmp_path: Path) -> None:
-    net, counts = network(), Counted().class_counts()
+    net = network()
     dense = module(net, class_weights="balanced")
     weights = compute_class_weight("balanced", classes=np.arange(3), y=labels(1)[labels(1) < CLASSES].numpy())
     expected = DenseCrossEntropyLoss(class_weights=weights.tolist())(net(image(1)), labels(1))
@@ -274,7 +274,7 @@ def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpo
         max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu"
     )
     trainer.fit(dense, Counted())
-    assert dense.class_weights == pytest.approx(weights) == pytest.approx(counts.sum() / (3 * counts))
+    assert dense.class_weights == pytest.approx(weights.tolist())
     assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(float(expected.detach()), 1e-6)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     other = module(network(), class_weights="balanced")

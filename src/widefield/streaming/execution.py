@@ -83,7 +83,7 @@ def execute(
     store = Store(plan.map_place, scratch_dir)
     heap = None
     if memory_budget is not None and device.type == "cpu":
-        heap = watch(memory_budget, margin=plan.predicted_bytes["allocator"] * 3 // 4)
+        heap = watch(memory_budget, plan.predicted_bytes["allocator"] * 3 // 4, plan.total_bytes)
 
     def reader_of(value: Value) -> tuple[TileReader, Tensor | None]:
         if value.name == program.captured.image:
