@@ -60,8 +60,8 @@ def test_what_does_not_fit_is_one_clear_error(folder: Path) -> None:
     for found, message in (
         (values[:10], r"the target map .*im0.tif has 10 x 72 pixels, and its image .*, level 0, 64 x 72"),
         (
-            np.stack([values, values], axis=-1),
-            r"im0.tif has 2 channel\(s\) and .*|has 1 channel\(s\) and .*im0.tif has 2",
+            np.stack([values] * 3, axis=-1),
+            r"im0.tif has 3 channel\(s\) and .*im1.tif has 1; give as many in each",
         ),
         (np.where(values > 100, values, np.nan), r"im0.tif has pixels without a number \(NaN, infinite"),
     ):

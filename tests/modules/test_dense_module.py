@@ -271,7 +271,12 @@ def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpo
     weights = compute_class_weight("balanced", classes=np.arange(3), y=labels(1)[labels(1) < CLASSES].numpy())
     expected = DenseCrossEntropyLoss(class_weights=weights.tolist())(net(image(1)), labels(1))
     trainer = Trainer(
-        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu"
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
     )
     trainer.fit(dense, Counted())
     assert dense.class_weights == pytest.approx(weights.tolist())
