@@ -265,19 +265,14 @@ class Counted(LightningDataModule):
         return np.bincount(labels(1)[labels(1) < CLASSES].numpy(), minlength=CLASSES)
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `transfer_batch_to_device`")
 def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpoint(tmp_path: Path) -> None:
     net = network()
     dense = module(net, class_weights="balanced")
     weights = compute_class_weight("balanced", classes=np.arange(3), y=labels(1)[labels(1) < CLASSES].numpy())
     expected = DenseCrossEntropyLoss(class_weights=weights.tolist())(net(image(1)), labels(1))
-    trainer = Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-    )
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer, another = (Trainer(max_epochs=1, accelerator="cpu", **quiet) for _ in range(2))  # type: ignore[arg-type]
     trainer.fit(dense, Counted())
     assert dense.class_weights == pytest.approx(weights.tolist())
     assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(float(expected.detach()), 1e-6)
@@ -286,7 +281,7 @@ def test_balanced_class_weights_are_those_of_the_counts_and_stand_in_the_checkpo
     other.on_load_checkpoint(torch.load(tmp_path / "one.ckpt", weights_only=True))
     assert other.class_weights == dense.class_weights
     with pytest.raises(WrongArgumentError, match="counts the label maps of a data module SegmentedImages"):
-        trainer.fit(module(network(), class_weights="balanced"), DataLoader([(image(1), labels(1))], batch_size=None))
+        another.fit(module(network(), class_weights="balanced"), DataLoader([(image(1), labels(1))], batch_size=None))
     for options in ({"class_weights": "equal"}, {"class_weights": "balanced", "loss": functional.cross_entropy}):
         with pytest.raises(WrongArgumentError, match=r"class_weights='(equal' must be|balanced' is for the losses)"):
             module(network(), **options)
