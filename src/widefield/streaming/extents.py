@@ -13,8 +13,10 @@ All are non-decreasing, which is what makes a scan possible. Positions are not c
 `ready_all`, `first_all` and `stop_all` answer for many positions at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -340,6 +342,44 @@ class Resample(_OneByOne):
 
     def span(self, o0: int, o1: int) -> Span:
         return Span(o0, o1, self.first(o0), self.stop(o1))
+
+
+@dataclass(frozen=True)
+class Sampled(_OneByOne):
+    """Output `o` reads inputs near a line: from `o * scale + low` to `o * scale + high`, both rounded down.
+
+    What lies outside of the axis is padding, but for the input next to it, which every output reads.
+    """
+
+    n_in: int
+    n_out: int
+    scale: float
+    low: float
+    high: float
+
+    @property
+    def stride(self) -> int:
+        return max(1, int(self.scale))
+
+    @cached_property
+    def _reads(self) -> tuple[Positions, Positions]:
+        """The first input that each output reads, and one past the last."""
+        line = np.arange(self.n_out) * self.scale
+        first, last = (np.floor(line + end).astype(np.int64).clip(0, self.n_in - 1) for end in (self.low, self.high))
+        return first, last + 1
+
+    def ready(self, r: int) -> int:
+        return self.n_out if r >= self.n_in else int(np.searchsorted(self._reads[1], r, side="right"))
+
+    def first(self, o: int) -> int:
+        return self.n_in if o >= self.n_out else int(self._reads[0][o])
+
+    def stop(self, o: int) -> int:
+        return 0 if o <= 0 else int(self._reads[1][o - 1])
+
+    def span(self, o0: int, o1: int) -> Span:
+        begin, end = math.floor(o0 * self.scale + self.low), math.floor((o1 - 1) * self.scale + self.high) + 1
+        return Span(o0, o1, self.first(o0), self.stop(o1), max(0, -begin), max(0, end - self.n_in))
 
 
 @dataclass(frozen=True)

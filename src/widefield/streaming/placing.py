@@ -26,10 +26,10 @@ from widefield.streaming.rules.channels import attention_inside
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
 from widefield.streaming.rules.pointwise import pointwise
+from widefield.streaming.rules.ranges import constant, range_of
 from widefield.streaming.rules.resize import interpolate
 from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.rules.rolled import around, straight, turn
-from widefield.streaming.rules.sampling import bounds_of
 from widefield.streaming.rules.shapes import reshape
 
 aten = torch.ops.aten
@@ -60,6 +60,8 @@ class Placing:
             ndim = len(self.maps.shapes[name])
             self.maps.axes[name] = Axes(ndim - 2, ndim - 1)
         self.maps.synchronised = self.captured.synchronised
+        known = {name: constant(value) for name, value in self.captured.constants.items()}
+        self.maps.ranges.update({name: found for name, found in known.items() if found is not None})
 
     def add(self, node: Node) -> None:
         """Place a captured node; what cannot be streamed runs on whole maps, or raises UnsupportedOpError if none may."""
@@ -239,8 +241,8 @@ class Placing:
     def _record(self, node: Node) -> None:
         self.nodes[node.name] = node
         self.maps.shapes[node.name] = node.shape
-        if node.name in self.placed and (bounds := bounds_of(node, self.maps.bounds)) is not None:
-            self.maps.bounds[node.name] = bounds
+        if (found := range_of(node, self.maps.ranges, self.maps.shapes)) is not None:
+            self.maps.ranges[node.name] = found
 
 
 def _gathered(tiles: Sequence[Tensor], context: TileContext) -> Tensor:

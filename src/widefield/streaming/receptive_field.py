@@ -4,6 +4,7 @@ An `AxisMap` stops at the border of the whole image. For a tile cut out of a lar
 is where the windows would lie without borders, and that is a straight line for every op.
 """
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from widefield.streaming.extents import (
     Piece,
     Resample,
     Rolled,
+    Sampled,
     Transposed,
     Window,
 )
@@ -78,6 +80,11 @@ def receptive_field_of(axis: AxisMap) -> ReceptiveField:
             return ReceptiveField(scale.numerator, scale.denominator, 1 - scale.denominator, scale.numerator - 1)
         case Resample():
             return _resampling(axis)
+        case Sampled():
+            scale, low, high = (Fraction(x).limit_denominator(1 << 10) for x in (axis.scale, axis.low, axis.high))
+            den = math.lcm(scale.denominator, low.denominator, high.denominator)
+            ends = (low * den - den + 1, high * den)  # both are rounded down
+            return ReceptiveField(int(scale * den) or axis.n_in * den, den, *map(int, ends))
     raise TypeError(f"no receptive field is known of {type(axis).__name__}")
 
 

@@ -8,7 +8,7 @@ and how it runs on a tile. A rule that cannot do so exactly raises `node.refuse(
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Span, identity
+
+if TYPE_CHECKING:
+    from widefield.streaming.rules.ranges import Range
 
 
 class Axes(NamedTuple):
@@ -141,8 +144,8 @@ class Maps:
     `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
     names maps that the model has flattened (see `rules.flat`), and counts the dimensions of `shapes` that the model sees as one: 2
     for height and width, 3 where the batch is flattened with them. `begin` holds the row and column of a rolled map at which
-    its scan begins (see `rules.rolled`), `bounds` the least and the largest value of those of which they are known
-    (see `rules.sampling`). `positions` are maps that hold positions in others, as max pooling returns them.
+    its scan begins (see `rules.rolled`), `ranges` what is known of the numbers that a map or another value holds
+    (see `rules.ranges`). `positions` are maps that hold positions in others, as max pooling returns them.
     `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
     """
 
@@ -151,7 +154,7 @@ class Maps:
     broadcast: dict[str, str] = field(default_factory=dict)
     flat: dict[str, Flattened] = field(default_factory=dict)
     begin: dict[str, tuple[int, int]] = field(default_factory=dict)
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ranges: "dict[str, Range]" = field(default_factory=dict)
     positions: dict[str, Positions] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 

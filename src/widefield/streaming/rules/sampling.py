@@ -1,11 +1,7 @@
-"""Sampling where a map says: local if it is known how far from its own place each position looks.
-
-A bound is known of a map that an operation keeps within fixed numbers (tanh, sigmoid, clamp, softmax), and of what is made of such
-maps with numbers (`2 * x.tanh() + 1`).
-"""
+"""Sampling where a map says: local if it is known how far from its own place each position looks (see `rules.ranges`)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,65 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import Window
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, rule, sources
+from widefield.streaming.extents import Sampled, Span, Window
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, caller, rule, sources
 
 aten = torch.ops.aten
-Bounds = tuple[float, float]
-_KEPT_WITHIN: dict[str, Bounds] = {
-    **dict.fromkeys(("aten.tanh", "aten.sin", "aten.cos", "aten.erf"), (-1.0, 1.0)),
-    **dict.fromkeys(("aten.sigmoid", "aten.softmax", "aten._softmax", "aten.hardsigmoid"), (0.0, 1.0)),
-}
-_MOVED = frozenset(
-    (
-        *("aten.view", "aten.reshape", "aten._unsafe_view", "apart", "aten.flatten", "aten.unflatten", "aten.permute"),
-        *("aten.transpose", "aten.slice", "aten.select", "aten.unbind", "aten.split", "aten.split_with_sizes"),
-        *("aten.chunk", "aten.alias", "aten.clone", "aten.contiguous", "aten.unsqueeze", "aten.squeeze", "aten.cat"),
-        *("aten.stack", "aten.roll", "turn", "aten.flip", "aten.index_select"),
-    )
-)
-_COMBINED: dict[str, Callable[[float, float], float]] = {
-    "aten.add": lambda a, b: a + b,
-    "aten.sub": lambda a, b: a - b,
-    "aten.mul": lambda a, b: a * b,
-    "aten.div": lambda a, b: a / b,
-}
-
-
-def bounds_of(node: Node, bounds: dict[str, Bounds]) -> Bounds | None:
-    """Return the least and the largest value that `node` can have, from those of what it reads; None if they are not known."""
-    if node.op in _KEPT_WITHIN:
-        return _KEPT_WITHIN[node.op]
-    if node.op in ("aten.clamp", "aten.hardtanh"):
-        low, high = node.args[1:3] if len(node.args) > 2 else (node.kwargs.get("min"), node.kwargs.get("max"))
-        if node.op == "aten.hardtanh" and low is None:
-            return -1.0, 1.0
-        return (float(low), float(high)) if _is_number(low) and _is_number(high) else None
-    if node.op in _MOVED:
-        read = [bounds.get(name) for name in node.refs]
-        known = [each for each in read if each is not None]
-        return (
-            (min(low for low, _ in known), max(high for _, high in known))
-            if known and len(known) == len(read)
-            else None
-        )
-    if node.op in _COMBINED and len(node.args) == 2 and not node.kwargs:
-        found = [bounds.get(arg.name) if isinstance(arg, Ref) else (arg, arg) for arg in node.args]
-        if any(each is None or not all(map(_is_number, each)) for each in found):
-            return None
-        one, other = found
-        if node.op == "aten.div" and (isinstance(node.args[1], Ref) or not node.args[1]):
-            return None
-        values = [_COMBINED[node.op](a, b) for a in one for b in other]  # type: ignore[union-attr]
-        return min(values), max(values)
-    if node.op == "aten.neg" and (one := bounds.get(node.refs[0])) is not None:
-        return -one[1], -one[0]
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
 
 _WHOLE = "stream(model), which runs such a layer on the whole map after streaming what comes before it"
 
@@ -86,8 +27,8 @@ def deformable_convolution(node: Node, maps: Maps) -> Placed:
     """See `deformed`: windows that are larger by how far offsets reach."""
     x, weight, offset, mask = (ref.name for ref in node.args[:4])
     stride, padding, dilation = node.args[5:7], node.args[7:9], node.args[9:11]
-    bounds = maps.bounds.get(offset)
-    if bounds is None:
+    known = maps.ranges.get(offset)
+    if known is None:
         raise node.refuse(
             "reads at offsets that may be as large as the image",
             f"keep them within numbers that forward names (2 * offsets.tanh(), offsets.clamp(-4, 4)); or {_WHOLE}",
@@ -99,7 +40,7 @@ def deformable_convolution(node: Node, maps: Maps) -> Placed:
         raise node.refuse(
             "needs offsets and a mask that are maps (N, C, H, W), as its input is", "compute them from the image"
         )
-    low, high = (1.01 * bound for bound in bounds)  # of numbers that bfloat16 rounds
+    low, high = (1.01 * bound for bound in known.ends(maps.shapes[offset]))  # of numbers that bfloat16 rounds
     far = max(0, math.ceil(-low), math.floor(high) + 1)  # the sample behind is read too
     reach = [-(-far // s) * s for s in stride]
     kernel = maps.shapes[weight][2:]
@@ -125,10 +66,147 @@ def deformable_convolution(node: Node, maps: Maps) -> Placed:
     return Placed(tuple(reads), Axes(2, 3), run, exclusive=True, forward_bytes=columns, backward_bytes=columns)
 
 
+_NEAREST, _BICUBIC = 1, 2  # of the modes: 0 is bilinear
+_BORDER, _REFLECTION = 1, 2  # of what pads: 0 is zeros
+_FARTHEST = 64  # positions within which a sample may always look; further only within half of the map
+
+
 @rule(aten.grid_sampler)
 def grid_sample(node: Node, maps: Maps) -> Placed:
-    """Sampling at positions of the whole map."""
-    raise node.refuse(
-        "reads at positions in the whole map, and how far each is from its own place is not known",
-        f"resize by interpolate; bounded offsets stream as torchvision.ops.deform_conv2d; or {_WHOLE}",
+    """Sampling near a line: a grid of all positions that forward makes of numbers, plus what has bounds.
+
+    A tile is sampled by PyTorch's own kernel. It is told where by positions within the tile, made of those in the whole map, which
+    are rounded, reflected and cut off as there.
+    """
+    x, grid = (ref.name for ref in node.args[:2])
+    if x not in maps:
+        return _looked_up(node, maps, grid)
+    mode, padding, corners = node.args[2:5]
+    if len(node.shape) != 4 or maps.axes[x] != (2, 3) or (grid in maps and maps.axes[grid] != (1, 2)):
+        raise node.refuse(
+            "needs a map (N, C, H, W) and a grid (N, H, W, 2)", "permute them so; volumes are not streamed"
+        )
+    cols, rows = (_along(node, maps, grid, k, n, mode, padding, corners) for k, n in enumerate(maps.extent(x)[::-1]))
+    source = grid if grid in maps else maps.broadcast_weight(grid, Axes(1, 2), maps.shapes[grid])
+
+    def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        tile, where = tiles
+        if tile.dtype.itemsize < 4:  # as PyTorch's kernels compute
+            tile, where = tile.float(), where.float()
+        spans = context.cols[0], context.rows[0]
+        pads = [side for span in spans for side in (span.low, span.high)]
+        pads[1::2] = (max(pads[k + 1], 2 - pads[k] - tile.shape[3 - k // 2]) for k in (0, 2))  # two positions at least
+        tile = (
+            _bordered(tile, spans, pads, (cols.n_in, rows.n_in), padding, corners)
+            if mode == _BICUBIC and padding
+            else (F.pad(tile, pads))
+        )
+        places = [
+            _within(where[..., k], axis.n_in, span, tile.shape[3 - k], mode, padding, corners)
+            for k, (axis, span) in enumerate(zip((cols, rows), spans, strict=True))
+        ]
+        made = aten.grid_sampler(tile, torch.stack(places, -1), mode, 0, True)
+        return made.to(tiles[0].dtype)
+
+    of_places = 2 * maps.shapes[grid][0] * node.dtype.itemsize
+    return Placed(
+        (Read(x, rows, cols), Read(source, *(Window(n, n) for n in node.shape[2:]))),
+        Axes(2, 3),
+        run,
+        saved_bytes=2 * of_places,
+        forward_bytes=4 * of_places,
+        backward_bytes=4 * of_places,
     )
+
+
+def _looked_up(node: Node, maps: Maps, grid: str) -> Placed:
+    """A table that is the same for all positions, read where a map says."""
+    axes = maps.axes[grid]
+    if 0 in axes or len(node.shape) - 1 in axes:
+        raise node.refuse("needs the coordinates in the last dimension of a map", "permute the map")
+    call = caller(node, maps)
+    return Placed(
+        (maps.read(grid),), Axes(axes.rows + 1, axes.cols + 1), lambda tiles, context: call(tiles, context.weights)
+    )
+
+
+def _along(node: Node, maps: Maps, grid: str, k: int, n: int, mode: int, padding: int, corners: bool) -> Sampled:
+    """The inputs that are read along the axis of which the grid's number `k` tells the place, of `n` positions."""
+    known, shape, dim = maps.ranges.get(grid), maps.shapes[grid], 2 - k
+    if known is None:
+        raise node.refuse(
+            "reads at positions in the whole map, and how far each is from its own place is not known",
+            "make the grid in forward, of numbers (F.affine_grid of torch.eye(2, 3)[None], torch.linspace) plus offsets within "
+            f"numbers that forward names (0.1 * offsets.tanh(), offsets.clamp(-0.1, 0.1)); resize by interpolate; or {_WHOLE}",
+        )
+    known = known.level(shape, [3]).of_each(lambda x: x[..., min(k, x.shape[-1] - 1)], {d: d for d in range(3)})
+    slopes = known.slopes.get(dim, torch.zeros(1, dtype=torch.float64, device="cpu")).flatten()
+    known = known.level(shape, [d for d in known.slopes if d != dim or slopes.min() != slopes.max()])
+    half = (n - 1) / 2 if corners else n / 2
+    scale = slopes[0].item() * half if dim in known.slopes else 0.0
+    low, high = ((end.item() + 1) * half - (0 if corners else 0.5) for end in (known.low.min(), known.high.max()))
+    room = 0.01 * (high - low) / 2 + 16 * torch.finfo(node.dtype).eps * n  # for numbers that autocast rounds
+    low, high = low - room, high + room
+    if padding == _REFLECTION:
+        last = n - 1 - scale * (shape[dim] - 1)  # where a line that stays inside of the map may begin at most
+        begin = min(max((low + high) / 2, 0), max(last, 0)) if last > -0.5 else (low + high) / 2
+        outside = max(0.0, -begin, begin - last)
+        away = max(begin - low, high - begin) + 2 * outside
+        low, high = begin - away, begin + away
+    far = (high - low) / 2
+    if (n > 1 and shape[dim] > 1 and scale <= 0) or far > max(_FARTHEST, n / 2):
+        raise node.refuse(
+            f"reads up to {far:.0f} {('columns', 'rows')[k]} away from a line that moves on by {scale:.3g} for each position, "
+            f"in a map of {n}",
+            f"keep within {_FARTHEST} positions, or half of the map, of where the map's own grid points; or {_WHOLE}",
+        )
+    before, after = (1, 2) if mode == _BICUBIC else (0, 1)
+    return Sampled(n, shape[dim], max(scale, 0.0), low - before, high + after)
+
+
+def _within(at: Tensor, n: int, span: Span, size: int, mode: int, padding: int, corners: bool) -> Tensor:
+    """Coordinates in a whole map as those in a tile of `size` positions, its padding included, of which the corners are -1 and 1.
+
+    PyTorch's kernels know where a coordinate lies among the positions by rounding it down, so that nothing but the part behind
+    must be rounded here, and keeps clear of both ends by what the kernel rounds again.
+    """
+    at = (at + 1) * ((n - 1) / 2) if corners else (at + 1) * (n / 2) - 0.5
+    if padding and mode != _BICUBIC:
+        at = _into(at, n, padding, corners)
+    origin = span.first - span.low
+    if mode == _NEAREST:
+        at = at.round() - origin
+    else:
+        known, room = at.detach(), 2 * torch.finfo(at.dtype).eps * size
+        whole = known.floor()
+        at = (whole - origin) + (known - whole).clamp(room, 1 - room) + (at - known)
+    return at / ((size - 1) / 2) - 1
+
+
+def _into(at: Tensor, n: int, padding: int, corners: bool) -> Tensor:
+    """Positions along an axis moved into it, as PyTorch's kernels do; those at the ends have no gradient, as there."""
+    if padding == _REFLECTION:
+        low, turn = (0.0, 2 * (n - 1)) if corners else (-0.5, 2 * n)
+        away = at - low
+        away = torch.where(away < 0, -away, away)
+        away = away - (away.detach() / turn).trunc() * turn if turn else away * 0
+        at = torch.where(away > turn - away, turn - away, away) + low
+    return torch.where((at > 0) & (at < n - 1), at, at.detach().clamp(0, n - 1))
+
+
+def _bordered(
+    tile: Tensor,
+    spans: tuple[Span, Span],
+    pads: Sequence[int],
+    sizes: tuple[int, int],
+    padding: int,
+    corners: bool,
+) -> Tensor:
+    """A tile with positions beyond the map's border taken from within, columns and then rows."""
+    for k, (span, n) in enumerate(zip(spans, sizes, strict=True)):
+        beyond = torch.arange(
+            span.first - pads[2 * k], span.last + pads[2 * k + 1], dtype=torch.float64, device=tile.device
+        )
+        inside = _into(beyond, n, padding, corners).long() - span.first
+        tile = tile.index_select(3 - k, inside.clamp(0, span.last - span.first - 1))
+    return tile
