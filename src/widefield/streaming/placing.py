@@ -80,17 +80,18 @@ class Placing:
                     self.add(each)
                 return
         try:
-            if node.dtype.is_complex:  # the gradients of complex maps would be lost, and no rule takes |x|^2 for x * x
-                raise node.refuse(
-                    f"makes a complex map ({node.dtype}), and only real ones are streamed",
-                    "compute with the real and the imaginary part as two real maps; "
-                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
-                )
             steps, flattened = unflatten(node, self.maps)
             *before, last = steps
             op = op_of(last.target)
             rewritten = op.rewrite(last, self.maps) if op is not None and op.rewrite is not None else None
-            for each in (*before, *(rewritten or [last])):
+            parts = (*before, *(rewritten or [last]))
+            if any(isinstance(each.target, Reduction) for each in parts) and self._is_complex(node):
+                raise node.refuse(  # no reduction takes |x|^2 for x * x
+                    "reduces a complex map over positions",
+                    "reduce its real and its imaginary part, or its absolute value; "
+                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
+                )
+            for each in parts:
                 self._add(each)
         except UnsupportedOpError as error:
             if not self.allow_whole:
@@ -192,6 +193,10 @@ class Placing:
         if begin != (0, 0):
             self.maps.begin[node.name] = begin
         return node, found
+
+    def _is_complex(self, node: Node) -> bool:
+        """True if an operation reads a complex map, or makes one."""
+        return node.dtype.is_complex or any(self._dtype(name).is_complex for name in node.refs if name in self.maps)
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.nodes[name].dtype if name in self.nodes else self.captured.shapes[name][1]

@@ -93,7 +93,7 @@ class Tape:
         """Return those of the scan's results that depend on nothing that requires grad, or have no gradient."""
         values = (*self.stage.outputs, *(v for v in self.stage.reductions for _ in self.stage.values[v].parts))
         zipped = zip(results, values, strict=True)
-        return [x for x, v in zipped if not (self.requires_grad[v] and x.is_floating_point())]
+        return [x for x, v in zipped if not (self.requires_grad[v] and (x.is_floating_point() or x.is_complex()))]
 
     def save_received(self, above: Carry, left: Carry) -> None:
         """Keep what a step has received."""
@@ -147,6 +147,7 @@ def _requires_grad(stage: Stage, weights: set[str], inputs: Sequence[bool]) -> l
     for v, value in enumerate(stage.values):
         own = inputs[v] if value.placed is None else any(name in weights for name in value.weights)
         reached = own or any(requires_grad[source] for source in value.sources)
-        constant = value.reduction is None and (not value.dtype.is_floating_point or value.facts.stops_gradients)
+        discrete = not (value.dtype.is_floating_point or value.dtype.is_complex)
+        constant = value.reduction is None and (discrete or value.facts.stops_gradients)
         requires_grad.append(reached and not constant)
     return requires_grad

@@ -25,6 +25,8 @@ _pointwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.elementwise)
 )
 @_pointwise(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=())
 @_pointwise(aten.log_sigmoid, saves=("inputs", "mask"))
+@_pointwise(aten.complex, saves=())
+@_pointwise(aten.polar, saves=("inputs", "result"))
 @_pointwise(aten.detach, aten.__and__, aten.__or__, aten.__xor__, saves=(), stops_gradients=True)
 @_pointwise(aten.add, saves=(), carries_relu=True, sends_same=True)
 @_pointwise(
