@@ -40,9 +40,22 @@ class Foreground:
         """Return which blocks of a map of `extent` hold foreground of any image: (row ranges, column ranges)."""
         return self._any(extent, rows, cols).any(0).numpy()  # type: ignore[no-any-return]
 
-    def tile(self, extent: Sequence[int], y: int, x: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Return the foreground in a tile of a map of `extent`: (N or 1, height, width)."""
-        rows, cols = np.arange(y, y + height), np.arange(x, x + width)
+    def tile(
+        self,
+        extent: Sequence[int],
+        y: int,
+        x: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        begin: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """Return the foreground in a tile of a map of `extent`: (N or 1, height, width).
+
+        `begin`: the row and column of the map from which on (y, x) counts, if it is rolled.
+        """
+        rows = (np.arange(y, y + height) + begin[0]) % extent[0]
+        cols = (np.arange(x, x + width) + begin[1]) % extent[1]
         return self._any(extent, (rows, rows + 1), (cols, cols + 1)).to(device)
 
     def _any(self, extent: Sequence[int], rows: Ranges, cols: Ranges) -> Tensor:

@@ -131,7 +131,9 @@ class Job:
         for s, row, col in zip(value.sources, *self.grid.spans(v, i, j), strict=True):
             box = row.first, col.first, row.last - row.first, col.last - col.first
             source = self.grid.stage.values[s]
-            mask = self.foreground.tile(source.extent, *box, self.device)
+            while source.facts.repeats:  # the positions that it holds again are those of the map that goes round
+                source = self.grid.stage.values[source.sources[0]]
+            mask = self.foreground.tile(source.extent, *box, self.device, source.begin)
             masks.append(broadcast_mask(mask, len(source.shape), source.axes))
         return tuple(masks)
 

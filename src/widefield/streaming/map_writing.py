@@ -194,7 +194,7 @@ class MapOutput:
     def rows_done(self, y: int) -> None:
         """No later tile has a row of the whole map above `y`."""
         assert self.sink is not None
-        if self.rolled and y < self.value.extent[0]:
+        if self.rolled and self.value.begin[0] and y < self.value.extent[0]:
             y = 0
         self.sink.rows_done(self.number, min(max(y - self.box[0], 0), self.box[2]))
 

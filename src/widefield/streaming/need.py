@@ -20,7 +20,7 @@ from widefield.streaming.extents import AxisMap, Positions, Span
 from widefield.streaming.foreground import Flags, Foreground, Ranges
 from widefield.streaming.grid import Box, Cuts, Grid, Range
 from widefield.streaming.program import Program, Stage
-from widefield.streaming.rules.rolled import straight, turn
+from widefield.streaming.rules.rolled import straight
 from widefield.streaming.schedule import Schedule
 
 
@@ -159,14 +159,14 @@ class Wanted:
         if not (self.outputs if is_output else self.reductions):
             box = 0, 0, 0, 0
         (top, bottom), across = blocks(grid.row_schedule, v), blocks(grid.col_schedule, v)
-        begin = grid.stage.values[v].begin if grid.stage.values[v].op == straight.__name__ else (0, 0)
+        begin = grid.stage.values[v].begin if not is_output or grid.stage.values[v].op == straight.__name__ else (0, 0)
         rows, cols = (
             _cut_round(found, box[axis], box[axis + 2], begin[axis], extent[axis])
             for axis, found in enumerate(((top[steps], bottom[steps]), across))
         )
         if self.foreground is None:
             return _products(rows, cols)
-        return _around(self.foreground, extent, rows, cols)
+        return _around(self.foreground, extent, begin, rows, cols)
 
 
 def parse_region(region: Any, image: tuple[int, int]) -> Box | None:
@@ -197,12 +197,13 @@ def cells_in(region: Box, image: tuple[int, int], extent: tuple[int, int]) -> Bo
 
 
 def check_order(program: Program, what: str) -> None:
-    """Raise ValueError if the rows of a map are not scanned in the order of the image, as `what` needs it."""
-    for value in (value for stage in program.stages for value in stage.values if value.op == turn.__name__):
-        raise ValueError(
-            f"{what} needs a network without rolled maps, whose rows are not in the order of the image: "
-            f"layer '{value.module_path}' rolls its map"
-        )
+    """Raise ValueError if the rows of a map among the results are not scanned in the order of the image, as `what` needs it."""
+    for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
+        if value.op == straight.__name__ and value.name in program.final_maps and value.begin[0]:
+            raise ValueError(
+                f"{what} needs results whose rows are computed in the order of the image: layer '{value.module_path}' rolls "
+                f"its map, which begins with row {value.begin[0]}. One process computes such a map, and writes it to an array"
+            )
 
 
 def check_parts(program: Program, wanted: Wanted) -> None:
@@ -216,8 +217,8 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
-    if wanted.foreground is not None or wanted.band[1] > 1:
-        check_order(program, "a mask or a process_group")
+    if wanted.band[1] > 1:
+        check_order(program, "a process_group")
     if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
         raise ValueError(
             "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "
@@ -385,16 +386,29 @@ def _products(rows: Ranges, cols: Ranges) -> tuple[Ranges, Ranges]:
     return (rows[0][i], rows[1][i]), (cols[0][j], cols[1][j])
 
 
-def _around(foreground: Foreground, extent: tuple[int, int], rows: Ranges, cols: Ranges) -> tuple[Ranges, Ranges]:
-    """Return the smallest box around the foreground in each block of a map, for all blocks that hold some."""
-    i, j = np.nonzero(foreground.touched(extent, rows, cols))
+def _around(
+    foreground: Foreground, extent: tuple[int, int], begin: tuple[int, int], rows: Ranges, cols: Ranges
+) -> tuple[Ranges, Ranges]:
+    """Return the smallest box around the foreground in each block of a map, for all blocks that hold some.
+
+    Blocks of a map that is rolled, whose scan begins at row and column `begin`, do not go over its border.
+    """
+
+    def touched(down: Ranges, across: Ranges) -> Flags:
+        ranges = []
+        for (first, last), start, size in zip((down, across), begin, extent, strict=True):
+            there = (first + start) % size
+            ranges.append((there, there + last - first))
+        return foreground.touched(extent, *ranges)
+
+    i, j = np.nonzero(touched(rows, cols))
     found = []
     for axis, blocks_ in enumerate((rows, cols)):
         positions = np.concatenate(
             [np.arange(a, b) for a, b in zip(*blocks_, strict=True)] or [np.zeros(0, dtype=np.int64)]
         )
         single = positions, positions + 1
-        marked = foreground.touched(extent, single, cols) if axis == 0 else foreground.touched(extent, rows, single).T
+        marked = touched(single, cols) if axis == 0 else touched(rows, single).T
         where = positions[:, None]
         begins = np.cumsum(blocks_[1] - blocks_[0]) - (blocks_[1] - blocks_[0])
         if not len(i):

@@ -44,7 +44,12 @@ def _stage(
         key = maps.broadcast.get(name, name)
         values.append(
             Value(
-                name, maps.shapes[name], dtypes[key], maps.axes[name], itemsize=computed.get(key, dtypes[key]).itemsize
+                name,
+                maps.shapes[name],
+                dtypes[key],
+                maps.axes[name],
+                itemsize=computed.get(key, dtypes[key]).itemsize,
+                begin=maps.begin.get(name, (0, 0)),
             )
         )
     for name, rule in placed.items():

@@ -154,7 +154,7 @@ def first_positions(x: Tensor, dim: int, count: int) -> Tensor:
     return x.narrow(dim, 0, count)
 
 
-@rule(first_positions, saves=(), repeats=True)
+@rule(first_positions, saves=(), repeats=True, keeps_batch=True)
 def _first_positions(node: Node, maps: Maps) -> Placed:
     """See `first_positions`."""
     name, dim = node.args[0].name, node.args[1]
@@ -169,7 +169,7 @@ def joined(x: Tensor, again: Tensor, dim: int) -> Tensor:
     return torch.cat([x, again], dim)
 
 
-@rule(joined, saves=(), repeats=True)
+@rule(joined, saves=(), repeats=True, keeps_batch=True)
 def _joined(node: Node, maps: Maps) -> Placed:
     """See `joined`."""
     (name, again), dim = (arg.name for arg in node.args[:2]), node.args[2]
@@ -312,7 +312,11 @@ def _cut(
                 for tile, at, (row, y), (col, x) in zip(tiles, axes, down, across, strict=True)
             ]
             spans = tuple(span for span, _ in down), tuple(span for span, _ in across)
-            found[-1].append((parts, context._replace(rows=spans[0], cols=spans[1])))
+            masks = context.masks and tuple(
+                mask.narrow(at.rows, y, row.last - row.first).narrow(at.cols, x, col.last - col.first)
+                for mask, at, (row, y), (col, x) in zip(context.masks, axes, down, across, strict=True)
+            )
+            found[-1].append((parts, context._replace(rows=spans[0], cols=spans[1], masks=masks)))
     return found
 
 
