@@ -489,6 +489,58 @@ class Rolled:
         return int(self.stop_all(np.array([o]))[0])
 
 
+@dataclass(frozen=True)
+class Mirrored:
+    """`inner` along an axis of which both ends are exchanged: inputs and outputs are counted from the last one."""
+
+    inner: AxisMap
+
+    @property
+    def n_in(self) -> int:
+        return self.inner.n_in
+
+    @property
+    def n_out(self) -> int:
+        return self.inner.n_out
+
+    @property
+    def stride(self) -> int:
+        return self.inner.stride
+
+    def seen(self, span: Span) -> Span:
+        """Return a computation as `inner` counts, which counts as this does."""
+        outputs, inputs = (
+            (self.n_out - span.stop, self.n_out - span.start),
+            (self.n_in - span.last, self.n_in - span.first),
+        )
+        return Span(*outputs, *inputs, span.high, span.low)
+
+    def span(self, o0: int, o1: int) -> Span:
+        found = self.inner.span(self.n_out - o1, self.n_out - o0)
+        return Span(o0, o1, self.n_in - found.last, self.n_in - found.first, found.high, found.low)
+
+    def first_all(self, o: Positions) -> Positions:
+        return self.n_in - self.inner.stop_all(self.n_out - o)
+
+    def stop_all(self, o: Positions) -> Positions:
+        return self.n_in - self.inner.first_all(self.n_out - o)
+
+    def ready_all(self, r: Positions) -> Positions:
+        ready = np.searchsorted(self.stop_all(np.arange(1, self.n_out + 1)), r, side="right")
+        ready[r <= 0] = 0
+        ready[r >= self.n_in] = self.n_out
+        return ready
+
+    def ready(self, r: int) -> int:
+        return int(self.ready_all(np.array([r]))[0])
+
+    def first(self, o: int) -> int:
+        return int(self.first_all(np.array([o]))[0])
+
+    def stop(self, o: int) -> int:
+        return int(self.stop_all(np.array([o]))[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Behind(Window):
     """Output `o` is input `o - padding`: of the positions that are joined to a rolled map at its end (see `Rolled`)."""

@@ -16,6 +16,7 @@ from widefield.streaming.captured import Node
 from widefield.streaming.extents import identity
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.flat import apart
+from widefield.streaming.rules.flipped import mirror
 from widefield.streaming.rules.rolled import straight, turn
 
 # Of each choice of maps that are kept: the share of the bytes that it must save, and how much may be computed in all.
@@ -156,6 +157,6 @@ def size_of(node: Node) -> int:
 
 def is_view(node: Node) -> bool:
     """True if a node's result shares the memory of what it reads."""
-    if node.target in (turn, straight, apart):
+    if node.target in (turn, straight, apart, mirror):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")

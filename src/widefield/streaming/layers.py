@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from widefield.streaming.extents import Piece, Rolled, clamp
+from widefield.streaming.extents import Mirrored, Piece, Rolled, clamp
 from widefield.streaming.grid import Grid
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
@@ -148,7 +148,7 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
 def _is_edge(value: Value, k: int) -> bool:
     """True if what a map reads from its k-th source is some rows or columns that are joined to another map."""
     maps = [value.flow(axis).axis_maps[k] for axis in (0, 1)]
-    inner = [m.inner if isinstance(m, Rolled) else m for m in maps]
+    inner = [m.inner if isinstance(m, (Mirrored, Rolled)) else m for m in maps]
     return any(isinstance(m, Piece) and 2 * m.n_in < m.n_out for m in inner)
 
 

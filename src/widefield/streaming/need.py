@@ -20,6 +20,7 @@ from widefield.streaming.extents import AxisMap, Positions, Span
 from widefield.streaming.foreground import Flags, Foreground, Ranges
 from widefield.streaming.grid import Box, Cuts, Grid, Range
 from widefield.streaming.program import Program, Stage
+from widefield.streaming.rules.flipped import mirror
 from widefield.streaming.rules.rolled import straight
 from widefield.streaming.schedule import Schedule
 
@@ -217,6 +218,11 @@ def check_parts(program: Program, wanted: Wanted) -> None:
                 else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
+    if wanted.foreground is not None:
+        for value in (value for stage in program.stages for value in stage.values if value.op == mirror.__name__):
+            raise ValueError(
+                f"a mask needs a network without flipped maps, and layer '{value.module_path}' flips its map"
+            )
     if wanted.band[1] > 1:
         check_order(program, "a process_group")
     if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:

@@ -24,6 +24,7 @@ from widefield.streaming.rules import (
 from widefield.streaming.rules.base import groups
 from widefield.streaming.rules.channels import attention_inside
 from widefield.streaming.rules.flat import seen_shape
+from widefield.streaming.rules.flipped import mirror, turned_round
 from widefield.streaming.rules.norms import batch_norm_of_tensor, by_batch
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.ranges import constant, range_of
@@ -181,7 +182,15 @@ class Placing:
             self._add_plain(node)
 
     def _around(self, node: Node, found: Placed) -> tuple[Node, Placed]:
-        """Return `node`, placed as it runs on maps that are rolled, if any are; what it reads of them is placed before."""
+        """Return `node`, placed as it runs on maps that are rolled or flipped, if any are; what it reads is placed before."""
+        if node.target is mirror or any(name in self.maps.flipped for name in node.refs):
+            nodes, node, found, flips = turned_round(node, found, self.maps)
+            for each in nodes:
+                self._add_plain(replace(each, dtype=self._dtype(each.refs[0])))
+            if node.target is mirror:
+                flips = flips[0] != node.args[1], flips[1] != node.args[2]
+            if any(flips):
+                self.maps.flipped[node.name] = flips
         begin = (0, 0)
         if any(name in self.maps.begin for name in node.refs):
             nodes, node, found, begin = around(node, found, self.maps)
@@ -223,7 +232,7 @@ class Placing:
             self.maps.shapes[part] = shape
 
     def unflattened(self, node: Node) -> Node:
-        """`node` with flattened and rolled maps as the model sees them."""
+        """`node` with flattened, rolled and flipped maps as the model sees them."""
         for name in self.maps.begin.keys() & set(node.refs):
             in_order = f"{name}@straight"
             if in_order not in self.nodes:
@@ -234,6 +243,22 @@ class Placing:
                 if name in self.maps.flat:
                     self.maps.flat[in_order] = self.maps.flat[name]
             node = swap_refs(node, {name: in_order})
+        for name in self.maps.flipped.keys() & set(node.refs):
+            turned = f"{name}@turned round"
+            if turned not in self.nodes:
+                over = [d for d, flip in zip(self.maps.axes[name], self.maps.flipped[name], strict=True) if flip]
+                last = replace(
+                    self.nodes[name],
+                    name=turned,
+                    target=aten.flip.default,
+                    args=(Ref(name), over),
+                    kwargs={},
+                    pick=None,
+                )
+                self._add_plain(last)
+                if name in self.maps.flat:
+                    self.maps.flat[turned] = self.maps.flat[name]
+            node = swap_refs(node, {name: turned})
         for name in self.maps.flat.keys() & set(node.refs):
             whole = f"{name}@whole"
             if whole not in self.nodes:

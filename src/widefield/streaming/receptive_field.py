@@ -14,6 +14,7 @@ from widefield.streaming.extents import (
     AxisMap,
     Behind,
     BorderPad,
+    Mirrored,
     Piece,
     Resample,
     Rolled,
@@ -66,6 +67,10 @@ def receptive_field_of(axis: AxisMap) -> ReceptiveField:
     match axis:
         case Rolled():
             return receptive_field_of(axis.inner)
+        case Mirrored():
+            num, den, low, high = receptive_field_of(axis.inner)
+            ends = den * (axis.n_in - 1) - num * (axis.n_out - 1)
+            return ReceptiveField(num, den, ends - high, ends - low)
         case Behind() | Piece():  # the same rows again, one turn later; for joined maps see `layers`
             return IDENTITY
         case Window():

@@ -6,6 +6,7 @@ operation is in one `Op`, made by the decorators of its rule or rewriting.
 
 from widefield.streaming.rules import (
     channels,
+    flipped,
     fourier,
     losses,
     norms,
@@ -37,4 +38,4 @@ __all__ = [
     "unflatten",
 ]
 # Importing them registers all operations and rewritings.
-_ = (channels, fourier, losses, norms, pointwise, random, resize, rolled, sampling, shapes, whole, windows)
+_ = (channels, flipped, fourier, losses, norms, pointwise, random, resize, rolled, sampling, shapes, whole, windows)

@@ -144,7 +144,8 @@ class Maps:
     `broadcast` collects weights that are as large as the image (position grids): they enter the scan as maps of their own. `flat`
     names maps that the model has flattened (see `rules.flat`), and counts the dimensions of `shapes` that the model sees as one: 2
     for height and width, 3 where the batch is flattened with them. `begin` holds the row and column of a rolled map at which
-    its scan begins (see `rules.rolled`), `ranges` what is known of the numbers that a map or another value holds
+    its scan begins (see `rules.rolled`), `flipped` the axes of a map that the model sees the other way round (see `rules.flipped`),
+    `ranges` what is known of the numbers that a map or another value holds
     (see `rules.ranges`). `positions` are maps that hold positions in others, as max pooling returns them.
     `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
     """
@@ -154,6 +155,7 @@ class Maps:
     broadcast: dict[str, str] = field(default_factory=dict)
     flat: dict[str, Flattened] = field(default_factory=dict)
     begin: dict[str, tuple[int, int]] = field(default_factory=dict)
+    flipped: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     ranges: "dict[str, Range]" = field(default_factory=dict)
     positions: dict[str, Positions] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()

@@ -1,0 +1,197 @@
+"""Flipped maps: height and width in the other direction, while the tiles stay in the order of the image.
+
+`torch.flip` moves nothing: a map stays as it was scanned, and `Maps.flipped` says along which axes the model sees it the other way
+round. An operation on such maps runs on tiles that are turned round as the model sees them, with its own borders, and its result
+is turned back. So a model that looks at flipped images too, and flips its results back, is one scan. What reads a map together
+with one that is flipped would need the last rows with the first ones, and is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widefield.streaming.captured import Node, Ref
+from widefield.streaming.extents import AxisMap, Mirrored, identity
+from widefield.streaming.rules.base import (
+    Axes,
+    Maps,
+    Placed,
+    Read,
+    TileContext,
+    argument,
+    dims,
+    only_map,
+    rewrite,
+    rule,
+    swap_refs,
+)
+from widefield.streaming.rules.reductions import Grads, Pairs, Parts, Reduction
+from widefield.streaming.rules.rewriting import Rewriting
+from widefield.streaming.rules.rolled import turn
+
+aten = torch.ops.aten
+Flips = tuple[bool, bool]
+
+
+@rewrite(aten.flip)
+def flip(node: Node, maps: Maps) -> list[Node] | None:
+    """A flip of height or width as `mirror`; one of other dimensions stays."""
+    name = only_map(node, maps)
+    axes, shape = maps.axes[name], maps.shapes[name]
+    over = dims(node, argument(node, 1, "dims"), len(shape)) if argument(node, 1, "dims") else ()
+    if not set(over) & set(axes):
+        return None
+    new, source = Rewriting(node), Ref(name)
+    if others := [d for d in over if d not in axes]:
+        source = new.add("others", aten.flip.default, (source, others), shape)
+    return new.result(mirror, source, axes.rows in over, axes.cols in over)
+
+
+def mirror(x: Tensor, rows: bool, cols: bool) -> Tensor:
+    """A map of which the model sees the rows, the columns or both the other way round: the same tiles."""
+    raise AssertionError("maps are turned round in a scan only")
+
+
+@rule(mirror, saves=(), cheap=True, keeps_batch=True)
+def mirrored(node: Node, maps: Maps) -> Placed:
+    """See `mirror`."""
+    name = only_map(node, maps)
+    return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: tiles[0])
+
+
+def turned_round(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], Node, Placed, Flips]:
+    """An operation as it runs on maps of which some are flipped.
+
+    Args:
+        node: the operation.
+        placed: how it would be placed if none of its maps were flipped.
+
+    Returns:
+        Plain nodes to be placed before it; the operation, which reads these; how it is placed; and along which axes its result is
+        flipped.
+    """
+    found = {_flips(read.source, maps) for read in placed.reads if read.source not in maps.broadcast}
+    sides = [{flips[axis] for flips in found if flips[axis] is not None} for axis in (0, 1)]
+    if any(len(side) > 1 for side in sides):
+        raise node.refuse(
+            "reads a map together with one that is flipped, so that each tile would need the last rows or columns with the first",
+            "flip results back before they meet others; or stream(model), which runs such a layer on the whole map after "
+            "streaming what comes before it",
+        )
+    rows, cols = (side == {True} for side in sides)
+    rolled = any(read.source in maps.begin for read in placed.reads)
+    if (rolled and (node.target is mirror or rows or cols)) or (node.target is turn and (rows or cols)):
+        raise node.refuse(
+            "rolls a map that is flipped, or flips one that is rolled", "do one of them outside of the model"
+        )
+    nodes: list[Node] = []
+    if not (rows or cols):
+        return nodes, node, placed, (False, False)
+    reads, names = [], {}
+    for read in placed.reads:
+        source = read.source
+        if source in maps.broadcast:
+            source = _flipped_weight(node, source, (rows, cols), maps, nodes)
+            names[maps.broadcast[read.source]] = maps.broadcast[source]
+        reads.append(Read(source, _mirrored(read.rows, rows), _mirrored(read.cols, cols)))
+    if node.target is not mirror and not _is_alike(placed):
+        back = _Back(placed, (rows, cols), tuple(maps.axes[read.source] for read in placed.reads))
+        placed = replace(placed, run=back.run, exclusive=False)
+        if isinstance(node.target, Reduction):
+            target: Any = _OfFlipped(node.target, back)
+            node = replace(node, target=target)
+    return nodes, swap_refs(node, names), replace(placed, reads=tuple(reads)), (rows, cols)
+
+
+def _flips(name: str, maps: Maps) -> tuple[bool | None, bool | None]:
+    """Whether the model sees rows and columns of a map the other way round; None where there is but one."""
+    flips = maps.flipped.get(name, (False, False))
+    rows, cols = (flip if n > 1 else None for flip, n in zip(flips, maps.extent(name), strict=True))
+    return rows, cols
+
+
+def _mirrored(axis_map: AxisMap, flipped: bool) -> AxisMap:
+    return Mirrored(axis_map) if flipped and axis_map != identity(axis_map.n_in) else axis_map
+
+
+def _is_alike(placed: Placed) -> bool:
+    """True if an operation gives the same whichever way round its maps are."""
+    pointwise = all(
+        (read.rows, read.cols) == (identity(read.rows.n_in), identity(read.cols.n_in)) for read in placed.reads
+    )
+    return pointwise and placed.op.cheap and not placed.op.draws and not placed.op.masked
+
+
+def _flipped_weight(node: Node, name: str, flips: Flips, maps: Maps, nodes: list[Node]) -> str:
+    """The name of the map that a weight as large as the image becomes when it is read the other way round."""
+    weight, axes, shape = maps.broadcast[name], maps.axes[name], maps.shapes[name]
+    added, shape_of = len(shape) - len(maps.shapes[weight]), maps.shapes[weight]
+    over = [d - added for d, flip in zip(axes, flips, strict=True) if flip and d >= added]
+    if not over:
+        return name
+    made = f"{weight}@flipped {','.join(map(str, over))}"
+    if made not in maps.shapes:
+        nodes.append(
+            replace(
+                node,
+                name=made,
+                target=aten.flip.default,
+                args=(Ref(weight), over),
+                kwargs={},
+                pick=None,
+                shape=shape_of,
+            )
+        )
+        maps.shapes[made] = shape_of
+    return maps.broadcast_weight(made, axes, shape)
+
+
+@dataclass(frozen=True)
+class _Back:
+    """An operation on tiles of flipped maps, whose height and width stand in `axes`."""
+
+    placed: Placed
+    flips: Flips
+    axes: tuple[Axes, ...]
+
+    def run(self, tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        return self._flip(self.placed.run(*self.seen(tiles, context)), self.placed.axes)
+
+    def seen(self, tiles: Sequence[Tensor], context: TileContext) -> tuple[list[Tensor], TileContext]:
+        """Tiles and context as the model sees the maps."""
+        reads, spans = self.placed.reads, []
+        for axis, given in enumerate((context.rows, context.cols)):
+            maps = [read.cols if axis else read.rows for read in reads]
+            spans.append(
+                tuple(Mirrored(m).seen(s) if self.flips[axis] else s for m, s in zip(maps, given, strict=True))
+            )
+        turned = [self._flip(tile, axes) for tile, axes in zip(tiles, self.axes, strict=True)]
+        return turned, context._replace(rows=spans[0], cols=spans[1])
+
+    def _flip(self, x: Tensor, axes: Axes) -> Tensor:
+        return x.flip([d for d, flip in zip(axes, self.flips, strict=True) if flip])
+
+
+@dataclass(frozen=True)
+class _OfFlipped(Reduction):
+    """A reduction of flipped maps."""
+
+    inner: Reduction
+    back: _Back
+
+    def gather(self, tiles: Sequence[Tensor], context: TileContext) -> Any:
+        return self.inner.gather(*self.back.seen(tiles, context))
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return self.inner.merge(one, other)
+
+    def finish(self, state: Any) -> Parts:
+        return self.inner.finish(state)
+
+    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
+        with torch.enable_grad():
+            seen = self.back.seen(tiles, context)
+        return self.inner.pull(result, *seen, grads)
