@@ -19,6 +19,7 @@ ELEMENTWISE_LOSSES = (
     *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss", "kl_div"),
     *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
 )
+TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft", "fftshift", "ifftshift")
 CALLS: dict[str, Callable[[Tensor], object]] = {
     "conv2d": lambda x: F.conv2d(x, WEIGHT),
     "conv_transpose2d": lambda x: F.conv_transpose2d(x, WEIGHT),
@@ -122,6 +123,14 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
     **{name: lambda x, name=name: getattr(F, name)(x, x.detach(), reduction="none") for name in ELEMENTWISE_LOSSES},
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x[..., :4], 2),
+    "complex": lambda x: torch.complex(x, x),
+    "polar": lambda x: torch.polar(x, x),
+    **{f"fft_{name}": lambda x, name=name: getattr(torch.fft, name)(x, dim=1) for name in TRANSFORMS},
+    **{
+        f"fft_{kind}{n}": lambda x, name=f"{kind}{n}": getattr(torch.fft, name)(x, dim=(0, 1))
+        for kind in ("fft", "ifft", "rfft", "irfft")
+        for n in "2n"
+    },
 }
 # Views save nothing themselves: what reads them decides. The others have no derivative, or are forms of those above.
 VIEWS = frozenset(
@@ -129,6 +138,7 @@ VIEWS = frozenset(
         *("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "unflatten", "flatten", "view_as", "reshape_as"),
         *("permute", "transpose", "movedim", "swapaxes", "swapdims", "expand", "slice", "select", "unbind", "alias"),
         *("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "unfold", "contiguous", "type_as"),
+        *("view_as_real", "view_as_complex", "_conj", "_neg_view", "resolve_conj", "resolve_neg"),
     )
 )
 WITHOUT_DERIVATIVE = frozenset(

@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.streaming.exactness import assert_exact, randomise
+from tests.streaming.exactness import TOLERANCE, assert_exact, randomise
 from widefield.streaming import StreamingCNN, UnsupportedOpError, stream
 
 TILES = [(7, None), (5, 6), (1, 3), (64, 64)]
@@ -203,6 +203,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], object]] = {
     "convex upsampling": lambda x: _upsampled(x),
     "deformable convolution": lambda x: _deformed(x, 2.5 * _channels(x, 18).tanh(), padding=1),
     "deformable convolution with a mask": lambda x: _deformed(x, torch.cat([-_channels(x, 9).clamp(-1, 3), _channels(x, 9).sigmoid() + 0.5], 1)[:, :, ::2, ::3], _channels(x, 9).sigmoid()[:, :, ::2, ::3], stride=(2, 3), padding=(2, 1), dilation=(2, 1)),
+    "Fourier transforms of channels": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.arange(5).to(x).view(5, 1, 1) * (1 - 2j), n=8, dim=1),
+    "Fourier transforms of tokens": lambda x: torch.fft.fft(x.flatten(2).mT, norm="ortho").imag.mT.view(x.shape) * torch.fft.ifft2(x.movedim(1, -1).unflatten(-1, (2, 4))).flatten(-2).real.movedim(-1, 1),
+    "complex maps": lambda x: (torch.view_as_complex(torch.view_as_real(torch.polar(x.abs(), x)) * 2).conj() * torch.complex(x, x.cos())).angle() * (x + 1j * x.flip(1)).abs(),
+    "shifted frequencies": lambda x: torch.fft.hfft(torch.fft.ifftshift(x + x.cos() * 1j, dim=1), n=8, dim=1) + torch.fft.ihfft(torch.fft.fftshift(x, 1), dim=1).conj().imag.repeat(1, 2, 1, 1)[:, :8],
     "glu": lambda x: F.glu(x, 1).repeat(1, 2, 1, 1),
     "arithmetic": lambda x: (x + 1) * x.sigmoid() - x / (2 + x.abs()) + torch.where(x > 0, x, x * 0.1) ** 2,
     "comparison": lambda x: x * (x > x.mean(1, keepdim=True)) + torch.maximum(x, -x) + x.clamp(-0.5, 0.5),
@@ -347,9 +351,59 @@ def test_one_row_or_column_is_flattened_as_others_are(size: tuple[int, int]) -> 
     assert_exact(module, torch.randn(2, 3, *size), [3])
 
 
-def test_a_complex_map_runs_whole() -> None:
+def test_the_mean_of_a_complex_map_runs_whole() -> None:
     torch.manual_seed(0)
-    assert_exact(Fn(lambda x: (x * (1 + 2j)).abs()), torch.randn(1, 3, 23, 19), [7], wrap=stream)
+    assert_exact(
+        Fn(lambda x: x * (x * (1 + 2j)).mean((2, 3), keepdim=True).abs()), torch.randn(1, 3, 23, 19), [7], wrap=stream
+    )
+
+
+def test_a_complex_result_and_one_between_two_scans_are_exact() -> None:
+    torch.manual_seed(0)
+    module = Fn(lambda x: torch.fft.fft(x, dim=1) / x.std((2, 3), keepdim=True) * (1 - 1j), after=None).double()
+    image = torch.randn(1, 3, 23, 19).double()
+    expected = module(image)
+    found = StreamingCNN(module, 5, verify=False)(image)
+    assert found.dtype == torch.complex128
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    weights = torch.randn_like(expected.real) * (2 + 1j)
+    grads = [torch.autograd.grad((x * weights).real.sum(), tuple(module.parameters())) for x in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+class Looking(nn.Module):
+    """A network that looks at its image, or at a map of it, the other way round too."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.before, self.after = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 2, (3, 2), padding=(2, 0), dilation=2)
+        self.net = nn.Sequential(
+            nn.MaxPool2d(3, 2, ceil_mode=True), nn.Conv2d(6, 6, 3, padding=1), nn.Upsample(scale_factor=2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+FLIPPED: dict[str, Callable[[Looking, Tensor], Tensor]] = {
+    "three ways, flipped back": lambda m, x: sum(m.after(m.net(m.before(x.flip(d)))).flip(d) for d in ([1], [3], [2, 3])),
+    "a flipped result": lambda m, x: (m.after(m.before(x.flip(2))), x.flip(3)),
+    "reductions": lambda m, x: m.before(x) * m.before(x.flip((3, 1))).mean((2, 3), keepdim=True) + m.before(x).flip(2).amax((2, 3), True),
+    "a grid of positions": lambda m, x: (m.before(x).flip(2) * torch.linspace(-1, 1, 12, dtype=x.dtype).view(-1, 1)).flip(2),
+    "cells": lambda m, x: F.adaptive_avg_pool2d(m.before(x).flip(2), (3, 2)).flatten(1) + F.adaptive_max_pool2d(x.round().flip(3), (4, 9)).flatten(1),
+    "windows, slices and padding": lambda m, x: F.pad(F.pad(_in_windows(m.before(x).flip(3), lambda w: (w @ w.mT).softmax(-1) @ w), (1, 0, 2, 3)), (1, 4, 0, 2), mode="reflect")[:, :, 3::2, 1:].flip(3),
+    "ties": lambda m, x: F.max_pool2d(x.round().flip(3), 3, 2, 1).flip(3) + F.interpolate(m.before(x)[:, :3].flip(2), size=(12, 10)).flip(2),
+    "norms": lambda m, x: F.group_norm(m.before(x).flip(2), 2).flip(2).flatten(2).softmax(-1) + F.layer_norm(m.before(x).flip(3), (12, 10), torch.arange(120).to(x).view(12, 10)).flip(3).flatten(2),
+    "tokens of a window": lambda m, x: _in_windows(m.before(x), lambda w: (w @ w.mT).flip(1) @ w),
+    "a small whole map": lambda m, x: m.before(x) * F.adaptive_avg_pool2d(m.before(x), 4).flip(3).softmax(2).amax((2, 3), keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_flipped_maps_are_exact(name: str) -> None:
+    torch.manual_seed(0)
+    assert_exact(Looking(FLIPPED[name]), torch.randn(1, 3, 23, 19), [(5, 6), (1, None)])
 
 
 def test_nan_passes_through() -> None:
@@ -404,12 +458,14 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("circular padding by half of a large map", lambda x: F.pad(F.interpolate(x, scale_factor=10), (0, 0, 65, 0), mode="circular")),
         ("two large maps, one above the other", lambda x: torch.cat([F.interpolate(x, scale_factor=10)] * 2, 2)),
         ("softmax over space", lambda x: x.softmax(-1)),
-        ("flip", lambda x: x.flip(3)),
+        ("a map beside its mirror image", lambda x: x + x.flip(3)),
+        ("a rolled map that is flipped", lambda x: x.roll(2, 3).flip(3)),
+        ("a flipped map that is rolled", lambda x: x.flip(2).roll(2, 2)),
         ("spatial matmul", lambda x: x @ x.transpose(2, 3)),
-        ("fft", lambda x: torch.fft.fft2(x).real),
+        ("fft over positions", lambda x: torch.fft.fft2(x).real),
+        ("fft along the width", lambda x: torch.fft.rfft(x).abs()),
         ("roll of all positions", lambda x: x.roll(1)),
         ("roll by half of a large map", lambda x: F.interpolate(x, scale_factor=10).roll(100, 2)),
-        ("grid sample", lambda x: F.grid_sample(x, torch.zeros(1, 5, 5, 2, dtype=x.dtype), align_corners=False)),
         ("deformable convolution without bounds", lambda x: torchvision.ops.deform_conv2d(x, _channels(x, 18), torch.ones(8, 8, 3, 3).to(x), padding=1)),
         ("cumsum over width", lambda x: x.cumsum(3)),
         ("unpooling to positions of windows that overlap", lambda x: F.max_unpool2d(*F.max_pool2d(x, 3, 2, 1, return_indices=True), 3, 2, 1, x.shape[-2:])),
@@ -418,7 +474,7 @@ def test_tiny_images(size: tuple[int, int]) -> None:
         ("a quantile of the image", lambda x: x.quantile(0.5)),
         ("variance over height", lambda x: x.var(2)),
         ("tokens after a class token", lambda x: torch.cat([x.flatten(2).mT[:, :1] * 0, x.flatten(2).mT], 1)),
-        ("a complex factor", lambda x: (x * 2j).abs()),
+        ("the mean of a complex map", lambda x: (x * 2j).mean((2, 3)).abs()),
         ("an empty map", lambda x: (x, x[:, :, : x.shape[2] // 32])),
         ("nearest by 2.01", lambda x: F.interpolate(x, scale_factor=2.01)),
         ("nearest by 1.003", lambda x: F.interpolate(x, scale_factor=1.003)),

@@ -85,12 +85,12 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", GRIDS)
 def test_sampling_near_each_position_is_exact(name: str) -> None:
     torch.manual_seed(0)
-    assert_exact(Fn(GRIDS[name]), torch.randn(1, 3, 23, 19), [(1, 3), (5, None)])
+    assert_exact(Fn(GRIDS[name]), torch.randn(1, 3, 17, 13), [(6, 5), (1, None)])
 
 
 def test_a_batch_of_grids_is_exact() -> None:
     torch.manual_seed(0)
-    module = Fn(lambda x: torch.cat([near(x, "bilinear", "zeros", True), turned_by_what_it_sees(x)], 1), after=16)
+    module = Fn(lambda x: torch.cat([near(x, "bilinear", "zeros", False), turned_by_what_it_sees(x)], 1), after=16)
     assert_exact(module, torch.randn(2, 3, 1, 17), [4])
     assert_exact(module, torch.randn(2, 3, 18, 1), [4])
 
@@ -114,15 +114,15 @@ def test_sampling_far_away_is_refused_with_the_reason(function: Callable[[Tensor
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sums and products": lambda x: 3 - 2 * x.tanh() * torch.arange(5.0) / torch.tensor([2.0, -4.0]).view(2, 1, 1),
     "alpha, and a number before": lambda x: torch.rsub(torch.add(x.sigmoid(), torch.linspace(-1, 4, 5), alpha=-3), 2),
-    "limits": lambda x: (x.sin() + torch.linspace(-2, 2, 7).view(-1, 1)).clamp(-1, 1.5) - x.clamp(min=-1).relu6(),
-    "another order": lambda x: (x.cos() + torch.arange(7).view(-1, 1)).permute(3, 0, 2, 1).flip(0, 2)[1:, :, ::2],
+    "limits": lambda x: (x.sin() + torch.linspace(-2, 2, 7).view(-1, 1)).clamp(-1, 1.5) - F.relu6(x.clamp(min=-1)),
+    "another order": lambda x: (x.cos() + torch.arange(7).view(-1, 1)).permute(3, 0, 2, 1).flip(1, 3)[1:, :, ::2],
     "pieces": lambda x: torch.stack([(x.erf() * k + torch.arange(5)).unbind(2)[k] for k in (1, 3)], 1).chunk(2, 3)[1],
     "other shapes": lambda x: (x.tanh() + torch.arange(7)[:, None]).view(1, 2, 7, 5).expand(3, -1, -1, -1).flatten(0, 1),
     "one over another": lambda x: x.sigmoid() / (x.cos() + 2) + torch.reciprocal(x.sin() - 3),
     "a mesh": lambda x: torch.stack(torch.meshgrid(torch.arange(7), torch.arange(5), indexing="xy"), -1) * x.tanh().mT[..., None],
-    "an affine grid": lambda x: F.affine_grid(torch.eye(2, 3)[None] + 0.3 * x[:, :1, :2, :3].tanh()[:, 0], (1, 1, 7, 5)),
+    "an affine grid": lambda x: F.affine_grid(torch.eye(2, 3)[None] + 0.3 * x[:, :1, :2, :3].tanh()[:, 0], (1, 1, 7, 5), False),
     "filled": lambda x: torch.ones_like(x) * 3 + torch.full((5,), -2.0) + torch.zeros(7, 1) + torch.eye(7, 5) * x.tanh(),
-    "joined": lambda x: torch.cat([x.sigmoid(), -x.sigmoid() - torch.arange(5), torch.ones(1, 1, 7, 5)], 1).roll(1, 1).amax(1),
+    "joined": lambda x: torch.cat([x.sigmoid(), -x.sigmoid() - torch.arange(5), torch.ones(1, 1, 7, 5)], 1).roll(1, 1),
 }  # fmt: skip
 
 

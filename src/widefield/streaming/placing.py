@@ -173,6 +173,7 @@ class Placing:
                     f"makes an empty map of shape {node.shape}",
                     "pass a larger image, or leave this output out where it is empty",
                 )
+            self._note_range(node)
             if not found.op.repeats:
                 node, found = self._around(node, found)
             self.placed[node.name] = found
@@ -219,6 +220,7 @@ class Placing:
             return
         if any(name in self.maps or name in self.whole for name in node.refs):
             self.whole.add(node.name)
+        self._note_range(node)
         self._record(node)
 
     def _add_reduction(self, node: Node) -> None:
@@ -271,6 +273,8 @@ class Placing:
     def _record(self, node: Node) -> None:
         self.nodes[node.name] = node
         self.maps.shapes[node.name] = node.shape
+
+    def _note_range(self, node: Node) -> None:
         if (found := range_of(node, self.maps.ranges, self.maps.shapes)) is not None:
             self.maps.ranges[node.name] = found
 

@@ -159,6 +159,11 @@ def _multiplied(node: Node, known: Known, shapes: Shapes) -> Range | None:
     for x, factor in ((one, other), (other, one)):
         if not factor.slopes and torch.equal(factor.low, factor.high):
             return _times(x, factor.low)
+    for x, factor in ((one, other), (other, one)):
+        if x.slopes and not factor.slopes:
+            made, level = _times(x, (factor.low + factor.high) / 2), x.level(node.shape)
+            room = (factor.high - factor.low) / 2 * torch.maximum(level.low.abs(), level.high.abs())
+            return Range(made.low - room, made.high + room, made.slopes)
     one, other = (x.level(node.shape) for x in (one, other))
     products = [a * b for a in (one.low, one.high) for b in (other.low, other.high)]
     stacked = torch.stack(torch.broadcast_tensors(*products))
@@ -416,7 +421,7 @@ _FUNCTIONS: dict[str, Callable[[Node, Known, Shapes], Range | None]] = {
     **dict.fromkeys(("aten.mul", "aten.div"), _multiplied),
     "aten.neg": _negated,
     "aten.reciprocal": _reciprocal,
-    **dict.fromkeys(("aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "turn", "straight"), _same),
+    **dict.fromkeys(("aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "straight"), _same),
     "aten.lift_fresh_copy": _same,
     **dict.fromkeys(("aten.to", "aten._to_copy", "aten.type_as"), _same),
     **dict.fromkeys(("aten.zeros", "aten.ones", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full"), _filled),
@@ -434,5 +439,5 @@ _FUNCTIONS: dict[str, Callable[[Node, Known, Shapes], Range | None]] = {
     **dict.fromkeys(("aten.select", "aten.unbind"), _selected),
     "aten.flip": _flipped,
     **dict.fromkeys(("aten.roll", "aten.upsample_bilinear2d", "aten.upsample_nearest2d", "aten.max_pool2d"), _anywhere),
-    **dict.fromkeys(("aten.mean", "aten.amax", "aten.amin", "aten.index_select"), _anywhere),
+    **dict.fromkeys(("aten.mean", "aten.amax", "aten.amin", "aten.index_select", "turn", "mirror"), _anywhere),
 }  # fmt: skip
