@@ -391,7 +391,7 @@ FLIPPED: dict[str, Callable[[Looking, Tensor], Tensor]] = {
     "a flipped result": lambda m, x: (m.after(m.before(x.flip(2))), x.flip(3)),
     "reductions": lambda m, x: m.before(x) * m.before(x.flip((3, 1))).mean((2, 3), keepdim=True) + m.before(x).flip(2).amax((2, 3), True),
     "a grid of positions": lambda m, x: (m.before(x).flip(2) * torch.linspace(-1, 1, 12, dtype=x.dtype).view(-1, 1)).flip(2),
-    "cells": lambda m, x: F.adaptive_avg_pool2d(m.before(x).flip(2), (3, 2)).flatten(1) + F.adaptive_max_pool2d(x.round().flip(3), (4, 9)).flatten(1),
+    "cells": lambda m, x: F.adaptive_avg_pool2d(m.before(x).flip(2), (3, 2)).flatten(1) + F.adaptive_max_pool2d(x.round().flip(3), (4, 3)).flatten(1),
     "windows, slices and padding": lambda m, x: F.pad(F.pad(_in_windows(m.before(x).flip(3), lambda w: (w @ w.mT).softmax(-1) @ w), (1, 0, 2, 3)), (1, 4, 0, 2), mode="reflect")[:, :, 3::2, 1:].flip(3),
     "ties": lambda m, x: F.max_pool2d(x.round().flip(3), 3, 2, 1).flip(3) + F.interpolate(m.before(x)[:, :3].flip(2), size=(12, 10)).flip(2),
     "norms": lambda m, x: F.group_norm(m.before(x).flip(2), 2).flip(2).flatten(2).softmax(-1) + F.layer_norm(m.before(x).flip(3), (12, 10), torch.arange(120).to(x).view(12, 10)).flip(3).flatten(2),
@@ -403,7 +403,7 @@ FLIPPED: dict[str, Callable[[Looking, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", FLIPPED)
 def test_flipped_maps_are_exact(name: str) -> None:
     torch.manual_seed(0)
-    assert_exact(Looking(FLIPPED[name]), torch.randn(1, 3, 23, 19), [(5, 6), (1, None)])
+    assert_exact(Looking(FLIPPED[name]), torch.randn(1, 3, 23, 19), [(5, 6)])
 
 
 def test_nan_passes_through() -> None:

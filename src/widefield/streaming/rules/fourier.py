@@ -24,16 +24,10 @@ from widefield.streaming.rules.base import (
 aten = torch.ops.aten
 
 
-@rule(
-    *(aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft, aten.fft_hfft, aten.fft_ihfft),
-    saves=(),
-    flat=flat.along(2, default=-1),
-)
-@rule(
-    *(aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2),
-    *(aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn, aten.fft_irfftn),
-    saves=(),
-)
+@rule(aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_ihfft, flat=flat.along(2, default=-1))
+@rule(aten.fft_irfft, aten.fft_hfft, saves=(), flat=flat.along(2, default=-1))
+@rule(aten.fft_rfft2, aten.fft_rfftn)
+@rule(aten.fft_fft2, aten.fft_ifft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn, aten.fft_irfftn, saves=())
 @rule(aten.fft_fftshift, aten.fft_ifftshift, saves=())
 def transform(node: Node, maps: Maps) -> Placed:
     """Fourier transforms along dimensions that are neither height nor width, and their shifts."""
