@@ -1,11 +1,13 @@
 """Rolled maps and windowed attention: networks of both, and the extents of what goes round."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.swin_transformer import (
     PatchMergingV2,
     SwinTransformer,
@@ -14,6 +16,8 @@ from torchvision.models.swin_transformer import (
 )
 
 from tests.streaming.exactness import TOLERANCE, assert_exact, randomise, relative_error
+from tests.streaming.test_parts import assert_part_is_exact
+from tests.streaming.test_rules import Fn
 from widefield.streaming import StreamingCNN
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window, identity
 from widefield.streaming.rules.rolled import _around
@@ -109,10 +113,30 @@ class Rolling(nn.Module):
         return torch.roll(x, (-3, 2), (2, 3))
 
 
-def test_a_mask_is_refused_by_name_where_a_map_is_rolled() -> None:
-    streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
-    with pytest.raises(ValueError, match="layer '1' rolls its map"):
-        streamed(torch.randn(1, 3, 20, 20), mask=np.ones((4, 4), dtype=bool), fill=0.0)
+MASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a result that is rolled": lambda x: x.roll((-3, 2), (2, 3)),
+    "means": lambda x: x.roll((-3, 2), (2, 3)) * x.roll((2, 5), (2, 3)).mean((2, 3), keepdim=True),
+    "circular padding": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1) * x,
+    "statistics": lambda x: torch.cat([x.roll((-3, 2), (2, 3)).var((2, 3)), x.roll((1, 2), (2, 3)).logsumexp((2, 3))], 1),
+    "cells": lambda x: F.adaptive_max_pool2d(x.roll((-2, 3), (2, 3)), (3, 2)).flatten(1),
+    "group norm of a map that rolls back": lambda x: F.group_norm(x.roll((-2, 3), (2, 3)), 2).roll((2, -3), (2, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_rolled_maps_is_exact(name: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 7, 6, dtype=torch.bool)
+    mask[0, 2:4, 1:3] = mask[0, 6, 5] = mask[1, 0, 0] = mask[1, 3, 3] = True
+    assert_part_is_exact(Fn(MASKED[name], channels=6, after=None), torch.randn(2, 3, 23, 19), (5, 6), mask=mask)
+
+
+def test_a_mask_of_a_swin_is_exact() -> None:
+    torch.manual_seed(0)
+    mask = torch.zeros(1, 5, 4, dtype=torch.bool)
+    mask[0, 1, :2] = mask[0, 4, 3] = True
+    assert_part_is_exact(randomise(Net([2], 1, True)).eval(), torch.randn(1, 3, 26, 35), 9, mask=mask)
+    assert_part_is_exact(randomise(Net([2], 1, False)).eval(), torch.randn(1, 3, 26, 35), 9, (3, 11, 20, 9), mask)
 
 
 @pytest.mark.parametrize("region", [(0, 0, 9, 7), (11, 13, 10, 13), (8, 0, 1, 26), (20, 25, 1, 1), (0, 0, 21, 26)])
@@ -162,7 +186,7 @@ def test_a_rolled_map_is_written_to_an_array() -> None:
 
 def test_a_rolled_map_is_not_written_to_a_file(tmp_path: Path) -> None:
     streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), Rolling()), 8, verify=False)
-    with pytest.raises(ValueError, match="layer '1' rolls its map"):
+    with pytest.raises(ValueError, match="layer '1' rolls its map, which begins with row 3"):
         streamed.write(torch.randn(1, 3, 20, 20), tmp_path / "map.zarr")
 
 
