@@ -100,6 +100,12 @@ class GrowingCells(nn.Module):
         return self.pool(x, (x.shape[2] - 13, x.shape[3] // 2))
 
 
+class GoesRound(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(x.roll((-3, 2), (2, 3)), 3, 1, 1).roll((3, -2), (2, 3)) * x
+        return torch.cat([x.mean((2, 3)), x.roll(2, 2).amax((2, 3))], 1)
+
+
 class Statistics(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         space = (2, 3)
@@ -118,6 +124,7 @@ NETWORKS = {
     "maxima of cells": trunk(nn.AdaptiveMaxPool2d((2, 3)), nn.Flatten(), nn.Linear(36, 2)),
     "maxima of cells that grow": trunk(GrowingCells(F.adaptive_max_pool2d), nn.Conv2d(6, 3, 3)),
     "attention": trunk(Attention()),
+    "rolled": trunk(GoesRound()),
     "statistics": trunk(Statistics()),
     "windows": trunk(Local(nn.Sequential(nn.Flatten(), nn.Linear(54, 4), nn.Tanh()), 3, 2), nn.Conv2d(4, 2, 2)),
 }

@@ -28,6 +28,7 @@ NAMES = {  # the numbers of processes with which each network is tried
     "cells": (3,),
     "statistics": (3,),
     "windows": (2, 3),
+    "rolled": (2, 3),
 }
 
 
@@ -99,6 +100,11 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     net.load_state_dict(state)
     StreamingCNN(net, 16, verify=False, batch_statistics="exact")(image)
     assert relative_error(running, net[3].running_var) < 1e-12
+
+    circular = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.Tanh()).double()
+    circular.append(nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular").double())
+    with pytest.raises(ValueError, match="rolls its map, which begins with row"):
+        StreamingCNN(circular, 16, verify=False, process_group=group)(image)
 
     planned = StreamingCNN(network("pooling"), process_group=group)  # all agree on tiles
     assert relative_error(planned(image), planned.module(image)) < TOLERANCE

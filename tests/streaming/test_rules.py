@@ -401,7 +401,9 @@ FLIPPED: dict[str, Callable[[Looking, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FLIPPED)
-def test_flipped_maps_are_exact(name: str) -> None:
+def test_flipped_maps_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "window" in name:
+        monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
     torch.manual_seed(0)
     assert_exact(Looking(FLIPPED[name]), torch.randn(1, 3, 23, 19), [(5, 6)])
 
@@ -424,7 +426,9 @@ def test_nan_passes_through() -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name: str) -> None:
+def test_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "windows" in name:  # a trace for all sizes takes several times as long, and gives the same operations
+        monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
     if name == "bilinear by almost 3" and torch.get_default_device().type == "cuda":
         pytest.skip("PyTorch's own kernels differ by 1e-7")
     torch.manual_seed(0)

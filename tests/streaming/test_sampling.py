@@ -83,7 +83,11 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_sampling_near_each_position_is_exact(name: str) -> None:
+def test_sampling_near_each_position_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (
+        "corners" in name
+    ):  # of the kernel's options one trace for all sizes knows no more than one for this size, and takes longer
+        monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
     torch.manual_seed(0)
     assert_exact(Fn(GRIDS[name]), torch.randn(1, 3, 17, 13), [(6, 5), (1, None)])
 
