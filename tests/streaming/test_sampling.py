@@ -125,6 +125,7 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "one over another": lambda x: x.sigmoid() / (x.cos() + 2) + torch.reciprocal(x.sin() - 3),
     "a mesh": lambda x: torch.stack(torch.meshgrid(torch.arange(7), torch.arange(5), indexing="xy"), -1) * x.tanh().mT[..., None],
     "an affine grid": lambda x: F.affine_grid(torch.eye(2, 3)[None] + 0.3 * x[:, :1, :2, :3].tanh()[:, 0], (1, 1, 7, 5), False),
+    "whole numbers": lambda x: (3.7 * x.tanh() + torch.linspace(-2, 2, 5)).int() + torch.tensor([x.shape[3], 2])[:, None, None],
     "filled": lambda x: torch.ones_like(x) * 3 + torch.full((5,), -2.0) + torch.zeros(7, 1) + torch.eye(7, 5) * x.tanh(),
     "joined": lambda x: torch.cat([x.sigmoid(), -x.sigmoid() - torch.arange(5), torch.ones(1, 1, 7, 5)], 1).roll(1, 1),
 }  # fmt: skip

@@ -187,8 +187,14 @@ def _negated(node: Node, known: Known, shapes: Shapes) -> Range | None:
 
 
 def _same(node: Node, known: Known, shapes: Shapes) -> Range | None:
-    """The values of the first argument; those that become whole numbers are not followed."""
-    return _operand(node.args[0], known, len(node.shape)) if node.dtype.is_floating_point else None
+    """The values of the first argument, converted; what is cut off of whole numbers is less than 1."""
+    found = _operand(node.args[0], known, len(node.shape))
+    if found is None or node.dtype.is_floating_point:
+        return found
+    if node.dtype not in (torch.int32, torch.int64):
+        return None
+    whole = all(torch.equal(x, x.round()) for x in (found.low, found.high, *found.slopes.values()))
+    return found if whole else Range(found.low - 1, found.high + 1, found.slopes)
 
 
 def _filled(node: Node, known: Known, shapes: Shapes) -> Range | None:
