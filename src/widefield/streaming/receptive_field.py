@@ -68,9 +68,9 @@ def receptive_field_of(axis: AxisMap) -> ReceptiveField:
         case Rolled():
             return receptive_field_of(axis.inner)
         case Mirrored():
-            num, den, low, high = receptive_field_of(axis.inner)
-            ends = den * (axis.n_in - 1) - num * (axis.n_out - 1)
-            return ReceptiveField(num, den, ends - high, ends - low)
+            inner = receptive_field_of(axis.inner)
+            both = inner.den * (axis.n_in - 1) - inner.num * (axis.n_out - 1)
+            return ReceptiveField(inner.num, inner.den, both - inner.high, both - inner.low)
         case Behind() | Piece():  # the same rows again, one turn later; for joined maps see `layers`
             return IDENTITY
         case Window():

@@ -56,7 +56,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 def between(low: float, high: float, ndim: int = 0) -> Range:
     """Return the range of a value of which all elements are between two numbers."""
-    return Range(*(torch.full((1,) * ndim, end, dtype=torch.float64, device="cpu") for end in (low, high)), {})
+    ends = [torch.full((1,) * ndim, end, dtype=torch.float64, device="cpu") for end in (low, high)]
+    return Range(ends[0], ends[1], {})
 
 
 def constant(value: Tensor) -> Range | None:
@@ -238,7 +239,8 @@ def _affine_grid(node: Node, known: Known, shapes: Shapes) -> Range | None:
         first = 0.0 if corners and n == 1 else first
         at = at + middle[..., k] * first
         slopes[d] = (middle[..., k] * step)[:, None, None]
-    return Range(*((at + sign * away.sum(-1))[:, None, None] for sign in (-1, 1)), slopes)
+    at, away = at[:, None, None], away.sum(-1)[:, None, None]
+    return Range(at - away, at + away, slopes)
 
 
 def _permuted(node: Node, known: Known, shapes: Shapes) -> Range | None:
