@@ -1,105 +1,207 @@
 """A vision transformer on every patch of a slide, and gated attention pooling over its map, trained together: memory and time.
 
-    uv run python benchmarks/local.py --model vit_small_patch16_224 --size 4096 --memory-budget 700MiB
+    uv run python benchmarks/local.py --size 2016 4096 --chunk 4 16 --threads 1 --json benchmarks/results/local.json
 
-Memory is above the weights and the image, in a process of its own per row: VmHWM on the CPU, max_memory_allocated on CUDA. Rows:
+The slide is a tiled TIFF, stained tissue of scikit-image again and again, and is read tile by tile. Memory is the resident peak
+(VmHWM; on CUDA what PyTorch allocates) of a process of its own, above the weights and their gradients. Times are CPU-seconds on a
+CPU, so that other processes count little, and ways take turns. Ways, with a chunk of patches a step:
 
-    chunk     forward and backward of as many patches at a time as a step of the scan holds, encoder and head, without the rest
-    chunks    the same over all patches of the image, one chunk after the other: the time of the bare computation
-    streamed  `stream(...)` on the image: exact gradients of one loss of the whole slide
-    frozen    `stream(...)` with an encoder that does not train
+    chunks    plain PyTorch: forward and backward of one chunk after the other, each with the head, until all patches of the slide
+              were there; its memory is that of one chunk. It computes no gradient of a loss of the slide
+    streamed  `widefield.stream`: exact gradients of one loss of the whole slide. Nothing is recorded: a tile is a chunk
+    frozen    the same with an encoder that does not train
 
-Prints a Markdown table.
+`--model tiny` is a network of two layers, so that large slides take minutes. `--backward-steps N` ends a streamed pass after its
+whole forward pass and N steps of the backward pass, which are all alike: it has memory, and no time.
 """
 
 import argparse
+import itertools
 import json
+import math
+import shlex
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import pyvips
 import timm
 import torch
-from torch import Tensor, nn
+from skimage import data
+from torch import nn
 
 import widefield as wf
-from widefield.cli.measuring import peak_in_new_process, peak_of
+from widefield.cli.bench import HEADER, table_row
+from widefield.cli.measuring import machine, peak_in_new_process, peak_of, write_json
+from widefield.components import GatedAttentionPooling
+from widefield.models.patch_encoder import PatchEncoder
+
+WINDOW = 224
+WAYS = ("chunks", "streamed", "frozen")
 
 
-class GatedAttention(nn.Module):
-    """Ilse et al., Attention-based deep multiple instance learning, 2018, equation 9."""
+class Enough(Exception):
+    """As many steps are done as were wanted."""
 
-    def __init__(self, channels: int, hidden: int = 128) -> None:
-        super().__init__()
-        self.v, self.u, self.w = nn.Linear(channels, hidden), nn.Linear(channels, hidden), nn.Linear(hidden, 1)
-        self.out = nn.Linear(channels, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        weights = self.w(torch.tanh(self.v(tokens)) * torch.sigmoid(self.u(tokens))).softmax(1)
-        return self.out((weights * tokens).sum(1))
+def slide(folder: Path, size: int) -> Path:
+    """A slide of so many pixels a side, which is made if it is not there."""
+    path = folder / f"{size}.tif"
+    if not path.exists():
+        tissue = pyvips.Image.new_from_array(data.immunohistochemistry())
+        times = -(-size // tissue.width)
+        tissue.replicate(times, times).crop(0, 0, size, size).tiffsave(path, tile=True, compression="jpeg", Q=85)
+    return path
+
+
+def network(model: str, frozen: bool, device: str) -> nn.Sequential:
+    """The encoder of patches and its head."""
+    torch.manual_seed(0)
+    if model == "tiny":
+        layers = nn.Conv2d(3, 64, 16, 16), nn.GELU(), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        encoder, channels = PatchEncoder(nn.Sequential(*layers), WINDOW), 64
+    else:
+        named: Any = timm.create_model(model, num_classes=0)
+        encoder, channels = PatchEncoder(named, WINDOW), named.num_features
+    head = GatedAttentionPooling(channels, 2)
+    return nn.Sequential(encoder.requires_grad_(not frozen).eval(), head).to(device)
+
+
+def tile_of(chunk: int) -> tuple[int, int]:
+    """Height and width in pixels of a tile of so many patches, as square as can be."""
+    rows = next(n for n in range(math.isqrt(chunk), 0, -1) if chunk % n == 0)
+    return rows * WINDOW, chunk // rows * WINDOW
+
+
+class Passes:
+    """The ways to take a step on a slide."""
+
+    def __init__(self, options: argparse.Namespace, path: Path, chunk: int) -> None:
+        self.image = wf.open_image(path)
+        self.count = (self.image.shape[1] // WINDOW) * (self.image.shape[2] // WINDOW)
+        self.chunk, self.device, self.steps = min(chunk, self.count), options.device, options.backward_steps
+        self.networks = {frozen: network(options.model, frozen, self.device) for frozen in (False, True)}
+        self.streamed = {frozen: wf.stream(net, tile_of(chunk), verify=False) for frozen, net in self.networks.items()}
+        for streamed in self.streamed.values():
+            streamed.progress = self.progress
+        for net in self.networks.values():
+            for p in net.parameters():  # as in any step but the first: they count as weights
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+
+    def progress(self, phase: str, done: int, steps: int) -> None:
+        if phase == "backward" and done == self.steps:
+            raise Enough
+
+    def one(self, way: str) -> Callable[[], None]:
+        """The pass whose memory is measured: of `chunks` one chunk."""
+        return (lambda: self.chunks(1)) if way == "chunks" else self.whole(way)
+
+    def whole(self, way: str) -> Callable[[], None]:
+        """The pass whose time is measured."""
+        if way == "chunks":
+            return lambda: self.chunks(-(-self.count // self.chunk))
+        return lambda: self.stream(frozen=way == "frozen")
+
+    def chunks(self, times: int) -> None:
+        encoder: Any = self.networks[False][0]
+        head = self.networks[False][1]
+        patches = torch.rand(self.chunk, 3, WINDOW, WINDOW, device=self.device)
+        for _ in range(times):
+            head(encoder.module(patches).T[None, :, :, None]).sum().backward()
+
+    def stream(self, frozen: bool) -> None:
+        with suppress(Enough):
+            self.streamed[frozen](self.image).sum().backward()
+
+
+def warmed_up(options: argparse.Namespace, folder: Path, size: int, chunk: int, ways: list[str]) -> Passes:
+    """The passes on a slide, after each on a small one, of one tile."""
+    passes = Passes(options, slide(folder, tile_of(chunk)[1]), chunk)
+    passes.steps = None
+    for way in ways:
+        passes.one(way)()
+    passes.steps, passes.image = options.backward_steps, wf.open_image(slide(folder, size))
+    passes.count = (passes.image.shape[1] // WINDOW) * (passes.image.shape[2] // WINDOW)
+    for streamed in passes.streamed.values():
+        streamed.plan(passes.image.shape)
+    return passes
+
+
+def measured(options: argparse.Namespace, folder: Path, way: str, size: int, chunk: int) -> dict[str, Any]:
+    """Bytes at the peak of a way, in this process."""
+    passes = warmed_up(options, folder, size, chunk, [way])
+    return {"bytes": peak_of(passes.one(way), options.device)}
+
+
+def rows_of(options: argparse.Namespace, folder: Path, size: int, chunk: int) -> list[dict[str, Any]]:
+    """Rows of all ways."""
+    passes = warmed_up(options, folder, size, chunk, options.ways if options.repeats else [])
+    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
+    for _ in range(options.repeats):
+        for way, of_way in seconds.items():
+            begin = clock()
+            passes.whole(way)()
+            if options.device != "cpu":
+                torch.cuda.synchronize()
+            of_way.append(clock() - begin)
+    plan = passes.streamed[False].plan(passes.image.shape)
+    rows = []
+    for way, of_way in seconds.items():
+        given = json.dumps({"way": way, "size": size, "chunk": chunk, "folder": str(folder)})
+        row = {
+            "model": options.model,
+            "size": size,
+            "dtype": "float32",
+            "what": "step",
+            "way": f"{way} of {passes.chunk} patches" if way == "chunks" else f"{way}, {passes.chunk} patches a step",
+            "fits": True,
+            "patches": passes.count,
+            "all_seconds": [round(s, 2) for s in of_way],
+            "seconds": sorted(of_way)[len(of_way) // 2] if of_way else None,
+            **peak_in_new_process(given),
+        }
+        if way == "streamed":
+            row["predicted_bytes"] = plan.total_bytes
+        rows.append(row)
+    for row in rows if options.ways[0] == "chunks" else ():
+        row["time_ratio"] = row["seconds"] / rows[0]["seconds"] if rows[0]["seconds"] else None
+        row["memory_ratio"] = row["bytes"] / rows[0]["bytes"]
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224")
-    parser.add_argument("--window", type=int, default=224)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--memory-budget", default=None)
-    parser.add_argument("--tile", type=int, default=None, help="pixels of a tile along each side, instead of a budget")
+    parser.add_argument("--size", type=int, nargs="+", default=[2016])
+    parser.add_argument("--chunk", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--repeats", type=int, default=1, help="0: memory alone")
+    parser.add_argument("--backward-steps", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", nargs="*", default=["chunk", "chunks", "streamed", "frozen"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.peak:
-        print(json.dumps(measured(options.peak, options)))
+        given = json.loads(options.peak)
+        folder = Path(given.pop("folder"))
+        print(json.dumps(measured(options, folder, **given)))
         return
-    rows = {row: peak_in_new_process(row) for row in options.rows}
-    print(
-        f"{options.model}, {options.size} x {options.size} pixels, {next(iter(rows.values()))['chunk']} patches a chunk\n"
-    )
-    print("| | MiB | s | of chunk | of chunks |\n|---|---|---|---|---|")
-    for row, found in rows.items():
-        memory = f"{found['bytes'] / rows['chunk']['bytes']:.2f}" if "chunk" in rows else ""
-        seconds = f"{found['seconds'] / rows['chunks']['seconds']:.2f}" if "chunks" in rows and row != "chunk" else ""
-        print(f"| {row} | {found['bytes'] / 2**20:.0f} | {found['seconds']:.1f} | {memory} | {seconds} |")
-
-
-def measured(row: str, options: argparse.Namespace) -> dict[str, float]:
-    """Return bytes and seconds of a row, and the number of patches in a chunk."""
-    torch.manual_seed(0)
-    encoder = timm.create_model(options.model, num_classes=0).requires_grad_(row != "frozen").eval()
-    head = GatedAttention(encoder.num_features)
-    net = nn.Sequential(wf.Local(encoder, options.window), head).to(options.device)
-    image = torch.rand(1, 3, options.size, options.size)
-    streamed = wf.stream(net, options.tile, memory_budget=options.memory_budget, verify=False)
-    tile = streamed.plan(image.shape[1:]).tile_size
-    chunk = max(1, tile[0] // options.window) * max(1, tile[1] // options.window)
-    count = (options.size // options.window) ** 2
-    patches = torch.rand(min(chunk, count), 3, options.window, options.window, device=options.device)
-
-    def on_patches(times: int) -> None:
-        for _ in range(times):
-            head(encoder(patches).T[None, :, :, None]).sum().backward()
-
-    work: dict[str, Callable[[], object]] = {
-        "chunk": lambda: on_patches(1),
-        "chunks": lambda: on_patches(-(-count // chunk)),
-        "streamed": lambda: streamed(image).sum().backward(),
-        "frozen": lambda: streamed(image).sum().backward(),
-    }
-    for p in net.parameters():  # as in any step but the first; they count as weights
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    encoder(patches[:1])
-    started = time.perf_counter()
-    if options.device == "cpu":
-        peak = peak_of(work[row])
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work[row]()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    return {"bytes": peak, "seconds": time.perf_counter() - started, "chunk": chunk}
+    written = {**machine(options.device), "command": shlex.join(["python", *sys.argv]), "rows": []}
+    print(*HEADER, sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as slides:
+        for size, chunk in itertools.product(options.size, options.chunk):
+            for row in rows_of(options, Path(slides), size, chunk):
+                written["rows"].append(row)
+                print(table_row(row), flush=True)
+            if options.json:
+                write_json(options.json, written)
 
 
 if __name__ == "__main__":

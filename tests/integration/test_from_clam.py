@@ -13,7 +13,16 @@ from widefield.cli import main
 from widefield.models.instances import POOLINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-clam.md").read_text(encoding="utf-8")
-SMALLER = {"vit_small_patch16_224": "test_vit", "size=224": "size=32", "--epochs 20": "--epochs 1", "384": "64"}
+SMALLER = {
+    "vit_small_patch16_224": "test_vit",
+    "resnet18": "test_resnet",
+    "384": "64",
+    "size=224": "size=32",
+    "patch_size=512": "patch_size=96",
+    "image_size=448": "image_size=64",
+    "per_slide=16": "per_slide=1",
+    "--epochs 20": "--epochs 1",
+}
 
 
 def small(code: str) -> str:
@@ -43,7 +52,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
     commands = [command for block in blocks for command in small(block).replace("\\\n", " ").splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         name, *arguments = shlex.split(command)
         assert name == "widefield"

@@ -1,6 +1,7 @@
 """`Local`: a module on every window of a map is, streamed, what it is on the whole image."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
-from tests.streaming.masked import OverForeground, foreground
+from tests.streaming.masked import OverForeground, foreground, masked
 from widefield.streaming import Local, LocalError, StreamingCNN, UnsupportedOpError, VerificationError, stream
 from widefield.streaming.local import Draws, LocalCall
 
@@ -61,35 +62,50 @@ def pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(low, high), st.integers(low, high))
 
 
-def agrees(
-    kind: str,
-    head: str,
-    inside: bool,
-    window: Any,
-    stride: Any,
-    padding: Any,
-    partial: str,
-    size: Any,
-    tile: Any,
-    chunk: int,
-) -> None:
+def drawn_network(
+    kind: str, head: str, inside: bool, window: Any, stride: Any, padding: Any, partial: Any, size: Any, chunk: int
+) -> tuple[nn.Sequential, Tensor]:
+    """Return a network around windows, and an image. Without a head if the image holds no window."""
     torch.manual_seed(0)
     padding = tuple(min(p, w - 1) for p, w in zip(padding, window, strict=True))
     channels = 4 if inside else 3
-    module = MODULES[kind](channels, window)
-    local = Local(module, window, stride, padding, partial=partial, fill=0.3, chunk=chunk)
+    local = Local(MODULES[kind](channels, window), window, stride, padding, partial=partial, fill=0.3, chunk=chunk)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), local) if inside else nn.Sequential(local)
     image = torch.randn(2, 3, *size)
-    try:
+    with suppress(LocalError):
         made = net(image)
-    except LocalError:
+        if head == "attention" and made.shape[3] == 1:  # a map of one column is not flattened by tiles
+            head = "pooling"
+        net.append(HEADS[head](made.shape[1]))
+    return net, image
+
+
+def agrees(tile: Any, **drawn: Any) -> None:
+    net, image = drawn_network(**drawn)
+    if isinstance(net[-1], Local):
         with pytest.raises(ValueError, match="holds no window"):
             StreamingCNN(net, tile)(image)
+    else:
+        assert_exact(net, image, [tile])
+
+
+def agrees_under_a_mask(tile: Any, cells: Any, seed: int, **drawn: Any) -> None:
+    net, image = drawn_network(**drawn)
+    if isinstance(net[-1], Local):
         return
-    if head == "attention" and made.shape[3] == 1:  # a map of one column is not flattened by tiles
-        head = "pooling"
-    net.append(HEADS[head](made.shape[1]))
-    assert_exact(net, image, [tile])
+    mask = torch.rand(1, *cells, generator=torch.Generator().manual_seed(seed)) < 0.3
+    mask[0, seed % cells[0], seed % cells[1]] = True
+    results = []
+    plain = nn.Sequential(*(Shown(part) if isinstance(part, Local) else part for part in net)).double()
+    streamed = StreamingCNN(net, tile, verify=False)
+    for run in (lambda x: masked(plain, x, mask, 0.5), lambda x: streamed(x, mask=mask, fill=0.5)):
+        net.zero_grad()
+        x = image.double().requires_grad_()
+        found = run(x)
+        found.square().sum().backward()
+        results.append([found, x.grad, *(p.grad for p in net.parameters())])
+    for expected, found in zip(*results, strict=True):
+        assert relative_error(found, expected) < TOLERANCE
 
 
 DRAWN = {
@@ -117,6 +133,27 @@ def test_windows_drawn_at_random_are_exact(**drawn: Any) -> None:
 @given(**DRAWN)
 def test_many_windows_drawn_at_random_are_exact(**drawn: Any) -> None:
     agrees(**drawn)
+
+
+MASKED = {
+    **DRAWN,
+    "head": st.sampled_from(["none", "convolution", "pooling"]),
+    "cells": pair(1, 9),
+    "seed": st.integers(0, 99),
+}
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(**MASKED)
+def test_windows_drawn_at_random_are_exact_under_a_mask(**drawn: Any) -> None:
+    agrees_under_a_mask(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**MASKED)
+def test_many_windows_drawn_at_random_are_exact_under_a_mask(**drawn: Any) -> None:
+    agrees_under_a_mask(**drawn)
 
 
 def vit(**options: Any) -> nn.Module:

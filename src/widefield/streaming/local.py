@@ -8,6 +8,7 @@ autograd: hooks, `autograd.Function`s and branches within it are exact, as long 
 import copy
 import hashlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -261,6 +262,10 @@ def _refuse_batch_statistics(watch: Watch, module: nn.Module) -> None:
             )
 
 
+_CONTAINERS = (dict, OrderedDict, list, set)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers."""
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
@@ -274,9 +279,11 @@ def _bound(module: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
-        memo.update(
-            {id(leaf): leaf for leaf in pytree.tree_leaves(list(vars(part).values())) if isinstance(leaf, Tensor)}
-        )
+        for name, value in vars(part).items():
+            if type(value) in _CONTAINERS and not value:  # of hooks, mostly, which take most of the time of a copy
+                memo[id(value)] = type(value)()
+            elif name not in _REGISTERED:
+                memo.update({id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)})
     memo.update({id(own): tensor for own, tensor in zip(_tensors(module), tensors, strict=True)})
     return copy.deepcopy(module, memo)
 
