@@ -122,7 +122,7 @@ DRAWN = {
 }
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(**DRAWN)
 def test_windows_drawn_at_random_are_exact(**drawn: Any) -> None:
     agrees(**drawn)
@@ -143,7 +143,7 @@ MASKED = {
 }
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(**MASKED)
 def test_windows_drawn_at_random_are_exact_under_a_mask(**drawn: Any) -> None:
     agrees_under_a_mask(**drawn)
