@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import spawn
 
 from widefield import stream
 from widefield.streaming import StreamingCNN
+from widefield.streaming.captured import CallKind
 from widefield.streaming.need import Wanted
 
 
@@ -54,8 +55,9 @@ def expected(options: argparse.Namespace) -> tuple[float, float]:
     """Return the speed-up that the plans promise, and what is computed twice as a share of all work."""
     net = getattr(torchvision.models, options.model)(num_classes=2).eval()
     model = StreamingCNN(net, unsupported="run_whole", memory_budget=options.memory_budget)
-    program = model._program((1, 3, options.size, options.size), torch.float32, torch.device("cpu"))
-    planner = model._planner(program, torch.device("cpu"))
+    kind = CallKind((1, 3, options.size, options.size), torch.float32)
+    program = model._program(kind)
+    planner = model._planner(program, kind)
     parts = [planner.plan(Wanted(band=(rank, options.ranks)))[0].computed_fraction for rank in range(options.ranks)]
     return 1 / max(parts), sum(parts) - 1
 

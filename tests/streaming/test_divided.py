@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
+from widefield.streaming.captured import CallKind
 from widefield.streaming.planner import Planner, PlanRequest
 from widefield.streaming.program import Program
 
@@ -50,7 +51,7 @@ def divide(monkeypatch: pytest.MonkeyPatch, which: int, shares: tuple[float, flo
 
 
 def program_of(module: nn.Module) -> Program:
-    return StreamingCNN(module)._program((1, 3, 64, 64), torch.float32, torch.device("cpu"))
+    return StreamingCNN(module)._program(CallKind((1, 3, 64, 64), torch.float32))
 
 
 def test_a_stage_can_be_cut_where_all_goes_through_one_map() -> None:

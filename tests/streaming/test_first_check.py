@@ -18,8 +18,8 @@ from widefield.streaming.watch import Watch
 
 def undefended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take out whatever looks for such faults, but the check at first use."""
-    monkeypatch.setattr(capture, "_refuse_structure", lambda *args: None)
-    monkeypatch.setattr(capture, "_refuse_changes", lambda changes, watch: None)
+    monkeypatch.setattr(capture, "refuse_structure", lambda *args: None)
+    monkeypatch.setattr(capture, "refuse_changes", lambda changes, watch: None)
     monkeypatch.setattr(Watch, "_refuse_lost", lambda *args: None)
     monkeypatch.setattr(Watch, "_patched", lambda watch: iter(()))
     monkeypatch.setattr("widefield.streaming.verification._VERIFIED", {})

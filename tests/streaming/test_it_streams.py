@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import SqueezeExcitation
 
 from widefield.streaming import StreamingCNN, stream
+from widefield.streaming.captured import CallKind
 
 
 class LargestTensor(TorchDispatchMode):
@@ -36,8 +37,9 @@ class LargestTensor(TorchDispatchMode):
 
 def _largest_buffer(streamed: StreamingCNN, image: Tensor) -> int:
     """Bytes of the largest tile with its carries, by the schedule."""
-    program = streamed._program(tuple(image.shape), torch.float32, torch.device("cpu"))
-    grid = streamed._planner(program, torch.device("cpu")).grids[0]
+    kind = CallKind(tuple(image.shape), torch.float32)
+    program = streamed._program(kind)
+    grid = streamed._planner(program, kind).grids[0]
     return max(
         value.pixel_bytes * (row[v].ready - row[v].held_from) * (col[v].ready - col[v].held_from)
         for v, value in enumerate(grid.stage.values)

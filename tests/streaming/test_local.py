@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from tests.streaming.masked import OverForeground, foreground, masked
 from widefield.streaming import Local, LocalError, StreamingCNN, UnsupportedOpError, VerificationError, stream
+from widefield.streaming.captured import CallKind
 from widefield.streaming.local import Draws, LocalCall
 
 
@@ -569,7 +570,7 @@ class Softmax(nn.Module):
 
 def test_what_a_window_needs_is_what_autograd_saves() -> None:
     module = vit()
-    program = StreamingCNN(Local(module, 32))._program((1, 3, 64, 64), torch.float32, torch.device("cpu"))
+    program = StreamingCNN(Local(module, 32))._program(CallKind((1, 3, 64, 64), torch.float32))
     (value,) = [value for value in program.stages[0].values if value.placed is not None]
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}

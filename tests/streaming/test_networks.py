@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tests.streaming.exactness import assert_exact, randomise
 from widefield.streaming import stream
+from widefield.streaming.captured import CallKind
 
 ODD = (97, 113)
 
@@ -139,7 +140,7 @@ def test_global_average_pooling_is_summed_tile_by_tile() -> None:
 
     image = torch.randn(2, 3, 41, 35)
     streamed = assert_exact(Net(), image, [(9, None), (7, 11), (1, 1)], wrap=stream)
-    program = streamed._program(tuple(image.shape), torch.float64, torch.device("cpu"))
+    program = streamed._program(CallKind(tuple(image.shape), torch.float64))
     (stage,) = program.stages
     assert not stage.outputs, "the map itself is never made"
     assert len(stage.reductions) == 3

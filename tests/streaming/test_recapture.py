@@ -21,6 +21,7 @@ from tests.streaming.exactness import relative_error
 from tests.streaming.unseen import IMAGE, Net, assert_equal_results
 from widefield.streaming import StreamingCNN, UnsupportedOpError
 from widefield.streaming.capture import trace_module
+from widefield.streaming.captured import CallKind
 
 
 @dataclasses.dataclass
@@ -370,7 +371,7 @@ def test_a_forward_pass_on_another_device_is_told_of_it_and_captured() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         return x * (3 if x.is_cuda and x.get_device() == 1 else 2) + torch.ones(4, 1, 1, device=x.device).cuda()
 
-    captured = trace_module(Net(forward), (1, 3, 9, 9), torch.float64, device=torch.device("cuda", 1)).at(9, 9)
+    captured = trace_module(Net(forward), CallKind((1, 3, 9, 9), torch.float64, torch.device("cuda", 1))).at(9, 9)
     assert captured is not None
     factors = [node.args[1] for node in captured.nodes if node.op == "aten.mul"]
     assert factors == [3]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
 from widefield.streaming.arena import Arena
-from widefield.streaming.captured import Ref
+from widefield.streaming.captured import CallKind, Ref
 from widefield.streaming.store import Store
 
 
@@ -217,7 +217,7 @@ def test_a_plan_under_autocast_counts_the_bytes_of_its_dtypes() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         results = streamed(image)
         plan = streamed.plan((3, 400, 400))
-        program = streamed._program((1, 3, 40, 40), torch.float32, torch.device("cpu"))
+        program = streamed._program(CallKind((1, 3, 40, 40), torch.float32))
     made = {value.name: value.itemsize for stage in program.stages for value in stage.values}
     names = [leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref)]
     assert [made[name] for name in names] == [x.dtype.itemsize for x in results] == [2, 4]

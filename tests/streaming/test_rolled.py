@@ -20,6 +20,7 @@ from tests.streaming.masked import foreground
 from tests.streaming.test_parts import assert_part_is_exact
 from tests.streaming.test_rules import Fn
 from widefield.streaming import StreamingCNN
+from widefield.streaming.captured import CallKind
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window, identity
 from widefield.streaming.rules.rolled import _around
 
@@ -104,7 +105,9 @@ def test_the_receptive_field_grows_where_windows_are_shifted() -> None:
 def test_the_masks_of_shifted_windows_are_made_tile_by_tile() -> None:
     module, image = Net([2], 1, False).eval(), torch.zeros(1, 3, 128, 192)
     with torch.no_grad():
-        program = StreamingCNN(module, 64, verify=False)._program(tuple(image.shape), image.dtype, image.device)
+        program = StreamingCNN(module, 64, verify=False)._program(
+            CallKind(tuple(image.shape), image.dtype, image.device)
+        )
     assert program.broadcast, "the numbers of the parts that a window may hold are a map"
     assert program.combined_bytes < 16 * 64 * 96 * 4, "a mask has 16 numbers for each position"
 

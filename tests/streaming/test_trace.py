@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.streaming.exactness import TOLERANCE, relative_error
 from widefield.streaming import StreamingCNN, UnsupportedOpError, program_cache, stream
 from widefield.streaming.capture import trace_module
-from widefield.streaming.captured import Captured, Ref
+from widefield.streaming.captured import CallKind, Captured, Ref
 
 
 class Fn(nn.Module):
@@ -85,11 +85,11 @@ def renamed(captured: Captured) -> tuple[object, ...]:
 )  # more slices, which do nothing
 def test_a_derived_trace_is_that_of_the_size(name: str) -> None:
     module = Fn(FUNCTIONS[name])
-    trace = trace_module(module, (1, 3, *SIZES[0]), torch.float32)
+    trace = trace_module(module, CallKind((1, 3, *SIZES[0]), torch.float32))
     assert not trace.fixed
     derived = 0
     for size in SIZES:
-        own = trace_module(module, (1, 3, *size), torch.float32, symbolic=False).at(*size)
+        own = trace_module(module, CallKind((1, 3, *size), torch.float32), symbolic=False).at(*size)
         assert own is not None
         if (found := trace.at(*size)) is not None:
             assert renamed(found) == renamed(own)
@@ -115,7 +115,7 @@ def test_many_sizes_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_same_padding_of_many_layers_is_one_trace_for_sizes_of_one_remainder() -> None:
     module = Fn(lambda x: same_padding(same_padding(same_padding(same_padding(x))))).double()
-    trace = trace_module(module, (1, 3, 101, 87), torch.float64)
+    trace = trace_module(module, CallKind((1, 3, 101, 87), torch.float64))
     held = [size for size in range(64, 160) if trace.at(size, 87) is not None]
     assert {size % 32 for size in held} == {101 % 32, 102 % 32}  # the convolution before makes 51 of both
     streamed = stream(module, 40)
@@ -175,7 +175,7 @@ def test_an_image_of_one_row() -> None:
 
 def test_a_module_that_needs_long_with_symbols_is_traced_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("widefield.streaming.capture._SYMBOLIC_LIMIT", 0.0)
-    assert trace_module(Fn(lambda x: x.relu()), (1, 3, 33, 47), torch.float32).fixed
+    assert trace_module(Fn(lambda x: x.relu()), CallKind((1, 3, 33, 47), torch.float32)).fixed
 
 
 def test_a_condition_that_cannot_be_computed_does_not_hold() -> None:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from widefield.errors import WrongArgumentError
 from widefield.pretraining.wrapping import evaluating
 from widefield.streaming import LazyImage, StreamingCNN, stream
-from widefield.streaming.call import Inputs
+from widefield.streaming.call import device_and_dtype
 from widefield.streaming.map_writing import ArrayTarget, MapSink, WrittenMap
 from widefield.streaming.tiles import TileReader
 
@@ -129,10 +129,9 @@ def tile_mismatch(
     streamed = model if isinstance(model, StreamingCNN) else stream(model)
     size = _checked_tile(tile_size, overlap)
     with evaluating(streamed):
-        inputs = Inputs.of(streamed.module, streamed.normalisation, image, ())
         target = _Scratch(streamed.scratch_dir, size, overlap)
         streamed.write(image, target)
-        reader = TileReader(image, inputs.device, inputs.dtype, streamed.normalisation)
+        reader = TileReader(image, *device_and_dtype(streamed.module, image), streamed.normalisation)
         return _compare(streamed.module, reader, target)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a streamed module, checked before anything is captured or computed."""
+"""A call of a streamed module at its two ends: inputs, checked before anything is captured, and the result put together."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,43 +8,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
 
-from widefield.streaming.captured import MapInput
-from widefield.streaming.execution import Statistics
+from widefield.streaming.captured import CallKind
+from widefield.streaming.execution import Statistics, fill_refs
+from widefield.streaming.fingerprint import NOTHING, mark_left
 from widefield.streaming.foreground import Foreground
+from widefield.streaming.need import Wanted
 from widefield.streaming.program import Program
+from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.tiles import LazyImage, Normalisation, map_input, pixel_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """An image and what else `forward` takes, as the module on `device` sees it: of `shape` (N, C, H, W) and `dtype`.
+    """A call of a streamed module, checked.
 
-    `given` says of each of `maps` what a capture needs to know.
+    Attributes:
+        image: One image or batch.
+        maps: What else `forward` takes.
+        kind: What a capture needs to know of them.
+        wanted: The part of the image that is asked for; None: all of it.
+        fill: The pixel that takes the place of the background, as it was given.
+        gather: Put maps among the results together from the bands of all processes.
+        prepared: What is known of the image already.
     """
 
     image: Tensor | LazyImage
     maps: tuple[Tensor | LazyImage, ...]
-    given: tuple[MapInput, ...]
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(module: nn.Module, normalisation: Normalisation, image: Any, maps: Sequence[Any]) -> "Inputs":
-        """Check what `module` is called with. Raises ValueError for what cannot be streamed."""
-        device, dtype = device_and_dtype(module, image)
-        shape = _checked_shape(image, device, dtype, normalisation)
-        return Inputs(image, tuple(maps), tuple(map_input(x, shape, device, dtype) for x in maps), shape, device, dtype)
-
-    @property
-    def image_requires_grad(self) -> bool:
-        return isinstance(self.image, Tensor) and self.image.requires_grad
-
-    @property
-    def requires_grad(self) -> bool:
-        """True if any of them does."""
-        return self.image_requires_grad or any(x.requires_grad for x in self.given)
+    kind: CallKind
+    wanted: Wanted | None = None
+    fill: Any = 0.0
+    gather: bool = False
+    prepared: "PreparedImage | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +48,30 @@ class PreparedImage:
     """An image, and what operations over the whole of it have given; see `StreamingCNN.prepare`."""
 
     inputs: Inputs
-    foreground: Foreground | None
-    fill: Any
     statistics: Statistics
     made_for: Any
+
+    @property
+    def foreground(self) -> Foreground | None:
+        return None if self.inputs.wanted is None else self.inputs.wanted.foreground
+
+    def check_call(self, maps: Sequence[Any], mask: Any) -> None:
+        """Raise ValueError if a model is called on it in a way that needs more than what is known."""
+        if maps or mask is not None:
+            raise ValueError("maps and a mask are given to prepare(), and hold for all regions: leave them out here")
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the "
+                "model with the image itself, which computes them again with gradients"
+            )
+
+
+def kind_of_call(module: nn.Module, normalisation: Normalisation, image: Any, maps: Sequence[Any]) -> CallKind:
+    """Check what `module` is called with, and return what its capture depends on. Raises ValueError for what cannot be streamed."""
+    device, dtype = device_and_dtype(module, image)
+    shape = _checked_shape(image, device, dtype, normalisation)
+    given = tuple(map_input(x, shape, device, dtype) for x in maps)
+    return CallKind(shape, dtype, device, isinstance(image, Tensor) and image.requires_grad, given)
 
 
 def device_and_dtype(module: nn.Module, image: Any) -> tuple[torch.device, torch.dtype]:
@@ -120,6 +136,22 @@ def bind(module: nn.Module, program: Program, device: torch.device) -> dict[str,
     values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
     values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
     return values
+
+
+def finish(module: nn.Module, program: Program, values: dict[str, Any], written: dict[str, Any]) -> Any:
+    """The result among `values`, with what is `written` in the place of maps.
+
+    Running statistics, and attributes that forward sets, are as the plain module leaves them.
+    """
+    for path, name in program.statistics:
+        update_running_statistics(module.get_submodule(path), values[name])
+    outputs, spec = program.captured.outputs, program.captured.spec
+    attributes = pytree.tree_unflatten(fill_refs(outputs, values), spec)[1]
+    result = pytree.tree_unflatten(fill_refs(outputs, {**values, **written}), spec)[0]
+    for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
+        part = module.get_submodule(path)
+        setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
+    return result
 
 
 class _Together(torch.autograd.Function):

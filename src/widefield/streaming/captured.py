@@ -1,7 +1,7 @@
 """A module's forward pass as data: operations on named values."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -69,6 +69,55 @@ class MapInput(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """How a module is called, as far as its capture may depend on it.
+
+    Attributes:
+        shape: Of the image, (N, C, H, W).
+        dtype: Of the image as the module gets it.
+        device: Where the module is.
+        image_requires_grad: The image requires grad.
+        maps: What else the module is called with.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device = CAPTURE_DEVICE
+    image_requires_grad: bool = False
+    maps: tuple[MapInput, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.shape[2], self.shape[3]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Height and width of the image, then of each of the maps."""
+        return (*self.size, *(n for x in self.maps for n in x.shape[-2:]))
+
+    @property
+    def requires_grad(self) -> tuple[bool, ...]:
+        """True for the image and each of the maps that requires grad."""
+        return self.image_requires_grad, *(x.requires_grad for x in self.maps)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the autocast that is on where the module is."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def at(self, size: tuple[int, int]) -> "CallKind":
+        """The same for an image of another height and width, and for maps that are the same share of it."""
+
+        def scaled(length: int, new: int, old: int) -> int:
+            return -(-new * length // old)
+
+        maps = tuple(x._replace(shape=(*x.shape[:-2], *map(scaled, x.shape[-2:], size, self.size))) for x in self.maps)
+        return replace(self, shape=(*self.shape[:2], *size), maps=maps)
 
 
 @dataclass(frozen=True)

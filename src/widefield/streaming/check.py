@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from widefield.streaming.build import explain as explain_passes
 from widefield.streaming.capture import device_of, trace_module
+from widefield.streaming.captured import CallKind
 from widefield.streaming.comparison import Outcome, contiguous_gradient, differences, outcome
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
@@ -224,7 +225,7 @@ def explain(model: nn.Module, shape: Sequence[int]) -> str:
     full = (1,) * (4 - len(shape)) + tuple(shape)
     model = _copy(model).eval()
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
-    captured = trace_module(model, full, dtype, symbolic=False).at(*full[2:])  # type: ignore[arg-type]
+    captured = trace_module(model, CallKind(full, dtype, device_of(model)), symbolic=False).at(*full[2:])
     assert captured is not None
     return f"{explain_passes(captured, allow_whole=True)}\n\n{stream(model).plan(full)}"
 

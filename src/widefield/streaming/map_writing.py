@@ -234,6 +234,9 @@ class Writing:
         return fixed, per_row
 
 
+NOTHING_WRITTEN = Writing(ArrayTarget(()), {}, frozenset())
+
+
 def plan_writing(
     program: Program, wanted: Wanted | None, to: Any, postprocess: Any, dtype: Any, device: torch.device
 ) -> Writing:

@@ -11,18 +11,25 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from widefield.streaming.budget import parse_bytes, parse_tile_size
-from widefield.streaming.call import Inputs, PreparedImage, bind, device_and_dtype, refuse_transforms
-from widefield.streaming.captured import MapInput, Ref
+from widefield.streaming.call import (
+    Inputs,
+    PreparedImage,
+    bind,
+    device_and_dtype,
+    finish,
+    kind_of_call,
+    refuse_transforms,
+)
+from widefield.streaming.captured import CallKind, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.execution import Statistics, execute, fill_refs, memory_format
-from widefield.streaming.fingerprint import NOTHING, mark_left
+from widefield.streaming.execution import Statistics, execute, memory_format
 from widefield.streaming.foreground import parse_fill, parse_mask
+from widefield.streaming.image_lists import results_of_each
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
-from widefield.streaming.map_writing import MapOutput, Writing, plan_writing
+from widefield.streaming.map_writing import NOTHING_WRITTEN, Writing, plan_writing
 from widefield.streaming.need import PartialGrid, Wanted, check_parts, parse_region, rows_of_bands
 from widefield.streaming.plan import Plan
 from widefield.streaming.planner import Planner, PlanRequest, make_planner, usable_memory
@@ -30,7 +37,6 @@ from widefield.streaming.program import Program
 from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.ranks import Ranks
 from widefield.streaming.receptive_field import Cells
-from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.shared_writing import split_writing
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, map_input, pixel_dtype, read_whole
@@ -139,14 +145,8 @@ class StreamingCNN(nn.Module):
         self._planners: WeakKeyDictionary[Program, dict[PlanRequest, Planner]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_programs": None,
-            "_planners": None,
-            "progress": None,
-            "saliency_map": None,
-            "ranks": None,
-        }
+        dropped = ("_programs", "_planners", "progress", "saliency_map", "ranks")
+        return {**self.__dict__, **dict.fromkeys(dropped)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -199,8 +199,13 @@ class StreamingCNN(nn.Module):
             gather: with a `process_group`, put the maps among the results together from the bands of all processes, in each.
         """
         if isinstance(image, (list, tuple)):
-            return self._each(image, maps, region, mask, fill, gather)
-        return self._one(image, maps, region, mask, fill, gather)
+            return results_of_each(self, image, maps, region, mask, fill, gather)
+        inputs = self._inputs(image, maps, region, mask, fill, gather)
+        if not self.enabled:
+            return self._whole(inputs)
+        program = self._captured(inputs)
+        planner = self._planner(program, inputs.kind, inputs.wanted)
+        return self._run(program, planner, inputs)
 
     @torch.no_grad()
     def write(
@@ -252,118 +257,94 @@ class StreamingCNN(nn.Module):
             raise ValueError("write() takes one image: call it for each, with a path of its own")
         if not self.enabled:
             raise ValueError("maps are written as they are streamed, which disable() has turned off: call enable()")
-        return self._one(image, maps, region, mask, fill, False, (to, postprocess, dtype))
+        inputs = self._inputs(image, maps, region, mask, fill)
+        program = self._captured(inputs)
+        writing = plan_writing(program, inputs.wanted, to, postprocess, dtype, inputs.kind.device)
+        if self.ranks is not None:
+            maps_written = [each.written for each in writing.outputs.values()]
+            described = [(one.name, one.shape, str(one.dtype)) for one in maps_written]
+            self.ranks.agree({"written": described, "buffers": writing.memory}, None)
+        planner = self._planner(program, inputs.kind, inputs.wanted, writing)
+        return self._run(program, planner, inputs, writing=writing)
 
-    def _one(
-        self,
-        image: Any,
-        maps: tuple[Any, ...],
-        region: tuple[int, int, int, int] | None,
-        mask: Any,
-        fill: Any,
-        gather: bool,
-        writing: tuple[Any, Any, Any] | None = None,
-    ) -> Any:
-        """Stream one image or batch, and return the result or write it."""
+    def _inputs(
+        self, image: Any, maps: tuple[Any, ...], region: Any, mask: Any, fill: Any, gather: bool = False
+    ) -> Inputs:
+        """What a call is given, checked, and the part of the image that it asks for."""
         prepared = image if isinstance(image, PreparedImage) else None
         if prepared is not None:
-            if maps or mask is not None:
-                raise ValueError(
-                    "maps and a mask are given to prepare(), and hold for all regions: leave them out here"
-                )
-            if torch.is_grad_enabled():
-                raise ValueError(
-                    "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the "
-                    "model with the image itself, which computes them again with gradients"
-                )
-            image, maps, fill = prepared.inputs.image, prepared.inputs.maps, prepared.fill
+            prepared.check_call(maps, mask)
+            image, maps, fill = prepared.inputs.image, prepared.inputs.maps, prepared.inputs.fill
         if self.enabled:
             refuse_transforms([image, *maps, *self.parameters(), *self.buffers()])
-        inputs = Inputs.of(self.module, self.normalisation, image, maps)
+        kind = kind_of_call(self.module, self.normalisation, image, maps)
         if isinstance(image, Tensor):
-            image = self._with_saliency_hook(image.to(inputs.device) if self.copy_to_gpu else image)
-            inputs = replace(inputs, image=image)
-        wanted = self._wanted(inputs.shape, image, region, mask)
+            image = self._with_saliency_hook(image.to(kind.device) if self.copy_to_gpu else image)
+            kind = replace(kind, image_requires_grad=image.requires_grad)
         if prepared is not None:
-            height, width = inputs.shape[2:]
-            wanted = Wanted(parse_region(region, (height, width)), prepared.foreground, reductions=False)
-        if not self.enabled:
-            if wanted is not None:
-                raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
-            return self._whole(inputs)
-        wanted = self._in_bands(wanted, inputs, fill, gather)
-        program = self._verified_program(inputs)
-        if prepared is not None and prepared.made_for != self._state(program, prepared.inputs):
+            wanted: Wanted | None = Wanted(parse_region(region, kind.size), prepared.foreground, reductions=False)
+        else:
+            wanted = self._wanted(kind, image, region, mask)
+        if wanted is not None and not self.enabled:
+            raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
+        return self._in_band(Inputs(image, maps, kind, wanted, fill, gather, prepared))
+
+    def _captured(self, inputs: Inputs) -> Program:
+        """The module captured for such inputs, and compared with the plain one at first use."""
+        program = self._program(inputs.kind)
+        if self.verify:
+            verify_at_first_use(self, program, inputs.kind)
+        if inputs.prepared is not None and inputs.prepared.made_for != self._state(program, inputs.prepared.inputs):
             raise ValueError(
                 "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
                 "has changed since prepare() looked at this image: prepare it again"
             )
-        statistics = prepared.statistics if prepared else None
-        planned = None if writing is None else plan_writing(program, wanted, *writing, inputs.device)
-        if planned is not None and self.ranks is not None:
-            maps_written = [each.written for each in planned.outputs.values()]
-            described = [(one.name, one.shape, str(one.dtype)) for one in maps_written]
-            self.ranks.agree({"written": described, "buffers": planned.memory}, None)
-        return self._run(program, inputs, wanted, fill, statistics, gather, planned)
-
-    def _verified_program(self, inputs: Inputs) -> Program:
-        """The module captured for such inputs, and compared with the plain one at first use."""
-        kind = inputs.shape, inputs.dtype, inputs.device, inputs.image_requires_grad, inputs.given
-        program = self._program(*kind)
-        if self.verify:
-            verify_at_first_use(self, program, *kind)
         return program
 
     def _run(
         self,
         program: Program,
+        planner: Planner,
         inputs: Inputs,
-        wanted: Wanted | None,
-        fill: Any,
-        statistics: Statistics | None,
-        gather: bool = False,
+        statistics: Statistics | None = None,
         writing: Writing | None = None,
     ) -> Any:
-        """The result of `program` for an image, or a part of it; its maps are written, if `writing` says so."""
-        image, device, dtype = inputs.image, inputs.device, inputs.dtype
-        partial = wanted is not None and wanted.scattered
-        planner = self._planner(program, device, inputs.requires_grad, partial, writing)
-        if wanted is not None:
-            check_parts(program, wanted)
+        """The result of `program` for an image, or a part of it, with what `writing` says written in the place of maps."""
+        image, kind, wanted, writing = inputs.image, inputs.kind, inputs.wanted, writing or NOTHING_WRITTEN
         plan, stage_plans = planner.plan(wanted)
         reader = TileReader(
             image.detach() if isinstance(image, Tensor) else image,
-            device,
-            dtype,
+            kind.device,
+            kind.dtype,
             self.normalisation,
-            memory_format=memory_format(device, dtype, self._kernels),
+            memory_format=memory_format(kind.device, kind.dtype, self._kernels),
         )
-        parsed_fill = parse_fill(fill, program.captured.image_shape[1], pixel_dtype(image))
-        if writing is not None and self.ranks is not None and wanted is not None:
+        if writing.outputs and self.ranks is not None and wanted is not None:
             grids = [each.grid.whole for each in stage_plans if isinstance(each.grid, PartialGrid)]
             rows = {name: rows_of_bands(program, grids, wanted, name) for name in writing.outputs}
             writing = split_writing(writing, self.ranks, rows, self.scratch_dir)
-        with writing.begin(image) if writing is not None else nullcontext(dict[str, MapOutput]()) as written:
+        maps = dict(zip(program.captured.maps, inputs.maps, strict=True))
+        with writing.begin(image) as written:
             values = execute(
                 planner.program,
                 plan,
                 stage_plans,
                 reader,
                 image if isinstance(image, Tensor) else None,
-                {**bind(self.module, program, device), **dict(zip(program.captured.maps, inputs.maps, strict=True))},
+                {**bind(self.module, program, kind.device), **maps},
                 wanted=wanted,
-                fill=parsed_fill,
-                statistics=statistics,
+                fill=parse_fill(inputs.fill, kind.shape[1], pixel_dtype(image)),
+                statistics=statistics if inputs.prepared is None else inputs.prepared.statistics,
                 ranks=self.ranks,
-                gather=gather or self.gather,
+                gather=inputs.gather or self.gather,
                 written=written,
-                replaced=frozenset() if writing is None else writing.replaced,
+                replaced=writing.replaced,
                 memory_budget=self.memory_budget,
                 scratch_dir=self.scratch_dir,
                 deterministic=self.deterministic,
                 progress=self.progress,
             )
-        return self._finish(program, values, {name: output.place for name, output in written.items()})
+        return finish(self.module, program, values, {name: output.place for name, output in written.items()})
 
     @torch.no_grad()
     def prepare(
@@ -383,44 +364,45 @@ class StreamingCNN(nn.Module):
                 (`batch_statistics="exact"` in training mode); later, if it is used with gradients, or after the image or anything
                 that the module computes with has changed.
         """
-        inputs = Inputs.of(self.module, self.normalisation, image, maps)
-        program = self._verified_program(inputs)
+        kind = kind_of_call(self.module, self.normalisation, image, maps)
+        wanted = Wanted(foreground=parse_mask(mask, image, kind.shape), outputs=False)
+        inputs = Inputs(image, maps, kind, wanted, fill)
+        program = self._captured(inputs)
         if program.statistics:
             raise ValueError(
                 f"prepare() is for inference, and layer '{program.statistics[0][0]}' is in training mode with "
                 'batch_statistics="exact": call eval() first'
             )
-        statistics, foreground = Statistics(), parse_mask(mask, image, inputs.shape)
-        wanted = self._in_bands(Wanted(foreground=foreground, outputs=False), inputs, fill, gather=False)
-        self._run(program, inputs, wanted, fill, statistics)
+        inputs, statistics = self._in_band(inputs), Statistics()
+        self._run(program, self._planner(program, kind, inputs.wanted), inputs, statistics)
         statistics.known = True
-        return PreparedImage(inputs, foreground, fill, statistics, self._state(program, inputs))
+        return PreparedImage(inputs, statistics, self._state(program, inputs))
 
-    def _in_bands(self, wanted: Wanted | None, inputs: Inputs, fill: Any, gather: bool) -> Wanted | None:
-        """Return the part of what is `wanted` that this process makes.
+    def _in_band(self, inputs: Inputs) -> Inputs:
+        """The inputs, of whose image this process makes a band; without other processes as they are.
 
         Raises ValueError if other processes, which would wait for this one, were called in another way.
         """
-        if self.ranks is None:
-            return wanted
-        wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
+        if self.ranks is None or not self.enabled:
+            return inputs
+        kind, wanted = inputs.kind, replace(inputs.wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
         how = {
-            "shape": inputs.shape,
-            "maps": inputs.given,
+            "shape": kind.shape,
+            "maps": kind.maps,
             "region": wanted.region,
             "mask": None if wanted.foreground is None else wanted.foreground.checksum,
-            "fill": repr(fill),
+            "fill": repr(inputs.fill),
             "prepare": not wanted.outputs,
-            "gather": gather,
+            "gather": inputs.gather,
             "tile_size": self.tile_size,
             "memory_budget": self.memory_budget,
             "gradients": torch.is_grad_enabled(),
-            "image requires grad": inputs.image_requires_grad,
+            "image requires grad": kind.image_requires_grad,
             "parameters that require grad": sum(p.requires_grad for p in self.module.parameters()),
         }
-        limits = self.ranks.agree(how, usable_memory(inputs.device))
+        limits = self.ranks.agree(how, usable_memory(kind.device))
         self._limit = min(limits) if self._limit is None else self._limit
-        return wanted
+        return replace(inputs, wanted=wanted)
 
     def _state(self, program: Program, inputs: Inputs) -> Any:
         """Return all that results of `prepare` depend on, for comparison."""
@@ -429,39 +411,11 @@ class StreamingCNN(nn.Module):
         versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
         return program.kind, self.normalisation, versions
 
-    def _wanted(self, shape: Sequence[int], image: Any, region: Any, mask: Any) -> Wanted | None:
-        """The part of an image of `shape` that is wanted; None if it is all of it."""
+    def _wanted(self, kind: CallKind, image: Any, region: Any, mask: Any) -> Wanted | None:
+        """The part of an image that is asked for; None if it is all of it."""
         if region is None and mask is None:
             return None
-        return Wanted(parse_region(region, (shape[2], shape[3])), parse_mask(mask, image, shape))
-
-    def _each(
-        self, images: Sequence[Any], maps: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool
-    ) -> list[Any]:
-        """The results of a list of images; `mask` and each of `maps` have one for each."""
-        for k, of_each in enumerate(maps, 1):
-            if not isinstance(of_each, (list, tuple)) or len(of_each) != len(images):
-                given = f"{len(of_each)}" if isinstance(of_each, (list, tuple)) else type(of_each).__name__
-                raise ValueError(f"a list of {len(images)} images needs a list of as many maps: map {k} is {given}")
-        partly = region is not None or mask is not None
-        if self.batch_statistics == "exact" and images:
-            if partly:
-                raise ValueError(
-                    'batch_statistics="exact" takes a list as one batch, without region and mask: pass a tensor (N, C, H, W)'
-                )
-            return self._as_batch(images, maps)
-        of_image = list(zip(*maps, strict=True)) if maps else [()] * len(images)
-        if not partly:
-            return [self(image, *others, gather=gather) for image, others in zip(images, of_image, strict=True)]
-        masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(images)
-        if len(masks) != len(images) or (
-            mask is not None and not isinstance(mask, (list, tuple)) and not callable(mask)
-        ):
-            raise ValueError(f"a list of {len(images)} images needs a list of as many masks, or a function of an image")
-        return [
-            self(image, *others, region=region, mask=one, fill=fill, gather=gather)
-            for image, others, one in zip(images, of_image, masks, strict=True)
-        ]
+        return Wanted(parse_region(region, kind.size), parse_mask(mask, image, kind.shape))
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -487,26 +441,11 @@ class StreamingCNN(nn.Module):
         """Stream again."""
         self.enabled = True
 
-    def _finish(self, program: Program, values: dict[str, Any], written: dict[str, Any]) -> Any:
-        """The result among `values`, with what is `written` in the place of maps.
-
-        Running statistics, and attributes that forward sets, are as the plain module leaves them.
-        """
-        for path, name in program.statistics:
-            update_running_statistics(self.module.get_submodule(path), values[name])
-        outputs, spec = program.captured.outputs, program.captured.spec
-        attributes = pytree.tree_unflatten(fill_refs(outputs, values), spec)[1]
-        result = pytree.tree_unflatten(fill_refs(outputs, {**values, **written}), spec)[0]
-        for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
-            part = self.module.get_submodule(path)
-            setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
-        return result
-
     def _whole(self, inputs: Inputs) -> Any:
         """The plain module on a whole image, its norm layers as they are when it is streamed."""
-        device, dtype = inputs.device, inputs.dtype
-        maps = [read_whole(x, given, device) for x, given in zip(inputs.maps, inputs.given, strict=True)]
-        pixels = TileReader(inputs.image, device, dtype, self.normalisation).read(0, 0, *inputs.shape[2:])
+        device, dtype = inputs.kind.device, inputs.kind.dtype
+        maps = [read_whole(x, given, device) for x, given in zip(inputs.maps, inputs.kind.maps, strict=True)]
+        pixels = TileReader(inputs.image, device, dtype, self.normalisation).read(0, 0, *inputs.kind.shape[2:])
         frozen = self._norms_to_freeze()
         try:
             for part in frozen:
@@ -523,31 +462,6 @@ class StreamingCNN(nn.Module):
         image = image.view_as(image) if image.requires_grad else image.detach().requires_grad_()
         image.register_hook(partial(_keep_saliency, ref(self)))
         return image
-
-    def _as_batch(self, images: Sequence[Any], maps: Sequence[Sequence[Any]]) -> list[Any]:
-        """The results of `images`, normalised by the statistics of all of them."""
-        for image in (x for of_each in (images, *maps) for x in of_each):
-            if not isinstance(image, Tensor):
-                raise ValueError(
-                    f'batch_statistics="exact" takes a list as one batch of tensors: got {type(image).__name__}. '
-                    "Pass one image at a time, or read them into one tensor"
-                )
-        shapes = {tuple(image.shape[-3:]) for image in images}
-        if len(shapes) > 1:
-            raise ValueError(
-                'batch_statistics="exact" takes the statistics of a batch, which are defined for images of one size: got '
-                f"{', '.join(map(str, sorted(shapes)))}. Pass tensors of one size, or one image at a time"
-            )
-        counts = [image.shape[0] for image in images]
-        result = self(*(torch.cat(list(of_each)) for of_each in (images, *maps)))
-        leaves, spec = pytree.tree_flatten(result)
-        split = [
-            leaf.split(counts)
-            if isinstance(leaf, Tensor) and leaf.shape[:1] == (sum(counts),)
-            else [leaf] * len(counts)
-            for leaf in leaves
-        ]
-        return [pytree.tree_unflatten([leaf[k] for leaf in split], spec) for k in range(len(counts))]
 
     def plan(
         self,
@@ -566,34 +480,19 @@ class StreamingCNN(nn.Module):
         `postprocess` and `dtype` are as for `write`, of which it is the plan then. With a `process_group`, the plan is that of
         this process.
         """
-        if to is not None:
-            with torch.no_grad():
-                return self._plan(shape, maps, region, mask, (to, postprocess, dtype))
-        return self._plan(shape, maps, region, mask, None)
-
-    def _plan(
-        self,
-        shape: tuple[int, ...],
-        maps: Sequence[Any],
-        region: Any,
-        mask: Any,
-        writing: tuple[Any, Any, Any] | None,
-    ) -> Plan:
-        """The plan of a call for an image of `shape`, or of a call of `write`."""
-        device, dtype = device_and_dtype(self.module, None)
+        device, dtype_of_image = device_and_dtype(self.module, None)
         full = (1, *shape) if len(shape) == 3 else tuple(shape)
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
-        others = tuple(map_input(x, full, device, dtype) for x in maps)
-        program = self._program(full, dtype, device, maps=others)
-        wanted = self._wanted(full, None, region, mask)
-        partial = wanted is not None
-        if self.ranks is not None:
-            wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
-        if wanted is not None:
-            check_parts(program, wanted)
-        planned = None if writing is None else plan_writing(program, wanted, *writing, device)
-        return self._planner(program, device, partial=partial, writing=planned).plan(wanted)[0]
+        others = tuple(map_input(x, full, device, dtype_of_image) for x in maps)
+        kind = CallKind(full, dtype_of_image, device, maps=others)
+        with torch.no_grad() if to is not None else nullcontext():
+            program = self._program(kind)
+            wanted = self._wanted(kind, None, region, mask)
+            if self.ranks is not None:
+                wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
+            writing = None if to is None else plan_writing(program, wanted, to, postprocess, dtype, device)
+            return self._planner(program, kind, wanted, writing).plan(wanted)[0]
 
     def cells(self, shape: tuple[int, ...], layer: str | None = None) -> Cells:
         """Return the places that the entries of a map look at, for an image of `shape` (channels, height, width).
@@ -607,35 +506,20 @@ class StreamingCNN(nn.Module):
             UnsupportedOpError: As when the module is called.
         """
         device, dtype = device_and_dtype(self.module, None)
-        program = self._program((1, *shape) if len(shape) == 3 else tuple(shape), dtype, device)
+        program = self._program(CallKind((1, *shape) if len(shape) == 3 else tuple(shape), dtype, device))
         found = cells_of(program)
         result = [leaf.name for leaf in program.captured.outputs if isinstance(leaf, Ref) and leaf.name in found]
         inside = [name for name, (path, _) in found.items() if layer and f"{path}.".startswith(f"{layer}.")]
         return found[(inside or (result if layer is None else []) or list(found))[-1]][1]
 
-    def _program(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        image_requires_grad: bool = False,
-        maps: tuple[MapInput, ...] = (),
-    ) -> Program:
-        """The module captured at this image size, from the cache if nothing about the module has changed.
-
-        `image_requires_grad`: the image requires grad. `maps`: what else it is called with.
-        """
+    def _program(self, kind: CallKind) -> Program:
+        """The module captured for such a call, from the cache if nothing about the module has changed."""
         for path, part in self.module.named_modules():
             if isinstance(part, StreamingCNN):
-                raise UnsupportedOpError(
-                    path,
-                    "StreamingCNN",
-                    "already streams",
-                    f"stream the module inside: {path or 'model'}.module, or use it as it is",
-                )
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+                remedy = f"stream the module inside: {path or 'model'}.module, or use it as it is"
+                raise UnsupportedOpError(path, "StreamingCNN", "already streams", remedy)
         exact, whole = self.batch_statistics == "exact", self.unsupported == "run_whole"
-        return self._programs.get(self.module, shape, dtype, autocast, exact, whole, image_requires_grad, device, maps)
+        return self._programs.get(self.module, kind, exact, whole)
 
     def _alike(self, tile_size: tuple[int, int]) -> "StreamingCNN":
         """The same module with other tiles, for images that are normalised already; it shares what was captured."""
@@ -650,9 +534,9 @@ class StreamingCNN(nn.Module):
         other._programs = self._programs
         return other
 
-    def _has_program(self, program: Program, shape: tuple[int, ...], maps: tuple[MapInput, ...]) -> bool:
-        """True if a program for images of `shape` and `maps` follows from what is captured already, as `program` did."""
-        return self._programs.holds(program, shape, maps)
+    def _has_program(self, program: Program, kind: CallKind) -> bool:
+        """True if a program for such a call follows from what is captured already, as `program` did."""
+        return self._programs.holds(program, kind)
 
     @property
     def _kernels(self) -> list[Tensor]:
@@ -666,17 +550,14 @@ class StreamingCNN(nn.Module):
         return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
 
     def _planner(
-        self,
-        program: Program,
-        device: torch.device,
-        image_requires_grad: bool = False,
-        partial: bool = False,
-        writing: Writing | None = None,
+        self, program: Program, kind: CallKind, wanted: Wanted | None = None, writing: Writing | None = None
     ) -> Planner:
-        """Return the planner for the current grad mode; `image_requires_grad`: if no parameter does, too; `partial`: for parts."""
-        planners, kernels = self._planners.setdefault(program, {}), self._kernels
-        wanted = image_requires_grad or any(p.requires_grad for p in self.module.parameters())
-        training = torch.is_grad_enabled() and wanted
+        """The planner of such calls for the current grad mode; refuses a part of the image that cannot be computed alone."""
+        if wanted is not None:
+            check_parts(program, wanted)
+        device, kernels = kind.device, self._kernels
+        planners = self._planners.setdefault(program, {})
+        learned = any(kind.requires_grad) or any(p.requires_grad for p in self.module.parameters())
         used = memory_format(device, kernels[0].dtype, kernels) if kernels else torch.contiguous_format
         copied = bool(kernels) and not kernels[0].is_contiguous(memory_format=used)
         request = PlanRequest(
@@ -684,10 +565,10 @@ class StreamingCNN(nn.Module):
             budget=self.memory_budget,
             device=device,
             maps=self.maps,
-            training=training,
+            training=torch.is_grad_enabled() and learned,
             copied_weights=copied,
             stages=len(program.stages),
-            partial=partial,
+            partial=wanted is not None and wanted.scattered,
             limit=self._limit,
             ranks=1 if self.ranks is None else self.ranks.size,
             written=None if writing is None else writing.memory,

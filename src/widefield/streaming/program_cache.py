@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from widefield.streaming.autocast import Autocast
 from widefield.streaming.build import build
 from widefield.streaming.capture import trace_module
-from widefield.streaming.captured import MapInput
+from widefield.streaming.captured import CallKind
 from widefield.streaming.fingerprint import fingerprint
 from widefield.streaming.program import Program
-from widefield.streaming.trace import Trace, lengths_of
+from widefield.streaming.trace import Trace
 
 _KEPT_SIZES = 16  # image sizes whose program is kept
 _KEPT_TRACES = 8  # traces that are kept of all that were needed
@@ -26,64 +26,41 @@ class ProgramCache:
         self._traces: dict[Any, list[tuple[Any, Trace, Autocast | None]]] = {}
         self._programs: dict[Any, Program] = {}
 
-    def get(
-        self,
-        module: nn.Module,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        autocast: torch.dtype | None,
-        batch_statistics: bool,
-        allow_whole: bool,
-        image_requires_grad: bool,
-        device: torch.device,
-        maps: tuple[MapInput, ...] = (),
-    ) -> Program:
-        """The program of `module` for images of `shape` (N, C, H, W); arguments as for `trace_module` and `build`.
+    def get(self, module: nn.Module, call: CallKind, batch_statistics: bool, allow_whole: bool) -> Program:
+        """The program of `module` for such a call; `batch_statistics` as for `trace_module`, `allow_whole` as for `build`.
 
         What `forward` decides by the grad mode is decided by the current one.
         """
         norms = (part.training for part in module.modules() if isinstance(part, _NormBase))
         modes = tuple(norms) if batch_statistics else ()
-        others = tuple((x.shape[:-2], x.dtype) for x in maps)
-        kind = (shape[:2], others, dtype, device.type, autocast, modes, allow_whole, fingerprint(module))
-        requires_grad = image_requires_grad, *(x.requires_grad for x in maps)
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), requires_grad
-        lengths = lengths_of(shape, maps)
+        others = tuple((x.shape[:-2], x.dtype) for x in call.maps)
+        place = call.device.type, call.autocast
+        kind = (call.shape[:2], others, call.dtype, *place, modes, allow_whole, fingerprint(module))
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), call.requires_grad
         for at in (None, mode):
-            if (found := self._programs.get((lengths, kind, at))) is not None:
+            if (found := self._programs.get((call.lengths, kind, at))) is not None:
                 return found
         traces = self._traces.setdefault(kind, [])
         usable = [(trace, under) for at, trace, under in traces if at in (None, mode)]
-        fitting = ((trace, c, under) for trace, under in usable if (c := trace.at(*lengths)) is not None)
+        fitting = ((trace, c, under) for trace, under in usable if (c := trace.at(*call.lengths)) is not None)
         trace, captured, under = next(fitting, (None, None, None))
         if trace is None or captured is None:
             fixed = any(trace.fixed for _, trace, _ in traces)  # it could not be traced with symbols: not again
-            trace = trace_module(
-                module,
-                shape,  # type: ignore[arg-type]
-                dtype,
-                autocast,
-                batch_statistics,
-                not fixed,
-                image_requires_grad,
-                device,
-                maps,
-            )
-            captured = trace.at(*lengths)
+            trace = trace_module(module, call, batch_statistics, symbolic=not fixed)
+            captured = trace.at(*call.lengths)
             assert captured is not None
-            under = None if autocast is None else Autocast(device.type, autocast)
+            under = None if call.autocast is None else Autocast(call.device.type, call.autocast)
             traces.append((mode if trace.mode_dependent else None, trace, under))
             _forget(traces, _KEPT_TRACES)
         program = replace(build(captured, allow_whole=allow_whole, autocast=under), kind=kind)
-        self._programs[lengths, kind, mode if trace.mode_dependent else None] = program
+        self._programs[call.lengths, kind, mode if trace.mode_dependent else None] = program
         _forget(self._programs, _KEPT_SIZES)
         _forget(self._traces, _KEPT_TRACES)
         return program
 
-    def holds(self, program: Program, shape: tuple[int, ...], maps: tuple[MapInput, ...] = ()) -> bool:
-        """True if a program for images of `shape` and `maps` follows from what is traced already, as `program` did."""
-        lengths = lengths_of(shape, maps)
-        return any(trace.at(*lengths) is not None for _, trace, _ in self._traces.get(program.kind, ()))
+    def holds(self, program: Program, call: CallKind) -> bool:
+        """True if a program for such a call follows from what is traced already, as `program` did."""
+        return any(trace.at(*call.lengths) is not None for _, trace, _ in self._traces.get(program.kind, ()))
 
 
 def _forget(kept: dict[Any, Any] | list[Any], count: int) -> None:

@@ -4,8 +4,8 @@ import torch
 from torch import fx, nn
 
 from widefield.streaming.build import build
-from widefield.streaming.capture import trace_module
-from widefield.streaming.captured import Node
+from widefield.streaming.capture import device_of, trace_module
+from widefield.streaming.captured import CallKind, Node
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.program import Program, Stage
 
@@ -116,6 +116,6 @@ def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.d
 
 def _program(module: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, allow_whole: bool) -> Program:
     """Return the program for images of this one size, traced without symbols, which would take longer."""
-    captured = trace_module(module, shape, dtype, symbolic=False).at(*shape[2:])
+    captured = trace_module(module, CallKind(shape, dtype, device_of(module)), symbolic=False).at(*shape[2:])
     assert captured is not None
     return build(captured, allow_whole=allow_whole)

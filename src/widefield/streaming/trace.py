@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from widefield.streaming.captured import Captured, MapInput
+from widefield.streaming.captured import Captured
 from widefield.streaming.errors import UnsupportedOpError
 
 _PRINTER = PythonPrinter()
@@ -138,11 +138,6 @@ class Trace:
     def _symbols(self) -> list[sympy.Symbol]:
         """In the order of `_sizes`."""
         return list(dict.fromkeys(symbol for dim in self.dims for symbol in dim.free_symbols))
-
-
-def lengths_of(shape: Sequence[int], maps: Sequence[MapInput]) -> tuple[int, ...]:
-    """Height and width of an image of `shape` (N, C, H, W), then of each of `maps`."""
-    return (*shape[2:], *(n for x in maps for n in x.shape[-2:]))
 
 
 def _compiled(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic]) -> Callable[..., tuple[Any, ...]]:

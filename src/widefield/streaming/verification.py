@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widefield.errors import WidefieldError
 from widefield.streaming.call import bind
 from widefield.streaming.capture import full_float32
-from widefield.streaming.captured import MapInput, Node
+from widefield.streaming.captured import CallKind, MapInput, Node
 from widefield.streaming.comparison import (
     Difference,
     Outcome,
@@ -69,32 +69,19 @@ class PlainFailsError(WidefieldError):
     """The plain module does not run on an image of this size."""
 
 
-def verify_at_first_use(
-    network: "StreamingCNN",
-    program: Program,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    image_requires_grad: bool,
-    maps: tuple[MapInput, ...] = (),
-) -> None:
+def verify_at_first_use(network: "StreamingCNN", program: Program, call: CallKind) -> None:
     """Compare `network` with its plain module on a small image, once for each batch size, dtype, structure and grad mode.
 
     Args:
         network: the streamed module.
-        program: what it executes on an image of `shape` (N, C, H, W).
-        shape: that of the image that it is called on; the small one has as many channels.
-        dtype: of the image that the module is given.
-        device: where the module is.
-        image_requires_grad: the image requires grad.
-        maps: what else it is called on. The small ones have the same share of the image's height and width, and whole numbers are
-            0 or 1, which are labels to every loss.
+        program: what it executes.
+        call: how it is called. The small image has as many channels, small maps have the same share of its height and width, and
+            whole numbers in them are 0 or 1, which are labels to every loss.
 
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    requires_grad = image_requires_grad, *(x.requires_grad for x in maps)
-    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), requires_grad
+    key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), call.requires_grad
     synchronised = (
         program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
     )
@@ -104,34 +91,20 @@ def verify_at_first_use(
         _VERIFIED[key] = _VERIFIED.pop(key)
         return
     started = time.perf_counter()
-    computed_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-    alike = (shape[2] % 64 + 64, shape[3] % 64 + 64)  # what decides by the remainder of a size decides here as there
-
-    def smaller(size: tuple[int, int]) -> tuple[MapInput, ...]:
-        return tuple(
-            x._replace(
-                shape=(
-                    *x.shape[:-2],
-                    *(-(-n * m // whole) for n, m, whole in zip(size, x.shape[-2:], shape[2:], strict=True)),
-                )
-            )
-            for x in maps
-        )
-
-    sizes = sorted(
-        (*SIZES, alike), key=lambda size: not network._has_program(program, (*shape[:2], *size), smaller(size))
-    )
-    if shape[2] * shape[3] <= 512**2:
-        sizes.append((shape[2], shape[3]))
+    height, width = call.size
+    alike = (height % 64 + 64, width % 64 + 64)  # what decides by the remainder of a size decides here as there
+    sizes = sorted((*SIZES, alike), key=lambda size: not network._has_program(program, call.at(size)))
+    if height * width <= 512**2:
+        sizes.append((height, width))
     reasons = []
     postponed = set[tuple[int, int]]()  # sizes at which a `Local` has one window, so that windows meet no others
     for size in sizes:
-        small = network._alike((-(-size[0] // 2), -(-size[1] // 2)))
+        small, its_call = network._alike((-(-size[0] // 2), -(-size[1] // 2))), call.at(size)
         generator = torch.Generator("cpu").manual_seed(0)
-        pixels = torch.rand((*shape[:2], *size), generator=generator, device="cpu").to(device, dtype)
-        image = network.normalisation.unchecked(pixels, dtype).requires_grad_(image_requires_grad)
+        pixels = torch.rand(its_call.shape, generator=generator, device="cpu").to(call.device, call.dtype)
+        image = network.normalisation.unchecked(pixels, call.dtype).requires_grad_(call.image_requires_grad)
         try:
-            own = small._program((*shape[:2], *size), dtype, device, image_requires_grad, smaller(size))
+            own = small._program(its_call)
         except (UnsupportedOpError, ValueError) as error:  # at this size only
             reasons.append(f"{size}: {error}")
             continue
@@ -140,7 +113,8 @@ def verify_at_first_use(
             sizes.append(size)
             continue
         try:
-            verify(small, image, own, computed_in.itemsize, [_drawn(x, generator, device) for x in smaller(size)])
+            maps = [_drawn(x, generator, call.device) for x in its_call.maps]
+            verify(small, image, own, (call.autocast or call.dtype).itemsize, maps)
         except PlainFailsError as error:
             reasons.append(f"{size}: {error}")
             continue

@@ -1,0 +1,123 @@
+"""What a capture refuses by name: hidden operations, changes that forward makes, failures of the export."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as everywhere
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import _pytree as pytree
+
+from widefield.streaming.captured import CallKind, Captured
+from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.watch import Watch
+
+
+def refuse_structure(module: nn.Module, batch_statistics: bool) -> None:
+    """Refuse modules that hide their operations, and hooks on gradients."""
+    for path, part in module.named_modules():
+        if (found := _obstacle(part, batch_statistics)) is not None:
+            raise UnsupportedOpError(path, *found)
+    if torch.is_grad_enabled() and (everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks):
+        raise UnsupportedOpError("", "a global backward hook", "would not run on tiles", "remove it (handle.remove())")
+
+
+def _obstacle(part: nn.Module, batch_statistics: bool) -> tuple[str, str, str] | None:
+    """Return what cannot be streamed of a layer, why, and what to do instead; None if it can be."""
+    name, home = type(part).__name__, type(part).__module__
+    tracks = isinstance(part, _NormBase) and part.training and part.track_running_stats
+    if batch_statistics and tracks and not isinstance(part, _BatchNorm):
+        reason = "in training mode updates running statistics by those of each instance"
+        return (
+            name,
+            reason,
+            "put this instance norm layer in evaluation mode, or make it with track_running_stats=False",
+        )
+    if isinstance(part, torch.jit.ScriptModule):
+        reason = "hides the operations of a scripted or traced module"
+        return "TorchScript", reason, "stream the module that was scripted"
+    if isinstance(part, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inside = "_orig_mod" if isinstance(part, torch._dynamo.OptimizedModule) else "module"
+        return name, "is a wrapper around the module to stream", f"stream the module inside: model.{inside}"
+    if ".quantized" in home or ".qat." in home or home.startswith("torchao"):
+        return name, "computes with quantised tensors", "stream the float model, under autocast for speed"
+    if torch.is_grad_enabled() and (part._backward_hooks or part._backward_pre_hooks):
+        remedy = "remove it (handle.remove()) and use hooks on the image, outputs and parameters, or stream under torch.no_grad()"
+        return "a backward hook of the module", "would not run on tiles, or once for each", remedy
+    return None
+
+
+def refuse_other_modes(graph: torch.fx.Graph, autocast: bool) -> None:
+    """Refuse parts of forward under another grad mode or autocast state: inlining them would silently drop that state."""
+    for fx in graph.nodes:
+        if not isinstance(fx.target, torch._ops.HigherOrderOperator):
+            continue
+        if fx.target is torch.ops.higher_order.wrap_with_autocast and not autocast and not fx.args[2]:
+            continue  # autocast switched off where it is off already
+        region = next((node for node in graph.nodes if node.args and node.args[0] is fx), fx)
+        remedy = "use .detach() on the result instead of no_grad, or move the region out of the streamed part"
+        raise UnsupportedOpError(
+            module_path(region), fx.target.__name__, "runs a part of forward in another mode", remedy
+        )
+
+
+def module_path(fx: torch.fx.Node) -> str:
+    """Return the path of the layer that a node of a graph belongs to, "" for the module itself."""
+    stack = fx.meta.get("nn_module_stack") or {}
+    return next((str(path).removeprefix("module").removeprefix(".") for path, _ in reversed(stack.values())), "")
+
+
+def refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
+    """Refuse what forward changes outside of the module, but for entries added to a cache that do not depend on the image."""
+    for what, values in changes:
+        if any(map(watch.derived, pytree.tree_leaves(values))):
+            reason = f"puts a tensor away in {what or 'a dict or set'}, outside of its result"
+            remedy = "return the tensor, or assign it to an attribute of the module (self.features = ...)"
+            raise UnsupportedOpError("", "forward", reason, remedy)
+        if what:
+            reason = f"changes {what}, so that the next forward pass may differ"
+            remedy = "keep such state in an attribute of the module, draw with torch, or change it outside of forward"
+            raise UnsupportedOpError("", "forward", reason, remedy)
+
+
+def changes_buffer(key: str) -> UnsupportedOpError:
+    """Return the error for a forward that updates a parameter or buffer, of which `key` is the key in the state_dict."""
+    return UnsupportedOpError(
+        key.rpartition(".")[0],
+        "in-place update",
+        f"changes the parameter or buffer '{key}' in forward, which a tile-by-tile pass would repeat",
+        "put the layer in evaluation mode, or move the update out of forward",
+    )
+
+
+def refuse_unknown_norms(module: nn.Module, captured: Captured) -> None:
+    """Refuse norm layers of which torch.export gives a path that is none: no one would find their running statistics."""
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    for node in captured.nodes:
+        if "batch_norm" in node.op and node.module_path not in paths:
+            raise node.refuse(
+                "belongs to a layer with several names, reached through a slice of layers",
+                "give the layer one name, or take the layers one by one",
+            )
+
+
+def failed_capture(error: Exception, call: CallKind) -> Exception:
+    """Return what to raise where torch.export failed: the model is wrong for such a call, or does what cannot be captured."""
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if "is mutated in the forward method" in first_line:
+        return UnsupportedOpError(
+            "",
+            "in-place update",
+            "changes a tensor in forward that is neither made there nor a buffer of the model",
+            "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode",
+        )
+    if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
+        given = ", ".join((f"an image of shape {call.shape}", *(f"a map of shape {x.shape}" for x in call.maps)))
+        return ValueError(f"the model cannot run on {given}: {first_line:.300}")
+    return UnsupportedOpError(
+        "",
+        "forward",
+        f"could not be captured by torch.export ({type(error).__name__}: {first_line:.300})",
+        "remove control flow that depends on pixel values (.item(), if x.max() > 0) from forward, "
+        "or stream only the part of the model before it",
+    )
