@@ -21,7 +21,8 @@ from widefield.components.losses.dense_losses import (
 from widefield.components.metrics.dense_metrics import RegressionScores, SegmentationScores
 from widefield.components.models.features import background_of, left_out
 from widefield.errors import WrongArgumentError
-from widefield.modules.streaming_module import BaseModule, described
+from widefield.modules.batches import described
+from widefield.modules.streaming_module import BaseModule
 from widefield.registry import MODELS, ComponentOf, arguments_of, split_description, suggestion
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The Lightning modules: a streamed trunk, a head on its map, a loss."""
+"""A Lightning module: a streamed trunk, a head on its map, a loss."""
 
 import copy
 import warnings
@@ -21,9 +21,10 @@ from torchmetrics import Metric, MetricCollection
 from widefield.components.models.features import OverForeground, background_of, left_out, mask_of_map
 from widefield.components.necks.instance_pooling import InstancePooling
 from widefield.images import Background
+from widefield.modules.batches import described, has_more, is_lazy, parts_moved
 from widefield.modules.constructor import StreamingConstructor, check_options, without_effect
 from widefield.modules.recordings import Recordings
-from widefield.streaming import LazyImage, StreamingCNN
+from widefield.streaming import StreamingCNN
 from widefield.streaming.budget import parse_tile_size
 
 Loss = nn.Module | Callable[[Any, Tensor], Tensor]
@@ -203,16 +204,14 @@ class BaseModule(pl.LightningModule):
     def train_streaming_layers(self, value: bool) -> None:
         self._train_streaming_layers = bool(value)
         self.stream_network.requires_grad_(self._train_streaming_layers)
-        known = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        optimizers: list[Optimizer] = getattr(self._trainer, "optimizers", [])
+        known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if value and known and not known.issuperset(map(id, self.stream_network.parameters())):
             warnings.warn(
                 "the trunk is unfrozen, but the optimizer was made without its parameters: add them with "
                 "optimizer.add_param_group, or let configure_optimizers take all parameters from the start",
                 stacklevel=2,
             )
-
-    def _optimizers(self) -> list[Optimizer]:
-        return [] if self._trainer is None else list(getattr(self._trainer, "optimizers", []))
 
     @property
     def use_streaming(self) -> bool:
@@ -257,13 +256,8 @@ class BaseModule(pl.LightningModule):
 
         Not with `batch_statistics="exact"`, which depends on their mode.
         """
-        for part in self._frozen_norms():
+        for part in self.stream_network.frozen_norms:
             part.eval()
-
-    def _frozen_norms(self) -> list[nn.Module]:
-        if self.stream_network.batch_statistics == "exact":
-            return []
-        return [part for part in self.stream_network.modules() if getattr(part, "track_running_stats", False)]
 
     def setup(self, stage: str) -> None:
         """Set the trainer's accumulation of gradients, if this module was given one.
@@ -285,7 +279,7 @@ class BaseModule(pl.LightningModule):
                 'every tile; use strategy="ddp". What fills the memory here are maps, and memory_budget bounds those'
             )
         averages = any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks)
-        if averages and self._frozen_norms():
+        if averages and self.stream_network.frozen_norms:
             raise ValueError(
                 "StochasticWeightAveraging resets the running statistics of norm layers to gather them anew, but those of a "
                 'streamed trunk are frozen; use EMAWeightAveraging or WeightAveraging, or batch_statistics="exact"'
@@ -452,19 +446,12 @@ class BaseModule(pl.LightningModule):
         images, targets = batch[:2]
         output, loss = self.output_and_loss(images, targets, phase)
         count = len(targets)
-        self.log(
-            f"{phase}_loss",
-            loss.detach(),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=count,
-            sync_dist=True,
-        )
+        shown: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": count}
+        self.log(f"{phase}_loss", loss.detach(), sync_dist=True, **shown)
         metrics: MetricCollection | None = getattr(self, f"{phase}_metrics")
         if metrics is not None:
             metrics.update(self.predictions(output.detach()), targets)
-            self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
+            self.log_dict(metrics, **shown)
         return loss
 
     def output_and_loss(self, images: Any, targets: Tensor, phase: str) -> tuple[Any, Tensor]:
@@ -503,94 +490,6 @@ def _for_phase(metrics: Any, phase: str) -> MetricCollection | None:
     return collection.clone(prefix=f"{phase}_{collection.prefix or ''}")
 
 
-class StreamingModule(BaseModule):
-    """A trunk that streams, a head on its map, and a loss: `BaseModule`, by the name to subclass.
-
-    The trunk and the head are parts of a network that was split, for example by `widefield.split` or `split_resnet`. Arguments,
-    batches and attributes are those of `BaseModule`; with two differences in what may be given by position, as lightstream 1.x has
-    it: `(trunk, tile_size)` is a trunk alone, and `(trunk, head, loss_fn)` has a trunk that streams already.
-
-    Examples:
-        >>> trunk = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())
-        >>> head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-        >>> module = wf.StreamingModule(trunk, head, tile_size=64, loss_fn=nn.CrossEntropyLoss())
-        >>> module(torch.rand(1, 3, 100, 70)).shape
-        torch.Size([1, 2])
-    """
-
-    def __init__(
-        self,
-        stream_network: nn.Module,
-        head: nn.Module | int | tuple[int, int | None] | None = None,
-        tile_size: int | tuple[int, int | None] | Loss | None = None,
-        loss_fn: Loss | None = None,
-        train_streaming_layers: bool = True,
-        metrics: Metric | MetricCollection | None = None,
-        **options: Any,
-    ) -> None:
-        if isinstance(head, (int, tuple)):
-            head, tile_size, loss_fn = None, head, None  # behind them stands where the tile cache was
-        elif tile_size is not None and not isinstance(tile_size, (int, tuple, list, str)):
-            tile_size, loss_fn = None, tile_size
-        super().__init__(stream_network, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
-
-
-class LightningStreamingModule(StreamingModule):
-    """A trunk that streams as lightstream 1.x has it: its map is a leaf of autograd, and its backward pass is called by hand.
-
-        fmap = self.stream_network(image)
-        fmap.requires_grad = self.training
-        self.manual_backward(self.loss_fn(self.head(fmap), target))
-        self.stream_network.backward(image, fmap.grad)
-
-    The trunk is streamed once more in the backward pass, and does not train without. In new code a `StreamingModule` does both.
-    Arguments are those of `StreamingModule`.
-    """
-
-    def __init__(self, stream_network: nn.Module, *arguments: Any, **options: Any) -> None:
-        super().__init__(stream_network, *arguments, **options)
-        self.stream_network.register_forward_hook(_as_leaf)
-
-    def freeze_normalization_layers(self) -> None:
-        """Another name of `freeze_streaming_normalization_layers`."""
-        self.freeze_streaming_normalization_layers()
-
-    def unfreeze_streaming_network(self) -> None:
-        """Let the trunk train."""
-        self.train_streaming_layers = True
-
-
-def _as_leaf(network: StreamingCNN, images: Any, fmap: Any) -> Any:
-    return fmap.detach() if isinstance(fmap, Tensor) and network.enabled else fmap
-
-
-class ImageNetClassifier(StreamingModule):
-    """A `StreamingModule` whose outputs are logits (N, classes) and whose targets are class indices (N,).
-
-    Metrics and `predict_step` get probabilities, the softmax of the logits. Arguments are those of `StreamingModule`, whose
-    `stream_network` is called `stream_net` here. With a trunk that streams already, as in lightstream 1.x, they are its by
-    default: `weight_decay=1e-5, accumulate_grad_batches=2`.
-    """
-
-    def __init__(
-        self,
-        stream_net: nn.Module,
-        head: nn.Module | None,
-        tile_size: int | tuple[int, int | None] | Loss | None = None,
-        loss_fn: Loss | None = None,
-        train_streaming_layers: bool = True,
-        metrics: Metric | MetricCollection | None = None,
-        **options: Any,
-    ) -> None:
-        if isinstance(stream_net, BaseModule):
-            options = {"weight_decay": 1e-5, "accumulate_grad_batches": 2, **options}
-        super().__init__(stream_net, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
-
-    def predictions(self, output: Tensor) -> Tensor:
-        """Probabilities (N, classes); of a single logit (N, 1) its sigmoid."""
-        return output.sigmoid() if output.shape[-1] == 1 else output.softmax(dim=-1)
-
-
 class PlainModel(nn.Module):
     """Normalisation, trunk and head as one ordinary module that runs whole images: for `torch.export`, ONNX or other code.
 
@@ -611,41 +510,3 @@ class PlainModel(nn.Module):
         """The output for an image (N, C, H, W)."""
         dtype = next((parameter.dtype for parameter in self.parameters()), torch.get_default_dtype())
         return self.head(self.trunk(self.normalisation.unchecked(image, dtype)))
-
-
-_IMAGES = ("image", "images", "inputs")
-
-
-def parts_moved(batch: Any, keep: Callable[[Any], Any], move: Callable[[Any], Any]) -> Any:
-    """`batch` with its images through `keep`, and all else, but for other lazy images, through `move`.
-
-    Images are the first of several parts of a batch, the entries `image`, `images` or `inputs` of a dict, or the batch itself.
-    """
-    if isinstance(batch, dict):
-        return type(batch)({key: (keep if key in _IMAGES else move)(part) for key, part in batch.items()})
-    if isinstance(batch, (list, tuple)) and batch and not all(map(is_lazy, batch)):
-        images = type(batch[0])(map(keep, batch[0])) if isinstance(batch[0], (list, tuple)) else keep(batch[0])
-        made = [images, *(part if is_lazy(part) else move(part) for part in batch[1:])]
-        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
-    return keep(batch)
-
-
-def is_lazy(part: Any) -> bool:
-    """True if it is an image that is read region by region."""
-    return not isinstance(part, Tensor) and isinstance(part, LazyImage)
-
-
-def _is_image(part: Any) -> bool:
-    return is_lazy(part) or (isinstance(part, Tensor) and part.ndim == 4)
-
-
-def has_more(batch: Any) -> bool:
-    """True if a batch is images and something else: labels, names."""
-    return isinstance(batch, (list, tuple)) and len(batch) > 1 and not all(map(_is_image, batch))
-
-
-def described(batch: Any) -> str:
-    """For an error message."""
-    if isinstance(batch, dict):
-        return f"a dict of {', '.join(map(str, batch))}"
-    return f"a {type(batch).__name__}"

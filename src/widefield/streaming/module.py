@@ -446,7 +446,7 @@ class StreamingCNN(nn.Module):
         device, dtype = inputs.kind.device, inputs.kind.dtype
         maps = [read_whole(x, given, device) for x, given in zip(inputs.maps, inputs.kind.maps, strict=True)]
         pixels = TileReader(inputs.image, device, dtype, self.normalisation).read(0, 0, *inputs.kind.shape[2:])
-        frozen = self._norms_to_freeze()
+        frozen = [part for part in self.frozen_norms if part.training]
         try:
             for part in frozen:
                 part.training = False
@@ -543,11 +543,12 @@ class StreamingCNN(nn.Module):
         """The weights of convolutions."""
         return [p for p in self.module.parameters() if p.ndim == 4]
 
-    def _norms_to_freeze(self) -> list[nn.Module]:
-        """Norm layers in training mode that are evaluated with their running statistics nevertheless."""
+    @property
+    def frozen_norms(self) -> list[nn.Module]:
+        """Norm layers that are evaluated with their running statistics, whatever their mode."""
         if self.batch_statistics == "exact":
             return []
-        return [part for part in self.module.modules() if part.training and getattr(part, "track_running_stats", False)]
+        return [part for part in self.module.modules() if getattr(part, "track_running_stats", False)]
 
     def _planner(
         self, program: Program, kind: CallKind, wanted: Wanted | None = None, writing: Writing | None = None

@@ -209,7 +209,7 @@ class _Passes:
 
     def __init__(self, streamed: "StreamingCNN", image: Tensor, program: Program, maps: Sequence[Tensor]) -> None:
         self.streamed, self.image, self.program, self.maps = streamed, image, program, maps
-        self.module, self._frozen, self._masks = streamed.module, streamed._norms_to_freeze(), _masks_of(program)
+        self.module, self._frozen, self._masks = streamed.module, streamed.frozen_norms, _masks_of(program)
 
     def one(self, network: nn.Module, at: Tensor) -> Outcome:
         """Run a forward pass at the image `at`, and its backward pass where gradients are enabled."""
