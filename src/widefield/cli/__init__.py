@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from widefield.cli.messages import told
-from widefield.cli.verbs import VERBS, Verb
+from widefield.cli.verb import Verb
+from widefield.cli.verbs import VERBS
 from widefield.registry import import_module_or_file, import_object
 
 _TUNABLE = "glibc.malloc.tcache_count"

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError
 
 from widefield.cli import fit_run
 from widefield.cli.configuration import SHORTCUTS, read_configuration
-from widefield.cli.verbs import foreground_argument
+from widefield.cli.verb import foreground_argument
 from widefield.config import ConfigError
 
 
