@@ -64,6 +64,10 @@ def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
     return folder
 
 
+def files(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
 def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> None:
     """A run of 2 steps an epoch on the CPU, without a progress bar and a report."""
     views = {"image_size": 16, **options.pop("transform_args", {})}
