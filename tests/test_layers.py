@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from widefield.registry import registered_in
+
 SOURCE = Path(importlib.util.find_spec("widefield").origin).parent
 LOADED = """
 import importlib, sys
@@ -53,7 +55,14 @@ def test_every_name_of_a_stub_is_where_the_stub_says(stub):
             path = SOURCE.joinpath(*module.split(".")[1:])
             files = [path.with_suffix(".py"), path / "__init__.pyi", path / "__init__.py"]
             text = next(file for file in files if file.is_file()).read_text(encoding="utf-8")
-            assert re.search(rf"\b{name}\b", text), f"{name} is not in {module}"
+            assert name == "*" or re.search(rf"\b{name}\b", text), f"{name} is not in {module}"
+
+
+def test_the_stub_of_components_has_every_file_with_one():
+    tree = ast.parse((SOURCE / "components" / "__init__.pyi").read_text(encoding="utf-8"))
+    whole = {line.module for line in tree.body if isinstance(line, ast.ImportFrom) and line.names[0].name == "*"}
+    entries = registered_in("MODELS", "components", "modules")
+    assert whole == {entry.target.partition(":")[0] for entry in entries}
 
 
 def test_every_error_of_ours_has_the_root_and_what_users_did_is_a_built_in_error_too():

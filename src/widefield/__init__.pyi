@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from widefield import components as components
@@ -76,4 +76,6 @@ __all__ = [
     "stream",
 ]
 
-def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]: ...
+def lazy_names(
+    package: str, file: str, more: Callable[[], Iterable[str]] = ...
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]: ...

@@ -1,40 +1,20 @@
 """Components that configurations put together: backbones, necks, heads, losses.
 
 Names load their part on first use (PEP 562). To add one, write its file in the folder of its kind, under the decorator
-`@MODELS.register_module()`.
+`@MODELS.register_module()`; `__init__.pyi`, which editors and mypy read, has the files.
 """
 
-import importlib
 from typing import Any
 
-from widefield.registry import MODELS
+from widefield import lazy_names
+from widefield.registry import MODELS, import_object
 
-_HOME = {
-    "BaseBackbone": "backbones.base_backbone",
-    "BaseModel": "models.base_model",
-    "BaseSelfSupervisor": "models.base_model",
-    "Component": "component",
-    "DataSample": "data_sample",
-    "StreamableBackbone": "backbones.base_backbone",
-    "build_activation_layer": "component",
-    "build_conv_layer": "component",
-    "build_norm_layer": "component",
-    "mmpretrain_names": "key_maps",
-    "weight_reduce_loss": "losses.reduction",
-    "weighted_loss": "losses.reduction",
-}
+_find, __dir__, _ = lazy_names(__name__, __file__, lambda: MODELS.index)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return __dir__()
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     if name in MODELS.index:
-        module, _, attribute = MODELS.index[name].target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*_HOME, *MODELS.index])
+        return import_object(MODELS.index[name].target)
+    return _find(name)
