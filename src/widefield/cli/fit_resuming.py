@@ -86,7 +86,8 @@ class Optimization(Callback):
         """Keep what was made of the settings, which Lightning then overwrites with what the checkpoint holds."""
         if self._before is None or self._before == self._settings:
             return
-        groups = [[_without_parameters(group) for group in one.param_groups] for one in trainer.optimizers]
+        all_groups = [[dict(group) for group in one.param_groups] for one in trainer.optimizers]
+        groups = [[{name: group[name] for name in group if name != "params"} for group in one] for one in all_groups]
         schedules = [copy.deepcopy(one.scheduler.state_dict()) for one in trainer.lr_scheduler_configs]
         self._fresh = groups, schedules
 
@@ -110,10 +111,6 @@ def _advance(schedule: Any, steps: int) -> None:
         warnings.simplefilter("ignore")  # torch's, that no step of the optimizer came before
         for _ in range(steps):
             schedule.step()
-
-
-def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _changes(before: Any, after: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:

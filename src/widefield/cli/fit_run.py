@@ -129,7 +129,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     by_name = isinstance(model, FromCheckpoint) and isinstance(data, LazyImages)
     reads_pixels = by_name and model.reads_pixels
     if reads_pixels:
-        given, seed = _arguments_of(cli.config.model), data.seed
+        section, seed = cli.config.model, data.seed
+        given = section.init_args if "init_args" in section else section  # it names its class, or not
         statistics = _normalise(model, data, given, seed)
     if isinstance(data, LazyImages):
         _settle_background(model, data)
@@ -191,11 +192,6 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     else:
         _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
     return out
-
-
-def _arguments_of(section: Any) -> Any:
-    """Return the arguments of the model, whether or not the configuration names its class."""
-    return section.init_args if "init_args" in section else section
 
 
 def _write_settings(cli: FitCLI) -> None:

@@ -1,7 +1,6 @@
 """Verbs that answer at once, without torch: `widefield list`, `help` and `config`."""
 
 import argparse
-import fnmatch
 import inspect
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from widefield.cli.verbs import REGISTRIES, VERBS
+from widefield.inference.names import matches, model_names
 from widefield.registry import (
     DATASETS,
     MODELS,
@@ -35,14 +35,12 @@ def list_names(arguments: argparse.Namespace, others: list[str]) -> None:
     elif arguments.what == "components":
         rows = _components(arguments.pattern, arguments.kind)
     elif arguments.what == "models":
-        from widefield.inference.names import matches, model_names
-
         rows = [(name, summary) for name, _, summary in _components(arguments.pattern, "model")]
         rows += [(name,) for name in model_names() if matches(name, arguments.pattern)]
     else:
         from widefield.config.load import ready_configs, summary
 
-        rows = [(name, summary(name)) for name in fnmatch.filter(ready_configs(), _wildcards(arguments.pattern))]
+        rows = [(name, summary(name)) for name in ready_configs() if matches(name, arguments.pattern)]
     if not rows:
         print(f"no {arguments.what} match", file=sys.stderr)
     widths = [max(map(len, column)) for column in zip(*rows)] if rows and len({len(row) for row in rows}) == 1 else []
@@ -53,10 +51,6 @@ def list_names(arguments: argparse.Namespace, others: list[str]) -> None:
 def _components(pattern: str, kind: str | None) -> list[tuple[str, ...]]:
     found = sorted(MODELS.entries(pattern, kind), key=lambda entry: entry.kind)
     return [(entry.name, entry.kind or "-", entry.summary) for entry in found]
-
-
-def _wildcards(pattern: str) -> str:
-    return pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*"
 
 
 def show_config(arguments: argparse.Namespace, others: list[str]) -> int:

@@ -57,7 +57,8 @@ def _merge(base: Any, child: Any, path: Path, whole: Config, replaced: set[Path]
     if not isinstance(child, dict):
         replaced.add(path)
         return child
-    if child.get(DELETE) or base is _ABSENT or base is None or (isinstance(base, dict) and _changes_type(base, child)):
+    retyped = isinstance(base, dict) and "type" in base and child.get("type", base["type"]) != base["type"]
+    if child.get(DELETE) or base is _ABSENT or base is None or retyped:
         replaced.add(path)
         base = {}
     if isinstance(base, list):
@@ -70,10 +71,6 @@ def _merge(base: Any, child: Any, path: Path, whole: Config, replaced: set[Path]
         if key != DELETE:
             merged[key] = _merge(base.get(key, _ABSENT), value, (*path, str(key)), whole, replaced)
     return merged
-
-
-def _changes_type(base: dict[str, Any], child: dict[str, Any]) -> bool:
-    return "type" in base and child.get("type", base["type"]) != base["type"]
 
 
 def _merge_items(base: list[Any], child: dict[Any, Any], path: Path, whole: Config, replaced: set[Path]) -> list[Any]:

@@ -82,7 +82,7 @@ def target_of(task: Task, labels: Sequence[Label]) -> Target:
         return {"task": task, "mean": values.mean(0).tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
     if task == "survival":
         # Quantiles of the times of observed events, as in Zadeh and Schmid (2021), so that each interval has as many of them.
-        times = np.array([time for time, event in _pairs(labels) if event])
+        times = np.array([label[0] for label in labels if not isinstance(label, int) and label[1]])
         edges = np.unique(np.quantile(times, np.arange(1, _INTERVALS) / _INTERVALS)) if len(times) else np.array([])
         edges = edges[edges > times.min()] if len(times) else edges
         if not len(edges):
@@ -105,10 +105,6 @@ def strata(task: Task, labels: Sequence[Label]) -> np.ndarray:
     if task == "regression" and len(values):
         return np.searchsorted(np.quantile(values[:, 0], (0.25, 0.5, 0.75)), values[:, 0])
     return values[:, 1].astype(int) if task == "survival" and len(values) else values
-
-
-def _pairs(labels: Sequence[Label]) -> list[tuple[float, float]]:
-    return [(label[0], label[1]) for label in labels if not isinstance(label, int)]
 
 
 def _classes(texts: Sequence[str], problems: Problems) -> tuple[list[Label], tuple[str, ...]]:

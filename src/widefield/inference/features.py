@@ -62,7 +62,7 @@ def features_of(model: Any, picture: Picture, stage: Stage) -> Any:
     Raises:
         ValueError: The model has no such stage, or is neither of components nor a `Classifier`.
     """
-    if not _has_features(model):
+    if not isinstance(model, Classifier) and not (isinstance(model, BaseModel) and hasattr(model, "extract_feat")):
         raise ValueError(
             f"{type(model).__name__} has no features to extract; give a model of components, or a Classifier"
         )
@@ -77,11 +77,8 @@ def features_of(model: Any, picture: Picture, stage: Stage) -> Any:
         found = model.extract_feat(inputs)
     else:
         raise ValueError(f"{type(model).__name__} has no stage {stage!r}; give 'backbone'")
-    return _of_one(found[0] if isinstance(found, list) else found)
-
-
-def _has_features(model: object) -> bool:
-    return isinstance(model, Classifier) or (isinstance(model, BaseModel) and hasattr(model, "extract_feat"))
+    found = found[0] if isinstance(found, list) else found
+    return tuple(one[0] for one in found) if isinstance(found, (tuple, list)) else found[0]
 
 
 def _of_classifier(model: Classifier, batch: Any, stage: Stage) -> Any:
@@ -102,10 +99,6 @@ def _of_classifier(model: Classifier, batch: Any, stage: Stage) -> Any:
     finally:
         hook.remove()
     return (kept[0][0],) if stage == "neck" else kept[0][0]
-
-
-def _of_one(features: Any) -> Any:
-    return tuple(one[0] for one in features) if isinstance(features, (tuple, list)) else features[0]
 
 
 _log = logging.getLogger(__name__)

@@ -265,7 +265,7 @@ def _from_config(config: Config, pretrained: bool | str | Path, overrides: dict[
     if "model" not in config.data:
         raise ValueError("the configuration has no model; give one with a section model: {type: ImageClassifier, ...}")
     model = build(config, ("model",))
-    if pretrained is True and not _loads_weights(model):
+    if pretrained is True and not any(getattr(part, "is_pretrained", False) for part in model.modules()):
         raise ValueError(
             "there are no published weights for this configuration; give a file, as in pretrained='best.ckpt'"
         )
@@ -287,10 +287,6 @@ def _names_beside(weights: str | Path | None, model: nn.Module) -> tuple[str, ..
     content = read_torch_file(path, "meta")
     names = info_in(content).class_names if isinstance(content, dict) else None
     return names if names and len(names) == getattr(getattr(model, "head", None), "num_classes", None) else None
-
-
-def _loads_weights(model: nn.Module) -> bool:
-    return any(getattr(part, "is_pretrained", False) for part in model.modules())
 
 
 def _changed(config: Config, overrides: Mapping[str, Any]) -> Config:

@@ -153,7 +153,7 @@ def passes(captured: Captured, *, allow_whole: bool, autocast: Autocast | None =
     graph = Graph(captured=captured, nodes=captured.nodes, outputs=outputs)
     yield "capture", graph
     functions: dict[str, Callable[[Graph], Graph]] = {
-        "fold": _fold,
+        "fold": lambda graph: replace(graph, nodes=fold_batch_norms(graph.captured)),
         "normal form": _normal_form,
         "place": partial(_place, allow_whole=allow_whole),
         "live": _live,
@@ -186,10 +186,6 @@ def explain(captured: Captured, *, allow_whole: bool) -> str:
         text.append(f"stage {level}: from {', '.join(inputs)} to {', '.join(stage.made)}, by way of")
         text.append("  " + ", ".join(value.name for value in stage.values if value.placed is not None))
     return "\n".join(text)
-
-
-def _fold(graph: Graph) -> Graph:
-    return replace(graph, nodes=fold_batch_norms(graph.captured))
 
 
 def _normal_form(graph: Graph) -> Graph:

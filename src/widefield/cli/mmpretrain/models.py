@@ -187,10 +187,6 @@ def _resnext(given: Mapping[str, Any]) -> tuple[str, Description]:
     return (f"resnext101_{kind}", {"layers": [3, 8, 36, 3]}) if depth == 152 else (f"resnext{depth}_{kind}", {})
 
 
-def _vgg(given: Mapping[str, Any]) -> tuple[str, Description]:
-    return f"vgg{given['depth']}{'_bn' if given.get('norm_cfg') else ''}", {}
-
-
 def _sized(template: str, arch: Mapping[str, str] | None = None) -> Rule:
     """Return the rule for transformers, whose names end in the size of a patch and of an image."""
 
@@ -219,10 +215,6 @@ def _xcit(given: Mapping[str, Any]) -> tuple[str, Description]:
     return f"xcit_{sizes[given['embed_dims']]}_{given['depth']}_p{given['patch_size']}_224", {}
 
 
-def _efficientnet(given: Mapping[str, Any]) -> tuple[str, Description]:
-    return f"{'efficientnet' if given['arch'] in ('es', 'em', 'el') else 'tf_efficientnet'}_{given['arch']}", {}
-
-
 def _of(names: Mapping[str, str]) -> Rule:
     return lambda given: (names[given["arch"]], {})
 
@@ -239,14 +231,17 @@ _TIMM: dict[str, Rule] = {
     "SEResNeXt": _plain("seresnext{depth}_{groups}x{width_per_group}d"),
     "Res2Net": _plain("res2net{depth}_{base_width}w_{scales}s"),
     "ResNeSt": lambda given: (f"resnest{given['depth']}{'d' if given['depth'] == 50 else 'e'}", {}),
-    "VGG": _vgg,
+    "VGG": lambda given: (f"vgg{given['depth']}{'_bn' if given.get('norm_cfg') else ''}", {}),
     "DenseNet": _plain("densenet{arch}"),
     "HRNet": _plain("hrnet_{arch}"),
     "InceptionV3": _plain("inception_v3"),
     "RepVGG": _plain("repvgg_{arch}"),
     "MobileOne": _plain("mobileone_{arch}"),
     "MobileViT": _of({"small": "mobilevit_s", "x_small": "mobilevit_xs", "xx_small": "mobilevit_xxs"}),
-    "EfficientNet": _efficientnet,
+    "EfficientNet": lambda given: (
+        ("" if given["arch"] in ("es", "em", "el") else "tf_") + f"efficientnet_{given['arch']}",
+        {},
+    ),
     "EfficientNetV2": _plain("tf_efficientnetv2_{arch}"),
     "EdgeNeXt": _of(
         {

@@ -132,7 +132,7 @@ class BaseModel(Component, KeepsArguments):
         """
         inputs, targets = split_batch(batch)
         _refuse_other_channels(inputs, targets)
-        if _are_lazy(inputs) and not self.reads_tiles:
+        if isinstance(inputs, (list, tuple)) and inputs and hasattr(inputs[0], "read") and not self.reads_tiles:
             inputs = read_images(inputs).to(self.device)
         if targets is None:
             samples = [DataSample() for _ in (inputs[0] if is_views(inputs) else inputs)]
@@ -293,10 +293,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     raise WrongArgumentError(
         f"a batch is (inputs, targets), a dictionary with inputs and data_samples, or a tensor of images, not {keys}"
     )
-
-
-def _are_lazy(inputs: Any) -> bool:
-    return isinstance(inputs, (list, tuple)) and bool(inputs) and hasattr(inputs[0], "read")
 
 
 def as_sample(target: Any) -> DataSample:
