@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from widefield.errors import WidefieldError
+from widefield.writing import replacing
 
 K = TypeVar("K")
 
@@ -211,6 +212,5 @@ def _processor() -> str:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` to `path`, which is complete at any time: an earlier version, or this one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")

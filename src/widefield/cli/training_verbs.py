@@ -33,9 +33,7 @@ FIT = Verb(
         option("--images", "DIR", "folder of image files", Path),
         option("--labels", "TABLE", "CSV or Parquet file with a row per image, see below", Path),
         option("--masks", "DIR", "for --task segment: folder of a label image or GeoJSON file for each image", Path),
-        option(
-            "--targets", "DIR", "for --task regression: folder of a map of numbers for each image, see below", Path
-        ),
+        option("--targets", "DIR", "for --task regression: folder of a map of numbers for each image, see below", Path),
         option(
             "--classes", "LIST", "for --task segment: names of the labels from 0, such as ground,tree (default: found)"
         ),

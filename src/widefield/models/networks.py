@@ -121,11 +121,17 @@ def make_model(name: str, num_classes: int, weights: Weights, in_channels: int =
         raise unknown_model(name, [*RESNETS, *near_timm])
     net = make_resnet(name, num_classes, weights)
     if in_channels != 3:
-        from timm.models import adapt_input_conv
-
-        net.conv1.weight = nn.Parameter(adapt_input_conv(in_channels, net.conv1.weight.detach()))
-        net.conv1.in_channels = in_channels
+        adapt_first_layer(net, in_channels)
     return net
+
+
+def adapt_first_layer(net: nn.Module, channels: int) -> None:
+    """Let the first convolution take so many channels, its weights repeated over them and scaled as timm does."""
+    from timm.models import adapt_input_conv
+
+    first = next(part for part in net.modules() if isinstance(part, nn.Conv2d))
+    first.weight = nn.Parameter(adapt_input_conv(channels, first.weight.detach()))
+    first.in_channels = channels
 
 
 def _no_download(name: str, error: Exception) -> OSError:

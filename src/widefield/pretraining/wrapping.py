@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import densenet, mnasnet, regnet, shufflenetv2, swin_transformer
 
 from widefield.components.component import Component
-from widefield.registry import MODELS, near_names
+from widefield.models.networks import adapt_first_layer, unknown_model
+from widefield.models.resnet.resnet import TRUNK
+from widefield.registry import MODELS
 
 
 class KnownModel(nn.Module):
@@ -42,9 +44,6 @@ class KnownModel(nn.Module):
     def maps(self, x: Tensor) -> Tensor:
         """The last map (B, C, H, W)."""
         raise NotImplementedError
-
-
-RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
 class PartsInARow(KnownModel):
@@ -219,8 +218,8 @@ def _known(model: nn.Module) -> KnownModel | None:
         return _measured(Backbone(model))
     if isinstance(model, densenet.DenseNet):
         return _measured(DenseNetLike(model, ("features",)))
-    if all(hasattr(model, part) for part in RESNET_PARTS):
-        return _measured(PartsInARow(model, RESNET_PARTS))
+    if all(hasattr(model, part) for part in TRUNK):
+        return _measured(PartsInARow(model, TRUNK))
     for kind, parts in _PARTS.items():
         if isinstance(model, kind):
             return _measured(PartsInARow(model, parts))
@@ -246,14 +245,16 @@ def _make(name: str, arguments: dict[str, Any], num_channels: int) -> nn.Module 
     if package == "torchvision":
         of_torchvision = torchvision.models.list_models(torchvision.models)
         if short not in of_torchvision:
-            raise ValueError(f"no model named {name!r}; {_near(short, of_torchvision, package)}")
+            raise unknown_model(name, [f"{package}/{one}" for one in of_torchvision])
         made = _built(name, torchvision.models.get_model, short, **arguments)
-        return made if num_channels == RGB else with_first_layer_for(made, num_channels)
+        if num_channels != RGB:
+            adapt_first_layer(made, num_channels)
+        return made
     if package == "timm":
         import timm
 
         if not timm.is_model(short):
-            raise ValueError(f"no model named {name!r}; {_near(short, timm.list_models(), package)}")
+            raise unknown_model(name, [f"{package}/{one}" for one in timm.list_models()])
         given = {"num_classes": 0, "in_chans": num_channels, **arguments}
         with suppress(TypeError):  # transformers know it, so that views may have other sizes; most others do not
             return timm.create_model(short, **{"dynamic_img_size": True, **given})  # type: ignore[no-any-return]
@@ -274,30 +275,6 @@ def split_name(name: str) -> tuple[str, str]:
         raise ValueError(f"{name!r} is a name of LightlyTrain; {_theirs(package, short)}")
     hint = "such as torchvision/resnet18" if "/" in name else f"did you mean torchvision/{name} or timm/{name}?"
     raise ValueError(f"model {name!r} must be written package/name, with a package of {', '.join(PACKAGES)}; {hint}")
-
-
-def with_first_layer_for(model: nn.Module, channels: int) -> nn.Module:
-    """Return `model`, whose first convolution is replaced by one of so many channels.
-
-    Its weights are those of the old one, repeated over the channels and scaled so that outputs keep their size, as timm does.
-    """
-    from timm.models import adapt_input_conv
-
-    path, old = next((path, part) for path, part in model.named_modules() if isinstance(part, nn.Conv2d))
-    with torch.random.fork_rng(devices=[]):  # first weights are drawn, though they go
-        new = nn.Conv2d(
-            channels,
-            old.out_channels,
-            old.kernel_size,  # type: ignore[arg-type]
-            old.stride,  # type: ignore[arg-type]
-            old.padding,  # type: ignore[arg-type]
-            old.dilation,  # type: ignore[arg-type]
-            bias=old.bias is not None,
-        )
-    new.weight = nn.Parameter(adapt_input_conv(channels, old.weight.detach()))
-    new.bias = old.bias
-    model.set_submodule(path, new)
-    return model
 
 
 THEIRS = {
@@ -333,12 +310,3 @@ def _built(name: str, make: Any, *positional: Any, **arguments: Any) -> Any:
         return make(*positional, **arguments)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{name} cannot be made with model_args={arguments}: {error}") from error
-
-
-def _near(name: str, choices: list[str], package: str) -> str:
-    near = near_names(name, choices)
-    return (
-        f"did you mean {' or '.join(f'{package}/{one}' for one in near)}?"
-        if near
-        else f"{package} has {len(choices)} others"
-    )

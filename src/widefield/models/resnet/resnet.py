@@ -13,7 +13,8 @@ from widefield.modules import ImageNetClassifier
 from widefield.modules.constructor import by_default, check_options
 from widefield.modules.streaming_module import Loss
 
-_TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+"""Names of the layers of a ResNet that stream."""
 
 
 @overload
@@ -40,12 +41,12 @@ def split_resnet(net: nn.Module, num_classes: int | None = None, remove_last_blo
     """
     if isinstance(num_classes, bool):
         remove_last_block, num_classes = num_classes, None
-    if missing := [name for name in _TRUNK if not hasattr(net, name)]:
+    if missing := [name for name in TRUNK if not hasattr(net, name)]:
         raise ValueError(
             f"the {type(net).__name__} is not laid out like a ResNet: it has no {', '.join(missing)}; "
             "widefield.split(net) cuts any model"
         )
-    trunk = nn.Sequential(*(net.get_submodule(name) for name in (_TRUNK[:-1] if remove_last_block else _TRUNK)))
+    trunk = nn.Sequential(*(net.get_submodule(name) for name in (TRUNK[:-1] if remove_last_block else TRUNK)))
     if num_classes is None:
         return trunk
     last: nn.Linear = net.get_submodule("fc")  # type: ignore[assignment]
@@ -55,7 +56,7 @@ def split_resnet(net: nn.Module, num_classes: int | None = None, remove_last_blo
     return trunk, nn.Sequential(net.get_submodule("avgpool"), nn.Flatten(), last)
 
 
-def resnet_state_dict(trunk: nn.Module, head: nn.Module | None, names: Sequence[str] = _TRUNK) -> dict[str, Tensor]:
+def resnet_state_dict(trunk: nn.Module, head: nn.Module | None, names: Sequence[str] = TRUNK) -> dict[str, Tensor]:
     """The weights of what `split_resnet` returned, on the CPU, under the names that they have in the ResNet.
 
     `names` are those of the trunk's layers.
@@ -124,7 +125,7 @@ class StreamingResNet(ImageNetClassifier):
         net = make_resnet(name, outputs, weights)
         trunk = split_resnet(net, remove_last_block=remove_last_block)
         head: nn.Module | None = None
-        names = list(_TRUNK[: len(trunk)])
+        names = list(TRUNK[: len(trunk)])
         if additional_modules is not None:
             trunk.append(additional_modules)
             names.append("additional_modules")
