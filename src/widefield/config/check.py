@@ -11,13 +11,13 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Annotated, Any, Literal, NewType, ParamSpec, TypeVar, Union
 
-from widefield.config.config import Path
+from widefield.config.config import Path, dotted
 from widefield.errors import WrongArgumentError
 from widefield.registry import (
     MODELS,
@@ -80,6 +80,11 @@ class Mismatch:
 
 Problem = tuple[Path, str | Mismatch]
 """A path, and what is wrong there."""
+
+
+def told_in_python(problems: Iterable[Problem]) -> list[str]:
+    """Return a line for each problem as one writes it in Python."""
+    return [f"{dotted(path)}: {what.in_python() if isinstance(what, Mismatch) else what}" for path, what in problems]
 
 
 def check_value(value: Any, annotation: Any, path: Path = ()) -> list[Problem]:
@@ -176,18 +181,12 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
-        given, annotations = (
-            signature.bind(*args, **kwargs).arguments,
-            typing.get_type_hints(function, include_extras=True),
-        )
-        problems = [
-            f"{'.'.join(path)}: {problem.in_python() if isinstance(problem, Mismatch) else problem}"
-            for name in plain
-            if name in given and name in annotations
-            for path, problem in check_value(given[name], annotations[name], (name,))
-        ]
+        given = signature.bind(*args, **kwargs).arguments
+        annotations = typing.get_type_hints(function, include_extras=True)
+        known = [name for name in plain if name in given and name in annotations]
+        problems = [one for name in known for one in check_value(given[name], annotations[name], (name,))]
         if problems:
-            raise WrongArgumentError(f"{of} cannot be called so: {'; '.join(problems)}")
+            raise WrongArgumentError(f"{of} cannot be called so: {'; '.join(told_in_python(problems))}")
         return function(*args, **kwargs)
 
     return checking

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from widefield.components.data_sample import DataSample
-from widefield.components.heads.classification_heads import MultiLabelClsHead
+from widefield.components.heads.classification_heads import MultiLabelClsHead, scores_of_labels
 from widefield.components.metrics.classification_metrics import (
     Accuracy,
     AveragePrecision,
@@ -113,13 +113,7 @@ def _target(targets: Any, several: bool, scores: Tensor) -> Tensor:
         targets = [DataSample().set_gt_label(target) for target in targets.cpu()]
     if not several:
         return torch.cat([_label(target) for target in targets]).to(scores.device)
-    rows = [
-        target.gt_score
-        if "gt_score" in target
-        else torch.zeros(scores.shape[1]).index_fill(0, target.gt_label.cpu(), 1.0)
-        for target in targets
-    ]
-    return torch.stack([row.to(scores.device) for row in rows]).long()
+    return torch.stack([scores_of_labels(one, scores.shape[1]).to(scores.device) for one in targets]).long()
 
 
 def _label(sample: DataSample) -> Tensor:

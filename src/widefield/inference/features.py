@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from widefield.components.data_sample import DataSample
 from widefield.components.models.base_model import BaseModel
 from widefield.components.models.features import background_of, left_out
 from widefield.components.models.image_classifier import ImageClassifier
+from widefield.components.models.image_to_image_retriever import cosine_similarity
 from widefield.data.datasets import as_batch
 from widefield.data.described import ImageFolder
 from widefield.data.pipeline import Picture
@@ -200,8 +200,3 @@ def matches(scores: Tensor, order: Tensor, files: Sequence[Path] | None = None) 
         match = {"match_score": float(scores[index]), "sample_idx": index}
         found.append(match if files is None else {**match, "sample": {"img_path": str(files[index])}})
     return found
-
-
-def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines (N, M) of the angles between vectors (N, C) and (M, C)."""
-    return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from widefield.config import Mismatch, Problem, check_value, dotted
-from widefield.config.check import MAPPINGS, UNIONS
+from widefield.config import Problem, check_value
+from widefield.config.check import MAPPINGS, UNIONS, told_in_python
 from widefield.registry import Argument, Range, arguments_of, wrong_names
 
 T = TypeVar("T")
@@ -24,8 +24,7 @@ class Errors(list[str]):
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Append a line for each problem."""
-        for path, message in problems:
-            self.append(f"{dotted(path)}: {message.in_python() if isinstance(message, Mismatch) else message}")
+        self.extend(told_in_python(problems))
 
     def raise_if_any(self, call: str) -> None:
         """Raise ValueError with all of them."""

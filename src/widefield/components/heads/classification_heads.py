@@ -388,7 +388,7 @@ class MultiLabelClsHead(ScoreHead):
             kwargs: Passed to the loss.
         """
         score = self(feats)
-        target = torch.stack([_gt_score(sample, score.shape[1]) for sample in data_samples]).to(score.device)
+        target = torch.stack([scores_of_labels(sample, score.shape[1]) for sample in data_samples]).to(score.device)
         return {"loss": self.loss_module(score, target, avg_factor=len(score), **kwargs)}
 
     def _probabilities(self, scores: Tensor) -> Tensor:
@@ -430,7 +430,8 @@ def _check_classes(num_classes: int) -> None:
         raise WrongArgumentError(f"num_classes={num_classes} must be a positive integer")
 
 
-def _gt_score(sample: DataSample, num_classes: int) -> Tensor:
+def scores_of_labels(sample: DataSample, num_classes: int) -> Tensor:
+    """Return the true score of each class (C,), 1 for those that a sample names."""
     if "gt_score" in sample:
         return sample.gt_score.float()
     label: Tensor = sample.gt_label

@@ -251,7 +251,7 @@ def _checked(prototype: Any) -> Any:
 
 def _similarity(given: str | Similarity) -> Similarity:
     if given == "cosine_similarity":
-        return _cosine_similarity
+        return cosine_similarity
     found = import_object(given) if isinstance(given, str) and "." in given else given
     if not callable(found):
         raise WrongArgumentError(
@@ -260,7 +260,7 @@ def _similarity(given: str | Similarity) -> Similarity:
     return found
 
 
-def _cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
+def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosines (N, M) of the angles between vectors (N, C) and (M, C), in memory of that size."""
     return functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
 
