@@ -1,6 +1,5 @@
 """Seconds and peak memory of passes through a network: what `widefield bench` and the scripts in benchmarks/ measure with."""
 
-import ctypes
 import datetime
 import gc
 import json
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from widefield.errors import WidefieldError
+from widefield.reports.memory import PeakMemory, status_bytes
 from widefield.writing import replacing
 
 K = TypeVar("K")
@@ -102,19 +102,12 @@ def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> i
 
     On CUDA they are those that PyTorch allocates, else those that are resident: call it in a process of its own, after a warm-up.
     """
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        return _timed(work, torch.device(device))[1] or 0
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    before = _status("VmRSS")
+    memory = PeakMemory(torch.device(device))
     work()
-    return _status("VmHWM") - before
-
-
-def _status(name: str, file: str = "/proc/self/status") -> int:
-    text = Path(file).read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(name))) * 1024
+    peak = memory.bytes_above_start()
+    if peak is None:
+        raise OSError("this system does not tell the peak memory of a process; measure on Linux, or on a GPU")
+    return peak
 
 
 _MEMORY_WORDS = ("allocate memory", "out of memory", "could not create a primitive")  # the last is oneDNN's
@@ -152,8 +145,8 @@ def limit_memory() -> None:
     if sys.platform == "linux":
         import resource
 
-        free = _status("MemAvailable", "/proc/meminfo")
-        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + free, resource.RLIM_INFINITY))
+        free = status_bytes("MemAvailable", Path("/proc/meminfo"))
+        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + free, resource.RLIM_INFINITY))
 
 
 def largest_size(fits: Callable[[int], bool], start: int) -> tuple[int, int]:

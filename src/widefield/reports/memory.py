@@ -36,7 +36,7 @@ class PeakMemory:
             return None
         if self._cuda is not None:
             return torch.cuda.max_memory_allocated(self._cuda) - self._start
-        return _status_bytes("VmHWM") - self._start
+        return status_bytes("VmHWM") - self._start
 
 
 def _reset_peak() -> int | None:
@@ -46,7 +46,7 @@ def _reset_peak() -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which would count as in use
     try:
         _CLEAR_REFS.write_text("5")
-        return _status_bytes("VmRSS")
+        return status_bytes("VmRSS")
     except OSError:
         _log.debug("this system does not tell the peak memory of a process")
         return None
@@ -56,11 +56,12 @@ def memory_in_use(device: torch.device) -> int | None:
     """Return the bytes in use: of tensors on a CUDA `device`, of this process otherwise; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status_bytes("VmRSS") if _STATUS.exists() else None
+    return status_bytes("VmRSS") if _STATUS.exists() else None
 
 
-def _status_bytes(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+def status_bytes(field: str, file: Path = _STATUS) -> int:
+    """Return a number of bytes that Linux tells of this process, or in another file of that form."""
+    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
