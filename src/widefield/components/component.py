@@ -59,8 +59,7 @@ InitConfig = Annotated[dict[str, Any] | list[dict[str, Any]] | None, ComponentOf
 ConvConfig = Annotated[
     dict[str, Any] | None,
     ComponentOf(
-        CONVS,
-        given=("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+        CONVS, given=("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
     ),
 ]
 NormConfig = Annotated[

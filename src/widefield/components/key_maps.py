@@ -102,10 +102,7 @@ MMPRETRAIN: dict[str, list[Row] | Callable[[Any], Iterable[Row]]] = {
     "BEiTV2Neck": [*_beit_layers("patch_aggregation"), ("norm", "fc_norm")],
     "BEiTViT": [
         *_beit_layers("layers"),
-        (
-            "layers.{k}.attn.relative_position_bias_table",
-            "layers.{k}.rel_pos_bias.relative_position_bias_table",
-        ),
+        ("layers.{k}.attn.relative_position_bias_table", "layers.{k}.rel_pos_bias.relative_position_bias_table"),
         ("layers.{k}.attn.relative_position_index", None),
         ("rel_pos_bias.relative_position_index", None),
     ],

@@ -38,12 +38,7 @@ class ImageDataset(Dataset[tuple[ImageFile, Label]]):
         foreground: See above; by default no image has a background.
     """
 
-    def __init__(
-        self,
-        images: Sequence[LabelledImage],
-        options: Mapping[str, Any],
-        foreground: str = "none",
-    ) -> None:
+    def __init__(self, images: Sequence[LabelledImage], options: Mapping[str, Any], foreground: str = "none") -> None:
         self.images = tuple(images)
         self.options = options
         self.foreground = ForegroundChoice(foreground)

@@ -65,9 +65,7 @@ class MultiView:
 
     @checked
     def __init__(
-        self,
-        transforms: TransformsConfig | list[TransformsConfig],
-        num_views: Annotated[int, Range(1)] | list[int] = 2,
+        self, transforms: TransformsConfig | list[TransformsConfig], num_views: Annotated[int, Range(1)] | list[int] = 2
     ) -> None:
         kinds: list[Any] = [transforms] if not transforms or isinstance(transforms[0], dict) else transforms
         counts = [num_views] * len(kinds) if isinstance(num_views, int) else list(num_views)

@@ -299,8 +299,5 @@ class StreamingTimm(ImageNetClassifier):
         trunk, head = split(net)
         super().__init__(trunk, head, tile_size, loss_fn, train_streaming_layers, metrics, **options)
         self.save_plain_hyperparameters(
-            weights=None,
-            model_name=model_name,
-            num_classes=num_classes,
-            train_streaming_layers=train_streaming_layers,
+            weights=None, model_name=model_name, num_classes=num_classes, train_streaming_layers=train_streaming_layers
         )

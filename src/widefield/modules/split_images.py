@@ -50,10 +50,7 @@ class SplitImages(DDPStrategy):
     """
 
     def __init__(
-        self,
-        processes: int | None = None,
-        find_unused_parameters: bool = False,
-        timeout: float = 1800.0,
+        self, processes: int | None = None, find_unused_parameters: bool = False, timeout: float = 1800.0
     ) -> None:
         if processes is not None and processes < 1:
             raise ValueError(f"processes={processes} must be at least 1, or None for all")

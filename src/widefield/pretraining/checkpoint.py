@@ -163,9 +163,7 @@ class Checkpoint:
         """Channels, values and normalisation of the images of the training; all else by default."""
         kept = self.about["transforms"]
         return TransformArgs(
-            num_channels=kept["num_channels"],
-            value_range=kept["value_range"],
-            normalize=Normalize(**kept["normalize"]),
+            num_channels=kept["num_channels"], value_range=kept["value_range"], normalize=Normalize(**kept["normalize"])
         )
 
     def _under(self, prefix: str, new: str) -> dict[str, Tensor]:

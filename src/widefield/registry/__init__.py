@@ -7,13 +7,7 @@ points of the group `widefield.components`: a name, and `package.module:Class`.
 from functools import partial
 
 from widefield.registry.arguments import REQUIRED, Argument, Arguments, arguments_of, wrong_names
-from widefield.registry.imports import (
-    absolute_place,
-    import_module_or_file,
-    import_object,
-    near_names,
-    suggestion,
-)
+from widefield.registry.imports import absolute_place, import_module_or_file, import_object, near_names, suggestion
 from widefield.registry.index import Entry, registered_in, transforms
 from widefield.registry.outline import OutlineError, outline
 from widefield.registry.registry import (

@@ -81,10 +81,7 @@ def arguments_of(component: Callable[..., Any]) -> Arguments:
 
 
 def wrong_names(
-    component: Callable[..., Any],
-    names: Collection[str],
-    given: Collection[str] = (),
-    also: Iterable[str] = (),
+    component: Callable[..., Any], names: Collection[str], given: Collection[str] = (), also: Iterable[str] = ()
 ) -> list[tuple[tuple[str, ...], str]]:
     """Return what is wrong with a call of `component` that has arguments of these names.
 

@@ -1,12 +1,6 @@
 """Heatmaps and reports."""
 
-from widefield.reports.figures import (
-    learning_rates,
-    save_confusion_matrix,
-    save_points,
-    save_schedule,
-    tsne,
-)
+from widefield.reports.figures import learning_rates, save_confusion_matrix, save_points, save_schedule, tsne
 from widefield.reports.grad_cam import NoMapError, cells_of, class_activation, grad_cam
 from widefield.reports.heatmap import Heatmap
 from widefield.reports.memory import PeakMemory, plain_step_bytes

@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 
 
 def results_of_each(
-    network: "StreamingCNN",
-    images: Sequence[Any],
-    maps: Sequence[Any],
-    region: Any,
-    mask: Any,
-    fill: Any,
-    gather: bool,
+    network: "StreamingCNN", images: Sequence[Any], maps: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool
 ) -> list[Any]:
     """Return the result for each of `images`; `mask` and each of `maps` have one for each, the rest is that of `forward`.
 

@@ -10,17 +10,7 @@ import pyvips
 from widefield.transforms.base import Change, Transform, both
 from widefield.transforms.values import BORDERS, Choice, Fill, Pixels, background, full_scale
 
-DIRECTIONS = (
-    "centre",
-    "north",
-    "east",
-    "south",
-    "west",
-    "north-east",
-    "south-east",
-    "south-west",
-    "north-west",
-)
+DIRECTIONS = ("centre", "north", "east", "south", "west", "north-east", "south-east", "south-west", "north-west")
 
 
 @dataclass(frozen=True)

@@ -167,10 +167,7 @@ def _swin(given: Mapping[str, Any]) -> tuple[str, Description]:
     return (
         (name, {})
         if timm.is_model(name)
-        else (
-            f"swin_{given['arch']}_patch4_window7_224",
-            {"img_size": side, "window_size": window},
-        )
+        else (f"swin_{given['arch']}_patch4_window7_224", {"img_size": side, "window_size": window})
     )
 
 
@@ -255,11 +252,7 @@ _TIMM: dict[str, Rule] = {
     "LeViT": _plain("levit_{arch}"),
     "PoolFormer": _plain("poolformer_{arch}"),
     "ConvMixer": _of(
-        {
-            "768/32": "convmixer_768_32",
-            "1024/20": "convmixer_1024_20_ks9_p14",
-            "1536/20": "convmixer_1536_20",
-        }
+        {"768/32": "convmixer_768_32", "1024/20": "convmixer_1024_20_ks9_p14", "1536/20": "convmixer_1536_20"}
     ),
     "CSPDarkNet": _plain("cspdarknet{depth}"),
     "CSPResNet": _plain("cspresnet{depth}"),

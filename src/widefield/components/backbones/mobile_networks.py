@@ -203,10 +203,7 @@ class EfficientNet(SequentialBackbone):
         check_drop_path_rate(drop_path_rate)
         check_frozen_stages(frozen_stages, 0, len(_ENDS))
         net: nn.Module = models.get_model(
-            f"efficientnet_{arch}",
-            weights=None,
-            num_classes=1,
-            stochastic_depth_prob=drop_path_rate,
+            f"efficientnet_{arch}", weights=None, num_classes=1, stochastic_depth_prob=drop_path_rate
         )
         features = net.get_submodule("features")
         assert isinstance(features, nn.Sequential)

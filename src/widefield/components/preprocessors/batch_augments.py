@@ -89,12 +89,7 @@ class CutMix(Mixup):
         ratio = (1 - share) ** 0.5
         halves = [int(n * ratio) // 2 for n in (height, width)]
         y, x = _draw(height), _draw(width)
-        return (
-            max(y - halves[0], 0),
-            min(y + halves[0], height),
-            max(x - halves[1], 0),
-            min(x + halves[1], width),
-        )
+        return (max(y - halves[0], 0), min(y + halves[0], height), max(x - halves[1], 0), min(x + halves[1], width))
 
     def _patch(self, others: Tensor, box: Box) -> Tensor:
         top, bottom, left, right = box
@@ -157,9 +152,7 @@ class RandomBatchAugment:
     """
 
     def __init__(
-        self,
-        augments: BatchAugmentConfig | Sequence[BatchAugmentConfig],
-        probs: Sequence[float] | float | None = None,
+        self, augments: BatchAugmentConfig | Sequence[BatchAugmentConfig], probs: Sequence[float] | float | None = None
     ) -> None:
         described = [augments] if isinstance(augments, dict) else list(augments)
         self.augments = [BATCH_AUGMENTS.build(one) for one in described]

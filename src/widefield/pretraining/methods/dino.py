@@ -156,10 +156,7 @@ class DINO(Method):
 
     def schedules(self, step: int) -> dict[str, Tensor | float]:
         """Return what the losses are logged with."""
-        return {
-            "schedule/momentum": self.momentum_at(step),
-            "schedule/teacher_temp": self.temperature(step),
-        }
+        return {"schedule/momentum": self.momentum_at(step), "schedule/teacher_temp": self.temperature(step)}
 
     def after_backward(self, step: int) -> None:
         for head, _ in self.heads():

@@ -55,9 +55,7 @@ class DINOv2(DINO):
 
     name: ClassVar[str] = "dinov2"
     transforms = replace(
-        DINO.transforms,
-        random_resize=RandomResize(0.32, 1.0),
-        local_view=LocalViews(8, 96, RandomResize(0.05, 0.32)),
+        DINO.transforms, random_resize=RandomResize(0.32, 1.0), local_view=LocalViews(8, 96, RandomResize(0.05, 0.32))
     )
     auto_steps = 125_000
     also_called: ClassVar[Mapping[str, str]] = {
