@@ -57,9 +57,8 @@ def evaluate(
         ValueError: There are no images, or the checkpoint is of another model.
     """
     of_lightning = "pytorch-lightning_version" in read_checkpoint(checkpoint)
-    (config.data.get("model") or {}).pop(
-        "weights", None
-    )  # where training began; a `Classifier` would load them once more
+    # where training began; a `Classifier` would load them once more
+    (config.data.get("model") or {}).pop("weights", None)
     with warnings.catch_warnings():
         ignore_irrelevant_warnings()
         cli = ConfiguredCLI(config, [], f"widefield {phase}", views, more)

@@ -85,9 +85,7 @@ class FitCLI(ConfiguredCLI):
         if self.config.trainer.logger:
             raise ValueError("trainer.logger and loggers both say where numbers are logged; give one of them")
         root = self.config.trainer.default_root_dir
-        loggers = (
-            named_loggers(self.config.loggers, Path(root)) if root is not None else []
-        )  # `callbacks` tells of none
+        loggers = [] if root is None else named_loggers(self.config.loggers, Path(root))  # `callbacks` tells of none
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
@@ -138,9 +136,8 @@ def _train(cli: FitCLI, resume: bool) -> Path:
     if reads_pixels:
         _check(model, data)
     if last:
-        cli.trainer.precision_plugin.convert_module(
-            model
-        )  # or Lightning would round weights of 64 bits to 32 as it loads them
+        # or Lightning would round weights of 64 bits to 32 as it loads them
+        cli.trainer.precision_plugin.convert_module(model)
         _log.info("continuing from %s", last)
     elif isinstance(model, Component):
         model.init_weights()

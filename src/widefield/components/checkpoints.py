@@ -211,10 +211,8 @@ def read_torch_file(path: Path, map_location: str = "cpu") -> Any:
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in _names_in(path)]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # what the unpickler raises on a foreign file is anything: KeyError, EOFError, ...
-        inner = (
-            error if error.__context__ is None else error.__context__
-        )  # torch wraps it in advice to load without checks
-        reason = str(inner).partition("\n")[0]
+        # torch wraps it in advice to load without checks
+        reason = str(error.__context__ or error).partition("\n")[0]
         raise WrongArgumentError(
             f"{path} cannot be read as tensors and plain data saved by torch ({type(error).__name__}: {reason}); "
             "it is another kind of file, or truncated"

@@ -81,9 +81,8 @@ def _one_hot(labels: np.ndarray) -> np.ndarray:
 
 def _members(counts: np.ndarray, groups: Sequence[Hashable] | None, generator: np.random.Generator) -> list[np.ndarray]:
     """Return the indices of the images of each group, the largest group first, and those of one size in a drawn order."""
-    first = counts.argmax(
-        1
-    )  # drawn class by class, as splits without groups always were: the same seed gives the same split
+    # drawn class by class, as splits without groups always were: the same seed gives the same split
+    first = counts.argmax(1)
     order = [index for label in np.unique(first) for index in generator.permutation(np.flatnonzero(first == label))]
     by_group: dict[Hashable, list[int]] = {}
     for index in order:

@@ -56,9 +56,8 @@ class Evaluation(Callback):
             metric.to(pl_module.device)
             if isinstance(trainer.strategy, SplitImages):
                 metric.process_group = trainer.strategy.replicas
-        if (
-            isinstance(pl_module, ImageClassifier) and pl_module.head is not None
-        ):  # others may not predict by their head
+        # others may not predict by their head
+        if isinstance(pl_module, ImageClassifier) and pl_module.head is not None:
             self._hook = pl_module.head.register_forward_pre_hook(self._keep)
 
     on_test_epoch_start = on_validation_epoch_start

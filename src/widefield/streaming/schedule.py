@@ -144,9 +144,8 @@ def _kept(flows: Sequence[Flow], alias: Sequence[int], ready: Positions) -> Posi
         for s, m in zip(flow.sources, flow.axis_maps, strict=True):
             if alias[v] != alias[s]:
                 first = m.first_all(ready[v])
-                padding = np.minimum(
-                    first, flows[s].size - 1
-                )  # kept while there is padding to compute that reads nothing
+                # kept while there is padding to compute that reads nothing
+                padding = np.minimum(first, flows[s].size - 1)
                 first = np.where(ready[v] < flow.size, padding, first)
                 np.minimum(kept[s], first, out=kept[s])
     return kept

@@ -94,11 +94,7 @@ class Trace:
                 return False
         try:
             return all(self._guards(*sizes.values()))
-        except (
-            ArithmeticError,
-            TypeError,
-            ValueError,
-        ):  # it divides by 0, say, for sizes for which another does not hold
+        except (ArithmeticError, TypeError, ValueError):  # divides by 0, say, for sizes for which another does not hold
             return False
 
     @cached_property

@@ -334,9 +334,8 @@ def _restoring(module: nn.Module, frozen: Sequence[nn.Module]) -> Iterator[None]
     try:
         with full_float32(), ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(
-                patch.object(checkpoint, "CheckpointFunction", Inlined)
-            )  # it cannot be differentiated by grad()
+            # it cannot be differentiated by grad()
+            stack.enter_context(patch.object(checkpoint, "CheckpointFunction", Inlined))
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
             for part in frozen:
                 part.training = False

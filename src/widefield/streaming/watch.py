@@ -115,9 +115,8 @@ class Watch(TorchFunctionMode):
         self._paths = {id(vars(part)): path for path, part in module.named_modules()}
         self._grads = torch.is_grad_enabled()
         self._thread = threading.get_ident()
-        self._constants: dict[
-            int, Tensor
-        ] = {}  # by identity, and held: tensors that follow from no tensor of the module
+        # by identity, and held: tensors that follow from no tensor of the module
+        self._constants: dict[int, Tensor] = {}
         self._detached: dict[int, Tensor] = {}  # by their memory, and held: what lost its gradient
         self.left: tuple[tuple[str, str, bool], ...] = ()
         self._read: dict[tuple[int, str], Any] = {}

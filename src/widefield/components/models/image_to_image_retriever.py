@@ -137,9 +137,8 @@ class ImageToImageRetriever(BaseModel):
         ]
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        return (
-            None if self.head is None else super().validation_step(batch, batch_idx)
-        )  # metrics take what is predicted
+        # metrics take what is predicted
+        return None if self.head is None else super().validation_step(batch, batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
         return None if self.head is None else super().test_step(batch, batch_idx)
