@@ -230,12 +230,9 @@ def _live(graph: Graph) -> Graph:
     graph = replace(graph, nodes=tuple(live[::-1]))
     if all(map(is_view, graph.streamed)):
         first = graph.refused[0] if graph.refused else None
-        raise UnsupportedOpError(
-            first.module_path if first else "",
-            first.op if first else "forward",
-            "is the first operation on the image, so that nothing is left to stream",
-            "run this model as it is, without streaming",
-        )
+        reason = "is the first operation on the image, so that nothing is left to stream"
+        remedy = "run this model as it is, without streaming"
+        raise UnsupportedOpError(first.module_path if first else "", first.op if first else "forward", reason, remedy)
     return graph
 
 

@@ -221,12 +221,8 @@ class _WithAttributes(nn.Module):
         left: dict[tuple[str, str, bool], Any] = {}
         for path, part, own in before:
             if registered[path] != (*part._parameters.items(), *part._modules.items()):
-                raise UnsupportedOpError(
-                    path,
-                    "forward",
-                    "adds or replaces a parameter or a layer",
-                    "make all layers in __init__, or call the plain module once",
-                )
+                remedy = "make all layers in __init__, or call the plain module once"
+                raise UnsupportedOpError(path, "forward", "adds or replaces a parameter or a layer", remedy)
             for (key, old), (_, new) in zip(buffers[path], part._buffers.items(), strict=False):
                 if old is not new:
                     raise changes_buffer(f"{path}.{key}".lstrip("."))
@@ -236,21 +232,15 @@ class _WithAttributes(nn.Module):
                 leaves = pytree.tree_leaves(value)
                 read = self._read(part, key, own.get(key, NOTHING))
                 if read and any(map(self._derived, leaves)):
-                    raise UnsupportedOpError(
-                        path,
-                        f"the attribute '{key}'",
-                        "is read in forward before it is set, so a forward pass depends on the one before it",
-                        "return the tensor and pass it to the next call from outside, or reset the attribute before it is read",
-                    )
+                    reason = "is read in forward before it is set, so a forward pass depends on the one before it"
+                    remedy = "return the tensor and pass it to the next call from outside, or reset the attribute before it is read"
+                    raise UnsupportedOpError(path, f"the attribute '{key}'", reason, remedy)
                 if all(leaf is None or isinstance(leaf, _GIVEN_BACK) for leaf in leaves):
                     left[path, key, read] = value
                 elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-                    raise UnsupportedOpError(
-                        path,
-                        f"the attribute '{key}'",
-                        "is set in forward to a tensor inside of an object",
-                        "return the tensor instead",
-                    )
+                    reason = "is set in forward to a tensor inside of an object"
+                    remedy = "return the tensor instead"
+                    raise UnsupportedOpError(path, f"the attribute '{key}'", reason, remedy)
             part.__dict__.clear()
             part.__dict__.update(own)
         return result, left
@@ -263,12 +253,8 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
     if mutated:
         raise changes_buffer(min(mutated.values()).removeprefix("module."))
     if signature.user_inputs_to_mutate:
-        raise UnsupportedOpError(
-            "",
-            "in-place update",
-            "changes the image that forward was given",
-            "write it as an operation with a result: x = x.clamp(0, 1)",
-        )
+        remedy = "write it as an operation with a result: x = x.clamp(0, 1)"
+        raise UnsupportedOpError("", "in-place update", "changes the image that forward was given", remedy)
     bound = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     bound = {name: key.removeprefix("module.") for name, key in bound.items()}
     constants = {name: program.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}

@@ -82,12 +82,9 @@ def refuse_changes(changes: list[tuple[str, list[Any]]], watch: Watch) -> None:
 
 def changes_buffer(key: str) -> UnsupportedOpError:
     """Return the error for a forward that updates a parameter or buffer, of which `key` is the key in the state_dict."""
-    return UnsupportedOpError(
-        key.rpartition(".")[0],
-        "in-place update",
-        f"changes the parameter or buffer '{key}' in forward, which a tile-by-tile pass would repeat",
-        "put the layer in evaluation mode, or move the update out of forward",
-    )
+    reason = f"changes the parameter or buffer '{key}' in forward, which a tile-by-tile pass would repeat"
+    remedy = "put the layer in evaluation mode, or move the update out of forward"
+    return UnsupportedOpError(key.rpartition(".")[0], "in-place update", reason, remedy)
 
 
 def refuse_unknown_norms(module: nn.Module, captured: Captured) -> None:
@@ -105,12 +102,9 @@ def failed_capture(error: Exception, call: CallKind) -> Exception:
     """Return what to raise where torch.export failed: the model is wrong for such a call, or does what cannot be captured."""
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     if "is mutated in the forward method" in first_line:
-        return UnsupportedOpError(
-            "",
-            "in-place update",
-            "changes a tensor in forward that is neither made there nor a buffer of the model",
-            "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode",
-        )
+        reason = "changes a tensor in forward that is neither made there nor a buffer of the model"
+        remedy = "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode"
+        return UnsupportedOpError("", "in-place update", reason, remedy)
     if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
         given = ", ".join((f"an image of shape {call.shape}", *(f"a map of shape {x.shape}" for x in call.maps)))
         return ValueError(f"the model cannot run on {given}: {first_line:.300}")

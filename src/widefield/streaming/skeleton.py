@@ -72,9 +72,6 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
-        raise UnsupportedOpError(
-            "",
-            "forward",
-            f"cannot be captured, because the model cannot be copied ({type(error).__name__}: {error!s:.200})",
-            "let copy.deepcopy(model) work, or stream only a part of the model for which it does",
-        ) from error
+        reason = f"cannot be captured, because the model cannot be copied ({type(error).__name__}: {error!s:.200})"
+        remedy = "let copy.deepcopy(model) work, or stream only a part of the model for which it does"
+        raise UnsupportedOpError("", "forward", reason, remedy) from error

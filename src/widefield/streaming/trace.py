@@ -116,12 +116,9 @@ class Trace:
         """The formulas as a function of the sizes' symbols. Raises UnsupportedOpError where one depends on anything else."""
         expressions = [formula.expression for formula in self._formulas]
         if foreign := {symbol for e in expressions for symbol in e.free_symbols} - set(self._symbols):
-            raise UnsupportedOpError(
-                "",
-                "forward",
-                f"makes a tensor whose size depends on the values of another ({', '.join(map(str, foreign))})",
-                "compute such tensors outside of the streamed part of the model",
-            )
+            reason = f"makes a tensor whose size depends on the values of another ({', '.join(map(str, foreign))})"
+            remedy = "compute such tensors outside of the streamed part of the model"
+            raise UnsupportedOpError("", "forward", reason, remedy)
         return _compiled(self._symbols, expressions)
 
     @cached_property
