@@ -123,7 +123,9 @@ def _changed(out: Tensor, changes: Sequence[Changes]) -> Tensor:
             }
             out = _on(out, factors, partial(_recoloured, function))
     out = _on(
-        out, {k: 1.0 for k, one in enumerate(changes) if one.grey}, lambda x, _: _grey(x).expand_as(x).contiguous()
+        out,
+        {k: 1.0 for k, one in enumerate(changes) if one.grey},
+        lambda x, _: F.rgb_to_grayscale(x).expand_as(x).contiguous(),
     )
     out = _on(out, {k: one.sigma for k, one in enumerate(changes) if one.sigma is not None}, blur)
     thresholds = {k: one.solarize for k, one in enumerate(changes) if one.solarize is not None}
@@ -149,16 +151,13 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 
 
-def _grey(views: Tensor) -> Tensor:
-    """(N, 1, height, width)"""
-    return F.rgb_to_grayscale(views)
-
-
 # The functions of torchvision of these names, with a factor for each view.
 _JITTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "brightness": lambda x, factor: x.mul_(factor).clamp_(0, 1),
-    "contrast": lambda x, factor: torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1),
-    "saturation": lambda x, factor: torch.lerp(_grey(x), x, factor).clamp_(0, 1),
+    "contrast": lambda x, factor: torch.lerp(F.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(
+        0, 1
+    ),
+    "saturation": lambda x, factor: torch.lerp(F.rgb_to_grayscale(x), x, factor).clamp_(0, 1),
     "hue": shift_hue,
 }
 

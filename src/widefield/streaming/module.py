@@ -534,10 +534,6 @@ class StreamingCNN(nn.Module):
         other._programs = self._programs
         return other
 
-    def _has_program(self, program: Program, kind: CallKind) -> bool:
-        """True if a program for such a call follows from what is captured already, as `program` did."""
-        return self._programs.holds(program, kind)
-
     @property
     def _kernels(self) -> list[Tensor]:
         """The weights of convolutions."""

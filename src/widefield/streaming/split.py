@@ -99,11 +99,7 @@ def _cut(model: nn.Module, graph: fx.Graph, inside: list[fx.Node]) -> tuple[nn.M
     for node in graph.nodes:
         if node not in members and node.op != "placeholder":
             copies[node] = head.node_copy(node, copies.__getitem__)
-    return _module(model, trunk, "Trunk"), _module(model, head, "Head")
-
-
-def _module(model: nn.Module, graph: fx.Graph, name: str) -> nn.Module:
-    return fx.GraphModule(model, graph, name)
+    return fx.GraphModule(model, trunk, "Trunk"), fx.GraphModule(model, head, "Head")
 
 
 def _is_local(trunk: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype) -> bool:

@@ -93,7 +93,7 @@ def verify_at_first_use(network: "StreamingCNN", program: Program, call: CallKin
     started = time.perf_counter()
     height, width = call.size
     alike = (height % 64 + 64, width % 64 + 64)  # what decides by the remainder of a size decides here as there
-    sizes = sorted((*SIZES, alike), key=lambda size: not network._has_program(program, call.at(size)))
+    sizes = sorted((*SIZES, alike), key=lambda size: not network._programs.holds(program, call.at(size)))
     if height * width <= 512**2:
         sizes.append((height, width))
     reasons = []
