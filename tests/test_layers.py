@@ -90,3 +90,9 @@ def test_every_error_of_ours_has_the_root_and_what_users_did_is_a_built_in_error
     }
     of_models = {"UnsupportedOpError", "VerificationError", "PlainFailsError", "DifferentGraphError"}
     assert alone == {"WidefieldError", *of_models}
+
+
+def test_the_page_on_the_engine_has_all_of_its_files():
+    page = Path(__file__).parents[1] / "docs" / "engine.md"
+    files = {path.name for path in (SOURCE / "streaming").glob("*.py")} - {"__init__.py"}
+    assert not files - set(re.findall(r"`(\w+\.py)`", page.read_text(encoding="utf-8")))
