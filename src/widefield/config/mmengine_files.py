@@ -25,47 +25,18 @@ _ENVIRONMENT = re.compile(r"\{\{\s*\$(\w+)\s*(?::([^}]*?))?\s*\}\}")
 _LARGEST = 100_000
 """Items of a list, characters of a text, and digits of a number, beyond which an expression is refused."""
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow},
+    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not},
+    **{ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge},
+    **{ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
 }
 _UNARY: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+_PURE = (list, tuple, set, int, float, str, bool, round, len, min, max, sum, abs, sorted, zip, enumerate, reversed)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    one.__name__: one
-    for one in (
-        list,
-        tuple,
-        set,
-        int,
-        float,
-        str,
-        bool,
-        round,
-        len,
-        min,
-        max,
-        sum,
-        abs,
-        sorted,
-        zip,
-        enumerate,
-        reversed,
-    )
-} | {"copy.deepcopy": copy.deepcopy, "deepcopy": copy.deepcopy, "copy.copy": copy.copy}
+    **{one.__name__: one for one in _PURE},
+    **{"copy.deepcopy": copy.deepcopy, "deepcopy": copy.deepcopy, "copy.copy": copy.copy},
+}
 _METHODS = {
     dict: ("update", "get", "pop", "setdefault", "copy", "keys", "values", "items", "merge"),
     list: ("append", "extend", "insert", "pop", "copy", "index"),
@@ -377,13 +348,11 @@ class _File:
             return owner.update(_merged(owner, arguments[0], self.file))
         if isinstance(owner, _Located) and node.attr in ("update", "setdefault"):
             given = {**(arguments[0] if node.attr == "update" and arguments else {}), **keywords}
-            self._note_origins(owner, given if node.attr == "update" else arguments[:1])
+            keys = given if node.attr == "update" else arguments[:1]
+            owner.origins.update(dict.fromkeys(keys, Origin(str(self.file), self.line)))
         result = getattr(owner, node.attr)(*arguments, **keywords)
         _bounded(owner)
         return result
-
-    def _note_origins(self, owner: _Located, keys: Any) -> None:
-        owner.origins.update(dict.fromkeys(keys, Origin(str(self.file), self.line)))
 
     def _binop(self, node: ast.BinOp) -> Any:
         return self._operate(node.op, self._value(node.left), self._value(node.right))
@@ -433,11 +402,10 @@ class _File:
             raise _Unreadable(f"{ast.unparse(node)} has a format")
         return str(self._value(node.value))
 
-    def _listcomp(self, node: ast.ListComp) -> list[Any]:
+    def _listcomp(self, node: ast.ListComp | ast.GeneratorExp) -> list[Any]:
         return [self._value(node.elt) for _ in self._rounds(node.generators)]
 
-    def _generatorexp(self, node: ast.GeneratorExp) -> list[Any]:
-        return [self._value(node.elt) for _ in self._rounds(node.generators)]
+    _generatorexp = _listcomp
 
     def _dictcomp(self, node: ast.DictComp) -> _Located:
         items = {self._value(node.key): self._value(node.value) for _ in self._rounds(node.generators)}
