@@ -79,13 +79,13 @@ def channelwise(node: Node, maps: Maps) -> Placed:
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         normed = call(tiles, context.weights)
         if normed.requires_grad and normed.shape[0] == 1:
-            normed.register_hook(_with_plain_stride)
+            normed.register_hook(with_plain_stride)
         return normed
 
     return Placed((maps.read(name),), maps.axes[name], run)
 
 
-def _with_plain_stride(grad: Tensor) -> Tensor:
+def with_plain_stride(grad: Tensor) -> Tensor:
     """The gradient of a batch of 1 with the first stride that a batch would have.
 
     PyTorch's batch norm on the CPU mistakes the memory format of a gradient when its first stride, which nothing uses, is

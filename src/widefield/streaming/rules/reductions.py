@@ -200,9 +200,8 @@ class Moments(Reduction):
         mean, _, count = result
         of_mean, of_squares = (torch.zeros_like(mean) if g is None else g for g in grads[:2])
         slope = 2 * of_squares
-        tile = tiles[0].to(slope.dtype)
-        deviation = tile.detach() - mean
-        grad = foreground([torch.addcmul(of_mean / count, deviation, slope, out=deviation)], context)[0]
+        tile = tiles[0].detach().to(slope.dtype)
+        (grad,) = foreground([torch.addcmul(of_mean / count - mean * slope, tile, slope)], context)
         return [(tiles[0], grad.to(tiles[0].dtype))]
 
 

@@ -84,7 +84,11 @@ def interpolate(node: Node, maps: Maps) -> Placed:
             )
     rows, cols = axes
 
+    times = [axis.n_out // axis.n_in for axis in axes]
+
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
+        if mode.startswith("nearest") and all(axis.scale * n == 1 for axis, n in zip(axes, times, strict=True)):
+            return _repeated(tiles[0], times, context)
         return _resample(_resample(tiles[0], 2, rows, context.rows[0]), 3, cols, context.cols[0])
 
     return Placed((Read(name, rows, cols),), Axes(2, 3), run)
@@ -109,6 +113,15 @@ def _chosen_alike(axis: Resample, scale: float) -> bool:
     if axis.n_in == axis.n_out:
         kernels += (outputs,)
     return all((np.minimum(np.floor(k).astype(np.int64), axis.n_in - 1) == exact).all() for k in kernels)
+
+
+def _repeated(tile: Tensor, times: Sequence[int], context: TileContext) -> Tensor:
+    """The outputs of `context`, if each position of the tile is repeated so many times along height and width."""
+    made = aten.upsample_nearest2d(tile, [tile.shape[2] * times[0], tile.shape[3] * times[1]])
+    for dim, span, n in zip((2, 3), (context.rows[0], context.cols[0]), times, strict=True):
+        if made.shape[dim] != span.size:
+            made = made.narrow(dim, span.start - span.first * n, span.size)
+    return made
 
 
 def _resample(tile: Tensor, dim: int, axis: Resample, span: Span) -> Tensor:
