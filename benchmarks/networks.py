@@ -1,4 +1,4 @@
-"""U-Nets of segmentation_models_pytorch, for `widefield bench`.
+"""Networks of other libraries, with random weights, for `widefield bench` and benchmarks/predictions.py.
 
 After `uv pip install --no-deps segmentation-models-pytorch`:
 
@@ -6,12 +6,13 @@ After `uv pip install --no-deps segmentation-models-pytorch`:
     uv run --no-sync widefield bench --model benchmarks/networks.py:unet_group_norm --budget 0.4
 """
 
-import segmentation_models_pytorch as smp
 from torch import nn
 
 
 def unet() -> nn.Module:
-    """Return a U-Net with a ResNet-34 and batch norm, with random weights."""
+    """Return a U-Net with a ResNet-34 and batch norm, of segmentation_models_pytorch."""
+    import segmentation_models_pytorch as smp
+
     return smp.Unet("resnet34", encoder_weights=None)
 
 
@@ -23,3 +24,10 @@ def unet_group_norm() -> nn.Module:
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, nn.GroupNorm(child.num_features // 8, child.num_features))
     return network
+
+
+def monai_unet() -> nn.Module:
+    """Return MONAI's U-Net with instance norm and residual units."""
+    from monai.networks.nets.unet import UNet
+
+    return UNet(2, 3, 2, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)

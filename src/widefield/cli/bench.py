@@ -139,7 +139,7 @@ def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
     case = _in_faster_format(case)
     model = case.network()
     ways = Ways(model)
-    known = _peaks(case, ways, [Way()])
+    known = peaks_of(case, ways, [Way()])
     plain = known[Way()]
     whole = plain or memory_of(torch.device(case.device))
     shares = {Way("streamed", budget): text for text in budgets for budget in [_bytes(text, whole)]}
@@ -158,7 +158,7 @@ def _beside_lightstream(case: Case, tiles: list[int], repeats: int) -> list[dict
     case = replace(case, frozen=True)
     ways = Ways(case.network())
     theirs = {Way("lightstream", window=tile): tile for tile in tiles}
-    peaks = _peaks(case, ways, [Way(), *theirs])
+    peaks = peaks_of(case, ways, [Way(), *theirs])
     ours = {way: Way("streamed", peak) for way in theirs if (peak := peaks[way])}
     rows = _measured(case, ways, [Way(), *theirs, *ours.values()], repeats, peaks)
     seconds = {(row["way"], row["budget"], row["window"]): row["seconds"] for row in rows}
@@ -176,7 +176,7 @@ def _measured(
     rows = compare(ways, kinds, case.image(case.size), case.what, case.dtype, warm_ups=1, repeats=repeats)
     if case.device == "cpu":
         fitting = [way for way, row in zip(kinds, rows, strict=True) if row["fits"]]
-        peaks = {**known, **_peaks(case, ways, [way for way in fitting if way not in known])}
+        peaks = {**known, **peaks_of(case, ways, [way for way in fitting if way not in known])}
         for way, row in zip(kinds, rows, strict=True):
             row["bytes"] = peaks.get(way)
     plain = known.get(Way())
@@ -188,7 +188,7 @@ def _measured(
     return rows
 
 
-def _peaks(case: Case, ways: Ways, kinds: list[Way]) -> dict[Way, int | None]:
+def peaks_of(case: Case, ways: Ways, kinds: list[Way]) -> dict[Way, int | None]:
     """Bytes at the peak of each way, None where it does not fit: on a CPU each in a process of its own."""
     peaks: dict[Way, int | None] = {}
     for way in kinds:
@@ -237,7 +237,7 @@ def largest(case: Case) -> list[dict[str, Any]]:
     ways = Ways(case.network())
 
     def fits(way: Way, size: int) -> bool:
-        return bool(_peaks(replace(case, size=size), ways, [way])[way])
+        return bool(peaks_of(replace(case, size=size), ways, [way])[way])
 
     low, high = largest_size(partial(fits, Way()), case.size)
     size = 2 * max(low, case.size // 2)
@@ -298,7 +298,7 @@ def table_row(row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-if __name__ == "__main__":  # in a process of its own, see _peaks
+if __name__ == "__main__":  # in a process of its own, see peaks_of
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
     print(peak_here(Case(**given["case"]), Way(**given["way"])))
