@@ -129,7 +129,7 @@ def test_the_largest_size_is_found_to_a_tenth() -> None:
 
 
 def test_the_largest_images_are_told_of_plain_and_streamed_passes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_peaks", lambda case, ways, kinds: dict.fromkeys(kinds, case.size <= 1000))
+    monkeypatch.setattr(bench, "peaks_of", lambda case, ways, kinds: dict.fromkeys(kinds, case.size <= 1000))
     monkeypatch.setattr(bench, "_LARGEST", 4096)
     plain, tried, planned = bench.largest(bench.Case(model, 512, "step", "float32", "cpu"))
     assert plain["way"] == "plain" and 900 <= plain["size"] <= 1000 < plain["too_large"]
@@ -146,7 +146,7 @@ def test_a_budget_is_a_share_or_bytes() -> None:
 @pytest.mark.slow
 def test_a_peak_of_a_process_of_its_own_is_that_of_the_largest_pass(model: str) -> None:
     case = bench.Case(model, 1024, "step", "float32", "cpu")
-    peaks = bench._peaks(case, Ways(case.network()), [Way(), Way("streamed", 16 << 20)])
+    peaks = bench.peaks_of(case, Ways(case.network()), [Way(), Way("streamed", 16 << 20)])
     assert (peaks[Way()] or 0) > 8 << 20 and (peaks[Way("streamed", 16 << 20)] or 0) < (peaks[Way()] or 0)
 
 

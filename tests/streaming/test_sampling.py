@@ -11,6 +11,7 @@ from tests.streaming.exactness import assert_exact
 from tests.streaming.test_rules import Fn
 from widefield.streaming import StreamingCNN, UnsupportedOpError
 from widefield.streaming.capture import trace_module
+from widefield.streaming.captured import CallKind
 from widefield.streaming.placing import Placing
 
 
@@ -134,7 +135,7 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_within_the_range_that_is_known(name: str) -> None:
     module = Fn(NUMBERS[name], before=nn.Identity(), after=None)
-    captured = trace_module(module, (1, 2, 7, 5), torch.float32, symbolic=False).at(7, 5)
+    captured = trace_module(module, CallKind((1, 2, 7, 5), torch.float32), symbolic=False).at(7, 5)
     assert captured is not None
     placing = Placing(captured, allow_whole=True)
     for node in captured.nodes:

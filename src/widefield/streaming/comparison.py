@@ -26,6 +26,7 @@ def outcome(
     outputs_only: bool = False,
     wanted: dict[str, Tensor] | None = None,
     seed: int = 0,
+    scale: float = 1.0,
 ) -> Outcome:
     """Return the outputs of a forward pass, and the gradients of its backward pass where gradients are enabled.
 
@@ -37,6 +38,7 @@ def outcome(
         outputs_only: take no gradients.
         wanted: tensors by name whose gradients are taken in place of those.
         seed: another seed gives other weights.
+        scale: what the weights are multiplied by.
     """
     leaves, spec = pytree.tree_flatten(result)
     generator = torch.Generator("cpu").manual_seed(seed + 1)
@@ -50,7 +52,7 @@ def outcome(
     wanted = {name: x for name, x in named.items() if x.requires_grad and torch.is_grad_enabled() and not outputs_only}
     gradients: dict[str, Tensor] = {}
     if terms and wanted:
-        total = torch.stack([term.double() for term in terms]).sum()
+        total = torch.stack([term.double() for term in terms]).sum() * scale
         found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
         gradients = {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
     return Outcome(tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves), spec, gradients)

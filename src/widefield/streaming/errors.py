@@ -10,14 +10,14 @@ class UnsupportedOpError(WidefieldError):
     it cannot be streamed, `remedy` what would remove the obstacle, `source` where it is called, if known.
 
     Examples:
-        >>> class Flipped(nn.Module):
+        >>> class Sorted(nn.Module):
         ...     def forward(self, x):
-        ...         return x.flip(3)
+        ...         return x.sort(3).values
         >>> try:
-        ...     wf.StreamingCNN(Flipped(), tile_size=16)(torch.rand(1, 3, 32, 32))
+        ...     wf.StreamingCNN(Sorted(), tile_size=16)(torch.rand(1, 3, 32, 32))
         ... except wf.UnsupportedOpError as error:
         ...     print(error.op)
-        aten.flip
+        aten.sort
     """
 
     def __init__(self, module_path: str, op: str, reason: str, remedy: str, source: str = ""):
