@@ -57,7 +57,7 @@ class _Entry:
 
     @property
     def said(self) -> tuple[object, ...]:
-        """What a copy must say, too."""
+        """Return what a copy must say, too."""
         return self.kind, self.compression, self.axes
 
     @property

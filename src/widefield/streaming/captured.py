@@ -73,7 +73,7 @@ class MapInput(NamedTuple):
 
 @dataclass(frozen=True)
 class CallKind:
-    """How a module is called, as far as its capture may depend on it.
+    """The way in which a module is called, as far as its capture may depend on it.
 
     Attributes:
         shape: Of the image, (N, C, H, W).

@@ -270,7 +270,7 @@ class StreamingCNN(nn.Module):
     def _inputs(
         self, image: Any, maps: tuple[Any, ...], region: Any, mask: Any, fill: Any, gather: bool = False
     ) -> Inputs:
-        """What a call is given, checked, and the part of the image that it asks for."""
+        """Return what a call is given, checked, and the part of the image that it asks for."""
         prepared = image if isinstance(image, PreparedImage) else None
         if prepared is not None:
             prepared.check_call(maps, mask)

@@ -1,4 +1,4 @@
-"""What a capture refuses by name: hidden operations, changes that forward makes, failures of the export."""
+"""Refusals of a capture, by name: hidden operations, changes that forward makes, failures of the export."""
 
 from typing import Any
 

@@ -107,7 +107,7 @@ def turned_round(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], No
 
 
 def _flips(name: str, maps: Maps) -> tuple[bool | None, bool | None]:
-    """Whether the model sees rows and columns of a map the other way round; None where there is but one."""
+    """For rows and columns, True if the model sees them the other way round; None where there is but one."""
     flips = maps.flipped.get(name, (False, False))
     rows, cols = (flip if n > 1 else None for flip, n in zip(flips, maps.extent(name), strict=True))
     return rows, cols

@@ -1,4 +1,4 @@
-"""What is known of a value before it is computed: how large it can be, and how it grows from one position to the next.
+"""Ranges, which are known of a value before it is computed: how large it can be, and how it grows from one position to the next.
 
 Of `0.1 * x.tanh() + grid` it is known that it is no further than 0.1 from the grid, and of a grid that forward makes of numbers
 (`torch.linspace`, `torch.arange`, `F.affine_grid`), where it points at each position. This is interval arithmetic, of numbers that
