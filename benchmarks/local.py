@@ -11,8 +11,7 @@ CPU, so that other processes count little, and ways take turns. Ways, with a chu
     streamed  `widefield.stream`: exact gradients of one loss of the whole slide. Nothing is recorded: a tile is a chunk
     frozen    the same with an encoder that does not train
 
-`--model tiny` is a network of two layers, so that large slides take minutes. `--backward-steps N` ends a streamed pass after its
-whole forward pass and N steps of the backward pass, which are all alike: it has memory, and no time.
+`--model tiny` is a network of two layers, so that large slides take minutes.
 """
 
 import argparse
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +40,6 @@ from widefield.models.patch_encoder import PatchEncoder
 
 WINDOW = 224
 WAYS = ("chunks", "streamed", "frozen")
-
-
-class Enough(Exception):
-    """As many steps are done as were wanted."""
 
 
 def slide(folder: Path, size: int) -> Path:
@@ -83,18 +77,12 @@ class Passes:
     def __init__(self, options: argparse.Namespace, path: Path, chunk: int) -> None:
         self.image = wf.open_image(path)
         self.count = (self.image.shape[1] // WINDOW) * (self.image.shape[2] // WINDOW)
-        self.chunk, self.device, self.steps = min(chunk, self.count), options.device, options.backward_steps
+        self.chunk, self.device = min(chunk, self.count), options.device
         self.networks = {frozen: network(options.model, frozen, self.device) for frozen in (False, True)}
         self.streamed = {frozen: wf.stream(net, tile_of(chunk), verify=False) for frozen, net in self.networks.items()}
-        for streamed in self.streamed.values():
-            streamed.progress = self.progress
         for net in self.networks.values():
             for p in net.parameters():  # as in any step but the first: they count as weights
                 p.grad = torch.ones_like(p) if p.requires_grad else None
-
-    def progress(self, phase: str, done: int, steps: int) -> None:
-        if phase == "backward" and steps * self.chunk >= self.count and done == self.steps:  # not the head's own steps
-            raise Enough
 
     def one(self, way: str) -> Callable[[], None]:
         """The pass whose memory is measured: of `chunks` one chunk."""
@@ -114,17 +102,15 @@ class Passes:
             head(encoder.module(patches).T[None, :, :, None]).sum().backward()
 
     def stream(self, frozen: bool) -> None:
-        with suppress(Enough):
-            self.streamed[frozen](self.image).sum().backward()
+        self.streamed[frozen](self.image).sum().backward()
 
 
 def warmed_up(options: argparse.Namespace, folder: Path, size: int, chunk: int, ways: list[str]) -> Passes:
     """The passes on a slide, after each on a small one, of one tile."""
     passes = Passes(options, slide(folder, tile_of(chunk)[1]), chunk)
-    passes.steps = None
     for way in ways:
         passes.one(way)()
-    passes.steps, passes.image = options.backward_steps, wf.open_image(slide(folder, size))
+    passes.image = wf.open_image(slide(folder, size))
     passes.count = (passes.image.shape[1] // WINDOW) * (passes.image.shape[2] // WINDOW)
     for streamed in passes.streamed.values():
         streamed.plan(passes.image.shape)
@@ -181,7 +167,6 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=1, help="0: memory alone")
-    parser.add_argument("--backward-steps", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
