@@ -152,3 +152,13 @@ def test_the_check_computes_in_float32_whatever_else_is_allowed(monkeypatch: pyt
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
     assert set(seen) == {"ieee"}
+
+
+@pytest.mark.slow
+def test_a_gate_near_zero_is_no_other_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 one ReLU of this network is open in one pass and shut in the other; in float64 both agree to 5e-15."""
+    monkeypatch.setattr(verification, "_VERIFIED", {})
+    models = pytest.importorskip("torchvision.models.segmentation")
+    torch.manual_seed(0)
+    network = models.deeplabv3_resnet50(weights=None, weights_backbone=None).eval()
+    StreamingCNN(network, memory_budget="2GiB")(torch.rand(1, 3, 256, 256))

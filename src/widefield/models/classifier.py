@@ -19,7 +19,7 @@ from widefield.models.networks import TIMM_PREFIX, Weights, make_model, make_tim
 from widefield.models.resnet.resnet import resnet_state_dict, split_resnet
 from widefield.models.tasks import parts_of
 from widefield.modules import ImageNetClassifier
-from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD, check_options
+from widefield.modules.constructor import check_options, default_statistics
 from widefield.modules.streaming_module import Loss
 from widefield.registry import Range
 from widefield.streaming import split
@@ -110,8 +110,7 @@ class Classifier(FromCheckpoint, ImageNetClassifier):
             head: nn.Module = make_head(pooling, channels, len(class_names))
         else:
             trunk, head = _trunk_and_head(model_name, len(class_names), weights, pooling, in_channels)
-            if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
-                mean, std = IMAGENET_MEAN, IMAGENET_STD
+            mean, std = default_statistics(mean, std, in_channels)
         super().__init__(
             trunk,
             head,

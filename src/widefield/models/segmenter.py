@@ -16,7 +16,7 @@ from widefield.models.classifier import Classifier
 from widefield.models.networks import TIMM_PREFIX, make_timm, make_torchvision, unknown_model
 from widefield.models.weights import load_weights
 from widefield.modules import DenseModule
-from widefield.modules.constructor import IMAGENET_MEAN, IMAGENET_STD
+from widefield.modules.constructor import default_statistics
 from widefield.modules.dense_module import ClassWeights
 
 SEGMENTATION_NETWORKS = tuple(list_models(torchvision_segmentation))
@@ -111,8 +111,7 @@ class Segmenter(FromCheckpoint, DenseModule):
         class_weights: ClassWeights = None,
     ) -> None:
         network = make_segmentation_network(model_name, len(class_names), weights, in_channels)
-        if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        mean, std = default_statistics(mean, std, in_channels)
         super().__init__(
             network,
             len(class_names),
@@ -207,8 +206,7 @@ class MapRegressor(FromCheckpoint, DenseModule):
     ) -> None:
         count = len(class_names)
         network = make_segmentation_network(model_name, count, weights, in_channels)
-        if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        mean, std = default_statistics(mean, std, in_channels)
         units: Target = {"task": "map", "mean": [0.0] * count, "std": [1.0] * count, **(target or {})}
         super().__init__(
             ScaledMap(network, units["mean"], units["std"]),

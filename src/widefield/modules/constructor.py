@@ -152,3 +152,12 @@ def _table(network: StreamingCNN) -> str:
         return str(network.plan((channels, height, width or height)))
     except ValueError as error:  # the network takes no image as small as this tile
         return f"no table of layers for an image of one tile: {error}"
+
+
+def default_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, in_channels: int
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Return mean and standard deviation of each channel, those of ImageNet where neither is given and there are three channels."""
+    if mean is None and std is None and in_channels == len(IMAGENET_MEAN):
+        return IMAGENET_MEAN, IMAGENET_STD
+    return mean, std
