@@ -411,7 +411,7 @@ def test_the_plan_says_what_will_happen() -> None:
     streamed = StreamingCNN(small(), memory_budget="4MiB")
     plan = streamed.plan((3, 512, 400))
     assert plan.total_bytes <= 4 * 2**20
-    kinds = {"weights", "carries", "step", "recorded", "outputs", "maps", "plain", "allocator"}
+    kinds = {"weights", "carries", "step", "recorded", "outputs", "maps", "plain", "kernels", "allocator"}
     assert set(plan.predicted_bytes) == kinds
     assert 1 <= plan.predicted_overhead <= 4 / 3
     assert len(plan.layers) > 2

@@ -3,9 +3,9 @@
 glibc leaves what a program frees resident for the next request. Before version 2.38 it also caches the remainders of aligned
 blocks, which keeps their free neighbours apart: large blocks find no room between them, and the heap grows, by several times what
 a step needs. The environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which only the start of a process can set, ends
-that; the command line sets it. Without it, a pass that is to fill more than half of its budget lets large blocks have pages of
-their own, which go back when they are freed. That costs time because they come back one by one, as does giving back all that is
-free, which is done only when the budget requires it.
+that; the command line sets it. And a pass that is to fill more than half of its budget lets large blocks have pages of their own,
+which go back when they are freed. That costs time because they come back one by one, as does giving back all that is free, which
+is done only when the budget requires it.
 """
 
 import ctypes
@@ -21,7 +21,6 @@ _OWN_PAGES = 1 << 20
 """Bytes from which a block gets pages of its own. Measured: a step with 138 MiB in use at its peak had 480 MiB resident, and 151
 with this, in the same CPU time."""
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
-_BEFORE_COALESCING = (2, 38)
 _logger = logging.getLogger(__name__)
 
 
@@ -42,7 +41,7 @@ class Heap:
         library = _glibc()
         if library is None or _resident() <= self.limit:
             return
-        _give_back_at_once(library)
+        _give_pages_of_their_own(library)
         library.malloc_trim(0)
         resident, grown = _resident(), _in_use(library) - self.in_use
         # What was free and not resident when the pass began had been taken for memory that could be given back. And where more is
@@ -62,7 +61,7 @@ def watch(budget: int, margin: int, planned: int = 0) -> Heap | None:
     if library is None or not _STATM.exists():
         return None
     if planned > budget // 2:
-        _give_back_at_once(library)
+        _give_pages_of_their_own(library)
     return Heap(budget, margin, _in_use(library), _resident() - library.mallinfo2().fordblks + budget - margin)
 
 
@@ -97,16 +96,9 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 @cache
-def _give_back_at_once(library: ctypes.CDLL) -> None:
-    """Let large blocks have pages of their own from now on, in the whole process, where the heap would grow without end."""
-    library.gnu_get_libc_version.restype = ctypes.c_char_p
-    version = tuple(int(part) for part in library.gnu_get_libc_version().decode().split(".")[:2])
-    if version < _BEFORE_COALESCING and not _is_tuned():
-        library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
-
-
-def _is_tuned() -> bool:
-    return "tcache_count" in os.environ.get("GLIBC_TUNABLES", "")
+def _give_pages_of_their_own(library: ctypes.CDLL) -> None:
+    """Let large blocks have pages of their own from now on, in the whole process."""
+    library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 def _in_use(library: ctypes.CDLL) -> int:
@@ -122,7 +114,7 @@ def _resident() -> int:
 
 @cache
 def _tell_once() -> None:
-    if not _is_tuned():
+    if "tcache_count" not in os.environ.get("GLIBC_TUNABLES", ""):
         _logger.warning(
             "To stay within memory_budget, free memory is given back to the system, which takes time. With a glibc before 2.38 it "
             "need not be: start Python with the environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0"

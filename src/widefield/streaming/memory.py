@@ -18,10 +18,11 @@ from widefield.streaming.schedule import Schedule
 
 
 class Cost(NamedTuple):
-    """Bytes of a scan: all pieces that it saves, the largest row of them, and the largest step."""
+    """Bytes of a scan: all pieces that it saves, the largest row of them, the largest one beside a step, and the largest step."""
 
     carries: float
     row: float
+    beside: float
     step: float
 
 
@@ -122,7 +123,11 @@ class Footprint:
         i, j = np.unravel_index(int(np.argmax(self.recorded)), self.recorded.shape)
         largest = (self.rows.work[:, i] * self.cols.work[:, j])[:, None, None]
         step = _step(self.needs, largest, _saved_by_autograd(self.needs, [self.rows], [self.cols]), self.training)
-        return Cost(sum(self.carries.values()), _row_of_carries(self.needs, self.rows, self.cols), float(step[0, 0]))
+        held, carried = _halves(self.rows.work)[1], self.cols.carried[:, 1:]
+        beside = float(((self.needs.sizes * held.T) @ carried).max(initial=0))
+        return Cost(
+            sum(self.carries.values()), _row_of_carries(self.needs, self.rows, self.cols), beside, float(step[0, 0])
+        )
 
 
 def estimates(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis], training: bool) -> list[list[Cost]]:
@@ -136,8 +141,10 @@ def estimates(needs: MemoryModel, rows: Sequence[Axis], cols: Sequence[Axis], tr
         across = _largest(cols, (weights * down).transpose(0, 2, 1)).transpose(0, 2, 1)
     steps = _step(needs, down * across, saved, training)
     carries = (_saved_positions(rows, cols) * needs.sizes[:, None, None]).sum(0)
+    handed = np.stack([axis.carried.max(1) for axis in cols], axis=1)
+    beside = np.einsum("v,vhw,vw->hw", needs.sizes, _halves(down)[1], handed)
     return [
-        [Cost(carried, row, step) for carried, step in zip(carries[h].tolist(), steps[h].tolist(), strict=True)]
+        [Cost(*found) for found in zip(carries[h], [row] * len(cols), beside[h], steps[h], strict=True)]
         for h, row in enumerate(_row_of_carries(needs, axis, cols[0]) for axis in rows)
     ]
 

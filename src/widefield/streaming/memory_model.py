@@ -4,6 +4,7 @@ A step computes a map's new positions and puts them together with what was carri
 derivatives of the ops need until the backward pass of the step; the rest is gone when its last reader is done.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +19,12 @@ Flags = npt.NDArray[np.bool_]
 # Multiplications that take as long as to read and write an element, about.
 _WORK_OF_ELEMENT = 32
 _INDEX_BYTES = 8  # per position of a maximum
-# Copies of a weight's gradient that a convolution's derivative makes: in the kernel's layout, in ours, in the weight's.
-_GRADIENTS_OF_WEIGHTS = 3
+# Copies of a weight's gradient that a convolution's derivative makes in the kernel's layout, in memory that the library keeps.
+_SCRATCH = 2
+# What oneDNN keeps of a convolution's kernel for a tile of one size, in its cache of so many; measured. About every second tile has
+# a size of its own.
+_BYTES_OF_KERNEL = 26 << 10
+_MOST_KERNELS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +138,14 @@ class MemoryModel:
             if value.view or value.facts.sends_same:
                 added = 0.0
             added = added + new[v] * self._own[1][v] * some
-            weights = _GRADIENTS_OF_WEIGHTS * value.weight_bytes * some
+            weights = value.weight_bytes * some
             peak = np.maximum(peak, remaining[v] + others + np.maximum(arriving, own) + added + weights)
         return peak  # type: ignore[no-any-return]
+
+
+def bytes_of_kernels(stages: Sequence[Stage], steps: Sequence[int], training: bool) -> int:
+    """Bytes that the library of a CPU's kernels keeps for itself, after `steps` of each stage."""
+    weighted = [[value.weight_bytes for value in stage.values if value.weight_bytes] for stage in stages]
+    kernels = sum(len(of) * count for of, count in zip(weighted, steps, strict=True)) * (3 if training else 1) // 2
+    largest = max((max(of, default=0) for of in weighted), default=0)
+    return min(kernels, _MOST_KERNELS) * _BYTES_OF_KERNEL + training * _SCRATCH * largest

@@ -25,6 +25,7 @@ class Plan:
     - `step`: activations and gradients of the tile that needs most;
     - `recorded`: activations of tiles that are not recomputed;
     - `outputs`: maps that leave the streamed part; `maps`: those between stages; `plain`: what operations outside of scans make;
+    - `kernels`: what the library of convolutions keeps for itself: scratch memory, and kernels that it has compiled;
     - `allocator`: memory that the allocator holds without using it.
 
     `predicted_overhead` is the extra compute: 1.0 is a plain step, 4/3 one that recomputes all tiles. `layers` is the geometry of

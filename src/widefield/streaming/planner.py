@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import log2, sqrt
+from math import log2, prod, sqrt
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +14,7 @@ from widefield.streaming.budget import format_bytes, free_memory
 from widefield.streaming.grid import GATE, Grid, make_grid
 from widefield.streaming.layers import layers_of
 from widefield.streaming.memory import Axis, Cost, Footprint, estimates
-from widefield.streaming.memory_model import Array, MemoryModel
+from widefield.streaming.memory_model import Array, MemoryModel, bytes_of_kernels
 from widefield.streaming.need import PartialGrid, Wanted, needs
 from widefield.streaming.plan import Plan
 from widefield.streaming.program import Program, Stage
@@ -33,7 +33,7 @@ _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that w
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = (0.6, 1.25, 0.1)
+_HEAP_EXCESS = (0.45, 0.9, 0.1)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Options:
 
 def _size(cost: Cost, request: PlanRequest, carries: Place) -> float:
     saved = cost.carries if request.training and carries == "device" else cost.row
-    return saved + cost.step * (1 + request.heap_excess[0])
+    return saved + 2 * cost.beside + cost.step * (1 + request.heap_excess[0])
 
 
 @dataclass(frozen=True)
@@ -333,21 +333,30 @@ def _draft(
     maps: Place,
     carries: Place,
 ) -> _Draft:
-    row, step = max(cost.row for cost in costs), max(cost.step for cost in costs)
+    tiles = [option.tiles[k] for option, k in zip(options, choice, strict=True)]
+    parts = [
+        [-(-n // t) for n, t in zip(s.extent, tile, strict=True)] for s, tile in zip(program.stages, tiles, strict=True)
+    ]
+    # Of what is carried down, a whole row is alive, or its gradients; of what is carried to the right, a step receives one piece
+    # and hands on another. Where all that is saved lies in files, the pages of what a step receives are in memory.
+    alive, step = max(cost.row + 2 * cost.beside for cost in costs), max(cost.step for cost in costs)
     saved = 0.0
-    if request.training:
-        saved = sum(cost.carries for cost in costs) if carries == "device" else row
+    if request.training and carries == "device":
+        saved = sum(cost.carries for cost in costs)
+    elif request.training:
+        saved = max(cost.row / across + cost.beside for cost, (_, across) in zip(costs, parts, strict=True))
     kept = program.map_bytes(request.training)
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
         + program.weight_bytes * (request.copied_weights + request.training),
-        "carries": int(saved + row),
+        "carries": int(saved + alive),
         "step": int(step),
         "recorded": 0,
         "outputs": _output_bytes(program, request, options, choice),
         "maps": kept if maps == "device" else 0,
         "plain": program.plain_bytes,
+        "kernels": bytes_of_kernels(program.stages, [prod(of) for of in parts], request.training),
         "allocator": int(step * request.heap_excess[0]),
     }
     return _Draft(tuple(choice), maps, carries, sizes, kept)
