@@ -19,7 +19,7 @@ from zarr.storage import ZipStore
 
 from tests.dicom_files import write_dicom
 from widefield.images import ImageReadError, images_below, open_image, tiff
-from widefield.images.image import has_data
+from widefield.images.formats import has_data
 from widefield.reports import Heatmap
 from widefield.streaming import Cells
 

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from functools import partial
 
+import h5py
 import imagecodecs
 import numpy as np
 import pydicom
@@ -12,11 +13,14 @@ import pytest
 import tifffile
 import zarr
 from pydicom.uid import RLELossless
+from pylibCZIrw import czi as pyczi
 
 from tests.dicom_files import write_dicom
 from tests.microscopy_files import write_lif, write_nd2, write_oif
+from tests.slide_files import write_ndpi
 from widefield.errors import WidefieldError
 from widefield.images import ImageReadError, embedded, open_image, photos, zarrs
+from widefield.images.formats import image_formats
 
 PIXELS = (np.indices((60, 75)).sum(0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
 
@@ -43,6 +47,16 @@ def _zarr_zip(path):
         group.create_array("0", shape=(60, 75), dtype="u1", chunks=(32, 32))[:] = PIXELS[..., 0]
 
 
+def _czi(path):
+    with pyczi.create_czi(str(path)) as file:
+        file.write(np.ascontiguousarray(PIXELS[..., :1]), (0, 0), {"C": 0, "T": 0})
+
+
+def _features(path):
+    with h5py.File(path, "w") as file:
+        file["features"] = np.arange(40, dtype=np.float32).reshape(10, 4)
+
+
 WRITERS = {
     "a.tif": _palette,
     "a.svs": _svs,
@@ -50,7 +64,24 @@ WRITERS = {
     "a.nd2": lambda path: write_nd2(path, [PIXELS] * 2, loops=(("T", 2),), lossless=True),
     "a.oib": lambda path: write_oif(path, {"s_C001.tif": PIXELS[..., 0], "s_C002.tif": PIXELS[..., 1]}, ("A", "B")),
     "a.lif": lambda path: write_lif(path, {"A": {"pixels": PIXELS, "tags": [3, 2, 1], "pad": 2}}),
+    "a.czi": _czi,
+    "a.ndpi": lambda path: write_ndpi(path, PIXELS[:32, :32]),
+    "a.dcm": lambda path: write_dicom(path, PIXELS, syntax=RLELossless),
+    "a.jp2": lambda path: path.write_bytes(imagecodecs.jpeg2k_encode(PIXELS, level=0, codecformat="jp2")),
+    "a.png": lambda path: path.write_bytes(imagecodecs.png_encode(PIXELS)),
+    "a.gif": lambda path: path.write_bytes(imagecodecs.gif_encode(PIXELS[..., 0])),
+    "a.ppm": lambda path: path.write_bytes(b"P6 75 60 255\n" + PIXELS.tobytes()),
+    "a.npy": lambda path: np.save(path, PIXELS),
+    "a.h5": _features,
 }
+"""By the name of a file, which has an ending of its format. Without an ending are a folder, and files that are refused."""
+
+
+def test_damage_is_tried_of_every_format_that_is_told_by_an_ending():
+    untested = [
+        one.name for one in image_formats() if one.endings and not any(name.endswith(one.endings) for name in WRITERS)
+    ]
+    assert not untested, "WRITERS lacks a small file of each"
 
 
 def _damaged(content, random):

@@ -13,8 +13,19 @@ import tifffile
 import zarr
 
 from widefield.images import ImageReadError, open_image, photos
+from widefield.images.formats import image_formats
 
 REGIONS = [(0, 0, 201, 333), (0, 0, 1, 1), (200, 332, 1, 1), (63, 65, 2, 130), (64, 0, 64, 333), (17, 100, 150, 33)]
+
+
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("one", image_formats(), ids=lambda one: one.name)
+def test_a_format_is_named_in_the_docs_and_asked_before_those_that_it_names(one):
+    order = [other.name for other in image_formats()]
+    assert one.name.lower() in FORMATS, "docs/formats.md"
+    assert all(order.index(one.name) < order.index(later) for later in one.before)
 
 
 def _write(path: Path, pixels: np.ndarray, **options) -> Path:

@@ -18,11 +18,8 @@ from widefield.cli.doctor_masks import MaskFinding, examine_masks, summary
 from widefield.data.labels import FilesByName, LabelRow, read_rows
 from widefield.data.tables import listed
 from widefield.images import images_below, open_image
-from widefield.images.image import has_data
+from widefield.images.formats import has_data, strips
 from widefield.writing import replacing
-
-STRIP_BYTES = 16 * 2**20
-"""Bytes of an image that are read at a time."""
 
 _SHOWN = 10
 
@@ -123,10 +120,10 @@ def examine(file: Path, folder: Path) -> tuple[Finding, str]:
     digest.update(repr((image.shape, image.dtype)).encode())
     read, damaged = 0, 0
     missing, low, high = 0, np.inf, -np.inf
-    rows = max(1, STRIP_BYTES // (image.shape[0] * image.shape[2] * image.dtype.itemsize))
-    for y in range(0, image.shape[1], rows):
+    parts = list(strips(image))
+    for y, rows in parts:
         try:
-            strip = image.read(y, 0, min(rows, image.shape[1] - y), image.shape[2])
+            strip = image.read(y, 0, rows, image.shape[2])
         except OSError as error:
             damaged += 1
             finding.status, finding.reason = "damaged", finding.reason or str(error)
@@ -137,7 +134,7 @@ def examine(file: Path, folder: Path) -> tuple[Finding, str]:
         if known.size:
             low, high = min(low, float(known.min())), max(high, float(known.max()))
     if damaged > 1:
-        finding.reason += f" (and {damaged - 1} more strips of {rows} rows)"
+        finding.reason += f" (and {damaged - 1} more strips of {parts[0][1]} rows)"
     if low <= high:
         finding.lowest, finding.highest = low, high
     finding.without_data = missing / read if read else None

@@ -17,7 +17,7 @@ from widefield.data.splits import stratified_split
 from widefield.data.tables import LabelError, listed
 from widefield.errors import WrongArgumentError
 from widefield.images import Alpha, ForegroundChoice, ImageFile, LabelMap, images_below, open_image
-from widefield.images.image import has_data
+from widefield.images.formats import has_data
 from widefield.registry import DATASETS, Range
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from widefield.images import ImageFile, foreground
-from widefield.images.image import has_data
+from widefield.images.formats import has_data
 
 CROP, CROPS = 256, 64
 """Side and number of the crops that are read."""

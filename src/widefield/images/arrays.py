@@ -144,7 +144,12 @@ class DeferredArray:
         return np.asarray(self.opened.get()[index])
 
 
-@image_format("npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"))
+@image_format(
+    "npy",
+    endings=(".npy",),
+    recognises=lambda path, start: start.startswith(b"\x93NUMPY"),
+    takes_channel_axis=True,
+)
 def open_npy(path: Path, choice: Choice) -> Contents:
     """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
     array: Any = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -8,7 +8,8 @@ import numpy as np
 
 from widefield.errors import WrongArgumentError
 from widefield.images.foreground import MASK_SIZE, METHODS, Mask, foreground, is_geojson, mask_of
-from widefield.images.image import ImageFile, coarse_means
+from widefield.images.image import ImageFile
+from widefield.images.thumbnail import coarse_means
 
 SLIDE_SIDE = 4096
 """Pixels on the long side of the largest level from which on an image may be a slide. Smaller ones are computed in seconds, and a

@@ -49,7 +49,12 @@ def open_hdf5(path: Path, choice: Choice) -> Contents:
     return _contents(path, choice, DeferredArray(PerProcess(read), shape, dtype))
 
 
-@image_format("features in Zarr", endings=(), recognises=lambda path, start: is_feature_group(path))
+@image_format(
+    "features in Zarr",
+    endings=(),
+    recognises=lambda path, start: is_feature_group(path),
+    before=("OME-Zarr and Zarr",),
+)
 def open_zarr(path: Path, choice: Choice) -> Contents:
     """Open the features in a Zarr group."""
     import zarr

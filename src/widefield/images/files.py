@@ -11,7 +11,7 @@ OTHER_PICTURES = (
     *(".apng", ".avif", ".dds", ".dib", ".exr", ".heic", ".heif", ".ico", ".j2c"),
     *(".jpf", ".jpx", ".jxl", ".mpo", ".pcx", ".psd", ".sgi", ".tga"),
 )
-"""Endings of pictures that are not read."""
+"""Endings of pictures that are not read, unless a format has them, see `image_endings`."""
 
 
 def image_endings() -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from widefield.errors import WrongArgumentError
 from widefield.images.formats import cannot_read, real_number
-from widefield.images.image import ImageFile, as_rgb, coarse_means
+from widefield.images.image import ImageFile
+from widefield.images.thumbnail import as_rgb, coarse_means
 
 MASK_SIZE = 512
 """Cells on the long side of a mask, unless a spacing says otherwise."""

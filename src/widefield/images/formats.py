@@ -17,7 +17,8 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -123,13 +124,20 @@ class ImageFormat:
     endings: tuple[str, ...]
     recognises: Callable[[Any, bytes], bool]
     open: Opener
+    before: tuple[str, ...]
+    takes_channel_axis: bool
 
 
 _FORMATS: list[ImageFormat] = []
 
 
 def image_format(
-    name: str, *, endings: Sequence[str], recognises: Callable[[Any, bytes], bool]
+    name: str,
+    *,
+    endings: Sequence[str],
+    recognises: Callable[[Any, bytes], bool],
+    before: Sequence[str] = (),
+    takes_channel_axis: bool = False,
 ) -> Callable[[Opener], Opener]:
     """Return a decorator that registers a function as the reader of a format.
 
@@ -137,11 +145,13 @@ def image_format(
         name: For messages, such as "OME-Zarr".
         endings: How the names of its files end, in lower case, such as ".zarr".
         recognises: Called with the path and its first 256 bytes (none of a folder or a URL); True if the reader is to open it.
-            Formats are asked in the order of their registration, those of other packages first.
+            Formats of other packages are asked first.
+        before: Names of formats that are asked later, because they would recognise some of these files, too.
+        takes_channel_axis: True if a file may leave open which axis the channels are, as arrays do.
     """
 
     def register(opener: Opener) -> Opener:
-        _FORMATS.append(ImageFormat(name, tuple(endings), recognises, opener))
+        _FORMATS.append(ImageFormat(name, tuple(endings), recognises, opener, tuple(before), takes_channel_axis))
         image_formats.cache_clear()
         return opener
 
@@ -151,26 +161,19 @@ def image_format(
 @cache
 def image_formats() -> tuple[ImageFormat, ...]:
     """All formats, in the order in which they are asked."""
-    rooms = [
-        "nikon",
-        "leica",
-        "olympus",
-        "microscopy",
-        "slides",
-        "tiff",
-        "photos",
-        "arrays",
-        "feature_files",
-        "zarrs",
-        "rasters",
-        "dicom",
-    ]
-    own = [f"widefield.images.{room}" for room in rooms]
-    for module in own:
-        importlib.import_module(module)
+    package = "widefield.images."
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], package):
+        importlib.import_module(module.name)
     for entry in entry_points(group="widefield.image_formats"):
         entry.load()
-    return tuple(sorted(_FORMATS, key=lambda one: own.index(module) if (module := one.open.__module__) in own else -1))
+    modules = {one: one.open.__module__ for one in _FORMATS}
+    waiting = sorted(_FORMATS, key=lambda one: (modules[one].startswith(package), modules[one]))
+    ordered = []
+    while waiting:
+        first = next(one for one in waiting if not any(one.name in other.before for other in waiting))
+        waiting.remove(first)
+        ordered.append(first)
+    return tuple(ordered)
 
 
 class ForkSafeLock:
@@ -290,6 +293,23 @@ def choose_channels(path: object, chosen: Sequence[int | str], count: int, names
     return found
 
 
+STRIP_BYTES = 16 * 2**20
+"""Bytes of an image that are read at a time where all of it is read."""
+
+
+def strips(image: Any, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the strips in which to read an image: the first row of each, and how many rows it has, of `STRIP_BYTES` at most.
+
+    Args:
+        image: An image or a label map.
+        multiple: The rows of each strip but the last are a multiple of this, also where these are more bytes.
+    """
+    channels, height, width = image.shape
+    rows = max(1, STRIP_BYTES // (channels * width * image.dtype.itemsize * multiple)) * multiple
+    for top in range(0, height, rows):
+        yield top, min(rows, height - top)
+
+
 MAX_SEGMENT_BYTES = 2**32
 """Tiles, strips and chunks that decode to more are refused: each is decoded as a whole."""
 
@@ -375,6 +395,12 @@ _MICROMETRES = {
     **dict.fromkeys(("m", "meter", "metre"), 1e6),
     "inch": 25_400.0,
 }
+
+
+def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Return a boolean array, False where `pixels` hold no data: NaN, infinite, or the file's value `nodata` for that."""
+    found = np.isfinite(pixels)
+    return found if nodata is None else found & (pixels != nodata)
 
 
 def known(y: float, x: float) -> Spacing | None:

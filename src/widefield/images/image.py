@@ -1,4 +1,4 @@
-"""`open_image` and the image it returns, and a small picture of it."""
+"""`open_image` and the image it returns."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from widefield.errors import WidefieldError, WrongArgumentError
+from widefield.errors import WidefieldError
 from widefield.images.arrays import of_array
 from widefield.images.formats import (
     Alpha,
@@ -25,6 +25,7 @@ from widefield.images.formats import (
     cannot_read,
     check_level,
     choose_channels,
+    has_data,
     image_formats,
     is_remote,
     real_number,
@@ -137,10 +138,14 @@ class ImageFile:
 
     def at_level(self, level: int) -> "ImageFile":
         """The same image, opened at another level."""
-        return open_image(self._source, **{**self._arguments, "level": level, "spacing": None})
+        return self.reopened(level=level, spacing=None)
+
+    def reopened(self, **changes: Any) -> "ImageFile":
+        """The same image, opened with other arguments of `open_image`."""
+        return open_image(self._source, **{**self._arguments, **changes})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self._source, dict(self._arguments)), {"background": self.background}
+        return partial(open_image, self._source, **self._arguments), (), {"background": self.background}
 
 
 def _beside(path: Path | str, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -151,10 +156,6 @@ def _beside(path: Path | str, name: str, read: Callable[[], np.ndarray]) -> np.n
         raise
     except Exception as error:  # as in `ImageFile.read`
         raise cannot_read(path, f"its picture {name!r} is truncated or corrupt ({error})") from error
-
-
-def _reopened(source: Any, arguments: Mapping[str, Any]) -> ImageFile:
-    return open_image(source, **arguments)
 
 
 def open_image(
@@ -171,10 +172,8 @@ def open_image(
 ) -> ImageFile:
     """Open an image file for reading region by region; no pixels are read yet.
 
-    The format is told by the file's content, not by its name: TIFF, BigTIFF, OME-TIFF and GeoTIFF with every compression that
-    imagecodecs knows; the slides of OpenSlide; OME-Zarr; PNG, JPEG, WebP, BMP and PNM; `.npy`; JPEG 2000 and VRT with the extra
-    `geo`, DICOM with the extra `dicom`, CZI, ND2 and LIF with the extra `microscopy`. Other packages may register more, see
-    `widefield.images.formats`.
+    The format is told by the file's content, not by its name; docs/formats.md lists all formats, with the extras of Widefield that
+    some need. Other packages may register more, see `widefield.images.formats`.
 
     Values are as stored, whatever their type (1 to 64 bits, floats), and not rotated by EXIF orientation. A palette becomes RGB;
     CMYK of 8 bits becomes sRGB; where white is zero, unsigned grey is inverted. Tiles that were never written hold the file's value
@@ -271,9 +270,10 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
             raise cannot_read(path, "the file is empty")
     for one in image_formats():
         if one.recognises(path, start):
-            if choice.channel_axis is not None and one.name not in ("npy", "OME-Zarr and Zarr"):
+            if choice.channel_axis is not None and not one.takes_channel_axis:
+                takers = " and ".join(other.endings[0] for other in image_formats() if other.takes_channel_axis)
                 raise ValueError(
-                    f"channel_axis={choice.channel_axis!r} for {path}, but only .npy and Zarr leave it open; omit it"
+                    f"channel_axis={choice.channel_axis!r} for {path}, but only {takers} leave it open; omit it"
                 )
             try:
                 contents = one.open(path, choice)
@@ -378,132 +378,3 @@ def _weighted(
     """Weighted sums over rows and columns, added up in an order that does not depend on the region."""
     pixels = sum(pixels[:, rows[:, k]] * row_weights[:, k, None] for k in range(rows.shape[1]))  # type: ignore[assignment]
     return sum(pixels[:, :, columns[:, k]] * column_weights[:, k] for k in range(columns.shape[1]))  # type: ignore[return-value]
-
-
-STRIP_BYTES = 16 * 2**20
-"""Bytes of the image that are read at a time."""
-
-
-def thumbnail(image: ImageFile, size: int) -> np.ndarray:
-    """The entire image as an RGB picture whose long side is at most `size` pixels; never enlarged.
-
-    Each pixel is the mean of the pixels that it covers, taken from the smallest level that has enough of them and read
-    strip by strip. 8-bit images keep their values; others are stretched from their least to their greatest. Where there are no data
-    (NaN, the file's value for missing data) it is black. The first three channels are shown, or the first one as grey where there
-    are fewer.
-
-    Returns:
-        uint8 array (height, width, 3).
-
-    Raises:
-        ValueError: `size` is below 1.
-        ImageReadError: As in `ImageFile.read`.
-
-    Examples:
-        >>> thumbnail(open_image("slides/tumor_001.tif"), 64).shape
-        (64, 64, 3)
-    """
-    return overview(image, size)[0]
-
-
-def overview(image: ImageFile, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A `thumbnail`, and where it has data: boolean array (height, width)."""
-    means = coarse_means(image, size)
-    return as_rgb(means, image.dtype), np.isfinite(means).any(0)
-
-
-def coarse_means(image: ImageFile, size: int) -> np.ndarray:
-    """The pixels of a `thumbnail` as means of what the file stores: float64 (channels, height, width), NaN without data."""
-    if not isinstance(image, ImageFile):
-        raise WrongArgumentError(f"image={image!r}; expected an image that open_image returned")
-    size = whole_number("size", size, f"a thumbnail of {image.path}", 1)
-    _, height, width = image.shape
-    scale = min(1.0, size / max(height, width))
-    target = max(1, round(height * scale)), max(1, round(width * scale))
-    return _box_mean(_as_stored(image, target), target)
-
-
-def data_at(image: ImageFile, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return where an image holds data in a channel, at the crossings of rows and columns.
-
-    It is read strip by strip, at its smallest level with four pixels for each of `rows` and `columns`, if it has a smaller one than
-    `image`; not at all, if its type and its header tell that no pixel is without data.
-
-    Args:
-        image: An opened image.
-        rows, columns: Positions in pixels of the largest level, from its corner. Beyond the image the nearest pixel counts.
-
-    Returns:
-        Boolean array (len(rows), len(columns)).
-
-    Raises:
-        ImageReadError: As in `ImageFile.read`.
-    """
-    found = np.ones((len(rows), len(columns)), bool)
-    if image.dtype.kind != "f" and image.nodata is None:
-        return found
-    image = _as_stored(image, (4 * len(rows), 4 * len(columns)))
-    channels, height, width = image.shape
-    y, x = (
-        np.clip(np.floor(places * n / full).astype(int), 0, n - 1)
-        for places, n, full in zip((rows, columns), (height, width), image.levels[0], strict=True)
-    )
-    group = max(1, STRIP_BYTES // (channels * width * image.dtype.itemsize))
-    for top in range(0, height, group):
-        inside = (y >= top) & (y < top + group)
-        if inside.any():
-            strip = image.read(top, 0, min(group, height - top), width)
-            found[inside] = has_data(strip[:, y[inside] - top][..., x], image.nodata).any(0)
-    return found
-
-
-def _as_stored(image: ImageFile, target: Size) -> ImageFile:
-    """The image without `fill`, at its smallest level of at least `target` (height, width) pixels, never a larger one than now."""
-    enough = [index for index, level in enumerate(image.levels) if level[0] >= target[0] and level[1] >= target[1]]
-    smallest = max([image.level, *enough])
-    if smallest == image.level and image.fill is None:
-        return image
-    place = {} if smallest == image.level else {"level": smallest, "spacing": None}
-    return open_image(image._source, **{**image._arguments, **place, "fill": None})
-
-
-def _box_mean(image: ImageFile, target: tuple[int, int]) -> np.ndarray:
-    """Means over the boxes that a grid of `target` (height, width) cuts the image into; float64 (channels, *target).
-
-    Pixels without data do not count; a box of nothing else is NaN.
-    """
-    channels, height, width = image.shape
-    rows, columns = (np.arange(n + 1) * full // n for n, full in zip(target, (height, width), strict=True))
-    group = max(1, STRIP_BYTES // (channels * width * image.dtype.itemsize * -(-height // target[0])))
-    means = np.empty((channels, *target))
-    for first in range(0, target[0], group):
-        edges = rows[first : first + group + 1]
-        strip = image.read(int(edges[0]), 0, int(edges[-1] - edges[0]), width)
-        boxes = columns[:-1], edges[:-1] - edges[0]
-        counts: Any = np.diff(edges)[:, None] * np.diff(columns)
-        found = has_data(strip, image.nodata)
-        if not found.all():
-            strip, counts = np.where(found, strip, 0), _box_sum(found, *boxes)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means[:, first : first + group] = _box_sum(strip, *boxes) / counts
-    return means
-
-
-def _box_sum(pixels: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.add.reduceat(np.add.reduceat(pixels, columns, axis=2, dtype=np.float64), rows, axis=1)
-
-
-def has_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
-    """Return a boolean array, False where `pixels` hold no data: NaN, infinite, or the file's value `nodata` for that."""
-    found = np.isfinite(pixels)
-    return found if nodata is None else found & (pixels != nodata)
-
-
-def as_rgb(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `coarse_means` of an image of `dtype` as an RGB picture, uint8 (height, width, 3)."""
-    colours = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
-    known = colours[np.isfinite(colours)]
-    if dtype != np.uint8 and known.size:
-        low, high = known.min(), known.max()
-        colours = (colours - low) * (255 / (high - low) if high > low else 0)
-    return np.rint(np.nan_to_num(colours, nan=0)).astype(np.uint8).transpose(1, 2, 0)

@@ -7,9 +7,8 @@ import numpy as np
 
 from widefield.errors import WidefieldError
 from widefield.images.foreground import is_geojson, named_polygons
+from widefield.images.formats import strips
 from widefield.images.image import ImageFile, open_image
-
-_STRIP_BYTES = 16 * 2**20
 
 
 class LabelMapError(WidefieldError, ValueError):
@@ -76,10 +75,9 @@ def open_labels(path: str | Path, image: ImageFile, class_names: Sequence[str] |
 
 def class_counts(labels: ImageFile | LabelMap, count: int) -> np.ndarray:
     """Return how many pixels of a label map have each of `count` classes; it is read strip by strip."""
-    _, height, width = labels.shape
-    rows, total = max(1, _STRIP_BYTES // width), np.zeros(count, np.int64)
-    for y in range(0, height, rows):
-        strip = labels.read(y, 0, min(rows, height - y), width)
+    total = np.zeros(count, np.int64)
+    for y, rows in strips(labels):
+        strip = labels.read(y, 0, rows, labels.shape[2])
         total += np.bincount(strip[(strip >= 0) & (strip < count)].ravel(), minlength=count)
     return total
 

@@ -12,6 +12,7 @@ import numpy as np
 import openslide
 
 from widefield.images.czi_structure import check_tiles
+from widefield.images.files import image_endings
 from widefield.images.formats import (
     Choice,
     Contents,
@@ -44,10 +45,15 @@ _REFUSED = {
     ".zvi": "Zeiss ZVI",
     ".dv": "DeltaVision",
 }
-"""Makers, or formats, of the microscopy files that nothing here reads, by the endings of their names."""
+"""Makers, or formats, of microscopy files by the endings of their names; they are refused, unless a format has the ending."""
 
 
-@image_format("Zeiss CZI", endings=(".czi",), recognises=lambda path, start: start.startswith(b"ZISRAWFILE"))
+@image_format(
+    "Zeiss CZI",
+    endings=(".czi",),
+    recognises=lambda path, start: start.startswith(b"ZISRAWFILE"),
+    before=("slides that OpenSlide reads",),
+)
 def open_czi(path: Path, choice: Choice) -> Contents:
     """Open one scene of a CZI file, at one position in time, depth and the like; BGR comes as RGB.
 
@@ -107,7 +113,10 @@ def open_czi(path: Path, choice: Choice) -> Contents:
 
 
 @image_format(
-    "microscopy files that are not read", endings=(), recognises=lambda path, start: bool(start) and _maker(path) != ""
+    "microscopy files that are not read",
+    endings=(),
+    recognises=lambda path, start: bool(start) and _maker(path) != "",
+    before=("TIFF", "features in HDF5"),
 )
 def refuse(path: Path, choice: Choice) -> Contents:
     """Refuse a file by the ending of its name; one of them (VSI) would pass for a TIFF file and hold an overview only."""
@@ -116,7 +125,8 @@ def refuse(path: Path, choice: Choice) -> Contents:
 
 
 def _maker(path: Path | str) -> str:
-    return _REFUSED.get(Path(path).suffix.lower(), "")
+    ending = Path(path).suffix.lower()
+    return "" if ending in image_endings() else _REFUSED.get(ending, "")
 
 
 @dataclass(frozen=True)

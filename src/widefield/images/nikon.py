@@ -38,7 +38,7 @@ def _is_nd2(path: Path | str, start: bytes) -> bool:
     return start.startswith(_MAGIC) or (start[4:8] == b"jP  " and str(path).lower().endswith(".nd2"))
 
 
-@image_format("Nikon ND2", endings=(".nd2",), recognises=_is_nd2)
+@image_format("Nikon ND2", endings=(".nd2",), recognises=_is_nd2, before=("JPEG 2000, VRT, NITF, Imagine",))
 def open_nd2(path: Path, choice: Choice) -> Contents:
     """Open one frame of an ND2 file: all its channels at one position of the stage, in time, depth and the like; BGR comes as RGB.
 

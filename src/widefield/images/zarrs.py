@@ -59,7 +59,7 @@ class _Image:
         return tuple((level.shape[y], level.shape[x]) for level in self.levels)
 
 
-@image_format("OME-Zarr and Zarr", endings=_ENDINGS, recognises=_is_zarr)
+@image_format("OME-Zarr and Zarr", endings=_ENDINGS, recognises=_is_zarr, takes_channel_axis=True)
 def open_zarr(path: Path | str, choice: Choice) -> Contents:
     """Open an image of a Zarr hierarchy; of several, each under its path in it, and each position of a stack, is one."""
     root = PerProcess(lambda: _root(path))

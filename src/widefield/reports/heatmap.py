@@ -16,9 +16,10 @@ from torch import Tensor
 from widefield.components.models.features import background_of, foreground_of_map
 from widefield.images import ImageFile
 from widefield.images.formats import Transform
-from widefield.images.image import data_at, scaled
+from widefield.images.image import scaled
 from widefield.images.map_geotiff import import_rasterio
 from widefield.images.map_target import halved
+from widefield.images.thumbnail import data_at
 from widefield.streaming import Cells
 from widefield.writing import replacing
 

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from widefield.images import ImageFile, LabelMap
+from widefield.images.formats import strips
 from widefield.reports.figures import new_figure, save
 from widefield.reports.overlay import overview
 
@@ -18,7 +19,6 @@ _SIDE = 1024
 _OPACITY = 0.5
 _BACKGROUND = "background"
 """The class of this name is not painted."""
-_STRIP_BYTES = 16 * 2**20
 
 
 def label_overlay(
@@ -87,6 +87,5 @@ def reduced(labels: ImageFile | LabelMap) -> np.ndarray:
     """Return every n-th row and column of the first channel of a map, (height, width), with a long side of 1024 at most."""
     _, height, width = labels.shape
     step = -(-max(height, width) // _SIDE)
-    rows = max(1, _STRIP_BYTES // (width * step)) * step
-    strips = [labels.read(y, 0, min(rows, height - y), width)[0, ::step, ::step] for y in range(0, height, rows)]
-    return np.concatenate(strips)
+    read = [labels.read(y, 0, rows, width)[0, ::step, ::step] for y, rows in strips(labels, step)]
+    return np.concatenate(read)

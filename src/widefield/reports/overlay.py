@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from widefield.images import ImageFile, thumbnail
+from widefield.images.formats import strips
 from widefield.reports.figures import new_figure, save
 from widefield.reports.heatmap import COLOUR, Heatmap
 from widefield.writing import replacing
@@ -35,7 +36,6 @@ _OPACITY = 0.75
 _POWERS, _PAINTED = (2, 4, 8), 0.1
 """Opacity grows with a power of the share of the greatest evidence: the first that keeps the mean of all shares below this, so that
 weak evidence everywhere does not hide the image."""
-_STRIP_BYTES = 16 * 2**20
 _SHOWN_SHARE = (2, 98)
 """Percentiles of a channel that become black and white where pixels are not of 8 bits."""
 
@@ -149,11 +149,10 @@ def overview(image: ImageFile | Tensor, size: int) -> np.ndarray:
     enough = [index for index, level in enumerate(image.levels) if max(level) >= size]
     level = max([image.level, *enough])
     image = image if level == image.level else image.at_level(level)
-    channels, height, width = image.shape
+    _, height, width = image.shape
     step = -(-max(height, width) // size)
-    rows = max(1, _STRIP_BYTES // (channels * width * image.dtype.itemsize * step)) * step
-    strips = [image.read(y, 0, min(rows, height - y), width)[:, ::step, ::step] for y in range(0, height, rows)]
-    return as_rgb(np.concatenate(strips, axis=1))
+    read = [image.read(y, 0, rows, width)[:, ::step, ::step] for y, rows in strips(image, step)]
+    return as_rgb(np.concatenate(read, axis=1))
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
