@@ -21,7 +21,7 @@ from tifffile import COMPRESSION, PHOTOMETRIC, TIFF
 
 from widefield.images.arrays import ArrayPixels, MappedArray
 from widefield.images.embedded import check_picture, declared_size
-from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, cannot_read, check_segment
+from widefield.images.formats import ForkSafeLock, Palette, PerProcess, Pixels, Size, cannot_read, check_segment
 from widefield.images.lzw import lzw_decoder
 from widefield.images.photos import MEMORY_BYTES, fetch, temporary_file
 
@@ -89,7 +89,7 @@ def page_pixels(path: Path, page: Page, blank: float, palette: Palette = "colour
         planes=planes,
         offsets=np.array(page.dataoffsets, np.int64),
         counts=np.array(page.databytecounts, np.int64),
-        decode=_decoder(path, page),
+        decode=_decoder(path, page, segment),
         convert=colours.convert,
         blank=_blank_pixel(blank, frame, colours),
     )
@@ -153,79 +153,55 @@ Decode = Callable[[bytes, int], np.ndarray]
 """The samples (height, width, samples) of the segment of an index."""
 
 
-def _decoder(path: Path, page: Page) -> Decode:
-    """Return what decodes a segment of `page`; the file must be open now, but not later.
+def _decoder(path: Path, page: Page, segment: Size) -> Decode:
+    """Return what decodes a segment of `page`, of (height, width) pixels; the file must be open now, but not later.
 
     Raises:
         ImageReadError: There is no decoder for it.
     """
     frame = page.keyframe
     compression, tables = frame.compression, page.jpegtables
-    codec = "none" if compression == 1 else getattr(compression, "name", str(compression))
-    decode = frame.decode
-    if decode.__name__.startswith("decode_raise"):
+    if frame.decode.__name__.startswith("decode_raise"):
         try:
-            decode()
+            frame.decode()
         except (ValueError, NotImplementedError) as error:
+            codec = "none" if compression == 1 else getattr(compression, "name", str(compression))
             raise cannot_read(path, f"it cannot be decoded (compression {codec}): {error}") from error
-    strip = min(frame.rowsperstrip, frame.imagelength), frame.imagewidth
-    planar = frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-    height, width = (frame.tilelength, frame.tilewidth) if frame.is_tiled else strip
-    most = 2 * (height + 16) * (width + 16)  # encoders may fill up a segment
-    if compression in TIFF.IMAGE_COMPRESSIONS and compression not in _JPEG:
-
-        def decode_picture(data: bytes, index: int) -> np.ndarray:
-            check_picture(data, most, frame.samplesperpixel)
-            return decode(data, index)[0][0]
-
-        return decode_picture
-    if compression == COMPRESSION.LERC:
-        samples = 1 if planar else frame.samplesperpixel
-        most_bytes = 2**16 + 2 * most * frame.samplesperpixel * frame.dtype.itemsize
-
-        def decode_lerc(data: bytes, index: int) -> np.ndarray:
-            data = _unpacked_lerc(data, most_bytes)
-            check_picture(data, most, frame.samplesperpixel)
-            if frame.predictor != 1:  # of tifffile's own
-                return decode(data, index)[0][0]
-            return _decoded_lerc(data, samples, frame.dtype)
-
-        return decode_lerc
-    if compression == COMPRESSION.LZW and (lzw := lzw_decoder(frame, 1 if planar else frame.samplesperpixel)):
-        strips = 1 if frame.is_tiled else math.ceil(frame.imagelength / height)
+    height, width = segment
+    samples = 1 if frame.planarconfig == tifffile.PLANARCONFIG.SEPARATE else frame.samplesperpixel
+    if compression == COMPRESSION.LZW and (lzw := lzw_decoder(frame, samples)):
+        strips = math.ceil(frame.imagelength / height)
 
         def decode_lzw(data: bytes, index: int) -> np.ndarray:
-            is_last = not frame.is_tiled and index % strips == strips - 1
-            return lzw(data, frame.imagelength - (strips - 1) * height if is_last else height)
+            return lzw(data, height if frame.is_tiled else min(height, frame.imagelength - index % strips * height))
 
         return decode_lzw
-    if compression not in _JPEG:
+    is_lerc, is_jpeg = compression == COMPRESSION.LERC, compression in _JPEG
+    colours = {1: "GRAY", 3: "RGB"}.get(samples) if is_jpeg and frame.bitspersample == 8 else None
+    most = 2 * (height + 16) * (width + 16)  # encoders may fill up a segment
 
-        def decode_other(data: bytes, index: int) -> np.ndarray:
-            return decode(data, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
-
-        return decode_other
-    is_ycbcr = frame.photometric == PHOTOMETRIC.YCBCR
-    colourspace = {1: "GRAY", 3: "RGB"}.get(1 if planar else frame.samplesperpixel)
-    if colourspace is None or frame.bitspersample != 8:
-
-        def decode_unusual_jpeg(data: bytes, index: int) -> np.ndarray:
+    def decode(data: bytes, index: int) -> np.ndarray:
+        if is_lerc:
+            data = _unpacked_lerc(data, 2**16 + 2 * most * frame.samplesperpixel * frame.dtype.itemsize)
+        if is_lerc or compression in TIFF.IMAGE_COMPRESSIONS:
             check_picture(data, most, frame.samplesperpixel)
-            return decode(_ended(data), index, jpegtables=tables)[0][0]
+        if is_lerc and frame.predictor == 1:  # another one is of tifffile's own
+            return _decoded_lerc(data, samples, frame.dtype)
+        if colours is not None:
+            return _decoded_jpeg(data, tables, colours, frame.photometric == PHOTOMETRIC.YCBCR)
+        whole = _ended(data) if is_jpeg else data
+        return frame.decode(whole, index, jpegtables=tables, jpegheader=frame.jpegheader)[0][0]
 
-        return decode_unusual_jpeg
+    return decode
 
-    def decode_jpeg(data: bytes, index: int) -> np.ndarray:
-        check_picture(data, most, frame.samplesperpixel)
-        if (found := declared_size(data)) and found[2] != (1 if colourspace == "GRAY" else 3):
-            raise ValueError(f"a picture of {found[2]} colours lies in it; expected {colourspace}")
-        # the bare decoder of the format gives grey for what is damaged; this one raises
-        before = tables[:-2] if tables else data[:2]
-        marker = b"" if data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
-        whole = b"".join((before, marker if colourspace == "RGB" else b"", data[2:]))
-        return simplejpeg.decode_jpeg(_ended(whole), colourspace, fastdct=False, fastupsample=False)
 
-    return decode_jpeg
+def _decoded_jpeg(data: bytes, tables: bytes | None, colours: str, is_ycbcr: bool) -> np.ndarray:
+    """The samples of a JPEG; an error where it is damaged, for which the bare decoder of the format gives grey."""
+    if (found := declared_size(data)) and found[2] != (1 if colours == "GRAY" else 3):
+        raise ValueError(f"a picture of {found[2]} colours lies in it; expected {colours}")
+    marker = b"" if colours == "GRAY" or data[6:10] == b"JFIF" else _ADOBE + bytes([is_ycbcr])
+    whole = b"".join((tables[:-2] if tables else data[:2], marker, data[2:]))
+    return simplejpeg.decode_jpeg(_ended(whole), colours, fastdct=False, fastupsample=False)
 
 
 def _unpacked_lerc(data: bytes, most: int) -> bytes:
