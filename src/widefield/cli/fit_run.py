@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +118,45 @@ def train(config: Config, others: list[str], resume: bool) -> Path:
 
 
 def _train(cli: FitCLI, resume: bool) -> Path:
-    out = cli.out
-    model, data = cli.model, cli.datamodule
+    out, settings = cli.out, cli.out / CONFIG
     last = out / LAST if resume and (out / LAST).is_file() else None
+    former = settings.read_bytes() if last and settings.is_file() else None
     if resume and not last:
         _log.warning("%s has no %s, for no epoch of the run was finished: it starts from the beginning", out, LAST)
-    if last and (out / CONFIG).is_file():
-        check_resumed(settings_of(cli.parser, cli.parser.parse_path(out / CONFIG)), cli.settings, last)
-    by_name = isinstance(model, FromCheckpoint) and isinstance(data, LazyImages)
-    reads_pixels = by_name and model.reads_pixels
+    if last and former is not None:
+        check_resumed(settings_of(cli.parser, cli.parser.parse_path(settings)), cli.settings, last)
+    _prepare(cli, last)
+    writes = cli.trainer.is_global_zero
+    if writes:
+        _write_settings(cli)
+        if last:
+            forget_after(out / METRICS, read_torch_file(last)["global_step"])
+    for logger in cli.trainer.loggers if cli.config.loggers else ():
+        logger.log_hyperparams(cli.settings)
+    try:
+        with _explained_errors(out, last):
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last, weights_only=True)
+    finally:
+        if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
+            settings.write_bytes(former)
+    if writes:
+        _report(cli)
+    kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
+    if kept:
+        _log.info("checkpoint: %s", kept[0])
+    else:
+        _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
+    return out
+
+
+def _prepare(cli: FitCLI, last: Path | None) -> None:
+    """Fit the model to the images and plan the largest, before anything is written; `last` is the checkpoint of a resumed run."""
+    model, data = cli.model, cli.datamodule
+    reads_pixels = isinstance(model, FromCheckpoint) and isinstance(data, LazyImages) and model.reads_pixels
     if reads_pixels:
-        section, seed = cli.config.model, data.seed
+        section = cli.config.model
         given = section.init_args if "init_args" in section else section  # it names its class, or not
-        statistics = _normalise(model, data, given, seed)
+        statistics = _normalise(model, data, given)
     if isinstance(data, LazyImages):
         _settle_background(model, data)
     cli.keep_features()  # no earlier, as a mask that is tried out is not kept
@@ -143,17 +170,14 @@ def _train(cli: FitCLI, resume: bool) -> Path:
         model.init_weights()
     elif reads_pixels and (given.weights is None or _unsettled(model)):
         why = "random weights" if given.weights is None else "weights of a short training"
-        _calibrate(model, data, statistics, seed, why)
-    writes = cli.trainer.is_global_zero
-    former = (out / CONFIG).read_bytes() if last and (out / CONFIG).is_file() else None
-    if writes:
-        _write_settings(cli)
-        if last:
-            forget_after(out / METRICS, read_torch_file(last)["global_step"])
-    for logger in cli.trainer.loggers if cli.config.loggers else ():
-        logger.log_hyperparams(cli.settings)
+        _calibrate(model, data, statistics, why)
+
+
+@contextmanager
+def _explained_errors(out: Path, last: Path | None) -> Iterator[None]:
+    """Say of errors that end a training what to do; `last` is the checkpoint that a resumed one goes on with."""
     try:
-        cli.trainer.fit(model, data, ckpt_path=last, weights_only=True)
+        yield
     except SystemExit:  # what Lightning makes of Ctrl-C
         _log.info("`widefield fit --resume --out %s` continues from the last whole epoch", out)
         raise KeyboardInterrupt from None
@@ -172,23 +196,16 @@ def _train(cli: FitCLI, resume: bool) -> Path:
                 f"`--resume --out {out}` with the same processes goes on from the last whole epoch"
             ) from error
         raise
-    finally:
-        if writes and former is not None and not cli.history.has_started:  # the checkpoint is that of the former one
-            (out / CONFIG).write_bytes(former)
-    if writes:
-        rows, peak = cli.history.rows, cli.memory.peak
-        if by_name:
-            model.to(cli.trainer.strategy.root_device)  # from which Lightning has taken it
-            write_training_report(out, model, data, rows, peak, cli.seen.images)
-        else:
-            write_curves(out, type(model).__name__, rows, peak)
-        _log.info("report: %s", out / "report.html")
-    kept = [out / name for name in (BEST, LAST) if (out / name).is_file()]  # without a validation there is no best one
-    if kept:
-        _log.info("checkpoint: %s", kept[0])
+
+
+def _report(cli: FitCLI) -> None:
+    rows, peak = cli.history.rows, cli.memory.peak
+    if isinstance(cli.model, FromCheckpoint) and isinstance(cli.datamodule, LazyImages):
+        cli.model.to(cli.trainer.strategy.root_device)  # from which Lightning has taken it
+        write_training_report(cli.out, cli.model, cli.datamodule, rows, peak, cli.seen.images)
     else:
-        _log.warning("no epoch was trained, so there is no checkpoint in %s", out)
-    return out
+        write_curves(cli.out, type(cli.model).__name__, rows, peak)
+    _log.info("report: %s", cli.out / "report.html")
 
 
 def _write_settings(cli: FitCLI) -> None:
@@ -238,9 +255,9 @@ def _settle_background(model: LightningModule, data: LazyImages) -> None:
     )  # fmt: skip
 
 
-def _normalise(model: FromCheckpoint, data: LazyImages, given: Any, seed: int) -> PixelStatistics:
+def _normalise(model: FromCheckpoint, data: LazyImages, given: Any) -> PixelStatistics:
     """Set what the training images say of the range, mean and standard deviation, where the configuration leaves it open."""
-    found = pixel_statistics([image for image, _ in data.train_set], seed)
+    found = pixel_statistics([image for image, _ in data.train_set], data.seed)
     used = model.stream_network.normalisation
     value_range = used.value_range
     if given.value_range == "percentiles" or (given.value_range is None and not found.fills_its_type()):
@@ -280,9 +297,9 @@ def _unsettled(model: FromCheckpoint) -> bool:
     return any(0 < int(count) < _SETTLED for count in counts)  # 0 in files that do not tell it
 
 
-def _calibrate(model: FromCheckpoint, data: LazyImages, found: PixelStatistics, seed: int, why: str) -> None:
+def _calibrate(model: FromCheckpoint, data: LazyImages, found: PixelStatistics, why: str) -> None:
     images = [image for image, _ in data.train_set][: len(found.masks)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(data.seed)
     layers = calibrate_batch_norm(model.stream_network, images, masks=found.masks, generator=generator)
     if layers:
         _log.info("%s: set the statistics of %d batch norm layers from crops of the training images", why, layers)

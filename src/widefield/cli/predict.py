@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield.cli.predict_maps import ending_of, predict_map
-from widefield.cli.predictions import PredictionTable
+from widefield.cli.predictions import PredictionTable, Row
 from widefield.cli.progress import streamed_network
 from widefield.cli.run import console
 from widefield.components.models.image_classifier import ImageClassifier
@@ -51,82 +51,92 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         ValueError, OSError, UnsupportedOpError: What the user gave cannot be used; the message says why. If some of several
             images failed, it names them, once all others are done.
     """
-    checkpoint, out, level = arguments.checkpoint, arguments.out, arguments.level
     views = None if arguments.tta is None else AveragedViews.parse(arguments.tta)
     files = image_files(arguments.images)
-    options = {"memory_budget": arguments.memory_budget, "tile_size": arguments.tile_size}
-    streaming = {name: value for name, value in options.items() if value is not None}
-    if isinstance(checkpoint, str):
-        checkpoint = fetch(checkpoint)
-    config = None if arguments.config is None else load(arguments.config)
-    model: Any = load_trained(checkpoint, streaming=streaming, config=config)
+    checkpoint = fetch(arguments.checkpoint) if isinstance(arguments.checkpoint, str) else arguments.checkpoint
+    model = _load(checkpoint, arguments)
     info = info_of(model).with_foreground(arguments.foreground, len(files))
     if isinstance(model, ImageToImageRetriever):
         info = replace(info, class_names=None)  # its scores are those of the items of the collection, by their index
-    network = streamed_network(model)
-    gives_map = isinstance(model, DenseModule)
-    if not (gives_map or isinstance(model, Classifier) or hasattr(model, "predict")):
-        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
+    _refuse_conflicts(model, info, arguments)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if gives_map and (views is not None or set(arguments.heatmap) - {"png"}):
-        raise ValueError(
-            "this model predicts maps, which are written as TIFF, labels with an overlay as PNG: leave --tta and other --heatmap "
-            "out; widefield.images.polygons makes GeoJSON of a label map"
-        )
-    if info.pipeline.description and set(arguments.heatmap) - {"png"}:
-        raise ValueError(
-            f"--heatmap {','.join(arguments.heatmap)}: the transforms of the run change images before the model sees them, so that "
-            "its heatmap cannot be laid over the file; leave all but png away"
-        )
     with checkpoint_file(checkpoint).open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    table = PredictionTable(
-        out,
-        {
-            "checkpoint": digest,
-            "level": level,
-            "spacing": arguments.spacing,
-            "tta": arguments.tta,
-            "foreground": info.foreground,
-        },
-    )
-    alone = len(files) == 1
+    given = {name: getattr(arguments, name) for name in ("level", "spacing", "tta")}
+    table = PredictionTable(arguments.out, {"checkpoint": digest, **given, "foreground": info.foreground})
+    failed = None if len(files) == 1 else table.add_failure
     if arguments.resume:
         files = table.resume(files)
     else:
         table.refuse_another()
 
     def predict_one(file: Path) -> None:
-        image = info.open(file, level=level, spacing=arguments.spacing)
-        if gives_map:
-            stem, overlays = free_stem(file, table.names), arguments.heatmap if model.task == "segmentation" else ()
-            written = [out / f"{stem}{ending_of(model, image)}", *(out / f"{stem}{ENDINGS[one]}" for one in overlays)]
-            cells = predict_map(model, image, written[0], (*written[1:], None)[0])
-            table.add(file, {**cells, "overlay": ";".join(path.name for path in written)})
-            return
-        named = {"tiff": "tiff" if image.transform is None else "geotiff"}
-        formats = [named.get(one, one) for one in arguments.heatmap]
-        if "geotiff" in formats:
-            import_rasterio("a heatmap on a map (GeoTIFF)")  # rather than after hours of computing
-        if isinstance(model, Classifier) and model.reads_pixels:
-            model.stream_network.normalisation.check_channels(image.shape[0])
-        keep_background_if_usable(model, image)
-        picture = info.pipeline(image)
-        prediction = _predict(model, info, picture, views)
-        stem = free_stem(file, table.names)
-        paths = {one: out / f"{stem}{ENDINGS[one]}" for one in formats if prediction.heatmap is not None}
-        _save(prediction, paths, picture, file.name, arguments.thresholds)
-        cells = {**prediction.cells, "skipped": _skipped(network, image)}
-        table.add(file, {**cells, "overlay": ";".join(path.name for path in paths.values())})
+        image = info.open(file, level=arguments.level, spacing=arguments.spacing)
+        stem = str(arguments.out / free_stem(file, table.names))
+        if isinstance(model, DenseModule):
+            cells, written = _write_map(model, image, stem, arguments.heatmap)
+        else:
+            cells, written = _predict_one(model, info, image, views, stem, arguments)
+        table.add(file, {**cells, "overlay": ";".join(path.name for path in written)})
 
-    with ProgressLine(network, console=console) as line:
+    with ProgressLine(streamed_network(model), console=console) as line:
         line.update(0, len(files))
         try:
-            for_each(
-                files, predict_one, lambda done: line.update(done, len(files)), None if alone else table.add_failure
-            )
+            for_each(files, predict_one, lambda done: line.update(done, len(files)), failed)
         finally:
             table.finish()
+
+
+def _load(checkpoint: Path, arguments: argparse.Namespace) -> Any:
+    """Return the model in a checkpoint, with what the arguments say of its memory."""
+    options = {"memory_budget": arguments.memory_budget, "tile_size": arguments.tile_size}
+    streaming = {name: value for name, value in options.items() if value is not None}
+    config = None if arguments.config is None else load(arguments.config)
+    model: Any = load_trained(checkpoint, streaming=streaming, config=config)
+    if not (isinstance(model, (DenseModule, Classifier)) or hasattr(model, "predict")):
+        raise ValueError(f"{checkpoint} holds a {type(model).__name__}, which predicts nothing")
+    return model
+
+
+def _refuse_conflicts(model: Any, info: ModelInfo, arguments: argparse.Namespace) -> None:
+    """Raise a ValueError if what is asked for cannot be had of this model."""
+    others = set(arguments.heatmap) - {"png"}
+    if isinstance(model, DenseModule) and (arguments.tta is not None or others):
+        raise ValueError(
+            "this model predicts maps, which are written as TIFF, labels with an overlay as PNG: leave --tta and other --heatmap "
+            "out; widefield.images.polygons makes GeoJSON of a label map"
+        )
+    if info.pipeline.description and others:
+        raise ValueError(
+            f"--heatmap {','.join(arguments.heatmap)}: the transforms of the run change images before the model sees them, so that "
+            "its heatmap cannot be laid over the file; leave all but png away"
+        )
+
+
+def _write_map(model: DenseModule, image: ImageFile, stem: str, formats: Sequence[str]) -> tuple[Row, list[Path]]:
+    """Write the map of an image, and the overlay of labels; return the cells of its row, and the files."""
+    written = [Path(stem + ending_of(model, image))]
+    if model.task == "segmentation":
+        written += [Path(stem + ENDINGS[one]) for one in formats]
+    return predict_map(model, image, *written), written
+
+
+def _predict_one(
+    model: Any, info: ModelInfo, image: ImageFile, views: AveragedViews | None, stem: str, arguments: argparse.Namespace
+) -> tuple[Row, list[Path]]:
+    """Predict the scores of an image, and write its heatmaps; return the cells of its row, and the files."""
+    named = {"tiff": "tiff" if image.transform is None else "geotiff"}
+    formats = [named.get(one, one) for one in arguments.heatmap]
+    if "geotiff" in formats:
+        import_rasterio("a heatmap on a map (GeoTIFF)")  # rather than after hours of computing
+    if isinstance(model, Classifier) and model.reads_pixels:
+        model.stream_network.normalisation.check_channels(image.shape[0])
+    keep_background_if_usable(model, image)
+    picture = info.pipeline(image)
+    prediction = _predict(model, info, picture, views)
+    paths = {one: Path(stem + ENDINGS[one]) for one in formats if prediction.heatmap is not None}
+    _save(prediction, paths, picture, image.path.name, arguments.thresholds)
+    return {**prediction.cells, "skipped": _skipped(streamed_network(model), image)}, list(paths.values())
 
 
 def for_each(
@@ -169,7 +179,7 @@ def for_each(
 class _Prediction(NamedTuple):
     """Cells of an image's row; the name of the highest score, words for that score, and the heatmap of its evidence, if any."""
 
-    cells: dict[str, str]
+    cells: Row
     name: str
     score: str
     heatmap: Heatmap | None
@@ -204,7 +214,7 @@ def _skipped(network: StreamingCNN | None, image: ImageFile) -> str:
     return f"{1 - network.plan(image.shape, mask=image.background.mask).computed_fraction:.3g}"
 
 
-def _peak(heatmap: Heatmap | None) -> dict[str, str]:
+def _peak(heatmap: Heatmap | None) -> Row:
     """Return the cells for where the evidence is greatest: the pixel of the largest level, micrometres, and on the map."""
     if heatmap is None or heatmap.peak is None:
         return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None), **_peak_in("map", (0, 0), None)}
@@ -218,7 +228,7 @@ def _peak(heatmap: Heatmap | None) -> dict[str, str]:
     }
 
 
-def _peak_in(unit: str, pixel: tuple[int, int], transform: Sequence[float] | None) -> dict[str, str]:
+def _peak_in(unit: str, pixel: tuple[int, int], transform: Sequence[float] | None) -> Row:
     """Return the cells for the middle of a pixel (y, x) in another unit.
 
     Args:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from widefield.cli.predictions import Row
 from widefield.components.models.features import left_out
 from widefield.images import ImageFile, open_image
 from widefield.images.label_maps import class_counts
@@ -22,7 +23,7 @@ def ending_of(model: DenseModule, image: ImageFile) -> str:
 
 
 @torch.no_grad()
-def predict_map(model: DenseModule, image: ImageFile, to: Path, overlay: Path | None) -> dict[str, str]:
+def predict_map(model: DenseModule, image: ImageFile, to: Path, overlay: Path | None = None) -> Row:
     """Write the map of an image, while it is computed, and the overlay of labels; return the cells of its row.
 
     The cells are the share of the pixels of each class, `share_NAME`; of numbers there are none.
