@@ -1,6 +1,6 @@
 """Optimizer, schedule, loops, hooks and evaluators of an MMPretrain run as ours."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from widefield.cli.mmpretrain.entries import Entries, Notes, bare, listed, plain
@@ -14,14 +14,6 @@ _SCHEDULES = {
     "PolyLR": "PolynomialLR",
 }
 _METRICS = {"VOCMultiLabelMetric": "MultiLabelMetric", "VOCAveragePrecision": "AveragePrecision"}
-_ALWAYS = (
-    "IterTimerHook",
-    "ParamSchedulerHook",
-    "DistSamplerSeedHook",
-    "SyncBuffersHook",
-    "PrepareProtoBeforeValLoopHook",
-)
-"""Hooks whose work is always done here."""
 Sections = dict[str, Any]
 
 
@@ -221,59 +213,78 @@ def hooks(old: Mapping[str, Any], model: Sections, trainer: Sections, notes: Not
         if not isinstance(one, Mapping):
             continue
         hook = Entries(one, path, notes)
-        harmless: tuple[str, ...] = ("priority",)
-        if hook.type == "LoggerHook":
-            trainer["log_every_n_steps"] = hook.take("interval", 10)
-            harmless = ("ignore_last", "interval_exp_name", "out_dir", "keep_local", "log_metric_by_epoch")
-        elif hook.type == "CheckpointHook":
-            best = hook.take("save_best")
-            if best not in (None, "auto"):
-                hook.note(
-                    f"best.ckpt is that of the least val_loss; for the best {best} give trainer.callbacks="
-                    f"[{{type: ModelCheckpoint, dirpath: kept, monitor: val_{best}, mode: max}}]",
-                    "save_best",
-                )
-            if hook.take("max_keep_ckpts", -1) > 3:
-                hook.note("best.ckpt and last.ckpt are kept", "max_keep_ckpts")
-            harmless = (
-                "interval",
-                "rule",
-                "by_epoch",
-                "save_last",
-                "save_optimizer",
-                "save_param_scheduler",
-                "out_dir",
-            )
-        elif hook.type == "VisualizationHook":
-            if hook.take("enable", False):
-                hook.note("no pictures are drawn while it trains; see `widefield visualize`", "enable")
-            harmless = ("interval", "show", "out_dir")
-        elif hook.type == "EarlyStoppingHook":
-            mode = {"greater": "max", "less": "min"}.get(hook.take("rule"), "max")
-            made = {"type": "EarlyStopping", "monitor": f"val_{hook.take('monitor')}", "mode": mode, "patience": 5}
-            callbacks.append(made | hook.present(min_delta="min_delta", patience="patience"))
-        elif hook.type == "EMAHook":
-            made = {"type": "EMAWeightAveraging", "decay": 1 - hook.take("momentum", 0.0002)}
-            made["use_buffers"] = hook.take("update_buffers", False)
-            made |= hook.present(interval="update_every_n_steps", begin_iter="update_starting_at_step")
-            callbacks.append(made | hook.present(begin_epoch="update_starting_at_epoch"))
-        elif hook.type == "SwAVHook" and model.get("type") == "SwAV":
-            length = hook.take("queue_length", 0)
-            length -= length % hook.take("batch_size")
-            starts = hook.take("epoch_queue_starts", 15)
-            if length:
-                model["head"]["loss"]["queue_length"] = length
-                model["epoch_queue_starts"] = starts
-            model |= hook.present(frozen_layers_cfg="frozen_layers_cfg")
-            harmless = ("crops_for_assign", "feat_dim", "interval")
-        elif hook.type == "SimSiamHook":
-            harmless = ("fix_pred_lr", "lr", "adjust_by_epoch")  # see `optimization`
-        elif hook.type not in _ALWAYS:
+        if hook.type not in _HOOKS or (hook.type == "SwAVHook" and model.get("type") != "SwAV"):
             hook.missing("write it as a lightning.pytorch.Callback, named under trainer.callbacks")
             continue
+        take, harmless = _HOOKS[hook.type]
+        if callback := take(hook, model, trainer):
+            callbacks.append(callback)
         hook.finish("priority", *harmless)
     if callbacks:
         trainer["callbacks"] = callbacks
+
+
+def _nothing(hook: Entries, model: Sections, trainer: Sections) -> None:
+    pass
+
+
+def _logger(hook: Entries, model: Sections, trainer: Sections) -> None:
+    trainer["log_every_n_steps"] = hook.take("interval", 10)
+
+
+def _checkpoint(hook: Entries, model: Sections, trainer: Sections) -> None:
+    best = hook.take("save_best")
+    if best not in (None, "auto"):
+        hook.note(
+            f"best.ckpt is that of the least val_loss; for the best {best} give trainer.callbacks="
+            f"[{{type: ModelCheckpoint, dirpath: kept, monitor: val_{best}, mode: max}}]",
+            "save_best",
+        )
+    if hook.take("max_keep_ckpts", -1) > 3:
+        hook.note("best.ckpt and last.ckpt are kept", "max_keep_ckpts")
+
+
+def _visualization(hook: Entries, model: Sections, trainer: Sections) -> None:
+    if hook.take("enable", False):
+        hook.note("no pictures are drawn while it trains; see `widefield visualize`", "enable")
+
+
+def _early_stopping(hook: Entries, model: Sections, trainer: Sections) -> Sections:
+    mode = {"greater": "max", "less": "min"}.get(hook.take("rule"), "max")
+    made = {"type": "EarlyStopping", "monitor": f"val_{hook.take('monitor')}", "mode": mode, "patience": 5}
+    return made | hook.present(min_delta="min_delta", patience="patience")
+
+
+def _averaging(hook: Entries, model: Sections, trainer: Sections) -> Sections:
+    made = {"type": "EMAWeightAveraging", "decay": 1 - hook.take("momentum", 0.0002)}
+    made["use_buffers"] = hook.take("update_buffers", False)
+    made |= hook.present(interval="update_every_n_steps", begin_iter="update_starting_at_step")
+    return made | hook.present(begin_epoch="update_starting_at_epoch")
+
+
+def _swav(hook: Entries, model: Sections, trainer: Sections) -> None:
+    length = hook.take("queue_length", 0)
+    length -= length % hook.take("batch_size")
+    starts = hook.take("epoch_queue_starts", 15)
+    if length:
+        model["head"]["loss"]["queue_length"] = length
+        model["epoch_queue_starts"] = starts
+    model |= hook.present(frozen_layers_cfg="frozen_layers_cfg")
+
+
+_SAVING = ("interval", "rule", "by_epoch", "save_last", "save_optimizer", "save_param_scheduler", "out_dir")
+_ALWAYS = ("IterTimer", "ParamScheduler", "DistSamplerSeed", "SyncBuffers", "PrepareProtoBeforeValLoop")
+_HOOKS: dict[str, tuple[Callable[[Entries, Sections, Sections], Sections | None], tuple[str, ...]]] = {
+    "LoggerHook": (_logger, ("ignore_last", "interval_exp_name", "out_dir", "keep_local", "log_metric_by_epoch")),
+    "CheckpointHook": (_checkpoint, _SAVING),
+    "VisualizationHook": (_visualization, ("interval", "show", "out_dir")),
+    "EarlyStoppingHook": (_early_stopping, ()),
+    "EMAHook": (_averaging, ()),
+    "SwAVHook": (_swav, ("crops_for_assign", "feat_dim", "interval")),
+    "SimSiamHook": (_nothing, ("fix_pred_lr", "lr", "adjust_by_epoch")),  # see `optimization`
+    **{f"{name}Hook": (_nothing, ()) for name in _ALWAYS},  # what they do is always done here
+}
+"""By the type of a hook: adds it to the sections `model` and `trainer` or returns a callback; what of it means nothing here."""
 
 
 def settings(old: Mapping[str, Any], trainer: Sections, notes: Notes) -> Sections:
