@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     if not files:
         raise ValueError(f"the folder {folder} holds no images; name another with --images")
     rows = read_rows(arguments.labels, arguments.columns, arguments.task) if arguments.labels is not None else None
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     findings: list[Finding] = []
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(arguments.workers or os.cpu_count()) as pool:
@@ -95,11 +95,11 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
             problems.append(f"{len(without)} image(s) without a label map in {arguments.masks}: {listed(without)}")
     if arguments.out is not None:
         write_table(arguments.out, findings)
-        console.print(f"the table is {arguments.out}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"the table is {arguments.out}")
     for line in [*_summary(findings), *summary(masks, arguments.classes)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
     for line in problems:
-        console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
+        console.print(line, style="red")
     return 1 if problems else 0
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from widefield.errors import WrongArgumentError
-from widefield.images.formats import ChannelAxis, Choice, Contents, PerProcess, cannot_read, choose_series, image_format
+from widefield.images.formats import (
+    ChannelAxis,
+    Choice,
+    Contents,
+    PerProcess,
+    Pixels,
+    cannot_read,
+    choose_series,
+    image_format,
+)
 
 MAX_CHANNELS = 32
 """An axis longer than this is not taken for the channels unless the caller says so."""
@@ -129,6 +138,39 @@ def _touched_bytes(view: np.ndarray) -> int:
     for stride, count in sorted(zip(map(abs, view.strides), view.shape)):
         size = size + stride * (count - 1) if stride - size <= _FAULT_BYTES else count * (size + _FAULT_BYTES)
     return size
+
+
+@dataclass(frozen=True)
+class _StackedPixels:
+    """Channels that lie one behind the other in several parts of the same size."""
+
+    parts: tuple[Pixels, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels, in native byte order."""
+        return self.parts[0].dtype
+
+    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
+        """Array (channels, height, width); parts without one of the channels are not read."""
+        pixels, first = np.empty((len(channels), height, width), self.dtype), 0
+        for part in self.parts:
+            wanted = [(i, c - first) for i, c in enumerate(channels) if first <= c < first + part.shape[0]]
+            if wanted:
+                targets, sources = zip(*wanted, strict=True)
+                pixels[list(targets)] = part.read(y, x, height, width, sources)
+            first += part.shape[0]
+        return pixels
+
+
+def stacked(parts: Sequence[Pixels]) -> Pixels:
+    """Return the pixels of several parts of one size as the channels of an image."""
+    return parts[0] if len(parts) == 1 else _StackedPixels(tuple(parts))
 
 
 @dataclass(frozen=True)

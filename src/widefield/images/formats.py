@@ -245,6 +245,16 @@ def optional(module: str, path: Path, extra: str) -> ModuleType:
         raise cannot_read(path, reason) from error
 
 
+def position_name(name: str, axes: Iterable[str], at: Iterable[int]) -> str:
+    """Return the name of one of the images of a stack, such as "image T=0 Z=4"."""
+    return " ".join([name, *(f"{axis}={position}" for axis, position in zip(axes, at, strict=True))])
+
+
+def all_named(names: Sequence[str | None], count: int) -> tuple[str, ...] | None:
+    """Return the names of channels, None unless each of `count` has one."""
+    return tuple(map(str, names)) if len(names) == count and all(names) else None
+
+
 def choose_series(path: object, series: int | str | None, names: Sequence[str], sizes: Sequence[Size]) -> int:
     """The index of the image that is meant, of several in one file; without `series` that is the first, if it is the largest.
 

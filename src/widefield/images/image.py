@@ -286,8 +286,8 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
                 raise _damaged(path, error) from error
     if not start:
         raise cannot_read(path, "it is a folder, and no Zarr image; give the path of an image file")
-    names = ", ".join(one.name for one in image_formats() if one.endings)
-    raise cannot_read(path, f"its content is none of {names}; convert it to one of these")
+    names = sorted((one.name for one in image_formats() if one.endings), key=str.lower)
+    raise cannot_read(path, f"its content is none of {', '.join(names)}; convert it to one of these")
 
 
 def _damaged(path: Path | str, error: Exception) -> ImageReadError:

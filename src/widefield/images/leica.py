@@ -12,18 +12,19 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from widefield.images.arrays import ArrayPixels, MappedArray
+from widefield.images.arrays import ArrayPixels, MappedArray, stacked
 from widefield.images.formats import (
     Choice,
     Contents,
+    all_named,
     cannot_read,
     choose_series,
     image_format,
     known,
     micrometres,
     optional,
+    position_name,
 )
-from widefield.images.tiff import StackedPixels
 
 _AXES = {1: "X", 2: "Y", 3: "Z", 4: "T", 5: "lambda", 6: "A", 7: "N", 8: "Q", 9: "excitation", 10: "M", 11: "L"}
 """Letters of the dimensions of an image by their numbers in LIF: 6 rotation, 7 and 8 slices, 10 tile of a mosaic, 11 loop."""
@@ -81,7 +82,7 @@ def open_lif(path: Path, choice: Choice) -> Contents:
     if not places:
         reason = "no picture of rows and columns" + " in a LOF file" * (path.suffix.lower() == ".xlef")
         raise cannot_read(path, f"it holds {reason}; convert it to OME-TIFF, as Bio-Formats' bfconvert does")
-    names = [" ".join([one.name, *(f"{axis}={k}" for axis, k in zip(one.stacked, at))]) for one, at in places]
+    names = [position_name(one.name, one.stacked, at) for one, at in places]
     sizes = [(one.axes["Y"].count, one.axes["X"].count) for one, _ in places]
     index = choose_series(path, choice.series, names, sizes)
     image, at = places[index]
@@ -109,9 +110,9 @@ def open_lif(path: Path, choice: Choice) -> Contents:
     named = ["red", "green", "blue"] if is_colour else [one.get("LUTName", "") for one in channels]
     return Contents(
         levels=(sizes[index],),
-        pixels=lambda level: parts[0] if len(parts) == 1 else StackedPixels(parts),
+        pixels=lambda level: stacked(parts),
         spacing=known(y.spacing, x.spacing),
-        channel_names=tuple(named) if all(named) and len(set(named)) == len(named) else None,
+        channel_names=all_named(named, len(set(named))),
     )
 
 

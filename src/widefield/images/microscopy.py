@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import openslide
 
+from widefield.images.arrays import stacked
 from widefield.images.czi_structure import check_tiles
 from widefield.images.files import image_endings
 from widefield.images.formats import (
@@ -19,6 +20,7 @@ from widefield.images.formats import (
     PerProcess,
     Pixels,
     Size,
+    all_named,
     cannot_read,
     check_segment,
     choose_series,
@@ -26,9 +28,9 @@ from widefield.images.formats import (
     known,
     micrometres,
     optional,
+    position_name,
 )
 from widefield.images.slides import associated_image
-from widefield.images.tiff import StackedPixels
 
 _TYPES = {"Gray8": ("u1", 1), "Gray16": ("u2", 1), "Gray32Float": ("f4", 1), "Bgr24": ("u1", 3), "Bgr48": ("u2", 3)}
 """Type and number of bands of the pixel types that pylibCZIrw decodes, by their names in CZI."""
@@ -75,10 +77,7 @@ def open_czi(path: Path, choice: Choice) -> Contents:
     axes = [axis for axis in _STACKED if len(positions[axis]) > 1]
     places = sorted({(tile.at.get("S", -1), *(tile.at.get(axis, 0) for axis in axes)) for tile in full})
     boxes = {scene: _bounds([tile.box for tile in full if tile.at.get("S", -1) == scene]) for scene, *_ in places}
-    names = [
-        " ".join(["image" if scene < 0 else f"scene {scene}", *(f"{axis}={k}" for axis, k in zip(axes, at))])
-        for scene, *at in places
-    ]
+    names = [position_name("image" if scene < 0 else f"scene {scene}", axes, at) for scene, *at in places]
     index = choose_series(path, choice.series, names, [boxes[scene][2:] for scene, *_ in places])
     scene, *at = places[index]
     y, x, height, width = boxes[scene]
@@ -101,7 +100,7 @@ def open_czi(path: Path, choice: Choice) -> Contents:
             )
             for channel in channels
         )
-        return parts[0] if len(parts) == 1 else StackedPixels(parts)
+        return stacked(parts)
 
     return Contents(
         levels=levels,
@@ -181,8 +180,7 @@ def _channel_names(metadata: ElementTree.Element, count: int, bands: int) -> tup
     if bands == 3:
         return ("red", "green", "blue") if count == 1 else None
     path = "Metadata/Information/Image/Dimensions/Channels/Channel"
-    names = tuple(channel.get("Name", "") for channel in metadata.findall(path))
-    return names if len(names) == count and all(names) else None
+    return all_named([channel.get("Name") for channel in metadata.findall(path)], count)
 
 
 def _beside(path: Path) -> dict[str, Callable[[], np.ndarray]]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from widefield.images.arrays import ArrayPixels, DeferredArray, MappedArray
+from widefield.images.arrays import ArrayPixels, DeferredArray, MappedArray, stacked
 from widefield.images.formats import (
     Choice,
     Contents,
     PerProcess,
     Pixels,
+    all_named,
     cannot_read,
     check_segment,
     choose_series,
@@ -22,7 +23,6 @@ from widefield.images.formats import (
     optional,
 )
 from widefield.images.nikon_legacy import frame_name, open_legacy
-from widefield.images.tiff import StackedPixels
 
 _MAGIC = b"\xda\xce\xbe\x0a"
 """The first bytes of every part ("chunk") of an ND2 file, and so of the file."""
@@ -87,9 +87,9 @@ def open_nd2(path: Path, choice: Choice) -> Contents:
     named = ["red", "green", "blue"] if bands == components else [one.get("sDescription") for one in planes.values()]
     return Contents(
         levels=(size,),
-        pixels=lambda level: parts[0] if len(parts) == 1 else StackedPixels(parts),
+        pixels=lambda level: stacked(parts),
         spacing=known(scale, scale),
-        channel_names=tuple(named) if len(named) == components and all(named) else None,
+        channel_names=all_named(named, components),
     )
 
 

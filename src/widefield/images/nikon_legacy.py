@@ -11,20 +11,21 @@ from typing import Any
 import imagecodecs
 import numpy as np
 
-from widefield.images.arrays import ArrayPixels, DeferredArray
+from widefield.images.arrays import ArrayPixels, DeferredArray, stacked
 from widefield.images.embedded import check_picture, declared_size
 from widefield.images.formats import (
     Choice,
     Contents,
     PerProcess,
     Size,
+    all_named,
     cannot_read,
     check_segment,
     choose_series,
     known,
     optional,
+    position_name,
 )
-from widefield.images.tiff import StackedPixels
 
 _LOOPS = {"TimeLoop": "T", "NETimeLoop": "T", "XYPosLoop": "P", "ZStackLoop": "Z"}
 """Letters for the loops of an experiment, as the package nd2 names them; P is a position of the stage."""
@@ -69,9 +70,9 @@ def open_legacy(path: Path, choice: Choice) -> Contents:
     named = [one.get("OpticalConfigName") for one in planes.get("Plane", {}).values()]
     return Contents(
         levels=(size,),
-        pixels=lambda level: parts[0] if len(parts) == 1 else StackedPixels(parts),
+        pixels=lambda level: stacked(parts),
         spacing=known(scale, scale),
-        channel_names=tuple(named) if len(named) == count and all(named) else None,
+        channel_names=all_named(named, count),
     )
 
 
@@ -100,7 +101,5 @@ def frame_name(frame: int, loops: Sequence[Any]) -> str:
     counts = [loop.count for loop in loops]
     if frame >= math.prod(counts):
         return f"frame {frame}"
-    place = {
-        _LOOPS.get(loop.type, loop.type): k for loop, k in zip(loops, np.unravel_index(frame, counts), strict=True)
-    }
-    return " ".join(["image", *(f"{axis}={k}" for axis, k in place.items())])
+    axes = [_LOOPS.get(loop.type, loop.type) for loop in loops]
+    return position_name("image", axes, map(int, np.unravel_index(frame, counts)))

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from widefield.images.arrays import ArrayPixels, DeferredArray
+from widefield.images.arrays import ArrayPixels, DeferredArray, stacked
 from widefield.images.formats import (
     Choice,
     Contents,
     PerProcess,
+    all_named,
     cannot_read,
     check_planes,
     check_segment,
@@ -26,8 +27,8 @@ from widefield.images.formats import (
     known,
     micrometres,
     optional,
+    position_name,
 )
-from widefield.images.tiff import StackedPixels
 
 _COMPOUND = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _TEXT = "[\0".encode("utf-16")[:4]
@@ -51,15 +52,15 @@ def open_olympus(path: Path, choice: Choice) -> Contents:
         raise cannot_read(path, "it holds no plane; the folder beside it, which an OIF file needs, may be missing")
     axes = max(kinds, key=lambda letters: kinds[letters])
     files = {tuple(position.values()): name for name, position in found.items() if "".join(position) == axes}
-    stacked = [k for k, axis in enumerate(axes) if axis != "C" and len({at[k] for at in files}) > 1]
+    depth = [k for k, axis in enumerate(axes) if axis != "C" and len({at[k] for at in files}) > 1]
     check_planes(path, [len(files)])
-    places = sorted({tuple(at[k] for k in stacked) for at in files})
-    names = [" ".join(["image", *(f"{axes[k]}={n - 1}" for k, n in zip(stacked, place))]) for place in places]
+    places = sorted({tuple(at[k] for k in depth) for at in files})
+    names = [position_name("image", (axes[k] for k in depth), (n - 1 for n in place)) for place in places]
     with tifffile.TiffFile(io.BytesIO(_part(path, parts[next(iter(files.values()))]))) as first:
         page = first.pages.first
         size = page.imagelength, page.imagewidth
     place = places[choose_series(path, choice.series, names, [size] * len(names))]
-    chosen = sorted(at for at in files if tuple(at[k] for k in stacked) == place)
+    chosen = sorted(at for at in files if tuple(at[k] for k in depth) == place)
     arrays = [_plane(path, parts[files[at]]) for at in chosen]
     if any((one.shape, one.dtype) != (arrays[0].shape, arrays[0].dtype) for one in arrays):
         raise cannot_read(path, "its channels have different sizes or types")
@@ -73,9 +74,9 @@ def open_olympus(path: Path, choice: Choice) -> Contents:
     named = [settings.get(f"Channel {number} Parameters", {}).get("CH Name", "") for number in numbers]
     return Contents(
         levels=(pixels[0].shape[1:],),
-        pixels=lambda level: pixels[0] if len(pixels) == 1 else StackedPixels(pixels),
+        pixels=lambda level: stacked(pixels),
         spacing=known(y, x),
-        channel_names=tuple(named) if named and all(named) else None,
+        channel_names=all_named(named, len(chosen)),
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from widefield.images.formats import (
     Contents,
     ForkSafeLock,
     PerProcess,
+    all_named,
     cannot_read,
     check_segment,
     choose_series,
@@ -54,8 +56,10 @@ def open_raster(path: Path, choice: Choice) -> Contents:
     is_map = crs is not None or not transform.is_identity
     return Contents(
         levels=levels,
-        pixels=lambda level: RasterPixels(path, level, described[level], dtype, nodata if is_masked else None),
-        channel_names=tuple(map(str, names)) if all(names) else None,
+        pixels=lambda level: RasterPixels(
+            PerProcess(partial(_opened, path, level)), described[level], dtype, nodata if is_masked else None
+        ),
+        channel_names=all_named(names, len(names)),
         has_alpha=not is_map and last == rasterio.enums.ColorInterp.alpha,
         nodata=nodata,
         crs=None if crs is None else crs.to_string(),
@@ -73,24 +77,19 @@ def _opened(path: Path, level: int) -> Any:
 class RasterPixels:
     """One level of a raster. A GDAL dataset belongs to one process and one thread at a time."""
 
-    path: Path
-    level: int
+    raster: PerProcess
     shape: tuple[int, int, int]
     """(channels, height, width)."""
     dtype: np.dtype
     masked: float | None
     """Value of what the mask of the file leaves out; None if it has no mask."""
-    _raster: PerProcess = field(init=False, repr=False)
     _lock: Any = field(default_factory=ForkSafeLock, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_raster", PerProcess(lambda: _opened(self.path, self.level)))
 
     def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
         """Array (channels, height, width)."""
         window = ((y, y + height), (x, x + width))
         with self._lock:
-            pixels: np.ndarray = self._raster.get().read([channel + 1 for channel in channels], window=window)
+            pixels: np.ndarray = self.raster.get().read([channel + 1 for channel in channels], window=window)
             if self.masked is not None:
-                pixels[:, self._raster.get().dataset_mask(window=window) == 0] = self.masked
+                pixels[:, self.raster.get().dataset_mask(window=window) == 0] = self.masked
         return pixels

@@ -5,7 +5,7 @@ Aperio's slides, which are plain TIFF files, are read as those, unless their til
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -57,9 +57,10 @@ def open_slide(path: Path, choice: Choice) -> Contents:
         colour = said.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         background = tuple(bytes.fromhex(colour))
         associated = {name: partial(associated_image, path, name) for name in slide.associated_images}
+    opened = PerProcess(lambda: openslide.OpenSlide(str(path)))
     return Contents(
         levels=levels,
-        pixels=lambda level: SlidePixels(path, level, levels[level], scales[level], background, (y_first, x_first)),
+        pixels=lambda level: SlidePixels(opened, level, levels[level], scales[level], background, (y_first, x_first)),
         spacing=known(y, x),
         channel_names=("red", "green", "blue"),
         associated=associated,
@@ -85,7 +86,7 @@ def associated_image(path: Path, name: str) -> np.ndarray:
 class SlidePixels:
     """One level of a slide, (3, height, width) of 8 bits. Each process opens the file at its first read."""
 
-    path: Path
+    slide: PerProcess
     level: int
     size: tuple[int, int]
     """(height, width)."""
@@ -94,10 +95,6 @@ class SlidePixels:
     background: tuple[int, ...]
     corner: tuple[int, int]
     """(y, x) of the image at level 0 of the slide."""
-    _slide: PerProcess = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_slide", PerProcess(lambda: openslide.OpenSlide(str(self.path))))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -117,9 +114,9 @@ class SlidePixels:
             top + math.ceil(y * self.scale),
         )  # at level 0, as (x, y); OpenSlide rounds down
         try:
-            pixels = np.asarray(self._slide.get().read_region(corner, self.level, (width, height)))
+            pixels = np.asarray(self.slide.get().read_region(corner, self.level, (width, height)))
         except openslide.OpenSlideError:
-            self._slide.forget()  # after an error it is of no more use
+            self.slide.forget()  # after an error it is of no more use
             raise
         colours, opacity = pixels[..., :3], pixels[..., 3:]
         if opacity.min() < 255:

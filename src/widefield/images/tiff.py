@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ import numpy as np
 import tifffile
 from tifffile import PHOTOMETRIC
 
-from widefield.images.arrays import ArrayPixels, MappedArray
+from widefield.images.arrays import ArrayPixels, MappedArray, stacked
 from widefield.images.formats import (
     Choice,
     Contents,
@@ -25,6 +24,7 @@ from widefield.images.formats import (
     check_planes,
     choose_series,
     image_format,
+    position_name,
 )
 from widefield.images.rasters import open_raster
 from widefield.images.segments import Page, page_pixels
@@ -150,17 +150,17 @@ def _size(series: tifffile.TiffPageSeries) -> Size:
 
 def _planes(path: Path, index: int, series: tifffile.TiffPageSeries) -> list[_Plane]:
     """The images of a series: one, or one for each position in time, depth and the like."""
-    stacked = {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if axis not in "CSYX"}
-    check_planes(path, stacked.values())
+    axes = {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if axis not in "CSYX"}
+    check_planes(path, axes.values())
     name = series.name or f"image {index}"
     return [
         _Plane(
-            " ".join([name, *(f"{axis}={position}" for axis, position in zip(stacked, where, strict=True))]),
+            position_name(name, axes, where),
             index,
             series,
-            dict(zip(stacked, map(int, where), strict=True)),
+            dict(zip(axes, map(int, where), strict=True)),
         )
-        for where in np.ndindex(*stacked.values())
+        for where in np.ndindex(*axes.values())
     ]
 
 
@@ -224,7 +224,7 @@ def _level_pixels(
         parts.append(page_pixels(holder, one, blank, palette))
     if any(part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype for part in parts):
         raise cannot_read(path, "its channels have different sizes or types; save them as pages of one size and type")
-    return parts[0] if len(parts) == 1 else StackedPixels(tuple(parts))
+    return stacked(parts)
 
 
 def _one_directory(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPageSeries, at: dict[str, int]) -> Pixels:
@@ -247,34 +247,6 @@ def _check_holds_pixels(path: Path, size: int, page: Page) -> None:
 def _check_reaches(path: Path, size: int, end: int) -> None:
     if end > size:
         raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
-
-
-@dataclass(frozen=True)
-class StackedPixels:
-    """Channels that lie one behind the other in several parts of the same size."""
-
-    parts: tuple[Pixels, ...]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the pixels, in native byte order."""
-        return self.parts[0].dtype
-
-    def read(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> np.ndarray:
-        """Array (channels, height, width); parts without one of the channels are not read."""
-        pixels, first = np.empty((len(channels), height, width), self.dtype), 0
-        for part in self.parts:
-            wanted = [(i, c - first) for i, c in enumerate(channels) if first <= c < first + part.shape[0]]
-            if wanted:
-                targets, sources = zip(*wanted, strict=True)
-                pixels[list(targets)] = part.read(y, x, height, width, sources)
-            first += part.shape[0]
-        return pixels
 
 
 def _beside_pixels(path: Path, beside: dict[str, tifffile.TiffPageSeries]) -> list[tuple[str, Pixels]]:

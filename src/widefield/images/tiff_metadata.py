@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from tifffile import PHOTOMETRIC
 
-from widefield.images.formats import Palette, Pixels, Spacing, Transform, known, micrometres
+from widefield.images.formats import Palette, Pixels, Spacing, Transform, all_named, known, micrometres
 from widefield.images.segments import Page
 
 _TAG_UNITS = {2: "inch", 3: "cm"}
@@ -80,7 +80,7 @@ def channel_names(file: tifffile.TiffFile, series: int, pixels: Pixels) -> tuple
         names = [described.get(channel) for channel in range(pixels.shape[0])]
     else:
         return None
-    return tuple(map(str, names)) if len(names) == pixels.shape[0] and all(names) else None
+    return all_named(names, pixels.shape[0])
 
 
 def shown_nodata(page: Page, palette: Palette) -> float | None:

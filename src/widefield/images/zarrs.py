@@ -3,7 +3,7 @@
 import math
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from widefield.images.formats import (
     Contents,
     PerProcess,
     Size,
+    all_named,
     cannot_read,
     check_planes,
     check_segment,
@@ -25,6 +26,7 @@ from widefield.images.formats import (
     is_remote,
     known,
     micrometres,
+    position_name,
 )
 from widefield.images.zarr_limits import limited
 
@@ -180,7 +182,7 @@ def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, descri
                 scales = [a * b for a, b in zip(scales, one["scale"], strict=True)]
     y, x = (micrometres(scales[letters.index(axis)], axes[letters.index(axis)].get("unit")) for axis in "YX")
     shown = dict(group.attrs).get("ome", dict(group.attrs)).get("omero", {}).get("channels", [])
-    names = tuple(str(channel.get("label", "")) for channel in shown)
+    names = [str(channel.get("label", "")) for channel in shown]
     count = arrays[0].shape[letters.index("C")] if "C" in letters else 1
     kept = [index for index, axis in enumerate(letters) if axis not in "YX"]
     levels = [
@@ -188,8 +190,7 @@ def _multiscale(path: Path | str, root: PerProcess, key: str, group: Any, descri
         for one in arrays
         if one.dtype == arrays[0].dtype and [one.shape[k] for k in kept] == [arrays[0].shape[k] for k in kept]
     ]
-    named = names if len(names) == count and all(names) else None
-    return _Image(described.get("name") or key or "image", letters, levels, (y, x), named)
+    return _Image(described.get("name") or key or "image", letters, levels, (y, x), all_named(names, count))
 
 
 def _planes(path: Path | str, image: _Image) -> Iterator[_Image]:
@@ -197,6 +198,4 @@ def _planes(path: Path | str, image: _Image) -> Iterator[_Image]:
     stacked = {axis: n for axis, n in zip(image.axes, image.levels[0].shape, strict=True) if axis not in "CYX"}
     check_planes(path, stacked.values())
     for where in np.ndindex(*stacked.values()):
-        place = "".join(f" {axis}={position}" for axis, position in zip(stacked, where, strict=True))
-        at = tuple(map(int, where))
-        yield _Image(image.name + place, image.axes, image.levels, image.spacing, image.channel_names, at)
+        yield replace(image, name=position_name(image.name, stacked, where), at=tuple(map(int, where)))

@@ -212,13 +212,12 @@ def _center_crop(entries: Entries, path: Path, notes: Notes) -> list[Description
 
 
 def _random_crop(entries: Entries, path: Path, notes: Notes) -> list[Description]:
-    names = {"padding": "padding", "pad_if_needed": "pad_if_needed", "pad_val": "fill", "padding_mode": "padding_mode"}
-    return [{"type": "RandomCrop", "size": _height_and_width(entries.take("crop_size")), **entries.present(**names)}]
+    given = entries.present("padding", "pad_if_needed", "padding_mode", pad_val="fill")
+    return [{"type": "RandomCrop", "size": _height_and_width(entries.take("crop_size")), **given}]
 
 
 def _jitter(entries: Entries, path: Path, notes: Notes) -> list[Description]:
-    names = ("brightness", "contrast", "saturation", "hue")
-    return [{"type": "ColorJitter", **entries.present(**{name: name for name in names})}]
+    return [{"type": "ColorJitter", **entries.present("brightness", "contrast", "saturation", "hue")}]
 
 
 def _filling(entries: Entries) -> tuple[list[int], str]:
@@ -328,7 +327,7 @@ def _views(entries: Entries, path: Path, notes: Notes) -> list[Description]:
 
 def _two_pictures(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     names = ("size", "second_size", "scale", "ratio", "interpolation", "second_interpolation")
-    made = {"type": entries.type, **entries.present(**{name: name for name in names})}
+    made = {"type": entries.type, **entries.present(*names)}
     for name in ("interpolation", "second_interpolation"):
         if made.get(name, "bicubic") not in ("bilinear", "bicubic"):
             entries.note(f"{made[name]} is bicubic here", name)

@@ -24,9 +24,10 @@ class Entries:
         """Return the value called `name`, which is then accounted for."""
         return self._left.pop(name, default)
 
-    def present(self, **names: str) -> dict[str, Any]:
-        """Return the values that are there, under new names: `present(crop_size="size")`."""
-        return {new: self._left.pop(old) for old, new in names.items() if old in self._left}
+    def present(self, *same: str, **names: str) -> dict[str, Any]:
+        """Return the values that are there, some under new names: `present("padding", crop_size="size")`."""
+        new_names = {name: name for name in same} | names
+        return {new: self._left.pop(old) for old, new in new_names.items() if old in self._left}
 
     def note(self, message: str, *names: str) -> None:
         """Note something about the dictionary, or about one of its values."""

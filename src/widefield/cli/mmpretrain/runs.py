@@ -68,13 +68,11 @@ def _parameter_options(given: Mapping[str, Any], fixed: float | None, notes: Not
     """Return `paramwise_cfg`; `fixed` is the multiple of the learning rate that a hook gives to what has `fix_lr`."""
     entries = Entries(given, ("optim_wrapper", "paramwise_cfg"), notes)
     names = ("norm_decay_mult", "bias_decay_mult", "flat_decay_mult", "layer_decay_rate")
-    made: Sections = {name: float(value) for name, value in entries.present(**{name: name for name in names}).items()}
+    made: Sections = {name: float(value) for name, value in entries.present(*names).items()}
     keys = {}
     for key, factors in (entries.take("custom_keys") or {}).items():
         one = Entries(factors, ("optim_wrapper", "paramwise_cfg", "custom_keys", key), notes)
-        multiples: Sections = {
-            name: float(value) for name, value in one.present(lr_mult="lr_mult", decay_mult="decay_mult").items()
-        }
+        multiples: Sections = {name: float(value) for name, value in one.present("lr_mult", "decay_mult").items()}
         if one.take("fix_lr") and fixed is not None:  # without the hook it does nothing
             multiples |= {"fix_lr": True, **({} if fixed == 1 else {"lr_mult": fixed})}
         one.finish("lars_exclude")  # timm's LARS leaves out what has no weight decay
@@ -133,14 +131,14 @@ def _schedule(entries: Entries, before: Sections, lengths: Mapping[bool, int | N
         entries.note(f"schedules follow each other: it begins at {start}, not at {begin}", "begin")
     if entries.type == "CosineAnnealingLR":
         new["T_max"] = entries.take("T_max") or span
-        new |= entries.present(eta_min="eta_min")
+        new |= entries.present("eta_min")
         if (ratio := entries.take("eta_min_ratio")) is not None:
             new["eta_min"] = ratio * rate
         if new["T_max"] is None:
             entries.note("how long it lasts is not known; it was left out", "T_max")
             return None
     elif entries.type == "LinearLR":
-        new |= {"start_factor": entries.take("start_factor", 1 / 3), **entries.present(end_factor="end_factor")}
+        new |= {"start_factor": entries.take("start_factor", 1 / 3), **entries.present("end_factor")}
     elif entries.type == "PolyLR":
         if entries.take("eta_min", 0):
             entries.note("it ends at 0 here", "eta_min")
@@ -151,14 +149,14 @@ def _schedule(entries: Entries, before: Sections, lengths: Mapping[bool, int | N
             factor *= before.get("eta_min", 0) / rate
         new["factor"] = factor
     elif entries.type == "ExponentialLR":
-        new |= entries.present(gamma="gamma")
+        new |= entries.present("gamma")
     options = {"end": end, "by_epoch": None if by_epoch else False, "convert_to_iter_based": converted or None}
     return new | {name: value for name, value in options.items() if value is not None}
 
 
 def _steps(entries: Entries, start: int, total: int | None) -> Sections:
     """Return milestones from the beginning of the schedule, where theirs count from that of the run."""
-    gamma = entries.present(gamma="gamma")
+    gamma = entries.present("gamma")
     if entries.type == "MultiStepLR":
         return {"milestones": plain(one - start for one in entries.take("milestones")), **gamma}
     size = entries.take("step_size")
@@ -252,7 +250,7 @@ def _visualization(hook: Entries, model: Sections, trainer: Sections) -> None:
 def _early_stopping(hook: Entries, model: Sections, trainer: Sections) -> Sections:
     mode = {"greater": "max", "less": "min"}.get(hook.take("rule"), "max")
     made = {"type": "EarlyStopping", "monitor": f"val_{hook.take('monitor')}", "mode": mode, "patience": 5}
-    return made | hook.present(min_delta="min_delta", patience="patience")
+    return made | hook.present("min_delta", "patience")
 
 
 def _averaging(hook: Entries, model: Sections, trainer: Sections) -> Sections:
@@ -269,7 +267,7 @@ def _swav(hook: Entries, model: Sections, trainer: Sections) -> None:
     if length:
         model["head"]["loss"]["queue_length"] = length
         model["epoch_queue_starts"] = starts
-    model |= hook.present(frozen_layers_cfg="frozen_layers_cfg")
+    model |= hook.present("frozen_layers_cfg")
 
 
 _SAVING = ("interval", "rule", "by_epoch", "save_last", "save_optimizer", "save_param_scheduler", "out_dir")
@@ -334,7 +332,7 @@ def evaluators(old: Mapping[str, Any], notes: Notes) -> list[Sections]:
             continue
         if name != entries.type:
             entries.note(f"it is a {name} here, to which images marked as difficult count like others", "type")
-        names = ("topk", "thrs", "thr", "items", "average", "num_classes", "mode")
-        made.append({"type": name, **entries.present(**{name: name for name in names})})
+        same = entries.present("topk", "thrs", "thr", "items", "average", "num_classes", "mode")
+        made.append({"type": name, **same})
         entries.finish("prefix", "collect_device")
     return made
