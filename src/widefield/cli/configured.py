@@ -29,12 +29,13 @@ from widefield.modules.optimization import ParameterOptions, configure_optimizer
 from widefield.registry import MODELS, ComponentOf, Registry, arguments_of, import_object
 
 _OF_CLASSES = {"class_names": "class_names", "ignore_index": "ignore_index"}
+_OF_TARGETS = {"class_names": "class_names", "target": "target", "image_channels": "in_channels"}
+"""Attributes of data modules that are arguments of models: of `LabelledImages`, and of maps."""
 _FROM_MAPS: dict[Any, dict[str, str]] = {
     (Segmenter, SegmentedImages): {**_OF_CLASSES, "image_channels": "in_channels"},
     (DenseClassifier, SegmentedImages): _OF_CLASSES,
-    (MapRegressor, PairedImages): {"class_names": "class_names", "target": "target", "image_channels": "in_channels"},
+    (MapRegressor, PairedImages): _OF_TARGETS,
 }
-"""Attributes of data modules of maps that are arguments of models."""
 _TASKS_OF_MAPS = {
     "segment": ("segmentation", "label maps", "DenseClassifier"),
     "map": ("regression", "maps of numbers", "DenseRegressor"),
@@ -70,8 +71,8 @@ class ConfiguredCLI(LightningCLI):
         self._views, self._metrics = views, metrics
         types = {key: (config.data.get(key) or {}).get("type") for key in ("model", "data")}
         kinds = [SECTIONS[key].resolve(config.data.get(key) or {}) for key in types]
-        self._from_maps = _FROM_MAPS.get((kinds[0], kinds[1]), {})
-        self._links_classes = types == {"model": None, "data": None}
+        self._is_default = types == {"model": None, "data": None}
+        self._links = _OF_TARGETS if self._is_default else _FROM_MAPS.get((kinds[0], kinds[1]), {})
         super().__init__(
             LightningModule if types["model"] else Classifier,
             LightningDataModule if types["data"] else LabelledImages,
@@ -104,15 +105,9 @@ class ConfiguredCLI(LightningCLI):
             ("lr_scheduler", dict[str, Any] | list[dict[str, Any]]),
         ):
             parser.add_argument(f"--{name}", type=kind | None, default=None, help="see `widefield fit --help`")
-        for source, name in self._from_maps.items():
-            parser.link_arguments(f"data.{source}", f"model.init_args.{name}", apply_on="instantiate")
-        if self._links_classes:
-            for source, name in (
-                ("class_names", "class_names"),
-                ("target", "target"),
-                ("image_channels", "in_channels"),
-            ):
-                parser.link_arguments(f"data.{source}", f"model.{name}", apply_on="instantiate")
+        place = "model" if self._is_default else "model.init_args"
+        for source, name in self._links.items():
+            parser.link_arguments(f"data.{source}", f"{place}.{name}", apply_on="instantiate")
 
     def after_instantiate_classes(self) -> None:
         _refuse_other_classes(self.model, self.datamodule)

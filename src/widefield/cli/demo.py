@@ -27,18 +27,8 @@ STRIDE = 32
 """Pixels of the image per entry of the network's last map."""
 _TRAINING_IMAGES, _HELD_OUT_IMAGES = 24, 16
 _EPOCHS = 3
-_SETTINGS = (
-    "--model",
-    MODEL,
-    "--model.pooling",
-    "max",
-    "--lr",
-    "0.001",
-    "--epochs",
-    str(_EPOCHS),
-    "--memory-budget",  # without it, all the memory that is free would be used to save time
-    "64MiB",
-)
+_SETTINGS = f"--model {MODEL} --model.pooling max --lr 0.001 --epochs {_EPOCHS} --memory-budget 64MiB".split()
+"""Without a budget, all the memory that is free would be used to save time."""
 _SHOWN = 6
 """Overlays in the report."""
 

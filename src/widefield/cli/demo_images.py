@@ -6,7 +6,6 @@ the clusters are of cells with a fine red-green checkerboard of the same mean co
 the same. On disk they are pyramidal TIFFs, with thumbnails, label tables and the positions of the marks.
 """
 
-import csv
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyvips
 
 from widefield.errors import MissingExtraError
 from widefield.images import open_image, thumbnail
+from widefield.writing import write_csv
 
 SIDE = 1152
 """Height and width of an image, in pixels."""
@@ -150,10 +150,7 @@ def make_images(folder: Path, count: int, seed: int, done: Callable[[], None]) -
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         made = list(pool.map(make, range(count)))
-    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label"])
-        writer.writerows((image.name, image.label) for image in made)
+    write_csv(folder / "labels.csv", [{"image": image.name, "label": image.label} for image in made])
     return made
 
 

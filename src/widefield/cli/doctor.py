@@ -1,13 +1,12 @@
 """`widefield doctor`: every image of a folder is read once, and a table tells what was found."""
 
 import argparse
-import csv
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from widefield.data.labels import FilesByName, LabelRow, read_rows
 from widefield.data.tables import listed
 from widefield.images import images_below, open_image
 from widefield.images.formats import has_data, strips
-from widefield.writing import replacing
+from widefield.writing import write_csv
 
 _SHOWN = 10
 
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
         if masks and without:
             problems.append(f"{len(without)} image(s) without a label map in {arguments.masks}: {listed(without)}")
     if arguments.out is not None:
-        write_table(arguments.out, findings)
+        write_csv(arguments.out, [asdict(finding) for finding in findings])
         console.print(f"the table is {arguments.out}")
     for line in [*_summary(findings), *summary(masks, arguments.classes)]:
         console.print(line)
@@ -158,14 +157,6 @@ def _label(
     if without:
         problems.append(f"{len(without)} image(s) without a label in {table}: {listed(without)}")
     return problems
-
-
-def write_table(path: Path, findings: Sequence[Finding]) -> None:
-    """Write the findings as a CSV file with a column for each attribute."""
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Finding)])
-        writer.writeheader()
-        writer.writerows(asdict(finding) for finding in findings)
 
 
 def _summary(findings: Sequence[Finding]) -> list[str]:

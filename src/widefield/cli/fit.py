@@ -13,6 +13,7 @@ from widefield.cli import fit_run
 from widefield.cli.configuration import SHORTCUTS, read_configuration
 from widefield.cli.verb import foreground_argument
 from widefield.config import ConfigError
+from widefield.inference.names import BEST, CONFIG, LAST
 
 
 def fit(
@@ -135,13 +136,13 @@ def _files(arguments: argparse.Namespace) -> list[Path]:
     if arguments.resume:
         if arguments.out is None:
             raise ValueError("--resume continues the run in a folder; name it with --out DIR")
-        saved = arguments.out / "config.yaml"
+        saved = arguments.out / CONFIG
         if not saved.is_file():
             raise FileNotFoundError(
                 f"there is no run to resume in {arguments.out}: {saved} does not exist; name the folder of the run with --out, or "
                 "leave --resume out to begin one"
             )
-        best, last = (arguments.out / name for name in ("best.ckpt", "last.ckpt"))
+        best, last = (arguments.out / name for name in (BEST, LAST))
         if best.is_file() and not last.is_file():
             raise FileNotFoundError(
                 f"{last}, from which a run goes on, does not exist, but {best} does; put it back, or remove {best} to train from "

@@ -17,7 +17,7 @@ from torch.distributed import DistError
 from widefield.cli.configured import ConfiguredCLI, ignore_irrelevant_warnings
 from widefield.cli.first_checks import check_folder
 from widefield.cli.fit_resuming import Optimization, check_resumed, optimization_of, settings_of
-from widefield.cli.history import History, LastValidation, StepMemory, write_csv
+from widefield.cli.history import History, LastValidation, StepMemory
 from widefield.cli.training_report import largest_step, write_curves, write_training_report
 from widefield.components.checkpoints import read_torch_file
 from widefield.components.component import Component
@@ -34,7 +34,7 @@ from widefield.modules import BaseModule, FiniteTraining, NotFiniteError, Random
 from widefield.pretraining.loggers import forget_after, named_loggers
 from widefield.pretraining.out import METRICS
 from widefield.streaming import calibrate_batch_norm
-from widefield.writing import replacing
+from widefield.writing import replacing, write_csv
 
 _log = logging.getLogger(__name__)
 _IMAGE_CHANNELS = 3

@@ -1,7 +1,5 @@
 """Records that `fit` keeps of a run: the numbers of every epoch, the memory of a step, and what was predicted last."""
 
-import csv
-import io
 import logging
 import math
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from widefield.models import Classifier
 from widefield.reports import PeakMemory
-from widefield.writing import replacing
+from widefield.writing import write_csv
 
 _log = logging.getLogger(__name__)
 
@@ -66,16 +64,6 @@ class History(Callback):
             _log.warning("%s is no number any more; try a smaller learning rate, or 32 bits", " and ".join(lost))
         shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
         _log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` with a header, cells being empty where a row has no such key; whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as partial:
-        partial.write_text(text.getvalue(), encoding="utf-8")
 
 
 class StepMemory(Callback):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,10 +133,19 @@ def _predict_one(
         model.stream_network.normalisation.check_channels(image.shape[0])
     keep_background_if_usable(model, image)
     picture = info.pipeline(image)
-    prediction = _predict(model, info, picture, views)
-    paths = {one: Path(stem + ENDINGS[one]) for one in formats if prediction.heatmap is not None}
-    _save(prediction, paths, picture, image.path.name, arguments.thresholds)
-    return {**prediction.cells, "skipped": _skipped(streamed_network(model), image)}, list(paths.values())
+    cells, name, score, heatmap = _predict(model, info, picture, views)
+    written = []
+    for one in formats:
+        if heatmap is None:
+            break
+        written.append(path := Path(stem + ENDINGS[one]))
+        if one == "png":
+            save_overlay(path, picture, heatmap, f"{image.path.name}: {name} ({score})")
+        elif one == "geojson":
+            heatmap.save_geojson(path, name, arguments.thresholds)
+        else:
+            (heatmap.save_tiff if one == "tiff" else heatmap.save_geotiff)(path, name)
+    return {**cells, "skipped": _skipped(streamed_network(model), image)}, written
 
 
 def for_each(
@@ -176,17 +185,10 @@ def for_each(
         raise ValueError("\n".join([f"{len(reasons)} of {len(files)} images failed:", *reasons[:_SHOWN], *more]))
 
 
-class _Prediction(NamedTuple):
-    """Cells of an image's row; the name of the highest score, words for that score, and the heatmap of its evidence, if any."""
-
-    cells: Row
-    name: str
-    score: str
-    heatmap: Heatmap | None
-
-
-def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None) -> _Prediction:
-    """Return the prediction for an image."""
+def _predict(
+    model: Any, info: ModelInfo, picture: Picture, views: AveragedViews | None
+) -> tuple[Row, str, str, Heatmap | None]:
+    """Return the cells of an image's row; the name of the highest score, words for that score, and the heatmap of its evidence."""
     heatmap: Heatmap | None = None
     if views is None and (found := explain(model, picture)) is not None:
         scores, heatmap = found
@@ -203,7 +205,7 @@ def _predict(model: Any, info: ModelInfo, picture: Picture, views: AveragedViews
     cells = {column: value if isinstance(value, str) else f"{value:.6g}" for column, value in row.items()}
     cells |= _peak(heatmap if isinstance(picture, ImageFile) else None)
     told = f"{float(scores.max()):.4g}" if task_of(model) == "regression" else f"{float(scores.max()):.0%}"
-    return _Prediction(cells, names[int(scores.argmax())], told, heatmap)
+    return cells, names[int(scores.argmax())], told, heatmap
 
 
 @torch.no_grad()  # as the image was computed
@@ -215,32 +217,22 @@ def _skipped(network: StreamingCNN | None, image: ImageFile) -> str:
 
 
 def _peak(heatmap: Heatmap | None) -> Row:
-    """Return the cells for where the evidence is greatest: the pixel of the largest level, micrometres, and on the map."""
-    if heatmap is None or heatmap.peak is None:
-        return {"peak_y": "", "peak_x": "", **_peak_in("um", (0, 0), None), **_peak_in("map", (0, 0), None)}
-    (y, x), spacing = heatmap.peak, heatmap.spacing
-    micrometres = None if spacing is None else (spacing[1], 0, 0, 0, spacing[0], 0)
-    return {
-        "peak_y": str(y),
-        "peak_x": str(x),
-        **_peak_in("um", (y, x), micrometres),
-        **_peak_in("map", (y, x), heatmap.transform),
-    }
+    """Return the cells for where the evidence is greatest: a pixel of the largest level, its middle in micrometres and on the map.
 
-
-def _peak_in(unit: str, pixel: tuple[int, int], transform: Sequence[float] | None) -> Row:
-    """Return the cells for the middle of a pixel (y, x) in another unit.
-
-    Args:
-        unit: Ends the names of the columns.
-        pixel: Of the largest level.
-        transform: The numbers a to f of x' = a x + b y + c and y' = d x + e y + f, for positions in pixels from the corner; None
-            leaves the cells empty.
+    Those that are not known are empty.
     """
-    if transform is None:
-        return {f"peak_y_{unit}": "", f"peak_x_{unit}": ""}
-    (y, x), (a, b, c, d, e, f) = (pixel[0] + 0.5, pixel[1] + 0.5), transform
-    return {f"peak_y_{unit}": f"{d * x + e * y + f:.10g}", f"peak_x_{unit}": f"{a * x + b * y + c:.10g}"}
+    cells = {f"peak_{axis}{unit}": "" for unit in ("", "_um", "_map") for axis in "yx"}
+    if heatmap is None or heatmap.peak is None:
+        return cells
+    (y, x), spacing = heatmap.peak, heatmap.spacing
+    cells |= {"peak_y": str(y), "peak_x": str(x)}
+    micrometres = None if spacing is None else (spacing[1], 0, 0, 0, spacing[0], 0)
+    for unit, transform in (("um", micrometres), ("map", heatmap.transform)):
+        if transform is not None:
+            a, b, c, d, e, f = transform
+            cells[f"peak_y_{unit}"] = f"{d * (x + 0.5) + e * (y + 0.5) + f:.10g}"
+            cells[f"peak_x_{unit}"] = f"{a * (x + 0.5) + b * (y + 0.5) + c:.10g}"
+    return cells
 
 
 def explain(
@@ -266,23 +258,6 @@ def explain(
     else:
         return None
     return scores, Heatmap.of(evidence, cells_of(model, picture, evidence, layer), picture)
-
-
-def _save(
-    prediction: _Prediction, paths: dict[str, Path], picture: Picture, image: str, thresholds: Sequence[float]
-) -> None:
-    """Write the heatmap of a prediction to `paths`, by format."""
-    _, name, score, heatmap = prediction
-    if heatmap is None:
-        return
-    if "png" in paths:
-        save_overlay(paths["png"], picture, heatmap, f"{image}: {name} ({score})")
-    if "tiff" in paths:
-        heatmap.save_tiff(paths["tiff"], name)
-    if "geotiff" in paths:
-        heatmap.save_geotiff(paths["geotiff"], name)
-    if "geojson" in paths:
-        heatmap.save_geojson(paths["geojson"], name, thresholds)
 
 
 def image_files(images: Sequence[Path]) -> list[Path]:

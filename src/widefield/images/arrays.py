@@ -21,8 +21,9 @@ from widefield.images.formats import (
     PerProcess,
     Pixels,
     cannot_read,
-    choose_series,
+    check_reaches,
     image_format,
+    one_image,
 )
 
 MAX_CHANNELS = 32
@@ -187,10 +188,7 @@ class DeferredArray:
 
 
 @image_format(
-    "npy",
-    endings=(".npy",),
-    recognises=lambda path, start: start.startswith(b"\x93NUMPY"),
-    takes_channel_axis=True,
+    "npy", endings=(".npy",), recognises=lambda path, start: start.startswith(b"\x93NUMPY"), takes_channel_axis=True
 )
 def open_npy(path: Path, choice: Choice) -> Contents:
     """Open a `.npy` file of shape (H, W), (H, W, C) or (C, H, W)."""
@@ -201,8 +199,7 @@ def open_npy(path: Path, choice: Choice) -> Contents:
 def of_array(what: object, array: Any, choice: Choice) -> Contents:
     """The image in an array of shape (H, W), (H, W, C) or (C, H, W), which `what` names in messages."""
     pixels = ArrayPixels(array, check_array(what, array.shape, array.dtype, choice.channel_axis))
-    choose_series(what, choice.series, [str(what)], [pixels.shape[1:]])
-    return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels)
+    return one_image(what, choice, pixels)
 
 
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
@@ -229,13 +226,10 @@ def open_pnm(path: Path, choice: Choice) -> Contents:
     array: Any
     if kind in (5, 6):
         array = MappedArray(path, header.end(), shape, dtype)
-        size, end = path.stat().st_size, header.end() + math.prod(shape) * dtype.itemsize
-        if size < end:
-            raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
+        check_reaches(path, path.stat().st_size, header.end() + math.prod(shape) * dtype.itemsize)
     else:
         array = _few_pixels(path, path.read_bytes()[header.end() :], kind, shape).astype(dtype)
-    choose_series(path, choice.series, [path.name], [shape[:2]])
-    return Contents(levels=(shape[:2],), pixels=lambda level: ArrayPixels(array, "YXC"))
+    return one_image(path, choice, ArrayPixels(array, "YXC"))
 
 
 def _few_pixels(path: Path, data: bytes, kind: int, shape: tuple[int, int, int]) -> np.ndarray:

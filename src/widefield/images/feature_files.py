@@ -13,7 +13,7 @@ import numpy as np
 
 from widefield.errors import MissingExtraError
 from widefield.images.arrays import ArrayPixels, DeferredArray
-from widefield.images.formats import Choice, Contents, PerProcess, cannot_read, choose_series, image_format
+from widefield.images.formats import Choice, Contents, PerProcess, cannot_read, image_format, one_image
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _SHOWN = 8
@@ -50,10 +50,7 @@ def open_hdf5(path: Path, choice: Choice) -> Contents:
 
 
 @image_format(
-    "features in Zarr",
-    endings=(),
-    recognises=lambda path, start: is_feature_group(path),
-    before=("OME-Zarr and Zarr",),
+    "features in Zarr", endings=(), recognises=lambda path, start: is_feature_group(path), before=("OME-Zarr and Zarr",)
 )
 def open_zarr(path: Path, choice: Choice) -> Contents:
     """Open the features in a Zarr group."""
@@ -85,9 +82,7 @@ def _shape(path: Path, array: Any, names: list[str]) -> tuple[tuple[int, int], n
 
 
 def _contents(path: Path, choice: Choice, array: DeferredArray) -> Contents:
-    size = (1, array.shape[0])
-    choose_series(path, choice.series, [path.name], [size])
-    return Contents(levels=(size,), pixels=lambda level: ArrayPixels(_Row(array), "YXC"))
+    return one_image(path, choice, ArrayPixels(_Row(array), "YXC"))
 
 
 @dataclass(frozen=True)

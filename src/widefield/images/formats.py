@@ -279,6 +279,23 @@ def choose_series(path: object, series: int | str | None, names: Sequence[str], 
     raise WrongArgumentError(f"series={series!r} of {path} does not exist; its images are {listed}")
 
 
+def one_image(what: object, choice: Choice, pixels: Pixels, **facts: Any) -> Contents:
+    """Return the contents of a file of one image at one level, with further `facts` about it.
+
+    Raises:
+        ValueError: Another image of it is asked for.
+    """
+    size = pixels.shape[1:]
+    choose_series(what, choice.series, [getattr(what, "name", str(what))], [size])
+    return Contents(levels=(size,), pixels=lambda level: pixels, **facts)
+
+
+def check_reaches(path: object, size: int, end: int) -> None:
+    """Raise an ImageReadError if the pixels of a file of `size` bytes would reach to `end`."""
+    if end > size:
+        raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
+
+
 def choose_channels(path: object, chosen: Sequence[int | str], count: int, names: Sequence[str] | None) -> list[int]:
     """The indices of the channels that are asked for, by index or by name.
 

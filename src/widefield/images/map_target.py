@@ -98,11 +98,7 @@ class Bands:
     """
 
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        dtype: np.dtype,
-        rows: int,
-        give: Callable[[int, np.ndarray | None], None],
+        self, shape: tuple[int, int, int], dtype: np.dtype, rows: int, give: Callable[[int, np.ndarray | None], None]
     ) -> None:
         self.shape, self.dtype, self.rows, self._give = shape, dtype, rows, give
         self._bands: dict[int, np.ndarray] = {}

@@ -21,7 +21,7 @@ import PIL.Image
 import pyvips
 
 from widefield.images.arrays import ArrayPixels, MappedArray
-from widefield.images.formats import Choice, Contents, ForkSafeLock, cannot_read, choose_series, image_format
+from widefield.images.formats import Choice, Contents, ForkSafeLock, cannot_read, image_format, one_image
 
 MEMORY_BYTES = 64 * 2**20
 """An image that decodes to more than this many bytes goes to a temporary file."""
@@ -53,8 +53,7 @@ _MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 def open_photo(path: Path, choice: Choice) -> Contents:
     """Open a PNG, JPEG or WebP file."""
     if choice.palette == "indices" and (indices := _palette_indices(path)) is not None:
-        choose_series(path, choice.series, [path.name], [indices.shape])
-        return Contents(levels=(indices.shape,), pixels=lambda level: ArrayPixels(indices, "YX"))
+        return one_image(path, choice, ArrayPixels(indices, "YX"))
     image = _load(path)
     pixels = _DecodedPixels(path, (image.bands, image.height, image.width), dtype_of(image))
     if (nbytes := math.prod(pixels.shape) * pixels.dtype.itemsize) > MAX_DECODED_BYTES:
@@ -62,8 +61,7 @@ def open_photo(path: Path, choice: Choice) -> Contents:
         raise cannot_read(
             path, f"it has {size}; the limit is {MAX_DECODED_BYTES / 2**30:.0f} GiB. Save it as a tiled TIFF"
         )
-    choose_series(path, choice.series, [path.name], [pixels.shape[1:]])
-    return Contents(levels=(pixels.shape[1:],), pixels=lambda level: pixels, has_alpha=image.hasalpha())
+    return one_image(path, choice, pixels, has_alpha=image.hasalpha())
 
 
 @image_format(
@@ -73,8 +71,7 @@ def open_bmp(path: Path, choice: Choice) -> Contents:
     """Open a BMP file or the first picture of a GIF file, into memory."""
     with PIL.Image.open(path) as image:
         pixels = np.array(image.convert("RGB") if image.mode == "P" and choice.palette == "colours" else image)
-    choose_series(path, choice.series, [path.name], [pixels.shape[:2]])
-    return Contents(levels=(pixels.shape[:2],), pixels=lambda level: ArrayPixels(pixels, "YXC"[: pixels.ndim]))
+    return one_image(path, choice, ArrayPixels(pixels, "YXC"[: pixels.ndim]))
 
 
 def _palette_indices(path: Path) -> np.ndarray | None:

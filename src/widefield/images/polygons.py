@@ -12,10 +12,10 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from widefield.errors import WrongArgumentError
-from widefield.images.formats import Transform
+from widefield.images.formats import Transform, strips
 from widefield.images.image import ImageFile, open_image
 from widefield.images.map_geotiff import gdal_raster, import_rasterio, open_raster, written_by_gdal
-from widefield.images.map_target import Bands, Place, WrittenMap, channels_first, rows_of_band
+from widefield.images.map_target import Bands, Place, WrittenMap, channels_first
 from widefield.writing import replacing
 
 _TYPES = ("uint8", "int8", "uint16", "int16", "int32")
@@ -55,26 +55,21 @@ def polygons(
         'cells.geojson'
     """
     to = Path(to)
-    opened: Any = labels
-    if isinstance(labels, (str, Path)):
-        opened = open_image(labels)
-    shape = (1, *labels.shape) if isinstance(labels, np.ndarray) else tuple(opened.shape)
-    if len(shape) != 3 or shape[0] != 1:
-        raise WrongArgumentError(f"labels of shape {shape}; expected one channel: (height, width), or a file of it")
+    opened = labels if isinstance(labels, ImageFile) else open_image(labels)
+    channels, height, width = opened.shape
+    if channels != 1:
+        raise WrongArgumentError(
+            f"labels of shape {opened.shape}; expected one channel: (height, width), or a file of it"
+        )
     stride = _pixel(opened, image)
-    written = _Labels("", (shape[1], shape[2]), np.dtype(opened.dtype), stride)
+    written = _Labels("", (height, width), opened.dtype, stride)
     place = Place.of(image, written.origin, stride)
-    if getattr(opened, "transform", None) is not None:
+    if opened.transform is not None:
         place = Place.of(opened, (0.0, 0.0), (1.0, 1.0))
     with _polygons_file(to, written, place, names) as bands:
-        rows = rows_of_band(written.row_bytes)
-        for y in range(0, shape[1], rows):
-            height = min(rows, shape[1] - y)
-            part = (
-                opened[None, y : y + height] if isinstance(labels, np.ndarray) else opened.read(y, 0, height, shape[2])
-            )
-            bands.write(y, 0, part)
-            bands.rows_done(y + height)
+        for y, rows in strips(opened):
+            bands.write(y, 0, opened.read(y, 0, rows, width))
+            bands.rows_done(y + rows)
     return to
 
 
@@ -105,14 +100,13 @@ class _Labels:
         return self.shape[1] * self.dtype.itemsize
 
 
-def _pixel(labels: Any, image: ImageFile | None) -> tuple[float, float]:
+def _pixel(labels: ImageFile, image: ImageFile | None) -> tuple[float, float]:
     """Return the height and width of a pixel of `labels` in pixels of `image`: by their spacings, or else by their sizes."""
     if image is None:
         return 1.0, 1.0
-    spacing = getattr(labels, "spacing", None)
-    if spacing is not None and image.spacing is not None:
-        return spacing[0] / image.spacing[0], spacing[1] / image.spacing[1]
-    return image.shape[1] / labels.shape[-2], image.shape[2] / labels.shape[-1]
+    if labels.spacing is not None and image.spacing is not None:
+        return labels.spacing[0] / image.spacing[0], labels.spacing[1] / image.spacing[1]
+    return image.shape[1] / labels.shape[1], image.shape[2] / labels.shape[2]
 
 
 @contextmanager

@@ -31,10 +31,7 @@ def _is_slide(path: Path, start: bytes) -> bool:
 
 
 @image_format(
-    "slides that OpenSlide reads",
-    endings=_ENDINGS,
-    recognises=_is_slide,
-    before=("TIFF", "PNG, JPEG, WebP", "DICOM"),
+    "slides that OpenSlide reads", endings=_ENDINGS, recognises=_is_slide, before=("TIFF", "PNG, JPEG, WebP", "DICOM")
 )
 def open_slide(path: Path, choice: Choice) -> Contents:
     """Open a slide: the whole scanned area, as OpenSlide lays it out, with what was not scanned in its background colour.

@@ -22,6 +22,7 @@ from widefield.images.formats import (
     Size,
     cannot_read,
     check_planes,
+    check_reaches,
     choose_series,
     image_format,
     position_name,
@@ -154,12 +155,7 @@ def _planes(path: Path, index: int, series: tifffile.TiffPageSeries) -> list[_Pl
     check_planes(path, axes.values())
     name = series.name or f"image {index}"
     return [
-        _Plane(
-            position_name(name, axes, where),
-            index,
-            series,
-            dict(zip(axes, map(int, where), strict=True)),
-        )
+        _Plane(position_name(name, axes, where), index, series, dict(zip(axes, map(int, where), strict=True)))
         for where in np.ndindex(*axes.values())
     ]
 
@@ -234,19 +230,14 @@ def _one_directory(path: Path, file: tifffile.TiffFile, level: tifffile.TiffPage
         shape = " x ".join(f"{length} {axis}" for axis, length in zip(level.axes, level.shape, strict=True))
         raise cannot_read(path, f"its planes ({shape}) lie in one compressed or unusual page; save each as a page")
     stored = page.dtype.newbyteorder(file.byteorder)
-    _check_reaches(path, file.filehandle.size, level.dataoffset + level.nbytes)
+    check_reaches(path, file.filehandle.size, level.dataoffset + level.nbytes)
     mapped = MappedArray(path, level.dataoffset, level.shape, stored)
     return ArrayPixels(mapped, level.axes.replace("S", "C"), tuple(at.values()))
 
 
 def _check_holds_pixels(path: Path, size: int, page: Page) -> None:
     """Compare where the pixels should lie with the size of the file, so that a truncated one is found at once."""
-    _check_reaches(path, size, int(np.max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64), initial=0)))
-
-
-def _check_reaches(path: Path, size: int, end: int) -> None:
-    if end > size:
-        raise cannot_read(path, f"it is truncated: it has {size} bytes, its pixels reach to {end}")
+    check_reaches(path, size, int(np.max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64), initial=0)))
 
 
 def _beside_pixels(path: Path, beside: dict[str, tifffile.TiffPageSeries]) -> list[tuple[str, Pixels]]:

@@ -118,7 +118,7 @@ def pipeline(steps: Any, path: Path, notes: Notes, masks: Description | None = N
         if name in _MASKS and masks is not None:
             masks |= {**step, "type": name}
         elif name in _STEPS:
-            made += _STEPS[name](entries, (*path, str(k)), notes)
+            made += _STEPS[name](entries)
             entries.finish(*_HARMLESS)
         elif name.startswith("torchvision/"):
             made.append({**step, "type": name.partition("/")[2]})
@@ -132,7 +132,7 @@ def pipeline(steps: Any, path: Path, notes: Notes, masks: Description | None = N
 _HARMLESS = ("backend", "clip_border", "pad_val", "io_backend", "file_client_args", "backend_args", "imdecode_backend")
 
 
-def _load(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _load(entries: Entries) -> list[Description]:
     colour = entries.take("color_type", "color")
     if entries.take("to_float32", False):
         entries.note("images keep their type until they are normalised", "to_float32")
@@ -158,7 +158,7 @@ def _side(scale: Any) -> Any:
     return scale[0] if isinstance(scale, (list, tuple)) else scale
 
 
-def _resized_crop(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _resized_crop(entries: Entries) -> list[Description]:
     made = {"type": "RandomResizedCrop", "size": _height_and_width(entries.take("scale"))}
     made |= entries.present(crop_ratio_range="scale", aspect_ratio_range="ratio")
     if entries.type == "EfficientNetRandomCrop":
@@ -171,7 +171,7 @@ def _resized_crop(entries: Entries, path: Path, notes: Notes) -> list[Descriptio
     return [{**made, **_resampled(entries)}]
 
 
-def _flip(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _flip(entries: Entries) -> list[Description]:
     directions, chance = listed(entries.take("direction", "horizontal")), entries.take("prob", 0.5)
     if len(directions) > 1 or directions[0] not in ("horizontal", "vertical") or isinstance(chance, list):
         entries.note("one flip of several is drawn there; here each is drawn for itself")
@@ -184,7 +184,7 @@ def _flip(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     ]
 
 
-def _resize_edge(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _resize_edge(entries: Entries) -> list[Description]:
     size, edge = entries.take("scale"), entries.take("edge", "short")
     if edge not in ("short", "long"):
         entries.note(f"the {edge} is not resized by itself here; the shorter side becomes {size}", "edge")
@@ -192,7 +192,7 @@ def _resize_edge(entries: Entries, path: Path, notes: Notes) -> list[Description
     return [{"type": "Resize", **made, **_resampled(entries)}]
 
 
-def _resize(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _resize(entries: Entries) -> list[Description]:
     scale = entries.take("scale")
     if entries.take("keep_ratio", False):
         entries.note("the shorter side becomes the smaller of both numbers", "keep_ratio")
@@ -201,7 +201,7 @@ def _resize(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     return [{"type": "Resize", "size": size, **_resampled(entries)}]
 
 
-def _center_crop(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _center_crop(entries: Entries) -> list[Description]:
     size = _height_and_width(entries.take("crop_size"))
     entries.take("auto_pad")  # torchvision pads what is too small
     padding = entries.take("crop_padding", 32)
@@ -211,12 +211,12 @@ def _center_crop(entries: Entries, path: Path, notes: Notes) -> list[Description
     return [{"type": "Resize", "size": _side(size) + padding, **resampled}, {"type": "CenterCrop", "size": size}]
 
 
-def _random_crop(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _random_crop(entries: Entries) -> list[Description]:
     given = entries.present("padding", "pad_if_needed", "padding_mode", pad_val="fill")
     return [{"type": "RandomCrop", "size": _height_and_width(entries.take("crop_size")), **given}]
 
 
-def _jitter(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _jitter(entries: Entries) -> list[Description]:
     return [{"type": "ColorJitter", **entries.present("brightness", "contrast", "saturation", "hue")}]
 
 
@@ -228,7 +228,7 @@ def _filling(entries: Entries) -> tuple[list[int], str]:
     return [round(one) for one in fill], hparams.get("interpolation", "nearest")
 
 
-def _auto_augment(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _auto_augment(entries: Entries) -> list[Description]:
     policies = entries.take("policies")
     fill, interpolation = _filling(entries)
     if not (isinstance(policies, str) and policies.lower() in ("imagenet", "cifar10", "svhn")):
@@ -240,7 +240,7 @@ def _auto_augment(entries: Entries, path: Path, notes: Notes) -> list[Descriptio
     return [{"type": "AutoAugment", "policy": policies.upper(), "interpolation": interpolation, "fill": fill}]
 
 
-def _rand_augment(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _rand_augment(entries: Entries) -> list[Description]:
     if entries.take("policies") != "timm_increasing":
         entries.note("policies of one's own are not here; those of timm are taken", "policies")
     fill, interpolation = _filling(entries)
@@ -264,7 +264,7 @@ def _rand_augment(entries: Entries, path: Path, notes: Notes) -> list[Descriptio
     ]
 
 
-def _erasing(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _erasing(entries: Entries) -> list[Description]:
     chance = entries.take("erase_prob", 0.5)
     scale = [entries.take("min_area_ratio", 0.02), entries.take("max_area_ratio", 0.4)]
     aspect = entries.take("aspect_range", [0.3, 10 / 3])
@@ -280,7 +280,7 @@ def _erasing(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     return [{"type": "RandomNoiseErasing", "p": chance, "scale": scale, "ratio": ratio, **noise}]
 
 
-def _normalize(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _normalize(entries: Entries) -> list[Description]:
     entries.take("mean")
     entries.take("std")
     entries.take("to_rgb")
@@ -288,14 +288,14 @@ def _normalize(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     return []
 
 
-def _grayscale(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _grayscale(entries: Entries) -> list[Description]:
     entries.take("keep_channels")
     entries.take("channel_weights")
     entries.take("color_format")
     return [{"type": "RandomGrayscale", "p": entries.take("prob", 0.1)}]
 
 
-def _blur(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _blur(entries: Entries) -> list[Description]:
     radius = entries.take("radius")
     sigmas = entries.take("magnitude_range") or [radius, radius]
     entries.take("magnitude_std")
@@ -304,28 +304,27 @@ def _blur(entries: Entries, path: Path, notes: Notes) -> list[Description]:
     return [{"type": "RandomApply", "transforms": [blur], "p": entries.take("prob", 0.5)}]
 
 
-def _solarize(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _solarize(entries: Entries) -> list[Description]:
     return [{"type": "RandomSolarize", "threshold": entries.take("thr"), "p": entries.take("prob", 0.5)}]
 
 
-def _apply(entries: Entries, path: Path, notes: Notes) -> list[Description]:
-    steps = entries.take("transforms")
-    inner = pipeline(listed(steps), (*path, "transforms"), notes)
+def _apply(entries: Entries) -> list[Description]:
+    inner = pipeline(listed(entries.take("transforms")), (*entries.path, "transforms"), entries.notes)
     return [{"type": "RandomApply", "transforms": inner, "p": entries.take("prob", 0.5)}]
 
 
-def _views(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _views(entries: Entries) -> list[Description]:
     kinds, counts = entries.take("transforms"), entries.take("num_views", 2)
     if kinds and isinstance(kinds[0], dict):
         kinds = [kinds]
-    made = [pipeline(one, (*path, "transforms", str(k)), notes) for k, one in enumerate(kinds)]
+    made = [pipeline(one, (*entries.path, "transforms", str(k)), entries.notes) for k, one in enumerate(kinds)]
     if len(made) == 1:
         return [{"type": "MultiView", "transforms": made[0], "num_views": listed(counts)[0]}]
     counts = [counts] * len(made) if isinstance(counts, int) else counts
     return [{"type": "MultiView", "transforms": made, "num_views": counts}]
 
 
-def _two_pictures(entries: Entries, path: Path, notes: Notes) -> list[Description]:
+def _two_pictures(entries: Entries) -> list[Description]:
     names = ("size", "second_size", "scale", "ratio", "interpolation", "second_interpolation")
     made = {"type": entries.type, **entries.present(*names)}
     for name in ("interpolation", "second_interpolation"):
@@ -335,7 +334,7 @@ def _two_pictures(entries: Entries, path: Path, notes: Notes) -> list[Descriptio
     return [made]
 
 
-_STEPS: dict[str, Callable[[Entries, Path, Notes], list[Description]]] = {
+_STEPS: dict[str, Callable[[Entries], list[Description]]] = {
     "LoadImageFromFile": _load,
     "RandomResizedCrop": _resized_crop,
     "EfficientNetRandomCrop": _resized_crop,

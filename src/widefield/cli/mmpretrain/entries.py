@@ -16,8 +16,8 @@ class Entries:
 
     def __init__(self, value: Mapping[str, Any], path: Path, notes: Notes) -> None:
         self._left = dict(value)
-        self._path = path
-        self._notes = notes
+        self.path = path
+        self.notes = notes
         self.type = bare(self._left.pop("type", ""))
 
     def take(self, name: str, default: Any = None) -> Any:
@@ -31,7 +31,7 @@ class Entries:
 
     def note(self, message: str, *names: str) -> None:
         """Note something about the dictionary, or about one of its values."""
-        self._notes.append(((*self._path, *names), message))
+        self.notes.append(((*self.path, *names), message))
 
     def missing(self, instead: str) -> None:
         """Note that what the type names is not here, and what becomes of it."""
