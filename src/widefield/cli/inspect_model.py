@@ -31,11 +31,12 @@ def check_model(arguments: argparse.Namespace, others: list[str]) -> int:
         memory_budget=arguments.memory_budget,
     )
     told = {"explanation": explain(model, (channels, *size))} if arguments.explain and result.stages else {}
-    if arguments.json:
-        print(json.dumps({"model": arguments.model, **result.as_dict(), **told}, indent=2))
-    else:
-        print(result, *told.values(), sep="\n\n")
+    _show(arguments, {**result.as_dict(), **told}, result, *told.values())
     return 0 if result.exact else 1
+
+
+def _show(arguments: argparse.Namespace, found: dict[str, Any], *texts: object) -> None:
+    print(json.dumps({"model": arguments.model, **found}, indent=2) if arguments.json else "\n\n".join(map(str, texts)))
 
 
 def _least_size(model: nn.Module) -> tuple[int, int]:
@@ -54,10 +55,7 @@ def plan_image(arguments: argparse.Namespace, others: list[str]) -> None:
     streamed = stream(model, arguments.tile_size, memory_budget=arguments.memory_budget)
     with torch.set_grad_enabled(not arguments.inference):
         plan = streamed.plan((arguments.batch, channels, *arguments.size))
-    if arguments.json:
-        print(json.dumps({"model": arguments.model, **plan.as_dict()}, indent=2))
-    else:
-        print(plan, *plan.refused, sep="\n\n")
+    _show(arguments, plan.as_dict(), plan, *plan.refused)
 
 
 def find_model(text: str) -> nn.Module:

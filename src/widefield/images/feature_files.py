@@ -4,7 +4,7 @@ A file holds `features` (n, D), or (1, n, D), and `coords` (n, 2): x and y of th
 slide's largest level. It is HDF5 (`.h5`), read by h5py, or a Zarr group (`.zarr`) with the same two arrays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ def open_hdf5(path: Path, choice: Choice) -> Contents:
 
     def read() -> np.ndarray:
         with import_h5py().File(path, "r") as file:
-            return np.asarray(file["features"]).reshape(shape)
+            return np.asarray(file["features"])
 
-    return _contents(path, choice, DeferredArray(PerProcess(read), shape, dtype))
+    return _contents(path, choice, read, shape, dtype)
 
 
 @image_format(
@@ -58,11 +58,7 @@ def open_zarr(path: Path, choice: Choice) -> Contents:
 
     array = zarr.open_group(path, mode="r")["features"]
     shape, dtype = _shape(path, array, [])
-    return _contents(
-        path,
-        choice,
-        DeferredArray(PerProcess(lambda: np.asarray(array[:]).reshape(shape)), shape, dtype),  # type: ignore[index]
-    )
+    return _contents(path, choice, lambda: np.asarray(array[:]), shape, dtype)  # type: ignore[index]
 
 
 def is_feature_group(path: Any) -> bool:
@@ -81,27 +77,12 @@ def _shape(path: Path, array: Any, names: list[str]) -> tuple[tuple[int, int], n
     return (shape[0], shape[1]), np.dtype(array.dtype)
 
 
-def _contents(path: Path, choice: Choice, array: DeferredArray) -> Contents:
-    return one_image(path, choice, ArrayPixels(_Row(array), "YXC"))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """An array (n, D) as one of (1, n, D)."""
-
-    array: DeferredArray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return 1, self.array.shape[0], self.array.shape[1]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        rows, *rest = index
-        return self.array[tuple(rest)][None][rows]
+def _contents(
+    path: Path, choice: Choice, read: Callable[[], np.ndarray], shape: tuple[int, int], dtype: np.dtype
+) -> Contents:
+    """Return the image of one row that the features which `read` gives are."""
+    row = DeferredArray(PerProcess(lambda: read().reshape(1, *shape)), (1, *shape), dtype)
+    return one_image(path, choice, ArrayPixels(row, "YXC"))
 
 
 def read_features(path: str | Path) -> PatchFeatures:

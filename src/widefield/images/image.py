@@ -283,15 +283,12 @@ def _contents(path: Path | str, choice: Choice) -> Contents:
             except (WidefieldError, FileNotFoundError):
                 raise
             except Exception as error:  # readers raise whatever a damaged header leads them to
-                raise _damaged(path, error) from error
+                reason = f"its structure is truncated or damaged ({type(error).__name__}: {error})"
+                raise cannot_read(path, reason) from error
     if not start:
         raise cannot_read(path, "it is a folder, and no Zarr image; give the path of an image file")
     names = sorted((one.name for one in image_formats() if one.endings), key=str.lower)
     raise cannot_read(path, f"its content is none of {', '.join(names)}; convert it to one of these")
-
-
-def _damaged(path: Path | str, error: Exception) -> ImageReadError:
-    return cannot_read(path, f"its structure is truncated or damaged ({type(error).__name__}: {error})")
 
 
 def _level_of(path: Path | str, contents: Contents, spacing: float) -> tuple[int, Size | None]:

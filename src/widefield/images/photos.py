@@ -32,16 +32,6 @@ MAX_DECODED_BYTES = 2**36
 STRIP_BYTES = 256 * 2**10
 """Bytes that are decoded at a time."""
 
-_DTYPES: dict[str, np.dtype] = {
-    "uchar": np.dtype("u1"),
-    "char": np.dtype("i1"),
-    "ushort": np.dtype("u2"),
-    "short": np.dtype("i2"),
-    "uint": np.dtype("u4"),
-    "int": np.dtype("i4"),
-    "float": np.dtype("f4"),
-    "double": np.dtype("f8"),
-}
 _OPENING = ForkSafeLock()
 
 
@@ -178,7 +168,7 @@ def _kept_out_of_cache() -> Iterator[None]:
 
 def dtype_of(image: pyvips.Image) -> np.dtype:
     """The NumPy type of the pixels of a libvips image that are not complex."""
-    return _DTYPES[image.format]
+    return np.dtype(pyvips.vimage.FORMAT_TO_TYPESTR[image.format])
 
 
 def fetch(region: pyvips.Region, dtype: np.dtype, y: int, x: int, height: int, width: int) -> np.ndarray:
