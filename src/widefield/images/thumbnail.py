@@ -25,7 +25,7 @@ def thumbnail(image: ImageFile, size: int) -> np.ndarray:
         ImageReadError: As in `ImageFile.read`.
 
     Examples:
-        >>> thumbnail(open_image("slides/tumor_001.tif"), 64).shape
+        >>> thumbnail(wf.open_image("slides/tumor_001.tif"), 64).shape
         (64, 64, 3)
     """
     return overview(image, size)[0]
