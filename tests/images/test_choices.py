@@ -120,7 +120,9 @@ def test_a_spacing_of_a_microscope_is_one(tmp_path, rgb, spacing):
 def test_a_format_of_another_package_is_read_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_FORMATS", list(formats.image_formats()))
 
-    @image_format("raw squares", endings=(".square",), recognises=lambda path, start: start.startswith(b"SQUARE"))
+    @image_format(
+        "raw squares", endings=(".square", ".zvi"), recognises=lambda path, start: start.startswith(b"SQUARE")
+    )
     def open_square(path, choice):
         pixels = ArrayPixels(np.frombuffer(path.read_bytes()[6:], np.uint8).reshape(3, 3), "YX")
         return Contents(levels=((3, 3),), pixels=lambda level: pixels)
@@ -129,6 +131,8 @@ def test_a_format_of_another_package_is_read_found_and_named(tmp_path, monkeypat
     try:
         assert ".square" in image_endings()
         np.testing.assert_array_equal(open_image(tmp_path / "a.square").read(1, 1, 2, 2), [[[4, 5], [7, 8]]])
+        tifffile.imwrite(tmp_path / "a.zvi", np.zeros((5, 6), np.uint8))  # an ending that a format has is not refused
+        assert open_image(tmp_path / "a.zvi").shape == (1, 5, 6)
     finally:
         formats.image_formats.cache_clear()
 
