@@ -21,6 +21,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import entry_points
 from pathlib import Path
 from threading import Lock
@@ -160,20 +161,16 @@ def image_format(
 
 @cache
 def image_formats() -> tuple[ImageFormat, ...]:
-    """All formats, in the order in which they are asked."""
+    """All formats, in the order in which they are asked. Raises a ValueError for some that are each to come before the other."""
     package = "widefield.images."
     for module in pkgutil.iter_modules([str(Path(__file__).parent)], package):
         importlib.import_module(module.name)
     for entry in entry_points(group="widefield.image_formats"):
         entry.load()
-    modules = {one: one.open.__module__ for one in _FORMATS}
-    waiting = sorted(_FORMATS, key=lambda one: (modules[one].startswith(package), modules[one]))
-    ordered = []
-    while waiting:
-        first = next(one for one in waiting if not any(one.name in other.before for other in waiting))
-        waiting.remove(first)
-        ordered.append(first)
-    return tuple(ordered)
+    formats = sorted(_FORMATS, key=lambda one: one.open.__module__)  # whatever was imported first
+    earlier = {one: [other for other in formats if one.name in other.before] for one in formats}
+    ordered = TopologicalSorter(earlier).static_order()
+    return tuple(sorted(ordered, key=lambda one: one.open.__module__.startswith(package)))
 
 
 class ForkSafeLock:
