@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from widefield.streaming import StreamingCNN, stream
 from widefield.streaming.extents import AdaptiveWindow, AxisMap, BorderPad, Resample, Transposed, Window
 from widefield.streaming.layers import Layer, Lost, layer_table
-from widefield.streaming.receptive_field import receptive_field_of
 
 
 def layers(module: StreamingCNN | nn.Module, height: int, width: int | None = None, tile: int = 64) -> list[Layer]:
@@ -159,7 +158,8 @@ AXES: list[AxisMap] = [
 
 @pytest.mark.parametrize("axis", AXES, ids=str)
 def test_inside_the_axis_the_reach_is_what_the_axis_map_says(axis: AxisMap) -> None:
-    reach = receptive_field_of(axis)
+    reach = axis.receptive_field
+    assert reach is not None
     for o in range(axis.n_out):
         first, last = -((-reach.num * o - reach.low) // reach.den), (reach.num * o + reach.high) // reach.den
         assert reach.start_after(first) <= o < reach.start_after(first + 1)

@@ -274,7 +274,7 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
         elif isinstance(fx.meta.get("val"), torch.Tensor):
             node = _named(_node(fx), fx)
             if node.target in _LIKE_ANOTHER:  # of the other tensor only the dtype matters
-                node = replace(node, target=torch.ops.aten.to.dtype, args=(node.args[0], node.dtype), kwargs={})
+                node = node.derived(torch.ops.aten.to.dtype, node.args[0], node.dtype)
             nodes.append(node)
         elif isinstance(fx.meta.get("val"), (tuple, list)):
             tuples[fx.name] = _node(fx)

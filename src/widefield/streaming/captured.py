@@ -1,6 +1,6 @@
 """A module's forward pass as data: operations on named values."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -50,6 +50,13 @@ class Node:
     def refs(self) -> tuple[str, ...]:
         """Names of the nodes that this one reads, in the order of its arguments."""
         return (*_refs(self.args), *_refs(self.kwargs.values()))
+
+    def derived(
+        self, target: Callable[..., Any], *args: Any, name: str = "", shape: Sequence[int] | None = None
+    ) -> "Node":
+        """Return another operation in this one's place or, by another name, beside it."""
+        shape = tuple(self.shape if shape is None else shape)
+        return replace(self, name=name or self.name, target=target, args=args, kwargs={}, pick=None, shape=shape)
 
     def refuse(self, reason: str, remedy: str) -> UnsupportedOpError:
         return UnsupportedOpError(self.module_path, self.op, reason, remedy, self.source)

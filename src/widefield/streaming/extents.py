@@ -10,17 +10,22 @@ op carries one `AxisMap` for its rows and one for its columns. An `AxisMap` answ
 - `span(o0, o1)`: what to read, and how much padding to add, to compute exactly the outputs `[o0, o1)`.
 
 All are non-decreasing, which is what makes a scan possible. Positions are not checked: callers stay inside `[0, n]`.
-`ready_all`, `first_all` and `stop_all` answer for many positions at once.
+`ready_all`, `first_all` and `stop_all` answer for many positions at once. `receptive_field` says what would be read if the axis
+went on beyond its ends (see `receptive_field`), None for what counts for nothing there. `rules.rolled` and `rules.flipped` have
+maps of their own.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from widefield.streaming.receptive_field import IDENTITY, ReceptiveField
 
 Positions = npt.NDArray[np.int64]
 
@@ -60,6 +65,8 @@ class AxisMap(Protocol):
     def n_out(self) -> int: ...
     @property
     def stride(self) -> int: ...
+    @property
+    def receptive_field(self) -> ReceptiveField | None: ...
     def ready(self, r: int) -> int: ...
     def first(self, o: int) -> int: ...
     def stop(self, o: int) -> int: ...
@@ -102,6 +109,10 @@ class Window:
     extent: int = 1
     stride: int = 1
     padding: int = 0
+
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        return ReceptiveField(self.stride, 1, -self.padding, self.extent - 1 - self.padding)
 
     def ready(self, r: int) -> int:
         if r <= 0:
@@ -163,6 +174,11 @@ class Transposed(_OneByOne):
     padding: int = 0
     stride: int = 1
 
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        extent = max(self.extent, self.up)  # a gap after a window counts as part of it: all outputs read something
+        return ReceptiveField(1, self.up, self.padding - extent + 1, self.padding)
+
     def ready(self, r: int) -> int:
         if r <= 0:
             return 0
@@ -204,6 +220,10 @@ class BorderPad(_OneByOne):
     @property
     def n_out(self) -> int:
         return self.n_in + self.before + self.after
+
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        return ReceptiveField(1, 1, -self.before, -self.before)
 
     def source(self, o: int) -> int:
         i = o - self.before
@@ -252,6 +272,11 @@ class AdaptiveWindow(_OneByOne):
     def stride(self) -> int:
         return max(1, self.n_in // self.n_out)
 
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        scale = Fraction(self.n_in, self.n_out)
+        return ReceptiveField(scale.numerator, scale.denominator, 1 - scale.denominator, scale.numerator - 1)
+
     def ready(self, r: int) -> int:
         return clamp(r * self.n_out // self.n_in, 0, self.n_out)
 
@@ -284,6 +309,19 @@ class Resample(_OneByOne):
     @property
     def stride(self) -> int:
         return max(1, int(self.scale))
+
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        """Inputs less than 1 (linear) or 2 (cubic) away from the source position; the nearest one otherwise."""
+        scale = Fraction(self.scale).limit_denominator(1 << 20) or Fraction(self.n_in)  # 0: corners aligned, one output
+        num, den = 2 * scale.numerator, 2 * scale.denominator
+        half = scale.numerator  # source positions are num * o / den + half / den - 1 / 2, but for aligned corners
+        if self.mode.startswith("nearest"):
+            shift = half if self.mode == "nearest-exact" else 0
+            return ReceptiveField(num, den, shift - den + 1, shift)
+        shift = 0 if self.align_corners else half - scale.denominator
+        distance = int(den * Fraction(self.support).limit_denominator(1 << 20))
+        return ReceptiveField(num, den, shift - distance + 1, shift + distance - 1)
 
     @property
     def support(self) -> float:
@@ -361,6 +399,13 @@ class Sampled(_OneByOne):
     def stride(self) -> int:
         return max(1, int(self.scale))
 
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        scale, low, high = (Fraction(x).limit_denominator(1 << 10) for x in (self.scale, self.low, self.high))
+        den = math.lcm(scale.denominator, low.denominator, high.denominator)
+        ends = (low * den - den + 1, high * den)  # both are rounded down
+        return ReceptiveField(int(scale * den) or self.n_in * den, den, *map(int, ends))
+
     @cached_property
     def _reads(self) -> tuple[Positions, Positions]:
         """The first input that each output reads, and one past the last."""
@@ -394,6 +439,11 @@ class Piece(_OneByOne):
     offset: int
     stride: int = 1
 
+    @property
+    def receptive_field(self) -> ReceptiveField | None:
+        """None for some rows or columns that are joined to another map."""
+        return None if 2 * self.n_in < self.n_out else IDENTITY
+
     def ready(self, r: int) -> int:
         return self.n_out if r >= self.n_in else self.offset + max(r, 0)
 
@@ -405,145 +455,6 @@ class Piece(_OneByOne):
 
     def span(self, o0: int, o1: int) -> Span:
         return Span(o0, o1, self.first(o0), self.stop(o1))
-
-
-@dataclass(frozen=True)
-class Rolled:
-    """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs from `begin` on, and so round.
-
-    Outputs before `begin` come last; for them some inputs are read a second time, as if they followed once more after all
-    others (`n_in` counts them). A negative `begin_in` counts back from the end: what stands before input 0 comes first, and is
-    not read until the end. It must be that `inner.first(begin) >= begin_in`.
-    """
-
-    inner: AxisMap
-    begin_in: int
-    begin: int
-
-    @property
-    def n_in(self) -> int:
-        behind = self.inner.n_in + self.inner.stop(self.begin) if self.begin else self.inner.stop(self.n_out)
-        return max(self.inner.n_in, behind - self.begin_in)
-
-    @property
-    def n_out(self) -> int:
-        return self.inner.n_out
-
-    @property
-    def stride(self) -> int:
-        return self.inner.stride
-
-    @property
-    def again(self) -> int:
-        """Number of inputs that are read twice: so many of the first ones."""
-        return self.n_in - self.inner.n_in
-
-    @property
-    def at_end(self) -> int:
-        """Number of outputs that come before the first one that stands before `begin`."""
-        return self.n_out - self.begin
-
-    def parts(self, p0: int, p1: int) -> list[tuple[Span, int]]:
-        """The computations of outputs `[p0, p1)`, in `inner`'s positions, each with what to add to them for those of this map."""
-        parts = []
-        if p0 < self.at_end:
-            parts.append((self.inner.span(p0 + self.begin, min(p1, self.at_end) + self.begin), -self.begin_in))
-        if p1 > self.at_end:
-            low, high = max(p0, self.at_end) - self.at_end, p1 - self.at_end
-            parts.append((self.inner.span(low, high), self.inner.n_in - self.begin_in))
-        return parts
-
-    def span(self, o0: int, o1: int) -> Span:
-        parts = self.parts(o0, o1)
-        return Span(o0, o1, min(part.first + add for part, add in parts), max(part.last + add for part, add in parts))
-
-    def ready_all(self, r: Positions) -> Positions:
-        n, there = self.inner.n_in, r + self.begin_in
-        ready = np.maximum(self.inner.ready_all(np.clip(there, 0, n)) - self.begin, 0)
-        behind = np.minimum(self.inner.ready_all(np.clip(there - n, 0, n)), self.begin)
-        ready = ready + np.where(ready == self.at_end, behind, 0)
-        ready[r >= self.n_in] = self.n_out
-        if not self.inner.ready(0):
-            ready[r <= 0] = 0
-        return ready
-
-    def first_all(self, o: Positions) -> Positions:
-        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
-        first = self.inner.first_all(before) - self.begin_in
-        first = np.where(o < self.at_end, first, self.inner.first_all(behind) + self.inner.n_in - self.begin_in)
-        return np.where(o < self.n_out, first, self.n_in)
-
-    def stop_all(self, o: Positions) -> Positions:
-        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
-        stop = self.inner.stop_all(before) - self.begin_in
-        stop = np.where(o <= self.at_end, stop, self.inner.stop_all(behind) + self.inner.n_in - self.begin_in)
-        return np.where(o > 0, np.maximum(stop, 0), 0)
-
-    def ready(self, r: int) -> int:
-        return int(self.ready_all(np.array([r]))[0])
-
-    def first(self, o: int) -> int:
-        return int(self.first_all(np.array([o]))[0])
-
-    def stop(self, o: int) -> int:
-        return int(self.stop_all(np.array([o]))[0])
-
-
-@dataclass(frozen=True)
-class Mirrored:
-    """`inner` along an axis of which both ends are exchanged: inputs and outputs are counted from the last one."""
-
-    inner: AxisMap
-
-    @property
-    def n_in(self) -> int:
-        return self.inner.n_in
-
-    @property
-    def n_out(self) -> int:
-        return self.inner.n_out
-
-    @property
-    def stride(self) -> int:
-        return self.inner.stride
-
-    def seen(self, span: Span) -> Span:
-        """Return a computation as `inner` counts, which counts as this does."""
-        outputs, inputs = (
-            (self.n_out - span.stop, self.n_out - span.start),
-            (self.n_in - span.last, self.n_in - span.first),
-        )
-        return Span(*outputs, *inputs, span.high, span.low)
-
-    def span(self, o0: int, o1: int) -> Span:
-        found = self.inner.span(self.n_out - o1, self.n_out - o0)
-        return Span(o0, o1, self.n_in - found.last, self.n_in - found.first, found.high, found.low)
-
-    def first_all(self, o: Positions) -> Positions:
-        return self.n_in - self.inner.stop_all(self.n_out - o)
-
-    def stop_all(self, o: Positions) -> Positions:
-        return self.n_in - self.inner.first_all(self.n_out - o)
-
-    def ready_all(self, r: Positions) -> Positions:
-        ready = np.searchsorted(self.stop_all(np.arange(1, self.n_out + 1)), r, side="right")
-        ready[r <= 0] = 0
-        ready[r >= self.n_in] = self.n_out
-        return ready
-
-    def ready(self, r: int) -> int:
-        return int(self.ready_all(np.array([r]))[0])
-
-    def first(self, o: int) -> int:
-        return int(self.first_all(np.array([o]))[0])
-
-    def stop(self, o: int) -> int:
-        return int(self.stop_all(np.array([o]))[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Behind(Window):
-    """Output `o` is input `o - padding`: of the positions that are joined to a rolled map at its end (see `Rolled`)."""
 
 
 def cubic(distance: float, a: float = -0.75) -> float:

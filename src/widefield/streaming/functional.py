@@ -17,11 +17,12 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from widefield.streaming.rules import op_of
+from widefield.streaming.rules.pointwise import pointwise
+
 aten = torch.ops.aten
 # Operations that PyTorch breaks into others, and the engine knows as they are.
 _KNOWN = (aten.reshape.default, aten.flatten.using_ints, aten.dropout.default)
-# Elementwise, though not every version of PyTorch marks them as pointwise.
-_UNMARKED = (aten.hardswish.default, aten.leaky_relu.default)
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
@@ -68,8 +69,8 @@ def _result_form(target: Any) -> OpOverload | None:
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     found: OpOverload | None = getattr(packet, target._overloadname, None)
-    elementwise = found is not None and (torch.Tag.pointwise in found.tags or found in _UNMARKED)
-    return found if elementwise else None
+    op = op_of(found)
+    return found if op is not None and op.rule is pointwise and not op.stops_gradients else None
 
 
 def _is_simple(node: Node, holders: dict[Any, list[Node]]) -> bool:

@@ -160,7 +160,7 @@ class Job:
         """
         value, (y, x, height, width) = self.grid.stage.values[v], self.grid.box(v, i, j)
         top, left = self.parts[v][:2]
-        if value.op != straight.__name__:
+        if value.target is not straight:
             return [[made.narrow(value.axes.rows, y - top, height).narrow(value.axes.cols, x - left, width)]]
         rows = _pieces(made, value.axes.rows, y + value.begin[0], height)
         return [_pieces(row, value.axes.cols, x + value.begin[1], width) for row in rows]

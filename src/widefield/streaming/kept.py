@@ -14,10 +14,7 @@ import torch
 
 from widefield.streaming.captured import Node
 from widefield.streaming.extents import identity
-from widefield.streaming.rules import Maps, Placed, Reduction
-from widefield.streaming.rules.flat import apart
-from widefield.streaming.rules.flipped import mirror
-from widefield.streaming.rules.rolled import straight, turn
+from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 
 # Of each choice of maps that are kept: the share of the bytes that it must save, and how much may be computed in all.
 _LESS = 0.04
@@ -157,6 +154,5 @@ def size_of(node: Node) -> int:
 
 def is_view(node: Node) -> bool:
     """True if a node's result shares the memory of what it reads."""
-    if node.target in (turn, straight, apart, mirror):
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.op == "aten.reshape")
+    op = op_of(node.target)
+    return getattr(node.target, "is_view", False) or (op is not None and op.is_view)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from widefield.streaming.extents import Mirrored, Piece, Rolled, clamp
+from widefield.streaming.extents import clamp
 from widefield.streaming.grid import Grid
 from widefield.streaming.program import Program, Value
-from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField, receptive_field_of
+from widefield.streaming.receptive_field import IDENTITY, Cells, ReceptiveField
 from widefield.streaming.rules.rolled import turn
 
 
@@ -135,21 +135,16 @@ def _maps(program: Program) -> tuple[list[_Map], dict[str, int]]:
             if value.facts.repeats:
                 number[value.name] = number[stage.values[value.sources[0]].name]
                 continue
-            fields = [tuple(map(receptive_field_of, value.flow(axis).axis_maps)) for axis in (0, 1)]
-            if value.op == turn.__name__:
-                fields = [(_turned(value, stage.values[value.sources[0]], axis),) for axis in (0, 1)]
-            sources = (number[stage.values[s].name] for s in value.sources)
-            reads = zip(sources, zip(*fields, strict=True), strict=True)
+            reads = []
+            for s, rows, cols in zip(value.sources, value.flow(0).axis_maps, value.flow(1).axis_maps, strict=True):
+                fields = rows.receptive_field, cols.receptive_field
+                if value.target is turn:
+                    fields = _turned(value, stage.values[s], 0), _turned(value, stage.values[s], 1)
+                if fields[0] is not None and fields[1] is not None:
+                    reads.append((number[stage.values[s].name], (fields[0], fields[1])))
             number[value.name] = len(maps)
-            maps.append(_Map(value, tuple(r for k, r in enumerate(reads) if not _is_edge(value, k))))
+            maps.append(_Map(value, tuple(reads)))
     return maps, number
-
-
-def _is_edge(value: Value, k: int) -> bool:
-    """True if what a map reads from its k-th source is some rows or columns that are joined to another map."""
-    maps = [value.flow(axis).axis_maps[k] for axis in (0, 1)]
-    inner = [m.inner if isinstance(m, (Mirrored, Rolled)) else m for m in maps]
-    return any(isinstance(m, Piece) and 2 * m.n_in < m.n_out for m in inner)
 
 
 def _turned(value: Value, source: Value, axis: int) -> ReceptiveField:

@@ -159,7 +159,7 @@ class MapOutput:
     @property
     def rolled(self) -> bool:
         """True if the map was rolled, so that its first rows may come last."""
-        return self.value.op == straight.__name__
+        return self.value.target is straight
 
     def add(self, tile: Tensor, y: int, x: int) -> None:
         """Write a tile whose corner is at (y, x) of the whole map, or of what is scanned of a rolled one."""

@@ -99,7 +99,7 @@ class PartialGrid:
     def part(self, v: int) -> Box:
         """Return the smallest part of map v that holds all that is computed of it; all of one that was rolled."""
         made = self.made[v]
-        if self.stage.values[v].op == straight.__name__:
+        if self.stage.values[v].target is straight:
             return 0, 0, *self.whole.extent(v)
         if not made.any():
             return 0, 0, 0, 0
@@ -160,7 +160,7 @@ class Wanted:
         if not (self.outputs if is_output else self.reductions):
             box = 0, 0, 0, 0
         (top, bottom), across = blocks(grid.row_schedule, v), blocks(grid.col_schedule, v)
-        begin = grid.stage.values[v].begin if not is_output or grid.stage.values[v].op == straight.__name__ else (0, 0)
+        begin = grid.stage.values[v].begin if not is_output or grid.stage.values[v].target is straight else (0, 0)
         rows, cols = (
             _cut_round(found, box[axis], box[axis + 2], begin[axis], extent[axis])
             for axis, found in enumerate(((top[steps], bottom[steps]), across))
@@ -200,7 +200,7 @@ def cells_in(region: Box, image: tuple[int, int], extent: tuple[int, int]) -> Bo
 def check_order(program: Program, what: str) -> None:
     """Raise ValueError if the rows of a map among the results are not scanned in the order of the image, as `what` needs it."""
     for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
-        if value.op == straight.__name__ and value.name in program.final_maps and value.begin[0]:
+        if value.target is straight and value.name in program.final_maps and value.begin[0]:
             raise ValueError(
                 f"{what} needs results whose rows are computed in the order of the image: layer '{value.module_path}' rolls "
                 f"its map, which begins with row {value.begin[0]}. One process computes such a map, and writes it to an array"
@@ -219,7 +219,7 @@ def check_parts(program: Program, wanted: Wanted) -> None:
             )
             raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
     if wanted.foreground is not None:
-        for value in (value for stage in program.stages for value in stage.values if value.op == mirror.__name__):
+        for value in (value for stage in program.stages for value in stage.values if value.target is mirror):
             raise ValueError(
                 f"a mask needs a network without flipped maps, and layer '{value.module_path}' flips its map"
             )

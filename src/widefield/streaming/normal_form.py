@@ -49,18 +49,18 @@ def normal_form(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Node:
     if node.target in _NAMESAKES:
         return replace(node, target=_NAMESAKES[node.target])
     if node.target in _SHAPED_LIKE:
-        return replace(node, target=_SHAPED_LIKE[node.target], args=(node.args[0], list(node.shape)), kwargs={})
+        return node.derived(_SHAPED_LIKE[node.target], node.args[0], list(node.shape))
     if node.target is aten.broadcast_tensors.default and node.pick is not None:
         one = node.args[0][node.pick]
-        same = shapes[one.name] == node.shape
-        target, args = (aten.alias.default, (one,)) if same else (aten.expand.default, (one, list(node.shape)))
-        return replace(node, target=target, args=args, kwargs={}, pick=None)
+        if shapes[one.name] == node.shape:
+            return node.derived(aten.alias.default, one)
+        return node.derived(aten.expand.default, one, list(node.shape))
     if node.op == "torchvision.deform_conv2d":
         return replace(node, target=deformed)
     if node.target is aten.slice.Tensor and shapes[node.args[0].name] == node.shape and node.args[4:] in ((), (1,)):
-        return replace(node, target=aten.alias.default, args=node.args[:1], kwargs={})  # `x[:]`
+        return node.derived(aten.alias.default, node.args[0])  # `x[:]`
     if node.target is aten.slice_scatter.default and shapes[node.args[1].name] == node.shape:  # all of it
-        return replace(node, target=aten.to.dtype, args=(node.args[1], node.dtype), kwargs={})
+        return node.derived(aten.to.dtype, node.args[1], node.dtype)
     return node
 
 
@@ -90,7 +90,7 @@ def taken_apart(
             return (node,)
     if parts.changes_something:
         return (node,)
-    return (*parts.nodes, replace(node, target=aten.alias.default, args=(last,), kwargs={}, pick=None))
+    return (*parts.nodes, node.derived(aten.alias.default, last))
 
 
 class _Parts(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """Each operation in its place: a map that is computed tile by tile, a reduction of maps, or a plain operation."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from widefield.streaming.rules import (
     swap_refs,
     unflatten,
 )
-from widefield.streaming.rules.base import groups
+from widefield.streaming.rules.base import STREAM, groups
 from widefield.streaming.rules.channels import attention_inside
 from widefield.streaming.rules.flat import seen_shape
 from widefield.streaming.rules.flipped import mirror, turned_round
@@ -89,8 +89,7 @@ class Placing:
             if any(isinstance(each.target, Reduction) for each in parts) and self._is_complex(node):
                 raise node.refuse(  # no reduction takes |x|^2 for x * x
                     "reduces a complex map over positions",
-                    "reduce its real and its imaginary part, or its absolute value; "
-                    "or stream(model), which runs such a layer on the whole map after streaming what comes before it",
+                    f"reduce its real and its imaginary part, or its absolute value; or {STREAM}",
                 )
             for each in parts:
                 self._add(each)
@@ -125,7 +124,7 @@ class Placing:
         source = next(iter(node.refs), "")
         if source not in self.maps:
             if _rule(node) is interpolate and self.maps.shapes.get(source, ())[-2:] == (1, 1):
-                node = replace(node, target=aten.expand.default, args=(Ref(source), list(node.shape)), kwargs={})
+                node = node.derived(aten.expand.default, Ref(source), list(node.shape))
             if node.target is aten.expand.default:
                 self.expanded[node.name] = source
         if source in self.expanded:
@@ -157,11 +156,10 @@ class Placing:
         for group_in, group_out in groups(full, node.shape):
             if len(group_in) == len(group_out) == 1 and base[group_in[0]] == 1:
                 before[group_in[0]] = after[group_out[0]] = 1
-        partly = replace(node, name=f"{node.name}@part", target=aten.expand.default, kwargs={}, pick=None)
-        self._add_plain(replace(partly, args=(Ref(self.expanded[source]), before), shape=tuple(before)))
-        small = replace(partly, name=f"{node.name}@small", target=aten.reshape.default, shape=tuple(after))
-        self._add_plain(replace(small, args=(Ref(partly.name), after)))
-        self.expanded[node.name] = small.name
+        part, small = f"{node.name}@part", f"{node.name}@small"
+        self._add_plain(node.derived(aten.expand.default, Ref(self.expanded[source]), before, name=part, shape=before))
+        self._add_plain(node.derived(aten.reshape.default, Ref(part), after, name=small, shape=after))
+        self.expanded[node.name] = small
 
     def _add(self, node: Node) -> None:
         if isinstance(node.target, Reduction):
@@ -213,7 +211,7 @@ class Placing:
 
     def _add_plain(self, node: Node) -> None:
         if _rule(node) is reshape and node.target is not aten.view.dtype:  # a streamed map may have other strides
-            node = replace(node, target=aten.reshape.default, args=(node.args[0], list(node.shape)), kwargs={})
+            node = node.derived(aten.reshape.default, node.args[0], list(node.shape))
         if by_batch(node) and node.pick in (None, 0):
             for step in batch_norm_of_tensor(node, node.module_path in self.captured.synchronised):
                 self._add_plain(step)
@@ -235,40 +233,34 @@ class Placing:
 
     def unflattened(self, node: Node) -> Node:
         """`node` with flattened, rolled and flipped maps as the model sees them."""
-        for name in self.maps.begin.keys() & set(node.refs):
-            in_order = f"{name}@straight"
-            if in_order not in self.nodes:
-                last = replace(
-                    self.nodes[name], name=in_order, target=straight, args=(Ref(name),), kwargs={}, pick=None
-                )
-                self._add(last)
-                if name in self.maps.flat:
-                    self.maps.flat[in_order] = self.maps.flat[name]
-            node = swap_refs(node, {name: in_order})
-        for name in self.maps.flipped.keys() & set(node.refs):
-            turned = f"{name}@turned round"
-            if turned not in self.nodes:
-                over = [d for d, flip in zip(self.maps.axes[name], self.maps.flipped[name], strict=True) if flip]
-                last = replace(
-                    self.nodes[name],
-                    name=turned,
-                    target=aten.flip.default,
-                    args=(Ref(name), over),
-                    kwargs={},
-                    pick=None,
-                )
-                self._add_plain(last)
-                if name in self.maps.flat:
-                    self.maps.flat[turned] = self.maps.flat[name]
-            node = swap_refs(node, {name: turned})
-        for name in self.maps.flat.keys() & set(node.refs):
-            whole = f"{name}@whole"
-            if whole not in self.nodes:
-                shape = seen_shape(self.maps, name)
-                made = replace(self.nodes[name], name=whole, target=aten.reshape.default, args=(Ref(name), list(shape)))
-                self._add_plain(replace(made, kwargs={}, pick=None, shape=shape))
-            node = swap_refs(node, {name: whole})
+        maps = self.maps
+        for name in maps.begin.keys() & set(node.refs):
+            node = self._read_made(node, name, self._add, "straight", straight)
+        for name in maps.flipped.keys() & set(node.refs):
+            over = [d for d, flip in zip(maps.axes[name], maps.flipped[name], strict=True) if flip]
+            node = self._read_made(node, name, self._add_plain, "turned round", aten.flip.default, over)
+        for name in maps.flat.keys() & set(node.refs):
+            shape = seen_shape(maps, name)
+            node = self._read_made(node, name, self._add_plain, "whole", aten.reshape.default, list(shape), shape=shape)
         return node
+
+    def _read_made(
+        self,
+        node: Node,
+        name: str,
+        add: Callable[[Node], None],
+        suffix: str,
+        target: Callable[..., Any],
+        *args: Any,
+        shape: Sequence[int] | None = None,
+    ) -> Node:
+        """Return `node` reading what `target` makes of map `name`, which is as flat as the map if its shape stays."""
+        made = f"{name}@{suffix}"
+        if made not in self.nodes:
+            add(self.nodes[name].derived(target, Ref(name), *args, name=made, shape=shape))
+            if shape is None and name in self.maps.flat:
+                self.maps.flat[made] = self.maps.flat[name]
+        return swap_refs(node, {name: made})
 
     def _record(self, node: Node) -> None:
         self.nodes[node.name] = node

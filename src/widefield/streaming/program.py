@@ -23,8 +23,9 @@ from widefield.streaming.schedule import Flow
 
 @dataclass(frozen=True)
 class Value:
-    """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`view`: not at all;
-    `rectified`: with a ReLU behind the op). `itemsize` is the bytes of an element as it is computed, under autocast say.
+    """A map of a stage: its whole `shape` and dtype, where height and width stand, and how it is computed (`target`, whose name is
+    `op`; `view`: not at all; `rectified`: with a ReLU behind the op). `itemsize` is the bytes of an element as it is computed,
+    under autocast say.
 
     `placed` is None for a stage input. `sources` are the indices of the maps that it reads, in the order of `placed.reads`.
     `weights` names the weights that it uses; the gradients of `weight_bytes` of them are computed at a time. A value with a
@@ -42,6 +43,7 @@ class Value:
     sources: tuple[int, ...] = ()
     weights: tuple[str, ...] = ()
     module_path: str = ""
+    target: Any = None
     op: str = ""
     view: bool = False
     rectified: bool = False

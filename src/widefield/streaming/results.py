@@ -59,11 +59,7 @@ class Results:
     def _is_all(self, v: int, tile: Tensor, i: int, j: int) -> bool:
         """True if a tile can be what is stored of map v: all that is made of it, on the device, in memory of its own."""
         job = self.job
-        if (
-            v not in job.grid.stage.stored
-            or job.store.place != "device"
-            or job.grid.stage.values[v].op == straight.__name__
-        ):
+        if v not in job.grid.stage.stored or job.store.place != "device" or job.grid.stage.values[v].target is straight:
             return False
         return job.grid.box(v, i, j) == job.parts[v] and tile.untyped_storage().nbytes() == tile.nbytes
 

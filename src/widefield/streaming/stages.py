@@ -68,6 +68,7 @@ def _stage(
                 sources=tuple(index[read.source] for read in rule.reads),
                 weights=weights,
                 module_path=node.module_path,
+                target=node.target,
                 op=node.op,
                 view=is_view(node),
                 rectified=name in rectified,

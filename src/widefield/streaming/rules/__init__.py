@@ -4,21 +4,9 @@ Operations over the whole image have a rewriting instead: reductions, and local 
 operation is in one `Op`, made by the decorators of its rule or rewriting.
 """
 
-from widefield.streaming.rules import (
-    channels,
-    flipped,
-    fourier,
-    losses,
-    norms,
-    pointwise,
-    random,
-    resize,
-    rolled,
-    sampling,
-    shapes,
-    whole,
-    windows,
-)
+import importlib
+import pkgutil
+
 from widefield.streaming.rules.base import Axes, Maps, Op, Placed, Read, Run, TileContext, apply_rule, op_of, swap_refs
 from widefield.streaming.rules.flat import unflatten
 from widefield.streaming.rules.reductions import Reduction
@@ -37,5 +25,5 @@ __all__ = [
     "swap_refs",
     "unflatten",
 ]
-# Importing them registers all operations and rewritings.
-_ = (channels, flipped, fourier, losses, norms, pointwise, random, resize, rolled, sampling, shapes, whole, windows)
+for _file in pkgutil.iter_modules(__path__):  # importing a file registers its operations and rewritings
+    importlib.import_module(f"{__name__}.{_file.name}")

@@ -19,7 +19,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Span, identity
 
 if TYPE_CHECKING:
-    from widefield.streaming.rules.ranges import Range
+    from widefield.streaming.rules.ranges import Range, RangeOf
 
 
 class Axes(NamedTuple):
@@ -67,6 +67,9 @@ class Op:
         rewrite: how it becomes reductions and local operations where it is one over the whole image.
         flat: how it looks on maps with height and width apart, where the model has flattened them (see `rules.flat`).
         flattens: what it is before its result is flattened, of an operation that does both (`F.unfold`).
+        range_of: what is known of the numbers of its result (see `rules.ranges`).
+        exact: its result is not rounded, so that `range_of` needs no room for that.
+        is_view: its result shares the memory of what it reads, even where PyTorch does not say so.
         saves: what autograd keeps for the derivative: the maps that the operation reads, its result, the position of each maximum
             (8 bytes per element), a mask like the result.
         cheap: computing it again costs less than storing its result.
@@ -87,6 +90,9 @@ class Op:
     rewrite: "Rewrite | None" = None
     flat: "Flat | None" = None
     flattens: "Callable[[Node, Maps], Node] | None" = None
+    range_of: "RangeOf | None" = None
+    exact: bool = False
+    is_view: bool = False
     saves: frozenset[Saved] = frozenset(("inputs",))
     cheap: bool = False
     carries_relu: bool = False
@@ -128,7 +134,7 @@ class Flattened(NamedTuple):
     behind: int = 0
 
 
-class Positions(NamedTuple):
+class PooledFrom(NamedTuple):
     """For a map of positions in another one: that one's height and width, and the windows in which they lie."""
 
     extent: tuple[int, int]
@@ -157,7 +163,7 @@ class Maps:
     begin: dict[str, tuple[int, int]] = field(default_factory=dict)
     flipped: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     ranges: "dict[str, Range]" = field(default_factory=dict)
-    positions: dict[str, Positions] = field(default_factory=dict)
+    positions: dict[str, PooledFrom] = field(default_factory=dict)
     synchronised: frozenset[str] = frozenset()
 
     def __contains__(self, name: object) -> bool:
@@ -194,7 +200,7 @@ def declare(*targets: Any, **facts: Any) -> None:
     for target in targets:
         packet = isinstance(target, torch._ops.OpOverloadPacket)
         for overload in (getattr(target, name) for name in target.overloads()) if packet else (target,):
-            OPS[overload] = replace(OPS.get(overload, Op()), **facts)
+            OPS[overload] = replace(op_of(overload) or Op(), **facts)
 
 
 def rule(*targets: Any, saves: Iterable[Saved] = ("inputs",), **facts: Any) -> Callable[[Rule], Rule]:
@@ -224,7 +230,7 @@ def op_of(target: Any) -> Op | None:
     """Return what is known of an operator; of those that PyTorch tags as pointwise, it is known without being registered."""
     tags = getattr(target, "tags", ())
     elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    return OPS.get(target) or OPS.get(type(target)) or (OPS[torch.ops.aten.where.self] if elementwise else None)
+    return OPS.get(target) or OPS.get(type(target)) or (OPS.get(torch.ops.aten.where.self) if elementwise else None)
 
 
 def apply_rule(node: Node, maps: Maps) -> Placed:
@@ -232,9 +238,7 @@ def apply_rule(node: Node, maps: Maps) -> Placed:
     op = op_of(node.target)
     if op is None or op.rule is None:
         raise node.refuse(
-            "has no streaming rule",
-            "stream(model) runs such a layer on the whole map after streaming what comes before it; "
-            "or end the streamed module before this layer, or replace the layer",
+            "has no streaming rule", f"end the streamed module before this layer, or replace it; or {STREAM}"
         )
     placed = replace(op.rule(node, maps), op=op)
     planned = node.shape[placed.axes.rows], node.shape[placed.axes.cols]
@@ -275,12 +279,14 @@ def swap_refs(node: Node, names: Mapping[str, str]) -> Node:
     return replace(node, args=args, kwargs=kwargs)
 
 
-def refuse_whole(node: Node, what: str) -> UnsupportedOpError:
-    """For operations over the whole height or width."""
-    return node.refuse(
-        f"{what} the whole height or width of the image, which no tile holds",
-        "stream(model) runs such a layer on the whole map after streaming what comes before it; or end the streamed module here",
-    )
+STREAM = "stream(model), which runs such a layer on the whole map after streaming what comes before it"
+
+
+def refuse_whole(
+    node: Node, what: str, of: str = "the whole height or width of the image, which no tile holds"
+) -> UnsupportedOpError:
+    """For operations over the whole height or width, or what else no tile holds."""
+    return node.refuse(f"{what} {of}", f"end the streamed module here; or {STREAM}")
 
 
 def dims(node: Node, value: Any, ndim: int) -> tuple[int, ...]:
@@ -347,3 +353,10 @@ def caller(node: Node, maps: Maps) -> Callable[[Sequence[Tensor], Mapping[str, T
         return result if pick is None else result[pick]
 
     return call
+
+
+def called(node: Node, maps: Maps, axes: Axes) -> Placed:
+    """Place an operation whose operator runs on tiles as it does on whole maps: each position by itself."""
+    call = caller(node, maps)
+    reads = tuple(maps.read(name) for name in sources(node, maps))
+    return Placed(reads, axes, lambda tiles, context: call(tiles, context.weights))

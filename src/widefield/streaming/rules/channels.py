@@ -1,14 +1,13 @@
 """Operations along the channels (or any dimension that is neither height nor width): every position by itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from string import ascii_letters
 
 import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.rules import flat
+from widefield.streaming.rules import flat, ranges
 from widefield.streaming.rules.base import (
     Axes,
     Flattened,
@@ -16,7 +15,9 @@ from widefield.streaming.rules.base import (
     Placed,
     TileContext,
     argument,
+    called,
     caller,
+    declare,
     dims,
     only_map,
     refuse_whole,
@@ -34,13 +35,6 @@ WITHOUT_DIM = {
     *("mean", "sum", "var", "std", "var_mean", "std_mean", "max", "min", "prod", "any", "all"),
     *("median", "nanmedian"),
 }
-
-
-def _placed(node: Node, maps: Maps, axes: Axes) -> Placed:
-    call = caller(node, maps)
-    return Placed(
-        tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, context: call(tiles, context.weights)
-    )
 
 
 @rule(
@@ -64,7 +58,7 @@ def along(node: Node, maps: Maps) -> Placed:
     dim = dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))[0]
     if dim in maps.axes[name]:
         raise refuse_whole(node, "runs along")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.gather, saves=("inputs", "indices"))
@@ -81,7 +75,7 @@ def gather(node: Node, maps: Maps) -> Placed:
         raise node.refuse("picks by indices of another height or width", "pick from a map by a map of the same size")
     if dim in maps.axes[names[0]] or ndim != len(maps.shapes[names[0]]):
         raise refuse_whole(node, "picks along")
-    return _placed(node, maps, maps.axes[names[0]])
+    return called(node, maps, maps.axes[names[0]])
 
 
 @rule(aten.avg_pool3d)
@@ -95,7 +89,7 @@ def pool_channels(node: Node, maps: Maps) -> Placed:
     stride, padding = (list(x) * (3 if len(x) == 1 else 1) for x in (stride or kernel, padding or [0]))
     if maps.axes[name] != (ndim - 2, ndim - 1) or (kernel[1:], stride[1:], padding[1:]) != ([1, 1], [1, 1], [0, 0]):
         raise node.refuse("pools height or width with another dimension", "pool them by avg_pool2d")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.mean, aten.sum, saves=(), flat=flat.along(1, whole=True))
@@ -128,7 +122,11 @@ def reduction(node: Node, maps: Maps) -> Placed:
         raise refuse_whole(node, "reduces over")
     if len(node.shape) < len(maps.shapes[name]):  # keepdim=False
         axes = Axes(*(axis - sum(d < axis for d in over) for axis in axes))
-    return _placed(node, maps, axes)
+    return called(node, maps, axes)
+
+
+declare(aten.softmax, aten._softmax, range_of=ranges.limited(0.0, 1.0))
+declare(aten.mean, aten.amax, aten.amin, range_of=ranges.anywhere)
 
 
 @rule(aten.searchsorted, aten.bucketize)
@@ -151,7 +149,7 @@ def embedding(node: Node, maps: Maps) -> Placed:
     name = sources(node, maps)[-1]
     if len(sources(node, maps)) > 1 or any(node.args[3:]):
         raise node.refuse("scales gradients by what the whole image holds", "leave scale_grad_by_freq and sparse off")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.tril, aten.triu, saves=())
@@ -160,7 +158,7 @@ def triangle(node: Node, maps: Maps) -> Placed:
     name = only_map(node, maps)
     if max(maps.axes[name]) >= len(node.shape) - 2:
         raise refuse_whole(node, "cuts")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.layer_norm, keeps_batch=True, flat=flat.normalised)
@@ -171,7 +169,7 @@ def layer_norm(node: Node, maps: Maps) -> Placed:
     ndim = len(maps.shapes[name])
     if max(maps.axes[name]) >= ndim - len(node.args[1]) or node.pick not in (None, 0):
         raise refuse_whole(node, "normalises over")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.linear, keeps_batch=True, flat=flat.linear)
@@ -180,7 +178,7 @@ def linear(node: Node, maps: Maps) -> Placed:
     name = only_map(node, maps)
     if len(maps.shapes[name]) - 1 in maps.axes[name]:
         raise refuse_whole(node, "multiplies along")
-    return _placed(node, maps, maps.axes[name])
+    return called(node, maps, maps.axes[name])
 
 
 def _flat_matmul(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
@@ -249,7 +247,7 @@ def as_einsum(node: Node, shapes: Sequence[Sequence[int]]) -> Node:
     left, right = (batch[len(batch) - max(len(shape) - 2, 0) :] for shape in shapes)
     row, column = "a" if len(shapes[0]) > 1 else "", "c" if len(shapes[1]) > 1 else ""
     equation = f"{left}{row}b,{right}b{column}->{batch}{row}{column}"
-    return replace(node, target=aten.einsum.default, args=(equation, list(node.args[:2])), kwargs={})
+    return node.derived(aten.einsum.default, equation, list(node.args[:2]))
 
 
 def explicit(equation: str, ndims: Sequence[int]) -> str:
@@ -279,4 +277,4 @@ def einsum(node: Node, maps: Maps) -> Placed:
     rows, cols = letters.pop()
     if any(term.count(letter) > 1 for term in terms.values() for letter in (rows, cols)):
         raise refuse_whole(node, "takes the diagonal of")
-    return _placed(node, maps, Axes(right.index(rows), right.index(cols)))
+    return called(node, maps, Axes(right.index(rows), right.index(cols)))

@@ -26,6 +26,7 @@ from widefield.streaming.rules.base import (
     dims,
     groups,
     op_of,
+    refuse_whole,
     sources,
     swap_refs,
 )
@@ -56,10 +57,7 @@ def unflatten(node: Node, maps: Maps) -> tuple[list[Node], Flattened | None]:
 
 
 def _refuse(node: Node, what: str) -> UnsupportedOpError:
-    return node.refuse(
-        f"{what} the positions of a flattened image, of which no tile holds all",
-        "stream(model) runs such a layer on the whole map after streaming what comes before it; or end the streamed module here",
-    )
+    return refuse_whole(node, what, "the positions of a flattened image, of which no tile holds all")
 
 
 def seen_shape(maps: Maps, name: str) -> tuple[int, ...]:
@@ -97,10 +95,9 @@ def dim_apart(maps: Maps, name: str, d: int) -> int:
     return _apart(d, _position(maps, name), _width(maps, name))
 
 
-def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
-    return replace(
-        node, target=aten.reshape.default, args=(Ref(name), list(shape)), kwargs={}, pick=None, shape=tuple(shape)
-    )
+def _reshaped_weight(node: Node, name: str, shape: Sequence[int]) -> Node:
+    made = f"{name}@{'x'.join(map(str, shape))}"
+    return node.derived(aten.reshape.default, Ref(name), list(shape), name=made, shape=shape)
 
 
 def apart(x: Tensor, shape: Sequence[int], rows: int, cols: int) -> Tensor:
@@ -109,8 +106,7 @@ def apart(x: Tensor, shape: Sequence[int], rows: int, cols: int) -> Tensor:
 
 
 def _apart_node(node: Node, name: str, shape: Sequence[int], rows: int, cols: int) -> Node:
-    args = (Ref(name), list(shape), rows, cols)
-    return replace(node, target=apart, args=args, kwargs={}, pick=None, shape=tuple(shape))
+    return node.derived(apart, Ref(name), list(shape), rows, cols, shape=shape)
 
 
 def _flattening(node: Node, maps: Maps, name: str) -> tuple[list[Node], Flattened] | None:
@@ -222,8 +218,7 @@ def elementwise(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], F
         if d < 0:
             continue
         apart = maps.shapes[names[0]][p : p + width] if shape[d] > 1 else (1,) * width
-        new = (*shape[:d], *apart, *shape[d + 1 :])
-        nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
+        nodes.append(_reshaped_weight(node, name, (*shape[:d], *apart, *shape[d + 1 :])))
         node = swap_refs(node, {name: nodes[-1].name})
     shapes = [maps.shapes[name] for name in sources(node, maps)] + [n.shape for n in nodes]
     return [*nodes, replace(node, shape=tuple(torch.broadcast_shapes(*shapes)))], maps.flat[names[0]]
@@ -250,8 +245,7 @@ def _cut_weights(node: Node, maps: Maps, like: str) -> tuple[Node, list[Node]]:
     p, width, nodes = _position(maps, like), _width(maps, like), []
     for name in dict.fromkeys(name for name in node.refs if name not in maps):
         shape = maps.shapes[name]
-        new = (*shape[:p], *maps.shapes[like][p : p + width], *shape[p + 1 :])
-        nodes.append(replace(_reshaped(node, name, new), name=f"{name}@{'x'.join(map(str, new))}"))
+        nodes.append(_reshaped_weight(node, name, (*shape[:p], *maps.shapes[like][p : p + width], *shape[p + 1 :])))
     return swap_refs(node, {n.args[0].name: n.name for n in nodes}), nodes
 
 
@@ -271,18 +265,26 @@ def _with_shape(node: Node, maps: Maps, more: Sequence[Node] = ()) -> Node:
 
 
 def along(
-    position: int, name: str = "dim", default: Any = None, whole: bool = False, keeps_shape: bool = False
+    position: int,
+    name: str = "dim",
+    default: Any = None,
+    *,
+    whole: bool = False,
+    keeps_shape: bool = False,
+    inserts: bool = False,
+    joins: bool = False,
 ) -> Flat:
     """For operators with dimensions at argument `position`; `whole`: they may include the flattened one.
 
-    `keeps_shape`: it is still there in the result then.
+    `keeps_shape`: it is still there in the result then. `inserts`: the dimension is a new one. `joins`: of weights among the maps,
+    the flattened dimension is cut as theirs is.
     """
 
     def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
         p, width, ndim = _position(maps, names[0]), _width(maps, names[0]), len(seen_shape(maps, names[0]))
         value = argument(node, position, name, default)
         many = isinstance(value, (list, tuple)) or value is None
-        if node.op == "aten.stack":
+        if inserts:
             ndim += 1
             p += value % ndim <= p
         given = dims(node, value, ndim)
@@ -301,9 +303,7 @@ def along(
         if p in given:
             shape = maps.shapes[names[0]] if stays else node.shape
             return [replace(node, shape=shape)], maps.flat[names[0]] if stays else None
-        apart_weights: list[Node] = []
-        if node.op == "aten.cat":
-            node, apart_weights = _cut_weights(node, maps, names[0])
+        node, apart_weights = _cut_weights(node, maps, names[0]) if joins else (node, [])
         return [*apart_weights, _with_shape(node, maps, apart_weights)], maps.flat[names[0]]
 
     return translate
@@ -315,9 +315,8 @@ def permuted(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flat
     # What the operator does to the dimensions shows on a tensor whose sizes are their numbers.
     numbers = torch.empty(tuple(range(len(seen_shape(maps, names[0])))), device="meta")
     order = list(node.target(numbers, *node.args[1:], **node.kwargs).shape)
-    node = replace(node, target=aten.permute.default, args=(node.args[0], order), kwargs={})
-    order = [e for d in node.args[1] for e in (range(p, p + width) if d == p else (_apart(d, p, width),))]
-    return [_with_shape(replace(node, args=(node.args[0], order)), maps)], maps.flat[names[0]]
+    order = [e for d in order for e in (range(p, p + width) if d == p else (_apart(d, p, width),))]
+    return [_with_shape(node.derived(aten.permute.default, node.args[0], order), maps)], maps.flat[names[0]]
 
 
 def sizes(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
@@ -362,10 +361,9 @@ def pointwise_conv1d(node: Node, maps: Maps, names: list[str]) -> tuple[list[Nod
         or (_position(maps, names[0]), _width(maps, names[0])) != (2, 2)
     ):
         raise _refuse(node, "convolves along")
-    apart = replace(_reshaped(node, weight, (*shape, 1)), name=f"{weight}@{'x'.join(map(str, (*shape, 1)))}")
+    apart = _reshaped_weight(node, weight, (*shape, 1))
     args = (node.args[0], Ref(apart.name), argument(node, 2, "bias"), [1, 1], [0, 0], [1, 1], groups_of)
-    height, width = maps.extent(names[0])
-    made = replace(node, target=aten.conv2d.default, args=args, kwargs={}, shape=(*node.shape[:2], height, width))
+    made = node.derived(aten.conv2d.default, *args, shape=(*node.shape[:2], *maps.extent(names[0])))
     return [apart, made], maps.flat[names[0]]
 
 
@@ -401,11 +399,7 @@ def pooled(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flatte
     p = _position(maps, names[0])
     if list(node.args[1]) != [1] or p != len(seen_shape(maps, names[0])) - 1:
         raise _refuse(node, "pools along")
-    return [
-        replace(
-            node, target=aten.mean.dim, args=(node.args[0], list(range(p, p + _width(maps, names[0]))), True), kwargs={}
-        )
-    ], None
+    return [node.derived(aten.mean.dim, node.args[0], list(range(p, p + _width(maps, names[0]))), True)], None
 
 
 declare(

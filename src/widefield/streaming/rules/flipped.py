@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import AxisMap, Mirrored, identity
+from widefield.streaming.extents import AxisMap, Positions, Span, identity
+from widefield.streaming.receptive_field import ReceptiveField
+from widefield.streaming.rules import ranges
 from widefield.streaming.rules.base import (
+    STREAM,
     Axes,
     Maps,
     Placed,
@@ -28,12 +32,71 @@ from widefield.streaming.rules.base import (
     rule,
     swap_refs,
 )
-from widefield.streaming.rules.reductions import Grads, Pairs, Parts, Reduction
+from widefield.streaming.rules.reductions import InParts, Reduction
 from widefield.streaming.rules.rewriting import Rewriting
-from widefield.streaming.rules.rolled import turn
+from widefield.streaming.rules.rolled import moved_weight, turn
 
 aten = torch.ops.aten
 Flips = tuple[bool, bool]
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """`inner` along an axis of which both ends are exchanged: inputs and outputs are counted from the last one."""
+
+    inner: AxisMap
+
+    @property
+    def n_in(self) -> int:
+        return self.inner.n_in
+
+    @property
+    def n_out(self) -> int:
+        return self.inner.n_out
+
+    @property
+    def stride(self) -> int:
+        return self.inner.stride
+
+    @property
+    def receptive_field(self) -> ReceptiveField | None:
+        if (inner := self.inner.receptive_field) is None:
+            return None
+        both = inner.den * (self.n_in - 1) - inner.num * (self.n_out - 1)
+        return ReceptiveField(inner.num, inner.den, both - inner.high, both - inner.low)
+
+    def seen(self, span: Span) -> Span:
+        """Return a computation as `inner` counts, which counts as this does."""
+        outputs, inputs = (
+            (self.n_out - span.stop, self.n_out - span.start),
+            (self.n_in - span.last, self.n_in - span.first),
+        )
+        return Span(*outputs, *inputs, span.high, span.low)
+
+    def span(self, o0: int, o1: int) -> Span:
+        found = self.inner.span(self.n_out - o1, self.n_out - o0)
+        return Span(o0, o1, self.n_in - found.last, self.n_in - found.first, found.high, found.low)
+
+    def first_all(self, o: Positions) -> Positions:
+        return self.n_in - self.inner.stop_all(self.n_out - o)
+
+    def stop_all(self, o: Positions) -> Positions:
+        return self.n_in - self.inner.first_all(self.n_out - o)
+
+    def ready_all(self, r: Positions) -> Positions:
+        ready = np.searchsorted(self.stop_all(np.arange(1, self.n_out + 1)), r, side="right")
+        ready[r <= 0] = 0
+        ready[r >= self.n_in] = self.n_out
+        return ready
+
+    def ready(self, r: int) -> int:
+        return int(self.ready_all(np.array([r]))[0])
+
+    def first(self, o: int) -> int:
+        return int(self.first_all(np.array([o]))[0])
+
+    def stop(self, o: int) -> int:
+        return int(self.stop_all(np.array([o]))[0])
 
 
 @rewrite(aten.flip)
@@ -55,7 +118,7 @@ def mirror(x: Tensor, rows: bool, cols: bool) -> Tensor:
     raise AssertionError("maps are turned round in a scan only")
 
 
-@rule(mirror, saves=(), cheap=True, keeps_batch=True)
+@rule(mirror, saves=(), cheap=True, keeps_batch=True, is_view=True, range_of=ranges.anywhere)
 def mirrored(node: Node, maps: Maps) -> Placed:
     """See `mirror`."""
     name = only_map(node, maps)
@@ -78,8 +141,7 @@ def turned_round(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], No
     if any(len(side) > 1 for side in sides):
         raise node.refuse(
             "reads a map together with one that is flipped, so that each tile would need the last rows or columns with the first",
-            "flip results back before they meet others; or stream(model), which runs such a layer on the whole map after "
-            "streaming what comes before it",
+            f"flip results back before they meet others; or {STREAM}",
         )
     rows, cols = (side == {True} for side in sides)
     rolled = any(read.source in maps.begin for read in placed.reads)
@@ -94,15 +156,15 @@ def turned_round(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], No
     for read in placed.reads:
         source = read.source
         if source in maps.broadcast:
-            source = _flipped_weight(node, source, (rows, cols), maps, nodes)
+            source = moved_weight(node, source, aten.flip.default, (rows, cols), maps, nodes)
             names[maps.broadcast[read.source]] = maps.broadcast[source]
         reads.append(Read(source, _mirrored(read.rows, rows), _mirrored(read.cols, cols)))
     if node.target is not mirror and not _is_alike(placed):
         back = _Back(placed, (rows, cols), tuple(maps.axes[read.source] for read in placed.reads))
         placed = replace(placed, run=back.run, exclusive=False)
         if isinstance(node.target, Reduction):
-            target: Any = _OfFlipped(node.target, back)
-            node = replace(node, target=target)
+            reduction: Any = InParts(node.target, lambda tiles, context: [back.seen(tiles, context)])
+            node = replace(node, target=reduction)
     return nodes, swap_refs(node, names), replace(placed, reads=tuple(reads)), (rows, cols)
 
 
@@ -123,30 +185,6 @@ def _is_alike(placed: Placed) -> bool:
         (read.rows, read.cols) == (identity(read.rows.n_in), identity(read.cols.n_in)) for read in placed.reads
     )
     return pointwise and placed.op.cheap and not placed.op.draws and not placed.op.masked
-
-
-def _flipped_weight(node: Node, name: str, flips: Flips, maps: Maps, nodes: list[Node]) -> str:
-    """The name of the map that a weight as large as the image becomes when it is read the other way round."""
-    weight, axes, shape = maps.broadcast[name], maps.axes[name], maps.shapes[name]
-    added, shape_of = len(shape) - len(maps.shapes[weight]), maps.shapes[weight]
-    over = [d - added for d, flip in zip(axes, flips, strict=True) if flip and d >= added]
-    if not over:
-        return name
-    made = f"{weight}@flipped {','.join(map(str, over))}"
-    if made not in maps.shapes:
-        nodes.append(
-            replace(
-                node,
-                name=made,
-                target=aten.flip.default,
-                args=(Ref(weight), over),
-                kwargs={},
-                pick=None,
-                shape=shape_of,
-            )
-        )
-        maps.shapes[made] = shape_of
-    return maps.broadcast_weight(made, axes, shape)
 
 
 @dataclass(frozen=True)
@@ -173,25 +211,3 @@ class _Back:
 
     def _flip(self, x: Tensor, axes: Axes) -> Tensor:
         return x.flip([d for d, flip in zip(axes, self.flips, strict=True) if flip])
-
-
-@dataclass(frozen=True)
-class _OfFlipped(Reduction):
-    """A reduction of flipped maps."""
-
-    inner: Reduction
-    back: _Back
-
-    def gather(self, tiles: Sequence[Tensor], context: TileContext) -> Any:
-        return self.inner.gather(*self.back.seen(tiles, context))
-
-    def merge(self, one: Any, other: Any) -> Any:
-        return self.inner.merge(one, other)
-
-    def finish(self, state: Any) -> Parts:
-        return self.inner.finish(state)
-
-    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
-        with torch.enable_grad():
-            seen = self.back.seen(tiles, context)
-        return self.inner.pull(result, *seen, grads)

@@ -14,7 +14,7 @@ from widefield.streaming.rules.base import (
     Placed,
     TileContext,
     argument,
-    caller,
+    called,
     dims,
     only_map,
     refuse_whole,
@@ -36,8 +36,7 @@ def transform(node: Node, maps: Maps) -> Placed:
     given = argument(node, 1 if node.op.endswith("shift") else 2, "dim", default)
     if set(dims(node, given, len(maps.shapes[name]))) & set(maps.axes[name]):
         raise refuse_whole(node, "transforms")
-    call = caller(node, maps)
-    return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: call(tiles, context.weights))
+    return called(node, maps, maps.axes[name])
 
 
 def _with_parts(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.rules import flat
-from widefield.streaming.rules.base import Axes, Flattened, Maps, Placed, argument, caller, rewrite, rule, sources
+from widefield.streaming.rules.base import Axes, Flattened, Maps, Placed, argument, called, rewrite, rule, sources
 from widefield.streaming.rules.pointwise import pointwise
 from widefield.streaming.rules.reductions import sum_over
 from widefield.streaming.rules.rewriting import Rewriting
@@ -150,11 +150,10 @@ def quotient(total: Tensor, count: Tensor, shape: tuple[int, ...], dtype: torch.
 @rule(cross_entropy_at_each, likelihood_at_each, keeps_batch=True)
 def at_each_position(node: Node, maps: Maps) -> Placed:
     """A loss of the classes at each position."""
-    name, call = node.args[0].name, caller(node, maps)
+    name = node.args[0].name
     dim = node.args[5] if len(node.args) > 5 else len(maps.shapes[name])
     axes = Axes(*(d - (d > dim) for d in maps.axes[name]))
-    reads = tuple(map(maps.read, sources(node, maps)))
-    return Placed(reads, axes, lambda tiles, context: call(tiles, context.weights))
+    return called(node, maps, axes)
 
 
 def _one_hot_on_flat(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:

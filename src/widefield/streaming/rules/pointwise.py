@@ -7,8 +7,20 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, overwrite
-from widefield.streaming.rules import flat
-from widefield.streaming.rules.base import Axes, Maps, Placed, TileContext, caller, only_map, rule, sources, swap_refs
+from widefield.streaming.rules import flat, ranges
+from widefield.streaming.rules.base import (
+    Axes,
+    Maps,
+    Placed,
+    TileContext,
+    called,
+    caller,
+    declare,
+    only_map,
+    rule,
+    sources,
+    swap_refs,
+)
 
 aten = torch.ops.aten
 
@@ -21,13 +33,14 @@ _pointwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.elementwise)
 @_pointwise(
     *(aten.hardswish, aten.leaky_relu, aten.softplus, aten.square, aten.floor_divide),
     *(aten.where, aten.masked_fill, aten.fill, overwrite, aten.alias, aten.contiguous),
-    *(aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+    aten.type_as,
 )
 @_pointwise(aten.sub, aten.rsub, aten.neg, aten.clone, aten.to, aten._to_copy, saves=())
 @_pointwise(aten.log_sigmoid, saves=("inputs", "mask"))
 @_pointwise(aten.complex)
 @_pointwise(aten.polar, saves=("inputs", "result"))
 @_pointwise(aten.detach, aten.__and__, aten.__or__, aten.__xor__, saves=(), stops_gradients=True)
+@_pointwise(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, saves=(), stops_gradients=True)
 @_pointwise(aten.add, saves=(), carries_relu=True, sends_same=True)
 @_pointwise(
     *(aten.relu, aten.sigmoid, aten.tanh, aten.tan, aten.sqrt, aten.rsqrt, aten.reciprocal),
@@ -57,8 +70,20 @@ def pointwise(node: Node, maps: Maps) -> Placed:
             full = list(shape)
             full[axes.rows], full[axes.cols] = height, width
             node = swap_refs(node, {name: maps.broadcast_weight(name, axes, tuple(full))})
-    return _call(node, maps, axes)
+    return called(node, maps, axes)
 
+
+declare(aten.tanh, aten.sin, aten.cos, aten.erf, aten.sign, range_of=ranges.limited(-1.0, 1.0))
+declare(aten.sigmoid, aten.hardsigmoid, range_of=ranges.limited(0.0, 1.0))
+declare(aten.clamp, aten.clamp_min, aten.clamp_max, aten.hardtanh, aten.relu6, range_of=ranges.clamped)
+declare(aten.relu, range_of=ranges.clamped, exact=True)
+declare(aten.add, aten.sub, aten.rsub, range_of=ranges.added)
+declare(aten.mul, aten.div, range_of=ranges.multiplied)
+declare(aten.neg, range_of=ranges.negated, exact=True)
+declare(aten.reciprocal, range_of=ranges.reciprocal)
+declare(aten.clone, aten.contiguous, aten.alias, aten.detach, range_of=ranges.same, exact=True)
+declare(aten.to, aten._to_copy, aten.type_as, range_of=ranges.same)
+declare(aten.zeros_like, aten.ones_like, aten.full_like, range_of=ranges.filled)
 
 _channelwise = partial(rule, cheap=True, keeps_batch=True, flat=flat.channels_second)
 
@@ -73,7 +98,7 @@ def channelwise(node: Node, maps: Maps) -> Placed:
             "takes dimension 1 for the channels, which here is the height or width", "permute the map first"
         )
     if "prelu" in node.op:
-        return _call(node, maps, maps.axes[name])
+        return called(node, maps, maps.axes[name])
     call = caller(node, maps)
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
@@ -92,12 +117,6 @@ def with_plain_stride(grad: Tensor) -> Tensor:
     smaller than the others, as views may leave it; its own gradients are then wrong (torch 2.15).
     """
     return grad.as_strided(grad.shape, (grad.numel(), *grad.stride()[1:]))
-
-
-def _call(node: Node, maps: Maps, axes: Axes) -> Placed:
-    call = caller(node, maps)
-    reads = tuple(maps.read(name) for name in sources(node, maps))
-    return Placed(reads, axes, lambda tiles, context: call(tiles, context.weights))
 
 
 def _align(axes: Axes, ndim_in: int, ndim_out: int) -> Axes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.rules.base import argument, dims, groups
+from widefield.streaming.rules.base import argument, declare, dims, groups, op_of
 
 aten = torch.ops.aten
 _MOST = 1024  # elements that are told apart in a dimension, and of a constant
@@ -52,6 +52,7 @@ class Range:
 
 Known = Mapping[str, Range]
 Shapes = Mapping[str, Sequence[int]]
+RangeOf = Callable[[Node, Known, Shapes], Range | None]
 
 
 def between(low: float, high: float, ndim: int = 0) -> Range:
@@ -70,13 +71,13 @@ def constant(value: Tensor) -> Range | None:
 
 def range_of(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """Return what is known of `node`'s result, from what is known of what it reads; None for nothing."""
-    function = _FUNCTIONS.get(node.op)
-    if function is None or 0 in node.shape or node.dtype.is_complex:
+    op = op_of(node.target)
+    if op is None or op.range_of is None or 0 in node.shape or node.dtype.is_complex:
         return None
-    found = function(node, known, shapes)
+    found = op.range_of(node, known, shapes)
     if found is None or not (found.low.isfinite().all() and found.high.isfinite().all()):
         return None
-    if node.op in _EXACT or not node.dtype.is_floating_point:
+    if op.exact or not node.dtype.is_floating_point:
         return found
     room = 4 * torch.finfo(node.dtype).eps * max(map(abs, found.ends(node.shape)))
     return Range(found.low - room, found.high + room, found.slopes)
@@ -94,11 +95,12 @@ def _operand(value: Any, known: Known, ndim: int) -> Range | None:
     return between(value, value, ndim) if number else None
 
 
-def _limited(low: float, high: float) -> Callable[[Node, Known, Shapes], Range]:
+def limited(low: float, high: float) -> RangeOf:
+    """Every element lies between two numbers, whatever is read."""
     return lambda node, known, shapes: between(low, high, len(node.shape))
 
 
-def _clamped(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def clamped(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """Numbers are moved towards any line within the limits, so that they are no further from it than before."""
     fixed = {"aten.relu": (0.0, None), "aten.relu6": (0.0, 6.0)}
     low, high = fixed.get(node.op, (argument(node, 1, "min"), argument(node, 2, "max")))
@@ -123,7 +125,8 @@ def _clamped(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return Range(torch.minimum(found.low, middle), torch.maximum(found.high, middle), found.slopes)
 
 
-def _added(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def added(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Sums and differences."""
     ndim = len(node.shape)
     operands = [_operand(arg, known, ndim) for arg in node.args[:2]]
     factors = [1.0, node.kwargs.get("alpha", 1)]
@@ -150,7 +153,8 @@ def _times(x: Range, factor: Tensor | float) -> Range:
     return Range(torch.minimum(*ends), torch.maximum(*ends), slopes)
 
 
-def _multiplied(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def multiplied(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Products and quotients."""
     ndim = len(node.shape)
     one, other = (_operand(arg, known, ndim) for arg in node.args[:2])
     if one is None or other is None or len(node.args) > 2 or node.kwargs:
@@ -178,16 +182,18 @@ def _inverse(x: Range | None) -> Range | None:
     return Range(1 / x.high, 1 / x.low, {})
 
 
-def _reciprocal(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def reciprocal(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """One over something."""
     return _inverse(_operand(node.args[0], known, len(node.shape)))
 
 
-def _negated(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def negated(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """What is read, times -1."""
     found = _operand(node.args[0], known, len(node.shape))
     return found and _times(found, -1.0)
 
 
-def _same(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def same(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """The values of the first argument, converted; what is cut off of whole numbers is less than 1."""
     found = _operand(node.args[0], known, len(node.shape))
     if found is None or node.dtype.is_floating_point:
@@ -198,7 +204,8 @@ def _same(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return found if whole else Range(found.low - 1, found.high + 1, found.slopes)
 
 
-def _filled(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def filled(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """One number everywhere."""
     name = node.op.split(".")[1].removeprefix("new_").removesuffix("_like")
     value = {"zeros": 0, "ones": 1}.get(name)
     if value is None:
@@ -206,7 +213,7 @@ def _filled(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return _operand(value, known, len(node.shape)) if not isinstance(value, Ref) else None
 
 
-def _counted(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def counted(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`arange` and `linspace`."""
     numbers = [*node.args, *(node.kwargs[key] for key in ("start", "end", "step", "steps") if key in node.kwargs)]
     if not all(isinstance(number, (int, float)) for number in numbers):
@@ -218,12 +225,13 @@ def _counted(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return Range(begin.low, begin.high, {0: torch.full((1,), step, dtype=torch.float64, device="cpu")})
 
 
-def _diagonal(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def diagonal(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Ones on the diagonal, and zeros."""
     rows, cols = node.shape
     return constant(torch.eye(rows, cols, dtype=torch.float64, device="cpu")) if rows * cols <= _MOST else None
 
 
-def _affine_grid(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def affine_grid(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`F.affine_grid` of (N, 2, 3) to (N, H, W, 2)."""
     theta, corners = node.args[0], node.args[2]
     found = known.get(theta.name)
@@ -243,7 +251,8 @@ def _affine_grid(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return Range(at - away, at + away, slopes)
 
 
-def _permuted(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def permuted(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Dimensions in another order."""
     found, ndim = known.get(node.args[0].name), len(node.shape)
     if found is None:
         return None
@@ -252,7 +261,8 @@ def _permuted(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return found.of_each(lambda x: x.permute(order), {d: order.index(d) for d in found.slopes})
 
 
-def _reshaped(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def reshaped(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Another shape: a dimension that stays as it is keeps its slope."""
     name = node.args[0].name
     found, shape = known.get(name), shapes[name]
     if found is None or node.target is aten.view.dtype:
@@ -281,7 +291,7 @@ def _without(found: Range, shape: Sequence[int], along: Sequence[int]) -> Range:
     return Range(found.low.amin(tuple(along), True), found.high.amax(tuple(along), True), found.slopes)
 
 
-def _expanded(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def expanded(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`expand` and `repeat`: what was one element along a dimension has no slope there."""
     name = node.args[0].name
     found, shape = known.get(name), shapes[name]
@@ -293,7 +303,7 @@ def _expanded(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return found.of_each(lambda x: x[(None,) * added], {d: d + added for d in found.slopes})
 
 
-def _meshed(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def meshed(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`meshgrid`: vector k of the list along dimension k, of the first two the other one with indexing "xy"."""
     vectors, k = node.args[0], node.pick or 0
     found, ndim = known.get(vectors[k].name), len(node.shape)
@@ -309,7 +319,7 @@ def _meshed(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return found.of_each(along, {0: d})
 
 
-def _joined(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def joined(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`cat` and `stack`."""
     ndim, sizes, parts = len(node.shape), list[int](), list[Range]()
     (dim,) = dims(node, argument(node, 1, "dim", 0), ndim)
@@ -339,7 +349,7 @@ def _joined(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return Range(joined[0], joined[1], dict(zip(slopes, joined[2:], strict=True)))
 
 
-def _cut(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def cut(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`slice`, and the pieces of `split` and `chunk`."""
     name, pick = node.args[0].name, node.pick or 0
     found, shape = known.get(name), shapes[name]
@@ -363,7 +373,7 @@ def _cut(node: Node, known: Known, shapes: Shapes) -> Range | None:
     )
 
 
-def _selected(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def selected(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """`select` and `unbind`."""
     name = node.args[0].name
     found, shape = known.get(name), shapes[name]
@@ -386,7 +396,8 @@ def _moved(found: Range, dim: int, start: int, step: int) -> Range:
     return Range(found.low + slope * start, found.high + slope * start, slopes)
 
 
-def _flipped(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def flipped(node: Node, known: Known, shapes: Shapes) -> Range | None:
+    """Dimensions the other way round."""
     name = node.args[0].name
     found, shape = known.get(name), shapes[name]
     if found is None:
@@ -397,55 +408,18 @@ def _flipped(node: Node, known: Known, shapes: Shapes) -> Range | None:
     return found.of_each(lambda x: x.flip(over), {d: d for d in found.slopes})
 
 
-def _anywhere(node: Node, known: Known, shapes: Shapes) -> Range | None:
+def anywhere(node: Node, known: Known, shapes: Shapes) -> Range | None:
     """Elements that are moved somewhere, picked, or averaged."""
     name = node.args[0].name
     found = known.get(name)
     return found and between(*found.ends(shapes[name]), len(node.shape))
 
 
-_EXACT = frozenset(
-    (
-        *(
-            "aten.relu",
-            "aten.clone",
-            "aten.contiguous",
-            "aten.alias",
-            "aten.detach",
-            "aten.zeros",
-            "aten.ones",
-            "aten.eye",
-        ),
-        *("aten.permute", "aten.transpose", "aten.view", "aten.reshape", "aten.expand", "aten.stack", "aten.cat"),
-        *("aten.unsqueeze", "aten.squeeze", "aten.neg", "aten.flip", "aten.select", "aten.unbind", "aten.meshgrid"),
-        *("aten.slice", "aten.split", "aten.chunk", "aten.repeat", "apart", "turn", "straight"),
-    )
-)
-_FUNCTIONS: dict[str, Callable[[Node, Known, Shapes], Range | None]] = {
-    **dict.fromkeys(("aten.tanh", "aten.sin", "aten.cos", "aten.erf", "aten.sign"), _limited(-1.0, 1.0)),
-    **dict.fromkeys(("aten.sigmoid", "aten.softmax", "aten._softmax", "aten.hardsigmoid"), _limited(0.0, 1.0)),
-    **dict.fromkeys(("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh", "aten.relu", "aten.relu6"), _clamped),
-    **dict.fromkeys(("aten.add", "aten.sub", "aten.rsub"), _added),
-    **dict.fromkeys(("aten.mul", "aten.div"), _multiplied),
-    "aten.neg": _negated,
-    "aten.reciprocal": _reciprocal,
-    **dict.fromkeys(("aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "straight"), _same),
-    "aten.lift_fresh_copy": _same,
-    **dict.fromkeys(("aten.to", "aten._to_copy", "aten.type_as"), _same),
-    **dict.fromkeys(("aten.zeros", "aten.ones", "aten.full", "aten.new_zeros", "aten.new_ones", "aten.new_full"), _filled),
-    **dict.fromkeys(("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.scalar_tensor"), _filled),
-    **dict.fromkeys(("aten.arange", "aten.linspace"), _counted),
-    "aten.eye": _diagonal,
-    "aten.affine_grid_generator": _affine_grid,
-    **dict.fromkeys(("aten.permute", "aten.transpose", "aten.movedim", "aten.swapaxes", "aten.swapdims"), _permuted),
-    **dict.fromkeys(("aten.view", "aten.reshape", "aten._unsafe_view", "apart", "aten.flatten", "aten.unflatten"), _reshaped),
-    **dict.fromkeys(("aten.unsqueeze", "aten.squeeze", "aten.view_as", "aten.reshape_as"), _reshaped),
-    **dict.fromkeys(("aten.expand", "aten.repeat", "aten.expand_as"), _expanded),
-    "aten.meshgrid": _meshed,
-    **dict.fromkeys(("aten.cat", "aten.stack"), _joined),
-    **dict.fromkeys(("aten.slice", "aten.split", "aten.split_with_sizes", "aten.chunk"), _cut),
-    **dict.fromkeys(("aten.select", "aten.unbind"), _selected),
-    "aten.flip": _flipped,
-    **dict.fromkeys(("aten.roll", "aten.upsample_bilinear2d", "aten.upsample_nearest2d", "aten.max_pool2d"), _anywhere),
-    **dict.fromkeys(("aten.mean", "aten.amax", "aten.amin", "aten.index_select", "turn", "mirror"), _anywhere),
-}  # fmt: skip
+# Of what is a map, the files of the rules say so.
+declare(aten.zeros, aten.ones, range_of=filled, exact=True)
+declare(aten.full, aten.new_zeros, aten.new_ones, aten.new_full, aten.scalar_tensor, range_of=filled)
+declare(aten.arange, aten.linspace, range_of=counted)
+declare(aten.eye, range_of=diagonal, exact=True)
+declare(aten.meshgrid, range_of=meshed, exact=True)
+declare(aten.affine_grid_generator, range_of=affine_grid)
+declare(aten.lift_fresh_copy, range_of=same)

@@ -11,6 +11,7 @@ Of an image with a mask the foreground alone is reduced: `masks` of the context 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -37,6 +38,29 @@ class Reduction(ABC):
     def finish(self, state: Any) -> Parts: ...
     @abstractmethod
     def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs: ...
+
+
+@dataclass(frozen=True)
+class InParts(Reduction):
+    """A reduction of maps that are rolled or flipped: `parts` gives tiles and context as the model sees them, part by part."""
+
+    inner: Reduction
+    parts: Callable[[Sequence[Tensor], TileContext], Sequence[tuple[Sequence[Tensor], TileContext]]]
+
+    def gather(self, tiles: Sequence[Tensor], context: TileContext) -> Any:
+        states = [self.inner.gather(*part) for part in self.parts(tiles, context)]
+        return list(accumulate(states, self.inner.merge))[-1]
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return self.inner.merge(one, other)
+
+    def finish(self, state: Any) -> Parts:
+        return self.inner.finish(state)
+
+    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
+        with torch.enable_grad():
+            parts = self.parts(tiles, context)
+        return [pair for part in parts for pair in self.inner.pull(result, *part, grads)]
 
 
 class _Local(Reduction):

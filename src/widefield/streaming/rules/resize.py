@@ -8,7 +8,8 @@ from torch import Tensor
 
 from widefield.streaming.captured import Node
 from widefield.streaming.extents import Resample, Span
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, argument, only_map, rule
+from widefield.streaming.rules import ranges
+from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, argument, declare, only_map, rule
 
 aten = torch.ops.aten
 
@@ -92,6 +93,9 @@ def interpolate(node: Node, maps: Maps) -> Placed:
         return _resample(_resample(tiles[0], 2, rows, context.rows[0]), 3, cols, context.cols[0])
 
     return Placed((Read(name, rows, cols),), Axes(2, 3), run)
+
+
+declare(aten.upsample_bilinear2d, aten.upsample_nearest2d, range_of=ranges.anywhere)
 
 
 def _chosen_alike(axis: Resample, scale: float) -> bool:

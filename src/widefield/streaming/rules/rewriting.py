@@ -21,10 +21,7 @@ class Rewriting:
 
     def add(self, suffix: str, target: Callable[..., Any], args: Sequence[Any], shape: Sequence[int]) -> Ref:
         name = f"{self.node.name}@{suffix}"
-        node = self.node
-        self.nodes.append(
-            replace(node, name=name, target=target, args=tuple(args), kwargs={}, shape=tuple(shape), pick=None)
-        )
+        self.nodes.append(self.node.derived(target, *args, name=name, shape=shape))
         return Ref(name)
 
     def reduce(self, names: Sequence[str], reduction: Reduction, *shapes: Sequence[int]) -> list[Ref]:
@@ -38,7 +35,7 @@ class Rewriting:
         return [Ref(part) for part in parts_of(self.nodes[-1])]
 
     def result(self, target: Callable[..., Any], *args: Any) -> list[Node]:
-        self.nodes.append(replace(self.node, target=target, args=args, kwargs={}, pick=None))
+        self.nodes.append(self.node.derived(target, *args))
         return self.nodes
 
 

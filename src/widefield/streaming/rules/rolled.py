@@ -11,14 +11,16 @@ the map as the model sees it, with its own borders, so that no other rule has to
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import AxisMap, Behind, Rolled, Span, Window, identity
+from widefield.streaming.extents import AxisMap, Positions, Span, Window, identity
+from widefield.streaming.receptive_field import IDENTITY, ReceptiveField
+from widefield.streaming.rules import ranges
 from widefield.streaming.rules.base import (
     Axes,
     Maps,
@@ -35,11 +37,107 @@ from widefield.streaming.rules.base import (
     sources,
     swap_refs,
 )
-from widefield.streaming.rules.reductions import Grads, Pairs, Parts, Reduction
+from widefield.streaming.rules.reductions import InParts, Reduction
 from widefield.streaming.rules.rewriting import Rewriting
 
 aten = torch.ops.aten
 _FARTHEST = 64  # positions that a roll may move a map by: each tile carries as many
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs from `begin` on, and so round.
+
+    Outputs before `begin` come last; for them some inputs are read a second time, as if they followed once more after all
+    others (`n_in` counts them). A negative `begin_in` counts back from the end: what stands before input 0 comes first, and is
+    not read until the end. It must be that `inner.first(begin) >= begin_in`.
+    """
+
+    inner: AxisMap
+    begin_in: int
+    begin: int
+
+    @property
+    def n_in(self) -> int:
+        behind = self.inner.n_in + self.inner.stop(self.begin) if self.begin else self.inner.stop(self.n_out)
+        return max(self.inner.n_in, behind - self.begin_in)
+
+    @property
+    def n_out(self) -> int:
+        return self.inner.n_out
+
+    @property
+    def stride(self) -> int:
+        return self.inner.stride
+
+    @property
+    def receptive_field(self) -> ReceptiveField | None:
+        return self.inner.receptive_field
+
+    @property
+    def again(self) -> int:
+        """Number of inputs that are read twice: so many of the first ones."""
+        return self.n_in - self.inner.n_in
+
+    @property
+    def at_end(self) -> int:
+        """Number of outputs that come before the first one that stands before `begin`."""
+        return self.n_out - self.begin
+
+    def parts(self, p0: int, p1: int) -> list[tuple[Span, int]]:
+        """The computations of outputs `[p0, p1)`, in `inner`'s positions, each with what to add to them for those of this map."""
+        parts = []
+        if p0 < self.at_end:
+            parts.append((self.inner.span(p0 + self.begin, min(p1, self.at_end) + self.begin), -self.begin_in))
+        if p1 > self.at_end:
+            low, high = max(p0, self.at_end) - self.at_end, p1 - self.at_end
+            parts.append((self.inner.span(low, high), self.inner.n_in - self.begin_in))
+        return parts
+
+    def span(self, o0: int, o1: int) -> Span:
+        parts = self.parts(o0, o1)
+        return Span(o0, o1, min(part.first + add for part, add in parts), max(part.last + add for part, add in parts))
+
+    def ready_all(self, r: Positions) -> Positions:
+        n, there = self.inner.n_in, r + self.begin_in
+        ready = np.maximum(self.inner.ready_all(np.clip(there, 0, n)) - self.begin, 0)
+        behind = np.minimum(self.inner.ready_all(np.clip(there - n, 0, n)), self.begin)
+        ready = ready + np.where(ready == self.at_end, behind, 0)
+        ready[r >= self.n_in] = self.n_out
+        if not self.inner.ready(0):
+            ready[r <= 0] = 0
+        return ready
+
+    def first_all(self, o: Positions) -> Positions:
+        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
+        first = self.inner.first_all(before) - self.begin_in
+        first = np.where(o < self.at_end, first, self.inner.first_all(behind) + self.inner.n_in - self.begin_in)
+        return np.where(o < self.n_out, first, self.n_in)
+
+    def stop_all(self, o: Positions) -> Positions:
+        before, behind = np.minimum(o + self.begin, self.n_out), np.maximum(o - self.at_end, 0)
+        stop = self.inner.stop_all(before) - self.begin_in
+        stop = np.where(o <= self.at_end, stop, self.inner.stop_all(behind) + self.inner.n_in - self.begin_in)
+        return np.where(o > 0, np.maximum(stop, 0), 0)
+
+    def ready(self, r: int) -> int:
+        return int(self.ready_all(np.array([r]))[0])
+
+    def first(self, o: int) -> int:
+        return int(self.first_all(np.array([o]))[0])
+
+    def stop(self, o: int) -> int:
+        return int(self.stop_all(np.array([o]))[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Behind(Window):
+    """Output `o` is input `o - padding`: of the positions that are joined to a rolled map at its end (see `Rolled`)."""
+
+    @property
+    def receptive_field(self) -> ReceptiveField:
+        """The same rows again, one turn later."""
+        return IDENTITY
 
 
 @rewrite(aten.roll)
@@ -131,7 +229,7 @@ def turn(x: Tensor, rows: int, cols: int) -> Tensor:
     raise AssertionError("maps are turned in a scan only")
 
 
-@rule(turn, saves=(), cheap=True, keeps_batch=True)
+@rule(turn, saves=(), cheap=True, keeps_batch=True, is_view=True, range_of=ranges.anywhere, exact=True)
 def turned(node: Node, maps: Maps) -> Placed:
     """See `turn`."""
     name = only_map(node, maps)
@@ -143,7 +241,7 @@ def straight(x: Tensor) -> Tensor:
     return x
 
 
-@rule(straight, saves=(), cheap=True, keeps_batch=True)
+@rule(straight, saves=(), cheap=True, keeps_batch=True, is_view=True, range_of=ranges.same, exact=True)
 def straightened(node: Node, maps: Maps) -> Placed:
     """See `straight`."""
     return turned(node, maps)
@@ -212,7 +310,8 @@ def around(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], Node, Pl
             raise node.refuse("reads a rolled map more than twice", "do not roll maps that are smaller than a window")
         source = read.source
         if source in maps.broadcast:
-            source = _rolled_weight(node, read.source, (-rows.begin_in, -cols.begin_in), maps, nodes)
+            shifts = -rows.begin_in, -cols.begin_in
+            source = moved_weight(node, source, aten.roll.default, shifts, maps, nodes)
             names[maps.broadcast[read.source]] = maps.broadcast[source]
         else:
             for dim, side in zip(maps.axes[source], (rows, cols), strict=True):
@@ -221,10 +320,10 @@ def around(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], Node, Pl
             names[read.source] = source
         reads.append(Read(source, _simplest(rows), _simplest(cols)))
     axes_in = [maps.axes[read.source] for read in placed.reads]
-    run = _in_parts(placed.run, tuple(sides[0]), tuple(sides[1]), axes_in, placed.axes)
+    run = _in_parts(placed.run, sides, axes_in, placed.axes)
     if isinstance(node.target, Reduction):
-        target: Any = InParts(node.target, tuple(sides[0]), tuple(sides[1]), tuple(axes_in))
-        node = replace(node, target=target)
+        reduction: Any = InParts(node.target, lambda *given: [x for row in _cut(*given, sides, axes_in) for x in row])
+        node = replace(node, target=reduction)
     return nodes, swap_refs(node, names), replace(placed, reads=tuple(reads), run=run, exclusive=False), begin
 
 
@@ -264,26 +363,25 @@ def _again(node: Node, source: str, dim: int, count: int, maps: Maps, nodes: lis
             ("", joined, (Ref(source), Ref(f"{made}first"), dim), shape[dim] + count),
         ):
             size_of = (*shape[:dim], size, *shape[dim + 1 :])
-            nodes.append(
-                replace(node, name=made + suffix, target=target, args=args, kwargs={}, pick=None, shape=size_of)
-            )
+            nodes.append(node.derived(target, *args, name=made + suffix, shape=size_of))
     return made
 
 
-def _rolled_weight(node: Node, name: str, shifts: tuple[int, int], maps: Maps, nodes: list[Node]) -> str:
-    """The name of the map that a weight as large as the image becomes when it is read from another row and column on."""
-    if not any(shifts):
-        return name
+def moved_weight(node: Node, name: str, target: Any, by: Sequence[int], maps: Maps, nodes: list[Node]) -> str:
+    """The name of the map that a weight as large as the image becomes by a roll `by` so many rows and columns, or by a flip.
+
+    The node that moves the weight goes to `nodes`.
+    """
     weight, axes, shape = maps.broadcast[name], maps.axes[name], maps.shapes[name]
-    added = len(shape) - len(maps.shapes[weight])
-    over = [(shift, d - added) for shift, d in zip(shifts, axes, strict=True) if d >= added]
-    made = f"{weight}@{','.join(map(str, shifts))}@{','.join(map(str, axes))}"
+    added, shape_of = len(shape) - len(maps.shapes[weight]), maps.shapes[weight]
+    over = {d - added: shift for shift, d in zip(by, axes, strict=True) if shift and d >= added}
+    if not over:
+        return name
+    amounts = [list(over.values())] if target is aten.roll.default else []
+    made = f"{weight}@{target._opname} {over}"
     if made not in maps.shapes:
-        args = (Ref(weight), [shift for shift, _ in over], [d for _, d in over])
-        shape_of = maps.shapes[weight]
-        nodes.append(
-            replace(node, name=made, target=aten.roll.default, args=args, kwargs={}, pick=None, shape=shape_of)
-        )
+        nodes.append(node.derived(target, Ref(weight), *amounts, list(over), name=made, shape=shape_of))
+        maps.shapes[made] = shape_of
     return maps.broadcast_weight(made, axes, shape)
 
 
@@ -299,7 +397,7 @@ def _parts(spans: Sequence[Span], sides: Sequence[Rolled]) -> list[list[tuple[Sp
 def _cut(
     tiles: Sequence[Tensor],
     context: TileContext,
-    sides: tuple[Sequence[Rolled], Sequence[Rolled]],
+    sides: Sequence[Sequence[Rolled]],
     axes: Sequence[Axes],
 ) -> list[list[tuple[list[Tensor], TileContext]]]:
     """The parts of one computation, in rows and columns: the tiles and the context of each, as the model sees the maps."""
@@ -320,40 +418,12 @@ def _cut(
     return found
 
 
-def _in_parts(run: Run, rows: Sequence[Rolled], cols: Sequence[Rolled], axes_in: Sequence[Axes], axes: Axes) -> Run:
+def _in_parts(run: Run, sides: Sequence[Sequence[Rolled]], axes_in: Sequence[Axes], axes: Axes) -> Run:
     """`run` on each part of a tile that goes over the border of a map."""
 
     def run_parts(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
-        parts = [[run(*part) for part in row] for row in _cut(tiles, context, (rows, cols), axes_in)]
+        parts = [[run(*part) for part in row] for row in _cut(tiles, context, sides, axes_in)]
         made = [row[0] if len(row) == 1 else torch.cat(row, axes.cols) for row in parts]
         return made[0] if len(made) == 1 else torch.cat(made, axes.rows)
 
     return run_parts
-
-
-@dataclass(frozen=True)
-class InParts(Reduction):
-    """A reduction of rolled maps: each part of a tile that goes over the border of a map by itself."""
-
-    inner: Reduction
-    rows: tuple[Rolled, ...]
-    cols: tuple[Rolled, ...]
-    axes: tuple[Axes, ...]
-
-    def gather(self, tiles: Sequence[Tensor], context: TileContext) -> Any:
-        states = [self.inner.gather(*part) for part in self._cut(tiles, context)]
-        return list(accumulate(states, self.inner.merge))[-1]
-
-    def merge(self, one: Any, other: Any) -> Any:
-        return self.inner.merge(one, other)
-
-    def finish(self, state: Any) -> Parts:
-        return self.inner.finish(state)
-
-    def pull(self, result: Parts, tiles: Sequence[Tensor], context: TileContext, grads: Grads) -> Pairs:
-        with torch.enable_grad():
-            parts = self._cut(tiles, context)
-        return [pair for part in parts for pair in self.inner.pull(result, *part, grads)]
-
-    def _cut(self, tiles: Sequence[Tensor], context: TileContext) -> list[tuple[list[Tensor], TileContext]]:
-        return [part for row in _cut(tiles, context, (self.rows, self.cols), self.axes) for part in row]

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import Sampled, Span, Window
-from widefield.streaming.rules.base import Axes, Maps, Placed, Read, TileContext, caller, rule, sources
+from widefield.streaming.rules.base import STREAM, Axes, Maps, Placed, Read, TileContext, called, rule, sources
 
 aten = torch.ops.aten
-
-_WHOLE = "stream(model), which runs such a layer on the whole map after streaming what comes before it"
 
 
 def deformed(*args: Any) -> Tensor:
@@ -31,7 +29,7 @@ def deformable_convolution(node: Node, maps: Maps) -> Placed:
     if known is None:
         raise node.refuse(
             "reads at offsets that may be as large as the image",
-            f"keep them within numbers that forward names (2 * offsets.tanh(), offsets.clamp(-4, 4)); or {_WHOLE}",
+            f"keep them within numbers that forward names (2 * offsets.tanh(), offsets.clamp(-4, 4)); or {STREAM}",
         )
     expected = {x, offset, mask} if node.args[13] else {x, offset}
     if set(sources(node, maps)) != expected or any(
@@ -124,10 +122,7 @@ def _looked_up(node: Node, maps: Maps, grid: str) -> Placed:
     axes = maps.axes[grid]
     if 0 in axes or len(node.shape) - 1 in axes:
         raise node.refuse("needs the coordinates in the last dimension of a map", "permute the map")
-    call = caller(node, maps)
-    return Placed(
-        (maps.read(grid),), Axes(axes.rows + 1, axes.cols + 1), lambda tiles, context: call(tiles, context.weights)
-    )
+    return called(node, maps, Axes(axes.rows + 1, axes.cols + 1))
 
 
 def _along(node: Node, maps: Maps, grid: str, k: int, n: int, mode: int, padding: int, corners: bool) -> Sampled:
@@ -137,7 +132,7 @@ def _along(node: Node, maps: Maps, grid: str, k: int, n: int, mode: int, padding
         raise node.refuse(
             "reads at positions in the whole map, and how far each is from its own place is not known",
             "make the grid in forward, of numbers (F.affine_grid of torch.eye(2, 3)[None], torch.linspace) plus offsets within "
-            f"numbers that forward names (0.1 * offsets.tanh(), offsets.clamp(-0.1, 0.1)); resize by interpolate; or {_WHOLE}",
+            f"numbers that forward names (0.1 * offsets.tanh(), offsets.clamp(-0.1, 0.1)); resize by interpolate; or {STREAM}",
         )
     known = known.level(shape, [3]).of_each(lambda x: x[..., min(k, x.shape[-1] - 1)], {d: d for d in range(3)})
     slopes = known.slopes.get(dim, torch.zeros(1, dtype=torch.float64, device="cpu")).flatten()
@@ -158,7 +153,7 @@ def _along(node: Node, maps: Maps, grid: str, k: int, n: int, mode: int, padding
         raise node.refuse(
             f"reads up to {far:.0f} {('columns', 'rows')[k]} away from a line that moves on by {scale:.3g} for each position, "
             f"in a map of {n}",
-            f"keep within {_FARTHEST} positions, or half of the map, of where the map's own grid points; or {_WHOLE}",
+            f"keep within {_FARTHEST} positions, or half of the map, of where the map's own grid points; or {STREAM}",
         )
     before, after = (1, 2) if mode == _BICUBIC else (0, 1)
     return Sampled(n, shape[dim], max(scale, 0.0), low - before, high + after)

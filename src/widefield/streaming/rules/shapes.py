@@ -10,7 +10,7 @@ from torch import Tensor
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.extents import AxisMap, Piece, Window, identity, repeat
-from widefield.streaming.rules import flat
+from widefield.streaming.rules import flat, ranges
 from widefield.streaming.rules.base import (
     Axes,
     Maps,
@@ -18,7 +18,8 @@ from widefield.streaming.rules.base import (
     Read,
     TileContext,
     argument,
-    caller,
+    called,
+    declare,
     dims,
     groups,
     only_map,
@@ -32,7 +33,13 @@ from widefield.streaming.rules.rewriting import Rewriting
 aten = torch.ops.aten
 
 
-@rule(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims, cheap=True, flat=flat.permuted)
+@rule(
+    *(aten.permute, aten.transpose, aten.movedim, aten.swapaxes, aten.swapdims),
+    cheap=True,
+    flat=flat.permuted,
+    range_of=ranges.permuted,
+    exact=True,
+)
 def permute(node: Node, maps: Maps) -> Placed:
     """Dimensions in another order."""
     name = only_map(node, maps)
@@ -44,17 +51,12 @@ def permute(node: Node, maps: Maps) -> Placed:
 
 
 @rule(
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.unflatten,
-    aten.flatten,
-    aten.view_as,
-    aten.reshape_as,
+    *(aten.view, aten.reshape, aten._unsafe_view, aten.view_as, aten.reshape_as),
+    *(aten.unsqueeze, aten.squeeze, aten.unflatten, aten.flatten),
     keeps_batch=True,
     flat=flat.reshaping,
+    range_of=ranges.reshaped,
+    exact=True,
 )
 def reshape(node: Node, maps: Maps) -> Placed:
     """A new shape, as long as height and width stay apart from each other.
@@ -116,7 +118,10 @@ def reshape(node: Node, maps: Maps) -> Placed:
     return Placed((Read(name, rows_map, cols_map),), Axes(rows, cols), run)
 
 
-@rule(flat.apart, keeps_batch=True)
+declare(aten.reshape, is_view=True)
+
+
+@rule(flat.apart, keeps_batch=True, is_view=True, range_of=ranges.reshaped, exact=True)
 def set_apart(node: Node, maps: Maps) -> Placed:
     """A reshape of which it is known where height and width stand afterwards."""
     name, (shape, rows, cols) = only_map(node, maps), node.args[1:]
@@ -133,7 +138,7 @@ def set_apart(node: Node, maps: Maps) -> Placed:
     return Placed((maps.read(name),), Axes(rows, cols), run)
 
 
-@rule(aten.expand, aten.repeat, flat=flat.sizes)
+@rule(aten.expand, aten.repeat, flat=flat.sizes, range_of=ranges.expanded, exact=True)
 def expand(node: Node, maps: Maps) -> Placed:
     """Repetition along dimensions other than height and width."""
     name = only_map(node, maps)
@@ -174,7 +179,7 @@ def repeat_each(node: Node, maps: Maps) -> Placed:
     return Placed((read,), axes, run)
 
 
-@rule(aten.slice, flat=flat.along(1, default=0))
+@rule(aten.slice, flat=flat.along(1, default=0), range_of=ranges.cut, exact=True)
 def take_slice(node: Node, maps: Maps) -> Placed:
     """A range with a step, along any dimension."""
     name = only_map(node, maps)
@@ -200,7 +205,7 @@ def take_slice(node: Node, maps: Maps) -> Placed:
     )
 
 
-@rule(aten.select, aten.unbind, flat=flat.along(1, default=0))
+@rule(aten.select, aten.unbind, flat=flat.along(1, default=0), range_of=ranges.selected, exact=True)
 def select(node: Node, maps: Maps) -> Placed:
     """One index of a dimension, which goes."""
     name = only_map(node, maps)
@@ -208,18 +213,15 @@ def select(node: Node, maps: Maps) -> Placed:
     dim = dims(node, argument(node, 1, "dim", 0), len(maps.shapes[name]))[0]
     if dim in axes:
         raise node.refuse("takes one row or column", "take a slice of length 1, or do it outside of the streamed part")
-    call = caller(node, maps)
-    return Placed(
-        (maps.read(name),),
-        Axes(*(axis - (dim < axis) for axis in axes)),
-        lambda tiles, context: call(tiles, context.weights),
-    )
+    return called(node, maps, Axes(*(axis - (dim < axis) for axis in axes)))
 
 
-@rule(aten.flip, saves=(), flat=flat.along(1, name="dims"))
-@rule(aten.roll, saves=())
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, flat=flat.along(2, default=0))
-@rule(aten.index_select, aten.narrow, flat=flat.along(1, default=0))
+@rule(aten.flip, saves=(), flat=flat.along(1, name="dims"), range_of=ranges.flipped, exact=True)
+@rule(aten.roll, saves=(), range_of=ranges.anywhere)
+@rule(aten.split, aten.split_with_sizes, aten.chunk, flat=flat.along(2, default=0), range_of=ranges.cut, exact=True)
+@rule(aten.tensor_split, flat=flat.along(2, default=0))
+@rule(aten.index_select, flat=flat.along(1, default=0), range_of=ranges.anywhere)
+@rule(aten.narrow, flat=flat.along(1, default=0))
 def along_another_dimension(node: Node, maps: Maps) -> Placed:
     """Cutting or reordering a dimension other than height and width."""
     name = only_map(node, maps)
@@ -227,8 +229,7 @@ def along_another_dimension(node: Node, maps: Maps) -> Placed:
     default = None if node.op in ("aten.flip", "aten.roll") else 0
     if set(dims(node, argument(node, position, "dim", default), len(maps.shapes[name]))) & set(maps.axes[name]):
         raise refuse_whole(node, "cuts or reorders")
-    call = caller(node, maps)
-    return Placed((maps.read(name),), maps.axes[name], lambda tiles, context: call(tiles, context.weights))
+    return called(node, maps, maps.axes[name])
 
 
 @rule(aten.unfold, flat=flat.along(1, name="dimension"))
@@ -262,8 +263,10 @@ def from_the_start(index: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=index.device)[index]
 
 
-@rule(aten.cat, saves=(), keeps_batch=True, flat=flat.along(1, default=0))
-@rule(aten.stack, saves=(), flat=flat.along(1, default=0))
+@rule(
+    aten.cat, saves=(), keeps_batch=True, flat=flat.along(1, default=0, joins=True), range_of=ranges.joined, exact=True
+)
+@rule(aten.stack, saves=(), flat=flat.along(1, default=0, inserts=True), range_of=ranges.joined, exact=True)
 @rule(aten.slice_scatter)
 def join(node: Node, maps: Maps) -> Placed:
     """Joining maps along a dimension other than height and width; weights join where they are as large as the image."""
@@ -287,11 +290,7 @@ def join(node: Node, maps: Maps) -> Placed:
         if isinstance(item, Ref) and item.name not in maps:
             items[k] = Ref(maps.broadcast_weight(item.name, maps.axes[names[0]], maps.shapes[item.name]))
     args = (items, *node.args[1:]) if isinstance(node.args[0], (list, tuple)) else (*items, *node.args[2:])
-    node = replace(node, args=args)
-    call = caller(node, maps)
-    return Placed(
-        tuple(maps.read(n) for n in sources(node, maps)), axes, lambda tiles, context: call(tiles, context.weights)
-    )
+    return called(replace(node, args=args), maps, axes)
 
 
 def _joined_along(node: Node, maps: Maps, dim: int) -> Placed:
@@ -324,8 +323,7 @@ def put(node: Node, maps: Maps) -> Placed:
     axes = maps.axes[whole]
     if maps.axes[part] != tuple(axis - (dim < axis) for axis in axes):
         raise _different(node, maps)
-    call = caller(node, maps)
-    return Placed((maps.read(whole), maps.read(part)), axes, lambda tiles, context: call(tiles, context.weights))
+    return called(node, maps, axes)
 
 
 def _different(node: Node, maps: Maps) -> UnsupportedOpError:

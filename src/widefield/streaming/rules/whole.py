@@ -124,7 +124,7 @@ def adaptive_pool(node: Node, maps: Maps) -> list[Node] | None:
     grows = min(cells) > _FEW if node.grows is None or "max" in node.op else all(node.grows[-2:])
     if grows and node.pick in (None, 0):
         pool = mean_of_cells if "avg" in node.op else max_of_cells
-        return [replace(node, target=pool, args=(Ref(name), cells), kwargs={}, pick=None)]
+        return [node.derived(pool, Ref(name), cells)]
     if "max" in node.op:
         return _first_maximum(node, maps, name, node.pick, cells)
     new, grid = Rewriting(node), (*shape[:-2], *cells)

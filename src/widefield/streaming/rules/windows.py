@@ -4,7 +4,6 @@ Padding is added only where a window crosses the border of the whole image (`Spa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +13,14 @@ from torch.nn import functional as F
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import BorderPad, Span, Transposed, Window, clamp
 from widefield.streaming.local import Draws, LocalCall
-from widefield.streaming.rules import flat
+from widefield.streaming.rules import flat, ranges
 from widefield.streaming.rules.base import (
+    STREAM,
     Axes,
     Flattened,
     Maps,
     Placed,
-    Positions,
+    PooledFrom,
     Read,
     TileContext,
     argument,
@@ -187,7 +187,7 @@ def max_pool(node: Node, maps: Maps) -> Placed:
         return y * width + (at % tile.shape[3] + (cols.first - cols.low)).clamp(0, width - 1)
 
     if node.pick == 1:
-        maps.positions[node.name] = Positions((height, width), (extent[0], extent[1]), stride, padding)
+        maps.positions[node.name] = PooledFrom((height, width), (extent[0], extent[1]), stride, padding)
         return Placed((read,), NCHW, positions)
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
@@ -210,6 +210,9 @@ def max_pool(node: Node, maps: Maps) -> Placed:
     return Placed((read,), NCHW, run, exclusive=True)
 
 
+declare(aten.max_pool2d, range_of=ranges.anywhere)
+
+
 @rule(aten.max_unpool2d, saves=("indices",), keeps_batch=True)
 def max_unpool(node: Node, maps: Maps) -> Placed:
     """Each position goes back to where `max_pool` found it; windows that do not overlap tell where that may be."""
@@ -220,8 +223,7 @@ def max_unpool(node: Node, maps: Maps) -> Placed:
     if found is None or maps.shapes[x] != maps.shapes[indices]:
         raise node.refuse(
             "puts positions where a tensor of indices says, and it is not known how far apart that is",
-            "pass the indices that a max pooling of the model returned, as they are; or stream(model), which runs such a layer on "
-            "the whole map after streaming what comes before it",
+            f"pass the indices that a max pooling of the model returned, as they are; or {STREAM}",
         )
     if found.extent != size or any(k > s for k, s in zip(found.window, found.stride, strict=True)):
         raise node.refuse(
@@ -252,7 +254,7 @@ def _not_flattened(node: Node, maps: Maps) -> Node:
     sizes = zip(maps.extent(name), kernel, dilation, padding, stride, strict=True)
     rows, cols = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sizes)
     args = (node.args[0], kernel, dilation, padding, stride)
-    return replace(node, target=unfolded, args=args, kwargs={}, shape=(*node.shape[:2], rows, cols))
+    return node.derived(unfolded, *args, shape=(*node.shape[:2], rows, cols))
 
 
 declare(aten.im2col, flattens=_not_flattened)
@@ -307,7 +309,7 @@ def _of_windows(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], F
             "fold the windows that F.unfold with the same arguments gave, or a map of as many rows and columns",
         )
     args = (node.args[0], size, kernel, dilation, padding, stride)
-    return [replace(node, target=folded, args=args, kwargs={})], None
+    return [node.derived(folded, *args)], None
 
 
 declare(aten.col2im, flat=_of_windows)
