@@ -155,7 +155,13 @@ def _places(node: Node, maps: Maps) -> bool:
 
 
 def reshaping(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
-    """A reshape that leaves the flattened dimension whole, or merges it with those beside it, or takes these off again."""
+    """A reshape of what the model has flattened, with H = 12 and W = 20 for example:
+
+    (2, 240, 8) -> (2, 12, 20, 8)            height and width apart again: no longer flat
+    (2, 240, 8) -> (2, 240, 2, 4)            the flattened dimension stays whole
+    (2, 240, 8) -> (480, 8)                  it is merged with those beside it, `Flattened(3)`
+    (480, 8) -> (2, 240, 8)                  and taken apart from them again
+    """
     name = names[0]
     p, shape, (width, behind) = _position(maps, name), seen_shape(maps, name), maps.flat[name]
     group_in, group_out = next(g for g in groups(shape, node.shape) if p in g[0])

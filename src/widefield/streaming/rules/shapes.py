@@ -59,50 +59,39 @@ def permute(node: Node, maps: Maps) -> Placed:
     exact=True,
 )
 def reshape(node: Node, maps: Maps) -> Placed:
-    """A new shape, as long as height and width stay apart from each other.
+    """A new shape, as long as height and width stay apart from each other, with H = 12 and W = 20 for example:
 
-    Height (width) may be split into `(height / f, f)`: space-to-depth, or merged with the dimension after it: depth-to-space.
+        (2, 8, 12, 20) -> (16, 12, 20)           they stay as they are
+        (2, 8, 12, 20) -> (2, 8, 3, 4, 5, 4)     cut in windows of 4 x 4: a height of 3 and a width of 5
+        (2, 12, 3, 20) -> (2, 36, 20)            depth to space: each row becomes three
+
+    Of a map with a single row, any dimension of size 1 among those around it may be the height.
     """
     if node.target is aten.view.dtype:
         raise node.refuse("reads the bits of a map as another dtype", "convert with .to(dtype)")
     name = sources(node, maps)[0]
-    shape_in, shape_out = maps.shapes[name], node.shape
+    shape_in, shape_out, axes = maps.shapes[name], node.shape, maps.axes[name]
     found: list[tuple[int, AxisMap, int]] = []
-    cut = [next(g for g in groups(shape_in, shape_out) if axis in g[0]) for axis in maps.axes[name]]
+    cut = [next(g for g in groups(shape_in, shape_out) if axis in g[0]) for axis in axes]
     # Both split in two are windows, and of a map with one row of windows the first of the two is the height all the same.
     windows = all(len(group_in) == 1 and len(group_out) == 2 for group_in, group_out in cut)
-    for axis, (group_in, group_out) in zip(maps.axes[name], cut, strict=True):
+    for axis, (group_in, group_out) in zip(axes, cut, strict=True):
         size = shape_in[axis]
         wide_in = [d for d in group_in if shape_in[d] > 1]
-        wide_out = [d for d in group_out if shape_out[d] > 1]
-        taken = [place for place, _, _ in found]
-        if windows:
-            factor = shape_out[group_out[1]]
-            found.append((group_out[0], Window(size, size // factor, factor, factor), 1))
-        elif (
-            size == 1
-            and wide_in == [axis + 1]
-            and len(wide_out) == 1
-            and len(group_out) == 1
-            and axis + 1 not in maps.axes[name]
-        ):
-            factor = shape_out[wide_out[0]]
-            found.append((wide_out[0], repeat(1, factor), factor))
-        elif size == 1 and not set(maps.axes[name]) - {axis} & set(wide_in):
-            free = [d for d in group_out if shape_out[d] == 1 and d not in taken]
-            if not free:
-                raise refuse_whole(node, "flattens")
-            found.append((free[0], identity(1), 1))
-        elif wide_in == [axis] and len(wide_out) == 1:
-            found.append((wide_out[0], identity(size), 1))
-        elif wide_in == [axis] and len(wide_out) == 2:
-            factor = shape_out[wide_out[1]]
+        wide_out = list(group_out) if windows else [d for d in group_out if shape_out[d] > 1]
+        if wide_in == [axis] and len(wide_out) <= 2:
+            factor = size // shape_out[wide_out[0]]
             found.append((wide_out[0], Window(size, size // factor, factor, factor), 1))
-        elif len(wide_in) == 2 and wide_in[0] == axis and len(wide_out) == 1 and wide_in[1] not in maps.axes[name]:
-            factor = shape_in[wide_in[1]]
+            continue
+        with_next = wide_in == [axis + 1] and len(group_out) == 1 if size == 1 else wide_in[:-1] == [axis]
+        if with_next and len(wide_out) == 1 and wide_in[-1] not in axes:
+            factor = shape_in[wide_in[-1]]
             found.append((wide_out[0], repeat(size, factor), factor))
-        else:
+            continue
+        free = [d for d in group_out if shape_out[d] == 1 and d not in [place for place, _, _ in found]]
+        if size > 1 or set(axes) - {axis} & set(wide_in) or not free:
             raise refuse_whole(node, "flattens")
+        found.append((free[0], identity(1), 1))
     (rows, rows_map, rows_factor), (cols, cols_map, cols_factor) = found
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
