@@ -78,7 +78,10 @@ class AxisMap(Protocol):
 
 
 class _OneByOne:
-    """`ready_all`, `first_all` and `stop_all` of maps that have no closed form for many positions."""
+    """Maps that have no closed form for many positions, and whose windows do not reach into padding."""
+
+    def span(self: AxisMap, o0: int, o1: int) -> Span:
+        return Span(o0, o1, self.first(o0), self.stop(o1))
 
     def ready_all(self: AxisMap, r: Positions) -> Positions:
         return _each(self.ready, r)
@@ -88,6 +91,19 @@ class _OneByOne:
 
     def stop_all(self: AxisMap, o: Positions) -> Positions:
         return _each(self.stop, o)
+
+
+class AllAtOnce:
+    """Maps that answer for one position as for many."""
+
+    def ready(self: AxisMap, r: int) -> int:
+        return int(self.ready_all(np.array([r]))[0])
+
+    def first(self: AxisMap, o: int) -> int:
+        return int(self.first_all(np.array([o]))[0])
+
+    def stop(self: AxisMap, o: int) -> int:
+        return int(self.stop_all(np.array([o]))[0])
 
 
 def _each(function: Callable[[int], int], positions: Positions) -> Positions:
@@ -195,9 +211,6 @@ class Transposed(_OneByOne):
     def stop(self, o: int) -> int:
         return 0 if o <= 0 else clamp((o - 1 + self.padding) // self.up + 1, 0, self.n_in)
 
-    def span(self, o0: int, o1: int) -> Span:
-        return Span(o0, o1, self.first(o0), self.stop(o1))
-
 
 def repeat(n: int, factor: int) -> Transposed:
     """Output `o` reads input `o // factor`."""
@@ -252,9 +265,6 @@ class BorderPad(_OneByOne):
             last = max(last, self.before)
         return clamp(last + 1, 1, self.n_in)
 
-    def span(self, o0: int, o1: int) -> Span:
-        return Span(o0, o1, self.first(o0), self.stop(o1))
-
 
 def cell(i: int, size: int, count: int) -> tuple[int, int]:
     """The positions [low, high) of cell `i`, of `count` cells of adaptive pooling, which may overlap."""
@@ -285,9 +295,6 @@ class AdaptiveWindow(_OneByOne):
 
     def stop(self, o: int) -> int:
         return 0 if o <= 0 else cell(o - 1, self.n_in, self.n_out)[1]
-
-    def span(self, o0: int, o1: int) -> Span:
-        return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
 @dataclass(frozen=True)
@@ -378,9 +385,6 @@ class Resample(_OneByOne):
     def stop(self, o: int) -> int:
         return 0 if o <= 0 else self.taps(o - 1)[0][-1] + 1
 
-    def span(self, o0: int, o1: int) -> Span:
-        return Span(o0, o1, self.first(o0), self.stop(o1))
-
 
 @dataclass(frozen=True)
 class Sampled(_OneByOne):
@@ -452,9 +456,6 @@ class Piece(_OneByOne):
 
     def stop(self, o: int) -> int:
         return clamp(o - self.offset, 0, self.n_in)
-
-    def span(self, o0: int, o1: int) -> Span:
-        return Span(o0, o1, self.first(o0), self.stop(o1))
 
 
 def cubic(distance: float, a: float = -0.75) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import AxisMap, Positions, Span, identity
+from widefield.streaming.extents import AllAtOnce, AxisMap, Positions, Span, identity
 from widefield.streaming.receptive_field import ReceptiveField
 from widefield.streaming.rules import ranges
 from widefield.streaming.rules.base import (
@@ -41,7 +41,7 @@ Flips = tuple[bool, bool]
 
 
 @dataclass(frozen=True)
-class Mirrored:
+class Mirrored(AllAtOnce):
     """`inner` along an axis of which both ends are exchanged: inputs and outputs are counted from the last one."""
 
     inner: AxisMap
@@ -88,15 +88,6 @@ class Mirrored:
         ready[r <= 0] = 0
         ready[r >= self.n_in] = self.n_out
         return ready
-
-    def ready(self, r: int) -> int:
-        return int(self.ready_all(np.array([r]))[0])
-
-    def first(self, o: int) -> int:
-        return int(self.first_all(np.array([o]))[0])
-
-    def stop(self, o: int) -> int:
-        return int(self.stop_all(np.array([o]))[0])
 
 
 @rewrite(aten.flip)

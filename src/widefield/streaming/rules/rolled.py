@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from widefield.streaming.captured import Node, Ref
-from widefield.streaming.extents import AxisMap, Positions, Span, Window, identity
+from widefield.streaming.extents import AllAtOnce, AxisMap, Positions, Span, Window, identity
 from widefield.streaming.receptive_field import IDENTITY, ReceptiveField
 from widefield.streaming.rules import ranges
 from widefield.streaming.rules.base import (
@@ -45,7 +45,7 @@ _FARTHEST = 64  # positions that a roll may move a map by: each tile carries as 
 
 
 @dataclass(frozen=True)
-class Rolled:
+class Rolled(AllAtOnce):
     """`inner` along an axis that is a circle: inputs come from `begin_in` on, outputs from `begin` on, and so round.
 
     Outputs before `begin` come last; for them some inputs are read a second time, as if they followed once more after all
@@ -119,15 +119,6 @@ class Rolled:
         stop = self.inner.stop_all(before) - self.begin_in
         stop = np.where(o <= self.at_end, stop, self.inner.stop_all(behind) + self.inner.n_in - self.begin_in)
         return np.where(o > 0, np.maximum(stop, 0), 0)
-
-    def ready(self, r: int) -> int:
-        return int(self.ready_all(np.array([r]))[0])
-
-    def first(self, o: int) -> int:
-        return int(self.first_all(np.array([o]))[0])
-
-    def stop(self, o: int) -> int:
-        return int(self.stop_all(np.array([o]))[0])
 
 
 @dataclass(frozen=True, slots=True)
