@@ -285,6 +285,10 @@ def test_what_is_declared_of_results_is_so(name: str) -> None:
     if op.carries_relu:  # so writing over it changes neither what was read nor the derivative
         assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
         assert "result" not in saved_by(CALLS[name])
+    if op.keeps_batch and len(result) == len(x):
+        torch.testing.assert_close(pytree.tree_leaves(CALLS[name](x[1:]))[0], result[1:])
+    if op.exact:  # not rounded, so that it is the same in any precision
+        assert torch.equal(pytree.tree_leaves(CALLS[name](x.float()))[0].double(), CALLS[name](x.float().double()))
     if op.draws:
         assert not torch.equal(result, again)
     if op.sends_same:
