@@ -36,8 +36,6 @@ SIDE, CLASSES, NEIGHBOURS = 24, 10, 5
 KNOWN, ASKED = 640, 600
 BATCH = 64
 NOISE = 0.05
-TRANSFORMER, CLASS_TOKEN = ("dinov2", "dinov3", "beit", "mae", "maskfeat"), ("dinov2", "dinov3", "beit")
-"""What stands for an image is the class token where the method trains it, else the mean of its patches."""
 
 VIEWS: dict[str, Any] = {
     "image_size": SIDE,
@@ -72,10 +70,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method_args": {"hidden_dim": 256, "bottleneck_dim": 64, "output_dim": 256, "batch_norm": True},
         "transform_args": LOCAL,
     },
-    "distillation": {},
     **{
         name: {
             "rate": rate,
+            "class_token": True,
             "method_args": {
                 "hidden_dim": 256,
                 "bottleneck_dim": 64,
@@ -88,11 +86,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mae": {"rate": 2e-3, "method_args": {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4}},
     "maskfeat": {"rate": 2e-3, "method_args": {"cell": 4}},
-    "beit": {"rate": 1e-3},
+    "beit": {"rate": 1e-3, "class_token": True},
 }
 """For runs of some hundred steps of 64 images, where the methods' own settings are for a hundred thousand of some thousand.
 
-`rate` is the learning rate of the optimizer, AdamW; convolutional networks get `RATE`.
+`rate` is the learning rate of the optimizer, AdamW; convolutional networks get `RATE`. What stands for an image is the class token
+of a transformer where the method trains it (`class_token`), else the mean of its patches.
 """
 RATE = 4e-3
 
@@ -101,10 +100,11 @@ def network(seed: int, method: str = "simclr") -> nn.Module:
     """A wrapper of 128 (or 64) channels, for patches of 24 pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if method not in TRANSFORMER:
+        if not METHODS.get(method).needs_transformer:
             return Convolutions()
         sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 0}
-        pooling = {} if method in CLASS_TOKEN else {"class_token": False, "global_pool": "avg"}
+        token = SETTINGS.get(method, {}).get("class_token", False)
+        pooling = {} if token else {"class_token": False, "global_pool": "avg"}
         return wrap(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **sizes, **pooling))
 
 
@@ -211,7 +211,7 @@ def accuracy(wrapper: Any, known: tuple[Tensor, Tensor], asked: tuple[Tensor, Te
 
 def train(method: str, seed: int, images: Tensor, epochs: int, wrapper: Any) -> None:
     """Train `wrapper` on `images` with the settings above."""
-    settings = SETTINGS[method]
+    settings = SETTINGS.get(method, {})
     method_args = settings.get("method_args", {})
     if method == "distillation":
         teacher = network(seed + 100)
@@ -272,7 +272,7 @@ def measure(method: str, seed: int, epochs: int, light: bool = False) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS.index), default=list(METHODS.index))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.pretraining.tiny import SMALL, checkpoint, train, write_images
-from tests.pretraining.tiny_vit import check_a_run, check_refusals, images, make, own_vit, timm_vit
+from tests.pretraining.tiny import checkpoint, small, timm_vit, train, write_images
+from tests.pretraining.tiny_vit import images, make, own_vit
 from widefield.components.models.contrastive_models import follow, momentum_copy, rising
 from widefield.pretraining.methods.base import for_run
 from widefield.pretraining.methods.dinov2 import random_masks
 
-DINOV2 = SMALL["dinov2"]
+DINOV2 = small("dinov2")
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.mark.parametrize("model", [timm_vit, own_vit])
-def test_a_run_repeats_goes_on_at_the_step_and_exports(model: Any, tmp_path: Path, data: Path) -> None:
-    check_a_run("dinov2", model, tmp_path, data)
-
-
-def test_what_has_no_patches_or_class_token_is_refused(tmp_path: Path, data: Path) -> None:
-    check_refusals("dinov2", tmp_path, data)
+def test_what_has_no_class_token_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a class token, and this VisionTransformer has none"):
         make("dinov2", timm_vit(class_token=False, global_pool="avg"))
 

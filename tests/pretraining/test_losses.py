@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.pretraining.tiny import SMALL, TinyWrapper
+from tests.pretraining.tiny import TinyWrapper, small
 from widefield.pretraining import METHODS, EmbeddingModel, Run
 
 BATCH, QUEUE = 5, 8
@@ -18,7 +18,7 @@ def make(name: str, steps: int = 100, **options: Any) -> Any:
     """A method in double precision, whose moving copies differ from what they follow."""
     torch.manual_seed(0)
     method = METHODS.get(name)(
-        EmbeddingModel(TinyWrapper()), Run(12, 100, BATCH, steps), **deepcopy({**SMALL[name], **options})
+        EmbeddingModel(TinyWrapper()), Run(12, 100, BATCH, steps), **deepcopy({**small(name), **options})
     ).double()  # the teacher of others stays as it is
     for companion in method.companions:
         companion.double()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.pretraining.tiny import SMALL, TinyWrapper, train, write_images
+from tests.pretraining.tiny import TinyWrapper, small, train, write_images
 from widefield.components.models.contrastive_models import follow, rising
 from widefield.pretraining import METHODS, EmbeddingModel, Run
 from widefield.pretraining.methods.base import Queue, queue_length
@@ -16,7 +16,7 @@ from widefield.pretraining.optimizers import parameter_groups, warmup_and_cosine
 
 def make(name: str, dataset_size: int = 100, steps: int = 100, **options: Any) -> Any:
     return METHODS.get(name)(
-        EmbeddingModel(TinyWrapper()), Run(12, dataset_size, 4, steps), **{**SMALL[name], **options}
+        EmbeddingModel(TinyWrapper()), Run(12, dataset_size, 4, steps), **{**small(name), **options}
     )
 
 

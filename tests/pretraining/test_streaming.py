@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ShuffleNetV2
 
-from tests.pretraining.tiny import SMALL, TinyWrapper, exported, train, write_images
+from tests.pretraining.tiny import TinyWrapper, exported, small, train, write_images
 from widefield import UnsupportedOpError
 from widefield.pretraining import METHODS, EmbeddingModel, Run, wrap
 from widefield.pretraining.embedding import StreamingArgs
@@ -32,7 +32,7 @@ def loss_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
     embedding = EmbeddingModel(copy.deepcopy(wrapper), None, streaming)
-    made: Any = METHODS.get(method)(embedding, Run(12, 100, 4, 50), **SMALL[method])
+    made: Any = METHODS.get(method)(embedding, Run(12, 100, 4, 50), **small(method))
     made.double().train()
     generator = torch.Generator().manual_seed(1)
     sizes = [(40, 56), (40, 56)] + ([(24, 24)] * 2 if method == "dino" else [])

@@ -1,17 +1,21 @@
-"""A model and images so small that a run takes a fraction of a second."""
+"""Models, methods and images so small that a run takes a fraction of a second."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from skimage import data
 from torch import Tensor, nn
 
 import widefield
+from widefield.components.target_generators.target_generators import DALLEEncoder
 from widefield.pretraining import METHODS
+from widefield.registry import arguments_of
 
 
 class TinyWrapper(nn.Module):
@@ -44,16 +48,40 @@ class TinyWrapper(nn.Module):
         return self.dim
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    **{
-        name: {"hidden_dim": 16, "output_dim": 8}
-        for name in ("simclr", "moco", "byol", "barlowtwins", "vicreg", "densecl")
-    },
-    **{name: {"hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32} for name in ("dino", "dinov2", "dinov3")},
-    "lejepa": {"hidden_dim": 16, "output_dim": 8, "directions": 16},
-    "distillation": {"teacher": TinyWrapper(dim=10, seed=1)},
+def timm_vit(seed: int = 0, **options: Any) -> nn.Module:
+    """A transformer of 3 layers, patches of 4 pixels of images of 16, with a class token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
+        return timm.create_model("vit_tiny_patch16_224", **{**sizes, "dynamic_img_size": True, **options})
+
+
+def tokenizer() -> DALLEEncoder:
+    """A target generator of 24 visual tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DALLEEncoder(n_hid=4, n_blk_per_group=1, vocab_size=24, allow_random_weights=True)
+
+
+GIVEN: dict[str, Callable[[], Any]] = {
+    "teacher": lambda: TinyWrapper(dim=10, seed=1),
+    "target_generator": tokenizer,
+    "decoder_depth": lambda: 1,
+    "decoder_heads": lambda: 2,
 }
-"""Arguments that make the heads of the methods small."""
+"""Arguments of methods that must be given, or would make a method large."""
+
+
+def small(method: str) -> dict[str, Any]:
+    """Return arguments that make a method small: widths of 16, and those of `GIVEN`."""
+    known = arguments_of(METHODS.get(method)).named
+    widths = {name: 16 for name in known if name.endswith("_dim")}
+    return widths | {name: make() for name, make in GIVEN.items() if name in known}
+
+
+def model_for(method: str) -> nn.Module:
+    """Return a small model that the method takes."""
+    return timm_vit() if METHODS.get(method).needs_transformer else TinyWrapper()
 
 
 def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
@@ -76,13 +104,13 @@ def train(out: Path, images: Any, method: str = "simclr", **options: Any) -> Non
     widefield.train(
         out=out,
         data=images,
-        model=options.pop("model", None) or TinyWrapper(),
+        model=options.pop("model", None) or model_for(method),
         method=method,
         transform_args=views,
         callbacks={"report": None, **options.pop("callbacks", {})},
         trainer_args={"enable_progress_bar": False, **options.pop("trainer_args", {})},
         **{
-            "method_args": SMALL.get(method),
+            "method_args": small(method),
             "epochs": 1,
             "batch_size": 4,
             "num_workers": 0,

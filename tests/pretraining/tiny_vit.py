@@ -4,27 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
-from tests.pretraining.tiny import TinyWrapper, assert_same, checkpoint, exported, losses, train
+from tests.pretraining.tiny import assert_same, checkpoint, exported, losses, train
 from widefield.components.backbones.vision_transformer import VisionTransformer
 from widefield.pretraining import METHODS, EmbeddingModel, Run, wrap
 
+TRANSFORMERS = [name for name in METHODS.index if METHODS.get(name).needs_transformer]
+"""Methods that hide patches."""
 ARCH = {"embed_dims": 16, "num_layers": 3, "num_heads": 2, "feedforward_channels": 32}
 
 
-def timm_vit(seed: int = 0, **options: Any) -> nn.Module:
-    """Patches of 4 pixels of images of 16, a class token."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
-        return timm.create_model("vit_tiny_patch16_224", **{**sizes, "dynamic_img_size": True, **options})
-
-
 def own_vit(seed: int = 0, cls: Any = VisionTransformer, **options: Any) -> nn.Module:
-    """The same of Widefield."""
+    """A transformer of Widefield, of the sizes of `timm_vit`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(arch=ARCH, img_size=16, patch_size=4, **{"out_type": "featmap", **options})
@@ -65,14 +58,3 @@ def check_a_run(method: str, model: Any, folder: Path, data: Path, **options: An
     left, right = checkpoint(folder / "broken"), checkpoint(folder / "whole")
     for key in ("state_dict", "optimizer_states", "widefield"):
         assert_same(left[key], right[key], key)
-
-
-def check_refusals(method: str, tmp_path: Path, data: Path, **options: Any) -> None:
-    """A convnet and an embedding layer are refused, and `out` stays as it was."""
-    for model, more, message in (
-        (TinyWrapper(), {}, rf"method='{method}' hides patches .* a Sequential cannot: its layers mix neighbouring"),
-        (timm_vit(), {"embed_dim": 4}, rf"embed_dim: {method} trains the tokens"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(tmp_path / "out", data, method, model=model, **more, **options)
-    assert not (tmp_path / "out").exists()

@@ -54,6 +54,7 @@ class Method(nn.Module):
         optim: The optimizer, unless `optim` and `optim_args` say otherwise.
         most_views: Global views that it can take; None: any number.
         takes_local_views: Whether it can take local ones beside.
+        needs_transformer: The model must be a vision transformer, of which it hides patches.
         auto_steps: Steps of a run with epochs="auto"; None: as many as 100 epochs have.
         also_called, fixed: Arguments as users of LightlyTrain know them; see `widefield.pretraining.settings.values_for`.
         companions: Modules that never train: they go where the method goes, and stand in no checkpoint.
@@ -68,6 +69,7 @@ class Method(nn.Module):
     optim: ClassVar[Optim] = Optim((SGD(), AdamW(), LARS()))
     most_views: ClassVar[int | None] = None
     takes_local_views: ClassVar[bool] = True
+    needs_transformer: ClassVar[bool] = False
     auto_steps: ClassVar[int | None] = None
     also_called: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, tuple[Any, str]]] = {}

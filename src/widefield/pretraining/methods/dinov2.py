@@ -54,6 +54,7 @@ class DINOv2(DINO):
     """
 
     name: ClassVar[str] = "dinov2"
+    needs_transformer = True
     transforms = replace(
         DINO.transforms, random_resize=RandomResize(0.32, 1.0), local_view=LocalViews(8, 96, RandomResize(0.05, 0.32))
     )

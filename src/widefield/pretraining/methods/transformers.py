@@ -223,6 +223,7 @@ class MaskedMethod(Method):
         ValueError: The model is something else, or the share is not above 0 and below 1.
     """
 
+    needs_transformer = True
     transforms = TransformArgs(color_jitter=None, random_gray_scale=None, gaussian_blur=None, num_views=1)
 
     def __init__(self, embedding: EmbeddingModel, run: Run, name: str, mask_ratio: float) -> None:
