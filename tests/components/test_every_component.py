@@ -1,9 +1,10 @@
 """Every component that `widefield list components` names, through all that a user does with it.
 
 Components work inside of models, so `MODELS_BY_NAME` has small models, written as in a configuration, and a component is tested in
-the first that names it: the description is checked and built; two steps of training, a checkpoint, and then nothing is left but
-that file, as after a kill; a model that was built anew goes on from there to the numbers of the run that was not broken; weights
-that are loaded from the last checkpoint test and predict as the model does that was trained.
+the first that names it, or else in the one that `by_default` puts around it: the description is checked and built; two steps of
+training, a checkpoint, and then nothing is left but that file, as after a kill; a model that was built anew goes on from there to
+the numbers of the run that was not broken; weights that are loaded from the last checkpoint test and predict as the model does that
+was trained.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ from widefield import RandomState
 from widefield.cli import main
 from widefield.cli.fit_sections import SECTIONS
 from widefield.components import BaseModel, BaseSelfSupervisor, DataSample
+from widefield.components.losses.dense_losses import MAP_LOSSES
 from widefield.config import Config, build, check_config
-from widefield.registry import MODELS, ComponentOf
+from widefield.registry import MODELS, ComponentOf, arguments_of
 
 SIDE, IMAGES, BATCH = 32, 4, 2
 ARCH = {"embed_dims": 16, "num_layers": 2, "num_heads": 2, "feedforward_channels": 32}
@@ -35,8 +37,38 @@ SELF_SUP: dict[str, Any] = {"type": "SelfSupDataPreprocessor", **NORM}
 POOL: dict[str, Any] = {"type": "GlobalAveragePooling"}
 
 
-def classifier(backbone: dict[str, Any], neck: Any, head: dict[str, Any], **others: Any) -> dict[str, Any]:
-    return {"type": "ImageClassifier", "backbone": backbone, "neck": neck, "head": head, **others}
+SMALL: dict[str, Any] = {
+    **RESNET,
+    **{"in_channels": 8, "num_classes": 3, "embed_channels": 8, "hidden_channels": 4, "query_channels": 4, "heads": 2},
+    **{"branches": "multi", "landmarks": 4, "window": 5},
+}
+"""Arguments that components have, by name, if a model is made for them."""
+QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+)
+TASKS = {entry.target: entry.kind for entry in MAP_LOSSES.entries()}
+
+
+def label(index: int, image: Tensor) -> DataSample:
+    return DataSample().set_gt_label(index % 3)
+
+
+def labels(index: int, image: Tensor) -> DataSample:
+    return DataSample().set_gt_label([0, 1 + index % 2])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, written as in a configuration, and what it is trained on: views of each image, and a target of (index, image)."""
+
+    description: dict[str, Any]
+    views: int = 1
+    target: Callable[[int, Tensor], Any] = label
+
+
+def classifier(backbone: dict[str, Any], neck: Any, head: dict[str, Any], **others: Any) -> Case:
+    target = labels if head["type"].startswith("MultiLabel") else label
+    return Case({"type": "ImageClassifier", "backbone": backbone, "neck": neck, "head": head, **others}, target=target)
 
 
 def linear(in_channels: int, **others: Any) -> dict[str, Any]:
@@ -59,11 +91,36 @@ class Dense(BaseModel):
     def __init__(self, losses: Annotated[list[dict[str, Any]], ComponentOf(MODELS, "loss")], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.network, self.losses = nn.Conv2d(3, 2, 3, padding=1), nn.ModuleList(map(MODELS.build, losses))
+        self.tasks = [TASKS[MODELS.index[one["type"]].target] for one in losses]
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
-        maps, labels = self.network(inputs), (inputs.mean(1) > 0).long()
-        targets = (labels, labels, labels, labels, inputs[:, :2])
-        return {"loss": sum(loss(maps, target) for loss, target in zip(self.losses, targets, strict=True))}
+        maps, targets = self.network(inputs), {"segmentation": (inputs.mean(1) > 0).long(), "regression": inputs[:, :2]}
+        return {"loss": sum(loss(maps, targets[task]) for loss, task in zip(self.losses, self.tasks, strict=True))}
+
+
+def small(component: str) -> dict[str, Any]:
+    """A description of a component with small arguments."""
+    known = arguments_of(MODELS.get(component)).named
+    images = {"in_channels": 3} if MODELS.kind(component) == "backbone" else {}
+    return {"type": component, **{name: value for name, value in {**SMALL, **images}.items() if name in known}}
+
+
+def by_default(component: str) -> Case | None:
+    """A classifier with a component of its kind; None where a model must be written for the kind."""
+    kind = MODELS.index[component].kind if component in MODELS.index else None
+    backbone: dict[str, Any] = {"type": "ResNet_CIFAR", **RESNET}
+    if kind == "loss":
+        return classifier(backbone, POOL, linear(8, loss=small(component)))
+    if kind == "head":
+        return classifier(backbone, POOL, small(component))
+    if kind == "neck":
+        gives_scores = "num_classes" in arguments_of(MODELS.get(component)).named
+        return classifier(backbone, small(component), {"type": "ClsHead"} if gives_scores else linear(8))
+    if kind == "backbone":
+        with torch.no_grad():
+            out = MODELS.build(small(component)).eval()(torch.zeros(1, 3, SIDE, SIDE))[-1]
+        return classifier(small(component), POOL if out.ndim == 4 else None, linear(out.shape[1]))
+    return None
 
 
 PYRAMID: dict[str, Any] = {
@@ -72,17 +129,18 @@ PYRAMID: dict[str, Any] = {
     "tile_size": 24,
     "verify": False,
 }
-MODELS_BY_NAME: dict[str, dict[str, Any]] = {
-    "DenseClassifier": {"type": "DenseClassifier", **PYRAMID, "loss": {"type": "DiceLoss"}},
-    "DenseRegressor": {"type": "DenseRegressor", **PYRAMID},
-    "losses of maps": {
-        "type": "tests.Dense",
-        "losses": [
-            *({"type": name} for name in ("DenseCrossEntropyLoss", "DenseFocalLoss", "DiceLoss", "JaccardLoss")),
-            {"type": "SSIMLoss", "window": 5},
-        ],
-        "data_preprocessor": {"type": "ClsDataPreprocessor", **NORM},
-    },
+MODELS_BY_NAME: dict[str, Case] = {
+    "DenseClassifier": Case(
+        {"type": "DenseClassifier", **PYRAMID, "loss": {"type": "DiceLoss"}}, target=lambda _, image: image[0] % 3
+    ),
+    "DenseRegressor": Case({"type": "DenseRegressor", **PYRAMID}, target=lambda _, image: image / 255),
+    "losses of maps": Case(
+        {
+            "type": "tests.Dense",
+            "losses": [small(name) for name, entry in MODELS.index.items() if entry.target in TASKS],
+            "data_preprocessor": {"type": "ClsDataPreprocessor", **NORM},
+        }
+    ),
     "ResNet, streamed": classifier(
         {"type": "ResNet", **RESNET, "streaming": {"tile_size": 16}},
         POOL,
@@ -130,56 +188,52 @@ MODELS_BY_NAME: dict[str, dict[str, Any]] = {
         {"type": "VisionTransformerClsHead", "num_classes": 3, "in_channels": 16, "hidden_dim": 8},
     ),
     "BEiTViT": classifier({"type": "BEiTViT", **VIT}, None, linear(16)),
+    "MAE": Case(MODEL["MAE"]),
+    "BEiT v1": Case({**MODEL["BEiT v1"], "mask_generator": MASKS}),
+    "BEiT v2": Case(MODEL["BEiT v2"]),
+    "MaskFeat": Case({**MODEL["MaskFeat"], "data_preprocessor": SELF_SUP}),
+    **{name: Case({**MODEL[name], "data_preprocessor": SELF_SUP}, views=2) for name in ("SimCLR", "MoCo")},
     **{
-        name: classifier(
-            {"type": "ResNet_CIFAR", **RESNET},
-            {"type": name, "in_channels": 8, "num_classes": 3, **options},
-            {"type": "ClsHead"},
-        )
-        for name, options in (
-            ("MeanPooling", {}),
-            ("MaxPooling", {}),
-            ("GatedAttentionPooling", {"hidden_channels": 4}),
-            ("CLAM", {"branches": "multi", "embed_channels": 8, "hidden_channels": 4}),
-            ("DSMIL", {"query_channels": 4}),
-            ("ABMILX", {"embed_channels": 8, "heads": 2}),
-            ("TransMIL", {"embed_channels": 8, "heads": 2, "landmarks": 4}),
-        )
+        name: Case({"type": name, **description}, views=4 if name == "SwAV" else 2)
+        for name, (description, _) in LEARNERS.items()
     },
-    "MAE": MODEL["MAE"],
-    "BEiT v1": {**MODEL["BEiT v1"], "mask_generator": MASKS},
-    "BEiT v2": MODEL["BEiT v2"],
-    **{name: {**MODEL[name], "data_preprocessor": SELF_SUP} for name in ("MaskFeat", "SimCLR", "MoCo")},
-    **{name: {"type": name, **description} for name, (description, _) in LEARNERS.items()},
-    "SimSiam, transformer": {
-        "type": "SimSiam",
-        "backbone": {"type": "MoCoV3ViT", **VIT, "stop_grad_conv1": True},
-        "neck": {
-            "type": "MoCoV2Neck",
-            "in_channels": 16,
-            "hid_channels": 5,
-            "out_channels": 6,
-            "with_avg_pool": False,
+    "SimSiam, transformer": Case(
+        {
+            "type": "SimSiam",
+            "backbone": {"type": "MoCoV3ViT", **VIT, "stop_grad_conv1": True},
+            "neck": {
+                "type": "MoCoV2Neck",
+                "in_channels": 16,
+                "hid_channels": 5,
+                "out_channels": 6,
+                "with_avg_pool": False,
+            },
+            "head": LEARNERS["SimSiam"][0]["head"],
         },
-        "head": LEARNERS["SimSiam"][0]["head"],
-    },
-    "user's SimSiam": {
-        "type": "tests.SimSiam",
-        **CNN,
-        "head": {
-            "type": "LatentPredictHead",
-            "loss": {"type": "CosineSimilarityLoss"},
-            "predictor": {"type": "LinearNeck", "in_channels": 6, "out_channels": 6},
+        views=2,
+    ),
+    "user's SimSiam": Case(
+        {
+            "type": "tests.SimSiam",
+            **CNN,
+            "head": {
+                "type": "LatentPredictHead",
+                "loss": {"type": "CosineSimilarityLoss"},
+                "predictor": {"type": "LinearNeck", "in_channels": 6, "out_channels": 6},
+            },
+            "data_preprocessor": SELF_SUP,
         },
-        "data_preprocessor": SELF_SUP,
-    },
-    "ImageToImageRetriever": {
-        "type": "ImageToImageRetriever",
-        "image_encoder": [{"type": "ResNet", **RESNET}, POOL],
-        "prototype": "features.pth",
-        "head": linear(8),
-        "topk": 2,
-    },
+        views=2,
+    ),
+    "ImageToImageRetriever": Case(
+        {
+            "type": "ImageToImageRetriever",
+            "image_encoder": [{"type": "ResNet", **RESNET}, POOL],
+            "prototype": "features.pth",
+            "head": linear(8),
+            "topk": 2,
+        }
+    ),
 }
 
 
@@ -192,38 +246,37 @@ def described(description: Any) -> Iterator[str]:
         yield from described(part)
 
 
-def model_of(component: str) -> str:
-    """The first model that names the component, by whichever of its names."""
+def case_of(component: str) -> tuple[str, Case]:
+    """The first model that names the component, by whichever of its names, or the default one."""
     target = getattr(MODELS.index.get(component), "target", None)
     names = {component, *(name for name, entry in MODELS.index.items() if entry.target == target)}
-    for name, description in MODELS_BY_NAME.items():
-        if names & set(described(description)):
-            return name
-    pytest.fail(
-        f"no model tests the component {component!r}: add a small one that describes it, {{type: {component}, ...}}, to "
-        f"MODELS_BY_NAME in {Path(__file__).name}, or name it in one that is there"
+    for name, case in MODELS_BY_NAME.items():
+        if names & set(described(case.description)):
+            return name, case
+    case = by_default(component)
+    return (
+        (component, case)
+        if case
+        else pytest.fail(
+            f"no model tests the component {component!r}: add a small one that describes it, {{type: {component}, ...}}, to "
+            f"MODELS_BY_NAME in {Path(__file__).name}, or name it in one that is there"
+        )
     )
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images with the labels or maps, or the two views of each, that a model takes."""
+    """Random images with what a model takes."""
 
-    def __init__(self, description: dict[str, Any]) -> None:
-        names = set(described(description))
-        self.views = 3 if "SwAV" in names else int(bool(names & {"SimCLR", "MoCo", "tests.SimSiam", *LEARNERS}))
-        self.several_labels = any(name.startswith("MultiLabel") for name in names)
-        maps = {"DenseClassifier": lambda image: image[0] % 3, "DenseRegressor": lambda image: image / 255}
-        self.target = next((make for name, make in maps.items() if name in names), None)
+    def __init__(self, case: Case) -> None:
+        self.case = case
 
     def __len__(self) -> int:
         return IMAGES
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], DataSample | Tensor]:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Any]:
         generator = torch.Generator().manual_seed(index)
-        views = torch.randint(0, 256, (1 + self.views, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-        if self.target is not None:
-            return list(views), self.target(views[0])
-        return list(views), DataSample().set_gt_label([0, 1 + index % 2] if self.several_labels else index % 3)
+        views = torch.randint(0, 256, (self.case.views, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+        return list(views), self.case.target(index, views[0])
 
     def loader(self) -> DataLoader:
         return DataLoader(self, BATCH, collate_fn=_batch, generator=torch.Generator())
@@ -253,25 +306,24 @@ def built(description: dict[str, Any], seed: int) -> Any:
     return model
 
 
-def trained(description: dict[str, Any]) -> Trained:
+def trained(case: Case) -> Trained:
     """Train, break off, go on, test and predict, in the current folder; see the head of this file."""
     torch.save(torch.rand(5, 8, generator=torch.Generator().manual_seed(0)), Path("features.pth"))
-    loader = Images(description).loader()
+    loader = Images(case).loader()
 
     def trainer(saves: bool = False) -> Trainer:
         callbacks = [ModelCheckpoint("run", "{epoch}", save_top_k=-1, enable_version_counter=False)] if saves else []
-        shown = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        options: dict[str, Any] = {**shown, "enable_checkpointing": saves, "callbacks": [*callbacks, RandomState()]}
+        options: dict[str, Any] = {**QUIET, "enable_checkpointing": saves, "callbacks": [*callbacks, RandomState()]}
         return Trainer(max_epochs=2, accelerator="cpu", devices=1, **options)
 
-    model = built(description, seed=0)
+    model = built(case.description, seed=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     unbroken = trainer(saves=True)
     unbroken.fit(model, loader)
     assert unbroken.global_step == 2 * IMAGES // BATCH
     assert all(value.isfinite() for value in unbroken.callback_metrics.values())
 
-    resumed = built(description, seed=1)
+    resumed = built(case.description, seed=1)
     trainer(saves=True).fit(resumed, loader, ckpt_path="run/epoch=0.ckpt", weights_only=True)
     assert_same(resumed.state_dict(), model.state_dict())
 
@@ -296,15 +348,16 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Trained]]:
-    """Trains a model of MODELS_BY_NAME once, whatever number of components it tests."""
+    """Trains the model of a component once, whatever number of components it tests."""
     done: dict[str, Trained] = {}
 
-    def once(name: str) -> Trained:
+    def once(component: str) -> Trained:
+        name, case = case_of(component)
         if name not in done:
             folder = tmp_path_factory.mktemp("run")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                done[name] = trained(MODELS_BY_NAME[name])
+                done[name] = trained(case)
         return done[name]
 
     yield once
@@ -322,7 +375,7 @@ def parts_of(model: nn.Module, component: str) -> dict[str, nn.Module]:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # where the run goes on
 @pytest.mark.parametrize("component", list(MODELS.index))
 def test_a_component_is_built_trained_resumed_and_tested(component: str, train: Callable[[str], Trained]) -> None:
-    run = train(model_of(component))
+    run = train(component)
     parts = parts_of(run.model, component)
     assert parts, "the description was built to something else"
     learns = MODELS.kind(component) != "target_generator"
@@ -339,8 +392,17 @@ def test_the_components_that_are_tested_are_those_that_are_listed(capsys: pytest
     assert listed - {"tests.SimSiam", "tests.Dense"} == set(MODELS.index)
 
 
+@pytest.mark.parametrize("component", ["ResNet_CIFAR", "GeneralizedMeanPooling", "LinearClsHead", "CrossEntropyLoss"])
+def test_a_component_of_a_kind_with_a_default_needs_no_model_of_its_own(component: str) -> None:
+    case = by_default(component)
+    assert case is not None and component in described(case.description)
+    trainer = Trainer(max_steps=1, accelerator="cpu", **QUIET)
+    trainer.fit(built(case.description, seed=0), Images(case).loader())
+    assert trainer.callback_metrics["train_loss"].isfinite()
+
+
 def test_a_component_without_a_model_fails_and_says_what_to_add() -> None:
     with pytest.raises(
-        pytest.fail.Exception, match=r"add a small one that describes it, \{type: NewNeck, \.\.\.\}, to MODEL"
+        pytest.fail.Exception, match=r"add a small one that describes it, \{type: NewModel, \.\.\.\}, to MODEL"
     ):
-        model_of("NewNeck")
+        case_of("NewModel")

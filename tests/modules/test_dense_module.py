@@ -1,6 +1,5 @@
 """`DenseModule`: networks that give maps train as in plain PyTorch, and their metrics are those of all pixels."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardInde
 from torchmetrics.functional import r2_score
 
 from tests.streaming.exactness import TOLERANCE, relative_error
-from widefield.components.losses.dense_losses import DenseCrossEntropyLoss, DenseFocalLoss, DiceLoss, JaccardLoss
+from widefield.components.losses.dense_losses import MAP_LOSSES, DenseCrossEntropyLoss, DiceLoss, JaccardLoss
 from widefield.components.metrics.dense_metrics import SegmentationScores
 from widefield.errors import WrongArgumentError
 from widefield.images import open_image
 from widefield.modules import DenseModule
-from widefield.registry import MODELS
 
 CLASSES, SIZE = 3, (45, 51)
 WEIGHTS = [1.0, 2.0, 0.5]
@@ -53,21 +51,18 @@ def step(dense: DenseModule, batch: Any, monkeypatch: pytest.MonkeyPatch) -> Ten
     return dense.training_step(batch, 0)
 
 
-LOSSES = {
-    "cross_entropy": DenseCrossEntropyLoss(class_weights=WEIGHTS),
-    "dice": DiceLoss(class_weights=WEIGHTS),
-    "jaccard": JaccardLoss(class_weights=WEIGHTS),
-    "focal": DenseFocalLoss(class_weights=WEIGHTS),
-}
+def named(task: str) -> list[tuple[str, int]]:
+    """The losses with a short name, and how much smaller than its target the map is for each."""
+    return [(name, 1 + k % 4) for k, name in enumerate(MAP_LOSSES.names(task))]
 
 
-@pytest.mark.parametrize(("name", "stride"), list(zip(LOSSES, (1, 2, 3, 4), strict=True)))
+@pytest.mark.parametrize(("name", "stride"), named("segmentation"))
 def test_a_step_with_a_loss_inside_has_the_gradients_of_plain_pytorch(
     name: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, x, y = network(stride=stride), image(), labels()
     logits = functional.interpolate(net(x), size=SIZE, mode="bilinear", align_corners=False)
-    expected = LOSSES[name](logits, y)
+    expected = MAP_LOSSES.get(name)(class_weights=WEIGHTS)(logits, y)
     found = step(module(net, loss=name, class_weights=WEIGHTS), (x, y), monkeypatch)
     assert relative_error(found, expected) <= TOLERANCE
     pairs = zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (found, expected)), strict=True)
@@ -99,15 +94,7 @@ def test_a_described_loss_gets_what_it_takes(loss: dict[str, Any], weighted: nn.
             module(net, loss=loss, class_weights=WEIGHTS)
 
 
-NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": functional.l1_loss,
-    "l2": functional.mse_loss,
-    "huber": functional.huber_loss,
-    "ssim": MODELS.build({"type": "SSIMLoss"}),
-}
-
-
-@pytest.mark.parametrize(("name", "stride"), list(zip(NUMBERS, (1, 2, 1, 4), strict=True)))
+@pytest.mark.parametrize(("name", "stride"), named("regression"))
 def test_maps_of_numbers_are_learnt_likewise(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = network(2, stride), image(), torch.rand(2, 2, *SIZE, dtype=torch.float64)
 
@@ -115,7 +102,9 @@ def test_maps_of_numbers_are_learnt_likewise(name: str, stride: int, monkeypatch
         return functional.interpolate(net(x), size=SIZE, mode="bilinear", align_corners=False)
 
     dense = module(net, 2, task="regression", loss=name)
-    found, expected = step(dense, (x, y), monkeypatch), NUMBERS[name](whole(), y)
+    loss = MAP_LOSSES.get(name)
+    loss = loss() if isinstance(loss, type) else loss
+    found, expected = step(dense, (x, y), monkeypatch), loss(whole(), y)
     assert relative_error(found, expected) <= TOLERANCE
     pairs = zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (found, expected)), strict=True)
     assert all(relative_error(f, e) <= TOLERANCE for f, e in pairs)

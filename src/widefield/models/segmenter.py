@@ -81,7 +81,7 @@ class Segmenter(FromCheckpoint, DenseModule):
         model_name: A segmentation model of torchvision, or any timm model with maps of several strides as `timm/NAME`, which gets a
             small decoder, see `PyramidSegmenter`.
         class_names: Names of the classes, in the order of their labels.
-        loss: "cross_entropy", "dice", "jaccard" or "focal".
+        loss: The short name of a loss, such as "dice", see `DenseModule`.
         tile_size, memory_budget, mean, std, lr, weight_decay: As for `Classifier`.
         weights: None for random ones, "DEFAULT" for published ones of the backbone (a download), or a file.
         in_channels: Channels of the images.
@@ -97,7 +97,7 @@ class Segmenter(FromCheckpoint, DenseModule):
         self,
         model_name: str,
         class_names: Sequence[str],
-        loss: Literal["cross_entropy", "dice", "jaccard", "focal"] = "cross_entropy",
+        loss: str = "cross_entropy",
         tile_size: int | tuple[int, int] | None = None,
         memory_budget: int | str | None = None,
         weights: str | None = None,

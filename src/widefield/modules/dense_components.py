@@ -127,9 +127,7 @@ class DenseRegressor(_OfComponents):
     Args:
         backbone, neck: See `DenseClassifier`.
         head: Gives a map of the maps, and has `num_classes`, the number of its channels.
-        loss: "l1", "l2", "huber" or "ssim", or another, see `DenseModule`. A map of another size than the target is resized
-            bilinearly.
-        tile_size: See `DenseModule`.
+        loss, tile_size: See `DenseModule`. A map of another size than the target is resized bilinearly.
         options: As for `DenseModule`.
 
     Raises:

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric
 
-from widefield.components.losses.dense_losses import (
-    DenseCrossEntropyLoss,
-    DenseFocalLoss,
-    DenseLoss,
-    DiceLoss,
-    JaccardLoss,
-    SSIMLoss,
-    one_hot_map,
-)
+from widefield.components.losses.dense_losses import MAP_LOSSES, DenseLoss, one_hot_map
 from widefield.components.metrics.dense_metrics import RegressionScores, SegmentationScores
 from widefield.components.models.features import background_of, left_out
 from widefield.errors import WrongArgumentError
@@ -32,18 +24,6 @@ MapLoss = Callable[[Tensor, Tensor], Tensor]
 MapLossConfig = Annotated[str | dict[str, Any] | MapLoss | None, ComponentOf(MODELS, "loss")]
 _AUX_WEIGHT = 0.5
 """Weight of the loss of an auxiliary map, as in torchvision's references for segmentation."""
-_OF_LABELS: dict[str, Callable[..., nn.Module]] = {
-    "cross_entropy": DenseCrossEntropyLoss,
-    "dice": DiceLoss,
-    "jaccard": JaccardLoss,
-    "focal": DenseFocalLoss,
-}
-_OF_NUMBERS: dict[str, Callable[[], MapLoss]] = {
-    "l1": lambda: functional.l1_loss,
-    "l2": lambda: functional.mse_loss,
-    "huber": lambda: functional.huber_loss,
-    "ssim": SSIMLoss,
-}
 
 
 class DenseNetwork(nn.Module):
@@ -152,14 +132,14 @@ class DenseModule(BaseModule):
             do, where the loss of `aux` counts half; or the description of one, `{type: package.Network, ...}`. A map of another
             size than its target, a quarter say, is resized to it bilinearly, inside of the loss.
         num_classes: Channels of the map.
-        loss: "cross_entropy", "dice", "jaccard" or "focal"; for regression "l1", "l2", "huber" or "ssim"; the description of a
-            component, such as `{type: DiceLoss, whole_batch: true}`; or a function of (map, target) of operations that stream. By
-            default the first of each.
+        loss: A short name of `MAP_LOSSES.names(task)`, such as "dice" or "l2"; the description of a component, such as
+            `{type: DiceLoss, whole_batch: true}`; or a function of (map, target) of operations that stream. By default
+            "cross_entropy", for regression "l1".
         ignore_index: The label of positions that count neither in the loss nor in metrics.
-        class_weights: A factor for each class, for the losses above; None means 1. "balanced" counts the pixels of the training
-            label maps of a `SegmentedImages` once, when `trainer.fit` begins: a class has the weight N / (K n), where n of the N
-            pixels that count are of it, and K classes are there, as in scikit-learn; one that is not there has 0. A checkpoint
-            holds them.
+        class_weights: A factor for each class, for losses with a short name; None means 1. "balanced" counts the pixels of the
+            training label maps of a `SegmentedImages` once, when `trainer.fit` begins: a class has the weight N / (K n), where n
+            of the N pixels that count are of it, and K classes are there, as in scikit-learn; one that is not there has 0. A
+            checkpoint holds them.
         task: What the map is.
         class_names: Names of the classes in metrics; by default their numbers.
         tile_size, memory_budget, mean, std, value_range, lr, weight_decay, optimizer, lr_scheduler: See `BaseModule`, as for all
@@ -221,7 +201,7 @@ class DenseModule(BaseModule):
         made = _loss(loss, task, ignore_index, class_weights)
         if self._balanced and not isinstance(made, DenseLoss):
             raise WrongArgumentError(
-                f"class_weights='balanced' is for the losses {', '.join(_OF_LABELS)}; name one of them"
+                f"class_weights='balanced' is for the losses {', '.join(MAP_LOSSES.names(task))}; name one of them"
             )
         inner = DenseNetwork(network, made, num_classes if segments else None, ignore_index)
         super().__init__(inner, None, tile_size, **options)
@@ -369,16 +349,16 @@ def balanced_weights(counts: Any) -> list[float]:
 def _loss(given: Any, task: DenseTask, ignore_index: int, class_weights: Sequence[float] | None) -> MapLoss:
     """Return the loss that a name, a description or a function means."""
     segments = task == "segmentation"
-    names: dict[str, Any] = dict(_OF_LABELS) if segments else dict(_OF_NUMBERS)
-    given = next(iter(names)) if given is None else given
+    names = MAP_LOSSES.names(task)
+    if given is None:
+        given = "cross_entropy" if segments else "l1"
     weights = {} if class_weights is None else {"class_weights": list(class_weights)}
     if isinstance(given, str):
         if given not in names:
             raise WrongArgumentError(f"loss: there is no {given!r} for {task}; {suggestion(given, names)}")
-        if segments:
-            return cast(MapLoss, names[given](ignore_index=ignore_index, **weights))
-        given = names[given]()
-    elif isinstance(given, Mapping):
+        named = MAP_LOSSES.get(given)
+        given = {"type": named} if isinstance(named, type) else named
+    if isinstance(given, Mapping):
         kind, arguments = split_description(given)
         own = {"ignore_index": ignore_index, **weights} if segments else {}
         taken = arguments_of(MODELS.get(kind) if isinstance(kind, str) else kind).named
@@ -386,7 +366,7 @@ def _loss(given: Any, task: DenseTask, ignore_index: int, class_weights: Sequenc
         weights = {} if segments and "class_weights" in taken else weights
     if weights:
         raise WrongArgumentError(
-            f"class_weights are for the losses {', '.join(_OF_LABELS)}; give them to your own loss"
+            f"class_weights are for the losses {', '.join(MAP_LOSSES.names('segmentation'))}; give them to your own loss"
         )
     if not callable(given) or isinstance(given, type):
         raise WrongArgumentError(

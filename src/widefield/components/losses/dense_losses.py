@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from widefield.errors import WrongArgumentError
-from widefield.registry import MODELS
+from widefield.registry import MODELS, Entry, Registry, registered_in
+
+MAP_LOSSES = Registry(
+    "loss of maps",
+    lambda: [
+        Entry("huber", "torch.nn.functional:huber_loss", "regression"),
+        Entry("l1", "torch.nn.functional:l1_loss", "regression"),
+        Entry("l2", "torch.nn.functional:mse_loss", "regression"),
+        *registered_in("MAP_LOSSES", "components/losses"),
+    ],
+)
+"""Losses by short names, as `DenseModule` takes them; the kind of each is the task that it is for."""
 
 
 def one_hot_map(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -62,6 +73,7 @@ class DenseLoss(nn.Module):
 
 
 @MODELS.register_module()
+@MAP_LOSSES.register_module("cross_entropy", kind="segmentation")
 class DenseCrossEntropyLoss(DenseLoss):
     """Cross-entropy at each position, averaged as `torch.nn.CrossEntropyLoss` does: over positions, weighted by their class.
 
@@ -78,6 +90,7 @@ class DenseCrossEntropyLoss(DenseLoss):
 
 
 @MODELS.register_module()
+@MAP_LOSSES.register_module("focal", kind="segmentation")
 class DenseFocalLoss(DenseLoss):
     """Cross-entropy in which positions that are right already count little: -(1 - p)^gamma log p.
 
@@ -147,6 +160,7 @@ class _OverlapLoss(DenseLoss):
 
 
 @MODELS.register_module()
+@MAP_LOSSES.register_module("dice", kind="segmentation")
 class DiceLoss(_OverlapLoss):
     """1 - 2 |A B| / (|A| + |B|) over whole images (Milletari et al., 2016, https://arxiv.org/abs/1606.04797, without squares).
 
@@ -159,6 +173,7 @@ class DiceLoss(_OverlapLoss):
 
 
 @MODELS.register_module()
+@MAP_LOSSES.register_module("jaccard", kind="segmentation")
 class JaccardLoss(_OverlapLoss):
     """1 - |A and B| / |A or B| over whole images (Rahman and Wang, 2016, https://doi.org/10.1007/978-3-319-50835-1_22).
 
@@ -170,6 +185,7 @@ class JaccardLoss(_OverlapLoss):
 
 
 @MODELS.register_module()
+@MAP_LOSSES.register_module("ssim", kind="regression")
 class SSIMLoss(nn.Module):
     """1 - the mean structural similarity of two maps, in square windows whose positions all count alike.
 
