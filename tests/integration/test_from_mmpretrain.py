@@ -233,9 +233,9 @@ def test_the_page_names_every_argument_that_differs_and_no_other() -> None:
     assert len(SIGNATURES) > 60
 
 
-def test_every_component_is_on_the_page() -> None:
+def test_every_component_with_a_name_of_theirs_is_on_the_page() -> None:
     named = set(re.findall(r"`([\w-]+)[(`]", "".join(theirs + ours for theirs, ours in section("Names"))))
-    assert set(MODELS.index) - named == set()
+    assert set(MODELS.index) & set(SIGNATURES) <= named
 
 
 @pytest.mark.parametrize("title", ["Configurations", "Names", "Tools"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.fresh import fresh
-from tests.pretraining.tiny import checkpoint, exported, losses, model_for, train, write_images
+from tests.pretraining.tiny import QUIET, checkpoint, exported, losses, model_for, train, write_images
 from widefield.pretraining import METHODS
 from widefield.pretraining.methods import dinov2, distillation, mae, transformers
 
@@ -39,7 +39,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def compare(method: str, tmp_path: Path, images: Path) -> None:
-    options: dict[str, Any] = {"precision": "64-true", "epochs": 2, "batch_size": 4}
+    options: dict[str, Any] = {**QUIET, "precision": "64-true", "epochs": 2, "batch_size": 4}
     train(tmp_path / "one", images, method, **options)
     wrapper: Any = model_for(method)
     kinds = [type(module) for module in wrapper.modules()]

@@ -10,6 +10,7 @@ from torch import nn
 
 import widefield
 from tests.pretraining.tiny import (
+    QUIET,
     TinyWrapper,
     assert_same,
     checkpoint,
@@ -55,13 +56,13 @@ def test_a_run_writes_these_files_and_no_others(tmp_path: Path, images: Path) ->
 def test_every_method_trains_and_a_seed_repeats_it_bit_for_bit(method: str, tmp_path: Path, images: Path) -> None:
     before = TinyWrapper().get_model().state_dict()
     for name in ("a", "b"):
-        train(tmp_path / name, images, method, epochs=2)
+        train(tmp_path / name, images, method, epochs=2, **QUIET)
     weights = exported(tmp_path / "a")
     assert_same(dict(weights), dict(exported(tmp_path / "b")))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert not torch.equal(weights["4.weight"], before["4.weight"])
     assert torch.equal(weights["5.weight"], before["5.weight"]), "no loss reaches it"
-    train(tmp_path / "other", images, method, epochs=1, seed=1)
+    train(tmp_path / "other", images, method, epochs=1, seed=1, **QUIET)
     assert losses(tmp_path / "other")[0] != losses(tmp_path / "a")[0]
 
 

@@ -84,6 +84,13 @@ def model_for(method: str) -> nn.Module:
     return timm_vit() if METHODS.get(method).needs_transformer else TinyWrapper()
 
 
+QUIET: dict[str, Any] = {
+    "callbacks": {"quality": None, "learning_rate_monitor": None},
+    "loggers": {"tensorboard": None},
+}
+"""Options of a run of which only the losses and weights are looked at."""
+
+
 def write_images(folder: Path, count: int = 10, side: int = 48) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     picture = data.astronaut()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretraining.tiny import assert_same, checkpoint, exported, losses, train
+from tests.pretraining.tiny import QUIET, assert_same, checkpoint, exported, losses, train
 from widefield.components.backbones.vision_transformer import VisionTransformer
 from widefield.pretraining import METHODS, EmbeddingModel, Run, wrap
 
@@ -35,7 +35,8 @@ def images(count: int = 4, side: int = 16) -> Tensor:
 
 def check_a_run(method: str, model: Any, folder: Path, data: Path, **options: Any) -> None:
     """Two runs of two steps are equal, a broken one goes on at the step, and the export is a state dict of the model."""
-    options = {"epochs": 2, "callbacks": {"model_checkpoint": {"every_n_train_steps": 1}}, **options}
+    saving = {**QUIET["callbacks"], "model_checkpoint": {"every_n_train_steps": 1}}
+    options = {**QUIET, "epochs": 2, "callbacks": saving, **options}
     train(folder / "whole", data, method, model=model(), **options)
     assert len(losses(folder / "whole")) == 2
     weights, before = exported(folder / "whole"), model().state_dict()
