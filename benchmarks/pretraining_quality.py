@@ -100,7 +100,8 @@ def network(seed: int, method: str = "simclr") -> nn.Module:
     """A wrapper of 128 (or 64) channels, for patches of 24 pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if not METHODS.get(method).needs_transformer:
+        kind: Any = METHODS.get(method)
+        if not kind.needs_transformer:
             return Convolutions()
         sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 0}
         token = SETTINGS.get(method, {}).get("class_token", False)

@@ -216,19 +216,7 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     if given.activation_checkpoint_args is not None and given.activation_checkpoint_args.enabled:
         checkpoint_blocks(wrapper.get_model(), given.activation_checkpoint_args.every_n_blocks)
     method = settings.method(embedding, run, **settings.method_args)
-    loader_args = {
-        "num_workers": settings.num_workers,
-        "pin_memory": not on_cpu,
-        "worker_init_fn": leave_signals,
-        "persistent_workers": settings.num_workers > 0,
-        **(given.loader_args or {}),
-    }
-    for name in ("batch_size", "shuffle", "drop_last"):
-        loader_args.pop(name, None)
-    try:
-        DataLoader(dataset, **loader_args)  # starts no worker process
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"loader_args, with num_workers={settings.num_workers}: {error}") from error
+    loader_args = _loader_args(settings, dataset, on_cpu)
     # torch does not choose it itself on a CPU; Lightning could not clip gradients then in mixed precision
     fused = on_cpu and not isinstance(trainer.precision_plugin, MixedPrecision)
     module = Pretraining(method, settings, dataset, batch_size, loader_args, fused)
@@ -238,6 +226,23 @@ def _prepare(settings: Settings, folder: OutFolder) -> tuple[pl.Trainer, Pretrai
     if "log_every_n_steps" not in (given.trainer_args or {}):
         trainer.log_every_n_steps = max(1, min(LOG_EVERY, module.batches_per_epoch))
     return trainer, module, resumed
+
+
+def _loader_args(settings: Settings, dataset: ViewDataset, on_cpu: bool) -> dict[str, Any]:
+    """Return the arguments of the data loader, of which batches and their order are not; raises ValueError for wrong ones."""
+    made: dict[str, Any] = {
+        "num_workers": settings.num_workers,
+        "pin_memory": not on_cpu,
+        "worker_init_fn": leave_signals,
+        "persistent_workers": settings.num_workers > 0,
+    }
+    given = settings.given.loader_args or {}
+    made |= {name: value for name, value in given.items() if name not in ("batch_size", "shuffle", "drop_last")}
+    try:
+        DataLoader(dataset, **made)  # starts no worker process
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loader_args, with num_workers={settings.num_workers}: {error}") from error
+    return made
 
 
 def _check_first_image(dataset: ViewDataset) -> None:
