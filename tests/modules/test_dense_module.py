@@ -51,6 +51,12 @@ def step(dense: DenseModule, batch: Any, monkeypatch: pytest.MonkeyPatch) -> Ten
     return dense.training_step(batch, 0)
 
 
+def test_a_loss_of_ones_own_is_known_by_its_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MAP_LOSSES, "_registered", dict(MAP_LOSSES._registered))
+    MAP_LOSSES.register_module("hinge", kind="segmentation", module=Hinge)
+    assert type(module(network(), loss="hinge").stream_network.module.loss) is Hinge
+
+
 def named(task: str) -> list[tuple[str, int]]:
     """The losses with a short name, and how much smaller than its target the map is for each."""
     return [(name, 1 + k % 4) for k, name in enumerate(MAP_LOSSES.names(task))]
