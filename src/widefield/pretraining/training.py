@@ -108,7 +108,7 @@ def train(
         method: One of `widefield.pretraining.METHODS`, or an import path.
         method_args: Arguments of the method's class.
         embed_dim: Channels of an embedding layer on top of the model, a 1x1 convolution; None: no such layer.
-        epochs: "auto" is 100, and for dinov2 as many as 125000 steps take.
+        epochs: "auto" is 100, or as many as the `auto_steps` of the method take (125000 of dinov2).
         batch_size: Images of a batch over all devices and nodes.
         gradient_accumulation_steps: Batches of an optimizer step; the learning rate is scaled to all of them.
         num_workers: Processes that read images, for each device.
