@@ -102,7 +102,7 @@ def test_a_function_with_its_own_backward_is_refused_in_training_and_exact_in_in
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    from widefield.streaming.watch import PointwiseCall
+    from widefield.streaming.pointwise_functions import PointwiseCall
 
     for function in (Reverse, Round, OwnSwish, Scaled, WholeMaximum):
         register_op(function)

@@ -255,7 +255,7 @@ def _compare(module: nn.Module, reader: TileReader, target: _Scratch) -> TileMis
         for col in cols:
             exact = torch.from_numpy(np.array(whole[:, :, row.out, col.out])).double()
             raw = reader.read(row.start, col.start, row.stop - row.start, col.stop - col.start)
-            tile = _map_of(module(reader.prepare(raw, row.start, col.start)), exact.shape)
+            tile = _map_of(module(reader.normalised(raw, row.start, col.start)), exact.shape)
             error = tile - exact
             distance = torch.minimum(row.distance[:, None], col.distance[None])
             if len(rows) * len(cols) > 1:

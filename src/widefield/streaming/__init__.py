@@ -5,10 +5,10 @@ from widefield.streaming.errors import UnsupportedOpError, VerificationError
 from widefield.streaming.local import Local, LocalError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
+from widefield.streaming.pointwise_functions import register_op
 from widefield.streaming.receptive_field import Cells
 from widefield.streaming.split import split
 from widefield.streaming.tiles import LazyImage
-from widefield.streaming.watch import register_op
 
 __all__ = [
     "Cells",

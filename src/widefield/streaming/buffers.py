@@ -11,7 +11,7 @@ what has just been computed.
     rows  |           |          |
           +-----------+----------+
 
-Consumers read overlapping windows of it; two more windows are the pieces for the next tile row (`above`) and tile (`left`).
+What reads the map takes overlapping cuts of it; two more cuts are carried to the next tile row (`above`) and tile (`left`).
 
 What nobody needs is not there (`need`): its place holds zeros, which nobody reads.
 """
@@ -26,15 +26,15 @@ from widefield.streaming.rules import Axes
 
 
 class Cut(NamedTuple):
-    """A window of a buffer: rows `[top, bottom)` and columns `[left, right)` counted from the buffer's corner.
+    """A rectangle of a buffer: rows `[y, y_end)` and columns `[x, x_end)` counted from the buffer's corner.
 
     `exclusive`: its gradient arrives as a tensor that nobody else holds, so others may be added into it.
     """
 
-    top: int
-    bottom: int
-    left: int
-    right: int
+    y: int
+    y_end: int
+    x: int
+    x_end: int
     exclusive: bool = False
 
 
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
 def cut_out(
     pieces: Pieces, axes: Axes, layout: Layout, cuts: Sequence[Cut], rectify: bool = False
 ) -> tuple[Tensor, ...]:
-    """The windows `cuts` of the buffer made of `pieces` (left, above, new); differentiable.
+    """Return the `cuts` of the buffer made of `pieces` (left, above, new); differentiable.
 
     `rectify`: the new piece goes through a ReLU on its way into the buffer, and may be overwritten.
     """
@@ -70,7 +70,8 @@ def cut_out(
         return tuple(present * len(cuts))
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in present):
         return _CutOut.apply(axes, layout, cuts, rectify, *pieces)
-    return _windows(_assemble(pieces, axes, layout, rectify), axes, cuts)
+    buffer = _assemble(pieces, axes, layout, rectify)
+    return tuple(_rectangle(buffer, axes, cut) for cut in cuts)
 
 
 def _assemble(pieces: Pieces, axes: Axes, layout: Layout, rectify: bool) -> Tensor:
@@ -89,9 +90,9 @@ def _assemble(pieces: Pieces, axes: Axes, layout: Layout, rectify: bool) -> Tens
     if above is not None:
         beside_left.narrow(axes.rows, 0, kept_rows).copy_(above)
     if new is not None:
-        top, left_edge = layout.at
-        place = beside_left.narrow(axes.rows, kept_rows + top, new.shape[axes.rows])
-        place = place.narrow(axes.cols, left_edge, new.shape[axes.cols])
+        y, x = layout.at
+        place = beside_left.narrow(axes.rows, kept_rows + y, new.shape[axes.rows])
+        place = place.narrow(axes.cols, x, new.shape[axes.cols])
         if rectify:
             torch.clamp_min(new, 0, out=place)
         else:
@@ -99,13 +100,8 @@ def _assemble(pieces: Pieces, axes: Axes, layout: Layout, rectify: bool) -> Tens
     return buffer
 
 
-def _windows(buffer: Tensor, axes: Axes, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
-    return tuple(_window(buffer, axes, cut) for cut in cuts)
-
-
-def _window(buffer: Tensor, axes: Axes, cut: Cut) -> Tensor:
-    rows = buffer.narrow(axes.rows, cut.top, cut.bottom - cut.top)
-    return rows.narrow(axes.cols, cut.left, cut.right - cut.left)
+def _rectangle(buffer: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    return buffer.narrow(axes.rows, cut.y, cut.y_end - cut.y).narrow(axes.cols, cut.x, cut.x_end - cut.x)
 
 
 def _is_whole(present: Sequence[Tensor], axes: Axes, layout: Layout) -> bool:
@@ -132,7 +128,8 @@ class _CutOut(torch.autograd.Function):
         if ctx.rectify:
             ctx.save_for_backward(buffer)
         # A piece that is the whole buffer is not returned itself: autograd would take the output for the input.
-        return tuple(w.view_as(w) if any(w is p for p in pieces) else w for w in _windows(buffer, axes, cuts))
+        found = (_rectangle(buffer, axes, cut) for cut in cuts)
+        return tuple(x.view_as(x) if any(x is piece for piece in pieces) else x for x in found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -147,7 +144,7 @@ class _CutOut(torch.autograd.Function):
                 continue
             if total is None:
                 total = empty_like(grad, ctx.shape).zero_()
-            _window(total, axes, cut).add_(grad)
+            _rectangle(total, axes, cut).add_(grad)
         if total is None:
             return (None,) * 7
         left, above, new = ctx.sizes
@@ -159,11 +156,11 @@ class _CutOut(torch.autograd.Function):
         if above and ctx.needs_input_grad[5]:
             results[1] = total.narrow(axes.rows, 0, kept_rows).narrow(axes.cols, kept_cols, above[1]).clone()
         if new and ctx.needs_input_grad[6]:
-            top, left_edge = kept_rows + ctx.layout.at[0], kept_cols + ctx.layout.at[1]
-            inner = Cut(top, top + new[0], left_edge, left_edge + new[1])
-            results[2] = _window(total, axes, inner)
+            y, x = kept_rows + ctx.layout.at[0], kept_cols + ctx.layout.at[1]
+            inner = Cut(y, y + new[0], x, x + new[1])
+            results[2] = _rectangle(total, axes, inner)
             if ctx.rectify:
-                result = _window(ctx.saved_tensors[0], axes, inner)
+                result = _rectangle(ctx.saved_tensors[0], axes, inner)
                 results[2] = torch.ops.aten.threshold_backward(results[2], result, 0)
         return None, None, None, None, *results
 

@@ -30,7 +30,7 @@ from widefield.streaming.program import Program, Stage
 from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 from widefield.streaming.rules.norms import statistics_of_batch, statistics_of_tensor
 from widefield.streaming.rules.rewriting import parts_of
-from widefield.streaming.stages import cut, weight_size
+from widefield.streaming.stages import make_stages, weight_size
 
 _OF_BATCH = (statistics_of_batch, statistics_of_tensor)
 
@@ -40,9 +40,9 @@ class Graph:
     """A forward pass on its way to a program; what later passes make is empty before.
 
     `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
-    `levels` are those of nodes and of the parts of reductions, `stages` the scan of each level. What reads the map
-    `cut` is in a scan of its own. `kept` are the maps that live between scans. `computed` are dtypes under autocast. `whole` are
-    plain nodes that depend on a whole map, because of the operations `refused`.
+    `levels` are those of nodes and of the parts of reductions: the scan that can compute each, `stages` the scans by level. What
+    reads map `divided_at` is in a scan of its own. `kept` are the maps that live between scans. `computed` are dtypes under
+    autocast. `whole` are plain nodes that depend on a whole map, because of the operations `refused`.
     """
 
     captured: Captured
@@ -54,7 +54,7 @@ class Graph:
     whole: frozenset[str] = frozenset()
     levels: Mapping[str, int] = field(default_factory=dict)
     stages: Mapping[int, Stage] = field(default_factory=dict)
-    cut: str = ""
+    divided_at: str = ""
     kept: frozenset[str] = frozenset()
     computed: Mapping[str, torch.dtype] = field(default_factory=dict)
 
@@ -76,10 +76,10 @@ class Graph:
         return Scans(self.maps, given, self.streamed, self.placed, self.levels, wanted)
 
     @property
-    def left(self) -> set[str]:
-        """Names of maps after which a new scan begins: theirs is not computed again in the backward pass."""
+    def ends(self) -> set[str]:
+        """Names of maps with which a scan ends, so that they are not computed again when what follows is."""
         frozen = {node.name for node in self.nodes if isinstance(node.target, LocalCall) and node.target.frozen}
-        return frozen | {self.cut}
+        return frozen | {self.divided_at}
 
     @property
     def cast(self) -> dict[str, torch.dtype]:
@@ -129,7 +129,7 @@ def build(captured: Captured, *, allow_whole: bool, autocast: Autocast | None = 
 
 def _divided(graph: Graph, name: str) -> Program:
     """The program with a scan of its own for what follows from map `name`."""
-    return _program(_stages(_kept(_levels(replace(graph, cut=name)))))
+    return _program(_stages(_kept(_levels(replace(graph, divided_at=name)))))
 
 
 def _thinner(graph: Graph) -> list[Callable[[], Program]]:
@@ -139,7 +139,7 @@ def _thinner(graph: Graph) -> list[Callable[[], Program]]:
         for value, each in zip(stage.values, MemoryModel(stage, graph.captured.image).work.tolist(), strict=True):
             if value.placed is not None:
                 work[value.name] = each * value.extent[0] * value.extent[1]
-    choices = graph.scans.thinner(work, graph.left)
+    choices = graph.scans.thinner(work, graph.ends)
     return [cache(partial(_program_keeping, graph, kept)) for kept in choices]
 
 
@@ -159,12 +159,8 @@ def passes(captured: Captured, *, allow_whole: bool, autocast: Autocast | None =
         "live": _live,
         "levels": _levels,
         "kept": _kept,
-        "stages": _stages,
+        "stages": partial(_stages, autocast=autocast),
     }
-    if autocast is not None:
-        functions["stages"] = lambda graph: _stages(
-            replace(graph, computed=autocast.dtypes(graph.nodes, captured.shapes))
-        )
     for name, function in functions.items():
         graph = function(graph)
         yield name, graph
@@ -238,11 +234,11 @@ def _live(graph: Graph) -> Graph:
 
 def _levels(graph: Graph) -> Graph:
     levels: dict[str, int] = {}
-    left = graph.left
+    ends = graph.ends
     for node in graph.nodes:
         # A plain operation comes after the scan that computes a map which it reads.
         after = (
-            levels.get(name, 0) + (name in left or (name in graph.maps and node.name not in graph.placed))
+            levels.get(name, 0) + (name in ends or (name in graph.maps and node.name not in graph.placed))
             for name in node.refs
         )
         levels[node.name] = max(after, default=0)
@@ -255,8 +251,10 @@ def _kept(graph: Graph) -> Graph:
     return replace(graph, kept=frozenset(graph.scans.crossing()))
 
 
-def _stages(graph: Graph) -> Graph:
-    return replace(graph, stages=cut(graph.scans, graph.kept, graph.dtypes, graph.computed))
+def _stages(graph: Graph, autocast: Autocast | None = None) -> Graph:
+    if autocast is not None:
+        graph = replace(graph, computed=autocast.dtypes(graph.nodes, graph.captured.shapes))
+    return replace(graph, stages=make_stages(graph.scans, graph.kept, graph.dtypes, graph.computed))
 
 
 def _program(graph: Graph) -> Program:

@@ -1,46 +1,39 @@
-"""A call of a streamed module at its two ends: inputs, checked before anything is captured, and the result put together."""
+"""A call of a streamed module: what it is given, checked before anything is captured."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
-from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import CallKind
-from widefield.streaming.execution import Statistics, fill_refs
-from widefield.streaming.fingerprint import NOTHING, mark_left
-from widefield.streaming.foreground import Foreground
-from widefield.streaming.need import Wanted
+from widefield.streaming.execution import Statistics
+from widefield.streaming.foreground import parse_mask
+from widefield.streaming.need import Wanted, parse_region
+from widefield.streaming.planner import usable_memory
 from widefield.streaming.program import Program
-from widefield.streaming.rules.norms import update_running_statistics
 from widefield.streaming.tiles import LazyImage, Normalisation, map_input, pixel_dtype
+
+if TYPE_CHECKING:
+    from widefield.streaming.module import StreamingCNN
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A call of a streamed module, checked.
+    """A call of a streamed module, checked."""
 
-    Attributes:
-        image: One image or batch.
-        maps: What else `forward` takes.
-        kind: What a capture needs to know of them.
-        wanted: The part of the image that is asked for; None: all of it.
-        fill: The pixel that takes the place of the background, as it was given.
-        gather: Put maps among the results together from the bands of all processes.
-        prepared: What is known of the image already.
-    """
-
-    image: Tensor | LazyImage
-    maps: tuple[Tensor | LazyImage, ...]
-    kind: CallKind
-    wanted: Wanted | None = None
-    fill: Any = 0.0
-    gather: bool = False
-    prepared: "PreparedImage | None" = None
+    image: Tensor | LazyImage  # one image or batch
+    map_inputs: tuple[Tensor | LazyImage, ...]  # what else `forward` takes
+    kind: CallKind  # what a capture needs to know of them
+    wanted: Wanted | None = None  # the part of the image that is asked for; None: all of it
+    fill: Any = 0.0  # the pixel that takes the place of the background, as it was given
+    gather: bool = False  # put maps among the results together from the bands of all processes
+    prepared: "PreparedImage | None" = None  # what is known of the image already
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +42,7 @@ class PreparedImage:
 
     inputs: Inputs
     statistics: Statistics
-    made_for: Any
-
-    @property
-    def foreground(self) -> Foreground | None:
-        return None if self.inputs.wanted is None else self.inputs.wanted.foreground
+    state: Any
 
     def check_call(self, maps: Sequence[Any], mask: Any) -> None:
         """Raise ValueError if a model is called on it in a way that needs more than what is known."""
@@ -64,6 +53,95 @@ class PreparedImage:
                 "what prepare() returned holds results without their gradients: use it under torch.no_grad(), or call the "
                 "model with the image itself, which computes them again with gradients"
             )
+
+    def check_state(self, network: "StreamingCNN", program: Program) -> None:
+        """Raise ValueError if anything has changed on which what is known depends."""
+        if self.state != state_of(network, program, self.inputs):
+            raise ValueError(
+                "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
+                "has changed since prepare() looked at this image: prepare it again"
+            )
+
+
+def state_of(network: "StreamingCNN", program: Program, inputs: Inputs) -> Any:
+    """Return all that results of `prepare` depend on, for comparison."""
+    pixels = [x for x in (inputs.image, *inputs.map_inputs) if isinstance(x, Tensor)]
+    tensors = (*network.module.parameters(), *network.module.buffers(), *pixels)
+    versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+    return program.kind, network.normalisation, versions
+
+
+def check_inputs(
+    network: "StreamingCNN", image: Any, maps: Sequence[Any], region: Any, mask: Any, fill: Any, gather: bool = False
+) -> Inputs:
+    """Check what `network` is called with. Raises ValueError for what cannot be streamed."""
+    prepared = image if isinstance(image, PreparedImage) else None
+    if prepared is not None:
+        prepared.check_call(maps, mask)
+        image, maps, fill = prepared.inputs.image, prepared.inputs.map_inputs, prepared.inputs.fill
+    if network.enabled:
+        refuse_transforms([image, *maps, *network.parameters(), *network.buffers()])
+    kind = kind_of_call(network.module, network.normalisation, image, maps)
+    if isinstance(image, Tensor):
+        image = _with_saliency_hook(network, image.to(kind.device) if network.copy_to_gpu else image)
+        kind = replace(kind, image_requires_grad=image.requires_grad)
+    if prepared is None:
+        wanted = parse_wanted(kind, image, region, mask)
+    else:
+        foreground = (prepared.inputs.wanted or Wanted()).foreground
+        wanted = Wanted(parse_region(region, kind.size), foreground, reductions=False)
+    if wanted is not None and not network.enabled:
+        raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
+    return in_band(network, Inputs(image, tuple(maps), kind, wanted, fill, gather, prepared))
+
+
+def parse_wanted(kind: CallKind, image: Any, region: Any, mask: Any) -> Wanted | None:
+    """Return the part of an image that is asked for; None if it is all of it. Raises ValueError."""
+    if region is None and mask is None:
+        return None
+    return Wanted(parse_region(region, kind.size), parse_mask(mask, image, kind.shape))
+
+
+def in_band(network: "StreamingCNN", inputs: Inputs) -> Inputs:
+    """Return the inputs, of whose image this process makes a band; without other processes as they are.
+
+    Raises ValueError if other processes, which would wait for this one, were called in another way.
+    """
+    if network.ranks is None or not network.enabled:
+        return inputs
+    kind, ranks = inputs.kind, network.ranks
+    wanted = replace(inputs.wanted or Wanted(), band=(ranks.rank, ranks.size))
+    how = {
+        "shape": kind.shape,
+        "maps": kind.map_inputs,
+        "region": wanted.region,
+        "mask": None if wanted.foreground is None else wanted.foreground.checksum,
+        "fill": repr(inputs.fill),
+        "prepare": not wanted.outputs,
+        "gather": inputs.gather,
+        "tile_size": network.tile_size,
+        "memory_budget": network.memory_budget,
+        "gradients": torch.is_grad_enabled(),
+        "image requires grad": kind.image_requires_grad,
+        "parameters that require grad": sum(p.requires_grad for p in network.module.parameters()),
+    }
+    limit = min(ranks.agree(how, usable_memory(kind.device)))
+    network._limit = limit if network._limit is None else network._limit
+    return replace(inputs, wanted=wanted)
+
+
+def _with_saliency_hook(network: "StreamingCNN", image: Tensor) -> Tensor:
+    """`image`, or a view or leaf of it whose gradient becomes `saliency_map`, if that is wanted."""
+    if not (network.saliency and torch.is_grad_enabled() and image.is_floating_point()):
+        return image
+    image = image.view_as(image) if image.requires_grad else image.detach().requires_grad_()
+    image.register_hook(partial(_keep_saliency, ref(network)))
+    return image
+
+
+def _keep_saliency(network: "ref[StreamingCNN]", gradient: Tensor) -> None:
+    if (found := network()) is not None:
+        found.saliency_map = gradient.cpu()
 
 
 def kind_of_call(module: nn.Module, normalisation: Normalisation, image: Any, maps: Sequence[Any]) -> CallKind:
@@ -124,47 +202,6 @@ def _checked_shape(
     pixel_dtype(image)
     normalisation.check_channels(shape[1])
     return shape
-
-
-def bind(module: nn.Module, program: Program, device: torch.device) -> dict[str, Any]:
-    """The parameters and buffers of `module` as they are now, by the names that the captured program uses."""
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    tensors.update(module.named_buffers(remove_duplicate=False))
-    if torch.is_grad_enabled():
-        learned = [key for key in set(program.captured.bound.values()) if tensors[key].requires_grad]
-        tensors.update(zip(learned, _Together.apply(*(tensors[key] for key in learned)), strict=True))
-    values: dict[str, Any] = {name: tensors[key] for name, key in program.captured.bound.items()}
-    values.update({name: tensor.to(device) for name, tensor in program.captured.constants.items()})
-    return values
-
-
-def finish(module: nn.Module, program: Program, values: dict[str, Any], written: dict[str, Any]) -> Any:
-    """The result among `values`, with what is `written` in the place of maps.
-
-    Running statistics, and attributes that forward sets, are as the plain module leaves them.
-    """
-    for path, name in program.statistics:
-        update_running_statistics(module.get_submodule(path), values[name])
-    outputs, spec = program.captured.outputs, program.captured.spec
-    attributes = pytree.tree_unflatten(fill_refs(outputs, values), spec)[1]
-    result = pytree.tree_unflatten(fill_refs(outputs, {**values, **written}), spec)[0]
-    for (path, name, read), value in zip(program.captured.attributes, attributes, strict=True):
-        part = module.get_submodule(path)
-        setattr(part, name, value if read else mark_left(value, before=vars(part).get(name, NOTHING)))
-    return result
-
-
-class _Together(torch.autograd.Function):
-    """The same tensors, whose gradients arrive all at once: a backward pass that fails has changed none of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
 
 
 def refuse_transforms(values: Iterable[Any]) -> None:

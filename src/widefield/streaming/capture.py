@@ -29,6 +29,7 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING, Surroundings
 from widefield.streaming.functional import functional
 from widefield.streaming.local import LocalCall
+from widefield.streaming.pointwise_functions import PointwiseCall
 from widefield.streaming.refusals import (
     changes_buffer,
     failed_capture,
@@ -40,7 +41,7 @@ from widefield.streaming.refusals import (
 )
 from widefield.streaming.skeleton import skeleton_of
 from widefield.streaming.trace import Formula, Trace, formula
-from widefield.streaming.watch import PointwiseCall, Watch
+from widefield.streaming.watch import Watch
 
 _LOG = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _capture(
     skeleton = skeleton_of(module, fake, batch_statistics)
     with fake:
         image = torch.empty(call.shape, dtype=call.dtype, device=CAPTURE_DEVICE)
-        maps = [torch.empty(x.shape, dtype=x.dtype, device=CAPTURE_DEVICE) for x in call.maps]
+        maps = [torch.empty(x.shape, dtype=x.dtype, device=CAPTURE_DEVICE) for x in call.map_inputs]
     limit = time.thread_time() + _SYMBOLIC_LIMIT if symbolic else float("inf")
     watch = Watch(skeleton, call.device, autocast, limit, sees_reads)
     sizes = tuple({x.ndim - 2: Dim.AUTO, x.ndim - 1: Dim.AUTO} for x in (image, *maps))
@@ -179,13 +180,13 @@ def _capture(
     finally:
         changes = surroundings.restore()
     refuse_changes(changes, watch)
-    if watch.left and not sees_reads:  # slow, so only where forward sets attributes
+    if watch.attributes and not sees_reads:  # slow, so only where forward sets attributes
         return _capture(module, call, batch_statistics, symbolic, sees_reads=True)
     synchronised = frozenset(path for path, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm))
-    captured = _captured(program)
+    captured = _operations(program)
     constants = {name: watch.original(tensor) for name, tensor in captured.constants.items()}
     captured = replace(
-        captured, image_shape=call.shape, constants=constants, synchronised=synchronised, attributes=watch.left
+        captured, image_shape=call.shape, constants=constants, synchronised=synchronised, attributes=watch.attributes
     )
     if batch_statistics:
         refuse_unknown_norms(module, captured)
@@ -205,7 +206,7 @@ class _WithAttributes(nn.Module):
             for x, needed in zip(inputs, requires_grad, strict=True):
                 x.requires_grad_(needed)
             result, found = self._run(inputs)
-            watch.left = tuple(found)
+            watch.attributes = tuple(found)
             return result, tuple(found.values())
 
         self._record, self._read, self._derived = record, watch.read, watch.derived
@@ -218,7 +219,7 @@ class _WithAttributes(nn.Module):
         registered = {path: (*part._parameters.items(), *part._modules.items()) for path, part, _ in before}
         buffers = {path: tuple(part._buffers.items()) for path, part, _ in before}
         result = self.module(*inputs)
-        left: dict[tuple[str, str, bool], Any] = {}
+        found: dict[tuple[str, str, bool], Any] = {}
         for path, part, own in before:
             if registered[path] != (*part._parameters.items(), *part._modules.items()):
                 remedy = "make all layers in __init__, or call the plain module once"
@@ -236,17 +237,17 @@ class _WithAttributes(nn.Module):
                     remedy = "return the tensor and pass it to the next call from outside, or reset the attribute before it is read"
                     raise UnsupportedOpError(path, f"the attribute '{key}'", reason, remedy)
                 if all(leaf is None or isinstance(leaf, _GIVEN_BACK) for leaf in leaves):
-                    left[path, key, read] = value
+                    found[path, key, read] = value
                 elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
                     reason = "is set in forward to a tensor inside of an object"
                     remedy = "return the tensor instead"
                     raise UnsupportedOpError(path, f"the attribute '{key}'", reason, remedy)
             part.__dict__.clear()
             part.__dict__.update(own)
-        return result, left
+        return result, found
 
 
-def _captured(program: torch.export.ExportedProgram) -> Captured:
+def _operations(program: torch.export.ExportedProgram) -> Captured:
     """The program's operations, by names. Numbers that depend on the image's size are `Formula`s."""
     signature = program.graph_signature
     mutated = {**signature.buffers_to_mutate, **getattr(signature, "parameters_to_mutate", {})}
@@ -280,7 +281,9 @@ def _captured(program: torch.export.ExportedProgram) -> Captured:
             tuples[fx.name] = _node(fx)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Captured(inputs[0], (), bound, constants, shapes, tuple(nodes), outputs, out_spec, maps=tuple(inputs[1:]))
+    return Captured(
+        inputs[0], (), bound, constants, shapes, tuple(nodes), outputs, out_spec, map_inputs=tuple(inputs[1:])
+    )
 
 
 def _with_guards(program: torch.export.ExportedProgram, captured: Captured) -> Trace:

@@ -1,4 +1,4 @@
-"""A module's forward pass as data: operations on named values."""
+"""A module's forward pass as data: operations on named tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ CAPTURE_DEVICE = torch.device("cpu")  # the device that a capture pretends to ru
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """An argument that is the value of another node."""
+    """An argument that is the result of another node, or an input."""
 
     name: str
 
@@ -80,21 +80,13 @@ class MapInput(NamedTuple):
 
 @dataclass(frozen=True)
 class CallKind:
-    """The way in which a module is called, as far as its capture may depend on it.
+    """The way in which a module is called, as far as its capture may depend on it."""
 
-    Attributes:
-        shape: Of the image, (N, C, H, W).
-        dtype: Of the image as the module gets it.
-        device: Where the module is.
-        image_requires_grad: The image requires grad.
-        maps: What else the module is called with.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device = CAPTURE_DEVICE
+    shape: tuple[int, ...]  # of the image, (N, C, H, W)
+    dtype: torch.dtype  # of the image as the module gets it
+    device: torch.device = CAPTURE_DEVICE  # where the module is
     image_requires_grad: bool = False
-    maps: tuple[MapInput, ...] = ()
+    map_inputs: tuple[MapInput, ...] = ()  # the maps that it is called with besides
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,12 +96,12 @@ class CallKind:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Height and width of the image, then of each of the maps."""
-        return (*self.size, *(n for x in self.maps for n in x.shape[-2:]))
+        return (*self.size, *(n for x in self.map_inputs for n in x.shape[-2:]))
 
     @property
     def requires_grad(self) -> tuple[bool, ...]:
         """True for the image and each of the maps that requires grad."""
-        return self.image_requires_grad, *(x.requires_grad for x in self.maps)
+        return self.image_requires_grad, *(x.requires_grad for x in self.map_inputs)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -123,17 +115,18 @@ class CallKind:
         def scaled(length: int, new: int, old: int) -> int:
             return -(-new * length // old)
 
-        maps = tuple(x._replace(shape=(*x.shape[:-2], *map(scaled, x.shape[-2:], size, self.size))) for x in self.maps)
-        return replace(self, shape=(*self.shape[:2], *size), maps=maps)
+        shapes = ((*x.shape[:-2], *map(scaled, x.shape[-2:], size, self.size)) for x in self.map_inputs)
+        maps = tuple(x._replace(shape=shape) for x, shape in zip(self.map_inputs, shapes, strict=True))
+        return replace(self, shape=(*self.shape[:2], *size), map_inputs=maps)
 
 
 @dataclass(frozen=True)
 class Captured:
     """A module's forward pass at one image size.
 
-    `image` names the image's value, `maps` those of the other maps that forward takes; `bound` maps other values to the state_dict
-    key of their parameter or buffer, `constants` to tensors that the forward pass creates from numbers. `outputs` are `Ref`s or
-    plain Python values, in the order of `spec`.
+    `image` is the name of the image, `map_inputs` are those of the other maps that forward takes; `bound` gives for the name of a
+    parameter or buffer its state_dict key, `constants` the tensors that the forward pass creates from numbers. `outputs` are `Ref`s
+    or plain Python values, in the order of `spec`.
     `attributes` are the attributes that forward has set, whose values are the last outputs: the path of the module, the name, and
     whether forward reads it before it sets it.
     `synchronised` are the paths of batch norm layers whose statistics are those of all processes.
@@ -149,12 +142,12 @@ class Captured:
     spec: pytree.TreeSpec
     synchronised: frozenset[str] = frozenset()
     attributes: tuple[tuple[str, str, bool], ...] = ()
-    maps: tuple[str, ...] = ()
+    map_inputs: tuple[str, ...] = ()
 
     @property
     def spatial_inputs(self) -> tuple[str, ...]:
         """Names of the image and of the other maps that forward takes, in its order."""
-        return self.image, *self.maps
+        return self.image, *self.map_inputs
 
 
 def overwrite(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

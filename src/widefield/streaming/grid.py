@@ -10,7 +10,7 @@ from widefield.streaming.extents import Span
 from widefield.streaming.program import Stage
 from widefield.streaming.schedule import Schedule
 
-Range = tuple[int, int]
+Interval = tuple[int, int]  # positions [first, last)
 Box = tuple[int, int, int, int]  # y, x, height, width
 GATE = 8  # rows that a strided op waits for: enough for a convolution to run at full speed
 
@@ -29,7 +29,7 @@ class AxisStep:
     ready: int
     carried_from: int
     spans: tuple[Span, ...]
-    reads: tuple[Range | None, ...]
+    reads: tuple[Interval | None, ...]
 
     @property
     def new(self) -> int:
@@ -37,17 +37,17 @@ class AxisStep:
         return self.ready - self.done
 
 
-class Cuts(NamedTuple):
-    """The windows that are cut out of a buffer: those of the `readers`, then the pieces for below and right, if they are kept.
+class BufferPlan(NamedTuple):
+    """A map's buffer in one step: how it is put together (`layout`), and the `cuts` out of it.
 
-    `layout` says how the buffer is put together.
+    They are those for each of the `readers`, then the carries for below and for the right, where there are any.
     """
 
     layout: Layout
     readers: list[tuple[int, int]]
-    windows: list[Cut]
-    keep_below: bool
-    keep_right: bool
+    cuts: list[Cut]
+    carries_below: bool
+    carries_right: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Grid:
 
     def _axis_step(self, schedule: Schedule, v: int, t: int) -> AxisStep:
         ready, kept = schedule.ready[v], schedule.kept[v]
-        reads: list[Range | None] = []
+        reads: list[Interval | None] = []
         for reader, k in self.readers[v]:
             if schedule.ready[reader][t] == schedule.ready[reader][t - 1]:
                 reads.append(None)
@@ -116,47 +116,44 @@ class Grid:
         """Return what map v reads of each source in step (i, j), along both axes."""
         return self.rows[i][v].spans, self.cols[j][v].spans
 
-    def cuts(self, v: int, i: int, j: int) -> Cuts:
-        """Return what is cut out of map v's buffer in step (i, j)."""
+    def buffer(self, v: int, i: int, j: int) -> BufferPlan:
+        """Return how map v's buffer is put together in step (i, j), and what is cut out of it."""
         row, col = self.rows[i][v], self.cols[j][v]
-        reads = [
-            None if rows is None or cols is None else (rows, cols)
-            for rows, cols in zip(row.reads, col.reads, strict=True)
-        ]
-        return self.cut(v, row, col, reads, at=(0, 0), below=True, right=True)
+        reads = [(rows, cols) if rows and cols else None for rows, cols in zip(row.reads, col.reads, strict=True)]
+        return self.plan_buffer(v, row, col, reads, at=(0, 0), below=True, right=True)
 
-    def cut(
+    def plan_buffer(
         self,
         v: int,
         row: AxisStep,
         col: AxisStep,
-        reads: Sequence[tuple[Range, Range] | None],
+        reads: Sequence[tuple[Interval, Interval] | None],
         at: tuple[int, int],
         below: bool,
         right: bool,
-    ) -> Cuts:
-        """Return what is cut out of map v's buffer: what each reader `reads`, and what goes `below` and `right` where it is kept.
+    ) -> BufferPlan:
+        """Return the plan of map v's buffer, given what each reader `reads`, and if anything is carried `below` and `right`.
 
         `at` is where what the step computes begins in what it could compute.
         """
-        who, cuts = [], []
+        readers, cuts = [], []
+        top, left = row.held_from, col.held_from
         for (reader, k), read in zip(self.readers[v], reads, strict=True):
             if read is not None:
                 placed = self.stage.values[reader].placed
                 exclusive = placed is not None and placed.exclusive
-                who.append((reader, k))
+                readers.append((reader, k))
                 (y, y_end), (x, x_end) = read
-                top, left = row.held_from, col.held_from
                 cuts.append(Cut(y - top, y_end - top, x - left, x_end - left, exclusive))
-        height, width = row.ready - row.held_from, col.ready - col.held_from
+        height, width = row.ready - top, col.ready - left
         below = below and row.carried_from < row.ready and col.new > 0
         right = right and col.carried_from < col.ready and height > 0
         if below:
-            cuts.append(Cut(row.carried_from - row.held_from, height, col.done - col.held_from, width))
+            cuts.append(Cut(row.carried_from - top, height, col.done - left, width))
         if right:
-            cuts.append(Cut(0, height, col.carried_from - col.held_from, width))
-        layout = Layout((row.done - row.held_from, col.done - col.held_from), (row.new, col.new), at)
-        return Cuts(layout, who, cuts, below, right)
+            cuts.append(Cut(0, height, col.carried_from - left, width))
+        layout = Layout((row.done - top, col.done - left), (row.new, col.new), at)
+        return BufferPlan(layout, readers, cuts, below, right)
 
 
 def make_grid(stage: Stage, rows: Schedule, cols: Schedule) -> Grid:

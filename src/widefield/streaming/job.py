@@ -59,13 +59,13 @@ class Job:
         return self.readers[0].device
 
     @cached_property
-    def parts(self) -> dict[int, Box]:
+    def boxes(self) -> dict[int, Box]:
         """The part of each output map that is made: y, x, height, width."""
         return {v: self.grid.part(v) for v in self.grid.stage.outputs}
 
     def new(self, v: int, like: Tensor) -> Tensor:
         """A tensor for the part of output map `v` that is made, in the dtype and memory format of `like`; zero where it is not."""
-        size = (0, 0) if v in self.replaced else self.parts[v][2:]
+        size = (0, 0) if v in self.replaced else self.boxes[v][2:]
         shape = self.grid.stage.values[v].tile_shape(*size)
         store = self.store if v in self.grid.stage.stored else Store()
         return store.empty(shape, like) if isinstance(self.grid, Grid) else store.zeros(shape, like)
@@ -111,16 +111,16 @@ class Job:
 
     def _fetch(self, i: int, j: int) -> list[Tensor | None]:
         """The new tiles of step (i, j) where they can be moved to the device from; None where there is none."""
-        raws: list[Tensor | None] = []
-        for v, reader in zip(self.grid.stage.inputs, self.readers, strict=True):
-            y, x, height, width = self.grid.box(v, i, j)
-            raws.append(reader.fetch(y, x, height, width) if height and width else None)
-        return raws
+        zipped = zip(self.readers, self._input_boxes(i, j), strict=True)
+        return [reader.fetch(*box) if box[2] and box[3] else None for reader, box in zipped]
 
-    def prepare(self, raws: Sequence[Tensor | None], i: int, j: int) -> list[Tensor | None]:
+    def normalised(self, raw_tiles: Sequence[Tensor | None], i: int, j: int) -> list[Tensor | None]:
         """Return raw tiles of the inputs in step (i, j) as the network sees them."""
-        zipped = zip(self.grid.stage.inputs, self.readers, raws, strict=True)
-        return [None if raw is None else reader.prepare(raw, *self.grid.box(v, i, j)[:2]) for v, reader, raw in zipped]
+        zipped = zip(self.readers, raw_tiles, self._input_boxes(i, j), strict=True)
+        return [None if raw is None else reader.normalised(raw, *box[:2]) for reader, raw, box in zipped]
+
+    def _input_boxes(self, i: int, j: int) -> list[Box]:
+        return [self.grid.box(v, i, j) for v in self.grid.stage.inputs]
 
     def masks(self, v: int, i: int, j: int) -> tuple[Tensor, ...] | None:
         """Return the foreground in each tile that map v reads in step (i, j); None where it does not matter."""
@@ -137,8 +137,9 @@ class Job:
             masks.append(broadcast_mask(mask, len(source.shape), source.axes))
         return tuple(masks)
 
-    def _to_device(self, raws: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if raw is None else reader.to_device(raw) for reader, raw in zip(self.readers, raws, strict=True)]
+    def _to_device(self, raw_tiles: Sequence[Tensor | None]) -> list[Tensor | None]:
+        zipped = zip(self.readers, raw_tiles, strict=True)
+        return [None if raw is None else reader.to_device(raw) for reader, raw in zipped]
 
     def summed(
         self, gradients: list[Tensor | None], tensors: Sequence[Tensor | None], needed: Sequence[bool]
@@ -159,9 +160,9 @@ class Job:
         It is one piece, or several in rows and columns where it goes over the border of a rolled map.
         """
         value, (y, x, height, width) = self.grid.stage.values[v], self.grid.box(v, i, j)
-        top, left = self.parts[v][:2]
+        y0, x0 = self.boxes[v][:2]
         if value.target is not straight:
-            return [[made.narrow(value.axes.rows, y - top, height).narrow(value.axes.cols, x - left, width)]]
+            return [[made.narrow(value.axes.rows, y - y0, height).narrow(value.axes.cols, x - x0, width)]]
         rows = _pieces(made, value.axes.rows, y + value.begin[0], height)
         return [_pieces(row, value.axes.cols, x + value.begin[1], width) for row in rows]
 

@@ -20,10 +20,11 @@ from widefield.streaming.captured import Ref
 from widefield.streaming.foreground import Foreground, broadcast_mask
 from widefield.streaming.grid import Box
 from widefield.streaming.layers import cells_of
-from widefield.streaming.need import Wanted, cells_in, check_order
+from widefield.streaming.need import Wanted, cells_in
 from widefield.streaming.postprocess import Postprocess
 from widefield.streaming.program import Program, Value
 from widefield.streaming.receptive_field import Cells
+from widefield.streaming.refusals import refuse_rolled_rows
 from widefield.streaming.rules.rolled import straight
 
 
@@ -247,7 +248,7 @@ def plan_writing(
     """
     target = parse_target(to)
     if not isinstance(target, ArrayTarget):
-        check_order(program, "writing a map to a file while it is computed")
+        refuse_rolled_rows(program, "writing a map to a file while it is computed")
     result, attributes = pytree.tree_unflatten(program.captured.outputs, program.captured.spec)
     values = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}
     names: dict[str, str] = {}

@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +15,32 @@ from widefield.streaming.budget import parse_bytes, parse_tile_size
 from widefield.streaming.call import (
     Inputs,
     PreparedImage,
-    bind,
+    check_inputs,
     device_and_dtype,
-    finish,
+    in_band,
     kind_of_call,
-    refuse_transforms,
+    parse_wanted,
+    state_of,
 )
 from widefield.streaming.captured import CallKind, Ref
 from widefield.streaming.errors import UnsupportedOpError
-from widefield.streaming.execution import Statistics, execute, memory_format
-from widefield.streaming.foreground import parse_fill, parse_mask
+from widefield.streaming.execution import Statistics, convolution_weights, memory_format
+from widefield.streaming.foreground import parse_mask
 from widefield.streaming.image_lists import results_of_each
 from widefield.streaming.job import Progress
 from widefield.streaming.layers import cells_of
-from widefield.streaming.map_writing import NOTHING_WRITTEN, Writing, plan_writing
-from widefield.streaming.need import PartialGrid, Wanted, check_parts, parse_region, rows_of_bands
+from widefield.streaming.map_writing import Writing, plan_writing
+from widefield.streaming.need import Wanted
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import Planner, PlanRequest, make_planner, usable_memory
+from widefield.streaming.planner import Planner, PlanRequest, make_planner
 from widefield.streaming.program import Program
 from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.ranks import Ranks
 from widefield.streaming.receptive_field import Cells
-from widefield.streaming.shared_writing import split_writing
+from widefield.streaming.refusals import refuse_parts
+from widefield.streaming.running import run, run_plain
 from widefield.streaming.store import PLACES, Place
-from widefield.streaming.tiles import LazyImage, Normalisation, TileReader, map_input, pixel_dtype, read_whole
+from widefield.streaming.tiles import LazyImage, Normalisation, map_input
 from widefield.streaming.verification import verify_at_first_use
 
 
@@ -200,12 +201,12 @@ class StreamingCNN(nn.Module):
         """
         if isinstance(image, (list, tuple)):
             return results_of_each(self, image, maps, region, mask, fill, gather)
-        inputs = self._inputs(image, maps, region, mask, fill, gather)
+        inputs = check_inputs(self, image, maps, region, mask, fill, gather)
         if not self.enabled:
-            return self._whole(inputs)
-        program = self._captured(inputs)
+            return run_plain(self, inputs)
+        program = self._verified_program(inputs)
         planner = self._planner(program, inputs.kind, inputs.wanted)
-        return self._run(program, planner, inputs)
+        return run(self, planner, inputs)
 
     @torch.no_grad()
     def write(
@@ -257,94 +258,24 @@ class StreamingCNN(nn.Module):
             raise ValueError("write() takes one image: call it for each, with a path of its own")
         if not self.enabled:
             raise ValueError("maps are written as they are streamed, which disable() has turned off: call enable()")
-        inputs = self._inputs(image, maps, region, mask, fill)
-        program = self._captured(inputs)
+        inputs = check_inputs(self, image, maps, region, mask, fill)
+        program = self._verified_program(inputs)
         writing = plan_writing(program, inputs.wanted, to, postprocess, dtype, inputs.kind.device)
         if self.ranks is not None:
             maps_written = [each.written for each in writing.outputs.values()]
             described = [(one.name, one.shape, str(one.dtype)) for one in maps_written]
             self.ranks.agree({"written": described, "buffers": writing.memory}, None)
         planner = self._planner(program, inputs.kind, inputs.wanted, writing)
-        return self._run(program, planner, inputs, writing=writing)
+        return run(self, planner, inputs, writing=writing)
 
-    def _inputs(
-        self, image: Any, maps: tuple[Any, ...], region: Any, mask: Any, fill: Any, gather: bool = False
-    ) -> Inputs:
-        """Return what a call is given, checked, and the part of the image that it asks for."""
-        prepared = image if isinstance(image, PreparedImage) else None
-        if prepared is not None:
-            prepared.check_call(maps, mask)
-            image, maps, fill = prepared.inputs.image, prepared.inputs.maps, prepared.inputs.fill
-        if self.enabled:
-            refuse_transforms([image, *maps, *self.parameters(), *self.buffers()])
-        kind = kind_of_call(self.module, self.normalisation, image, maps)
-        if isinstance(image, Tensor):
-            image = self._with_saliency_hook(image.to(kind.device) if self.copy_to_gpu else image)
-            kind = replace(kind, image_requires_grad=image.requires_grad)
-        if prepared is not None:
-            wanted: Wanted | None = Wanted(parse_region(region, kind.size), prepared.foreground, reductions=False)
-        else:
-            wanted = self._wanted(kind, image, region, mask)
-        if wanted is not None and not self.enabled:
-            raise ValueError("a region or a mask needs streaming, which disable() has turned off: call enable()")
-        return self._in_band(Inputs(image, maps, kind, wanted, fill, gather, prepared))
-
-    def _captured(self, inputs: Inputs) -> Program:
+    def _verified_program(self, inputs: Inputs) -> Program:
         """The module captured for such inputs, and compared with the plain one at first use."""
         program = self._program(inputs.kind)
         if self.verify:
             verify_at_first_use(self, program, inputs.kind)
-        if inputs.prepared is not None and inputs.prepared.made_for != self._state(program, inputs.prepared.inputs):
-            raise ValueError(
-                "the image, the module (a parameter, a buffer, a mode, a setting) or how it is called (autocast, normalisation) "
-                "has changed since prepare() looked at this image: prepare it again"
-            )
+        if inputs.prepared is not None:
+            inputs.prepared.check_state(self, program)
         return program
-
-    def _run(
-        self,
-        program: Program,
-        planner: Planner,
-        inputs: Inputs,
-        statistics: Statistics | None = None,
-        writing: Writing | None = None,
-    ) -> Any:
-        """The result of `program` for an image, or a part of it, with what `writing` says written in the place of maps."""
-        image, kind, wanted, writing = inputs.image, inputs.kind, inputs.wanted, writing or NOTHING_WRITTEN
-        plan, stage_plans = planner.plan(wanted)
-        reader = TileReader(
-            image.detach() if isinstance(image, Tensor) else image,
-            kind.device,
-            kind.dtype,
-            self.normalisation,
-            memory_format=memory_format(kind.device, kind.dtype, self._kernels),
-        )
-        if writing.outputs and self.ranks is not None and wanted is not None:
-            grids = [each.grid.whole for each in stage_plans if isinstance(each.grid, PartialGrid)]
-            rows = {name: rows_of_bands(program, grids, wanted, name) for name in writing.outputs}
-            writing = split_writing(writing, self.ranks, rows, self.scratch_dir)
-        maps = dict(zip(program.captured.maps, inputs.maps, strict=True))
-        with writing.begin(image) as written:
-            values = execute(
-                planner.program,
-                plan,
-                stage_plans,
-                reader,
-                image if isinstance(image, Tensor) else None,
-                {**bind(self.module, program, kind.device), **maps},
-                wanted=wanted,
-                fill=parse_fill(inputs.fill, kind.shape[1], pixel_dtype(image)),
-                statistics=statistics if inputs.prepared is None else inputs.prepared.statistics,
-                ranks=self.ranks,
-                gather=inputs.gather or self.gather,
-                written=written,
-                replaced=writing.replaced,
-                memory_budget=self.memory_budget,
-                scratch_dir=self.scratch_dir,
-                deterministic=self.deterministic,
-                progress=self.progress,
-            )
-        return finish(self.module, program, values, {name: output.place for name, output in written.items()})
 
     @torch.no_grad()
     def prepare(
@@ -367,55 +298,16 @@ class StreamingCNN(nn.Module):
         kind = kind_of_call(self.module, self.normalisation, image, maps)
         wanted = Wanted(foreground=parse_mask(mask, image, kind.shape), outputs=False)
         inputs = Inputs(image, maps, kind, wanted, fill)
-        program = self._captured(inputs)
+        program = self._verified_program(inputs)
         if program.statistics:
             raise ValueError(
                 f"prepare() is for inference, and layer '{program.statistics[0][0]}' is in training mode with "
                 'batch_statistics="exact": call eval() first'
             )
-        inputs, statistics = self._in_band(inputs), Statistics()
-        self._run(program, self._planner(program, kind, inputs.wanted), inputs, statistics)
+        inputs, statistics = in_band(self, inputs), Statistics()
+        run(self, self._planner(program, kind, inputs.wanted), inputs, statistics)
         statistics.known = True
-        return PreparedImage(inputs, statistics, self._state(program, inputs))
-
-    def _in_band(self, inputs: Inputs) -> Inputs:
-        """The inputs, of whose image this process makes a band; without other processes as they are.
-
-        Raises ValueError if other processes, which would wait for this one, were called in another way.
-        """
-        if self.ranks is None or not self.enabled:
-            return inputs
-        kind, wanted = inputs.kind, replace(inputs.wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
-        how = {
-            "shape": kind.shape,
-            "maps": kind.maps,
-            "region": wanted.region,
-            "mask": None if wanted.foreground is None else wanted.foreground.checksum,
-            "fill": repr(inputs.fill),
-            "prepare": not wanted.outputs,
-            "gather": inputs.gather,
-            "tile_size": self.tile_size,
-            "memory_budget": self.memory_budget,
-            "gradients": torch.is_grad_enabled(),
-            "image requires grad": kind.image_requires_grad,
-            "parameters that require grad": sum(p.requires_grad for p in self.module.parameters()),
-        }
-        limits = self.ranks.agree(how, usable_memory(kind.device))
-        self._limit = min(limits) if self._limit is None else self._limit
-        return replace(inputs, wanted=wanted)
-
-    def _state(self, program: Program, inputs: Inputs) -> Any:
-        """Return all that results of `prepare` depend on, for comparison."""
-        pixels = [x for x in (inputs.image, *inputs.maps) if isinstance(x, Tensor)]
-        tensors = (*self.module.parameters(), *self.module.buffers(), *pixels)
-        versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
-        return program.kind, self.normalisation, versions
-
-    def _wanted(self, kind: CallKind, image: Any, region: Any, mask: Any) -> Wanted | None:
-        """The part of an image that is asked for; None if it is all of it."""
-        if region is None and mask is None:
-            return None
-        return Wanted(parse_region(region, kind.size), parse_mask(mask, image, kind.shape))
+        return PreparedImage(inputs, statistics, state_of(self, program, inputs))
 
     def backward(self, image: Tensor | LazyImage, grad: Tensor) -> None:
         """Add to all `.grad` what `grad`, the gradient of the result for `image`, gives.
@@ -441,28 +333,6 @@ class StreamingCNN(nn.Module):
         """Stream again."""
         self.enabled = True
 
-    def _whole(self, inputs: Inputs) -> Any:
-        """The plain module on a whole image, its norm layers as they are when it is streamed."""
-        device, dtype = inputs.kind.device, inputs.kind.dtype
-        maps = [read_whole(x, given, device) for x, given in zip(inputs.maps, inputs.kind.maps, strict=True)]
-        pixels = TileReader(inputs.image, device, dtype, self.normalisation).read(0, 0, *inputs.kind.shape[2:])
-        frozen = [part for part in self.frozen_norms if part.training]
-        try:
-            for part in frozen:
-                part.training = False
-            return self.module(self.normalisation.apply(pixels, dtype), *maps)
-        finally:
-            for part in frozen:
-                part.training = True
-
-    def _with_saliency_hook(self, image: Tensor) -> Tensor:
-        """`image`, or a view or leaf of it whose gradient becomes `saliency_map`, if that is wanted."""
-        if not (self.saliency and torch.is_grad_enabled() and image.is_floating_point()):
-            return image
-        image = image.view_as(image) if image.requires_grad else image.detach().requires_grad_()
-        image.register_hook(partial(_keep_saliency, ref(self)))
-        return image
-
     def plan(
         self,
         shape: tuple[int, ...],
@@ -485,10 +355,10 @@ class StreamingCNN(nn.Module):
         if len(full) != 4 or not all(isinstance(n, int) and n > 0 for n in full):
             raise ValueError(f"shape={shape} must be (channels, height, width) of positive ints")
         others = tuple(map_input(x, full, device, dtype_of_image) for x in maps)
-        kind = CallKind(full, dtype_of_image, device, maps=others)
+        kind = CallKind(full, dtype_of_image, device, map_inputs=others)
         with torch.no_grad() if to is not None else nullcontext():
             program = self._program(kind)
-            wanted = self._wanted(kind, None, region, mask)
+            wanted = parse_wanted(kind, None, region, mask)
             if self.ranks is not None:
                 wanted = replace(wanted or Wanted(), band=(self.ranks.rank, self.ranks.size))
             writing = None if to is None else plan_writing(program, wanted, to, postprocess, dtype, device)
@@ -535,11 +405,6 @@ class StreamingCNN(nn.Module):
         return other
 
     @property
-    def _kernels(self) -> list[Tensor]:
-        """The weights of convolutions."""
-        return [p for p in self.module.parameters() if p.ndim == 4]
-
-    @property
     def frozen_norms(self) -> list[nn.Module]:
         """Norm layers that are evaluated with their running statistics, whatever their mode."""
         if self.batch_statistics == "exact":
@@ -551,19 +416,18 @@ class StreamingCNN(nn.Module):
     ) -> Planner:
         """The planner of such calls for the current grad mode; refuses a part of the image that cannot be computed alone."""
         if wanted is not None:
-            check_parts(program, wanted)
-        device, kernels = kind.device, self._kernels
+            refuse_parts(program, wanted)
+        device, kernels = kind.device, convolution_weights(self.module)
         planners = self._planners.setdefault(program, {})
         learned = any(kind.requires_grad) or any(p.requires_grad for p in self.module.parameters())
         used = memory_format(device, kernels[0].dtype, kernels) if kernels else torch.contiguous_format
-        copied = bool(kernels) and not kernels[0].is_contiguous(memory_format=used)
         request = PlanRequest(
             tile=self.tile_size,
             budget=self.memory_budget,
             device=device,
             maps=self.maps,
             training=torch.is_grad_enabled() and learned,
-            copied_weights=copied,
+            copied_weights=bool(kernels) and not kernels[0].is_contiguous(memory_format=used),
             stages=len(program.stages),
             partial=wanted is not None and wanted.scattered,
             limit=self._limit,
@@ -612,8 +476,3 @@ def stream(
         verify=verify,
         process_group=process_group,
     )
-
-
-def _keep_saliency(network: "ref[StreamingCNN]", gradient: Tensor) -> None:
-    if (found := network()) is not None:
-        found.saliency_map = gradient.cpu()

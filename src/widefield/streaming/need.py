@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from widefield.streaming.captured import Node
 from widefield.streaming.extents import AxisMap, Positions, Span
 from widefield.streaming.foreground import Flags, Foreground, Ranges
-from widefield.streaming.grid import Box, Cuts, Grid, Range
+from widefield.streaming.grid import Box, BufferPlan, Grid, Interval
 from widefield.streaming.program import Program, Stage
-from widefield.streaming.rules.flipped import mirror
 from widefield.streaming.rules.rolled import straight
 from widefield.streaming.schedule import Schedule
 
@@ -103,11 +101,9 @@ class PartialGrid:
             return 0, 0, *self.whole.extent(v)
         if not made.any():
             return 0, 0, 0, 0
-        (y, x), (bottom, right) = (
-            self.boxes.start[:, v, made].min(1).tolist(),
-            self.boxes.stop[:, v, made].max(1).tolist(),
-        )
-        return y, x, bottom - y, right - x
+        start, stop = self.boxes.start[:, v, made].min(1), self.boxes.stop[:, v, made].max(1)
+        (y, x), (height, width) = start.tolist(), (stop - start).tolist()
+        return y, x, height, width
 
     def spans(self, v: int, i: int, j: int) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
         """Return what map v reads of each source in step (i, j), along both axes."""
@@ -115,10 +111,10 @@ class PartialGrid:
         rows, cols = self.whole.row_schedule.flows[v], self.whole.col_schedule.flows[v]
         return tuple(m.span(y, y + height) for m in rows.axis_maps), tuple(m.span(x, x + width) for m in cols.axis_maps)
 
-    def cuts(self, v: int, i: int, j: int) -> Cuts:
-        """Return what is cut out of map v's buffer in step (i, j)."""
+    def buffer(self, v: int, i: int, j: int) -> BufferPlan:
+        """Return how map v's buffer is put together in step (i, j), and what is cut out of it."""
         row, col = self.whole.rows[i][v], self.whole.cols[j][v]
-        reads: list[tuple[Range, Range] | None] = []
+        reads: list[tuple[Interval, Interval] | None] = []
         for reader, k in self.whole.readers[v]:
             if self.made[reader, i, j]:
                 down, across = self.spans(reader, i, j)
@@ -127,7 +123,7 @@ class PartialGrid:
                 reads.append(None)
         y, x = self.box(v, i, j)[:2]
         at = (y - row.done, x - col.done) if self.made[v, i, j] else (0, 0)
-        return self.whole.cut(v, row, col, reads, at, bool(self.below[v, i, j]), bool(self.right[v, i, j]))
+        return self.whole.plan_buffer(v, row, col, reads, at, bool(self.below[v, i, j]), bool(self.right[v, i, j]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,12 +158,12 @@ class Wanted:
         (top, bottom), across = blocks(grid.row_schedule, v), blocks(grid.col_schedule, v)
         begin = grid.stage.values[v].begin if not is_output or grid.stage.values[v].target is straight else (0, 0)
         rows, cols = (
-            _cut_round(found, box[axis], box[axis + 2], begin[axis], extent[axis])
+            _clipped_round(found, box[axis], box[axis + 2], begin[axis], extent[axis])
             for axis, found in enumerate(((top[steps], bottom[steps]), across))
         )
         if self.foreground is None:
             return _products(rows, cols)
-        return _around(self.foreground, extent, begin, rows, cols)
+        return _foreground_boxes(self.foreground, extent, begin, rows, cols)
 
 
 def parse_region(region: Any, image: tuple[int, int]) -> Box | None:
@@ -197,78 +193,6 @@ def cells_in(region: Box, image: tuple[int, int], extent: tuple[int, int]) -> Bo
     return y, x, height, width
 
 
-def check_order(program: Program, what: str) -> None:
-    """Raise ValueError if the rows of a map among the results are not scanned in the order of the image, as `what` needs it."""
-    for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
-        if value.target is straight and value.name in program.final_maps and value.begin[0]:
-            raise ValueError(
-                f"{what} needs results whose rows are computed in the order of the image: layer '{value.module_path}' rolls "
-                f"its map, which begins with row {value.begin[0]}. One process computes such a map, and writes it to an array"
-            )
-
-
-def check_parts(program: Program, wanted: Wanted) -> None:
-    """Raise ValueError if `program` cannot be computed for a part of the image, or with a mask for each image of a batch."""
-    maps = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}
-    for node in program.items:
-        if isinstance(node, Node) and (name := next((name for name in node.refs if name in maps), None)) is not None:
-            why = (
-                program.refused[0]
-                if program.refused
-                else f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
-            )
-            raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
-    if wanted.foreground is not None:
-        for value in (value for stage in program.stages for value in stage.values if value.target is mirror):
-            raise ValueError(
-                f"a mask needs a network without flipped maps, and layer '{value.module_path}' flips its map"
-            )
-    if wanted.band[1] > 1:
-        check_order(program, "a process_group")
-    if wanted.band[1] > 1 and program.statistics and program.captured.synchronised:
-        raise ValueError(
-            "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "
-            'batch_statistics="exact" needs BatchNorm2d, whose statistics are those of the whole image'
-        )
-    batch = 1 if wanted.foreground is None else wanted.foreground.batch
-    if batch == 1:
-        return
-    in_place = {
-        *program.captured.spatial_inputs,
-        *program.broadcast,
-    }  # maps whose first dimension is known to be that of the images
-    for stage in program.stages:
-        for v, value in enumerate(stage.values):
-            sources = [stage.values[s] for s in value.sources]
-            if (
-                value.reduction is None
-                and sources
-                and (
-                    all(source.name in in_place and len(source.shape) == len(value.shape) for source in sources)
-                    and value.facts.keeps_batch
-                    and value.shape[0] == batch
-                )
-            ):
-                in_place.add(value.name)
-            looked_at = sources if value.reduction is not None or value.facts.masked else []
-            looked_at += [value] if v in stage.outputs and value.name in program.final_maps else []
-            for x in looked_at:
-                if x.name not in in_place:
-                    raise ValueError(
-                        f"with a mask for each of {batch} images it must be known where each image stands in a map, and it is "
-                        f"not behind {x.op} in layer '{x.module_path}': pass one image at a time"
-                    )
-
-
-def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[PartialGrid]:
-    """Return the steps of each scan of `program` that are needed for what is `wanted`."""
-    rank, ranks = wanted.band
-    steps = [range(grid.row_schedule.steps) for grid in grids]
-    if ranks > 1:
-        steps = [found[rank] for found in bands(program, grids, wanted)]
-    return _needs(program, grids, wanted, steps)
-
-
 def bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[list[range]]:
     """Return the tile rows of each scan whose results belong to each process: about as much work for all."""
     found, ranks = [], wanted.band[1]
@@ -293,19 +217,27 @@ def _work(program: Program, grid: Grid, wanted: Wanted) -> npt.NDArray[np.float6
     return work
 
 
-def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted, name: str) -> list[int]:
-    """Return the number of rows that each process has of what is wanted of an output map."""
+def rows_of_bands(program: Program, grids: Sequence[Grid], wanted: Wanted) -> dict[str, list[int]]:
+    """Return how many rows each process has of what is wanted of each map among the results, by its name."""
     image = program.captured.image_shape[2], program.captured.image_shape[3]
+    rows = {}
     for stage, grid, ranges in zip(program.stages, grids, bands(program, grids, wanted), strict=True):
         for v in stage.outputs:
-            if stage.values[v].name == name:
+            if stage.values[v].name in program.final_maps:
                 y, _, height, _ = cells_in(wanted.region or (0, 0, *image), image, grid.extent(v))
                 ready = grid.row_schedule.ready[v]
-                return [max(0, min(ready[r.stop], y + height) - max(ready[r.start], y)) for r in ranges]
-    raise KeyError(name)
+                rows[stage.values[v].name] = [
+                    max(0, min(ready[r.stop], y + height) - max(ready[r.start], y)) for r in ranges
+                ]
+    return rows
 
 
-def _needs(program: Program, grids: Sequence[Grid], wanted: Wanted, steps: Sequence[range]) -> list[PartialGrid]:
+def needs(program: Program, grids: Sequence[Grid], wanted: Wanted) -> list[PartialGrid]:
+    """Return the steps of each scan of `program` that are needed for what is `wanted`."""
+    rank, ranks = wanted.band
+    steps = [range(grid.row_schedule.steps) for grid in grids]
+    if ranks > 1:
+        steps = [found[rank] for found in bands(program, grids, wanted)]
     image = program.captured.image_shape[2], program.captured.image_shape[3]
     read_later: dict[str, list[tuple[Ranges, Ranges]]] = {}
     found: list[PartialGrid] = []
@@ -373,16 +305,16 @@ def _covered(shape: tuple[int, ...], rows: Ranges, cols: Ranges) -> Flags:
     return change.cumsum(0).cumsum(1)[:-1, :-1] > 0  # type: ignore[no-any-return]
 
 
-def _cut_to(ranges: Ranges, start: int, stop: int) -> Ranges:
+def _clipped(ranges: Ranges, start: int, stop: int) -> Ranges:
     """Return the parts of `ranges` that lie in [start, stop), without those that do not."""
     first, last = np.maximum(ranges[0], start), np.minimum(ranges[1], stop)
     return first[last > first], last[last > first]
 
 
-def _cut_round(ranges: Ranges, start: int, count: int, begin: int, size: int) -> Ranges:
+def _clipped_round(ranges: Ranges, start: int, count: int, begin: int, size: int) -> Ranges:
     """Return the parts of `ranges` that hold `count` positions from `start` on, of a map of `size` whose scan begins at `begin`."""
     first = (start - begin) % size
-    parts = [_cut_to(ranges, first, min(first + count, size)), _cut_to(ranges, 0, first + count - size)]
+    parts = [_clipped(ranges, first, min(first + count, size)), _clipped(ranges, 0, first + count - size)]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -392,7 +324,7 @@ def _products(rows: Ranges, cols: Ranges) -> tuple[Ranges, Ranges]:
     return (rows[0][i], rows[1][i]), (cols[0][j], cols[1][j])
 
 
-def _around(
+def _foreground_boxes(
     foreground: Foreground, extent: tuple[int, int], begin: tuple[int, int], rows: Ranges, cols: Ranges
 ) -> tuple[Ranges, Ranges]:
     """Return the smallest box around the foreground in each block of a map, for all blocks that hold some.

@@ -173,14 +173,14 @@ class Placing:
                 )
             self._note_range(node)
             if not found.op.repeats:
-                node, found = self._around(node, found)
+                node, found = self._adapted(node, found)
             self.placed[node.name] = found
             self.maps.axes[node.name] = found.axes
             self._record(node)
         else:
             self._add_plain(node)
 
-    def _around(self, node: Node, found: Placed) -> tuple[Node, Placed]:
+    def _adapted(self, node: Node, found: Placed) -> tuple[Node, Placed]:
         """Return `node`, placed as it runs on maps that are rolled or flipped, if any are; what it reads is placed before."""
         if node.target is mirror or any(name in self.maps.flipped for name in node.refs):
             nodes, node, found, flips = turned_round(node, found, self.maps)
@@ -226,7 +226,7 @@ class Placing:
             return
         extent = self.maps.extent(node.refs[0])
         reads = tuple(map(self.maps.read, node.refs))
-        node, self.placed[node.name] = self._around(node, Placed(reads, Axes(0, 1), _gathered))
+        node, self.placed[node.name] = self._adapted(node, Placed(reads, Axes(0, 1), _gathered))
         self._record(replace(node, shape=extent))
         for part, shape in zip(parts_of(node), node.kwargs["shapes"], strict=True):
             self.maps.shapes[part] = shape

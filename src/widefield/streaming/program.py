@@ -55,10 +55,7 @@ class Value:
     @cached_property
     def pixel_bytes(self) -> int:
         """Bytes of one position of the map, over all other dimensions."""
-        if self.reduction is not None:
-            return 0
-        height, width = self.shape[self.axes.rows], self.shape[self.axes.cols]
-        return torch.Size(self.shape).numel() // (height * width) * self.itemsize
+        return self.bytes // (self.extent[0] * self.extent[1])
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -184,7 +181,8 @@ class Program:
                 read.setdefault(stage.values[v].name, []).append(s)
         counts = [0] * len(self.stages)
         for name, size in sizes.items():
-            first, *_, last = readers if len(readers := read[name]) > 1 else readers * 2
+            readers = read[name]
+            first, last = readers[0], readers[-1]
             for s in range(len(counts)):
                 if training:
                     gradients = (made[name] <= s < last) + (s in readers)

@@ -33,7 +33,7 @@ class ProgramCache:
         """
         norms = (part.training for part in module.modules() if isinstance(part, _NormBase))
         modes = tuple(norms) if batch_statistics else ()
-        others = tuple((x.shape[:-2], x.dtype) for x in call.maps)
+        others = tuple((x.shape[:-2], x.dtype) for x in call.map_inputs)
         place = call.device.type, call.autocast
         kind = (call.shape[:2], others, call.dtype, *place, modes, allow_whole, fingerprint(module))
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), call.requires_grad
@@ -51,11 +51,11 @@ class ProgramCache:
             assert captured is not None
             under = None if call.autocast is None else Autocast(call.device.type, call.autocast)
             traces.append((mode if trace.mode_dependent else None, trace, under))
-            _forget(traces, _KEPT_TRACES)
+            forget(traces, _KEPT_TRACES)
         program = replace(build(captured, allow_whole=allow_whole, autocast=under), kind=kind)
         self._programs[call.lengths, kind, mode if trace.mode_dependent else None] = program
-        _forget(self._programs, _KEPT_SIZES)
-        _forget(self._traces, _KEPT_TRACES)
+        forget(self._programs, _KEPT_SIZES)
+        forget(self._traces, _KEPT_TRACES)
         return program
 
     def holds(self, program: Program, call: CallKind) -> bool:
@@ -63,7 +63,7 @@ class ProgramCache:
         return any(trace.at(*call.lengths) is not None for _, trace, _ in self._traces.get(program.kind, ()))
 
 
-def _forget(kept: dict[Any, Any] | list[Any], count: int) -> None:
+def forget(kept: dict[Any, Any] | list[Any], count: int) -> None:
     """Drop the oldest entries."""
     while len(kept) > count:
         kept.pop(next(iter(kept)) if isinstance(kept, dict) else 0)

@@ -1,4 +1,4 @@
-"""Refusals of a capture, by name: hidden operations, changes that forward makes, failures of the export."""
+"""Refusals, by name: of a capture (hidden operations, changes that forward makes), and of parts of an image."""
 
 from typing import Any
 
@@ -8,8 +8,12 @@ from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
-from widefield.streaming.captured import CallKind, Captured
+from widefield.streaming.captured import CallKind, Captured, Node
 from widefield.streaming.errors import UnsupportedOpError
+from widefield.streaming.need import Wanted
+from widefield.streaming.program import Program
+from widefield.streaming.rules.flipped import mirror
+from widefield.streaming.rules.rolled import straight
 from widefield.streaming.watch import Watch
 
 
@@ -106,7 +110,7 @@ def failed_capture(error: Exception, call: CallKind) -> Exception:
         remedy = "register it as a buffer; keep layers in an nn.ModuleList, and those that update themselves in evaluation mode"
         return UnsupportedOpError("", "in-place update", reason, remedy)
     if not type(error).__module__.startswith("torch."):  # not the capture but the model: a wrong channel count, say
-        given = ", ".join((f"an image of shape {call.shape}", *(f"a map of shape {x.shape}" for x in call.maps)))
+        given = ", ".join((f"an image of shape {call.shape}", *(f"a map of shape {x.shape}" for x in call.map_inputs)))
         return ValueError(f"the model cannot run on {given}: {first_line:.300}")
     return UnsupportedOpError(
         "",
@@ -115,3 +119,57 @@ def failed_capture(error: Exception, call: CallKind) -> Exception:
         "remove control flow that depends on pixel values (.item(), if x.max() > 0) from forward, "
         "or stream only the part of the model before it",
     )
+
+
+def refuse_parts(program: Program, wanted: Wanted) -> None:
+    """Raise ValueError if `program` cannot be computed for a part of the image, or with a mask for each image of a batch."""
+    maps = {stage.values[v].name for stage in program.stages for v in stage.outputs}
+    for node in program.items:
+        if isinstance(node, Node) and (name := next((name for name in node.refs if name in maps), None)) is not None:
+            reads = f"{node.op} in layer '{node.module_path}' reads the whole map '{name}'"
+            why = program.refused[0] if program.refused else reads
+            raise ValueError(f"a region or a mask needs a network that is streamed as a whole: {why}")
+    if wanted.foreground is not None:
+        for value in (value for stage in program.stages for value in stage.values if value.target is mirror):
+            raise ValueError(
+                f"a mask needs a network without flipped maps, and layer '{value.module_path}' flips its map"
+            )
+    if wanted.band[1] > 1:
+        refuse_rolled_rows(program, "a process_group")
+        if program.statistics and program.captured.synchronised:
+            raise ValueError(
+                "SyncBatchNorm takes the statistics of all processes, of which some share an image here: with process_group, "
+                'batch_statistics="exact" needs BatchNorm2d, whose statistics are those of the whole image'
+            )
+    if wanted.foreground is not None and wanted.foreground.batch > 1:
+        _refuse_mixed_images(program, wanted.foreground.batch)
+
+
+def refuse_rolled_rows(program: Program, what: str) -> None:
+    """Raise ValueError if the rows of a map among the results are not scanned in the order of the image, as `what` needs it."""
+    for value in (stage.values[v] for stage in program.stages for v in stage.outputs):
+        if value.target is straight and value.name in program.final_maps and value.begin[0]:
+            raise ValueError(
+                f"{what} needs results whose rows are computed in the order of the image: layer '{value.module_path}' rolls "
+                f"its map, which begins with row {value.begin[0]}. One process computes such a map, and writes it to an array"
+            )
+
+
+def _refuse_mixed_images(program: Program, batch: int) -> None:
+    """Raise ValueError if a mask has to be applied to a map of which it is not known where each of `batch` images stands."""
+    # Names of the maps whose first dimension is known to be that of the images.
+    by_image = {*program.captured.spatial_inputs, *program.broadcast}
+    for stage in program.stages:
+        for v, value in enumerate(stage.values):
+            sources = [stage.values[s] for s in value.sources]
+            same = all(source.name in by_image and len(source.shape) == len(value.shape) for source in sources)
+            if sources and same and value.reduction is None and value.facts.keeps_batch and value.shape[0] == batch:
+                by_image.add(value.name)
+            masked = sources if value.reduction is not None or value.facts.masked else []
+            masked += [value] if v in stage.outputs and value.name in program.final_maps else []
+            for x in masked:
+                if x.name not in by_image:
+                    raise ValueError(
+                        f"with a mask for each of {batch} images it must be known where each image stands in a map, and it is "
+                        f"not behind {x.op} in layer '{x.module_path}': pass one image at a time"
+                    )

@@ -61,7 +61,7 @@ class Results:
         job = self.job
         if v not in job.grid.stage.stored or job.store.place != "device" or job.grid.stage.values[v].target is straight:
             return False
-        return job.grid.box(v, i, j) == job.parts[v] and tile.untyped_storage().nbytes() == tile.nbytes
+        return job.grid.box(v, i, j) == job.boxes[v] and tile.untyped_storage().nbytes() == tile.nbytes
 
     def _merge(self, v: int, one: Any, other: Any) -> Any:
         reduction = self.job.grid.stage.values[v].reduction
@@ -136,9 +136,9 @@ class InputGradients:
             self.written.append(written)
             self.wholes.append(reader.gradient(x, zeros=not written) if need and x is not None else None)
 
-    def add(self, raws: Sequence[Tensor | None], i: int, j: int) -> None:
+    def add(self, raw_tiles: Sequence[Tensor | None], i: int, j: int) -> None:
         """Add the gradients of the tiles of step (i, j)."""
-        for k, (v, raw, whole) in enumerate(zip(self.job.grid.stage.inputs, raws, self.wholes, strict=True)):
+        for k, (v, raw, whole) in enumerate(zip(self.job.grid.stage.inputs, raw_tiles, self.wholes, strict=True)):
             if raw is None or whole is None:
                 continue
             view = self.job.readers[k].view(whole, *self.job.grid.box(v, i, j))

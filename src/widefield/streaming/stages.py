@@ -1,42 +1,29 @@
 """The stages of a program: of each scan, its values in order, what it reads, and what it leaves for later ones."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
 from widefield.streaming.captured import Node
-from widefield.streaming.kept import Scans, is_view
+from widefield.streaming.kept import Scan, Scans, is_view
 from widefield.streaming.local import LocalCall
 from widefield.streaming.program import Stage, Value
 from widefield.streaming.rules import Maps, Placed, Reduction
 from widefield.streaming.rules.rewriting import parts_of
 
 
-def cut(
+def make_stages(
     scans: Scans, kept: Collection[str], dtypes: Mapping[str, torch.dtype], computed: Mapping[str, torch.dtype]
 ) -> dict[int, Stage]:
     """The stages by level, if the maps `kept` live between them; `computed` are dtypes under autocast."""
-    by_name = {node.name: node for node in scans.nodes}
-    stages = {}
-    for level, scan in scans.all(kept).items():
-        order = [name for name in (*scans.given, *scans.maps.broadcast, *by_name) if name in scan.read]
-        own = {name: scans.placed[name] for name in by_name if name in scan.computed}
-        stored = frozenset(scan.leaving).difference(scans.wanted)
-        stages[level] = _stage(scans.maps, by_name, dtypes, computed, order, own, scan.leaving, stored)
-    return stages
+    return {level: _stage(scans, scan, dtypes, computed) for level, scan in scans.all(kept).items()}
 
 
-def _stage(
-    maps: Maps,
-    by_name: Mapping[str, Node],
-    dtypes: Mapping[str, torch.dtype],
-    computed: Mapping[str, torch.dtype],
-    inputs: Sequence[str],
-    placed: dict[str, Placed],
-    leaving: Sequence[str],
-    stored: frozenset[str],
-) -> Stage:
-    rectified = _merge_rectifiers(placed, by_name, set(leaving))
+def _stage(scans: Scans, scan: Scan, dtypes: Mapping[str, torch.dtype], computed: Mapping[str, torch.dtype]) -> Stage:
+    maps, by_name = scans.maps, {node.name: node for node in scans.nodes}
+    inputs = [name for name in (*scans.given, *maps.broadcast, *by_name) if name in scan.read]
+    placed = {name: scans.placed[name] for name in by_name if name in scan.computed}
+    rectified = _merge_rectifiers(placed, by_name, set(scan.leaving))
     order = [*inputs, *placed]
     index = {name: v for v, name in enumerate(order)}
     values = []
@@ -82,10 +69,10 @@ def _stage(
     return Stage(
         values=tuple(values),
         inputs=tuple(range(len(inputs))),
-        outputs=tuple(index[name] for name in leaving),
+        outputs=tuple(index[name] for name in scan.leaving),
         reductions=tuple(v for v, value in enumerate(values) if value.reduction is not None),
         operands=tuple(dict.fromkeys(weight for value in values for weight in value.weights)),
-        stored=frozenset(index[name] for name in leaving if name in stored),
+        stored=frozenset(index[name] for name in scan.leaving if name not in scans.wanted),
     )
 
 

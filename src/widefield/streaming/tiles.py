@@ -144,7 +144,7 @@ def _copied(pixels: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class TileReader:
-    """Reads the tiles of a stage input: `read` gives raw tiles on the scan's device, `prepare` makes of one what the network sees.
+    """Reads the tiles of a stage input: `read` gives raw tiles on the scan's device, `normalised` what the network sees of one.
 
     Only the image has a `normalisation`; weights as large as the image are taken as they are.
 
@@ -209,7 +209,7 @@ class TileReader:
         """Return what `fetch` gave, on the scan's device."""
         return tile.to(self.device, non_blocking=True)
 
-    def prepare(self, raw: Tensor, y: int, x: int) -> Tensor:
+    def normalised(self, raw: Tensor, y: int, x: int) -> Tensor:
         """Return a raw tile that begins at (y, x) as the network sees it: normalised if it is one of the image.
 
         It is differentiable in `raw`. Raises ValueError as `Normalisation.apply` does.

@@ -27,7 +27,6 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from widefield.errors import WidefieldError
-from widefield.streaming.call import bind
 from widefield.streaming.capture import full_float32
 from widefield.streaming.captured import CallKind, MapInput, Node
 from widefield.streaming.comparison import (
@@ -43,7 +42,9 @@ from widefield.streaming.execution import on_whole_maps
 from widefield.streaming.fingerprint import Surroundings
 from widefield.streaming.local import GIVEN_DRAWS, Draws, LocalCall
 from widefield.streaming.program import Program
+from widefield.streaming.program_cache import forget
 from widefield.streaming.rules.random import keep_mask
+from widefield.streaming.running import bind
 from widefield.streaming.watch import Inlined
 
 if TYPE_CHECKING:
@@ -84,10 +85,8 @@ def verify_at_first_use(network: "StreamingCNN", program: Program, call: CallKin
         VerificationError: they differ by more than rounding explains.
     """
     key = program.kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), call.requires_grad
-    synchronised = (
-        program.captured.synchronised and torch.distributed.is_available() and torch.distributed.is_initialized()
-    )
-    if synchronised:  # processes would wait for each other
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if program.captured.synchronised and distributed:  # processes would wait for each other
         return
     if key in _VERIFIED:
         _VERIFIED[key] = _VERIFIED.pop(key)
@@ -115,7 +114,7 @@ def verify_at_first_use(network: "StreamingCNN", program: Program, call: CallKin
             sizes.append(size)
             continue
         try:
-            maps = [_drawn(x, generator, call.device) for x in its_call.maps]
+            maps = [_drawn(x, generator, call.device) for x in its_call.map_inputs]
             verify(small, image, own, (call.autocast or call.dtype).itemsize, maps)
         except PlainFailsError as error:
             reasons.append(f"{size}: {error}")
@@ -125,8 +124,7 @@ def verify_at_first_use(network: "StreamingCNN", program: Program, call: CallKin
     else:
         _LOG.warning("could not be verified on a small image: %.500s", "; ".join(reasons))
     _VERIFIED[key] = None
-    while len(_VERIFIED) > _MOST_VERIFIED:
-        _VERIFIED.pop(next(iter(_VERIFIED)))
+    forget(_VERIFIED, _MOST_VERIFIED)
 
 
 def _has_one_window(node: Node) -> bool:

@@ -20,9 +20,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -40,17 +38,9 @@ from torch.utils._sympy.functions import Max
 from widefield.streaming.captured import CAPTURE_DEVICE
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.fingerprint import NOTHING
+from widefield.streaming.frames import OURS, TORCH, asks, by_model
+from widefield.streaming.pointwise_functions import PointwiseCall
 
-_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-# Files that only pass a call on: it is asked by whoever calls them.
-_BETWEEN = frozenset(
-    f"{_TORCH}/{name}"
-    for name in (
-        *("overrides.py", "_tensor.py", "functional.py", "autograd/__init__.py", "autograd/graph.py", "_VF.py"),
-        *("autograd/function.py", "autograd/grad_mode.py", "utils/_contextlib.py"),
-    )
-)
-_DECORATORS = f"{_TORCH}/utils/_contextlib.py"
 _GETTERS = {name: getattr(Tensor, name).__get__ for name in ("data", "requires_grad", "is_leaf", "grad_fn", "grad")}
 _LOOKS_AT_MODE = frozenset((_GETTERS["requires_grad"], _GETTERS["is_leaf"], Tensor.is_inference, torch.is_inference))
 _GRADIENT_CALLS: dict[Any, str] = {
@@ -90,7 +80,7 @@ _DETACH = frozenset((_GETTERS["data"], Tensor.detach, torch.detach))
 class Watch(TorchFunctionMode):
     """A context for one capture of `module`, see its docstring. Afterwards `mode_dependent` is known, and `derived` answers.
 
-    `left` is filled in by the capture, see `Captured.attributes`.
+    `attributes` is filled in by the capture, see `Captured.attributes`.
 
     Args:
         module: the module that is captured; errors name its layers.
@@ -118,7 +108,7 @@ class Watch(TorchFunctionMode):
         # by identity, and held: tensors that follow from no tensor of the module
         self._constants: dict[int, Tensor] = {}
         self._detached: dict[int, Tensor] = {}  # by their memory, and held: what lost its gradient
-        self.left: tuple[tuple[str, str, bool], ...] = ()
+        self.attributes: tuple[tuple[str, str, bool], ...] = ()
         self._read: dict[tuple[int, str], Any] = {}
         self._patches = ExitStack()
         self.held: list[Any] = []  # calls that the captured graph knows by number
@@ -150,15 +140,10 @@ class Watch(TorchFunctionMode):
         path, source = "", ""
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
-            running = frame.f_locals.get("self")
-            file = frame.f_code.co_filename
-            if not source and _asks(file) and not file.startswith(_TORCH):
-                source = f"{file}:{frame.f_lineno}"
-            if (
-                frame.f_code.co_name == "forward"
-                and isinstance(running, nn.Module)
-                and id(vars(running)) in self._paths
-            ):
+            running, code = frame.f_locals.get("self"), frame.f_code
+            if not source and asks(code.co_filename) and not code.co_filename.startswith(TORCH):
+                source = f"{code.co_filename}:{frame.f_lineno}"
+            if code.co_name == "forward" and isinstance(running, nn.Module) and id(vars(running)) in self._paths:
                 path = self._paths[id(vars(running))]
                 break
             frame = frame.f_back
@@ -166,7 +151,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _by_model(sys._getframe(1)):
+        if not by_model(sys._getframe(1)):
             return func(*args, **kwargs)
         if time.thread_time() > self.limit:
             raise TimeoutError
@@ -249,10 +234,8 @@ class Watch(TorchFunctionMode):
                 "remove control flow and numbers that depend on pixels or weights (if x.max() > 0, .item()) from forward, or "
                 "stream only the part of the model before it",
             )
-        written = [
-            kwargs.get("out"),
-            *(_leaves(args[:1]) if _in_place(func, name) else ()),
-        ]  # of torch._foreach_mul_, a list
+        # The first argument of torch._foreach_mul_ is a list.
+        written = [kwargs.get("out"), *(_leaves(args[:1]) if _in_place(func, name) else ())]
         if any(isinstance(x, Tensor) and not x.requires_grad and _memory(x) in self._detached for x in written):
             raise self.refusal(
                 name,
@@ -287,11 +270,13 @@ class Watch(TorchFunctionMode):
         if self._sees_reads:
             yield patch.object(nn.Module, "__getattribute__", self._module_attribute, create=True)
         yield patch.object(checkpoint, "CheckpointFunction", Inlined)
-        yield patch.object(saved_tensors_hooks, "__enter__", self._entering(saved_tensors_hooks.__enter__))
-        yield patch.object(torch.inference_mode, "__enter__", self._entering_inference(torch.inference_mode.__enter__))
+        remedy = "enter it around the whole forward pass"
+        yield self._entering(saved_tensors_hooks, "changes what autograd saves of a map", remedy)
+        remedy = "use .detach() on the result instead, or move the region out of the streamed part"
+        yield self._entering(torch.inference_mode, "runs a part of forward in another mode", remedy)
 
     def _is_mine(self, frame: types.FrameType) -> bool:
-        return threading.get_ident() == self._thread and _by_model(frame)
+        return threading.get_ident() == self._thread and by_model(frame)
 
     def _noting(self, function: Callable[[], bool]) -> Callable[[], bool]:
         def asked() -> bool:
@@ -342,38 +327,25 @@ class Watch(TorchFunctionMode):
         """Note what code that is not PyTorch's finds in attributes of modules, a look at all of them too."""
 
         def attribute(part: nn.Module, name: str) -> Any:
-            if not sys._getframe(1).f_code.co_filename.startswith((_TORCH, _OURS)):
+            if not sys._getframe(1).f_code.co_filename.startswith((TORCH, OURS)):
                 own = object.__getattribute__(part, "__dict__")
                 self._read.setdefault((id(own), name), dict(own) if name == "__dict__" else own.get(name, NOTHING))
             return object.__getattribute__(part, name)
 
         return attribute
 
-    def _entering(self, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def entered(hooks: saved_tensors_hooks) -> Any:
-            if self._grads and self._is_mine(sys._getframe(1)) and not type(hooks).__module__.startswith("torch.utils"):
-                raise self.refusal(
-                    "saved_tensors_hooks",
-                    "changes what autograd saves of a map",
-                    "enter it around the whole forward pass",
-                )
-            return enter(hooks)
+    def _entering(self, context: Any, reason: str, remedy: str) -> Any:
+        """Return a patch that refuses to enter a context where gradients are enabled, but for those of torch.utils."""
+        enter = context.__enter__
 
-        return entered
-
-    def _entering_inference(self, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def entered(mode: Any) -> Any:
-            if self._is_mine(sys._getframe(1)):
+        def entered(instance: Any) -> Any:
+            if self._is_mine(sys._getframe(1)) and not type(instance).__module__.startswith("torch.utils"):
                 if self._grads:
-                    raise self.refusal(
-                        "inference_mode",
-                        "runs a part of forward in another mode",
-                        "use .detach() on the result instead, or move the region out of the streamed part",
-                    )
+                    raise self.refusal(context.__name__, reason, remedy)
                 self.mode_dependent = True
-            return enter(mode)
+            return enter(instance)
 
-        return entered
+        return patch.object(context, "__enter__", entered)
 
 
 def mark_computed(tensor: Tensor) -> Tensor:
@@ -390,78 +362,6 @@ class Inlined:
         return function(*args)
 
 
-@dataclass(frozen=True, eq=False)
-class PointwiseCall:
-    """One call of a registered `autograd.Function`, on tensors alone: its other arguments are those of the capture."""
-
-    function: type[Function]
-    arguments: tuple[Any, ...]  # the position of a tensor among the tensors, or a tuple of the argument
-
-    tags: ClassVar = (torch.Tag.pointwise,)
-    known: ClassVar[set[type[Function]]] = set()
-    recorded: ClassVar[list["PointwiseCall"]] = []
-
-    @property
-    def __name__(self) -> str:
-        return f"the autograd.Function '{self.function.__qualname__}'"
-
-    @classmethod
-    def record(cls, function: type[Function], args: tuple[Any, ...]) -> Tensor:
-        """Return the result without data of a call that is captured, as one operation that names it."""
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        count = iter(range(len(tensors)))
-        cls.recorded.append(cls(function, tuple(next(count) if isinstance(arg, Tensor) else (arg,) for arg in args)))
-        return torch.ops.widefield.pointwise_function(tensors, len(cls.recorded) - 1)
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        result = self.function.apply(*(tensors[x] if isinstance(x, int) else x[0] for x in self.arguments))
-        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-        if not isinstance(result, Tensor) or result.shape != shape or result.dtype != tensors[0].dtype:
-            given = f"{tuple(result.shape)}, {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(
-                f"{self.__name__} was registered as computing every element from the same element of its inputs, so of inputs of "
-                f"shape {tuple(shape)} and {tensors[0].dtype} one such tensor was expected, got {given}"
-            )
-        return result
-
-
-def register_op(function: type[Function]) -> type[Function]:
-    """Declare that an `autograd.Function` computes every element from the same element of its inputs; usable as a decorator.
-
-    It is then streamed as it is, its own backward included: straight-through estimators, gradient reversal, activations with a
-    backward of their own, fake quantisation by given scales. Its inputs are tensors that broadcast against each other and plain
-    values; it returns one tensor of the broadcast shape and of the first tensor's dtype. A function that looks at neighbours or
-    at the whole map (a maximum for a scale) must not be registered: the check at first use finds such a mistake.
-
-    Raises:
-        ValueError: `function` is not a subclass of `torch.autograd.Function`.
-
-    Examples:
-        >>> @register_op
-        ... class Round(torch.autograd.Function):
-        ...     @staticmethod
-        ...     def forward(ctx, x):
-        ...         return x.round()
-        ...     @staticmethod
-        ...     def backward(ctx, grad):
-        ...         return grad
-    """
-    if not (isinstance(function, type) and issubclass(function, Function)):
-        raise ValueError(f"register_op takes a subclass of torch.autograd.Function, got {function!r:.100}")
-    PointwiseCall.known.add(function)
-    return function
-
-
-@torch.library.custom_op("widefield::pointwise_function", mutates_args=())
-def _pointwise_function(tensors: list[Tensor], call: int) -> Tensor:
-    return PointwiseCall.recorded[call](*tensors)
-
-
-@_pointwise_function.register_fake
-def _(tensors: list[Tensor], call: int) -> Tensor:
-    return torch.empty_like(torch.broadcast_tensors(*tensors)[0], memory_format=torch.contiguous_format)
-
-
 def _decided(amount: Any) -> Any:
     """Return an amount of padding that is the larger of two formulas as a number, for which the trace gets a guard.
 
@@ -473,7 +373,7 @@ def _decided(amount: Any) -> Any:
 
 def _as_number(original: Callable[[Any], str]) -> Callable[[Any], str]:
     """A size as text is that of the number: the capture then holds for this size only."""
-    return lambda size: str(int(size)) if _by_model(sys._getframe(1)) else original(size)
+    return lambda size: str(int(size)) if by_model(sys._getframe(1)) else original(size)
 
 
 def _in_place(func: Any, name: str) -> bool:
@@ -494,25 +394,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(tuple(value.values()))
     else:
         yield value
-
-
-def _by_model(frame: types.FrameType | None) -> bool:
-    """True if the code that asks is the model's, layers of PyTorch among it, and not the tracing."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == _DECORATORS:  # of a function under @torch.no_grad(), that function asks
-            code = getattr(frame.f_locals.get("func"), "__code__", code)
-        if frame.f_code.co_name != "__torch_function__" and (asks := _asks(code.co_filename)) is not None:
-            return asks
-        frame = frame.f_back
-    return False
-
-
-@functools.cache
-def _asks(file: str) -> bool | None:
-    """True for the files of models, False for those of the tracing, None for those that only pass a call on."""
-    if file in _BETWEEN:
-        return None
-    if file.startswith(_TORCH):
-        return file.startswith(f"{_TORCH}/nn/") and not file.endswith("modules/module.py")
-    return not file.startswith((_OURS, "<frozen"))
