@@ -33,7 +33,7 @@ _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that w
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = (0.45, 0.9, 0.1)
+_HEAP_EXCESS = (0.5, 0.8, 0.1)
 
 
 @dataclass(frozen=True)
@@ -338,14 +338,24 @@ def _draft(
         [-(-n // t) for n, t in zip(s.extent, tile, strict=True)] for s, tile in zip(program.stages, tiles, strict=True)
     ]
     # Of what is carried down, a whole row is alive, or its gradients; of what is carried to the right, a step receives one piece
-    # and hands on another. Where all that is saved lies in files, the pages of what a step receives are in memory.
+    # and hands on another. Of what lies in files, the pages that a step reads and writes are in memory.
     alive, step = max(cost.row + 2 * cost.beside for cost in costs), max(cost.step for cost in costs)
     saved = 0.0
     if request.training and carries == "device":
         saved = sum(cost.carries for cost in costs)
     elif request.training:
         saved = max(cost.row / across + cost.beside for cost, (_, across) in zip(costs, parts, strict=True))
-    kept = program.map_bytes(request.training)
+    kept, pages = program.map_bytes(request.training), 0
+    if maps == "file" and kept:
+        touched = [
+            sum(
+                stage.values[v].bytes
+                for v in (*stage.inputs, *stage.stored)
+                if stage.values[v].name != program.captured.image
+            )
+            for stage in program.stages
+        ]
+        pages = int((1 + request.training) * max(size / prod(of) for size, of in zip(touched, parts, strict=True)))
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
@@ -354,7 +364,7 @@ def _draft(
         "step": int(step),
         "recorded": 0,
         "outputs": _output_bytes(program, request, options, choice),
-        "maps": kept if maps == "device" else 0,
+        "maps": kept if maps == "device" else pages,
         "plain": program.plain_bytes,
         "kernels": bytes_of_kernels(program.stages, [prod(of) for of in parts], request.training),
         "allocator": int(step * request.heap_excess[0]),
