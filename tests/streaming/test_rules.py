@@ -359,7 +359,7 @@ class Looking(nn.Module):
 
 FLIPPED: dict[str, Callable[[Looking, Tensor], Tensor]] = {
     "three ways, flipped back": lambda m, x: sum(m.after(m.net(m.before(x.flip(d)))).flip(d) for d in ([1], [3], [2, 3])),
-    "a flipped result": lambda m, x: (m.after(m.before(x.flip(2))), x.flip(3)),
+    "a flipped result": lambda m, x: (m.after(m.before(x.flip(2))), x.flip(3), x.flip((2, 3)).flatten(2)),
     "reductions": lambda m, x: m.before(x) * m.before(x.flip((3, 1))).mean((2, 3), keepdim=True) + m.before(x).flip(2).amax((2, 3), True),
     "a grid of positions": lambda m, x: (m.before(x).flip(2) * torch.linspace(-1, 1, 12, dtype=x.dtype).view(-1, 1)).flip(2),
     "cells": lambda m, x: F.adaptive_avg_pool2d(m.before(x).flip(2), (3, 2)).flatten(1) + F.adaptive_max_pool2d(x.round().flip(3), (4, 3)).flatten(1),

@@ -236,11 +236,13 @@ class Placing:
         maps = self.maps
         for name in maps.begin.keys() & set(node.refs):
             node = self._read_made(node, name, self._add, "straight", straight)
+            if name in maps.flat:
+                maps.flat[f"{name}@straight"] = maps.flat[name]
         for name in maps.flipped.keys() & set(node.refs):
             over = [d for d, flip in zip(maps.axes[name], maps.flipped[name], strict=True) if flip]
             node = self._read_made(node, name, self._add_plain, "turned round", aten.flip.default, over)
-        for name in maps.flat.keys() & set(node.refs):
-            shape = seen_shape(maps, name)
+        for name in [name for name in node.refs if name.removesuffix("@turned round") in maps.flat]:
+            shape = seen_shape(maps, name.removesuffix("@turned round"))
             node = self._read_made(node, name, self._add_plain, "whole", aten.reshape.default, list(shape), shape=shape)
         return node
 
@@ -254,12 +256,10 @@ class Placing:
         *args: Any,
         shape: Sequence[int] | None = None,
     ) -> Node:
-        """Return `node` reading what `target` makes of map `name`, which is as flat as the map if its shape stays."""
+        """Return `node` reading what `target` makes of map `name`."""
         made = f"{name}@{suffix}"
         if made not in self.nodes:
             add(self.nodes[name].derived(target, Ref(name), *args, name=made, shape=shape))
-            if shape is None and name in self.maps.flat:
-                self.maps.flat[made] = self.maps.flat[name]
         return swap_refs(node, {name: made})
 
     def _record(self, node: Node) -> None:
