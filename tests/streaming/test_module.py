@@ -175,6 +175,16 @@ def test_state_dict_round_trip() -> None:
     small().load_state_dict(torch.load(buffer, weights_only=True), strict=True)
 
 
+def test_weights_that_are_given_to_a_call_are_those_of_it_and_get_gradients() -> None:
+    module, scale = small().double(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    results = []
+    for prefix, call in (("", plain_reference(module)), ("module.", StreamingCNN(module, 16))):
+        weights = {f"{prefix}{name}": p.detach() * scale for name, p in module.named_parameters()}
+        result = torch.func.functional_call(call, weights, (image(),))
+        results.append((result.detach(), *torch.autograd.grad(result.square().sum(), scale)))
+    assert all(relative_error(found, expected) < 1e-10 for expected, found in zip(*results, strict=True))
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_the_same_in_the_recomputation(dtype: torch.dtype) -> None:

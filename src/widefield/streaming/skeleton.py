@@ -27,13 +27,17 @@ def skeleton_of(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool)
         with fake:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CAPTURE_DEVICE)
 
+    own_parameters = set(map(id, module.parameters()))  # any tensors in torch.func.functional_call
     for tensor in (*module.parameters(), *module.buffers()):
-        parameter = isinstance(tensor, nn.Parameter)
+        parameter = isinstance(tensor, nn.Parameter) or id(tensor) in own_parameters
         memo[id(tensor)] = nn.Parameter(empty(tensor), tensor.requires_grad) if parameter else empty(tensor)
     for part in module.modules():
         own = list(part.__dict__.values())
         for value in pytree.tree_leaves([*own, *map(before_forward, own)]):
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:  # results, pruned weights among them
+            computed = (
+                isinstance(value, torch.Tensor) and value.grad_fn is not None
+            )  # results, pruned weights among them
+            if computed and id(value) not in own_parameters:
                 memo[id(value)] = mark_computed(empty(value))
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # iterators will not always be copied
         skeleton = _copied(module, memo)
