@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.streaming.exactness import assert_exact
+from tests.streaming.exactness import assert_exact, relative_error
 from tests.streaming.test_rules import Fn
 from widefield.streaming import StreamingCNN, UnsupportedOpError
 from widefield.streaming.capture import trace_module
@@ -98,6 +98,18 @@ def test_a_batch_of_grids_is_exact() -> None:
     module = Fn(lambda x: torch.cat([near(x, "bilinear", "zeros", False), turned_by_what_it_sees(x)], 1), after=16)
     assert_exact(module, torch.randn(2, 3, 1, 17), [4])
     assert_exact(module, torch.randn(2, 3, 18, 1), [4])
+
+
+def test_offsets_that_autocast_rounds_are_within_the_bounds() -> None:
+    torch.manual_seed(0)
+    module = Fn(
+        lambda x: by_pixels(x, (x[:, :2].tanh() * 0.01 - 15.04).float() * 3.985), after=None
+    )  # -60.02 for -59.93
+    image = torch.randn(1, 3, 80, 90)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = StreamingCNN(module, 16, verify=False)(image), module(image)
+    assert found.dtype == expected.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize(

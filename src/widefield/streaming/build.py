@@ -33,6 +33,7 @@ from widefield.streaming.rules.rewriting import parts_of
 from widefield.streaming.stages import make_stages, weight_size
 
 _OF_BATCH = (statistics_of_batch, statistics_of_tensor)
+_SAMPLING = ("aten.grid_sampler", "torchvision.deform_conv2d")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def passes(captured: Captured, *, allow_whole: bool, autocast: Autocast | None =
     functions: dict[str, Callable[[Graph], Graph]] = {
         "fold": lambda graph: replace(graph, nodes=fold_batch_norms(graph.captured)),
         "normal form": _normal_form,
-        "place": partial(_place, allow_whole=allow_whole),
+        "place": partial(_place, allow_whole=allow_whole, autocast=autocast),
         "live": _live,
         "levels": _levels,
         "kept": _kept,
@@ -196,12 +197,17 @@ def _normal_form(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _place(graph: Graph, allow_whole: bool) -> Graph:
-    placing = Placing(graph.captured, allow_whole=True)
+def _place(graph: Graph, allow_whole: bool, autocast: Autocast | None = None) -> Graph:
+    computed: Mapping[str, torch.dtype] = {}
+    if autocast is not None and any(
+        node.op in _SAMPLING for node in graph.nodes
+    ):  # for whose bounds alone dtypes matter here
+        computed = autocast.dtypes(graph.nodes, graph.captured.shapes)
+    placing = Placing(graph.captured, allow_whole=True, computed=computed)
     for node in graph.nodes:
         placing.add(node)
     if placing.refused and (placing.read_as_maps or not allow_whole):
-        placing = Placing(graph.captured, allow_whole, weights_as_maps=False)
+        placing = Placing(graph.captured, allow_whole, computed, weights_as_maps=False)
         for node in graph.nodes:
             placing.add(node)
     outputs = placing.unflattened(graph.outputs)

@@ -1,7 +1,7 @@
 """Each operation in its place: a map that is computed tile by tile, a reduction of maps, or a plain operation."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +41,13 @@ class Placing:
     """The nodes so far: those in `placed` are maps and reductions, the others are plain.
 
     `expanded` names what was expanded to give a value; `whole` are plain nodes that depend on a whole map. With `weights_as_maps`,
-    weights as large as a map are maps from where they are cut in windows on: `read_as_maps` are their names.
+    weights as large as a map are maps from where they are cut in windows on: `read_as_maps` are their names. `computed` are dtypes
+    under autocast, as coarse as which a range is.
     """
 
     captured: Captured
     allow_whole: bool
+    computed: Mapping[str, torch.dtype] = field(default_factory=dict)
     weights_as_maps: bool = True
     read_as_maps: set[str] = field(default_factory=set)
     maps: Maps = field(default_factory=Maps)
@@ -267,6 +269,7 @@ class Placing:
         self.maps.shapes[node.name] = node.shape
 
     def _note_range(self, node: Node) -> None:
+        node = replace(node, dtype=self.computed.get(node.name, node.dtype))
         if (found := range_of(node, self.maps.ranges, self.maps.shapes)) is not None:
             self.maps.ranges[node.name] = found
 

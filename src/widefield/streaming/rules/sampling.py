@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from widefield.streaming.captured import Node, Ref
 from widefield.streaming.extents import Sampled, Span, Window
 from widefield.streaming.rules.base import STREAM, Axes, Maps, Placed, Read, TileContext, called, rule, sources
+from widefield.streaming.rules.reductions import precise
 
 aten = torch.ops.aten
 
@@ -88,9 +89,10 @@ def grid_sample(node: Node, maps: Maps) -> Placed:
     source = grid if grid in maps else maps.broadcast_weight(grid, Axes(1, 2), maps.shapes[grid])
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
-        tile, where = tiles
-        if tile.dtype.itemsize < 4:  # as PyTorch's kernels compute
-            tile, where = tile.float(), where.float()
+        dtype = torch.promote_types(tiles[0].dtype, tiles[1].dtype)
+        tile, where = (x.to(precise(dtype)) for x in tiles)  # as PyTorch's kernels compute
+        if tile.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            dtype = tile.dtype  # it has them give float32, elsewhere the wider dtype
         spans = context.cols[0], context.rows[0]
         pads = [side for span in spans for side in (span.low, span.high)]
         pads[1::2] = (max(pads[k + 1], 2 - pads[k] - tile.shape[3 - k // 2]) for k in (0, 2))  # two positions at least
@@ -104,7 +106,7 @@ def grid_sample(node: Node, maps: Maps) -> Placed:
             for k, (axis, span) in enumerate(zip((cols, rows), spans, strict=True))
         ]
         made = aten.grid_sampler(tile, torch.stack(places, -1), mode, 0, True)
-        return made.to(tiles[0].dtype)
+        return made.to(dtype)
 
     of_places = 2 * maps.shapes[grid][0] * node.dtype.itemsize
     return Placed(
