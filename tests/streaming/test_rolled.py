@@ -20,6 +20,9 @@ from tests.streaming.masked import foreground
 from tests.streaming.test_parts import assert_part_is_exact
 from tests.streaming.test_rules import Fn
 from widefield.streaming import StreamingCNN
+from widefield.streaming.autocast import Autocast
+from widefield.streaming.build import passes
+from widefield.streaming.capture import trace_module
 from widefield.streaming.captured import CallKind
 from widefield.streaming.extents import AxisMap, BorderPad, Resample, Transposed, Window, identity
 from widefield.streaming.rules.rolled import _around
@@ -253,3 +256,11 @@ def test_no_more_is_read_twice_than_a_map_was_rolled_by() -> None:
     assert (by_three.again, by_none.again, by_none.begin) == (0, 3, 3)
     (windows,) = _around([Window(100, 25, 4, 4)], [97], [False])
     assert (windows.begin, windows.again) == (0, 3)
+
+
+def test_under_autocast_rolled_maps_have_its_dtype() -> None:
+    module = Fn(lambda x: x.roll((2, 3), (2, 3)).abs().roll((-2, -3), (2, 3)) + x, after=None)
+    captured = trace_module(module, CallKind((1, 3, 7, 9), torch.float32), symbolic=False).at(7, 9)
+    assert captured is not None
+    *_, (_, graph) = passes(captured, allow_whole=False, autocast=Autocast("cpu", torch.bfloat16))
+    assert {graph.computed[node.name] for node in graph.nodes} == {torch.bfloat16}

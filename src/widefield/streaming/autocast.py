@@ -15,8 +15,13 @@ from torch.utils import _pytree as pytree
 from widefield.streaming.captured import CAPTURE_DEVICE, Node, Ref
 from widefield.streaming.local import LocalCall
 from widefield.streaming.rules import Reduction
+from widefield.streaming.rules.flipped import mirror
 from widefield.streaming.rules.reductions import precise
 from widefield.streaming.rules.rewriting import parts_of
+from widefield.streaming.rules.rolled import first_positions, joined, straight, turn
+
+# What stands for a map in another order, or with some of it once more: other nodes are captured on the map itself.
+_AS_BEFORE = (turn, straight, joined, first_positions, mirror)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def _computed(
                 values.update({node.name: empty((), dtype)} | {part: empty(shape, dtype) for part, shape in shapes})
                 continue
             result = None
-            if not isinstance(node.target, LocalCall):
+            if node.target in _AS_BEFORE:
+                result = values[node.refs[0]]
+            elif not isinstance(node.target, LocalCall):
                 try:
                     args, kwargs = pytree.tree_map(here, (node.args, node.kwargs))
                     result = node.target(*args, **kwargs)
