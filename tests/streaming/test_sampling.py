@@ -131,7 +131,7 @@ def test_sampling_far_away_is_refused_with_the_reason(function: Callable[[Tensor
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sums and products": lambda x: 3 - 2 * x.tanh() * torch.arange(5.0) / torch.tensor([2.0, -4.0]).view(2, 1, 1),
     "alpha, and a number before": lambda x: torch.rsub(torch.add(x.sigmoid(), torch.linspace(-1, 4, 5), alpha=-3), 2),
-    "limits": lambda x: (x.sin() + torch.linspace(-2, 2, 7).view(-1, 1)).clamp(-1, 1.5) - F.relu6(x.clamp(min=-1)),
+    "limits": lambda x: (x.sin() + torch.linspace(-2, 2, 7).view(-1, 1)).clamp(-1, 1.5) - F.relu6(x.clamp(min=-1)) + x.clamp(3, 2),
     "another order": lambda x: (x.cos() + torch.arange(7).view(-1, 1)).permute(3, 0, 2, 1).flip(1, 3)[1:, :, ::2],
     "pieces": lambda x: torch.stack([(x.erf() * k + torch.arange(5)).unbind(2)[k] for k in (1, 3)], 1).chunk(2, 3)[1],
     "other shapes": lambda x: (x.tanh() + torch.arange(7)[:, None]).view(1, 2, 7, 5).expand(3, -1, -1, -1).flatten(0, 1),

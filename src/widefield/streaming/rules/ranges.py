@@ -110,7 +110,8 @@ def clamped(node: Node, known: Known, shapes: Shapes) -> Range | None:
         low, high = None, argument(node, 1, "max")
     if isinstance(low, Ref) or isinstance(high, Ref):
         return None
-    least, most = -math.inf if low is None else low, math.inf if high is None else high
+    most = math.inf if high is None else high
+    least = -math.inf if low is None else min(low, most)  # all are `most` where there is nothing between
     found = _operand(node.args[0], known, len(node.shape))
     if found is None:
         return between(least, most, len(node.shape))
