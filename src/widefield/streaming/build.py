@@ -272,6 +272,7 @@ def _program(graph: Graph) -> Program:
         items += [graph.stages[level]] if level in graph.stages else []
     used = {name for stage in graph.stages.values() for name in stage.operands}
     of_image = [node for node in plain if levels[node.name] > 0]
+    plain_weights = {name for node in of_image for name in node.refs if name in graph.captured.bound} - used
     repeated = {name for name, placed in graph.placed.items() if placed.op.repeats}
     extents = {maps.extent(name) for name in maps.axes if name not in repeated} - {(1, 1)}
     whole = sum(size_of(node) for node in of_image if _is_whole(node, graph.whole, extents))
@@ -287,6 +288,7 @@ def _program(graph: Graph) -> Program:
         plain_bytes=sum(map(size_of, of_image)),
         combined_bytes=sum(size_of(node) for node in plain if levels[node.name] == 0),
         weight_bytes=sum(weight_size(name, maps, dtypes) for name in used),
+        plain_weight_bytes=sum(weight_size(name, maps, dtypes) for name in plain_weights),
         cast_bytes=sum(weight_size(name, maps, cast) for name in used if name in cast),
         refused=graph.refused,
         random=any(map(_draws, graph.nodes)),

@@ -359,7 +359,8 @@ def _draft(
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
-        + program.weight_bytes * (request.copied_weights + request.training),
+        + program.weight_bytes * (request.copied_weights + request.training)
+        + program.plain_weight_bytes * request.training,  # whose gradients wait for those of the stages
         "carries": int(saved + alive),
         "step": int(step),
         "recorded": 0,

@@ -133,7 +133,7 @@ class Program:
     one stage cut in two at a narrow map, from the first such map to the last; `thinner` gives those that keep fewer maps between
     stages, and compute more of them again, the more the later. `plain_bytes` is what all plain operations make
     of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are those of all weights
-    that stages use. `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
+    that stages use, `plain_weight_bytes` those that only plain operations on what depends on the image do. `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
     """
 
     captured: Captured
@@ -144,6 +144,7 @@ class Program:
     plain_bytes: int
     combined_bytes: int
     weight_bytes: int
+    plain_weight_bytes: int
     cast_bytes: int
     refused: tuple[UnsupportedOpError, ...]
     random: bool
