@@ -5,19 +5,21 @@
 
 Each network gets a share of plain PyTorch's peak as its budget, or the smallest budget that works if that is more. Peaks are those
 of a step in a process of its own, above the weights, their gradients and the image, and may be measured on a busy machine.
-`--times` wants an idle one: streamed and plain steps take turns, and ratios are of medians. Prints a Markdown table.
+`--times` wants an idle one: streamed and plain steps take turns, and ratios are of medians. Prints the table of `widefield bench`.
 """
 
 import argparse
 import math
 import re
+import shlex
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from widefield.cli.bench import Case, peaks_of
+from widefield.cli.bench import HEADER, Case, peaks_of, table_row
 from widefield.cli.measuring import machine, write_json
 from widefield.cli.ways import Way, Ways, compare
 from widefield.errors import WidefieldError
@@ -70,11 +72,12 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
             raise
         way = Way("streamed", int(smallest[1]))
         planned = ways.plan(way, shape, "step", "float32")
-    row = {"model": model, "size": size, "plain_bytes": plain, **planned}
-    row |= {"budget": way.budget, "bytes": peaks_of(case, ways, [way])[way], "time_ratio": None}
+    row = {"model": model, "size": size, "dtype": "float32", "what": "step", "way": "streamed", "fits": True, **planned}
+    row |= {"budget": way.budget, "bytes": peaks_of(case, ways, [way])[way], "plain_bytes": plain}
+    row["memory_ratio"] = (row["bytes"] or math.nan) / plain
     if times:
         plainly, streamed = compare(ways, [Way(), way], case.image(size), "step", "float32", warm_ups=1, repeats=5)
-        row["time_ratio"] = streamed["seconds"] / plainly["seconds"]
+        row |= {"seconds": streamed["seconds"], "time_ratio": streamed["seconds"] / plainly["seconds"]}
     return row
 
 
@@ -87,23 +90,19 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
-    data: dict[str, Any] = {**machine("cpu"), "rows": []}
-    print("| model | pixels | plain MiB | budget | planned | peak | peak / planned | predicted time | time |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    command = shlex.join(["python", "benchmarks/predictions.py", *sys.argv[1:]])
+    data: dict[str, Any] = {**machine("cpu"), "command": command, "rows": []}
+    print(*HEADER, sep="\n", flush=True)
     for k in options.rows:
         model, size = ROWS[k]
         try:
             row = row_of(model, size, options.share, options.times)
         except WidefieldError as error:
-            print(f"| {model} | {error} |", flush=True)
-            continue
+            row = {"model": model, "size": size, "fits": False, "reason": str(error)}
+            row |= {"dtype": "float32", "what": "step", "way": "streamed"}
+        row["model"] = Path(model).name
         data["rows"].append(row)
-        sizes = [row[key] / 2**20 for key in ("plain_bytes", "budget", "predicted_bytes")]
-        peak = (row["bytes"] or math.nan) / 2**20
-        cells = [f"{size:.0f}" for size in (*sizes, peak)]
-        cells += [f"{peak / sizes[2]:.2f}", f"{row['predicted_overhead']:.2f}"]
-        cells.append(f"{row['time_ratio']:.2f}" if options.times else "")
-        print(f"| {Path(row['model']).name} | {row['size']} | {' | '.join(cells)} |", flush=True)
+        print(table_row(row), flush=True)
         if options.json:
             write_json(options.json, data)
 

@@ -88,7 +88,7 @@ def test_plain_pytorch_that_does_not_fit_is_a_row(model: str, monkeypatch: pytes
     assert streamed["fits"] and streamed["way"] == "streamed" and streamed["budget"] == 32 << 20
     assert streamed["seconds"] > 0 and streamed["time_ratio"] is None
     shown = bench.table_row({**asdict(case), **plain})
-    assert shown == "| tiny.py:net | 64 | float32 | forward | plain |  | does not fit |  |  |  |  |  |"
+    assert shown == "| tiny.py:net | 64 | float32 | forward | plain |  | does not fit |  |  |  |  |  |  |"
 
 
 def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
@@ -180,9 +180,9 @@ def test_a_file_of_results_becomes_tables(page: Any, tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(json.dumps({**head, "rows": rows}))
     assert page.tables(tmp_path / "new.json").splitlines() == [
         *("`c`", "2026-11-27, G, M, 4 threads, torch 2.11.", "", *bench.HEADER),
-        "| net | 64 | bfloat16 | step | plain |  | 2.000 | 1.00 | 4 | 1.00 |  |  |",
-        "| net | 64 | bfloat16 | step | streamed | 1/4 | 2.000 |  | 1 |  | 2 | at most 1.05 |",
-        "| net | 64 | bfloat16 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |",
+        "| net | 64 | bfloat16 | step | plain |  | 2.000 | 1.00 |  | 4 | 1.00 |  |  |",
+        "| net | 64 | bfloat16 | step | streamed | 1/4 | 2.000 |  |  | 1 |  | 2 | at most 1.05 |",
+        "| net | 64 | bfloat16 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |  |",
         *("", "| largest step | dtype | way | memory | pixels | s | planned MiB |", "|---|---|---|---|---|---|---|"),
         "| torchvision/net | bfloat16 | plain | 40.00 GiB | 8192 | 2.0 |  |",
     ]

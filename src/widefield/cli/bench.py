@@ -264,8 +264,8 @@ def _bytes(budget: str, whole: int) -> int:
 
 
 HEADER = (
-    "| model | pixels | dtype | pass | way | budget | s | / plain | MiB | / plain | planned MiB | mark |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| model | pixels | dtype | pass | way | budget | s | / plain | planned | MiB | / plain | planned MiB | mark |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -289,6 +289,7 @@ def table_row(row: Mapping[str, Any]) -> str:
         *(row["model"].rpartition("/")[2], row["size"], row["dtype"], row["what"], way, budget, seconds),
         *(
             number("time_ratio", ".2f"),
+            number("predicted_overhead", ".2f"),
             number("bytes", ".0f", 2**20),
             number("memory_ratio", ".2f"),
             number("predicted_bytes", ".0f", 2**20),
