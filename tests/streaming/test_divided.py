@@ -11,7 +11,8 @@ from torch.nn import functional
 from tests.streaming.exactness import TOLERANCE, assert_exact, relative_error
 from widefield.streaming import StreamingCNN, planner
 from widefield.streaming.captured import CallKind
-from widefield.streaming.planner import Planner, PlanRequest
+from widefield.streaming.drafts import PlanRequest
+from widefield.streaming.planner import Planner
 from widefield.streaming.program import Program
 
 

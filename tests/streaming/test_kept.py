@@ -12,7 +12,8 @@ from tests.streaming.exactness import TOLERANCE, assert_exact, randomise, relati
 from tests.streaming.test_random_networks import Drawn
 from tests.streaming.test_stages import normed, trained_like_plain
 from widefield.streaming import StreamingCNN, planner, stream
-from widefield.streaming.planner import Planner, PlanRequest
+from widefield.streaming.drafts import PlanRequest
+from widefield.streaming.planner import Planner
 from widefield.streaming.program import Program
 
 

@@ -23,6 +23,7 @@ from widefield.streaming.call import (
     state_of,
 )
 from widefield.streaming.captured import CallKind, Ref
+from widefield.streaming.drafts import PlanRequest
 from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.execution import Statistics, convolution_weights, memory_format
 from widefield.streaming.foreground import parse_mask
@@ -32,7 +33,7 @@ from widefield.streaming.layers import cells_of
 from widefield.streaming.map_writing import Writing, plan_writing
 from widefield.streaming.need import Wanted
 from widefield.streaming.plan import Plan
-from widefield.streaming.planner import Planner, PlanRequest, make_planner
+from widefield.streaming.planner import Planner, make_planner
 from widefield.streaming.program import Program
 from widefield.streaming.program_cache import ProgramCache
 from widefield.streaming.ranks import Ranks
