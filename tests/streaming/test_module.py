@@ -433,6 +433,13 @@ def test_the_plan_says_what_will_happen() -> None:
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
+def test_a_step_that_ends_in_a_mean_has_the_gradients_of_its_maps_too() -> None:
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU())
+    modules = trunk, nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1))
+    of_maps, of_means = (StreamingCNN(module, 64).plan((3, 300, 300)).predicted_bytes["step"] for module in modules)
+    assert of_means >= of_maps
+
+
 def test_control_flow_on_pixel_values_is_refused() -> None:
     class Flow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class MemoryModel:
             alive = others.copy()
             if not value.sources:
                 continue
-            some, added = arriving > 0, 0.0
+            # A reduction has no positions, but its gradient is spread over those that it reads.
+            some, added = (arriving > 0 if value.reduction is None else new[value.sources[0]] > 0), 0.0
             for source in value.sources:
                 sent = arriving if value.view else np.maximum(new[source], held[source]) * some
                 alive += np.maximum(sent - gradient[source], 0)
