@@ -6,6 +6,7 @@ is turned back. So a model that looks at flipped images too, and flips its resul
 with one that is flipped would need the last rows with the first ones, and is refused.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,7 +153,15 @@ def turned_round(node: Node, placed: Placed, maps: Maps) -> tuple[list[Node], No
         reads.append(Read(source, _mirrored(read.rows, rows), _mirrored(read.cols, cols)))
     if node.target is not mirror and not _is_alike(placed):
         back = _Back(placed, (rows, cols), tuple(maps.axes[read.source] for read in placed.reads))
-        placed = replace(placed, run=back.run, exclusive=False)
+        shapes = [maps.shapes[read.source] for read in placed.reads]
+        copies = sum(map(math.prod, [*shapes, node.shape])) // (placed.reads[0].rows.n_out * placed.reads[0].cols.n_out)
+        placed = replace(
+            placed,
+            run=back.run,
+            exclusive=False,
+            forward_bytes=placed.forward_bytes + copies * node.dtype.itemsize,
+            backward_bytes=placed.backward_bytes + copies * node.dtype.itemsize,
+        )
         if isinstance(node.target, Reduction):
             reduction: Any = InParts(node.target, lambda tiles, context: [back.seen(tiles, context)])
             node = replace(node, target=reduction)

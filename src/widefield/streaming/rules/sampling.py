@@ -61,8 +61,17 @@ def deformable_convolution(node: Node, maps: Maps) -> Placed:
         return made.narrow(2, down, row.size).narrow(3, across, col.size)
 
     columns = math.prod((*maps.shapes[x][:2], *kernel)) * node.dtype.itemsize
+    padded = sum(math.prod(maps.shapes[name]) for name in expected) // math.prod(node.shape[2:]) * node.dtype.itemsize
     reads = [Read(x, rows, cols), *(maps.read(name) for name in sources(node, maps)[1:])]
-    return Placed(tuple(reads), Axes(2, 3), run, exclusive=True, forward_bytes=columns, backward_bytes=columns)
+    return Placed(
+        tuple(reads),
+        Axes(2, 3),
+        run,
+        exclusive=True,
+        saved_bytes=padded,
+        forward_bytes=columns + padded,
+        backward_bytes=columns + padded,
+    )
 
 
 _NEAREST, _BICUBIC = 1, 2  # of the modes: 0 is bilinear
