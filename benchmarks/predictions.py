@@ -76,7 +76,7 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
     row |= {"budget": way.budget, "bytes": peaks_of(case, ways, [way])[way], "plain_bytes": plain}
     row["memory_ratio"] = (row["bytes"] or math.nan) / plain
     if times:
-        plainly, streamed = compare(ways, [Way(), way], case.image(size), "step", "float32", warm_ups=1, repeats=5)
+        plainly, streamed = compare(ways, [Way(), way], case.image(size), "step", "float32", warm_ups=1, repeats=3)
         row |= {"seconds": streamed["seconds"], "time_ratio": streamed["seconds"] / plainly["seconds"]}
     return row
 

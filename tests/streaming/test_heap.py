@@ -50,10 +50,12 @@ def test_what_was_given_back_before_the_pass_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("planned", "expected"), [(600, [(-3, 1 << 20)]), (400, [])], ids=["a full budget", "half a budget"]
+    ("tunables", "planned", "expected"),
+    [("", 600, [(-3, 1 << 20)]), ("glibc.malloc.tcache_count=0", 600, [(-3, 1 << 22)]), ("", 400, [])],
+    ids=["a full budget", "in a tuned process", "half a budget"],
 )
 def test_large_blocks_get_pages_of_their_own_where_a_budget_is_to_be_filled(
-    monkeypatch: pytest.MonkeyPatch, planned: int, expected: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch, tunables: str, planned: int, expected: list[tuple[int, int]]
 ) -> None:
     called: list[tuple[int, int]] = []
 
@@ -66,6 +68,7 @@ def test_large_blocks_get_pages_of_their_own_where_a_budget_is_to_be_filled(
 
     library: Any = Library()
     monkeypatch.setattr(heap, "_glibc", lambda: library)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     for _ in range(2):
         watch(1000, 10, planned)
     assert called == expected

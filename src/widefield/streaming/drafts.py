@@ -22,7 +22,7 @@ _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that w
 _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have begun
 # What the C library's heap holds beyond what is in use, relative to the largest step (of a network of one stage, of several),
 # and to what is recorded; measured, see docs/benchmarks.md. On CUDA, PyTorch's own allocator reuses blocks.
-_HEAP_EXCESS = (0.5, 0.8, 0.1)
+_HEAP_EXCESS = (0.4, 0.6, 0.1)
 
 
 @dataclass(frozen=True)
