@@ -17,10 +17,10 @@ from functools import cache
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
-_OWN_PAGES, _OWN_PAGES_TUNED = 1 << 20, 1 << 22
-"""Bytes from which a block gets pages of its own, without GLIBC_TUNABLES and with them. Measured: without, a step with 138 MiB in
-use at its peak had 480 MiB resident, and 151 so. With them, a step of a U-Net had 406 MiB, 390 with 4 MiB and 366 with 1 MiB, in
-11.5, 12.2 and 12.7 CPU-seconds; one of DLA-34 took 4.1, 4.1 and 4.9."""
+_OWN_PAGES = 1 << 20
+"""Bytes from which a block gets pages of its own. Measured: a step with 138 MiB in use at its peak had 480 MiB, and 151 so.
+With GLIBC_TUNABLES, a step of a U-Net had 406 MiB, 390 with 4 MiB and 366 with 1 MiB, in 11.5, 12.2 and 12.7 CPU-seconds; one of
+DLA-34 took 4.1, 4.1 and 4.9; one of ResNet-18 had 183 MiB with 4 MiB, and 131 with 1 MiB."""
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _logger = logging.getLogger(__name__)
 
@@ -99,11 +99,7 @@ def _glibc() -> ctypes.CDLL | None:
 @cache
 def _give_pages_of_their_own(library: ctypes.CDLL) -> None:
     """Let large blocks have pages of their own from now on, in the whole process."""
-    library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_TUNED if _is_tuned() else _OWN_PAGES)
-
-
-def _is_tuned() -> bool:
-    return "tcache_count" in os.environ.get("GLIBC_TUNABLES", "")
+    library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 def _in_use(library: ctypes.CDLL) -> int:
@@ -119,7 +115,7 @@ def _resident() -> int:
 
 @cache
 def _tell_once() -> None:
-    if not _is_tuned():
+    if "tcache_count" not in os.environ.get("GLIBC_TUNABLES", ""):
         _logger.warning(
             "To stay within memory_budget, free memory is given back to the system, which takes time. With a glibc before 2.38 it "
             "need not be: start Python with the environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0"
