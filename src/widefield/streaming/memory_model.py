@@ -145,8 +145,8 @@ class MemoryModel:
 
 
 def bytes_of_kernels(stages: Sequence[Stage], steps: Sequence[int], training: bool) -> int:
-    """Bytes that the library of a CPU's kernels keeps for itself, after `steps` of each stage."""
-    weighted = [[value.weight_bytes for value in stage.values if value.weight_bytes] for stage in stages]
-    kernels = sum(len(of) * count for of, count in zip(weighted, steps, strict=True)) * (3 if training else 1) // 2
-    largest = max((max(of, default=0) for of in weighted), default=0)
+    """Bytes that the library of convolutions keeps for itself, after `steps` of each stage; measured on a CPU."""
+    weights = [stage.weight_sizes for stage in stages]
+    kernels = sum(len(of) * count for of, count in zip(weights, steps, strict=True)) * (3 if training else 1) // 2
+    largest = max((max(of, default=0) for of in weights), default=0)
     return min(kernels, _MOST_KERNELS) * _BYTES_OF_KERNEL + training * _SCRATCH * largest

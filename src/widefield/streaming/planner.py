@@ -216,7 +216,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
 def _recorded(
     planner: Planner, footprints: Sequence[Footprint], sizes: dict[str, int]
 ) -> tuple[list[int], list[float]]:
-    """How many of each stage's last steps are recorded, and what share that is of the stage; adds their bytes to `sizes`.
+    """Return the number of each stage's last steps that are recorded, and their share of it; add their bytes to `sizes`.
 
     As many as the budget has room for, from the last step backwards. What the last step needs is there anyhow: it is the first in
     the backward pass, and without recording it would be recomputed in the same place. So is what the gradients of a row of carries

@@ -116,6 +116,11 @@ class Stage:
         inputs = [self.values[v] for v in self.inputs]
         return max(v.shape[v.axes.rows] for v in inputs), max(v.shape[v.axes.cols] for v in inputs)
 
+    @cached_property
+    def weight_sizes(self) -> tuple[int, ...]:
+        """Bytes of the weights of each value that has some."""
+        return tuple(value.weight_bytes for value in self.values if value.weight_bytes)
+
     @property
     def made(self) -> tuple[str, ...]:
         """Names of what leaves the stage: maps, then the parts of the reductions."""

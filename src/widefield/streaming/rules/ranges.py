@@ -189,7 +189,7 @@ def reciprocal(node: Node, known: Known, shapes: Shapes) -> Range | None:
 
 
 def negated(node: Node, known: Known, shapes: Shapes) -> Range | None:
-    """What is read, times -1."""
+    """Return the range of what is read, times -1."""
     found = _operand(node.args[0], known, len(node.shape))
     return found and _times(found, -1.0)
 
