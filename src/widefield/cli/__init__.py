@@ -100,6 +100,8 @@ def _set_up_environment() -> None:
     """
     # OpenMP's threads spin while they wait, which slows torch down thirtyfold when another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Large blocks of memory get huge pages: a step brings the same memory into use many times, page by page otherwise.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if _TUNABLE not in tunables and _glibc() < (2, 38):  # see widefield.streaming.heap
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=0")))

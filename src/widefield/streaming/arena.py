@@ -36,7 +36,9 @@ class Arena:
             blocks.append(self.store.empty((max(count, size // dtype.itemsize),), piece.new_empty(0)))
             start = 0
         self.used[dtype] = start + -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT // dtype.itemsize
-        return _shaped(blocks[-1].narrow(0, start, count), piece).copy_(piece)
+        copy = _shaped(blocks[-1].narrow(0, start, count), piece)
+        self.store.write(copy, piece)
+        return copy
 
     def holds(self, piece: Tensor) -> bool:
         """True if `piece` is in a block already."""

@@ -52,7 +52,7 @@ class Results:
                 height, x = pieces[0].shape[axes.rows], 0
                 for piece in pieces:
                     width = piece.shape[axes.cols]
-                    piece.copy_(tile.narrow(axes.rows, y, height).narrow(axes.cols, x, width))
+                    self.job.store.write(piece, tile.narrow(axes.rows, y, height).narrow(axes.cols, x, width))
                     x += width
                 y += height
 
@@ -148,4 +148,4 @@ class InputGradients:
             elif raw.grad is None:
                 view.zero_()
             else:
-                view.copy_(raw.grad)
+                self.job.store.write(view, raw.grad)

@@ -4,7 +4,9 @@ import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -15,7 +17,9 @@ from widefield.streaming.buffers import empty_like, in_channels_last
 Place = Literal["device", "host", "file"]
 PLACES: tuple[Place, ...] = ("device", "host", "file")
 
-_MAPPINGS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()  # by address
+_MAPPINGS: "weakref.WeakValueDictionary[int, _Mapping]" = weakref.WeakValueDictionary()  # by address
+_RUN = 1 << 14  # bytes side by side in a file from which they are written by a call, and not through the mapping
+_MOST_FILES = 256  # that are open for such calls; processes may have 1024 open, and a mapping has one of its own
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,22 @@ class Store:
         tensor = self.empty(shape, like)
         return tensor if self.place == "file" else tensor.zero_()
 
+    def write(self, target: Tensor, source: Tensor) -> None:
+        """Copy `source` into `target`, a part of a tensor that was made here.
+
+        Large pieces are written into a file by calls: a mapping gets its pages one by one, which takes three times as long.
+        """
+        mapping = _MAPPINGS.get(target.untyped_storage().data_ptr()) if self.place == "file" else None
+        file = None if mapping is None else mapping.file
+        runs = None if file is None else _runs(target, source)
+        if file is None or runs is None:
+            target.copy_(source)
+            return
+        for offset, data in runs:
+            while len(data):
+                written = os.pwrite(file, data, offset)
+                offset, data = offset + written, data[written:]
+
     def release(self, tensor: Tensor) -> None:
         """Give the memory back that the pages of a file hold; what was written stays in the file."""
         advice = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
@@ -55,11 +75,38 @@ class Store:
             mapping.madvise(advice)
 
 
+class _Mapping(mmap.mmap):
+    """A file in memory, and its descriptor if it may be written by calls as well."""
+
+    file: int | None = None
+
+
+def _runs(target: Tensor, source: Tensor) -> Iterator[tuple[int, memoryview]] | None:
+    """The bytes of `source` that come to lie side by side in the file of `target`, and where; None if they are too few, or `source`
+    has another order of dimensions.
+    """
+    target, source = target.squeeze(), source.detach().squeeze()
+    dims = sorted(range(target.ndim), key=target.stride, reverse=True)
+    target, source = target.permute(dims), source.permute(dims)
+    inner, count = target.ndim, 1
+    while inner and target.stride(inner - 1) == count:
+        inner, count = inner - 1, count * target.shape[inner - 1]
+    size = count * target.element_size()
+    plain = source.dtype == target.dtype and source.is_contiguous() and not (source.is_conj() or source.is_neg())
+    if size < _RUN or not plain:
+        return None
+    data = memoryview(source.reshape(-1).view(torch.uint8).numpy())
+    steps = zip(target.shape[:inner], target.stride()[:inner], strict=True)
+    places = product(*(range(0, n * stride, stride) for n, stride in steps))
+    begins = ((target.storage_offset() + sum(place)) * target.element_size() for place in places)
+    return ((begin, data[k * size : (k + 1) * size]) for k, begin in enumerate(begins))
+
+
 def _format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if in_channels_last(like) else torch.contiguous_format
 
 
-def _mapping(size: int, folder: str | None) -> mmap.mmap:
+def _mapping(size: int, folder: str | None) -> _Mapping:
     where = tempfile.gettempdir() if folder is None else folder
     try:
         with tempfile.TemporaryFile(prefix="widefield-", dir=where) as file:
@@ -67,7 +114,10 @@ def _mapping(size: int, folder: str | None) -> mmap.mmap:
                 os.posix_fallocate(file.fileno(), 0, max(size, 1))
             else:
                 file.truncate(max(size, 1))
-            mapping = mmap.mmap(file.fileno(), max(size, 1))
+            mapping = _Mapping(file.fileno(), max(size, 1))
+            if hasattr(os, "pwrite") and file.fileno() < _MOST_FILES:  # not on Windows
+                mapping.file = os.dup(file.fileno())
+                weakref.finalize(mapping, os.close, mapping.file)
     except OSError as error:
         raise OSError(
             error.errno,

@@ -26,6 +26,8 @@ Parts = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
 Pairs = list[tuple[Tensor, Tensor]]
 
+_BLOCK = 1 << 17  # elements of a map that are looked at together, where that is done block by block
+
 
 class Reduction(ABC):
     """See the module's docstring. `tiles` are windows of the maps that are reduced, all of the same positions."""
@@ -201,13 +203,26 @@ class Moments(Reduction):
         else:
             n = context.masks[0].expand(tile.shape).sum(self.dims, keepdim=True)
         mean = tile.sum(self.dims, keepdim=True, dtype=precise(tile.dtype)) / n.clamp_min(1)
-        (deviation,) = foreground([tile - mean], context)
-        rest = deviation.sum(self.dims, keepdim=True)  # what rounding the mean has left
-        squares = deviation.square_().sum(self.dims, keepdim=True)  # torch.var_mean is four times slower on the CPU
         wide = mean.dtype if mean.device.type == "mps" else torch.float64
-        n, mean, rest, squares = (x.to(wide) for x in (n, mean, rest, squares))
+        rest, squares = self._deviations(tile, mean, context, wide)  # what rounding the mean has left is in `rest`
+        n, mean = n.to(wide), mean.to(wide)
         rest = rest / n.clamp_min(1)
         return n, mean + rest, squares - n * rest * rest, tile.dtype
+
+    def _deviations(self, tile: Tensor, mean: Tensor, context: TileContext, wide: torch.dtype) -> Tensor:
+        """The sums of deviations from the mean and of their squares, in `wide`, stacked; `torch.var_mean` takes longer on a CPU.
+
+        There it goes block by block, each small enough to stay in the cache, so that the map is read once.
+        """
+        dim = max(self.dims, key=tile.shape.__getitem__)
+        block_size = tile.shape[dim] * _BLOCK // max(1, tile.numel()) if tile.device.type == "cpu" else tile.shape[dim]
+        masks = context.masks and context.masks[0].expand(tile.shape).split(max(1, block_size), dim)
+        sums = []
+        for k, block in enumerate(tile.split(max(1, block_size), dim)):
+            deviation = block - mean if masks is None else torch.where(masks[k], block - mean, 0)
+            rest = deviation.sum(self.dims, keepdim=True)
+            sums.append(torch.stack([rest, deviation.square_().sum(self.dims, keepdim=True)]))
+        return torch.stack(sums).sum(0, dtype=wide)
 
     def merge(self, one: Any, other: Any) -> Any:
         (n0, mean0, squares0, dtype), (n, mean, squares, _) = one, other
