@@ -331,7 +331,7 @@ def _add_memory(
     )
     page.paragraph(
         f"{largest} {height} x {width} pixels. It is streamed in {plan.steps} steps of "
-        f"{plan.tile_size[0]} x {plan.tile_size[1]} pixels, for {plan.predicted_overhead:.2f} times the compute of a plain step. "
+        f"{plan.tile_size[0]} x {plan.tile_size[1]} pixels, about {plan.predicted_overhead:.2f} times as long as a plain step. "
         f"In one piece, the activations alone would take {format_bytes(plain)}."
     )
     page.chart(

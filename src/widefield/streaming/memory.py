@@ -86,16 +86,37 @@ class Footprint:
         """Bytes of all maps that are computed, and of all maps."""
         (rows, _), (cols, _) = _halves(self.rows.work), _halves(self.cols.work)
         whole = float((rows.sum(1) * cols.sum(1)) @ self.needs.sizes)
-        return float(self._positions @ self.needs.sizes), whole
+        return float(self.positions @ self.needs.sizes), whole
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.recorded.size if self.need is None else len(self.need.order)
 
     @cached_property
-    def work(self) -> dict[str, float]:
-        """Work of a forward pass for each map, see `MemoryModel.work`."""
-        names = [value.name for value in self.needs.stage.values]
-        return dict(zip(names, (self._positions * self.needs.work).tolist(), strict=True))
+    def held(self) -> float:
+        """Elements of all buffers of all steps: what is put together of new positions and of carries."""
+        (_, rows), (_, cols) = _halves(self.rows.work), _halves(self.cols.work)
+        buffered = self.rows.buffered | self.cols.buffered
+        if self.need is None:
+            positions = rows.sum(1) * cols.sum(1)
+        else:
+            positions = np.einsum("vi,vj,vij->v", rows, cols, self.need.made)
+        return float((positions * self.needs.elements)[buffered].sum())
+
+    def map_elements(self, training: bool, again: float) -> float:
+        """Elements of maps between stages that a pass writes and, three for one, reads: the share `again` twice, if `training`."""
+        stage = self.needs.stage
+        read, written = (
+            sum(
+                stage.values[v].bytes / stage.values[v].itemsize for v in of if stage.values[v].name != self.needs.image
+            )
+            for of in (stage.inputs, stage.stored)
+        )
+        return written + read / 3 + training * (read + (again * read + written) / 3)  # gradients of both
 
     @cached_property
-    def _positions(self) -> Array:
+    def positions(self) -> Array:
         """Positions that are computed of each map."""
         if self.need is not None:
             return self.need.boxes.sizes.sum((1, 2))

@@ -44,13 +44,22 @@ class MemoryModel:
     @cached_property
     def work(self) -> Array:
         """Multiplications per position of each map, with as many added as its elements take the time of."""
-        return np.array(
-            [
-                value.shape[0] * value.weight_bytes / value.dtype.itemsize
-                + _WORK_OF_ELEMENT * value.pixel_bytes / value.itemsize
-                for value in self.stage.values
-            ]
-        )
+        return self.multiplications + _WORK_OF_ELEMENT * self.elements
+
+    @cached_property
+    def multiplications(self) -> Array:
+        """Those per position of each map."""
+        return np.array([value.shape[0] * value.weight_bytes / value.dtype.itemsize for value in self.stage.values])
+
+    @cached_property
+    def elements(self) -> Array:
+        """Elements per position of each map, none of a view."""
+        return np.array([0 if value.view else value.pixel_bytes / value.itemsize for value in self.stage.values])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the stage's first input."""
+        return self.stage.values[0].itemsize
 
     def saved_by_autograd(self, buffered: Flags) -> tuple[Array, Array]:
         """Bytes per position that autograd keeps of the new positions and of the buffer, where there is one apart from them."""

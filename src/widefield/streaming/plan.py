@@ -29,8 +29,9 @@ class Plan:
     - `kernels`: what the library of convolutions keeps for itself: scratch memory, and kernels that it has compiled;
     - `allocator`: memory that the allocator holds without using it.
 
-    `predicted_overhead` is the extra compute: 1.0 is a plain step, 4/3 one that recomputes all tiles. `layers` is the geometry of
-    every layer. `streamed_fraction` is the share of the plain model's activation bytes that is streamed; the rest is computed
+    `predicted_overhead` is the time relative to plain PyTorch's on whole maps: on a CPU by rates that were measured (`time_model`),
+    elsewhere by what is computed alone, 4/3 of a plain step where all tiles are computed twice. `layers` is the geometry of every
+    layer. `streamed_fraction` is the share of the plain model's activation bytes that is streamed; the rest is computed
     whole, because of the operations `refused`. `stages` is the number of scans; `map_bytes` is what the maps between them need,
     gradients included, and `map_place` where they live, `carry_place` where the carries do: only on the device they count.
     `recorded` says of each scan how many of its steps are recorded, and how many it has; the others are computed twice.
@@ -70,7 +71,7 @@ class Plan:
             ("tile", f"{self.tile_size[0]} x {self.tile_size[1]}"),
             ("steps", str(self.steps)),
             *([("computed", f"{self.computed_fraction:.1%} of all maps")] if self.computed_fraction < 1 else []),
-            ("compute", f"{self.predicted_overhead:.2f} x a plain pass"),
+            ("time", f"about {self.predicted_overhead:.2f} x a plain pass"),
             *((f"memory: {kind}", format_bytes(size)) for kind, size in self.predicted_bytes.items() if size),
             ("memory: total", format_bytes(self.total_bytes)),
             ("stages", str(self.stages)),

@@ -18,11 +18,13 @@ from widefield.streaming.memory_model import Array
 from widefield.streaming.need import PartialGrid, Wanted, needs
 from widefield.streaming.plan import Plan
 from widefield.streaming.program import Program
+from widefield.streaming.time_model import amounts, relative_time
 
 SHARE_OF_FREE_MEMORY = 0.5
 _GAIN = 0.02  # of a step's time: what a stage more must save
-# Times the compute: what maps in a file cost, and what those that a GPU moves to the host do; measured, see docs/benchmarks.md.
-_ELSEWHERE = {"cpu": 1.3, "cuda": 10.0}
+_ON_THE_HOST = (
+    10.0  # times the predicted time: a pass whose maps a GPU moves to the host; measured, see docs/benchmarks.md
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     """
     best = _planner(program, request)
     if best is None or best.draft.maps != "device":
-        thinner, elsewhere = _thinner(program, request), _ELSEWHERE.get(request.device.type, 1.3)
+        thinner, elsewhere = _thinner(program, request), 1.0 if request.device.type == "cpu" else _ON_THE_HOST
         if best is None or (thinner is not None and thinner.overhead < best.overhead * elsewhere):
             best = thinner
     if best is None:
@@ -112,7 +114,7 @@ def _divided(best: Planner, request: PlanRequest) -> Planner:
     if not request.training or request.ranks > 1 or places != ("device", "device") or not best.fits:
         return best
     target, (first, end) = best.overhead - _GAIN, (0, len(divisions))
-    while first < end and best.overhead > 1 + _GAIN:
+    while first < end and any(count < steps for count, steps in best.plan()[0].recorded):
         middle = (first + end) // 2
         found = _planner(divisions[middle](), replace(request, divided=True))
         if found is None:
@@ -180,15 +182,10 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
     program, training, draft, grids = planner.program, planner.request.training, planner.draft, planner.grids
     footprints = [replace(found, need=need) for found, need in zip(planner.footprints, needed, strict=True)]
     sizes = _sizes_of_parts(planner, footprints)
-    work = [found.work for found in footprints]
-    once = sum({name: size for of in reversed(work) for name, size in of.items()}.values())
-    made_again = sum(sum(of.values()) for of in work) - once  # by later stages, in every pass
-    recorded, passes = [0] * len(footprints), 1
-    more = float(made_again)
+    recorded, shares = [0] * len(footprints), [0.0] * len(footprints)
     if training:
         recorded, shares = _recorded(planner, footprints, sizes)
-        passes = 3  # backward takes as long as two forward
-        more = passes * made_again + sum(sum(of.values()) * (1 - share) for of, share in zip(work, shares, strict=True))
+    did = amounts(footprints, shares, training, (draft.maps == "file", draft.carries == "file"))
     stage_plans = [
         StagePlan(footprint.need or grid, footprint.carries if training else {}, count)
         for grid, footprint, count in zip(grids, footprints, recorded, strict=True)
@@ -199,7 +196,7 @@ def _finished(planner: Planner, needed: Sequence[PartialGrid | None]) -> tuple[P
         tile_size=planner.tile,
         steps=sum(len(_in_order(found)) for found in footprints),
         predicted_bytes=MappingProxyType(sizes),
-        predicted_overhead=1 + more / max(1.0, once * passes),
+        predicted_overhead=relative_time(*did, planner.request.device.type),
         layers=layers_of(program, grids),
         streamed_fraction=program.streamed_fraction,
         stages=len(program.stages),

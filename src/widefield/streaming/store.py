@@ -95,10 +95,11 @@ def _runs(target: Tensor, source: Tensor) -> Iterator[tuple[int, memoryview]] | 
     plain = source.dtype == target.dtype and source.is_contiguous() and not (source.is_conj() or source.is_neg())
     if size < _RUN or not plain:
         return None
-    data = memoryview(source.reshape(-1).view(torch.uint8).numpy())
+    data = source.reshape(-1).view(torch.uint8).numpy().data
     steps = zip(target.shape[:inner], target.stride()[:inner], strict=True)
     places = product(*(range(0, n * stride, stride) for n, stride in steps))
-    begins = ((target.storage_offset() + sum(place)) * target.element_size() for place in places)
+    first = int(target.storage_offset())
+    begins = ((first + sum(place)) * target.element_size() for place in places)
     return ((begin, data[k * size : (k + 1) * size]) for k, begin in enumerate(begins))
 
 
