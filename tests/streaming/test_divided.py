@@ -107,11 +107,26 @@ def test_the_planner_cuts_where_that_is_faster_within_the_budget(monkeypatch: py
     module = deep_net()
     wrap = partial(StreamingCNN, module, memory_budget="12MiB")
     plan = wrap().plan((3, 512, 512))
-    monkeypatch.setattr(planner, "_GAIN", 1.0)
+    monkeypatch.setattr(planner, "_GAIN", 9.0)
     whole = wrap().plan((3, 512, 512))
     assert (plan.stages, whole.stages) == (2, 1)
     assert plan.predicted_overhead < whole.predicted_overhead - 0.02
     assert plan.total_bytes <= 12 << 20
+
+
+def test_the_smallest_budget_is_met_by_a_cut() -> None:
+    module, image = deep_net().double(), torch.randn(1, 3, 512, 512, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the smallest that works") as error:
+        StreamingCNN(module, memory_budget="200KiB").plan(image.shape)
+    needed = int(str(error.value).partition(" bytes,")[0].rpartition("(")[2])
+    streamed = StreamingCNN(module, memory_budget=needed)
+    plan = streamed.plan(image.shape)
+    assert plan.stages == 2
+    assert plan.total_bytes <= needed
+    expected = torch.autograd.grad(module(image).square().sum(), list(module.parameters()))
+    found = torch.autograd.grad(streamed(image).square().sum(), list(module.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < TOLERANCE
 
 
 def test_nothing_is_cut_where_all_fits_and_without_gradients() -> None:

@@ -1,7 +1,7 @@
 """From a memory budget to a plan: which program, which tiles, and what is recorded instead of recomputed."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -21,7 +21,8 @@ from widefield.streaming.program import Program
 from widefield.streaming.time_model import amounts, relative_time
 
 SHARE_OF_FREE_MEMORY = 0.5
-_GAIN = 0.02  # of a step's time: what a stage more must save
+_GAIN = 0.05  # of a plain pass's time: what a stage more must save
+_LOOKS = 6  # places along the network where a cut is tried first
 _ON_THE_HOST = (
     10.0  # times the predicted time: a pass whose maps a GPU moves to the host; measured, see docs/benchmarks.md
 )
@@ -82,12 +83,18 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
         thinner, elsewhere = _thinner(program, request), 1.0 if request.device.type == "cpu" else _ON_THE_HOST
         if best is None or (thinner is not None and thinner.overhead < best.overhead * elsewhere):
             best = thinner
-    if best is None:
-        thinnest = [choice() for choice in program.thinner()[-1:] if request.ranks == 1]
-        best = next((found for each in thinnest if (found := _planner(each, request)) is not None), None)
-        if best is None:
-            raise _too_small([program, *thinnest], request)
-    return _divided(best, request)
+    if request.ranks > 1 and best is not None:
+        return best
+    if best is not None:
+        return _divided(best, request)
+    others = [(program, request)]
+    if request.ranks == 1:
+        others += [(choice(), request) for choice in program.thinner()[-1:]]
+        others += [(division(), replace(request, divided=True)) for division in program.divisions]
+    found = [planner for each in others[1:] if (planner := _planner(*each)) is not None]
+    if not found:
+        raise _too_small(others)
+    return min(found, key=_rank)
 
 
 def _thinner(program: Program, request: PlanRequest) -> Planner | None:
@@ -105,26 +112,38 @@ def _thinner(program: Program, request: PlanRequest) -> Planner | None:
 
 
 def _divided(best: Planner, request: PlanRequest) -> Planner:
-    """`best`, or one with a stage of its own for the deep part of the network, of which more is recorded.
+    """`best`, or one with a stage of its own for the deep part of the network.
 
-    The later the stage is cut, the less memory the deep part needs, and the more the shallow one recomputes: best is the first cut
-    behind which all fits, or one near it.
+    The deep part has most weights and small maps: its steps can be large and few, and recorded. The later the stage is cut, the less
+    memory it needs, and the more the shallow one recomputes.
     """
-    places, divisions = (best.draft.maps, best.draft.carries), best.program.divisions
-    if not request.training or request.ranks > 1 or places != ("device", "device") or not best.fits:
+    divisions, request = best.program.divisions, replace(request, divided=True)
+    recorded = all(count == steps for count, steps in best.plan()[0].recorded)
+    if best.limit is None or not divisions or best.overhead <= 1 + _GAIN or (recorded and request.training):
         return best
-    target, (first, end) = best.overhead - _GAIN, (0, len(divisions))
-    while first < end and any(count < steps for count, steps in best.plan()[0].recorded):
-        middle = (first + end) // 2
-        found = _planner(divisions[middle](), replace(request, divided=True))
-        if found is None:
-            first = middle + 1
-            continue
-        if (found.draft.maps, found.draft.carries) == places and found.overhead < target:
-            best, target = found, found.overhead
-        last = found.plan()[1][-1]
-        first, end = (first, middle) if last.recorded == len(last.grid.order) else (middle + 1, end)
-    return best
+    found: dict[int, Planner] = {}
+
+    def look(numbers: Iterable[int]) -> int:
+        """Make planners for these places of the cut; return the number of the best so far."""
+        for k in numbers:
+            if k in range(len(divisions)) and k not in found:
+                found[k] = _planner(divisions[k](), request) or best
+        return min(found, key=lambda k: _rank(found[k]))
+
+    distance = -(-len(divisions) // _LOOKS)
+    at = look(range(distance // 2, len(divisions), distance))
+    while distance > 1:
+        distance = (distance + 1) // 2
+        at = look((at - distance, at + distance))
+    *places, target = _rank(best)
+    return found[at] if _rank(found[at]) < (*places, target - _GAIN) else best
+
+
+def _rank(planner: Planner) -> tuple[bool, int, float]:
+    """What fits comes first, on a GPU then what moves nothing to the host, and at last what is faster."""
+    draft = planner.draft
+    moved = 0 if planner.request.device.type == "cpu" else (draft.maps, draft.carries).count("device")
+    return not planner.fits, -moved, planner.overhead
 
 
 def _planner(program: Program, request: PlanRequest) -> Planner | None:
@@ -161,18 +180,18 @@ def _options(program: Program, request: PlanRequest) -> tuple[int | None, tuple[
     return limit, tile, options
 
 
-def _too_small(programs: Sequence[Program], request: PlanRequest) -> ValueError:
+def _too_small(programs: Sequence[tuple[Program, PlanRequest]]) -> ValueError:
     """The error that names the smallest budget with which one of `programs` works."""
     found = []
-    for each in programs:
-        *_, options = _options(each, request)
-        draft = smallest(each, request, options)
+    for program, request in programs:
+        *_, options = _options(program, request)
+        draft = smallest(program, request, options)
         found.append((draft.total, options[0].tiles[draft.choice[0]]))
-    total, tile = min(found)
+    (total, tile), (program, request) = min(found), programs[0]
     assert request.budget is not None
     return ValueError(
         f"memory_budget of {format_bytes(request.budget)} is too small for an image of shape "
-        f"{programs[0].captured.image_shape}: the smallest that works is {format_bytes(total + 2**20)} "
+        f"{program.captured.image_shape}: the smallest that works is {format_bytes(total + 2**20)} "
         f"({total + 2**20} bytes, with tile_size={tile})"
     )
 
