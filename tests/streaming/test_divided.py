@@ -115,7 +115,11 @@ def test_the_planner_cuts_where_that_is_faster_within_the_budget(monkeypatch: py
 
 
 def test_the_smallest_budget_is_met_by_a_cut() -> None:
-    module, image = deep_net().double(), torch.randn(1, 3, 512, 512, dtype=torch.float64)
+    shallow = [layer for _ in range(4) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    deep = [layer for _ in range(12) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    between = nn.Conv2d(16, 32, 3, 4, 1), nn.ReLU()
+    module = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), *shallow, *between, *deep).double()
+    image = torch.randn(1, 3, 512, 512, dtype=torch.float64)
     with pytest.raises(ValueError, match="the smallest that works") as error:
         StreamingCNN(module, memory_budget="200KiB").plan(image.shape)
     needed = int(str(error.value).partition(" bytes,")[0].rpartition("(")[2])
