@@ -23,9 +23,7 @@ from widefield.streaming.time_model import amounts, relative_time
 SHARE_OF_FREE_MEMORY = 0.5
 _GAIN = 0.05  # of a plain pass's time: what a stage more must save
 _LOOKS = 6  # places along the network where a cut is tried first
-_ON_THE_HOST = (
-    10.0  # times the predicted time: a pass whose maps a GPU moves to the host; measured, see docs/benchmarks.md
-)
+_ON_THE_HOST = 10.0  # times the predicted time, of a pass whose maps a GPU moves to the host; see docs/benchmarks.md
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,8 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
         thinner, elsewhere = _thinner(program, request), 1.0 if request.device.type == "cpu" else _ON_THE_HOST
         if best is None or (thinner is not None and thinner.overhead < best.overhead * elsewhere):
             best = thinner
-    if request.ranks > 1 and best is not None:
-        return best
     if best is not None:
-        return _divided(best, request)
+        return best if request.ranks > 1 else _divided(best, request)
     others = [(program, request)]
     if request.ranks == 1:
         others += [(choice(), request) for choice in program.thinner()[-1:]]
@@ -114,8 +110,8 @@ def _thinner(program: Program, request: PlanRequest) -> Planner | None:
 def _divided(best: Planner, request: PlanRequest) -> Planner:
     """`best`, or one with a stage of its own for the deep part of the network.
 
-    The deep part has most weights and small maps: its steps can be large and few, and recorded. The later the stage is cut, the less
-    memory it needs, and the more the shallow one recomputes.
+    The deep part has most weights and small maps: its steps can be large and few, and recorded. The later the stage is cut, the
+    less memory it needs, and the more the shallow one recomputes.
     """
     divisions, request = best.program.divisions, replace(request, divided=True)
     recorded = all(count == steps for count, steps in best.plan()[0].recorded)

@@ -95,7 +95,7 @@ def _runs(target: Tensor, source: Tensor) -> Iterator[tuple[int, memoryview]] | 
     plain = source.dtype == target.dtype and source.is_contiguous() and not (source.is_conj() or source.is_neg())
     if size < _RUN or not plain:
         return None
-    data = source.reshape(-1).view(torch.uint8).numpy().data
+    data = source.reshape(-1).view(torch.uint8).cpu().numpy().data
     steps = zip(target.shape[:inner], target.stride()[:inner], strict=True)
     places = product(*(range(0, n * stride, stride) for n, stride in steps))
     first = int(target.storage_offset())

@@ -31,7 +31,7 @@ class Amounts:
     calls: float = 0.0
 
 
-# Fitted on 24 passes of 16 networks with two threads of an AVX-512 CPU, see docs/benchmarks.md. On a GPU nothing was fitted:
+# Fitted on 24 passes of 16 networks with two threads of an AVX-512 CPU, see docs/benchmarks.md. Elsewhere nothing was fitted:
 # plans count what is computed twice.
 RATES = {"cpu": Amounts(1, 24, 70, 60, 33, 200, 4e5), "cuda": Amounts(1, 32, 32)}
 _OTHER_PASSES = 2  # a backward pass takes as long as two forward
@@ -68,5 +68,5 @@ def amounts(
 
 def relative_time(streamed: Amounts, plain: Amounts, device: str) -> float:
     """Return how many times as long the first takes."""
-    times = [np.dot(astuple(RATES.get(device, RATES["cpu"])), astuple(of)) for of in (streamed, plain)]
+    times = [np.dot(astuple(RATES.get(device, RATES["cuda"])), astuple(of)) for of in (streamed, plain)]
     return float(times[0] / max(1.0, times[1]))
