@@ -109,8 +109,15 @@ def test_no_pass_but_the_first_begins_after_the_limit() -> None:
     assert calls == ["a", "b"] and all(len(one.seconds) == 1 for one in found.values())
 
 
-def test_the_copy_with_checkpoints_has_the_same_gradients(model: str) -> None:
-    net = bench.Case(model, 64, "step", "float32", "cpu").network()
+def _refuse(enable: bool = True) -> None:
+    assert not enable, "gradient checkpointing not supported"  # as timm says it
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_copy_with_checkpoints_has_the_same_gradients(model: str, refuses: bool) -> None:
+    net: Any = bench.Case(model, 64, "step", "float32", "cpu").network()
+    if refuses:
+        net.set_grad_checkpointing = _refuse
     ways, image, grads = Ways(net.double()), torch.rand(1, 3, 40, 40, dtype=torch.float64), []
     for how in ("plain", "checkpoint"):
         run: Any = ways.run(Way(how))
