@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from widefield import stream
-from widefield.streaming.time_model import Amounts, relative_time
+from widefield.streaming.time_model import RATES, Amounts, relative_time
 
 
 def test_times_are_sums_over_rates() -> None:
@@ -14,6 +14,15 @@ def test_times_are_sums_over_rates() -> None:
     more = relative_time(streamed, plain, "cpu")
     for kind in ("multiplications", "elements", "held", "weights", "filed", "calls"):
         assert relative_time(Amounts(**{**vars(streamed), kind: 2 * getattr(streamed, kind)}), plain, "cpu") > more
+
+
+def test_what_is_computed_alone_takes_four_thirds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RATES, "cpu", RATES["cuda"])
+    module = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+    for mib, least in ((24, 1.2), (40, 1.0), (500, 1.0)):
+        plan = stream(module, memory_budget=f"{mib}MiB", verify=False).plan((3, 512, 512))
+        assert least <= plan.predicted_overhead <= 4 / 3 + 1e-9
+    assert plan.predicted_overhead == 1.0
 
 
 @pytest.mark.cpu

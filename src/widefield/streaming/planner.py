@@ -136,7 +136,7 @@ def _divided(best: Planner, request: PlanRequest) -> Planner:
 
 
 def _rank(planner: Planner) -> tuple[bool, int, float]:
-    """What fits comes first, on a GPU then what moves nothing to the host, and at last what is faster."""
+    """Return a key for sorting: what fits before what does not, then on a GPU what moves less to the host, then what is faster."""
     draft = planner.draft
     moved = 0 if planner.request.device.type == "cpu" else (draft.maps, draft.carries).count("device")
     return not planner.fits, -moved, planner.overhead

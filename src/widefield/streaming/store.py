@@ -82,8 +82,9 @@ class _Mapping(mmap.mmap):
 
 
 def _runs(target: Tensor, source: Tensor) -> Iterator[tuple[int, memoryview]] | None:
-    """The bytes of `source` that come to lie side by side in the file of `target`, and where; None if they are too few, or `source`
-    has another order of dimensions.
+    """Return where in the file of `target` bytes of `source` come to lie side by side, and these bytes.
+
+    None if they are too few, or `source` has another order of dimensions.
     """
     target, source = target.squeeze(), source.detach().squeeze()
     dims = sorted(range(target.ndim), key=target.stride, reverse=True)

@@ -15,7 +15,7 @@ from widefield.streaming.memory import Footprint
 
 @dataclass(frozen=True)
 class Amounts:
-    """What a pass does, or how many multiplications one of each kind takes the time of.
+    """Counts of the operations of a pass, by kind; or, as rates, the number of multiplications that take as long as one of a kind.
 
     `elements` are those of maps that are computed by tiles, `elements_whole` by whole maps, which fit into no cache; `held` those
     that are put together with what was carried; `weights` those of all steps; `filed` those that are written to files or, three

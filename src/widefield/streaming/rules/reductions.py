@@ -210,9 +210,9 @@ class Moments(Reduction):
         return n, mean + rest, squares - n * rest * rest, tile.dtype
 
     def _deviations(self, tile: Tensor, mean: Tensor, context: TileContext, wide: torch.dtype) -> Tensor:
-        """The sums of deviations from the mean and of their squares, in `wide`, stacked; `torch.var_mean` takes longer on a CPU.
+        """Return the sums of deviations from the mean and of their squares, in `wide`, stacked.
 
-        There it goes block by block, each small enough to stay in the cache, so that the map is read once.
+        `torch.var_mean` takes longer on a CPU. There it goes block by block, each small enough to stay in the cache.
         """
         dim = max(self.dims, key=tile.shape.__getitem__)
         block_size = tile.shape[dim] * _BLOCK // max(1, tile.numel()) if tile.device.type == "cpu" else tile.shape[dim]
