@@ -442,6 +442,14 @@ def test_a_step_that_ends_in_a_mean_has_the_gradients_of_its_maps_too() -> None:
     assert of_means >= of_maps
 
 
+def test_a_forward_pass_has_a_copy_of_the_largest_weight() -> None:
+    deep = nn.Conv2d(512, 512, 3, stride=8)
+    module = nn.Sequential(nn.Conv2d(3, 512, 1, stride=8), deep).eval()
+    with torch.no_grad():
+        plan = StreamingCNN(module, 64).plan((3, 256, 256))
+    assert plan.predicted_bytes["step"] >= deep.weight.nbytes
+
+
 def test_control_flow_on_pixel_values_is_refused() -> None:
     class Flow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Pieces of maps in files, written by calls or through the mapping: the same as copied in memory."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -64,3 +65,24 @@ def test_a_strip_is_written_in_one_call(open_files: int, monkeypatch: pytest.Mon
     assert torch.equal(file[:, :, 8:16], strip)
     assert not file[:, :, :8].any() and not file[:, :, 16:].any()
     assert calls[:1] == ([strip.nbytes] if open_files else [])
+
+
+def test_a_file_is_taken_again_while_its_store_is_there() -> None:
+    store, like = Store("file"), torch.empty(0)
+    first = store.empty((100_000,), like).fill_(1)
+    number = module._MAPPINGS[first.untyped_storage().data_ptr()].file.descriptor
+    del first
+    assert [file.descriptor for file in store.spare] == [number]
+    smaller = store.empty((90_000,), like)
+    assert module._MAPPINGS[smaller.untyped_storage().data_ptr()].file.descriptor == number
+    assert not store.spare
+    store.write(smaller, torch.full((90_000,), 2.0))
+    assert smaller.eq(2).all()
+    del smaller
+    assert store.empty((10_000,), like).numel() == 10_000, "of much less, the file would hold too much"
+    assert not store.zeros((100_000,), like).any(), "zeros come from a new file"
+    assert len(store.spare) == 2
+    os.fstat(number)
+    del store
+    with pytest.raises(OSError):
+        os.fstat(number)

@@ -1,12 +1,14 @@
 """Two passes of a module, compared: all outputs, and the gradients of a random weighting of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+_PIECE = 1 << 20  # numbers that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,26 @@ def relative_error(found: Tensor, expected: Tensor, order: float = 2, floor: flo
         found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     if not expected.is_floating_point():
         return (found != expected).double().mean().item() if found.numel() else 0.0
-    f, e = found.double(), expected.double()
-    if not torch.equal(f.isfinite(), e.isfinite()):
+    both = list(zip(_pieces(found), _pieces(expected), strict=True))
+    if not all(torch.equal(f.isfinite(), e.isfinite()) for f, e in both):
         return torch.inf
-    difference = _norm((f - e).nan_to_num(0.0, 0.0, 0.0), order)
-    return difference / max(_norm(e.nan_to_num(0.0, 0.0, 0.0), order), floor, 1e-300) if difference else 0.0
+    difference = _norm_of((f.double() - e.double() for f, e in both), order)
+    return difference / max(_norm(expected, order), floor, 1e-300) if difference else 0.0
 
 
 def _norm(x: Tensor, order: float) -> float:
-    return torch.linalg.vector_norm(x.double(), order).item() if x.numel() else 0.0
+    return _norm_of((piece.double() for piece in _pieces(x)), order)
+
+
+def _norm_of(pieces: Iterable[Tensor], order: float) -> float:
+    """Return the norm of all numbers together, those that are not finite left out."""
+    norms = [torch.linalg.vector_norm(x.nan_to_num(0.0, 0.0, 0.0), order).item() for x in pieces if x.numel()]
+    return torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), order).item() if norms else 0.0
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Return pieces of the numbers, in their order: the gradient of a large layer has no room four times in float64."""
+    return x.detach().reshape(-1).split(_PIECE)
 
 
 def contiguous_gradient(layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,11 +1,11 @@
 """Keeps the C library's heap within a memory budget.
 
-glibc leaves what a program frees resident for the next request. Before version 2.38 it also caches the remainders of aligned
-blocks, which keeps their free neighbours apart: large blocks find no room between them, and the heap grows, by several times what
-a step needs. The environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which only the start of a process can set, ends
-that; the command line sets it. And a pass that is to fill more than half of its budget lets large blocks have pages of their own,
-which go back when they are freed. That costs time because they come back one by one, as does giving back all that is free, which
-is done only when the budget requires it.
+glibc leaves what a program frees resident for the next request. When a budget requires it, all that is free is given back
+between two steps. Before version 2.38 it also caches the remainders of aligned blocks, which keeps their free neighbours apart:
+large blocks find no room between them, and the heap grows, by several times what a step needs. The environment variable
+GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which only the start of a process can set, ends that; the command line sets it.
+Without it, a pass that is to fill more than half of its budget lets large blocks have pages of their own, which go back when they
+are freed, and cost time because they come back one by one.
 """
 
 import ctypes
@@ -18,9 +18,7 @@ from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
 _OWN_PAGES = 1 << 20
-"""Bytes from which a block gets pages of its own. Measured: a step with 138 MiB in use at its peak had 480 MiB, and 151 so.
-With GLIBC_TUNABLES, a step of a U-Net had 406 MiB, 390 with 4 MiB and 366 with 1 MiB, in 11.5, 12.2 and 12.7 CPU-seconds; one of
-DLA-34 took 4.1, 4.1 and 4.9; one of ResNet-18 had 183 MiB with 4 MiB, and 131 with 1 MiB."""
+"""Bytes from which a block gets pages of its own. Measured: a step with 138 MiB in use at its peak had 480 MiB, and 151 so."""
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +40,8 @@ class Heap:
         library = _glibc()
         if library is None or _resident() <= self.limit:
             return
-        _give_pages_of_their_own(library)
+        if _caches_remainders():
+            _give_pages_of_their_own(library)
         library.malloc_trim(0)
         resident, grown = _resident(), _in_use(library) - self.in_use
         # What was free and not resident when the pass began had been taken for memory that could be given back. And where more is
@@ -61,7 +60,7 @@ def watch(budget: int, margin: int, planned: int = 0) -> Heap | None:
     library = _glibc()
     if library is None or not _STATM.exists():
         return None
-    if planned > budget // 2:
+    if planned > budget // 2 and _caches_remainders():
         _give_pages_of_their_own(library)
     return Heap(budget, margin, _in_use(library), _resident() - library.mallinfo2().fordblks + budget - margin)
 
@@ -114,8 +113,18 @@ def _resident() -> int:
 
 
 @cache
+def _caches_remainders() -> bool:
+    """True if the C library keeps free neighbours of aligned blocks apart."""
+    try:
+        version = tuple(int(part) for part in os.confstr("CS_GNU_LIBC_VERSION").split()[1].split("."))  # "glibc 2.36"
+    except (AttributeError, ValueError, OSError, IndexError):
+        return False
+    return version < (2, 38) and "tcache_count" not in os.environ.get("GLIBC_TUNABLES", "")
+
+
+@cache
 def _tell_once() -> None:
-    if "tcache_count" not in os.environ.get("GLIBC_TUNABLES", ""):
+    if _caches_remainders():
         _logger.warning(
             "To stay within memory_budget, free memory is given back to the system, which takes time. With a glibc before 2.38 it "
             "need not be: start Python with the environment variable GLIBC_TUNABLES=glibc.malloc.tcache_count=0"

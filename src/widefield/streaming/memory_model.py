@@ -103,6 +103,11 @@ class MemoryModel:
                 own[:, v] /= value.pixel_bytes
         return own[0], own[1]
 
+    @cached_property
+    def _weights(self) -> Array:
+        """Bytes of each map's weights, of which a convolution makes a copy in the kernel's layout while it runs."""
+        return np.array([value.weight_bytes for value in self.stage.values], dtype=np.float64)
+
     def reading(self, new: Array) -> Array:
         """Bytes that reading the image ahead needs besides: the next tile, and the reader's own array of it."""
         image = np.array([value.name == self.image for value in self.stage.values])
@@ -120,7 +125,8 @@ class MemoryModel:
             gone[v] += stays[source]
         alive = np.cumsum(stays - gone, axis=0) - (stays - gone)  # before each map
         own = new * self._own[0].reshape(views.shape)
-        return (alive + added + buffers + own).max(0)  # type: ignore[no-any-return]
+        weights = self._weights.reshape(views.shape)
+        return (alive + added + buffers + own + weights).max(0)  # type: ignore[no-any-return]
 
     def backward(self, new: Array, held: Array, saved: Array) -> Array:
         """The peak of a recorded step in its backward pass: what is `saved`, and the gradients that are alive at a time."""

@@ -5,7 +5,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
@@ -27,11 +27,13 @@ class Store:
     """Makes tensors that live at `place`. Files are made in `folder`; None: the system's folder for temporary files.
 
     A file has no name from the start (where the system allows it; else it goes when it is closed), so the system removes it
-    when its last tensor is gone, however the run ends.
+    when its last tensor is gone, however the run ends. Until the store itself is gone, it is kept in `spare` for another tensor,
+    because pages that are in memory already are written faster than new ones.
     """
 
     place: Place = "device"
     folder: str | None = None
+    spare: "list[_File]" = field(default_factory=list, repr=False, compare=False)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor of `shape` in the dtype and memory format of `like`, on whose device it is if `place` is "device"."""
@@ -40,8 +42,12 @@ class Store:
         if self.place == "host":
             pinned = like.device.type == "cuda"
             return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=pinned, memory_format=_format(like))
+        return self._in_file(shape, like, self.spare)
+
+    def _in_file(self, shape: tuple[int, ...], like: Tensor, spare: "list[_File]") -> Tensor:
         size = torch.Size(shape).numel()
-        flat = torch.frombuffer(_mapping(size * like.dtype.itemsize, self.folder), dtype=like.dtype, count=size)
+        mapping = _mapping(size * like.dtype.itemsize, self.folder, spare)
+        flat = torch.frombuffer(mapping, dtype=like.dtype, count=size)
         if _format(like) == torch.channels_last:
             n, c, h, w = shape
             return flat.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -49,8 +55,7 @@ class Store:
 
     def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """`empty`, filled with zeros. A new file holds nothing else."""
-        tensor = self.empty(shape, like)
-        return tensor if self.place == "file" else tensor.zero_()
+        return self._in_file(shape, like, []) if self.place == "file" else self.empty(shape, like).zero_()
 
     def write(self, target: Tensor, source: Tensor) -> None:
         """Copy `source` into `target`, a part of a tensor that was made here.
@@ -65,7 +70,7 @@ class Store:
             return
         for offset, data in runs:
             while len(data):
-                written = os.pwrite(file, data, offset)
+                written = os.pwrite(file.descriptor, data, offset)
                 offset, data = offset + written, data[written:]
 
     def release(self, tensor: Tensor) -> None:
@@ -75,10 +80,18 @@ class Store:
             mapping.madvise(advice)
 
 
-class _Mapping(mmap.mmap):
-    """A file in memory, and its descriptor if it may be written by calls as well."""
+class _File:
+    """A file of `size` bytes without a name, closed when nobody has it any more."""
 
-    file: int | None = None
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor, self.size = descriptor, size
+        weakref.finalize(self, os.close, descriptor)
+
+
+class _Mapping(mmap.mmap):
+    """A file in memory, and the file if it may be written by calls as well."""
+
+    file: _File | None = None
 
 
 def _runs(target: Tensor, source: Tensor) -> Iterator[tuple[int, memoryview]] | None:
@@ -108,23 +121,37 @@ def _format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if in_channels_last(like) else torch.contiguous_format
 
 
-def _mapping(size: int, folder: str | None) -> _Mapping:
+def _mapping(size: int, folder: str | None, spare: list[_File]) -> _Mapping:
+    """A file in memory, one of `spare` if there is one that is not much larger, to which it goes back at last."""
+    size = max(size, 1)
+    file = min((file for file in spare if size <= file.size <= 2 * size), key=lambda file: file.size, default=None)
+    if file is not None:
+        spare.remove(file)
+        mapping = _Mapping(file.descriptor, file.size)
+    else:
+        mapping, file = _new(size, folder)
+    if file is not None:
+        mapping.file = file
+        weakref.finalize(mapping, spare.append, file)
+    _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
+    return mapping
+
+
+def _new(size: int, folder: str | None) -> tuple[_Mapping, _File | None]:
     where = tempfile.gettempdir() if folder is None else folder
     try:
         with tempfile.TemporaryFile(prefix="widefield-", dir=where) as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a bus error later
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                os.posix_fallocate(file.fileno(), 0, size)
             else:
-                file.truncate(max(size, 1))
-            mapping = _Mapping(file.fileno(), max(size, 1))
+                file.truncate(size)
+            mapping = _Mapping(file.fileno(), size)
             if hasattr(os, "pwrite") and file.fileno() < _MOST_FILES:  # not on Windows
-                mapping.file = os.dup(file.fileno())
-                weakref.finalize(mapping, os.close, mapping.file)
+                return mapping, _File(os.dup(file.fileno()), size)
+            return mapping, None
     except OSError as error:
         raise OSError(
             error.errno,
             f"a map needs {size} bytes in the scratch folder {where}: {error.strerror}. "
             "Give a folder with more room (scratch_dir=...), or keep the maps in memory (maps='host')",
         ) from error
-    _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
-    return mapping
