@@ -105,8 +105,9 @@ class MemoryModel:
 
     @cached_property
     def _weights(self) -> Array:
-        """Bytes of each map's weights, of which a convolution makes a copy in the kernel's layout while it runs."""
-        return np.array([value.weight_bytes for value in self.stage.values], dtype=np.float64)
+        """Bytes of the copy that a convolution makes of its weights, in the kernel's layout, while it computes each map."""
+        values = self.stage.values
+        return np.array([value.weight_bytes * value.op.startswith("aten.conv") for value in values], dtype=np.float64)
 
     def reading(self, new: Array) -> Array:
         """Bytes that reading the image ahead needs besides: the next tile, and the reader's own array of it."""
