@@ -33,8 +33,8 @@ class Net(nn.Module):
         return x, deep, deep.mean((2, 3))
 
 
-def divide(monkeypatch: pytest.MonkeyPatch, which: int, shares: tuple[float, float] = (0.0, 1.0)) -> None:
-    """All plans are of the program cut at this map, and record these shares of its two scans."""
+def divide(monkeypatch: pytest.MonkeyPatch, which: int, shares: tuple[float, ...] = (0.0, 1.0)) -> None:
+    """All plans are of the program with this cut, and record these shares of its scans."""
     finished = planner._finished
 
     def divided(program: Program, request: PlanRequest) -> Planner:
@@ -94,6 +94,56 @@ def test_a_region_and_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     divide(monkeypatch, 2)
     for a, b in zip(found(), expected, strict=True):
         assert relative_error(a, b) < TOLERANCE
+
+
+class Skips(nn.Module):
+    """An encoder and a decoder that reads two of its maps besides; the deepest part has most weights."""
+
+    def __init__(self, width: int = 6, layers: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, width), (width, 8), (8, 4 * width)))
+        self.deepest = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(4 * width, 4 * width, 3, 1, 1), nn.ReLU()) for _ in range(layers))
+        )
+        self.up = nn.ModuleList(nn.Conv2d(a, b, 3, 1, 1) for a, b in ((4 * width + 8, 8), (8 + width, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.down[0](x))
+        second = torch.relu(self.down[1](first))
+        x = self.deepest(torch.relu(self.down[2](second)))
+        for layer, skip in zip(self.up, (second, first), strict=True):
+            x = functional.interpolate(x, scale_factor=2, mode="nearest")
+            x = torch.relu(layer(torch.cat([x, skip], 1)))
+        return x
+
+
+def test_a_network_with_skips_is_cut_around_its_deep_parts() -> None:
+    """The first two cuts are those at narrow maps: the first layer's, and the last before the result."""
+    programs = [division() for division in program_of(Skips()).divisions]
+    inputs = [
+        [sorted(stage.values[v].shape[1:] for v in stage.inputs) for stage in each.stages if len(each.stages) > 2]
+        for each in programs
+    ]
+    assert [(3, 64, 64)] in inputs[-2]
+    assert inputs[-2] == [[(3, 64, 64)], [(8, 16, 16)], [(6, 32, 32), (8, 16, 16), (24, 8, 8)]]
+    assert inputs[-1] == [[(3, 64, 64)], [(6, 32, 32)], [(6, 32, 32), (8, 16, 16)]]
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 0.0), (0.3, 1.0, 0.5), (0.0, 0.4, 1.0)], ids=str)
+@pytest.mark.parametrize("which", [-2, -1])
+def test_any_cut_around_a_deep_part(which: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    divide(monkeypatch, which, shares)
+    assert_exact(Skips().eval(), torch.randn(2, 3, 48, 40), [(8, None), (16, 24)])
+
+
+def test_the_planner_cuts_around_a_deep_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap = partial(StreamingCNN, Skips(width=48, layers=8), memory_budget="60MiB", verify=False)
+    plan = wrap().plan((3, 512, 512))
+    monkeypatch.setattr(planner, "_GAIN", 1.0)
+    whole = wrap().plan((3, 512, 512))
+    assert (plan.stages, whole.stages) == (3, 1)
+    assert plan.predicted_overhead < whole.predicted_overhead - 0.05
 
 
 def deep_net() -> nn.Sequential:

@@ -1,5 +1,6 @@
 """Free memory goes back to the system when a budget requires it, and only then."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_what_was_given_back_before_the_pass_does_not_count() -> None:
     ids=["a full budget", "in a tuned process", "half a budget"],
 )
 def test_large_blocks_get_pages_of_their_own_where_a_budget_is_to_be_filled(
-    monkeypatch: pytest.MonkeyPatch, tunables: str, planned: int, expected: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tunables: str, planned: int, expected: list[tuple[int, int]]
 ) -> None:
     called: list[tuple[int, int]] = []
 
@@ -69,7 +70,8 @@ def test_large_blocks_get_pages_of_their_own_where_a_budget_is_to_be_filled(
     library: Any = Library()
     monkeypatch.setattr(heap, "_glibc", lambda: library)
     monkeypatch.setattr(heap.os, "confstr", lambda name: "glibc 2.36")  # type: ignore[attr-defined]
-    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    (tmp_path / "environ").write_text(f"HOME=/\0GLIBC_TUNABLES={tunables}\0")
+    monkeypatch.setattr(heap, "_ENVIRON", tmp_path / "environ")
     heap._caches_remainders.cache_clear()
     for _ in range(2):
         watch(1000, 10, planned)

@@ -1,7 +1,9 @@
 """Pieces of maps in files, written by calls or through the mapping: the same as copied in memory."""
 
+import errno
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -67,14 +69,27 @@ def test_a_strip_is_written_in_one_call(open_files: int, monkeypatch: pytest.Mon
     assert calls[:1] == ([strip.nbytes] if open_files else [])
 
 
+def descriptor(of: Tensor) -> int:
+    file = module._MAPPINGS[of.untyped_storage().data_ptr()].file
+    assert file is not None
+    return file.descriptor
+
+
+@pytest.fixture
+def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_FILES", 10**6)
+
+
+@pytest.mark.usefixtures("many_files")
 def test_a_file_is_taken_again_while_its_store_is_there() -> None:
-    store, like = Store("file"), torch.empty(0)
+    store, like = Store("file", spare=[]), torch.empty(0)
     first = store.empty((100_000,), like).fill_(1)
-    number = module._MAPPINGS[first.untyped_storage().data_ptr()].file.descriptor
+    number = descriptor(first)
     del first
+    assert store.spare is not None
     assert [file.descriptor for file in store.spare] == [number]
     smaller = store.empty((90_000,), like)
-    assert module._MAPPINGS[smaller.untyped_storage().data_ptr()].file.descriptor == number
+    assert descriptor(smaller) == number
     assert not store.spare
     store.write(smaller, torch.full((90_000,), 2.0))
     assert smaller.eq(2).all()
@@ -84,5 +99,30 @@ def test_a_file_is_taken_again_while_its_store_is_there() -> None:
     assert len(store.spare) == 2
     os.fstat(number)
     del store
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+@pytest.mark.usefixtures("many_files")
+def test_spare_files_give_way_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, like = Store("file", spare=[]), torch.empty(0)
+    store.empty((100_000,), like)
+    new = module._new
+
+    def full(size: int, folder: str | None) -> Any:
+        if store.spare:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return new(size, folder)
+
+    monkeypatch.setattr(module, "_new", full)
+    assert store.spare is not None
+    assert [file.size for file in store.spare] == [400_000]
+    assert store.empty((10_000,), like).numel() == 10_000
+    assert [file.size for file in store.spare] == [40_000]
+
+
+def test_without_a_list_of_spare_files_one_goes_with_its_tensor() -> None:
+    store = Store("file")
+    number = descriptor(store.empty((1000,), torch.empty(0)))
+    with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(number)

@@ -55,7 +55,7 @@ class Graph:
     whole: frozenset[str] = frozenset()
     levels: Mapping[str, int] = field(default_factory=dict)
     stages: Mapping[int, Stage] = field(default_factory=dict)
-    divided_at: str = ""
+    divided_at: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
     computed: Mapping[str, torch.dtype] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ class Graph:
     def ends(self) -> set[str]:
         """Names of maps with which a scan ends, so that they are not computed again when what follows is."""
         frozen = {node.name for node in self.nodes if isinstance(node.target, LocalCall) and node.target.frozen}
-        return frozen | {self.divided_at}
+        return frozen | self.divided_at
 
     @property
     def cast(self) -> dict[str, torch.dtype]:
@@ -125,12 +125,14 @@ def build(captured: Captured, *, allow_whole: bool, autocast: Autocast | None = 
         return replace(program, thinner=cache(partial(_thinner, graph)))
     if any(isinstance(node.target, LocalCall) for node in graph.nodes):
         return program  # what a window costs is not known as that of other operations is
-    return replace(program, divisions=tuple(partial(_divided, graph, name) for name in graph.scans.narrow()))
+    cuts = [frozenset({name}) for name in graph.scans.narrow()]
+    cuts += [cut for cut in graph.scans.waists() if cut not in cuts]
+    return replace(program, divisions=tuple(partial(_divided, graph, cut) for cut in cuts))
 
 
-def _divided(graph: Graph, name: str) -> Program:
-    """The program with a scan of its own for what follows from map `name`."""
-    return _program(_stages(_kept(_levels(replace(graph, divided_at=name)))))
+def _divided(graph: Graph, cut: frozenset[str]) -> Program:
+    """The program with a scan of its own for what follows from each map of `cut`."""
+    return _program(_stages(_kept(_levels(replace(graph, divided_at=cut)))))
 
 
 def _thinner(graph: Graph) -> list[Callable[[], Program]]:

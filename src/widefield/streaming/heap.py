@@ -4,8 +4,8 @@ glibc leaves what a program frees resident for the next request. When a budget r
 between two steps. Before version 2.38 it also caches the remainders of aligned blocks, which keeps their free neighbours apart:
 large blocks find no room between them, and the heap grows, by several times what a step needs. The environment variable
 GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which only the start of a process can set, ends that; the command line sets it.
-Without it, a pass that is to fill more than half of its budget lets large blocks have pages of their own, which go back when they
-are freed, and cost time because they come back one by one.
+Where such a glibc was started without it, a pass that is to fill more than half of its budget lets large blocks have pages of their
+own, which go back when they are freed, and cost time because they come back one by one.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
+_ENVIRON = Path("/proc/self/environ")  # as the process was started with
 _OWN_PAGES = 1 << 20
 """Bytes from which a block gets pages of its own. Measured: a step with 138 MiB in use at its peak had 480 MiB, and 151 so."""
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
@@ -27,7 +28,8 @@ _logger = logging.getLogger(__name__)
 class Heap:
     """Watches one pass that may add `budget` bytes to the `in_use` on the heap when it began.
 
-    Free memory is given back at `limit` bytes of the process; in one step the heap grows by up to `margin`.
+    Free memory is given back where the process has more than `limit` bytes after a step: where less than `margin` is left, for the
+    next step has other blocks, of which some find no room in what is free.
     """
 
     budget: int
@@ -116,10 +118,11 @@ def _resident() -> int:
 def _caches_remainders() -> bool:
     """True if the C library keeps free neighbours of aligned blocks apart."""
     try:
-        version = tuple(int(part) for part in os.confstr("CS_GNU_LIBC_VERSION").split()[1].split("."))  # "glibc 2.36"
-    except (AttributeError, ValueError, OSError, IndexError):
+        _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()  # "glibc 2.36"
+        numbers = tuple(int(part) for part in version.split("."))
+        return numbers < (2, 38) and b"glibc.malloc.tcache_count=0" not in _ENVIRON.read_bytes()
+    except (AttributeError, ValueError, OSError):
         return False
-    return version < (2, 38) and "tcache_count" not in os.environ.get("GLIBC_TUNABLES", "")
 
 
 @cache

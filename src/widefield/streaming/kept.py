@@ -8,6 +8,7 @@ say, the wide map of a bottleneck follows from the narrow one before it by one c
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from widefield.streaming.rules import Maps, Placed, Reduction, op_of
 # Of each choice of maps that are kept: the share of the bytes that it must save, and how much may be computed in all.
 _LESS = 0.04
 _MOST = 2.5
+_MOST_OF_A_CUT = 4  # maps
 
 
 class Scan(NamedTuple):
@@ -106,14 +108,34 @@ class Scans:
         alive: set[str] = set()
         for k, node in enumerate(self.nodes):
             alive = {name for name in (*alive, node.name) if last_read.get(name, k) > k}
-            usable = not is_view(node) and node.dtype.is_floating_point and node.name not in self.maps.begin
-            if alive != {node.name} or not usable or (found and size_of(node) > size_of(found[-1])):
+            if alive != {node.name} or not self._can_be_kept(node) or (found and size_of(node) > size_of(found[-1])):
                 continue
             placed = self.placed[node.name]
             if found and placed.op.cheap and {read.source for read in placed.reads} == {found[-1].name}:
                 found.pop()
             found.append(node)
         return [node.name for node in found]
+
+    def waists(self) -> list[frozenset[str]]:
+        """The maps that lead to the deep part of a network with skip connections and back, from the smallest such part on.
+
+        The deep part is all that is no larger than some map in height and width; what goes beside it is kept too.
+        """
+        by_name = {node.name: node for node in self.nodes if not isinstance(node.target, Reduction)}
+        areas = {name: prod(self.maps.extent(name)) for name in by_name}
+        reads = [(each.source, name) for name in by_name for each in self.placed[name].reads]
+        found = list[frozenset[str]]()
+        for area in sorted(set(areas.values()))[:-1]:
+            deep = {name for name, size in areas.items() if size <= area}
+            back = {source for source, reader in reads if source in deep and reader not in deep}
+            there = {source for source, reader in reads if reader in deep and source not in deep}
+            cut = frozenset((there | back).intersection(by_name))
+            if back and len(cut) <= _MOST_OF_A_CUT and all(self._can_be_kept(by_name[name]) for name in cut):
+                found.append(cut)
+        return found
+
+    def _can_be_kept(self, node: Node) -> bool:
+        return not is_view(node) and node.dtype.is_floating_point and node.name not in self.maps.begin
 
     def thinner(self, work: Mapping[str, float], fixed: Collection[str]) -> list[frozenset[str]]:
         """Choices of maps to keep, each with fewer bytes than the one before, at the least work; `fixed` ones are always kept.

@@ -63,7 +63,7 @@ def run(
             gather=inputs.gather or network.gather,
             written=written,
             replaced=writing.replaced,
-            store=Store(plan.map_place, network.scratch_dir),
+            store=Store(plan.map_place, network.scratch_dir, None if torch.is_grad_enabled() else []),
             carry_store=Store(plan.carry_place, network.scratch_dir),
             memory_budget=network.memory_budget,
             deterministic=network.deterministic,

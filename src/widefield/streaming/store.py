@@ -27,13 +27,13 @@ class Store:
     """Makes tensors that live at `place`. Files are made in `folder`; None: the system's folder for temporary files.
 
     A file has no name from the start (where the system allows it; else it goes when it is closed), so the system removes it
-    when its last tensor is gone, however the run ends. Until the store itself is gone, it is kept in `spare` for another tensor,
-    because pages that are in memory already are written faster than new ones.
+    however the run ends. It goes with its last tensor; or, where there is a list of `spare` files, it is kept there for another
+    tensor as long as the store, because pages that are in memory already are written faster than new ones.
     """
 
     place: Place = "device"
     folder: str | None = None
-    spare: "list[_File]" = field(default_factory=list, repr=False, compare=False)
+    spare: "list[_File] | None" = field(default=None, repr=False, compare=False)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor of `shape` in the dtype and memory format of `like`, on whose device it is if `place` is "device"."""
@@ -44,7 +44,7 @@ class Store:
             return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=pinned, memory_format=_format(like))
         return self._in_file(shape, like, self.spare)
 
-    def _in_file(self, shape: tuple[int, ...], like: Tensor, spare: "list[_File]") -> Tensor:
+    def _in_file(self, shape: tuple[int, ...], like: Tensor, spare: "list[_File] | None") -> Tensor:
         size = torch.Size(shape).numel()
         mapping = _mapping(size * like.dtype.itemsize, self.folder, spare)
         flat = torch.frombuffer(mapping, dtype=like.dtype, count=size)
@@ -55,7 +55,7 @@ class Store:
 
     def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """`empty`, filled with zeros. A new file holds nothing else."""
-        return self._in_file(shape, like, []) if self.place == "file" else self.empty(shape, like).zero_()
+        return self._in_file(shape, like, None) if self.place == "file" else self.empty(shape, like).zero_()
 
     def write(self, target: Tensor, source: Tensor) -> None:
         """Copy `source` into `target`, a part of a tensor that was made here.
@@ -121,18 +121,25 @@ def _format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if in_channels_last(like) else torch.contiguous_format
 
 
-def _mapping(size: int, folder: str | None, spare: list[_File]) -> _Mapping:
+def _mapping(size: int, folder: str | None, spare: list[_File] | None) -> _Mapping:
     """A file in memory, one of `spare` if there is one that is not much larger, to which it goes back at last."""
-    size = max(size, 1)
-    file = min((file for file in spare if size <= file.size <= 2 * size), key=lambda file: file.size, default=None)
-    if file is not None:
-        spare.remove(file)
-        mapping = _Mapping(file.descriptor, file.size)
-    else:
-        mapping, file = _new(size, folder)
+    size, spared = max(size, 1), () if spare is None else spare
+    file = min((file for file in spared if size <= file.size <= 2 * size), key=lambda file: file.size, default=None)
+    try:
+        if file is not None and spare is not None:
+            spare.remove(file)
+            mapping = _Mapping(file.descriptor, file.size)
+        else:
+            mapping, file = _new(size, folder)
+    except OSError:
+        if not spare:
+            raise
+        spare.clear()  # of other sizes: the disk is full, or too many files are open
+        return _mapping(size, folder, spare)
     if file is not None:
         mapping.file = file
-        weakref.finalize(mapping, spare.append, file)
+        if spare is not None:
+            weakref.finalize(mapping, spare.append, file)
     _MAPPINGS[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
     return mapping
 
