@@ -125,9 +125,10 @@ def build(captured: Captured, *, allow_whole: bool, autocast: Autocast | None = 
         return replace(program, thinner=cache(partial(_thinner, graph)))
     if any(isinstance(node.target, LocalCall) for node in graph.nodes):
         return program  # what a window costs is not known as that of other operations is
-    cuts = [frozenset({name}) for name in graph.scans.narrow()]
-    cuts += [cut for cut in graph.scans.waists() if cut not in cuts]
-    return replace(program, divisions=tuple(partial(_divided, graph, cut) for cut in cuts))
+    narrow = [frozenset({name}) for name in graph.scans.narrow()]
+    around = [cut for cut in graph.scans.waists() if cut not in narrow]
+    divisions, waists = (tuple(partial(_divided, graph, cut) for cut in cuts) for cuts in (narrow, around))
+    return replace(program, divisions=divisions, waists=waists)
 
 
 def _divided(graph: Graph, cut: frozenset[str]) -> Program:

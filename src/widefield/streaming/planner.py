@@ -86,7 +86,7 @@ def make_planner(program: Program, request: PlanRequest) -> Planner:
     others = [(program, request)]
     if request.ranks == 1:
         others += [(choice(), request) for choice in program.thinner()[-1:]]
-        others += [(division(), replace(request, divided=True)) for division in program.divisions]
+        others += [(division(), replace(request, divided=True)) for division in (*program.divisions, *program.waists)]
     found = [planner for each in others[1:] if (planner := _planner(*each)) is not None]
     if not found:
         raise _too_small(others)
@@ -111,9 +111,10 @@ def _divided(best: Planner, request: PlanRequest) -> Planner:
     """`best`, or one with a stage of its own for the deep part of the network.
 
     The deep part has most weights and small maps: its steps can be large and few, and recorded. The later the stage is cut, the
-    less memory it needs, and the more the shallow one recomputes.
+    less memory it needs, and the more the shallow one recomputes. Of a network with skip connections all waists are looked at.
     """
-    divisions, request = best.program.divisions, replace(request, divided=True)
+    along, request = len(best.program.divisions), replace(request, divided=True)
+    divisions = (*best.program.divisions, *best.program.waists)
     recorded = all(count == steps for count, steps in best.plan()[0].recorded)
     if best.limit is None or not divisions or best.overhead <= 1 + _GAIN or (recorded and request.training):
         return best
@@ -126,8 +127,8 @@ def _divided(best: Planner, request: PlanRequest) -> Planner:
                 found[k] = _planner(divisions[k](), request) or best
         return min(found, key=lambda k: _rank(found[k]))
 
-    distance = -(-len(divisions) // _LOOKS)
-    at = look(range(distance // 2, len(divisions), distance))
+    distance = max(1, -(-along // _LOOKS))
+    at = look((*range(distance // 2, along, distance), *range(along, len(divisions))))
     while distance > 1:
         distance = (distance + 1) // 2
         at = look((at - distance, at + distance))

@@ -135,11 +135,11 @@ class Program:
     `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name. `statistics` lists the
     batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the operations that run whole;
     `streamed_fraction` is the share of the activation bytes that does not. `divisions` make the same program with its one stage cut
-    in two at a narrow map, from the first such map to the last; `thinner` gives those that keep fewer maps between stages, and
-    compute more of them again, the more the later. `plain_bytes` is what all plain operations make of the image, small tails
-    included, `combined_bytes` what they make of weights alone; `weight_bytes` are those of all weights that stages use,
-    `plain_weight_bytes` those that only plain operations on what depends on the image do. `random`: masks are drawn. `kind` says
-    what it was made for, but for the image's height and width.
+    in two at a narrow map, from the first such map to the last, `waists` with one cut in three around its deep part; `thinner`
+    gives those that keep fewer maps between stages, and compute more of them again, the more the later. `plain_bytes` is what all
+    plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
+    those of all weights that stages use, `plain_weight_bytes` those that only plain operations on what depends on the image do.
+    `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
     """
 
     captured: Captured
@@ -156,6 +156,7 @@ class Program:
     random: bool
     kind: Any = None
     divisions: "tuple[Callable[[], Program], ...]" = ()
+    waists: "tuple[Callable[[], Program], ...]" = ()
     thinner: "Callable[[], Sequence[Callable[[], Program]]]" = tuple
 
     @cached_property
