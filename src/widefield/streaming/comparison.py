@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -134,7 +135,7 @@ def _norm(x: Tensor, order: float) -> float:
 def _norm_of(pieces: Iterable[Tensor], order: float) -> float:
     """Return the norm of all numbers together, those that are not finite left out."""
     norms = [torch.linalg.vector_norm(x.nan_to_num(0.0, 0.0, 0.0), order).item() for x in pieces if x.numel()]
-    return torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), order).item() if norms else 0.0
+    return float(np.linalg.norm(norms, order)) if norms else 0.0
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

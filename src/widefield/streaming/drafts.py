@@ -30,8 +30,8 @@ class PlanRequest:
     """All that a plan has to heed.
 
     `tile`: (height, None) is a strip of the whole width. `budget` in bytes. `training`: gradients are wanted. `maps`: where maps
-    between stages must live. `copied_weights`: the weights are copied into another memory format. `stages`: how many the program
-    has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
+    between stages must live. `copied_weights`: bytes of those that are copied into another memory format. `stages`: how many the
+    program has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
     be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image. `written`: maps are
     written to a sink, which changes the bytes of output maps by so many, and by so many for each row of a tile. `divided`: the
     stages are parts of one, with its kind of steps, which they take for their parts of the image.
@@ -42,7 +42,7 @@ class PlanRequest:
     device: torch.device
     maps: Place | None
     training: bool
-    copied_weights: bool
+    copied_weights: int
     stages: int
     partial: bool = False
     limit: int | None = None
@@ -206,7 +206,8 @@ def _draft(
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
-        + program.weight_bytes * (request.copied_weights + request.training)
+        + program.weight_bytes * request.training
+        + request.copied_weights
         + program.plain_weight_bytes * request.training,  # whose gradients wait for those of the stages
         "carries": int(saved + alive),
         "step": int(step),

@@ -428,7 +428,7 @@ class StreamingCNN(nn.Module):
             device=device,
             maps=self.maps,
             training=torch.is_grad_enabled() and learned,
-            copied_weights=bool(kernels) and not kernels[0].is_contiguous(memory_format=used),
+            copied_weights=sum(kernel.nbytes for kernel in kernels if not kernel.is_contiguous(memory_format=used)),
             stages=len(program.stages),
             partial=wanted is not None and wanted.scattered,
             limit=self._limit,
