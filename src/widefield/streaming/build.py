@@ -42,7 +42,7 @@ class Graph:
 
     `nodes` are in the order in which they are computed, those in `placed` are maps and reductions. `outputs` stand for the results.
     `levels` are those of nodes and of the parts of reductions: the scan that can compute each, `stages` the scans by level. What
-    reads map `divided_at` is in a scan of its own. `kept` are the maps that live between scans. `computed` are dtypes under
+    reads a map of `divided_at` is in a later scan. `kept` are the maps that live between scans. `computed` are dtypes under
     autocast. `whole` are plain nodes that depend on a whole map, because of the operations `refused`.
     """
 
