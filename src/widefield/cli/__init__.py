@@ -98,8 +98,11 @@ def _set_up_environment() -> None:
 
     Where the C library must know one from its start, the process begins again, once.
     """
-    # OpenMP's threads spin while they wait, which slows torch down thirtyfold when another process wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's threads spin while they wait, which slows torch down many times when another process wants one of the cores. Those of
+    # GNU spin for some microseconds: going to sleep after each operation would take a third of the time of short ones.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Large blocks of memory get huge pages: a step brings the same memory into use many times, page by page otherwise.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     tunables = os.environ.get("GLIBC_TUNABLES", "")

@@ -68,6 +68,7 @@ _LIBRARIES = frozenset(
 _MOST = 20_000
 _DEEPEST = 40  # and whatever lies deeper than this, in code that calls code, say
 _PLAIN = (bool, int, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout)
+_NO_TENSOR = frozenset((*_PLAIN, float))
 _MAY_HOLD = (Tensor, list, tuple, dict)  # attributes of modules in which forward leaves results
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
@@ -118,9 +119,17 @@ def mark_left(value: Any, before: Any) -> Any:
 
 def before_forward(value: Any) -> Any:
     """Return what an attribute held before forward left `value` there: `value` itself, if forward did not."""
+    if _is_plain(value):
+        return value
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     before = [vars(tensor).get("_left_by_forward", value) for tensor in tensors]
     return before[0] if before and all(one is before[0] for one in before) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """True for numbers, words and lists of them, nearly all that modules hold: without looking for tensors in them."""
+    kind = type(value)
+    return kind in _NO_TENSOR or (kind in (tuple, list) and all(type(item) in _NO_TENSOR for item in value))
 
 
 class Surroundings:
@@ -268,7 +277,11 @@ class _Walk:
     def __init__(self, module: nn.Module) -> None:
         self._bound = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         own = [item for part in module.modules() for item in vars(part).items()]
-        held = [value for key, value in own if key not in _MODULE_STATE and isinstance(value, _MAY_HOLD)]
+        held = [
+            value
+            for key, value in own
+            if isinstance(value, _MAY_HOLD) and key not in _MODULE_STATE and not _is_plain(value)
+        ]
         self._left = {id(leaf) for leaf in pytree.tree_leaves(held)}
         self.advancing: list[Any] = []  # random generators, iterators
         self.containers: list[Any] = []
