@@ -82,7 +82,10 @@ def compared(
     if session.left < 10:
         return []
     image = session.image(size)
-    rows = compare(ways, kinds, image, what, dtype, warm_ups=warm_ups, repeats=3, limit=min(limit, session.left))
+    here = ways.here(image, what, dtype)
+    passes = {way: here(way) for way in kinds}
+    limit = min(limit, session.left)
+    rows = compare(ways, passes, tuple(image.shape), what, dtype, warm_ups=warm_ups, repeats=3, limit=limit)
     plain = next((row for row in rows if row["way"] == "plain" and row["seconds"]), None)
     for row in rows:
         ratios = {}
@@ -91,7 +94,7 @@ def compared(
             if plain["bytes"]:
                 ratios["memory_ratio"] = row["bytes"] / plain["bytes"]
         session.add(model=name, size=size, dtype=dtype, what=what, **row, **ratios, **more)
-    del image
+    del image, here, passes
     session.clear()
     return rows
 
@@ -100,7 +103,9 @@ def at_shares(session: Session, name: str, ways: Ways, size: int, dtype: str) ->
     """Plain, checkpoint, and streamed at 1/2 and 1/4 of plain's peak, or of the memory of the device where plain does not fit."""
     if session.left < 15:
         return
-    first = compare(ways, [Way("plain")], session.image(size), "step", dtype, warm_ups=0, repeats=1)[0]
+    passes = {Way(): ways.here(session.image(size), "step", dtype)(Way())}
+    first = compare(ways, passes, (1, 3, size, size), "step", dtype, warm_ups=0, repeats=1)[0]
+    del passes
     session.clear()
     whole = first["bytes"] or memory_of(session.device)
     kinds = [Way("checkpoint"), Way("streamed", whole // 2), Way("streamed", whole // 4)]

@@ -10,11 +10,9 @@ import argparse
 import sys
 from functools import partial
 
-import torch
-
 from widefield import stream
 from widefield.cli.bench import Case
-from widefield.cli.measuring import machine, measure
+from widefield.cli.measuring import machine, measure, timed
 from widefield.cli.ways import one_pass
 
 
@@ -28,8 +26,12 @@ def main() -> None:
     case = Case(options.model, min(options.sizes), "step", "float32", "cpu", channels_last=True)
     model = case.network()
     streamed = stream(model, tuple(options.tile))
-    passes = {size: partial(one_pass, streamed, model, case.image(size), "step", "float32") for size in options.sizes}
-    found = measure(passes, torch.device("cpu"), repeats=options.rounds)
+    passes = {
+        size: partial(timed, partial(one_pass, streamed, model, image, "step", "float32"), image.device)
+        for size in options.sizes
+        for image in [case.image(size)]
+    }
+    found = measure(passes, repeats=options.rounds)
     told = machine("cpu")
     print(f"`python benchmarks/pixels.py {' '.join(sys.argv[1:])}`")
     print(f"{told['date']}, {told['machine']}, {told['threads']} threads, torch {told['torch']}, {options.model}\n")

@@ -5,7 +5,8 @@
 
 Each network gets a share of plain PyTorch's peak as its budget, or the smallest budget that works if that is more. Peaks are those
 of a step in a process of its own, above the weights, their gradients and the image, and may be measured on a busy machine.
-`--times` wants an idle one: streamed and plain steps take turns, and ratios are of medians. Prints the table of `widefield bench`.
+`--times` wants an idle one: streamed and plain steps take turns, each in a process of its own, and ratios are of medians. Prints
+the table of `widefield bench`.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 
-from widefield.cli.bench import HEADER, Case, peaks_of, table_row
+from widefield.cli.bench import HEADER, Case, in_turn, peaks_of, table_row
 from widefield.cli.measuring import machine, write_json
-from widefield.cli.ways import Way, Ways, compare
+from widefield.cli.ways import Way, Ways
 from widefield.errors import WidefieldError
 
 HERE = Path(__file__).parent
@@ -61,7 +62,7 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
     """Measure a network."""
     case = Case(model, size, "step", "float32", "cpu", channels_last=True)
     ways = Ways(case.network())
-    plain = peaks_of(case, ways, [Way()])[Way()]
+    plain = peaks_of(case, [Way()])[Way()]
     assert plain is not None
     way, shape = Way("streamed", int(Fraction(share) * plain)), (1, 3, size, size)
     try:
@@ -73,10 +74,10 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
         way = Way("streamed", int(smallest[1]))
         planned = ways.plan(way, shape, "step", "float32")
     row = {"model": model, "size": size, "dtype": "float32", "what": "step", "way": "streamed", "fits": True, **planned}
-    row |= {"budget": way.budget, "bytes": peaks_of(case, ways, [way])[way], "plain_bytes": plain}
+    row |= {"budget": way.budget, "bytes": peaks_of(case, [way])[way], "plain_bytes": plain}
     row["memory_ratio"] = (row["bytes"] or math.nan) / plain
     if times:
-        plainly, streamed = compare(ways, [Way(), way], case.image(size), "step", "float32", warm_ups=1, repeats=3)
+        plainly, streamed = in_turn(case, ways, [Way(), way], repeats=3)
         row |= {"seconds": streamed["seconds"], "time_ratio": streamed["seconds"] / plainly["seconds"]}
     return row
 

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from widefield.cli import bench, main
-from widefield.cli.measuring import DoesNotFit, measure, memory_errors
+from widefield.cli.measuring import DoesNotFit, Process, measure, memory_errors, timed
 from widefield.cli.ways import Way, Ways, one_pass
 
 ROOT = Path(__file__).parents[2]
@@ -34,15 +35,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{file}:net"
 
 
+class Here:
+    """Stands for a process: passes are measured here, as a process for each, which imports torch, takes seconds."""
+
+    def __init__(self, command: list[str]) -> None:
+        given = json.loads(command[-1])
+        self.way = Way(**given["way"])
+        self.answers = bench.answers(bench.Case(**given["case"]), self.way)
+        self.ended = False
+
+    def ask(self) -> Any:
+        return next(self.answers)
+
+    def close(self) -> None:
+        self.ended = True
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks are measured here: a process for each, which imports torch, takes seconds."""
-
-    def peak(command: list[str]) -> Any:
-        given = json.loads(command[-1])
-        return bench.peak_here(bench.Case(**given["case"]), Way(**given["way"]))
-
-    monkeypatch.setattr(bench, "in_new_process", peak)
+    monkeypatch.setattr(bench, "Process", Here)
     monkeypatch.setattr(bench, "limit_memory", lambda: None)  # it would hold for all tests
 
 
@@ -73,14 +84,13 @@ def test_the_command_prints_a_table_and_writes_its_numbers(
 
 @pytest.mark.usefixtures("in_this_process")
 def test_plain_pytorch_that_does_not_fit_is_a_row(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = bench.in_new_process
+    class Small(Here):
+        def ask(self) -> Any:
+            if self.way.how == "plain":
+                raise DoesNotFit("the system ended the process")
+            return super().ask()
 
-    def peak(command: list[str]) -> Any:
-        if json.loads(command[-1])["way"]["how"] == "plain":
-            raise DoesNotFit("the system ended the process")
-        return measured(command)
-
-    monkeypatch.setattr(bench, "in_new_process", peak)
+    monkeypatch.setattr(bench, "Process", Small)
     monkeypatch.setattr(bench, "memory_of", lambda device: 64 << 20)
     case = bench.Case(model, 64, "forward", "float32", "cpu")
     plain, streamed = bench.bench(case, ["1/2"], repeats=1)
@@ -91,12 +101,35 @@ def test_plain_pytorch_that_does_not_fit_is_a_row(model: str, monkeypatch: pytes
     assert shown == "| tiny.py:net | 64 | float32 | forward | plain |  | does not fit |  |  |  |  |  |  |"
 
 
+def test_a_process_answers_line_by_line_and_tells_why_it_ended() -> None:
+    answering = """
+import sys
+print("a warning", file=sys.stderr)
+for k, _ in enumerate(sys.stdin):
+    print([k, 2] if k < 2 else '{"too_large": "no memory"}', flush=True)
+"""
+    process = Process(["-c", answering])
+    process.close()  # was never asked
+    process = Process(["-c", answering])
+    assert [process.ask(), process.ask()] == [[0, 2], [1, 2]]
+    with pytest.raises(DoesNotFit, match="no memory"):
+        process.ask()
+    process.close()
+    for code, error, told in (
+        ("1 / 0", RuntimeError, "ZeroDivisionError"),
+        ("import os; os.kill(os.getpid(), 9)", DoesNotFit, "system"),
+    ):
+        process = Process(["-c", code])
+        with pytest.raises(error, match=told):
+            process.ask()
+        process.close()
+
+
 def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
-    found = measure(
-        {"large": lambda: torch.empty(1 << 60, dtype=torch.uint8), "small": lambda: torch.empty(1)},
-        torch.device("cpu"),
-        repeats=3,
-    )
+    def seconds(size: int) -> tuple[float, int | None]:
+        return timed(lambda: torch.empty(size, dtype=torch.uint8), torch.device("cpu"))
+
+    found = measure({"large": lambda: seconds(1 << 60), "small": lambda: seconds(1)}, repeats=3)
     assert not found["large"].fits and found["large"].median is None
     assert found["small"].fits and len(found["small"].seconds) == 3
     with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_errors():
@@ -105,7 +138,12 @@ def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
 
 def test_no_pass_but_the_first_begins_after_the_limit() -> None:
     calls: list[str] = []
-    found = measure({n: lambda n=n: calls.append(n) for n in "ab"}, torch.device("cpu"), warm_ups=1, limit=0.0)
+
+    def run(name: str) -> tuple[float, int | None]:
+        calls.append(name)
+        return 1.0, None
+
+    found = measure({name: partial(run, name) for name in "ab"}, warm_ups=1, limit=0.0)
     assert calls == ["a", "b"] and all(len(one.seconds) == 1 for one in found.values())
 
 
@@ -136,7 +174,7 @@ def test_the_largest_size_is_found_to_a_tenth() -> None:
 
 
 def test_the_largest_images_are_told_of_plain_and_streamed_passes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "peaks_of", lambda case, ways, kinds: dict.fromkeys(kinds, case.size <= 1000))
+    monkeypatch.setattr(bench, "peaks_of", lambda case, kinds: dict.fromkeys(kinds, case.size <= 1000))
     monkeypatch.setattr(bench, "_LARGEST", 4096)
     plain, tried, planned = bench.largest(bench.Case(model, 512, "step", "float32", "cpu"))
     assert plain["way"] == "plain" and 900 <= plain["size"] <= 1000 < plain["too_large"]
@@ -153,7 +191,7 @@ def test_a_budget_is_a_share_or_bytes() -> None:
 @pytest.mark.slow
 def test_a_peak_of_a_process_of_its_own_is_that_of_the_largest_pass(model: str) -> None:
     case = bench.Case(model, 1024, "step", "float32", "cpu")
-    peaks = bench.peaks_of(case, Ways(case.network()), [Way(), Way("streamed", 16 << 20)])
+    peaks = bench.peaks_of(case, [Way(), Way("streamed", 16 << 20)])
     assert (peaks[Way()] or 0) > 8 << 20 and (peaks[Way("streamed", 16 << 20)] or 0) < (peaks[Way()] or 0)
 
 

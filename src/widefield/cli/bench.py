@@ -5,8 +5,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -18,18 +18,20 @@ from torch import nn
 from widefield.cli.inspect_model import find_model
 from widefield.cli.measuring import (
     DoesNotFit,
-    in_new_process,
+    Process,
+    Timed,
     largest_size,
     limit_memory,
     machine,
     measure,
     memory_errors,
     memory_of,
-    peak_of,
+    timed,
     write_json,
 )
-from widefield.cli.ways import Way, Ways, What, compare, give_gradients, lightstream_tiles, one_pass, peers
+from widefield.cli.ways import Way, Ways, What, compare, lightstream_tiles, one_pass, peers
 from widefield.errors import WidefieldError
+from widefield.reports.memory import PeakMemory
 from widefield.streaming.budget import format_bytes, parse_bytes
 
 _LARGEST = 1 << 18  # pixels a side, for which `--largest` plans at most
@@ -139,12 +141,11 @@ def bench(case: Case, budgets: list[str], repeats: int) -> list[dict[str, Any]]:
     case = _in_faster_format(case)
     model = case.network()
     ways = Ways(model)
-    known = peaks_of(case, ways, [Way()])
-    plain = known[Way()]
+    plain = peaks_of(case, [Way()])[Way()]
     whole = plain or memory_of(torch.device(case.device))
     shares = {Way("streamed", budget): text for text in budgets for budget in [_bytes(text, whole)]}
     kinds = [*([Way()] if plain else []), *peers(model, min(case.size, SMALL), case.what), *shares]
-    rows = _measured(case, ways, kinds, repeats, known)
+    rows = _measured(case, ways, kinds, repeats)
     for row in rows:
         row["share"] = shares.get(Way(row["way"], row["budget"], None, row["window"]))
     if not plain:
@@ -158,9 +159,9 @@ def _beside_lightstream(case: Case, tiles: list[int], repeats: int) -> list[dict
     case = replace(case, frozen=True)
     ways = Ways(case.network())
     theirs = {Way("lightstream", window=tile): tile for tile in tiles}
-    peaks = peaks_of(case, ways, [Way(), *theirs])
+    peaks = peaks_of(case, [Way(), *theirs])
     ours = {way: Way("streamed", peak) for way in theirs if (peak := peaks[way])}
-    rows = _measured(case, ways, [Way(), *theirs, *ours.values()], repeats, peaks)
+    rows = _measured(case, ways, [Way(), *theirs, *ours.values()], repeats)
     seconds = {(row["way"], row["budget"], row["window"]): row["seconds"] for row in rows}
     for way, own in ours.items():
         row = next(row for row in rows if row["way"] == "streamed" and row["budget"] == own.budget)
@@ -169,18 +170,10 @@ def _beside_lightstream(case: Case, tiles: list[int], repeats: int) -> list[dict
     return [{**row, "frozen": True} for row in rows]
 
 
-def _measured(
-    case: Case, ways: Ways, kinds: list[Way], repeats: int, known: Mapping[Way, int | None]
-) -> list[dict[str, Any]]:
-    """Return the rows of `kinds`, of which some peaks are `known`."""
-    rows = compare(ways, kinds, case.image(case.size), case.what, case.dtype, warm_ups=1, repeats=repeats)
-    if case.device == "cpu":
-        fitting = [way for way, row in zip(kinds, rows, strict=True) if row["fits"]]
-        peaks = {**known, **peaks_of(case, ways, [way for way in fitting if way not in known])}
-        for way, row in zip(kinds, rows, strict=True):
-            row["bytes"] = peaks.get(way)
-    plain = known.get(Way())
-    seconds = next((row["seconds"] for row in rows if row["way"] == "plain"), None)
+def _measured(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of `kinds`, with what they take relative to plain PyTorch."""
+    rows = in_turn(case, ways, kinds, repeats)
+    seconds, plain = next(((row["seconds"], row["bytes"]) for row in rows if row["way"] == "plain"), (None, None))
     for row in rows:
         row |= {"plain_seconds": seconds, "plain_bytes": plain}
         row["time_ratio"] = row["seconds"] / seconds if seconds and row["seconds"] else None
@@ -188,36 +181,66 @@ def _measured(
     return rows
 
 
-def peaks_of(case: Case, ways: Ways, kinds: list[Way]) -> dict[Way, int | None]:
-    """Bytes at the peak of each way, None where it does not fit: on a CPU each in a process of its own."""
+def in_turn(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of `kinds`, see `compare`: on a CPU each has a process of its own."""
+    passes: dict[Way, Callable[[], Timed]]
+    with ExitStack() as processes:
+        if case.device == "cpu":
+            passes = {way: processes.enter_context(closing(_Passes(case, way))) for way in kinds}
+        else:
+            here = ways.here(case.image(case.size), case.what, case.dtype)
+            passes = {way: here(way) for way in kinds}
+        return compare(ways, passes, (1, 3, case.size, case.size), case.what, case.dtype, repeats=repeats)
+
+
+class _Passes:
+    """Passes in a process of their own: called, it runs one, and returns its seconds and the bytes at the peak so far."""
+
+    def __init__(self, case: Case, way: Way) -> None:
+        given = {"case": asdict(case), "way": asdict(way), "threads": torch.get_num_threads()}
+        self._process = Process(["-m", __name__, json.dumps(given)])
+        self.close = self._process.close
+
+    def __call__(self) -> Timed:
+        seconds, peak = self._process.ask()
+        return seconds, peak
+
+
+def peaks_of(case: Case, kinds: list[Way]) -> dict[Way, int | None]:
+    """Bytes at the peak of a pass in each way, None where it does not fit: on a CPU each in a process of its own."""
     peaks: dict[Way, int | None] = {}
     for way in kinds:
         try:
             if case.device == "cpu":
-                what = json.dumps({"case": asdict(case), "way": asdict(way), "threads": torch.get_num_threads()})
-                peaks[way] = int(in_new_process(["-m", __name__, what]))
+                with closing(_Passes(case, way)) as passes:
+                    peaks[way] = passes()[1]
             else:
-                row = compare(ways, [way], case.image(case.size), case.what, case.dtype, repeats=1)[0]
-                peaks[way] = row["bytes"]
+                peaks[way] = Ways(case.network()).here(case.image(case.size), case.what, case.dtype)(way)()[1]
         except DoesNotFit:
             peaks[way] = None
     return peaks
 
 
-def peak_here(case: Case, way: Way) -> int:
-    """Bytes at the peak of one pass in this process, above weights, gradients and image, after one over a small image."""
+def answers(case: Case, way: Way) -> Iterator[Any]:
+    """Run passes in this process, after one over a small image; yields seconds, and bytes at the peak so far.
+
+    They are those above weights, gradients and the image. Where memory is short, the last one says what is `too_large`.
+    """
     limit_memory()
-    ways = Ways(case.network())
-    run = ways.run(way)
-    model = run if isinstance(run, nn.Module) else ways.model
-    with memory_errors():
-        one_pass(run, model, case.image(min(case.size, SMALL)), case.what, case.dtype)
-        if way.how == "streamed":
-            ways.plan(way, (1, 3, case.size, case.size), case.what, case.dtype)
-        if case.what == "step":
-            give_gradients(model)
-        image = case.image(case.size)
-        return peak_of(lambda: one_pass(run, model, image, case.what, case.dtype), case.device)
+    try:
+        ways = Ways(case.network())
+        run = ways.run(way)
+        model = run if isinstance(run, nn.Module) else ways.model
+        with memory_errors():
+            one_pass(run, model, case.image(min(case.size, SMALL)), case.what, case.dtype)
+            if way.how == "streamed":
+                ways.plan(way, (1, 3, case.size, case.size), case.what, case.dtype)
+            one = ways.here(case.image(case.size), case.what, case.dtype)(way)
+        memory = PeakMemory(torch.device(case.device))
+        while True:
+            yield one()[0], memory.bytes_above_start()
+    except DoesNotFit as error:
+        yield {"too_large": str(error)}
 
 
 def _in_faster_format(case: Case) -> Case:
@@ -226,8 +249,8 @@ def _in_faster_format(case: Case) -> Case:
     passes = {}
     for one in cases:
         model, image = one.network(), one.image(min(case.size, _FORMAT_SIZE))
-        passes[one] = lambda model=model, image=image: one_pass(model, model, image, case.what, case.dtype)
-    found = measure(passes, torch.device(case.device), repeats=1)
+        passes[one] = partial(timed, partial(one_pass, model, model, image, case.what, case.dtype), image.device)
+    found = measure(passes, repeats=1)
     return min(cases, key=lambda one: found[one].median or float("inf"))
 
 
@@ -237,7 +260,7 @@ def largest(case: Case) -> list[dict[str, Any]]:
     ways = Ways(case.network())
 
     def fits(way: Way, size: int) -> bool:
-        return bool(peaks_of(replace(case, size=size), ways, [way])[way])
+        return bool(peaks_of(replace(case, size=size), [way])[way])
 
     low, high = largest_size(partial(fits, Way()), case.size)
     size = 2 * max(low, case.size // 2)
@@ -299,7 +322,14 @@ def table_row(row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-if __name__ == "__main__":  # in a process of its own, see peaks_of
-    given = json.loads(sys.argv[1])
+def _serve(given: Mapping[str, Any]) -> None:
+    """Answer each line that comes in, as `_Passes` asks."""
+    to, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
     torch.set_num_threads(given["threads"])
-    print(peak_here(Case(**given["case"]), Way(**given["way"])))
+    found = answers(Case(**given["case"]), Way(**given["way"]))
+    for _ in sys.stdin:
+        print(json.dumps(next(found)), file=to, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -9,9 +9,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from widefield.reports.memory import PeakMemory, status_bytes
 from widefield.writing import replacing
 
 K = TypeVar("K")
+Timed = tuple[float, int | None]  # the seconds of a pass, and the bytes at its peak where they are known
 
 
 class DoesNotFit(WidefieldError, MemoryError):
@@ -31,7 +33,7 @@ class DoesNotFit(WidefieldError, MemoryError):
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the passes of one kind in their order, and on CUDA the bytes at their peaks, warm-ups left out.
+    """Seconds of the passes of one kind in their order, and the bytes at their peaks where they are known, warm-ups left out.
 
     `cold`: there was no time but for warm-ups, of which the last is here.
     """
@@ -48,51 +50,59 @@ class Measured:
 
 
 def measure(
-    passes: Mapping[K, Callable[[], object]],
-    device: torch.device,
+    passes: Mapping[K, Callable[[], Timed]],
     *,
     warm_ups: int = 1,
     repeats: int = 3,
     limit: float = math.inf,
 ) -> dict[K, Measured]:
-    """Run `passes` in turn, `warm_ups` rounds and then `repeats`, and measure all but the warm-ups.
+    """Run `passes` in turn, `warm_ups` rounds and then `repeats`, and keep what all but the warm-ups return, as `timed` does.
 
     After `limit` seconds no pass begins, other than the first ones: where nothing else was measured, the last warm-up counts.
     Passes of a kind that does not fit are left out from then on.
     """
     begin = time.perf_counter()
-    found: dict[K, list[tuple[float, int | None]]] = {name: [] for name in passes}
+    found: dict[K, list[Timed]] = {name: [] for name in passes}
     too_large = set[K]()
     for turn in range(warm_ups + repeats):
-        for name, work in passes.items():
+        for name, run in passes.items():
             if name in too_large or (turn > 0 and time.perf_counter() - begin > limit):
                 continue
             try:
-                with memory_errors():
-                    found[name].append(_timed(work, device))
+                found[name].append(run())
             except DoesNotFit:
                 too_large.add(name)
-                release(device)
     return {name: Measured(fits=False) if name in too_large else _summed_up(of, warm_ups) for name, of in found.items()}
 
 
-def _summed_up(passes: list[tuple[float, int | None]], warm_ups: int) -> Measured:
+def _summed_up(passes: list[Timed], warm_ups: int) -> Measured:
     kept = passes[warm_ups:] or passes[-1:]
     peaks = tuple(peak for _, peak in kept if peak is not None)
     return Measured(tuple(seconds for seconds, _ in kept), peaks, cold=len(passes) <= warm_ups)
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
-    """Return the seconds of `work`, and on CUDA the bytes at its peak above those that were allocated before."""
+def timed(work: Callable[[], object], device: torch.device) -> Timed:
+    """Return the seconds of `work`, and on CUDA the bytes at its peak above those that were allocated before.
+
+    Raises:
+        DoesNotFit: memory is short; what is cached has been given back.
+    """
     before = 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    try:
+        with memory_errors():
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except DoesNotFit:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise
     seconds = time.perf_counter() - begin
     return seconds, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
@@ -126,13 +136,6 @@ def memory_errors() -> Iterator[None]:
         raise DoesNotFit(str(error)) from None
 
 
-def release(device: torch.device) -> None:
-    """Give cached memory back after a pass that did not fit."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def memory_of(device: torch.device) -> int:
     """Return the bytes of the memory of a CUDA device, or of this machine."""
     if device.type == "cuda":
@@ -161,6 +164,49 @@ def largest_size(fits: Callable[[int], bool], start: int) -> tuple[int, int]:
         if size in (low, high):
             break
     return low, high
+
+
+class Process:
+    """Python, run with the arguments `command` from the first question on: it answers each line that it is sent with one of JSON.
+
+    A pass leaves the C library's heap in a state on which the time of the next one depends, of whatever network: what takes turns
+    is in processes of its own.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command, self._stack = [sys.executable, *command], ExitStack()
+        self._errors = self._stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115  (closed by the stack)
+        self._running: subprocess.Popen[str] | None = None
+
+    def ask(self) -> Any:
+        """Return the next answer.
+
+        Raises:
+            DoesNotFit: the answer says why it is `too_large`, or the system ended the process that takes most memory.
+            RuntimeError: it failed.
+        """
+        if self._running is None:
+            pipe = subprocess.PIPE
+            self._running = self._stack.enter_context(
+                subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, bufsize=1)
+            )
+            self._stack.callback(self._running.kill)
+        assert self._running.stdin and self._running.stdout
+        with suppress(BrokenPipeError):  # it has ended, of which there is more to tell
+            self._running.stdin.write("\n")
+        if line := self._running.stdout.readline():
+            answer = json.loads(line)
+            if isinstance(answer, dict) and "too_large" in answer:
+                raise DoesNotFit(answer["too_large"])
+            return answer
+        if self._running.wait() == -9:
+            raise DoesNotFit("the system ended the process")
+        self._errors.seek(0)
+        raise RuntimeError(f"`{' '.join(self._command)}` failed:\n{self._errors.read()}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._stack.close()
 
 
 def in_new_process(command: Sequence[str]) -> Any:

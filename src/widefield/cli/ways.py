@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from widefield.cli.measuring import measure
+from widefield.cli.measuring import Timed, measure, timed
 from widefield.streaming import StreamingCNN, stream
 from widefield.streaming.store import Place
 
@@ -73,6 +73,18 @@ class Ways:
             "carries": plan.carry_place,
             "streamed_fraction": round(plan.streamed_fraction, 4),
         }
+
+    def here(self, image: Any, what: What, dtype: str) -> Callable[[Way], Callable[[], Timed]]:
+        """Return a function of a way that returns its passes over `image` in this process, as `measure` takes them."""
+
+        def passes(way: Way) -> Callable[[], Timed]:
+            run = self.run(way)
+            model = run if isinstance(run, nn.Module) else self.model
+            if what == "step":
+                give_gradients(model)
+            return partial(timed, partial(one_pass, run, model, image, what, dtype), image.device)
+
+        return passes
 
     def _with(self, way: Way) -> StreamingCNN:
         self.streamed.memory_budget, self.streamed.maps = way.budget, way.maps
@@ -209,8 +221,8 @@ def give_gradients(model: nn.Module) -> None:
 
 def compare(
     ways: Ways,
-    kinds: Sequence[Way],
-    image: Any,
+    passes: Mapping[Way, Callable[[], Timed]],
+    shape: tuple[int, ...],
     what: What,
     dtype: str,
     *,
@@ -218,42 +230,25 @@ def compare(
     repeats: int = 3,
     limit: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Measure `kinds` in turn on an image, see `measure`; returns a row for each.
+    """Measure the passes of each way over an image of `shape` in turn, see `measure`; returns a row for each.
 
-    A row has what `Way` has, `fits`, `seconds` (their median, and `all_seconds`), on CUDA `bytes` at the peak above weights,
-    gradients and image; for a streamed way what its plan says; where it does not fit the `reason`.
+    A row has what `Way` has, `fits`, `seconds` (their median, and `all_seconds`), `bytes` at the peak where they are known; for a
+    streamed way what its plan says; where it does not fit the `reason`.
     """
     rows: dict[Way, dict[str, Any]] = {}
-    passes = {}
-    for way in kinds:
-        row = rows[way] = {
-            "way": way.how,
-            "budget": way.budget,
-            "window": way.window,
-            "fits": True,
-            "seconds": None,
-            "bytes": None,
-        }
+    planned = dict(passes)
+    for way in passes:
+        row = rows[way] = {"way": way.how, "budget": way.budget, "window": way.window, "fits": True}
+        row |= {"seconds": None, "bytes": None}
         if way.how == "streamed":
             try:
-                row |= ways.plan(way, tuple(image.shape), what, dtype)
+                row |= ways.plan(way, shape, what, dtype)
             except ValueError as error:
                 row |= {"fits": False, "reason": str(error)}
-                continue
-        run = ways.run(way)
-        model = run if isinstance(run, nn.Module) else ways.model
-        if what == "step":
-            give_gradients(model)
-        passes[way] = partial(one_pass, run, model, image, what, dtype)
-    found = measure(passes, next(ways.model.parameters()).device, warm_ups=warm_ups, repeats=repeats, limit=limit)
-    for way, of_way in found.items():
-        rows[way] |= {
-            "fits": of_way.fits,
-            "cold": of_way.cold,
-            "seconds": of_way.median,
-            "bytes": max(of_way.peaks, default=None),
-        }
-        rows[way]["all_seconds"] = [round(value, 5) for value in of_way.seconds]
-        if not of_way.fits:
+                del planned[way]
+    for way, found in measure(planned, warm_ups=warm_ups, repeats=repeats, limit=limit).items():
+        rows[way] |= {"fits": found.fits, "cold": found.cold, "seconds": found.median}
+        rows[way] |= {"bytes": max(found.peaks, default=None), "all_seconds": [round(x, 5) for x in found.seconds]}
+        if not found.fits:
             rows[way]["reason"] = "out of memory"
     return list(rows.values())

@@ -14,8 +14,9 @@ from widefield.streaming.program import Program, Stage
 from widefield.streaming.schedule import schedules
 from widefield.streaming.store import PLACES, Place
 
-# A step should have about this many pixels of the image: enough to pay for reading the weights, few enough for the cache. Of a
-# small image half as many, so that there are some steps, of which some are recorded.
+# A step of a pass with gradients should have about this many pixels of the image: enough to pay for reading the weights, few enough
+# for the cache. Of a small image half as many, so that there are some steps, of which some are recorded. Without gradients a pass
+# keeps little, and operations are shorter: twice as many.
 PREFERRED_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}
 _SOME_STEPS = 8
 _NEAR = 8  # tiles whose exact size is looked at, for the smallest budget that works
@@ -252,7 +253,8 @@ def tiles_of(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list
     """
     height, width = stage.extent
     pixels = PREFERRED_PIXELS.get(request.device.type, 1 << 20)
-    pixels = min(pixels, max(pixels // 2, image[0] * image[1] // _SOME_STEPS))
+    times = 1 if request.training else 2
+    pixels = min(times * pixels, max(pixels // 2, times * image[0] * image[1] // _SOME_STEPS))
     share = height * width / (image[0] * image[1])
     pixels = int(pixels * (share if request.divided else sqrt(share)))  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
