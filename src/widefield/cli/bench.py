@@ -26,7 +26,6 @@ from widefield.cli.measuring import (
     measure,
     memory_errors,
     memory_of,
-    timed,
     write_json,
 )
 from widefield.cli.ways import Way, Ways, What, compare, lightstream_tiles, one_pass, peers
@@ -182,15 +181,22 @@ def _measured(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[di
 
 
 def in_turn(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[dict[str, Any]]:
-    """Return the rows of `kinds`, see `compare`: on a CPU each has a process of its own."""
-    passes: dict[Way, Callable[[], Timed]]
-    with ExitStack() as processes:
-        if case.device == "cpu":
-            passes = {way: processes.enter_context(closing(_Passes(case, way))) for way in kinds}
-        else:
-            here = ways.here(case.image(case.size), case.what, case.dtype)
-            passes = {way: here(way) for way in kinds}
-        return compare(ways, passes, (1, 3, case.size, case.size), case.what, case.dtype, repeats=repeats)
+    """Return the rows of `kinds`, see `compare`."""
+    shape = (1, 3, case.size, case.size)
+    with ExitStack() as opened:
+        return compare(
+            ways, _passes(opened, case, kinds, ways), shape, case.what, case.dtype, warm_ups=2, repeats=repeats
+        )
+
+
+def _passes(
+    opened: ExitStack, case: Case, kinds: list[Way], ways: Ways | None = None
+) -> dict[Way, Callable[[], Timed]]:
+    """Return what runs a pass in each way; on a CPU in a process of its own, which `opened` ends."""
+    if case.device == "cpu":
+        return {way: opened.enter_context(closing(_Passes(case, way))) for way in kinds}
+    here = (ways or Ways(case.network())).here(case.image(case.size), case.what, case.dtype)
+    return {way: here(way) for way in kinds}
 
 
 class _Passes:
@@ -207,17 +213,14 @@ class _Passes:
 
 
 def peaks_of(case: Case, kinds: list[Way]) -> dict[Way, int | None]:
-    """Bytes at the peak of a pass in each way, None where it does not fit: on a CPU each in a process of its own."""
+    """Bytes at the peak of a first pass in each way, None where it does not fit."""
     peaks: dict[Way, int | None] = {}
     for way in kinds:
-        try:
-            if case.device == "cpu":
-                with closing(_Passes(case, way)) as passes:
-                    peaks[way] = passes()[1]
-            else:
-                peaks[way] = Ways(case.network()).here(case.image(case.size), case.what, case.dtype)(way)()[1]
-        except DoesNotFit:
-            peaks[way] = None
+        with ExitStack() as opened:
+            try:
+                peaks[way] = _passes(opened, case, [way])[way]()[1]
+            except DoesNotFit:
+                peaks[way] = None
     return peaks
 
 
@@ -245,13 +248,12 @@ def answers(case: Case, way: Way) -> Iterator[Any]:
 
 def _in_faster_format(case: Case) -> Case:
     """Return the case with channels last where plain PyTorch is faster so, on an image that is not large."""
-    cases = [replace(case, channels_last=last) for last in (False, True)]
-    passes = {}
-    for one in cases:
-        model, image = one.network(), one.image(min(case.size, _FORMAT_SIZE))
-        passes[one] = partial(timed, partial(one_pass, model, model, image, case.what, case.dtype), image.device)
-    found = measure(passes, repeats=1)
-    return min(cases, key=lambda one: found[one].median or float("inf"))
+    small = replace(case, size=min(case.size, _FORMAT_SIZE))
+    formats = {last: replace(small, channels_last=last) for last in (False, True)}
+    with ExitStack() as opened:
+        passes = {last: _passes(opened, one, [Way()])[Way()] for last, one in formats.items()}
+        found = measure(passes, repeats=1)
+    return replace(case, channels_last=min(formats, key=lambda last: found[last].median or float("inf")))
 
 
 def largest(case: Case) -> list[dict[str, Any]]:
