@@ -55,6 +55,7 @@ class Here:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Process", Here)
     monkeypatch.setattr(bench, "limit_memory", lambda: None)  # it would hold for all tests
+    monkeypatch.setattr(bench, "_WARM_UP", 0.0)
 
 
 def run(*arguments: str, to: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +37,7 @@ from widefield.streaming.budget import format_bytes, parse_bytes
 _LARGEST = 1 << 18  # pixels a side, for which `--largest` plans at most
 SMALL = 256  # pixels of the image that warms up
 _FORMAT_SIZE = 1024  # pixels at most of the image on which memory formats are compared
+_WARM_UP = 10.0  # seconds of passes in a new process
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def peaks_of(case: Case, kinds: list[Way]) -> dict[Way, int | None]:
 def answers(case: Case, way: Way) -> Iterator[Any]:
     """Run passes in this process, after one over a small image; yields seconds, and bytes at the peak so far.
 
-    They are those above weights, gradients and the image. Where memory is short, the last one says what is `too_large`.
+    They are those above weights, gradients and the image. The first passes bring the heap into use; they take turns with nobody,
+    and count as one. Where memory is short, the last answer says what is `too_large`.
     """
     limit_memory()
     try:
@@ -239,9 +242,11 @@ def answers(case: Case, way: Way) -> Iterator[Any]:
             if way.how == "streamed":
                 ways.plan(way, (1, 3, case.size, case.size), case.what, case.dtype)
             one = ways.here(case.image(case.size), case.what, case.dtype)(way)
-        memory = PeakMemory(torch.device(case.device))
+        memory, begin = PeakMemory(torch.device(case.device)), time.perf_counter()
         while True:
-            yield one()[0], memory.bytes_above_start()
+            seconds, _ = one()
+            if time.perf_counter() - begin > _WARM_UP:
+                yield seconds, memory.bytes_above_start()
     except DoesNotFit as error:
         yield {"too_large": str(error)}
 
@@ -252,7 +257,7 @@ def _in_faster_format(case: Case) -> Case:
     formats = {last: replace(small, channels_last=last) for last in (False, True)}
     with ExitStack() as opened:
         passes = {last: _passes(opened, one, [Way()])[Way()] for last, one in formats.items()}
-        found = measure(passes, repeats=1)
+        found = measure(passes)
     return replace(case, channels_last=min(formats, key=lambda last: found[last].median or float("inf")))
 
 
