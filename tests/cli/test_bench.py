@@ -1,6 +1,6 @@
 import importlib.util
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,13 @@ def test_the_command_prints_a_table_and_writes_its_numbers(
         assert row["fits"] and row["seconds"] > 0 and row["bytes"] >= 0 and row["plain_seconds"] > 0, row
         assert ("predicted_bytes" in row) == ("predicted_overhead" in row) == (row["way"] == "streamed")
     assert capsys.readouterr().out.count("| tiny.py:net | 64 | float32 |") == 5
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_rows_say_in_which_memory_format_they_were_measured(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_in_faster_format", lambda case: replace(case, channels_last=True))
+    rows = bench.bench(bench.Case(model, 64, "forward", "float32", "cpu"), ["32MiB"], repeats=1)
+    assert [row["channels_last"] for row in rows] == [True, True]
 
 
 @pytest.mark.usefixtures("in_this_process")

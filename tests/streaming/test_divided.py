@@ -147,20 +147,20 @@ def test_the_planner_cuts_around_a_deep_part(monkeypatch: pytest.MonkeyPatch) ->
 
 def deep_net() -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64), (64, 64)):
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128), (128, 128), (128, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, 1 if inputs == outputs else 2, 1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 def test_the_planner_cuts_where_that_is_faster_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     module = deep_net()
-    wrap = partial(StreamingCNN, module, memory_budget="12MiB")
+    wrap = partial(StreamingCNN, module, memory_budget="24MiB", verify=False)
     plan = wrap().plan((3, 512, 512))
     monkeypatch.setattr(planner, "_GAIN", 1.0)
     whole = wrap().plan((3, 512, 512))
     assert (plan.stages, whole.stages) == (2, 1)
     assert plan.predicted_overhead < whole.predicted_overhead - 0.02
-    assert plan.total_bytes <= 12 << 20
+    assert plan.total_bytes <= 24 << 20
 
 
 def test_the_smallest_budget_is_met_by_a_cut() -> None:

@@ -423,7 +423,7 @@ def test_the_plan_says_what_will_happen() -> None:
     assert plan.total_bytes <= 4 * 2**20
     kinds = {"weights", "carries", "step", "recorded", "outputs", "maps", "plain", "kernels", "allocator"}
     assert set(plan.predicted_bytes) == kinds
-    assert 1 <= plan.predicted_overhead < 2
+    assert plan.predicted_overhead > 1
     ((recorded, steps),) = plan.recorded
     assert 0 <= recorded < steps == plan.steps
     assert len(plan.layers) > 2

@@ -9,7 +9,7 @@ from widefield.streaming.time_model import RATES, Amounts, relative_time
 
 
 def test_times_are_sums_over_rates() -> None:
-    streamed, plain = Amounts(4e9, 2e6, 0, 1e6, 1e5, 3e6, 100), Amounts(3e9, 0, 5e6)
+    streamed, plain = Amounts(4e9, 2e6, held=1e6, weights=1e5, filed=3e6, calls=100), Amounts(3e9, elements_whole=5e6)
     assert relative_time(streamed, plain, "cuda") == pytest.approx((4e9 + 2e6 * 32) / (3e9 + 5e6 * 32))
     more = relative_time(streamed, plain, "cpu")
     for kind in ("multiplications", "elements", "held", "weights", "filed", "calls"):

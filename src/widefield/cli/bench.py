@@ -176,7 +176,7 @@ def _measured(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[di
     rows = in_turn(case, ways, kinds, repeats)
     seconds, plain = next(((row["seconds"], row["bytes"]) for row in rows if row["way"] == "plain"), (None, None))
     for row in rows:
-        row |= {"plain_seconds": seconds, "plain_bytes": plain}
+        row |= {"plain_seconds": seconds, "plain_bytes": plain, "channels_last": case.channels_last}
         row["time_ratio"] = row["seconds"] / seconds if seconds and row["seconds"] else None
         row["memory_ratio"] = row["bytes"] / plain if plain and row["bytes"] else None
     return rows

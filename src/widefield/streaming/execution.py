@@ -88,7 +88,7 @@ def _job_maker(given: Pass, seed: int) -> Callable[..., Job]:
     """Return a function that makes a `Job`, with all filled in that the scans of a pass have in common."""
     device, plan, heap = given.reader.device, given.plan, None
     if given.memory_budget is not None and device.type == "cpu":
-        heap = watch(given.memory_budget, plan.predicted_bytes["step"] * 3 // 4, plan.total_bytes)
+        heap = watch(given.memory_budget, plan.predicted_bytes["step"], plan.total_bytes)
     autocast = torch.is_autocast_enabled(device.type)
     return partial(
         Job,

@@ -5,6 +5,7 @@ a rate: how many multiplications take as long. Rates were fitted to measurements
 memory, has others.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -17,24 +18,29 @@ from widefield.streaming.memory import Footprint
 class Amounts:
     """Counts of the operations of a pass, by kind; or, as rates, the number of multiplications that take as long as one of a kind.
 
-    `elements` are those of maps that are computed by tiles, `elements_whole` by whole maps, which fit into no cache; `held` those
-    that are put together with what was carried; `weights` those of all steps; `filed` those that are written to files or, three
-    for one, read; `calls` of operations, one by one.
+    `elements` are those of maps that are computed by tiles, `elements_whole` by whole maps, which fit into no cache, and
+    `elements_kept` by whole maps that all lie in memory until a backward pass has used them; `held` those that are put together with
+    what was carried; `weights` those of all steps; `filed` those that are written to files which are used again or, three for one,
+    read, and four times those that are written to new ones; `calls` of operations, one by one, on tiles, and `calls_whole` on whole
+    maps.
     """
 
     multiplications: float = 0.0
     elements: float = 0.0
     elements_whole: float = 0.0
+    elements_kept: float = 0.0
     held: float = 0.0
     weights: float = 0.0
     filed: float = 0.0
     calls: float = 0.0
+    calls_whole: float = 0.0
 
 
-# Fitted on 24 passes of 16 networks with two threads of an AVX-512 CPU, see docs/benchmarks.md. Elsewhere nothing was fitted:
-# plans count what is computed twice.
-RATES = {"cpu": Amounts(1, 24, 70, 60, 33, 200, 4e5), "cuda": Amounts(1, 32, 32)}
+# Fitted on 11 passes of 5 networks with two threads of an AVX-512 CPU, see docs/benchmarks.md. Elsewhere nothing was fitted: plans
+# count what is computed twice.
+RATES = {"cpu": Amounts(1, 35, 40, 61, 15, 23, 55, 3.6e6, 1e6), "cuda": Amounts(1, 32, 32, 32)}
 _OTHER_PASSES = 2  # a backward pass takes as long as two forward
+_NEW_FILES = 4  # times as long as files that are used again, as they are in passes without gradients
 
 
 def amounts(
@@ -46,7 +52,7 @@ def amounts(
     carries, are in files.
     """
     whole = all(footprint.steps == 1 for footprint in footprints)
-    streamed, once = np.zeros(len(astuple(Amounts()))), dict[str, tuple[float, float]]()
+    streamed, once = defaultdict[str, float](float), dict[str, tuple[float, float]]()
     for footprint, share in zip(footprints, recorded, strict=True):
         model, positions = footprint.needs, footprint.positions
         passes = 1 + training * (_OTHER_PASSES + 1 - share)
@@ -55,15 +61,23 @@ def amounts(
             if value.reduction is not None:
                 elements[v] = elements[list(value.sources)].sum()
             once.setdefault(value.name, (multiplications[v], elements[v]))
-        steps = footprint.steps
-        weights = sum(model.stage.weight_sizes) / model.itemsize
-        by_tiles, at_once = (0.0, elements.sum()) if whole else (elements.sum(), 0.0)
-        computed = multiplications.sum(), by_tiles, at_once, footprint.held, weights * steps
         filed = files[0] * footprint.map_elements(training, 1 - share)
         filed += files[1] * training * sum(footprint.carries.values()) / model.itemsize * 4 / 3
-        streamed += np.array([*(passes * x for x in computed), filed, passes * steps * len(model.stage.values)])
-    passes, sums = 1 + training * _OTHER_PASSES, np.array(list(once.values())).reshape(-1, 2).sum(0)
-    return Amounts(*streamed.tolist()), Amounts(passes * sums[0], 0, passes * sums[1])
+        did = {
+            "multiplications": passes * multiplications.sum(),
+            "held": passes * footprint.held,
+            "weights": passes * sum(model.stage.weight_sizes) / model.itemsize * footprint.steps,
+            "filed": filed * (_NEW_FILES if training else 1),
+        }
+        if not whole:
+            did |= {"elements": passes * elements.sum(), "calls": passes * footprint.steps * len(model.stage.values)}
+        for kind, amount in did.items():
+            streamed[kind] += float(amount)
+    passes, sums = 1 + training * _OTHER_PASSES, np.array(list(once.values())).reshape(-1, 2).sum(0).tolist()
+    at_once = {"elements_kept" if training else "elements_whole": passes * sums[1], "calls_whole": passes * len(once)}
+    if whole:
+        streamed.update(at_once)
+    return Amounts(**streamed), Amounts(passes * sums[0], **at_once)
 
 
 def relative_time(streamed: Amounts, plain: Amounts, device: str) -> float:
