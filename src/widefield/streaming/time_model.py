@@ -19,8 +19,8 @@ class Amounts:
     """Counts of the operations of a pass, by kind; or, as rates, the number of multiplications that take as long as one of a kind.
 
     `elements` are those of maps that are computed by tiles, `elements_whole` by whole maps, which fit into no cache, and
-    `elements_kept` by whole maps that all lie in memory until a backward pass has used them; `held` those that are put together with
-    what was carried; `weights` those of all steps; `filed` those that are written to files which are used again or, three for one,
+    `elements_kept` by whole maps that all lie in memory until a backward pass has used them; `held` those put together with what
+    was carried; `weights` those of all steps; `filed` those that are written to files which are used again or, three for one,
     read, and four times those that are written to new ones; `calls` of operations, one by one, on tiles, and `calls_whole` on whole
     maps.
     """
