@@ -21,6 +21,7 @@ from widefield.cli.measuring import (
     DoesNotFit,
     Process,
     Timed,
+    bytes_at_peak,
     largest_size,
     limit_memory,
     machine,
@@ -186,9 +187,7 @@ def in_turn(case: Case, ways: Ways, kinds: list[Way], repeats: int) -> list[dict
     """Return the rows of `kinds`, see `compare`."""
     shape = (1, 3, case.size, case.size)
     with ExitStack() as opened:
-        return compare(
-            ways, _passes(opened, case, kinds, ways), shape, case.what, case.dtype, warm_ups=2, repeats=repeats
-        )
+        return compare(ways, _passes(opened, case, kinds, ways), shape, case.what, case.dtype, repeats=repeats)
 
 
 def _passes(
@@ -215,14 +214,13 @@ class _Passes:
 
 
 def peaks_of(case: Case, kinds: list[Way]) -> dict[Way, int | None]:
-    """Bytes at the peak of a first pass in each way, None where it does not fit."""
-    peaks: dict[Way, int | None] = {}
+    """Bytes at the peak in each way, of one pass or those that warm a process up; None where it does not fit."""
+    peaks: dict[Way, int | None] = dict.fromkeys(kinds)
     for way in kinds:
-        with ExitStack() as opened:
-            try:
-                peaks[way] = _passes(opened, case, [way])[way]()[1]
-            except DoesNotFit:
-                peaks[way] = None
+        with ExitStack() as opened, suppress(DoesNotFit):
+            warm_ups = 0 if case.device == "cpu" else 1
+            found = measure(_passes(opened, case, [way]), warm_ups=warm_ups, repeats=1)[way]
+            peaks[way] = max(found.peaks, default=None)
     return peaks
 
 
@@ -246,7 +244,7 @@ def answers(case: Case, way: Way) -> Iterator[Any]:
         while True:
             seconds, _ = one()
             if time.perf_counter() - begin > _WARM_UP:
-                yield seconds, memory.bytes_above_start()
+                yield seconds, bytes_at_peak(memory)
     except DoesNotFit as error:
         yield {"too_large": str(error)}
 

@@ -114,6 +114,11 @@ def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> i
     """
     memory = PeakMemory(torch.device(device))
     work()
+    return bytes_at_peak(memory)
+
+
+def bytes_at_peak(memory: PeakMemory) -> int:
+    """Return the bytes at the peak so far; raises OSError where the system does not tell them."""
     peak = memory.bytes_above_start()
     if peak is None:
         raise OSError("this system does not tell the peak memory of a process; measure on Linux, or on a GPU")
@@ -209,24 +214,17 @@ class Process:
         self._stack.close()
 
 
-def in_new_process(command: Sequence[str]) -> Any:
-    """Return what Python prints last, as JSON, when it is run with the arguments `command`.
+def peak_in_new_process(peak: str) -> Any:
+    """Return what this script prints last, as JSON, when it is run with its own arguments and `--peak PEAK`.
 
     Raises:
-        DoesNotFit: the system ended it, which it does to the process that takes most memory.
         RuntimeError: it failed.
     """
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode == -9:
-        raise DoesNotFit("the system ended the process")
+    command = [sys.executable, *sys.argv, "--peak", peak]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"`python {' '.join(command)}` failed:\n{done.stderr}")
+        raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak_in_new_process(peak: str) -> Any:
-    """Return what this script prints last, as JSON, when it is run with its own arguments and `--peak PEAK`."""
-    return in_new_process([*sys.argv, "--peak", peak])
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:

@@ -77,12 +77,14 @@ class Ways:
     def here(self, image: Any, what: What, dtype: str) -> Callable[[Way], Callable[[], Timed]]:
         """Return a function of a way that returns its passes over `image` in this process, as `measure` takes them."""
 
+        device = next(self.model.parameters()).device
+
         def passes(way: Way) -> Callable[[], Timed]:
             run = self.run(way)
             model = run if isinstance(run, nn.Module) else self.model
             if what == "step":
                 give_gradients(model)
-            return partial(timed, partial(one_pass, run, model, image, what, dtype), image.device)
+            return partial(timed, partial(one_pass, run, model, image, what, dtype), device)
 
         return passes
 
