@@ -228,9 +228,9 @@ def peak_in_new_process(peak: str) -> Any:
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """Return what a result has to name: processor, device, cores, versions and the date."""
+    """Return what a result has to name: processor and its vector instructions, device, cores, versions and the date."""
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {platform.system()}",
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

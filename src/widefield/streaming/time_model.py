@@ -52,7 +52,7 @@ def amounts(
     carries, are in files.
     """
     whole = all(footprint.steps == 1 for footprint in footprints)
-    streamed, once = defaultdict[str, float](float), dict[str, tuple[float, float]]()
+    streamed, once = defaultdict[str, float](float), dict[str, tuple[float, ...]]()
     for footprint, share in zip(footprints, recorded, strict=True):
         model, positions = footprint.needs, footprint.positions
         passes = 1 + training * (_OTHER_PASSES + 1 - share)
@@ -60,7 +60,7 @@ def amounts(
         for v, value in enumerate(model.stage.values):
             if value.reduction is not None:
                 elements[v] = elements[list(value.sources)].sum()
-            once.setdefault(value.name, (multiplications[v], elements[v]))
+            once.setdefault(value.name, (multiplications[v], elements[v], value.weight_bytes / model.itemsize))
         filed = files[0] * footprint.map_elements(training, 1 - share)
         filed += files[1] * training * sum(footprint.carries.values()) / model.itemsize * 4 / 3
         did = {
@@ -73,11 +73,11 @@ def amounts(
             did |= {"elements": passes * elements.sum(), "calls": passes * footprint.steps * len(model.stage.values)}
         for kind, amount in did.items():
             streamed[kind] += float(amount)
-    passes, sums = 1 + training * _OTHER_PASSES, np.array(list(once.values())).reshape(-1, 2).sum(0).tolist()
+    passes, sums = 1 + training * _OTHER_PASSES, np.array(list(once.values())).reshape(-1, 3).sum(0).tolist()
     at_once = {"elements_kept" if training else "elements_whole": passes * sums[1], "calls_whole": passes * len(once)}
     if whole:
         streamed.update(at_once)
-    return Amounts(**streamed), Amounts(passes * sums[0], **at_once)
+    return Amounts(**streamed), Amounts(passes * sums[0], weights=passes * sums[2], **at_once)
 
 
 def relative_time(streamed: Amounts, plain: Amounts, device: str) -> float:

@@ -122,12 +122,20 @@ def convolution(node: Node, maps: Maps) -> Placed:
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         w, b = context.weights[weight], context.weights[bias.name] if isinstance(bias, Ref) else None
         if subsampling:
-            return F.conv2d(tiles[0][:, :, :: stride[0], :: stride[1]], w, b, groups=groups)
+            return F.conv2d(_subsampled(tiles[0], stride), w, b, groups=groups)
         return _run_padded(
             tiles[0], context, read, 0.0, lambda tile, native: F.conv2d(tile, w, b, stride, native, dilation, groups)
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
+
+
+def _subsampled(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """`x[:, :, :: stride[0], :: stride[1]]`, whose gradient has the memory format of `x`; that of slices is always contiguous."""
+    n, channels, *size = x.shape
+    rows, cols = (len(range(0, length, step)) for length, step in zip(size, stride, strict=True))
+    strides = (*x.stride()[:2], x.stride(2) * stride[0], x.stride(3) * stride[1])
+    return x.as_strided((n, channels, rows, cols), strides, x.storage_offset())
 
 
 @rule(aten.conv3d, keeps_batch=True, is_layer=True)
