@@ -1,0 +1,12 @@
+from widefield.modules.constructor import StreamingConstructor as StreamingConstructor
+from widefield.modules.dense_module import DenseModule as DenseModule
+from widefield.modules.lightstream_modules import ImageNetClassifier as ImageNetClassifier
+from widefield.modules.lightstream_modules import LightningStreamingModule as LightningStreamingModule
+from widefield.modules.lightstream_modules import StreamingModule as StreamingModule
+from widefield.modules.runs import AtomicCheckpointIO as AtomicCheckpointIO
+from widefield.modules.runs import FiniteTraining as FiniteTraining
+from widefield.modules.runs import NotFiniteError as NotFiniteError
+from widefield.modules.runs import RandomState as RandomState
+from widefield.modules.split_images import SplitImages as SplitImages
+from widefield.modules.streaming_module import BaseModule as BaseModule
+from widefield.modules.streaming_module import PlainModel as PlainModel
