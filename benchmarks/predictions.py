@@ -4,13 +4,13 @@
     uv run --no-sync python benchmarks/predictions.py [--share 1/3] [--times] [--rows 0 1 2 ...] [--json FILE]
 
 Each network gets a share of plain PyTorch's peak as its budget, or the smallest budget that works if that is more. Peaks are those
-of a step in a process of its own, above the weights, their gradients and the image, and may be measured on a busy machine.
+of all steps of ten seconds in a process of its own, above the weights, their gradients and the image, and may be measured on a
+busy machine.
 `--times` wants an idle one: streamed and plain steps take turns, each in a process of its own, and ratios are of medians. Prints
 the table of `widefield bench`.
 """
 
 import argparse
-import math
 import re
 import shlex
 import sys
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from widefield.cli.bench import HEADER, Case, in_turn, peaks_of, table_row
-from widefield.cli.measuring import machine, write_json
+from widefield.cli.measuring import DoesNotFit, machine, write_json
 from widefield.cli.ways import Way, Ways
 from widefield.errors import WidefieldError
 
@@ -63,7 +63,8 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
     case = Case(model, size, "step", "float32", "cpu", channels_last=True)
     ways = Ways(case.network())
     plain = peaks_of(case, [Way()])[Way()]
-    assert plain is not None
+    if plain is None:
+        raise DoesNotFit("a step of plain PyTorch does not fit into memory")
     way, shape = Way("streamed", int(Fraction(share) * plain)), (1, 3, size, size)
     try:
         planned = ways.plan(way, shape, "step", "float32")
@@ -73,11 +74,20 @@ def row_of(model: str, size: int, share: str, times: bool) -> dict[str, Any]:
             raise
         way = Way("streamed", int(smallest[1]))
         planned = ways.plan(way, shape, "step", "float32")
-    row = {"model": model, "size": size, "dtype": "float32", "what": "step", "way": "streamed", "fits": True, **planned}
-    row |= {"budget": way.budget, "bytes": peaks_of(case, [way])[way], "plain_bytes": plain}
-    row["memory_ratio"] = (row["bytes"] or math.nan) / plain
-    if times:
-        plainly, streamed = in_turn(case, ways, [Way(), way], repeats=3)
+    row = {
+        "model": model,
+        "size": size,
+        "dtype": "float32",
+        "what": "step",
+        "way": "streamed",
+        "plain_bytes": plain,
+        **planned,
+    }
+    peak = peaks_of(case, [way])[way]
+    row |= {"budget": way.budget, "fits": peak is not None, "bytes": peak}
+    row["memory_ratio"] = None if peak is None else peak / plain
+    if times and peak is not None:
+        plainly, streamed = in_turn(case, ways, [Way(), way], 3, plain)
         row |= {"seconds": streamed["seconds"], "time_ratio": streamed["seconds"] / plainly["seconds"]}
     return row
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import weakref
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from widefield.cli import bench, main
-from widefield.cli.measuring import DoesNotFit, Process, measure, memory_errors, timed
-from widefield.cli.ways import Way, Ways, one_pass
+from widefield.cli.measuring import DoesNotFit, Process, largest_size, measure, memory_errors, timed
+from widefield.cli.ways import Way, Ways, one_pass, peers
 
 ROOT = Path(__file__).parents[2]
 MODEL = """
@@ -41,14 +42,13 @@ class Here:
     def __init__(self, command: list[str]) -> None:
         given = json.loads(command[-1])
         self.way = Way(**given["way"])
-        self.answers = bench.answers(bench.Case(**given["case"]), self.way)
-        self.ended = False
+        self.answers = bench.answers(bench.Case(**given["case"]), self.way, given["warm_up"])
 
     def ask(self) -> Any:
         return next(self.answers)
 
     def close(self) -> None:
-        self.ended = True
+        pass
 
 
 @pytest.fixture
@@ -123,14 +123,30 @@ for k, _ in enumerate(sys.stdin):
     with pytest.raises(DoesNotFit, match="no memory"):
         process.ask()
     process.close()
-    for code, error, told in (
-        ("1 / 0", RuntimeError, "ZeroDivisionError"),
-        ("import os; os.kill(os.getpid(), 9)", DoesNotFit, "system"),
+    answer_once = "import os; input(); print(1, flush=True); "
+    for code, answers, error, told in (
+        ("1 / 0", 0, RuntimeError, "ZeroDivisionError"),
+        ("import os; os.kill(os.getpid(), 9)", 0, DoesNotFit, "system"),
+        (f"{answer_once} 1 / 0", 1, RuntimeError, "ZeroDivisionError"),
+        (f"{answer_once} os.kill(os.getpid(), 9)", 1, DoesNotFit, "system"),
     ):
         process = Process(["-c", code])
+        assert [process.ask() for _ in range(answers)] == [1] * answers
         with pytest.raises(error, match=told):
             process.ask()
         process.close()
+
+
+def test_a_pass_that_does_not_fit_leaves_no_tensors() -> None:
+    def work() -> None:
+        tensor = torch.empty(8)
+        held.append(weakref.ref(tensor))
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    with pytest.raises(DoesNotFit):
+        timed(work, torch.device("cpu"))
+    assert held[0]() is None
 
 
 def test_passes_without_memory_are_left_out_and_the_others_measured() -> None:
@@ -176,24 +192,97 @@ def test_the_copy_with_checkpoints_has_the_same_gradients(model: str, refuses: b
 
 def test_the_largest_size_is_found_to_a_tenth() -> None:
     for most in (33, 700, 1000, 5000):
-        low, high = bench.largest_size(lambda size, most=most: size <= most, 1024)
+        low, high = largest_size(lambda size, most=most: size <= most, 1024)
         assert low <= most < high and (high <= 1.1 * low or high - low <= 32), (most, low, high)
-    assert bench.largest_size(lambda size: False, 1024) == (0, 32)
+    assert largest_size(lambda size: False, 1024) == (0, 32)
 
 
-def test_the_largest_images_are_told_of_plain_and_streamed_passes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "peaks_of", lambda case, kinds: dict.fromkeys(kinds, case.size <= 1000))
+@pytest.mark.parametrize("most", [1000, 2000])
+def test_the_largest_images_are_told_of_plain_and_streamed_passes(
+    model: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peaks(case: bench.Case, kinds: list[Way], warm_up: float) -> dict[Way, int | None]:
+        return {way: 1 if case.size <= (1000 if way.how == "plain" else most) else None for way in kinds}
+
+    monkeypatch.setattr(bench, "peaks_of", peaks)
     monkeypatch.setattr(bench, "_LARGEST", 4096)
-    plain, tried, planned = bench.largest(bench.Case(model, 512, "step", "float32", "cpu"))
+    plain, tried, *planned = bench.largest(bench.Case(model, 512, "step", "float32", "cpu"))
     assert plain["way"] == "plain" and 900 <= plain["size"] <= 1000 < plain["too_large"]
-    assert tried["way"] == "streamed" and tried["size"] == 2 * plain["size"] and not tried["fits"]
-    assert planned["way"] == "streamed, by its plan" and planned["size"] >= 4096 and planned["predicted_bytes"] > 0
+    assert tried["way"] == "streamed" and tried["size"] == 2 * plain["size"] and tried["fits"] == bool(planned)
+    assert bool(planned) == (most == 2000)
+    for row in planned:
+        assert row["way"] == "streamed, by its plan" and row["size"] >= 4096 and row["predicted_bytes"] > 0
 
 
 def test_a_budget_is_a_share_or_bytes() -> None:
-    assert [bench._bytes(text, 1000) for text in ("1/4", "0.4", "1", "2KiB", "5000")] == [250, 400, 1000, 2048, 5000]
-    with pytest.raises(ValueError, match="1/0"):
-        bench._bytes("1/0", 1000)
+    texts = ("1/4", "0.4", "1", "1.0", "2KiB", "5000")
+    assert [bench._bytes(text, 1000) for text in texts] == [250, 400, 1000, 1000, 2048, 5000]
+    for text in ("1/0", "0.0", "1/2MiB", "half"):
+        with pytest.raises(ValueError, match=text):
+            bench._bytes(text, 1000)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_cannot_be_measured_is_told_before_anything_runs(model: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "other.py").write_text("from torch import nn\nnet = nn.ReLU()\n")
+    for arguments, told in (
+        (["--model", f"{tmp_path}/other.py:net"], "no weights that train"),
+        (["--model", model, "--json", str(tmp_path)], "Is a directory"),
+        (["--model", model, "--json", f"{tmp_path}/other.py/new.json"], "other.py"),
+        (["--model", model, "--largest", "--budget", "1/2"], "leave one out"),
+    ):
+        assert main(["bench", *arguments]) == 2
+        shown = capsys.readouterr()
+        assert told in " ".join(shown.err.split()) and "|" not in shown.out, shown
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_network_that_fails_leaves_the_others_their_rows(model: str, tmp_path: Path, capsys: Any) -> None:
+    file, to = tmp_path / "gray.py", tmp_path / "new.json"
+    file.write_text(
+        f"{MODEL}\n\ndef gray():\n    return nn.Conv2d(1, 4, 3)\n\n\ndef broken():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), "
+        "nn.Conv2d(5, 4, 3))\n"
+    )
+    names = [f"{file}:{name}" for name in ("broken", "gray")]
+    arguments = [*("--model", names[0], "--model", names[1], "--size", "64"), "--repeats", "1", "--json", str(to)]
+    assert main(["bench", *arguments, "--budget", "1KiB"]) == 1
+    rows = json.loads(to.read_text())["rows"]
+    found = [(row["model"], row["what"], row["way"], row["fits"]) for row in rows]
+    assert found == [
+        *((names[0], what, "", False) for what in ("step", "forward")),
+        *((names[1], what, way, way == "plain") for what in ("step", "forward") for way in ("plain", "streamed")),
+    ]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "expected input" in told and "smallest" in told, told  # of PyTorch, and of the plan
+
+
+def test_peers_are_those_that_run_the_network_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    dense, flat = (
+        nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU()), nn.Conv2d(4, 1, 1)),
+        nn.Conv2d(3, 4, 1),
+    )
+    assert [way.how for way in peers(dense, (1, 1, 640, 640), "forward")] == ["sliding window"]
+    assert [way.how for way in peers(dense, (1, 1, 640, 640), "step")] == ["checkpoint"]
+    assert peers(dense, (1, 1, 512, 512), "forward") == peers(flat, (1, 3, 640, 640), "step") == []
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_processes_that_fill_the_memory_follow_one_another(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, asked = bench.Case(model, 64, "forward", "float32", "cpu"), list[str]()
+
+    class Noted(Here):
+        def ask(self) -> Any:
+            asked.append(self.way.how)
+            return super().ask()
+
+    monkeypatch.setattr(bench, "Process", Noted)
+    monkeypatch.setattr(bench, "available_memory", lambda: 1 << 30)
+    kinds, ways = [Way(), Way("streamed")], Ways(case.network())
+    for peak, order in ((1 << 20, ["plain", "streamed"] * 2), (1 << 30, ["plain"] * 2 + ["streamed"] * 2)):
+        asked.clear()
+        rows = bench.in_turn(case, ways, kinds, 1, peak)
+        assert asked == order and [row["way"] for row in rows] == ["plain", "streamed"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ TORCHVISION_PREFIX = "torchvision/"
 
 def check_model(arguments: argparse.Namespace, others: list[str]) -> int:
     """Check as the arguments say; 0 if the model is exact, else 1."""
-    model, channels = _model_and_channels(arguments)
+    model = find_model(arguments.model)
+    channels = arguments.channels or channels_of(model, arguments.model)
     size = arguments.size or _least_size(model)
     result = check(
         model,
@@ -51,7 +52,8 @@ def _least_size(model: nn.Module) -> tuple[int, int]:
 
 def plan_image(arguments: argparse.Namespace, others: list[str]) -> None:
     """Plan as the arguments say."""
-    model, channels = _model_and_channels(arguments)
+    model = find_model(arguments.model)
+    channels = arguments.channels or channels_of(model, arguments.model)
     streamed = stream(model, arguments.tile_size, memory_budget=arguments.memory_budget)
     with torch.set_grad_enabled(not arguments.inference):
         plan = streamed.plan((arguments.batch, channels, *arguments.size))
@@ -82,18 +84,15 @@ def find_model(text: str) -> nn.Module:
     return _make(found, text)
 
 
-def _model_and_channels(arguments: argparse.Namespace) -> tuple[nn.Module, int]:
-    """The model, and the channels of its images: 3 for timm's, torchvision's and those without convolutions.
+def channels_of(model: nn.Module, text: str) -> int:
+    """The channels of the images of `model`, which `text` names: 3 for timm's, torchvision's and those without convolutions.
 
     For all others what the first 2-D convolution takes.
     """
-    model = find_model(arguments.model)
-    if arguments.channels:
-        return model, arguments.channels
-    if arguments.model.startswith((TIMM_PREFIX, TORCHVISION_PREFIX)):
-        return model, 3
+    if text.startswith((TIMM_PREFIX, TORCHVISION_PREFIX)):
+        return 3
     first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-    return model, first.in_channels if first else 3
+    return first.in_channels if first else 3
 
 
 def _torchvision(text: str) -> nn.Module:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -133,11 +134,11 @@ def memory_errors() -> Iterator[None]:
     """Raise DoesNotFit in place of what PyTorch raises where memory is short."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise DoesNotFit(str(error)) from None  # the frames of the error hold the tensors
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _MEMORY_WORDS):
+    except (RuntimeError, MemoryError) as error:
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if not isinstance(error, kinds) and not any(words in str(error) for words in _MEMORY_WORDS):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors
         raise DoesNotFit(str(error)) from None
 
 
@@ -148,13 +149,22 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_memory() -> int:
+    """Return the bytes that processes can have, without others being ended for them; elsewhere than on Linux all of the machine."""
+    return (
+        status_bytes("MemAvailable", Path("/proc/meminfo"))
+        if sys.platform == "linux"
+        else memory_of(torch.device("cpu"))
+    )
+
+
 def limit_memory() -> None:
     """On Linux, let this process have no more memory than is free: it gets an error then, and is not ended by the system."""
     if sys.platform == "linux":
         import resource
 
-        free = status_bytes("MemAvailable", Path("/proc/meminfo"))
-        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + free, resource.RLIM_INFINITY))
+        limit = status_bytes("VmData") + available_memory()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
 
 def largest_size(fits: Callable[[int], bool], start: int) -> tuple[int, int]:
@@ -181,7 +191,7 @@ class Process:
     def __init__(self, command: Sequence[str]) -> None:
         self._command, self._stack = [sys.executable, *command], ExitStack()
         self._errors = self._stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115  (closed by the stack)
-        self._running: subprocess.Popen[str] | None = None
+        self._running: subprocess.Popen[bytes] | None = None
 
     def ask(self) -> Any:
         """Return the next answer.
@@ -192,16 +202,17 @@ class Process:
         """
         if self._running is None:
             pipe = subprocess.PIPE
-            self._running = self._stack.enter_context(
-                subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, bufsize=1)
+            self._running = self._stack.enter_context(  # without a buffer, which would be written when it is closed
+                subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
             )
             self._stack.callback(self._running.kill)
         assert self._running.stdin and self._running.stdout
         with suppress(BrokenPipeError):  # it has ended, of which there is more to tell
-            self._running.stdin.write("\n")
+            self._running.stdin.write(b"\n")
         if line := self._running.stdout.readline():
             answer = json.loads(line)
             if isinstance(answer, dict) and "too_large" in answer:
+                self.close()  # and give back what memory it has
                 raise DoesNotFit(answer["too_large"])
             return answer
         if self._running.wait() == -9:

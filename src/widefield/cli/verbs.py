@@ -247,7 +247,11 @@ tiling with halos would lose at the borders of a tile as large as the image.
         "widefield.cli.bench:run",
         (
             option(
-                "--model", "MODEL", "see below; several times (default: two small ones)", action="append", default=[]
+                "--model",
+                "MODEL",
+                "see below; several times (default: ResNet-18 and EfficientNet-B0)",
+                action="append",
+                default=[],
             ),
             option(
                 "--size", "N", "height and width of the image; several times", read_count, action="append", default=[]
@@ -262,14 +266,15 @@ tiling with halos would lose at the borders of a tile as large as the image.
             ),
             option("--budget", "SIZE", "a share of plain's peak such as 1/4, or 2GiB; several times", action="append"),
             option("--repeats", "N", "passes of which the median is taken (default: 3)", read_count, default=3),
-            flag("--all", "all networks that marks are set for, which takes an hour on a CPU"),
+            flag("--all", "without --model: all networks that marks are set for, which takes hours on a CPU"),
             flag("--largest", "look for the largest image of which a training step fits, plain and streamed, instead"),
             option("--json", "FILE", "also write the numbers to this file", Path),
         ),
         f"""\
 {_MODELS}
-A forward pass without gradients and a training step are measured, in evaluation mode. Ways take turns in one process; seconds are
-medians. Memory is the peak above the weights, their gradients and the image: on a CPU of a process of its own for each way. Where
+A forward pass without gradients and a training step are measured, in evaluation mode. Ways take turns, on a CPU each in a process
+of its own, after ten seconds of passes each that are not counted; seconds are medians. Memory is the peak of all passes above the
+weights, their gradients and the image. Where
 plain PyTorch is faster in channels_last, all ways have it. Streamed runs get shares of plain's peak, or of the machine's memory if
 plain PyTorch does not fit. Measure on an idle machine: short steps suffer most from other processes.
 

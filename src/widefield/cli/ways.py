@@ -16,12 +16,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from widefield.cli.measuring import Timed, measure, timed
+from widefield.errors import WidefieldError
 from widefield.streaming import StreamingCNN, stream
 from widefield.streaming.store import Place
 
 What = Literal["step", "forward"]
 Run = Callable[[Any], Any]
 _WINDOW = 512  # pixels, of MONAI's sliding window
+_SWITCH = "set_grad_checkpointing"  # as models of timm have it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -93,12 +95,12 @@ class Ways:
         return self.streamed
 
 
-def peers(model: nn.Module, size: int, what: What) -> list[Way]:
-    """Return the peers that can run `model` as it is, of those that are installed."""
+def peers(model: nn.Module, shape: tuple[int, int, int, int], what: What) -> list[Way]:
+    """Return the peers that can run `model` as it is on an image of `shape`, of those that are installed."""
     if what == "step":
-        return [Way("checkpoint")]
+        return [Way("checkpoint")] if hasattr(model, _SWITCH) or any(True for _ in _blocks(model)) else []
     found = [Way("tiling")] if hasattr(model, "enable_tiling") else []
-    if size > _WINDOW and find_spec("monai") is not None and _is_dense(model):
+    if min(shape[2:]) > _WINDOW and find_spec("monai") is not None and _is_dense(model, shape[1]):
         found.append(Way("sliding window", window=_WINDOW))
     return found
 
@@ -110,18 +112,18 @@ def lightstream_tiles(model: nn.Module, size: int) -> list[int]:
     return [tile for tile in (1280, 1600) if tile < size]
 
 
-def _is_dense(model: nn.Module) -> bool:
+def _is_dense(model: nn.Module, channels: int) -> bool:
     """True if the result for an image is a map of its size."""
     weight = next(model.parameters())
     with torch.no_grad():
-        result = model(torch.rand(1, 3, 64, 96, device=weight.device, dtype=weight.dtype))
+        result = model(torch.rand(1, channels, 64, 96, device=weight.device, dtype=weight.dtype))
     return any(isinstance(leaf, Tensor) and leaf.shape[2:] == (64, 96) for leaf in pytree.tree_leaves(result))
 
 
 def _checkpointed(model: nn.Module, window: int | None) -> Run:
     """Return a copy that computes its blocks again in the backward pass: as timm has it, else the blocks of every Sequential."""
     model = copy.deepcopy(model)
-    switch: Any = getattr(model, "set_grad_checkpointing", None)
+    switch: Any = getattr(model, _SWITCH, None)
     if switch is not None:
         with suppress(AssertionError):  # timm: "gradient checkpointing not supported"
             switch()
@@ -245,7 +247,7 @@ def compare(
         if way.how == "streamed":
             try:
                 row |= ways.plan(way, shape, what, dtype)
-            except ValueError as error:
+            except (WidefieldError, ValueError) as error:  # it cannot be streamed, or not within the budget
                 row |= {"fits": False, "reason": str(error)}
                 del planned[way]
     for way, found in measure(planned, warm_ups=warm_ups, repeats=repeats, limit=limit).items():
