@@ -313,7 +313,10 @@ def test_a_file_of_results_becomes_tables(page: Any, tmp_path: Path) -> None:
     row = {"model": "torchvision/net", "size": 64, "dtype": "bfloat16", "what": "step", "fits": True, "seconds": 2.0}
     rows = [
         {**row, "way": "plain", "bytes": 4 << 20, "time_ratio": 1.0, "memory_ratio": 1.0},
-        {**row, "way": "streamed", "share": "1/4", "bytes": 1 << 20, "predicted_bytes": 2 << 20, "mark": 1.05},
+        {
+            **{**row, "way": "streamed", "share": "1/4", "bytes": 1 << 20, "predicted_bytes": 2 << 20, "mark": 1.05},
+            "all_seconds": [2.0, 1.5, 2.5],
+        },
         {**row, "way": "streamed", "budget": 3 << 20, "fits": False, "carries": "host"},
         {**row, "way": "plain", "what": "largest", "cap": 40 << 30, "size": 8192},
         {"what": "failed", "reason": "RuntimeError"},
@@ -323,7 +326,7 @@ def test_a_file_of_results_becomes_tables(page: Any, tmp_path: Path) -> None:
     assert page.tables(tmp_path / "new.json").splitlines() == [
         *("`c`", "2026-11-27, G, M, 4 threads, torch 2.11.", "", *bench.HEADER),
         "| net | 64 | bfloat16 | step | plain |  | 2.000 | 1.00 |  | 4 | 1.00 |  |  |",
-        "| net | 64 | bfloat16 | step | streamed | 1/4 | 2.000 |  |  | 1 |  | 2 | at most 1.05 |",
+        "| net | 64 | bfloat16 | step | streamed | 1/4 | 2.000 (1.50 to 2.50) |  |  | 1 |  | 2 | at most 1.05 |",
         "| net | 64 | bfloat16 | step | streamed, carries on the host | 3 MiB | does not fit |  |  |  |  |  |  |",
         *("", "| largest step | dtype | way | memory | pixels | s | planned MiB |", "|---|---|---|---|---|---|---|"),
         "| torchvision/net | bfloat16 | plain | 40.00 GiB | 8192 | 2.0 |  |",

@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from widefield.streaming import StreamingCNN
-from widefield.streaming.budget import parse_tile_size
 
 TOLERANCE = 1e-10
 
@@ -80,7 +79,7 @@ def assert_exact(
     streamed = wrap(module)
     streamed.verify = False  # the comparison below is stricter
     for tile_size in tile_sizes:
-        streamed.tile_size = parse_tile_size(tile_size)
+        streamed.tile_size = tile_size
         module.zero_grad()
         tiled = image.detach().double().requires_grad_()
         found, found_spec = pytree.tree_flatten(streamed(tiled))

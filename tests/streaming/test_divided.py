@@ -1,5 +1,6 @@
 """A stage that is cut at a narrow map, so that the deep part is recorded and the shallow one recomputed: the same numbers."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,34 @@ def test_a_region_and_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     divide(monkeypatch, 2)
     for a, b in zip(found(), expected, strict=True):
         assert relative_error(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_map_that_is_written_and_kept_nowhere_is_no_place_for_a_cut(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    possible = list[bool]()
+
+    def divided(program: Program, request: PlanRequest) -> Planner | None:
+        cut = planner._planner(program.divisions[which](), replace(request, divided=True))
+        possible.append(cut is not None)
+        return cut or planner._planner(program, request)
+
+    monkeypatch.setattr("widefield.streaming.module.make_planner", divided)
+    module, image = Net().double().eval(), torch.randn(1, 3, 64, 48, dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(image)[:2]
+    streamed, arrays = StreamingCNN(module, 16, verify=False), [torch.zeros_like(x) for x in expected]
+    streamed.write(image, arrays)
+    assert all(relative_error(found, plain) < TOLERANCE for found, plain in zip(arrays, expected, strict=True))
+    assert possible == [which not in (2, 4)]  # the maps that are written
+
+
+def test_deep_parts_that_are_hundreds_of_times_smaller_are_planned() -> None:
+    module = nn.Sequential(*(nn.Conv2d(3 if k == 0 else 4, 4, 3, 2, 1) for k in range(13)))
+    with pytest.raises(ValueError, match="smallest that works"):
+        StreamingCNN(module, memory_budget="64KiB", verify=False).plan((3, 4096, 4096))
+    assert StreamingCNN(module, memory_budget="64MiB", verify=False).plan((3, 4096, 4096)).total_bytes <= 64 << 20
 
 
 class Skips(nn.Module):

@@ -1,8 +1,11 @@
 """StreamingCNN as users hold it: gradients, modes, weights that change, kinds of images, errors."""
 
 import copy
+import gc
 import io
 import pickle
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -393,6 +396,58 @@ def test_progress_is_told() -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         StreamingCNN(small(), **arguments)(image(dtype=torch.float32))
+
+
+def test_what_is_set_later_is_read_as_an_argument_is() -> None:
+    streamed = StreamingCNN(small())
+    streamed.memory_budget, streamed.tile_size = "4MiB", 64  # type: ignore[assignment]
+    assert (streamed.memory_budget, streamed.tile_size) == (4 << 20, (64, 64))
+    with pytest.raises(ValueError, match="memory_budget='six'"):
+        streamed.memory_budget = "six"  # type: ignore[assignment]
+    assert streamed.memory_budget == 4 << 20
+
+
+def test_plans_of_sizes_that_are_not_kept_go() -> None:
+    streamed = StreamingCNN(small(), 8, verify=False)
+    programs = []
+    for size in range(20, 60):
+        streamed(torch.rand(1, 3, size, 20))
+        programs += [weakref.ref(program) for program in list(streamed._programs._programs.values())[-1:]]
+    gc.collect()
+    assert sum(program() is not None for program in programs) == len(streamed._programs._programs) < 40
+
+
+def test_two_threads_are_deterministic_until_both_are_through() -> None:
+    streamed = [StreamingCNN(small().double(), 8, deterministic=True, verify=False) for _ in range(2)]
+    begun, both, done = threading.Event(), threading.Event(), threading.Event()
+    seen = list[bool]()
+
+    def first(*_: Any) -> None:
+        begun.set()
+        both.wait(20)
+
+    def second(*_: Any) -> None:
+        both.set()
+        done.wait(20)
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    def run(which: int) -> None:
+        with torch.no_grad():
+            streamed[which](image())
+        if which == 0:
+            done.set()
+
+    for each in streamed:
+        with torch.no_grad():
+            each(image())
+    streamed[0].progress, streamed[1].progress = first, second
+    threads = [threading.Thread(target=run, args=(k,)) for k in (0, 1)]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert all(seen) and not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,34 @@ def test_prepared_images_give_regions_without_looking_at_the_whole_again() -> No
             streamed(prepared, region=(0, 0, 9, 9))
 
 
+@pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_a_map_of_which_nothing_is_needed_has_no_bytes(place: Any) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x) * self.a(x).mean((2, 3), keepdim=True)
+
+    net, image = Gated().double(), torch.randn(1, 3, 40, 36, dtype=torch.float64)
+    streamed = StreamingCNN(net, 16, maps=place, verify=False)
+    prepared = streamed.prepare(image)
+    with torch.no_grad():
+        found = streamed(prepared, region=(8, 8, 16, 12))
+        assert relative_error(found, net(image)[:, :, 8:24, 8:20]) < TOLERANCE
+
+
+def test_a_plan_for_a_part_counts_the_maps_that_are_there_at_a_time() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1))]
+    streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 8, 1), *layers).double(), 16, verify=False)
+    mask, one = torch.zeros(96, 96, dtype=torch.bool), 8 * 96 * 96 * 8
+    mask[:48] = True
+    with torch.no_grad():
+        sizes = [streamed.plan((3, 96, 96), **part).predicted_bytes["maps"] for part in ({}, {"mask": mask})]
+    assert sizes == [2 * one, one]
+
+
 class Scaled(nn.Module):
     """A map divided by its mean, which depends on a setting too."""
 

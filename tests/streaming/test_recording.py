@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from widefield.streaming import StreamingCNN, planner
 from widefield.streaming.arena import Arena
 from widefield.streaming.captured import CallKind, Ref
 from widefield.streaming.store import Store
+from widefield.streaming.tape import Tape
 
 
 def net() -> nn.Sequential:
@@ -199,6 +201,13 @@ def test_carries_whose_size_nobody_knows_lie_in_few_blocks_and_are_copied_once()
     assert all(map(arena.holds, pieces))
     assert not arena.holds(given[0])
     assert all(torch.equal(piece, other) for piece, other in zip(pieces, given, strict=True))
+
+
+def test_carries_that_wait_are_not_copied_again() -> None:
+    arena = Arena(Store(), {torch.float32: 1 << 16})
+    tape: Any = SimpleNamespace(arena=arena)
+    waiting = Tape.new_carry(tape, torch.rand(1, 8, 2, 64))
+    assert arena.holds(waiting) and Tape.new_carry(tape, waiting) is waiting
 
 
 def test_a_plan_under_autocast_counts_the_bytes_of_its_dtypes() -> None:

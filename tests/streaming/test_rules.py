@@ -427,6 +427,23 @@ def test_tiny_images(size: tuple[int, int]) -> None:
     assert_exact(randomise(module), torch.randn(2, 3, *size), [(1, 1)])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("part", ["all of a map", "a map that is expanded over the batch", "some of its channels"])
+def test_every_second_position_beside_another_reader(part: str, layout: torch.memory_format) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8 if "channels" not in part else 4, 5, 1, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.first(x)
+            y = y.expand(3, -1, -1, -1) if "expanded" in part else y
+            return self.one(y[:, 2:6] if "channels" in part else y), F.avg_pool2d(y, 2)
+
+    for size in ((17, 18), (17, 33)):
+        assert_exact(Net().to(memory_format=layout), torch.randn(1, 3, *size), [64, (8, None), 9])
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [

@@ -270,6 +270,24 @@ def test_maps_between_stages_live_where_they_are_told_to(place: str, tmp_path: P
 
 
 @pytest.mark.parametrize("place", ["device", "host", "file"])
+def test_a_result_that_a_later_stage_reads_stays_on_the_device(place: str) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return x, x * x.mean((2, 3), keepdim=True)
+
+    streamed = assert_exact(Both(), torch.randn(1, 3, 37, 29), [(8, None), 11], wrap=partial(StreamingCNN, maps=place))
+    plan = streamed.plan((3, 37, 29))
+    with torch.no_grad():
+        more = plan.predicted_bytes["outputs"] - streamed.plan((3, 37, 29)).predicted_bytes["outputs"]
+    assert more == 4 * 37 * 29 * 8  # its gradient
+
+
+@pytest.mark.parametrize("place", ["device", "host", "file"])
 def test_weights_along_one_axis(place: str, tmp_path: Path) -> None:
     """Gates per row and per column have gradients of their own shape."""
 

@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> int:
     for case, budgets, marks in _cases(arguments):
         try:
             rows = bench(case, budgets, arguments.repeats) if not arguments.largest else largest(case)
-        except (WidefieldError, RuntimeError) as error:  # of one network, or of the process that runs it
+        except (WidefieldError, RuntimeError, ValueError) as error:  # of one network, or of the process that runs it
             rows, failed = [{"way": "", "fits": False, "reason": str(error)}], True
         for row in rows:
             row |= {key: value for key, value in asdict(case).items() if key not in row and key != "device"}
@@ -350,7 +350,7 @@ def _bytes(budget: str, whole: int) -> int:
 
 
 HEADER = (
-    "| model | pixels | dtype | pass | way | budget | s | / plain | planned | MiB | / plain | planned MiB | mark |",
+    "| model | pixels | dtype | pass | way | budget | s | s / plain | planned | MiB | MiB / plain | planned MiB | mark |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -365,7 +365,10 @@ def table_row(row: Mapping[str, Any]) -> str:
     way += ", norms frozen" if row.get("frozen") else ""
     way += "".join(f", {kind} on the host" for kind in ("maps", "carries") if row.get(kind) == "host")
     budget = row.get("share") or (format_bytes(row["budget"]) if row.get("budget") else "")
-    seconds = number("seconds", ".3f") + (" (first pass)" if row.get("cold") else "") if row["fits"] else "does not fit"
+    seconds, passes = number("seconds", ".3f"), row.get("all_seconds") or ()
+    if len(passes) > 1:
+        seconds += f" ({min(passes):.2f} to {max(passes):.2f})"
+    seconds = seconds + (" (first pass)" if row.get("cold") else "") if row["fits"] else "does not fit"
     mark = ""
     if row.get("mark") and row.get("peer_ratio"):
         mark = f"{row['peer_ratio']:.1f} times faster, at least {row['mark']:g}"

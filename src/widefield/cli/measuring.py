@@ -36,13 +36,14 @@ class DoesNotFit(WidefieldError, MemoryError):
 class Measured:
     """Seconds of the passes of one kind in their order, and the bytes at their peaks where they are known, warm-ups left out.
 
-    `cold`: there was no time but for warm-ups, of which the last is here.
+    `cold`: there was no time but for warm-ups, of which the last is here. `reason`: why it does not fit.
     """
 
     seconds: tuple[float, ...] = ()
     peaks: tuple[int, ...] = ()
     fits: bool = True
     cold: bool = False
+    reason: str = ""
 
     @property
     def median(self) -> float | None:
@@ -64,16 +65,19 @@ def measure(
     """
     begin = time.perf_counter()
     found: dict[K, list[Timed]] = {name: [] for name in passes}
-    too_large = set[K]()
+    too_large = dict[K, str]()
     for turn in range(warm_ups + repeats):
         for name, run in passes.items():
             if name in too_large or (turn > 0 and time.perf_counter() - begin > limit):
                 continue
             try:
                 found[name].append(run())
-            except DoesNotFit:
-                too_large.add(name)
-    return {name: Measured(fits=False) if name in too_large else _summed_up(of, warm_ups) for name, of in found.items()}
+            except DoesNotFit as error:
+                too_large[name] = str(error)
+    return {
+        name: Measured(fits=False, reason=too_large[name]) if name in too_large else _summed_up(of, warm_ups)
+        for name, of in found.items()
+    }
 
 
 def _summed_up(passes: list[Timed], warm_ups: int) -> Measured:
@@ -163,8 +167,8 @@ def limit_memory() -> None:
     if sys.platform == "linux":
         import resource
 
-        limit = status_bytes("VmData") + available_memory()
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+        limit, (_, hard) = status_bytes("VmData") + available_memory(), resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def largest_size(fits: Callable[[int], bool], start: int) -> tuple[int, int]:

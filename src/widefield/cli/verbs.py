@@ -32,7 +32,7 @@ _MODEL = (
 )
 _PLAN = (
     option("--tile-size", "N", "pixels per step of the plan (default: chosen)", read_count),
-    option("--memory-budget", "SIZE", "of the plan, such as 2GiB (default: the free memory)"),
+    option("--memory-budget", "SIZE", "of the plan, such as 2GiB (default: half of the free memory)"),
     flag("--json", "print the result as JSON"),
 )
 _MODELS = """\
@@ -222,7 +222,8 @@ that was left out.
         f"""\
 {_MODELS}
 It is compared with plain PyTorch on a small random image, in float64: outputs, the image's gradient, every parameter's gradient.
-Exit code: 0 exact, 1 not exact (wrong, refused, or streamed in part), 2 an error such as a file that is not there.
+Exit code: 0 exact, and streamed at least up to its first operation on tokens; 1 not so (wrong, refused, or streamed in part); 2 an
+error such as a file that is not there.
 """,
     ),
     "plan": Verb(

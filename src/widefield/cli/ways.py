@@ -254,5 +254,5 @@ def compare(
         rows[way] |= {"fits": found.fits, "cold": found.cold, "seconds": found.median}
         rows[way] |= {"bytes": max(found.peaks, default=None), "all_seconds": [round(x, 5) for x in found.seconds]}
         if not found.fits:
-            rows[way]["reason"] = "out of memory"
+            rows[way]["reason"] = found.reason
     return list(rows.values())

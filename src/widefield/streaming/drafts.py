@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import log2, prod, sqrt
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,17 @@ _STEPS_OF_ESTIMATE = 128  # along an axis: enough for the deepest layers to have
 _HEAP_EXCESS = (0.4, 0.6, 0.1)
 
 
+class WrittenBytes(NamedTuple):
+    """What maps that are written need less or more than whole ones, in all and for each row of the image in a row of tiles.
+
+    `replaced` are the names of those that are kept nowhere else.
+    """
+
+    fixed: int
+    per_row: float
+    replaced: frozenset[str]
+
+
 @dataclass(frozen=True)
 class PlanRequest:
     """All that a plan has to heed.
@@ -34,8 +46,7 @@ class PlanRequest:
     between stages must live. `copied_weights`: bytes of those that are copied into another memory format. `stages`: how many the
     program has. `partial`: a part of the image is wanted, so that tiles are as high as wide. `limit`: bytes to
     be used where there is no budget; None: a share of what is free. `ranks`: so many processes share the image. `written`: maps are
-    written to a sink, which changes the bytes of output maps by so many, and by so many for each row of a tile. `divided`: the
-    stages are parts of one, with its kind of steps, which they take for their parts of the image.
+    written to a sink. `divided`: the stages are parts of one, with its kind of steps, which they take for their parts of the image.
     """
 
     tile: tuple[int, int | None] | None
@@ -48,7 +59,7 @@ class PlanRequest:
     partial: bool = False
     limit: int | None = None
     ranks: int = 1
-    written: tuple[int, float] | None = None
+    written: WrittenBytes | None = None
     divided: bool = False
 
     @property
@@ -204,16 +215,17 @@ def _draft(
             for stage in program.stages
         ]
         pages = int((1 + request.training) * max(size / prod(of) for size, of in zip(touched, parts, strict=True)))
+    repeated = program.repeated_weight_bytes / max(1, program.weight_bytes)
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
-        + program.weight_bytes * request.training
-        + request.copied_weights
+        + (program.weight_bytes + program.repeated_weight_bytes) * request.training
+        + int(request.copied_weights * (1 + repeated * request.training))
         + program.plain_weight_bytes * request.training,  # whose gradients wait for those of the stages
         "carries": int(saved + alive),
         "step": int(step),
         "recorded": 0,
-        "outputs": _output_bytes(program, request, options, choice),
+        "outputs": _output_bytes(program, request, options, choice) + program.read_output_bytes * request.training,
         "maps": kept if maps == "device" else pages,
         "plain": program.plain_bytes,
         "kernels": bytes_of_kernels(program.stages, [prod(of) for of in parts], request.training),
@@ -226,7 +238,7 @@ def _output_bytes(program: Program, request: PlanRequest, options: Sequence[Tile
     """Return the bytes of maps that leave the program; of those that are written, what waits to be."""
     if request.written is None:
         return program.output_bytes
-    fixed, per_row = request.written
+    fixed, per_row, _ = request.written
     height = program.captured.image_shape[2]
     zipped = zip(options, choice, program.stages, strict=True)
     tallest = max(option.tiles[k][0] * height / stage.extent[0] for option, k, stage in zipped)
@@ -256,7 +268,9 @@ def tiles_of(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list
     times = 1 if request.training else 2
     pixels = min(times * pixels, max(pixels // 2, times * image[0] * image[1] // _SOME_STEPS))
     share = height * width / (image[0] * image[1])
-    pixels = int(pixels * (share if request.divided else sqrt(share)))  # deeper maps are smaller, their weights larger
+    pixels = max(
+        1, int(pixels * (share if request.divided else sqrt(share)))
+    )  # deeper maps are smaller, their weights larger
     preferred = max(32, pixels // width // 32 * 32)
     heights = sorted(
         {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}

@@ -1,9 +1,10 @@
 """A program, executed on one image: scans, and plain operations before, between and after them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -141,7 +142,10 @@ def _source(
         data = tensors[program.broadcast.get(value.name, value.name)]
         if value.name in program.broadcast:
             data = data.reshape((1,) * (len(value.shape) - data.ndim) + tuple(data.shape))
-        store = None if value.name in (*program.broadcast, *program.captured.map_inputs) else given.store
+        if value.name in (*program.broadcast, *program.captured.map_inputs):
+            store = None
+        else:  # what is a result as well has stayed on the device
+            store = given.store if value.name in program.stored_maps else Store()
         origin = boxes.get(value.name, (0, 0))[:2]
         reader = TileReader(data, reader.device, value.dtype, dims=value.axes, store=store, origin=origin)
     if not isinstance(reader.data, Tensor):
@@ -262,12 +266,30 @@ def _in_format(weight: Tensor, memory_format: torch.memory_format | None) -> Ten
 @contextmanager
 def _settings(device_type: str, autocast_dtype: torch.dtype, autocast: bool, deterministic: bool) -> Iterator[None]:
     """The settings of the forward pass, for a part of it or of its backward pass."""
-    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switched = _deterministic() if deterministic else nullcontext()
+    with switched, torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast):
+        yield
+
+
+_SWITCH = Lock()
+_switched: list[
+    tuple[bool, bool]
+] = []  # what the switch was for each pass that is in it; the first is what the user set
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms only: a switch of the whole process, which is put back when the last of its threads is through."""
+    with _SWITCH:
+        _switched.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+        torch.use_deterministic_algorithms(True)
     try:
-        if deterministic:
-            torch.use_deterministic_algorithms(True)
-        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast):
-            yield
+        yield
     finally:
-        if deterministic:
-            torch.use_deterministic_algorithms(was, warn_only=warned)
+        with _SWITCH:
+            was, warned = _switched[0]
+            _switched.pop()
+            if not _switched:
+                torch.use_deterministic_algorithms(was, warn_only=warned)

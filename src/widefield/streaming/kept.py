@@ -143,7 +143,7 @@ class Scans:
         One map after the other is given up: that which costs least for its bytes. `work` is that of each node, of ReLUs with what
         is before them.
         """
-        sizes = {node.name: size_of(node) for node in self.nodes}
+        sizes = {node.name: _whole_size(node) for node in self.nodes}
         kept, once = self.crossing(), sum(work.values())
 
         def work_with(kept: set[str]) -> float:
@@ -171,10 +171,17 @@ class Scans:
 
 def size_of(node: Node) -> int:
     """Bytes of a node's result, none for views."""
-    return 0 if is_view(node) else torch.Size(node.shape).numel() * node.dtype.itemsize
+    return 0 if is_view(node) else _whole_size(node)
+
+
+def _whole_size(node: Node) -> int:
+    """Bytes of a node's result where it is kept."""
+    return torch.Size(node.shape).numel() * node.dtype.itemsize
 
 
 def is_view(node: Node) -> bool:
     """True if a node's result shares the memory of what it reads."""
     op = op_of(node.target)
+    if node.target is torch.ops.aten.to.dtype:  # is marked as one, and copies
+        return False
     return getattr(node.target, "is_view", False) or (op is not None and op.is_view)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from widefield.streaming.captured import Ref
+from widefield.streaming.drafts import WrittenBytes
 from widefield.streaming.foreground import Foreground, broadcast_mask
 from widefield.streaming.grid import Box
 from widefield.streaming.layers import cells_of
@@ -225,14 +226,14 @@ class Writing:
             yield {name: replace(output, sink=sink) for name, output in self.outputs.items()}
 
     @cached_property
-    def memory(self) -> tuple[int, float]:
-        """Bytes that written maps need less or more than whole maps, and for each row of the image in a row of tiles."""
+    def memory(self) -> WrittenBytes:
+        """What the plan has to know."""
         fixed, per_row = 0, 0.0
         for name, output in self.outputs.items():
             rows = self.target.buffer_rows(output.written)
             fixed += rows * output.written.row_bytes - output.value.bytes * (name in self.replaced)
             per_row += output.written.row_bytes / output.written.stride[0] * (rows > 0)
-        return fixed, per_row
+        return WrittenBytes(fixed, per_row, self.replaced)
 
 
 NOTHING_WRITTEN = Writing(ArrayTarget(()), {}, frozenset())

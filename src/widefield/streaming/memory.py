@@ -105,7 +105,10 @@ class Footprint:
         return float((positions * self.needs.elements)[buffered].sum())
 
     def map_elements(self, training: bool, again: float) -> float:
-        """Elements of maps between stages that a pass writes and, three for one, reads: the share `again` twice, if `training`."""
+        """Elements of maps between stages, and of maps that are given, that a pass writes and, three for one, reads.
+
+        If `training`, the share `again` is read twice.
+        """
         stage = self.needs.stage
         read, written = (
             sum(

@@ -58,8 +58,9 @@ class MemoryModel:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element of the stage's first input."""
-        return self.stage.values[0].itemsize
+        """Bytes of an element of most maps: of the first one of floating-point numbers."""
+        values = self.stage.values
+        return next((value.itemsize for value in values if value.dtype.is_floating_point), values[0].itemsize)
 
     def saved_by_autograd(self, buffered: Flags) -> tuple[Array, Array]:
         """Bytes per position that autograd keeps of the new positions and of the buffer, where there is one apart from them."""

@@ -1,12 +1,11 @@
 """The module that users hold: a network that streams the images it is called on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,8 @@ from widefield.streaming.running import run, run_plain
 from widefield.streaming.store import PLACES, Place
 from widefield.streaming.tiles import LazyImage, Normalisation, map_input
 from widefield.streaming.verification import verify_at_first_use
+
+_READ: dict[str, Callable[[Any], Any]] = {"tile_size": parse_tile_size, "memory_budget": parse_bytes}
 
 
 class StreamingCNN(nn.Module):
@@ -144,15 +145,18 @@ class StreamingCNN(nn.Module):
         self.share(process_group)
         self.progress: Progress | None = None
         self._programs = ProgramCache()
-        self._planners: WeakKeyDictionary[Program, dict[PlanRequest, Planner]] = WeakKeyDictionary()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is set later is read and refused as the constructor does."""
+        super().__setattr__(name, _READ[name](value) if name in _READ else value)
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_programs", "_planners", "progress", "saliency_map", "ranks")
+        dropped = ("_programs", "progress", "saliency_map", "ranks")
         return {**self.__dict__, **dict.fromkeys(dropped)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._programs, self._planners = ProgramCache(), WeakKeyDictionary()
+        self._programs = ProgramCache()
 
     def share(self, process_group: Any, gather: bool = False) -> None:
         """From now on share each image with the processes of `process_group`, see the class; None: with no other.
@@ -419,7 +423,6 @@ class StreamingCNN(nn.Module):
         if wanted is not None:
             refuse_parts(program, wanted)
         device, kernels = kind.device, convolution_weights(self.module)
-        planners = self._planners.setdefault(program, {})
         learned = any(kind.requires_grad) or any(p.requires_grad for p in self.module.parameters())
         used = memory_format(device, kernels[0].dtype, kernels) if kernels else torch.contiguous_format
         request = PlanRequest(
@@ -435,9 +438,10 @@ class StreamingCNN(nn.Module):
             ranks=1 if self.ranks is None else self.ranks.size,
             written=None if writing is None else writing.memory,
         )
-        if request not in planners:
-            planners[request] = make_planner(program, request)
-        return planners[request]
+        if request not in program.planners:
+            program.planners[request] = make_planner(program, request)
+        planner: Planner = program.planners[request]
+        return planner
 
 
 def stream(

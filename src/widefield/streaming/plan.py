@@ -24,8 +24,8 @@ class Plan:
     - `carries`: what is saved between tiles, and the gradients of a row of it;
     - `step`: activations and gradients of the tile that needs most;
     - `recorded`: activations of tiles that are not recomputed;
-    - `outputs`: maps that leave the streamed part; `maps`: those between stages, or the part of them that a step reads and
-      writes in files; `plain`: what operations outside of scans make;
+    - `outputs`: maps that leave the streamed part, and gradients of those that later stages read; `maps`: those between stages,
+      or the part of them that a step reads and writes in files; `plain`: what operations outside of scans make;
     - `kernels`: what the library of convolutions keeps for itself: scratch memory, and kernels that it has compiled;
     - `allocator`: memory that the allocator holds without using it.
 

@@ -59,7 +59,7 @@ class Planner:
 
     @property
     def fits(self) -> bool:
-        """False if nothing fits, so that what needs least is tried."""
+        """False if nothing fits, so that what needs least is tried, and where there is no limit."""
         return self.limit is not None and self.draft.total <= self.limit
 
     @property
@@ -144,7 +144,9 @@ def _rank(planner: Planner) -> tuple[bool, int, float]:
 
 
 def _planner(program: Program, request: PlanRequest) -> Planner | None:
-    """Find tiles; None if the budget is too small for any."""
+    """Find tiles; None if the budget is too small for any, or a map that is to be kept nowhere would be read later."""
+    if request.written and request.written.replaced & {name for item in program.items for name in program.reads(item)}:
+        return None
     limit, tile, options = _options(program, request)
     drafts = (fitting(program, request, options, places, limit) for places in places_of(request))
     draft = next((draft for draft in drafts if draft is not None), None)
@@ -269,17 +271,18 @@ def _sizes_of_parts(planner: Planner, footprints: Sequence[Footprint]) -> dict[s
             for found, whole in zip(footprints, planner.footprints, strict=True)
         )
         sizes["carries"] += sum(saved)
+    shares = dict[str, float]()
     for stage, grid, found in zip(program.stages, planner.grids, footprints, strict=True):
         if found.need is None:
             continue
         for v in stage.outputs:
             height, width = grid.extent(v)
             *_, rows, cols = found.need.part(v)
-            saved_bytes = int(stage.values[v].bytes * (1 - rows * cols / (height * width)))
-            kind = "maps" if v in stage.stored else "outputs"
-            if kind == "outputs" and planner.request.written is not None:
-                continue
-            sizes[kind] = max(0, sizes[kind] - saved_bytes)
+            shares[stage.values[v].name] = share = rows * cols / (height * width)
+            if v not in stage.stored and planner.request.written is None:
+                sizes["outputs"] = max(0, sizes["outputs"] - int(stage.values[v].bytes * (1 - share)))
+    if shares and draft.maps == "device":
+        sizes["maps"] = program.map_bytes(planner.request.training, shares)
     return sizes
 
 

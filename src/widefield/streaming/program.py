@@ -8,8 +8,8 @@ image, two small layers run on it, and the second one multiplies the map by the 
 by ordinary autograd. All of this holds no tensors, so it can be kept and used for every image of the same size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -98,9 +98,9 @@ class Stage:
     """The work of one scan: maps and operands in, maps and reductions out.
 
     `values` are in topological order, stage inputs first; `inputs`, `outputs` and `reductions` are indices into them. Inputs
-    are the image, maps that earlier stages have left, and weights as large as the image. `operands` names what is used and is
-    no map: weights, and what plain operations make of reductions. `stored` are the outputs that only later stages read: they may
-    live in host memory or in a file.
+    are the image, other maps that are given, maps that earlier stages have left, and weights as large as the image. `operands`
+    names what is used and is no map: weights, and what plain operations make of reductions. `stored` are the outputs that only
+    later stages read: they may live in host memory or in a file.
     """
 
     values: tuple[Value, ...]
@@ -135,11 +135,12 @@ class Program:
     `broadcast` maps the name of a stage input that is a weight as large as the image to the weight's name. `statistics` lists the
     batch norm layers that normalise by the batch: module path, name of its statistics. `refused` are the operations that run whole;
     `streamed_fraction` is the share of the activation bytes that does not. `divisions` make the same program with its one stage cut
-    in two at a narrow map, from the first such map to the last, `waists` with one cut in three around its deep part; `thinner`
+    in two at a narrow map, from the first such map to the last, `waists` with one cut around its deep part; `thinner`
     gives those that keep fewer maps between stages, and compute more of them again, the more the later. `plain_bytes` is what all
     plain operations make of the image, small tails included, `combined_bytes` what they make of weights alone; `weight_bytes` are
     those of all weights that stages use, `plain_weight_bytes` those that only plain operations on what depends on the image do.
-    `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width.
+    `random`: masks are drawn. `kind` says what it was made for, but for the image's height and width. `planners` are those that
+    were made for it, by what was asked of them.
     """
 
     captured: Captured
@@ -158,6 +159,7 @@ class Program:
     divisions: "tuple[Callable[[], Program], ...]" = ()
     waists: "tuple[Callable[[], Program], ...]" = ()
     thinner: "Callable[[], Sequence[Callable[[], Program]]]" = tuple
+    planners: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -174,17 +176,37 @@ class Program:
         """Bytes of the maps that leave the program."""
         return sum(stage.values[v].bytes for stage in self.stages for v in stage.outputs if v not in stage.stored)
 
-    def map_bytes(self, training: bool) -> int:
+    @cached_property
+    def stored_maps(self) -> frozenset[str]:
+        """Names of the maps that only stages read."""
+        return frozenset(stage.values[v].name for stage in self.stages for v in stage.stored)
+
+    @cached_property
+    def read_output_bytes(self) -> int:
+        """Bytes of those maps that leave the program and are read by later stages, which make a gradient of each."""
+        read = {stage.values[v].name for stage in self.stages for v in stage.inputs}
+        left = (stage.values[v] for stage in self.stages for v in stage.outputs if v not in stage.stored)
+        return sum(value.bytes for value in left if value.name in read)
+
+    @cached_property
+    def repeated_weight_bytes(self) -> int:
+        """Bytes of the weights of what more than one stage computes, which each has once more."""
+        sizes = [(value.name, value.weight_bytes) for stage in self.stages for value in stage.values]
+        return sum(size for _, size in sizes) - sum(dict(sizes).values())
+
+    def map_bytes(self, training: bool, shares: Mapping[str, float] | None = None) -> int:
         """Bytes of the maps between stages that are there at a time; in training, with their gradients.
 
         A map goes when its last reader is done: the last stage that reads it, or in the backward pass the first one. Its gradient
         is there from the last stage that reads it to the one that makes it. Those of the image and of weights do not count.
+        `shares`: how much is needed of each map, by its name; None: all.
         """
         made, sizes = dict[str, int](), dict[str, int]()
         read: dict[str, list[int]] = {}
         for s, stage in enumerate(self.stages):
             for v in stage.stored:
-                made[stage.values[v].name], sizes[stage.values[v].name] = s, stage.values[v].bytes
+                name = stage.values[v].name
+                made[name], sizes[name] = s, int(stage.values[v].bytes * (1.0 if shares is None else shares[name]))
             for v in stage.inputs:
                 read.setdefault(stage.values[v].name, []).append(s)
         counts = [0] * len(self.stages)

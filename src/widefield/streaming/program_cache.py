@@ -66,4 +66,7 @@ class ProgramCache:
 def forget(kept: dict[Any, Any] | list[Any], count: int) -> None:
     """Drop the oldest entries."""
     while len(kept) > count:
-        kept.pop(next(iter(kept)) if isinstance(kept, dict) else 0)
+        if isinstance(kept, dict):
+            kept.pop(next(iter(kept)), None)  # another thread may have done so
+        else:
+            kept.pop(0)

@@ -46,6 +46,8 @@ class Store:
 
     def _in_file(self, shape: tuple[int, ...], like: Tensor, spare: "list[_File] | None") -> Tensor:
         size = torch.Size(shape).numel()
+        if not size:
+            return torch.empty(shape, dtype=like.dtype)
         mapping = _mapping(size * like.dtype.itemsize, self.folder, spare)
         flat = torch.frombuffer(mapping, dtype=like.dtype, count=size)
         if _format(like) == torch.channels_last:
@@ -123,7 +125,7 @@ def _format(like: Tensor) -> torch.memory_format:
 
 def _mapping(size: int, folder: str | None, spare: list[_File] | None) -> _Mapping:
     """A file in memory, one of `spare` if there is one that is not much larger, to which it goes back at last."""
-    size, spared = max(size, 1), () if spare is None else spare
+    spared = () if spare is None else spare
     file = min((file for file in spared if size <= file.size <= 2 * size), key=lambda file: file.size, default=None)
     try:
         if file is not None and spare is not None:

@@ -79,9 +79,13 @@ class Tape:
         ]
 
     def new_carry(self, piece: Tensor) -> Tensor:
-        """A carry for the next step, not a view of the buffer that it was cut from; in the arena, if that is on the device."""
-        fits = self.arena.store.place == "device" and not self.arena.holds(piece)
-        return self.arena.put(piece) if fits else compact(piece)
+        """A carry for the next step, not a view of the buffer that it was cut from; in the arena, if that is on the device.
+
+        What a step hands on as it has received it is there already.
+        """
+        if self.arena.holds(piece):
+            return piece
+        return self.arena.put(piece) if self.arena.store.place == "device" else compact(piece)
 
     def keep_recorded(self, k: int, recorded: Recorded, made: Made) -> Made:
         """Keep step `k` for the backward pass; return what it has made, with carries for the next steps."""
