@@ -34,6 +34,7 @@ from zoo_rows import Row
 
 from widefield.streaming.check import ENOUGH, EXACT, TOLERANCE, VERDICTS, check
 
+BY_HAND = "\n## Attention in windows\n"  # of the page, and all below it
 RESULTS = Path(__file__).parents[1] / "build" / "zoo.jsonl"
 FAILURES = ("cannot run", "timed out", "crashed")  # verdicts of rows that `check` gave none for
 
@@ -238,7 +239,9 @@ def main() -> int:
     if options.out:
         where = {json.dumps(result["environment"]): result["environment"] for result in shown}
         command = f"uv run python benchmarks/zoo.py {' '.join(sys.argv[1:])}"
-        options.out.write_text(page(shown, list(where.values()), command), encoding="utf-8")
+        old = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+        by_hand = "".join(old.partition(BY_HAND)[1:])
+        options.out.write_text(page(shown, list(where.values()), command) + by_hand, encoding="utf-8")
     return 0 if all(result["verdict"] in EXACT for result in shown) else 1
 
 
