@@ -129,3 +129,27 @@ def test_crops_lie_in_the_mask_and_one_tiny_image_does_not_decide_their_size() -
     assert 3 < batch_norm.running_mean.min() <= batch_norm.running_mean.max() <= 5
     with pytest.raises(ValueError, match="1 masks for 2 images"):
         calibrate_batch_norm(batch_norm, [image, image], masks=[mask])
+
+
+@pytest.mark.parametrize("order", ["<f4", ">f4"])
+def test_a_reader_may_use_its_memory_again(order: str) -> None:
+    pixels = np.random.default_rng(0).random((3, 64, 64)).astype(np.float32)
+
+    class Reader:
+        shape, dtype, memory = (3, 64, 64), np.dtype(order), np.empty((3, 16, 16), order)
+
+        def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+            self.memory[...] = pixels[:, y : y + height, x : x + width]
+            return self.memory if self.again else self.memory.copy()
+
+        def __init__(self, again: bool) -> None:
+            self.again = again
+
+    found = []
+    for image in (Reader(True), Reader(False)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        generator = torch.Generator().manual_seed(0)
+        calibrate_batch_norm(net, [image], crop_size=16, crops=8, batch_size=8, generator=generator)
+        found.append(net[1].running_var)
+    assert torch.equal(*found)

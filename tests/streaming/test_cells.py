@@ -90,3 +90,9 @@ def test_any_layer_and_the_map_before_attention_can_be_asked_for() -> None:
     tokens = MODELS.build({"type": "VisionTransformer", "arch": arch, "img_size": 32, "patch_size": 8})
     cells = StreamingCNN(tokens, unsupported="run_whole").cells((3, 32, 32), "layers.0.ln1")
     assert (cells.size, cells.origin, cells.stride) == ((4, 4), (3.5, 3.5), (8.0, 8.0))
+
+
+def test_a_layer_that_is_not_there_is_told_with_near_ones() -> None:
+    streamed = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), verify=False)
+    with pytest.raises(ValueError, match=r"layer='11' is no layer of the module; .* such as 1"):
+        streamed.cells((3, 40, 40), layer="11")

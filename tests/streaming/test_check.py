@@ -1,6 +1,7 @@
 """`check` says of a model whether it streams exactly, and what stands in the way."""
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -191,3 +192,16 @@ def test_a_model_that_differs_from_itself_is_not_exact() -> None:
             return self.conv(x) * torch.rand(1)
 
     assert not check(Noise(), (3, 17, 19), plan_shape=None).exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_compared_with_their_own_rounding(dtype: torch.dtype) -> None:
+    layers = [x for _ in range(6) for x in (nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *layers)
+    assert check(model, (3, 61, 67), plan_shape=None, dtype=dtype).exact
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    assert check(model, (3, 40, 32), plan_shape=None).exact

@@ -1,5 +1,6 @@
 """`Local`: a module on every window of a map is, streamed, what it is on the whole image."""
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -458,10 +459,40 @@ class UsesHidden(nn.Module):
 @pytest.mark.parametrize("where", ["list", "dictionary", "global", "computed before"])
 def test_what_trains_within_windows_and_is_no_parameter_is_refused(where: str) -> None:
     net = nn.Sequential(Local(nn.Sequential(convolution(3, (8, 8)), UsesHidden(where)), 8), nn.Conv2d(5, 2, 1))
-    with pytest.raises(UnsupportedOpError, match="requires grad within Local is no parameter"):
+    with pytest.raises(UnsupportedOpError, match="requires grad or was computed before, within Local, is no parameter"):
         StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24))
     with torch.no_grad():
-        assert StreamingCNN(net, verify=False)(torch.randn(1, 3, 24, 24)).shape == (1, 2, 3, 3)
+        image = torch.randn(1, 3, 24, 24)
+        if where == "computed before":  # the capture has no values of it
+            with pytest.raises(UnsupportedOpError, match="was computed before"):
+                StreamingCNN(net, verify=False)(image)
+        else:
+            assert relative_error(StreamingCNN(net, verify=False)(image), net(image)) < 1e-5
+
+
+def test_a_lock_within_windows_is_shared_with_the_copies() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    module[1].lock = threading.Lock()  # type: ignore[assignment]
+    net, image = Local(module, 8), torch.randn(1, 3, 24, 32)
+    assert relative_error(StreamingCNN(net, 16)(image).detach(), net(image).detach()) < 1e-5
+
+
+def test_attention_that_drops_draws_numbers() -> None:
+    class Attends(nn.Module):
+        def __init__(self, dropout: float) -> None:
+            super().__init__()
+            self.dropout = dropout
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(2).mT
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout).mean(1)
+
+    for dropout in (0.0, 0.5):
+        program = StreamingCNN(Local(Attends(dropout), 8), verify=False)._program(
+            CallKind((1, 3, 24, 24), torch.float32)
+        )
+        (call,) = (node.target for node in program.captured.nodes if isinstance(node.target, LocalCall))
+        assert call.cost.draws == (dropout > 0)
 
 
 class Keeps(nn.Module):

@@ -381,3 +381,51 @@ def test_a_forward_pass_on_another_device_is_told_of_it_and_captured() -> None:
     assert captured is not None
     factors = [node.args[1] for node in captured.nodes if node.op == "aten.mul"]
     assert factors == [3]
+
+
+def test_a_hook_on_gradients_is_refused_after_a_pass_without_them() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh())
+    net[0].register_full_backward_hook(lambda *args: None)
+    streamed = StreamingCNN(net, 16, verify=False)
+    with torch.no_grad():
+        streamed(torch.rand(1, 3, 40, 32))
+    with pytest.raises(UnsupportedOpError, match="backward hook"):
+        streamed(torch.rand(1, 3, 40, 32))
+
+
+@pytest.mark.parametrize("how", ["parameter", "assigned state", "layer", "given"])
+def test_what_was_tied_and_is_no_more_is_noticed(how: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.n = nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(3, 3, 3, 1, 1), nn.BatchNorm2d(3)
+            self.m = self.n if how == "layer" else nn.BatchNorm2d(3)
+            if how in ("parameter", "assigned state"):
+                self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.m(self.b(self.n(self.a(x)).tanh()))  # type: ignore[no-any-return]
+
+    net, image = Two().double().eval(), torch.rand(1, 3, 40, 32, dtype=torch.float64)
+    streamed, weight = StreamingCNN(net, 16, verify=False), torch.rand(3, 3, 3, 3, dtype=torch.float64)
+    if how == "given":
+        for given in ({"a.weight": weight, "b.weight": weight}, {"a.weight": weight, "b.weight": -2 * weight}):
+            found = torch.func.functional_call(streamed, {f"module.{k}": w for k, w in given.items()}, (image,))
+            assert relative_error(found, torch.func.functional_call(net, given, (image,))) < 1e-10
+        return
+    streamed(image)
+    if how == "parameter":
+        net.b.weight = nn.Parameter(-2 * weight)
+    elif how == "assigned state":
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    else:
+        net.m = nn.BatchNorm2d(3).double().eval()
+        net.m.running_mean.add_(3)
+    found = []
+    for call in (streamed, net):
+        net.zero_grad()
+        result = call(image)
+        result.square().sum().backward()
+        found.append([result, *(p.grad for p in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one.detach(), other.detach()) < 1e-10

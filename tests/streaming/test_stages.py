@@ -260,6 +260,12 @@ def test_a_list_is_one_batch_for_batch_statistics() -> None:
         streamed([images[0], images[1][..., 1:]])
 
 
+def test_a_list_that_is_one_batch_has_one_dtype() -> None:
+    images = [torch.rand(1, 3, 20, 21), torch.zeros(1, 3, 20, 21, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match="of one dtype: got"):
+        StreamingCNN(normed(), 9, batch_statistics="exact")(images)
+
+
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 def test_maps_between_stages_live_where_they_are_told_to(place: str, tmp_path: Path) -> None:
     module = nn.Sequential(Fn(FUNCTIONS["two in a row"]), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield.streaming.module import StreamingCNN
-from widefield.streaming.tiles import Normalisation
+from widefield.streaming.tiles import Normalisation, copied
 
 
 def calibrate_batch_norm(
@@ -137,7 +137,7 @@ def _random_crop(image: Any, mask: Any, side: int, generator: torch.Generator | 
         middles = ((c + s) * n / m for c, s, n, m in zip(cell, share, size, mask.shape, strict=True))
         y, x = (min(max(0, round(middle - side / 2)), n - side) for middle, n in zip(middles, size, strict=True))
     if not isinstance(image, Tensor):
-        return torch.as_tensor(image.read(y, x, side, side))[None]
+        return copied(image.read(y, x, side, side))[None]  # a reader may use its memory again
     batch = image if image.ndim == 4 else image[None]
     index = _draw(len(batch), generator)
     return batch[index : index + 1, :, y : y + side, x : x + side]

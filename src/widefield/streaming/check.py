@@ -5,7 +5,6 @@ all outputs, with gradients enabled and without, the image's gradient and every 
 outputs that require grad.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -24,6 +23,8 @@ from widefield.streaming.errors import UnsupportedOpError
 from widefield.streaming.module import StreamingCNN, stream
 from widefield.streaming.plan import Plan
 from widefield.streaming.rules.base import OPS
+from widefield.streaming.skeleton import copied
+from widefield.streaming.verification import TOLERANCES
 
 TOLERANCE = 1e-10  # relative, in float64: what the same numbers summed in another order stay far below
 # In a model that amplifies rounding (deep, with random weights) they do not. Then this times what plain PyTorch's own results
@@ -198,7 +199,7 @@ def check(
         with casts:
             rounding = _compare(_run(*_shaken(_reference(model, dtype), image, generator), seed), expected)[0]
     return Check(
-        verdict=_verdict(errors, rounding, small),
+        verdict=_verdict(errors, rounding, small, dtype),
         image_shape=full,
         tile_size=small.tile_size,
         errors=errors,
@@ -264,9 +265,10 @@ def _shaken(model: nn.Module, image: Tensor, generator: torch.Generator) -> tupl
     return model, image
 
 
-def _verdict(errors: dict[str, float], rounding: dict[str, float], plan: Plan) -> Verdict:
-    allowed = {what: min(_OF_ROUNDING * rounding.get(what, 0.0), _MOST_ROUNDING) for what in errors}
-    if any(error > max(TOLERANCE, allowed[what]) for what, error in errors.items()):
+def _verdict(errors: dict[str, float], rounding: dict[str, float], plan: Plan, dtype: torch.dtype) -> Verdict:
+    usual, most = (TOLERANCE, _MOST_ROUNDING) if dtype == torch.float64 else TOLERANCES[dtype.itemsize]
+    allowed = {what: min(_OF_ROUNDING * rounding.get(what, 0.0), most) for what in errors}
+    if any(error > max(usual, allowed[what]) for what, error in errors.items()):
         return "WRONG"
     if plan.streamed_fraction >= ENOUGH:
         return "exact" if plan.stages == 1 else "exact with stages"
@@ -300,7 +302,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy; weights that hooks or caches hold, which deepcopy refuses, are detached."""
     values = pytree.tree_leaves([list(part.__dict__.values()) for part in model.modules()])
     computed = (value for value in values if isinstance(value, Tensor) and value.grad_fn is not None)
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    return copied(model, {id(value): value.detach().clone() for value in computed})
 
 
 def _reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -87,6 +87,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """
     walk = _Walk(module)
     parts: list[Any] = []
+    shared: dict[int, int] = {}  # number of each tensor: the same under several names where they are tied
     for name, part in module.named_modules(remove_duplicate=False):
         norm = isinstance(part, _NormBase)
         settings = [
@@ -96,7 +97,12 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             if (before := before_forward(value)) is not NOTHING
         ]
         tensors = [
-            (key, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
+            (
+                key,
+                None
+                if t is None
+                else (tuple(t.shape), t.dtype, t.requires_grad, shared.setdefault(id(t), len(shared))),
+            )
             for key, t in (*part._parameters.items(), *part._buffers.items())
         ]
         parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), walk.hooks(part)))

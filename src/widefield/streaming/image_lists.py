@@ -28,7 +28,7 @@ def results_of_each(
             raise ValueError(
                 'batch_statistics="exact" takes a list as one batch, without region and mask: pass a tensor (N, C, H, W)'
             )
-        return _as_batch(network, images, maps)
+        return _as_batch(network, images, maps, gather)
     masks = [mask] * len(images) if mask is None or callable(mask) else mask
     if not isinstance(masks, (list, tuple)) or len(masks) != len(images):
         raise ValueError(f"a list of {len(images)} images needs a list of as many masks, or a function of an image")
@@ -38,7 +38,9 @@ def results_of_each(
     ]
 
 
-def _as_batch(network: Callable[..., Any], images: Sequence[Any], maps: Sequence[Sequence[Any]]) -> list[Any]:
+def _as_batch(
+    network: Callable[..., Any], images: Sequence[Any], maps: Sequence[Sequence[Any]], gather: bool
+) -> list[Any]:
     """The results of `images`, normalised by the statistics of all of them."""
     for image in (x for of_each in (images, *maps) for x in of_each):
         if not isinstance(image, Tensor):
@@ -52,8 +54,14 @@ def _as_batch(network: Callable[..., Any], images: Sequence[Any], maps: Sequence
             'batch_statistics="exact" takes the statistics of a batch, which are defined for images of one size: got '
             f"{', '.join(map(str, sorted(shapes)))}. Pass tensors of one size, or one image at a time"
         )
+    for of_each in (images, *maps):
+        if len(dtypes := {x.dtype for x in of_each}) > 1:
+            raise ValueError(
+                f'batch_statistics="exact" takes a list as one batch, of one dtype: got {", ".join(map(str, dtypes))}. '
+                "Convert them first"
+            )
     counts = [image.shape[0] for image in images]
-    result = network(*(torch.cat(list(of_each)) for of_each in (images, *maps)))
+    result = network(*(torch.cat(list(of_each)) for of_each in (images, *maps)), gather=gather)
 
     def part(k: int, leaf: Any) -> Any:
         batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (sum(counts),)

@@ -5,7 +5,6 @@ module, and what one window needs in memory. On a tile the module itself runs, o
 autograd: hooks, `autograd.Function`s and branches within it are exact, as long as no window depends on another.
 """
 
-import copy
 import hashlib
 import itertools
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from widefield.errors import WidefieldError
+from widefield.streaming.skeleton import copied
 from widefield.streaming.watch import Watch
 from widefield.streaming.window_cost import WindowCost, window_cost
 
@@ -285,7 +285,7 @@ def _bound(module: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
             elif name not in _REGISTERED:
                 memo.update({id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)})
     memo.update({id(own): tensor for own, tensor in zip(_tensors(module), tensors, strict=True)})
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,7 +121,10 @@ class _ArraySink:
 
     def rows_done(self, number: int, y: int) -> None:
         """Let go of the pages of an array in a file: the system has what was written, and this process needs it no more."""
-        mapping = getattr(self.places[number], "_mmap", None)
+        place = self.places[number]
+        mapping = (
+            None if getattr(place, "mode", "") == "c" else getattr(place, "_mmap", None)
+        )  # the file has nothing of it
         advice = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
         if mapping is not None and advice is not None:
             mapping.madvise(advice)
@@ -249,6 +252,8 @@ def plan_writing(
     """
     target = parse_target(to)
     if not isinstance(target, ArrayTarget):
+        if (count := program.captured.image_shape[0]) > 1:
+            raise ValueError(f"a batch of {count} images cannot be written to a file: write one image at a time")
         refuse_rolled_rows(program, "writing a map to a file while it is computed")
     result, attributes = pytree.tree_unflatten(program.captured.outputs, program.captured.spec)
     values = {stage.values[v].name: stage.values[v] for stage in program.stages for v in stage.outputs}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -378,8 +379,13 @@ class StreamingCNN(nn.Module):
                 none, as behind attention of all positions to all, it is the last map before.
 
         Raises:
+            ValueError: There is no such layer.
             UnsupportedOpError: As when the module is called.
         """
+        names = dict(self.module.named_modules())
+        if layer is not None and layer not in names:
+            near = ", ".join(get_close_matches(layer, names)) or "the names of module.named_modules()"
+            raise ValueError(f"layer={layer!r} is no layer of the module; give the path of one, such as {near}")
         device, dtype = device_and_dtype(self.module, None)
         program = self._program(CallKind((1, *shape) if len(shape) == 3 else tuple(shape), dtype, device))
         found = cells_of(program)

@@ -128,6 +128,10 @@ class Placing:
             if _rule(node) is interpolate and self.maps.shapes.get(source, ())[-2:] == (1, 1):
                 node = node.derived(aten.expand.default, Ref(source), list(node.shape))
             if node.target is aten.expand.default:
+                if not self.maps.shapes[source]:  # as a number it would not take part in the choice of a dtype
+                    one = f"{node.name}@one"
+                    self._add_plain(node.derived(aten.reshape.default, Ref(source), [1], name=one, shape=(1,)))
+                    source = one
                 self.expanded[node.name] = source
         if source in self.expanded:
             if node.target in (aten.clone.default, aten.contiguous.default):

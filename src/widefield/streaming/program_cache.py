@@ -13,6 +13,7 @@ from widefield.streaming.capture import trace_module
 from widefield.streaming.captured import CallKind
 from widefield.streaming.fingerprint import fingerprint
 from widefield.streaming.program import Program
+from widefield.streaming.refusals import has_backward_hooks
 from widefield.streaming.trace import Trace
 
 _KEPT_SIZES = 16  # image sizes whose program is kept
@@ -35,7 +36,8 @@ class ProgramCache:
         modes = tuple(norms) if batch_statistics else ()
         others = tuple((x.shape[:-2], x.dtype) for x in call.map_inputs)
         place = call.device.type, call.autocast
-        kind = (call.shape[:2], others, call.dtype, *place, modes, allow_whole, fingerprint(module))
+        hooked = torch.is_grad_enabled() and has_backward_hooks(module)  # is refused, but without gradients
+        kind = (call.shape[:2], others, call.dtype, *place, modes, allow_whole, hooked, fingerprint(module))
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), call.requires_grad
         for at in (None, mode):
             if (found := self._programs.get((call.lengths, kind, at))) is not None:

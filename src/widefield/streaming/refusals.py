@@ -26,6 +26,13 @@ def refuse_structure(module: nn.Module, batch_statistics: bool) -> None:
         raise UnsupportedOpError("", "a global backward hook", "would not run on tiles", "remove it (handle.remove())")
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """True if a hook waits for gradients of the module's layers, or of all modules."""
+    hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
+    hooks += [of for part in module.modules() for of in (part._backward_hooks, part._backward_pre_hooks)]
+    return any(hooks)
+
+
 def _obstacle(part: nn.Module, batch_statistics: bool) -> tuple[str, str, str] | None:
     """Return what cannot be streamed of a layer, why, and what to do instead; None if it can be."""
     name, home = type(part).__name__, type(part).__module__

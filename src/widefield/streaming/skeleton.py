@@ -40,7 +40,7 @@ def skeleton_of(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool)
             if computed and id(value) not in own_parameters:
                 memo[id(value)] = mark_computed(empty(value))
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # iterators will not always be copied
-        skeleton = _copied(module, memo)
+        skeleton = copied(module, memo)
     for original, part in zip(module.modules(), skeleton.modules(), strict=True):
         for key, value in original.__dict__.items():
             if (before := before_forward(value)) is NOTHING:
@@ -59,7 +59,7 @@ def skeleton_of(module: nn.Module, fake: FakeTensorMode, batch_statistics: bool)
     return skeleton
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy by way of `memo`, which shares what cannot be copied: locks, files, modules of Python, and what holds them."""
     shared = dict(memo)
     try:

@@ -100,8 +100,9 @@ class Normalisation:
     def unchecked(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
         """`apply` as arithmetic alone, which can be traced."""
         low, high = self.value_range or (0.0, _top(tile.dtype))
-        if not tile.is_floating_point():
-            tile = tile.to(dtype)
+        whole_numbers = not tile.is_floating_point()
+        if whole_numbers:
+            tile = tile.to(torch.promote_types(dtype, torch.float32))  # 65535 is infinite in float16
         if (low, high) != (0.0, 1.0):
             tile = (tile - low) / (high - low) if low else tile / high
         if self.mean is not None and self.std is not None:
@@ -109,7 +110,7 @@ class Normalisation:
                 torch.tensor(v, dtype=tile.dtype, device=tile.device).view(-1, 1, 1) for v in (self.mean, self.std)
             )
             tile = (tile - mean) / std
-        return tile
+        return tile.to(dtype) if whole_numbers else tile
 
 
 def _top(dtype: torch.dtype) -> float:
@@ -122,7 +123,7 @@ def pixel_dtype(image: Tensor | LazyImage) -> torch.dtype:
     dtype = image.dtype
     if not isinstance(dtype, torch.dtype):
         try:
-            dtype = _copied(np.empty(0, dtype or object)).dtype
+            dtype = copied(np.empty(0, dtype or object)).dtype
         except TypeError as error:
             raise ValueError(
                 f"the dtype of {image!r} must be one of NumPy's or torch's numbers: got {dtype!r}"
@@ -134,7 +135,7 @@ def pixel_dtype(image: Tensor | LazyImage) -> torch.dtype:
     return dtype
 
 
-def _copied(pixels: Any) -> Tensor:
+def copied(pixels: Any) -> Tensor:
     """A tensor of pixels with memory of its own: the reader may use its memory for the next tile."""
     if isinstance(pixels, Tensor):
         return pixels.detach().clone()
@@ -190,7 +191,7 @@ class TileReader:
         call = f"{self.data!r}.read({y}, {x}, {height}, {width})"
         planned = (self.channels or self.data.shape[0], height, width)
         try:
-            tile = _copied(pixels)
+            tile = copied(pixels)
         except (TypeError, ValueError) as error:
             given = f"{type(pixels).__name__} {pixels!r:.100}"
             raise ValueError(f"{call} returned {given}, expected an array or tensor of shape {planned}") from error

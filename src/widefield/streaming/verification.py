@@ -56,7 +56,7 @@ aten = torch.ops.aten
 # Sizes that are tried, those with a program first: odd ones, then what networks with a fixed stride or window ask for.
 SIZES = ((67, 75), (64, 96), (96, 128), (128, 160), (224, 224), (256, 256), (384, 384), (512, 512))
 # Relative differences by the bytes of the dtype: those that rounding alone explains, and those that it never does.
-_TOLERANCE = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
+TOLERANCES = {8: (1e-9, 1e-5), 4: (1e-3, 3e-2), 2: (5e-2, 0.3)}
 # By how many units in the last place the image and the weighting of the outputs change, and how many times what the plain result
 # then changes by is still rounding: no more for large changes than for small ones where the result follows smoothly. But large ones
 # also turn a ReLU on or off whose input is nearly 0. In 16 bits they would be as large as the image.
@@ -154,7 +154,7 @@ def verify(
         VerificationError: they differ by more than rounding explains.
         PlainFailsError: the plain module raises on this image.
     """
-    passes, (usual, most) = _Passes(streamed, image, program, maps), _TOLERANCE[itemsize]
+    passes, (usual, most) = _Passes(streamed, image, program, maps), TOLERANCES[itemsize]
     module = streamed.module
     try:
         first, second = passes.two(module, again=True)

@@ -74,7 +74,7 @@ def window_cost(
                 for x, need in zip(tensors, requires_grad[1:], strict=True)
             ]
             windows = torch.empty((2, *shape), dtype=dtype, device=watch.device).requires_grad_(requires_grad[0])
-            if with_gradients and (_trains_others(run, windows, weights) or computed.used):
+            if with_gradients and _trains_others(run, windows, weights):
                 return "hidden"
             if name := _set_by(bind(weights), windows):
                 return (
@@ -82,6 +82,8 @@ def window_cost(
                     "is set by what forward makes of windows, of which each tile has others",
                     "return what you want to keep beside the result, as further channels; or leave such attributes out",
                 )
+            if computed.used:
+                return "hidden"
             counted = []
             for count in (_MANY, 2 * _MANY):
                 windows = torch.empty((count, *shape), dtype=dtype, device=watch.device).requires_grad_(
@@ -130,8 +132,8 @@ _REFUSED = {
         "put the layer in evaluation mode, or move the update out of forward",
     ),
     "hidden": (
-        "a tensor that requires grad within Local",
-        "is no parameter or buffer of its module, and so would get no gradient",
+        "a tensor that requires grad or was computed before, within Local,",
+        "is no parameter or buffer of its module, and so would have no gradient, or no values",
         "register it: assign it to the module as an nn.Parameter; keep modules in an nn.ModuleList, not in a list",
     ),
 }
@@ -234,8 +236,9 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        if torch.Tag.nondeterministic_seeded in func.tags and not func._opname.startswith(_ATTENTION):
-            self.draws = True
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            named = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **(kwargs or {})}
+            self.draws |= not func._opname.startswith(_ATTENTION) or named.get("dropout_p", 0.0) > 0
         for x in pytree.tree_leaves(result):
             if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known | given:
                 self._known.add(key)

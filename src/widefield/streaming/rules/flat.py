@@ -289,6 +289,8 @@ def along(
     def translate(node: Node, maps: Maps, names: list[str]) -> tuple[list[Node], Flattened | None]:
         p, width, ndim = _position(maps, names[0]), _width(maps, names[0]), len(seen_shape(maps, names[0]))
         value = argument(node, position, name, default)
+        if isinstance(value, bool):  # var(unbiased): of everything
+            value = None
         many = isinstance(value, (list, tuple)) or value is None
         if inserts:
             ndim += 1

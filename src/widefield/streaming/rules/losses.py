@@ -55,7 +55,9 @@ def elementwise_loss(node: Node, maps: Maps) -> list[Node] | None:
     names = sources(node, maps)
     shape = torch.broadcast_shapes(*(maps.shapes[name] for name in node.refs))
     axes = Axes(*(d + len(shape) - len(maps.shapes[names[0]]) for d in maps.axes[names[0]]))
-    args = *node.args[:at], *[None] * (at - len(node.args)), 0, *node.args[at + 1 :]
+    target: Any = node.target
+    defaults = (each.default_value for each in target._schema.arguments[len(node.args) : at])
+    args = *node.args[:at], *defaults, 0, *node.args[at + 1 :]
     kwargs = {key: value for key, value in node.kwargs.items() if key != "reduction"}
     each = replace(node, name=f"{node.name}@each", args=args, kwargs=kwargs, shape=tuple(shape))
     new = Rewriting(node)
@@ -124,7 +126,7 @@ def cross_entropy_at_each(
 ) -> Tensor:
     """`F.cross_entropy` of logits `x`, with the classes in dimension `dim`, at each position."""
     x = x.movedim(dim, 1)
-    target = target.movedim(dim, 1) if target.ndim == x.ndim else target
+    target = target.movedim(dim, 1) if target.ndim == x.ndim else target.long()
     return F.cross_entropy(x, target, weight, ignore_index=ignored, reduction="none", label_smoothing=smoothing)
 
 
@@ -132,13 +134,13 @@ def likelihood_at_each(
     x: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float, dim: int
 ) -> Tensor:
     """`F.nll_loss` of log-probabilities `x` likewise."""
-    return F.nll_loss(x.movedim(dim, 1), target, weight, ignore_index=ignored, reduction="none")
+    return F.nll_loss(x.movedim(dim, 1), target.long(), weight, ignore_index=ignored, reduction="none")
 
 
 def weight_at_each(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.dtype) -> Tensor:
     """Return what each position counts in the mean: the weight of its class, 0 where it is ignored."""
     counts = target != ignored
-    return counts.to(dtype) if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0)
+    return counts.to(dtype) if weight is None else torch.where(counts, weight[torch.where(counts, target, 0).long()], 0)
 
 
 def quotient(total: Tensor, count: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -153,6 +155,12 @@ def at_each_position(node: Node, maps: Maps) -> Placed:
     name = node.args[0].name
     dim = node.args[5] if len(node.args) > 5 else len(maps.shapes[name])
     axes = Axes(*(d - (d > dim) for d in maps.axes[name]))
+    labels = node.args[1].name if isinstance(node.args[1], Ref) else name
+    same = axes if len(maps.shapes[labels]) < len(maps.shapes[name]) else maps.axes[name]
+    if maps.axes.get(labels, same) != same:
+        raise node.refuse(
+            "compares maps whose height and width are in different dimensions", "transpose one of them first"
+        )
     return called(node, maps, axes)
 
 

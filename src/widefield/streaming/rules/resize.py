@@ -42,6 +42,11 @@ def interpolate(node: Node, maps: Maps) -> Placed:
     if maps.axes[name] != Axes(2, 3):
         raise node.refuse("needs a map (N, C, H, W)", "permute the map first")
     has_corners = mode in ("linear", "cubic")
+    if has_corners and not node.dtype.is_floating_point:
+        raise node.refuse(
+            f"interpolates a map of {node.dtype}, for which PyTorch has kernels that round in their own way",
+            "make it a map of floats first (x.float()), or resize by nearest neighbour",
+        )
     align_corners = bool(argument(node, 2, "align_corners", False)) if has_corners else False
     factors = argument(node, 3 if has_corners else 2, "scale_factors")
     if (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from math import prod
 
 import torch
@@ -296,8 +297,8 @@ def _joined_along(node: Node, maps: Maps, dim: int) -> Placed:
         offset += size
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
-        some = [tile for tile in tiles if tile.shape[dim]]
-        return some[0] if len(some) == 1 else torch.cat(some, dim)
+        some, dtype = [tile for tile in tiles if tile.shape[dim]], reduce(torch.promote_types, (x.dtype for x in tiles))
+        return (some[0] if len(some) == 1 else torch.cat(some, dim)).to(dtype)
 
     return Placed(tuple(reads), axes, run)
 
@@ -361,6 +362,8 @@ def pixel_unshuffle(node: Node, maps: Maps) -> Placed:
 def channel_shuffle(node: Node, maps: Maps) -> Placed:
     """Channels dealt out to groups; by hand, as PyTorch's kernel for CUDA takes contiguous tensors only."""
     name, groups = _channels_first(node, maps), node.args[1]
+    if maps.axes[name].rows < 2:
+        raise node.refuse("deals out dimension 1, which is the height", "give it a map (N, C, H, W)")
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         return tiles[0].unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)

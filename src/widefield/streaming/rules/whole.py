@@ -137,7 +137,8 @@ _FEW = 16  # where a trace does not tell, so many cells along an axis are a numb
 
 def mean_of_cells(x: Tensor, inside: Tensor) -> Tensor:
     """The means of cells of a map, over what is `inside` of them; 0 where that is nothing."""
-    return torch.where(inside, x, 0).sum((-2, -1)) / inside.sum((-2, -1)).clamp_min(1)
+    total = torch.where(inside, x, 0).sum((-2, -1), dtype=precise(x.dtype))  # float16 overflows
+    return (total / inside.sum((-2, -1)).clamp_min(1)).to(x.dtype)
 
 
 def max_of_cells(x: Tensor, inside: Tensor) -> Tensor:
@@ -194,15 +195,17 @@ def vector_norm(node: Node, maps: Maps) -> list[Node] | None:
     if (found := reduced(node, maps, position=2)) is None:
         return None
     name, over = found
-    new, shape, axes = Rewriting(node), maps.shapes[name], maps.axes[name]
+    new, shape, axes, extent = Rewriting(node), maps.shapes[name], maps.axes[name], maps.extent(name)
     p = 2.0 if p is None else float(p)
     if abs(p) == torch.inf and not set(axes) <= set(over):
         return None
+    if node.kwargs.get("dtype") is not None:
+        name = new.add("cast", aten.to.dtype, (Ref(name), node.dtype), shape).name
     powers = new.add("power", power_of_norm, (Ref(name), p), shape).name
     if abs(p) == torch.inf:
         total = new.reduce([powers], Maximum(over, 1 if p > 0 else -1), *[kept(shape, over)] * 2)[0]
     else:
-        (total,) = new.reduce([powers], sum_over(over, axes, maps.extent(name)), kept(shape, over))
+        (total,) = new.reduce([powers], sum_over(over, axes, extent), kept(shape, over))
     return new.result(root_of_norm, total, p, node.shape, node.dtype)
 
 
@@ -255,6 +258,8 @@ def softmax(node: Node, maps: Maps) -> list[Node] | None:
         return None
     name, over = found
     new, small = Rewriting(node), kept(maps.shapes[name], over)
+    if isinstance(argument(node, 2, "dtype"), torch.dtype):
+        name = new.add("cast", aten.to.dtype, (Ref(name), node.dtype), maps.shapes[name]).name
     top, total = new.reduce([name], ExpSum(over), small, small)
     if node.op == "aten.logsumexp":
         return new.result(log_of_sum, top, total, node.shape, node.dtype)
@@ -296,6 +301,8 @@ def contraction(node: Node, maps: Maps) -> list[Node] | None:
     if not all(isinstance(o, Ref) and o.name in maps for o in operands):
         return None
     left, right = equation.split("->")
+    if any(len(set(term)) < len(term) for term in left.split(",")):  # a diagonal
+        return None
     letters = {
         tuple(term[axis] for axis in maps.axes[operand.name])
         for term, operand in zip(left.split(","), operands, strict=True)

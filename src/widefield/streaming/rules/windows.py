@@ -28,6 +28,7 @@ from widefield.streaming.rules.base import (
     only_map,
     rule,
 )
+from widefield.streaming.rules.reductions import precise
 
 aten = torch.ops.aten
 NCHW = Axes(2, 3)
@@ -192,7 +193,7 @@ def max_pool(node: Node, maps: Maps) -> Placed:
 
     def positions(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         rows, cols = context.rows[0], context.cols[0]
-        tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
+        tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=_lowest(tiles[0].dtype))
         at = F.max_pool2d(tile, kernel, stride, 0, dilation, return_indices=True)[1]
         # Where all is -inf, the first position that is no padding.
         y = (at // tile.shape[3] + (rows.first - rows.low)).clamp(0, height - 1)
@@ -209,17 +210,21 @@ def max_pool(node: Node, maps: Maps) -> Placed:
             or max(context.cols[0].low, context.cols[0].high) > padding[1]
         ):
             rows, cols = context.rows[0], context.cols[0]
-            tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=-torch.inf)
+            tile = F.pad(tiles[0], (cols.low, cols.high, rows.low, rows.high), value=_lowest(tiles[0].dtype))
             return F.max_pool2d(tile, kernel, stride, 0, dilation)
         return _run_padded(
             tiles[0],
             context,
             read,
-            -torch.inf,
+            _lowest(tiles[0].dtype),
             lambda tile, native: F.max_pool2d(tile, kernel, stride, native, dilation),
         )
 
     return Placed((read,), NCHW, run, exclusive=True)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 declare(aten.max_pool2d, range_of=ranges.anywhere)
@@ -373,7 +378,8 @@ def average_pool(node: Node, maps: Maps) -> Placed:
         if set(row_counts) == {kernel[0]} and set(col_counts) == {kernel[1]}:
             return F.avg_pool2d(tile, kernel, stride)
         divisor = torch.tensor(row_counts, device=tile.device)[:, None] * torch.tensor(col_counts, device=tile.device)
-        return F.avg_pool2d(tile, kernel, stride, divisor_override=1) / divisor.to(tile.dtype)
+        total = F.avg_pool2d(tile.to(precise(tile.dtype)), kernel, stride, divisor_override=1)  # float16 overflows
+        return (total / divisor.to(total.dtype)).to(tile.dtype)
 
     return Placed((read,), NCHW, run, exclusive=True)
 
