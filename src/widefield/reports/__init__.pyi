@@ -1,12 +1,12 @@
+from widefield.reports.activation_maps import NoMapError as NoMapError
+from widefield.reports.activation_maps import cells_of as cells_of
+from widefield.reports.activation_maps import class_activation as class_activation
+from widefield.reports.activation_maps import grad_cam as grad_cam
 from widefield.reports.figures import learning_rates as learning_rates
 from widefield.reports.figures import save_confusion_matrix as save_confusion_matrix
 from widefield.reports.figures import save_points as save_points
 from widefield.reports.figures import save_schedule as save_schedule
 from widefield.reports.figures import tsne as tsne
-from widefield.reports.grad_cam import NoMapError as NoMapError
-from widefield.reports.grad_cam import cells_of as cells_of
-from widefield.reports.grad_cam import class_activation as class_activation
-from widefield.reports.grad_cam import grad_cam as grad_cam
 from widefield.reports.heatmap import Heatmap as Heatmap
 from widefield.reports.memory import PeakMemory as PeakMemory
 from widefield.reports.memory import plain_step_bytes as plain_step_bytes
