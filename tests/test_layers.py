@@ -57,7 +57,9 @@ def test_every_name_of_a_stub_is_where_the_stub_says(stub):
             text = next(file for file in files if file.is_file()).read_text(encoding="utf-8")
             assert name == "*" or re.search(rf"\b{name}\b", text), f"{name} is not in {module}"
             hidden = module != "widefield" and (stub.parent / f"{name}.py").exists()
-            assert not hidden, f"{name} is a file beside the stub, too, which is found in its place once it was imported"
+            assert not hidden, (
+                f"{name} is a file beside the stub, too, which is found in its place once it was imported"
+            )
 
 
 STUB = SOURCE / "components" / "__init__.pyi"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -346,3 +347,17 @@ def test_writing_leaves_no_gradients_behind() -> None:
     model.write(x, np.zeros((5, *IMAGE)))
     assert x.grad is None and all(p.grad is None for p in model.parameters())
     assert model(x).requires_grad
+
+
+def test_a_batch_is_not_written_to_a_file(tmp_path: Path) -> None:
+    streamed = StreamingCNN(nn.Conv2d(3, 4, 3), 16, verify=False)
+    with pytest.raises(ValueError, match="one image at a time"):
+        streamed.write(torch.rand(2, 3, 40, 40), tmp_path / "classes.tif", postprocess="argmax")
+
+
+def test_an_array_that_is_not_written_to_its_file_keeps_what_it_gets(tmp_path: Path) -> None:
+    np.zeros((4, 38, 38), np.float32).tofile(tmp_path / "map")
+    array = np.memmap(tmp_path / "map", np.float32, "c", shape=(4, 38, 38))
+    module, image = nn.Conv2d(3, 4, 3), torch.rand(1, 3, 40, 40)
+    StreamingCNN(module, 16, verify=False).write(image, array)
+    assert relative_error(torch.from_numpy(np.array(array)), module(image).detach()[0]) < 1e-5

@@ -252,7 +252,7 @@ def plan_writing(
     """
     target = parse_target(to)
     if not isinstance(target, ArrayTarget):
-        if (count := program.captured.image_shape[0]) > 1:
+        if (count := program.captured.image_shape[0]) > 1 and not isinstance(to, MapTarget):
             raise ValueError(f"a batch of {count} images cannot be written to a file: write one image at a time")
         refuse_rolled_rows(program, "writing a map to a file while it is computed")
     result, attributes = pytree.tree_unflatten(program.captured.outputs, program.captured.spec)
