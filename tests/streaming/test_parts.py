@@ -420,3 +420,33 @@ def test_operations_on_whole_maps_are_refused_by_name() -> None:
     streamed = StreamingCNN(trunk(Sorted()).double(), 16, unsupported="run_whole", verify=False)
     with pytest.raises(ValueError, match="sort"):
         streamed(torch.randn(1, 3, 60, 72, dtype=torch.float64), region=(0, 0, 9, 9))
+
+
+def test_dropout_of_a_gate_is_the_same_in_all_regions_of_a_prepared_image() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x * self.drop(x.mean((2, 3), keepdim=True).sigmoid())
+
+    streamed = StreamingCNN(Gated().double(), 16)
+    prepared = streamed.prepare(torch.randn(1, 3, 40, 36, dtype=torch.float64))
+    with torch.no_grad():
+        one, other = (streamed(prepared, region=(y, 8, 16, 12)) for y in (8, 16))
+    assert relative_error(one[:, :, 8:], other[:, :, :8]) < TOLERANCE
+    assert len((one == 0).all(2).all(2).unique()) == 2  # some channels are dropped
+
+
+def test_a_mask_leaves_booleans_what_they_are() -> None:
+    mask = torch.zeros(24, 24, dtype=torch.bool)
+    mask[:9] = True
+    found = StreamingCNN(nn.Sequential(nn.Conv2d(3, 4, 1), Positive()), 8)(torch.randn(1, 3, 24, 24), mask=mask)
+    assert found.dtype == torch.bool and found[:, :, :9].any() and not found[:, :, 9:].any()
+
+
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x > 0

@@ -23,7 +23,7 @@ from widefield.streaming.plan import Plan
 from widefield.streaming.planner import StagePlan
 from widefield.streaming.program import Program, Stage, Value
 from widefield.streaming.ranks import Ranks
-from widefield.streaming.rules.random import keep_mask
+from widefield.streaming.rules.random import dropped, drops, keep_mask
 from widefield.streaming.scan import scan
 from widefield.streaming.store import Store
 from widefield.streaming.tiles import TileReader
@@ -206,7 +206,7 @@ def _wanted_part(
     if wanted.foreground is None:
         return made
     mask = wanted.foreground.tile(extent, y, x, height, width, made.device)
-    return torch.where(broadcast_mask(mask, made.ndim, value.axes), made, 0)
+    return made.masked_fill(~broadcast_mask(mask, made.ndim, value.axes), 0)
 
 
 def on_whole_maps(program: Program, inputs: Sequence[Tensor], tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -222,7 +222,13 @@ def on_whole_maps(program: Program, inputs: Sequence[Tensor], tensors: Mapping[s
 
 
 def _run(node: Node, tensors: Mapping[str, Any], device: torch.device, seed: int) -> Any:
-    """One node outside of the scan, on whole tensors, by ordinary autograd."""
+    """One node outside of the scan, on whole tensors, by ordinary autograd.
+
+    Masks of dropout are those of `seed`, so that all processes have the same, and all regions of a prepared image.
+    """
+    if drops(node):
+        x = tensors[node.args[0].name]
+        return dropped(x, node, seed, [0] * x.ndim)[node.pick or 0]
     if node.target is torch.ops.aten.bernoulli.p:  # stochastic depth, channel dropout: the same on every device
         like = tensors[node.args[0].name]
         return keep_mask(float(node.args[1]), seed, node.name, like.shape, [0] * like.ndim, like.device).to(like.dtype)

@@ -43,7 +43,7 @@ from widefield.streaming.fingerprint import Surroundings
 from widefield.streaming.local import GIVEN_DRAWS, Draws, LocalCall
 from widefield.streaming.program import Program
 from widefield.streaming.program_cache import forget
-from widefield.streaming.rules.random import keep_mask
+from widefield.streaming.rules.random import dropped, drops, keep_mask
 from widefield.streaming.running import bind
 from widefield.streaming.watch import Inlined
 
@@ -288,7 +288,7 @@ class _Passes:
 class _Masks(TorchDispatchMode):
     """Gives the plain run the masks that the streamed one draws, operation by operation."""
 
-    def __init__(self, nodes: Sequence[Node | None], seed: int) -> None:
+    def __init__(self, nodes: Sequence[Node], seed: int) -> None:
         super().__init__()
         self.nodes, self.seed = iter(nodes), seed
 
@@ -299,23 +299,17 @@ class _Masks(TorchDispatchMode):
             mask = keep_mask(p, self.seed, node.name, x.shape, [0] * x.ndim, x.device).to(x.dtype)
             return x.copy_(mask) if func is aten.bernoulli_.float else mask
         if func is aten.native_dropout.default and args[2] and (node := next(self.nodes, None)) is not None:
-            x, p = args[0], float(args[1])
-            mask = keep_mask(1 - p, self.seed, node.name, x.shape, [0] * x.ndim, x.device)
-            return x * (mask.to(x.dtype) / (1.0 - p)), mask
+            return dropped(args[0], node, self.seed, [0] * args[0].ndim)
         return func(*args, **kwargs)
 
 
-def _masks_of(program: Program) -> list[Node | None]:
-    """Return the operations of `program` that draw a mask, in order; None for those that draw as plain PyTorch does."""
-    in_stages = {value.name for stage in program.stages for value in stage.values}
-
-    def draws(node: Node) -> bool:
-        if node.op in ("aten.dropout", "aten.native_dropout") and node.pick in (None, 0):
-            return 0.0 < float(node.args[1]) < 1.0 and (node.args[2] if len(node.args) > 2 else True) is not False
-        return node.target is aten.bernoulli.p
-
-    masks = [node for node in program.captured.nodes if draws(node)]
-    return [node if node.name in in_stages or node.target is aten.bernoulli.p else None for node in masks]
+def _masks_of(program: Program) -> list[Node]:
+    """Return the operations of `program` that draw a mask, in order."""
+    return [
+        node
+        for node in program.captured.nodes
+        if node.target is aten.bernoulli.p or (drops(node) and node.pick != 1 and float(node.args[1]) < 1.0)
+    ]
 
 
 @contextmanager

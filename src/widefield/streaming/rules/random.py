@@ -39,6 +39,20 @@ def keep_mask(
     return value < round(probability * (_MASK + 1))
 
 
+def drops(node: Node) -> bool:
+    """True if a node sets some elements to zero: dropout in training mode."""
+    if node.op not in ("aten.dropout", "aten.native_dropout") or argument(node, 2, "train", True) is False:
+        return False
+    return 0.0 < float(node.args[1]) <= 1.0
+
+
+def dropped(x: Tensor, node: Node, seed: int, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The result of dropout `node` for `x`, and its mask; see `keep_mask`."""
+    p = float(node.args[1])
+    mask = keep_mask(1.0 - p, seed, node.name, x.shape, starts, x.device)
+    return x * (mask.to(x.dtype) / (1.0 - p) if p < 1.0 else 0.0), mask
+
+
 def _starts(ndim: int, axes: Sequence[int], context: TileContext) -> list[int]:
     starts = [0] * ndim
     starts[axes[0]], starts[axes[1]] = context.rows[0].start, context.cols[0].start
@@ -51,15 +65,11 @@ def dropout(node: Node, maps: Maps) -> Placed:
     name = only_map(node, maps)
     if node.pick == 1:
         raise node.refuse("returns its mask", "use dropout without the mask")
-    p, train = float(node.args[1]), argument(node, 2, "train", True)
     axes = maps.axes[name]
 
     def run(tiles: Sequence[Tensor], context: TileContext) -> Tensor:
         tile = tiles[0]
-        if train is False or p == 0.0:
-            return tile
-        mask = keep_mask(1.0 - p, context.seed, node.name, tile.shape, _starts(tile.ndim, axes, context), tile.device)
-        return tile * (mask.to(tile.dtype) / (1.0 - p) if p < 1.0 else 0.0)
+        return dropped(tile, node, context.seed, _starts(tile.ndim, axes, context))[0] if drops(node) else tile
 
     return Placed((maps.read(name),), axes, run)
 
