@@ -58,6 +58,13 @@ def assert_same(found: Any, expected: Tensor, image: Tensor, net: nn.Module) -> 
         assert (f - e).abs().max().item() <= TOLERANCE * max(e.abs().max().item(), 1e-4 * scale, 1e-9)
 
 
+class Short(nn.Module):
+    """A map of whole numbers of 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (99 * x).to(torch.int16)
+
+
 def run(rank: int, ranks: int, port_file: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=ranks)
@@ -87,10 +94,14 @@ def run(rank: int, ranks: int, port_file: str) -> None:
     assert relative_error(band, one(image)[:, :, start : start + rows[rank]]) <= TOLERANCE
     assert sum(rows) == one(image).shape[2]
 
+    short = nn.Sequential(network("map"), Short())
+    assert torch.equal(StreamingCNN(short, 16, verify=False, process_group=group)(image, gather=True), short(image))
+
     maps_are_written_as_one_process_writes_them(Path(port_file).parent, image, mask, group)
 
     torch.manual_seed(0)
-    net = trunk(nn.BatchNorm2d(6), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().train()
+    net = trunk(nn.BatchNorm2d(6), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+    net = net.double().train()
     state = copy.deepcopy(net.state_dict())
     torch.manual_seed(rank)
     streamed = StreamingCNN(net, 16, verify=False, batch_statistics="exact", process_group=group)

@@ -215,12 +215,13 @@ def _draft(
             for stage in program.stages
         ]
         pages = int((1 + request.training) * max(size / prod(of) for size, of in zip(touched, parts, strict=True)))
-    repeated = program.repeated_weight_bytes / max(1, program.weight_bytes)
+    repeated = program.repeated_weight_bytes  # each stage has a copy, and gradients that wait to be added
+    copies = 1 + request.training * sum(repeated) / max(1, program.weight_bytes)
     sizes = {
         "weights": program.combined_bytes
         + program.cast_bytes * (1 + request.training)  # of the forward pass, and of the backward pass
-        + (program.weight_bytes + program.repeated_weight_bytes) * request.training
-        + int(request.copied_weights * (1 + repeated * request.training))
+        + (program.weight_bytes + max(repeated, default=0)) * request.training
+        + int(request.copied_weights * copies)
         + program.plain_weight_bytes * request.training,  # whose gradients wait for those of the stages
         "carries": int(saved + alive),
         "step": int(step),

@@ -189,10 +189,13 @@ class Program:
         return sum(value.bytes for value in left if value.name in read)
 
     @cached_property
-    def repeated_weight_bytes(self) -> int:
-        """Bytes of the weights of what more than one stage computes, which each has once more."""
-        sizes = [(value.name, value.weight_bytes) for stage in self.stages for value in stage.values]
-        return sum(size for _, size in sizes) - sum(dict(sizes).values())
+    def repeated_weight_bytes(self) -> tuple[int, ...]:
+        """Bytes, for each stage, of the weights of what an earlier stage computes, too."""
+        seen, found = set[str](), list[int]()
+        for stage in self.stages:
+            found.append(sum(value.weight_bytes for value in stage.values if value.name in seen))
+            seen.update(value.name for value in stage.values)
+        return tuple(found)
 
     def map_bytes(self, training: bool, shares: Mapping[str, float] | None = None) -> int:
         """Bytes of the maps between stages that are there at a time; in training, with their gradients.

@@ -129,7 +129,9 @@ class _Gather(torch.autograd.Function):
             shape[dim] = size
             piece = band.contiguous() if source == ranks.rank else band.new_empty(shape)
             if size:
-                distributed.broadcast(piece, distributed.get_global_rank(ranks.group, source), group=ranks.group)
+                numbers = piece.is_floating_point() or piece.is_complex()
+                sent = piece if numbers else piece.view(torch.uint8)  # gloo knows not all kinds of whole numbers
+                distributed.broadcast(sent, distributed.get_global_rank(ranks.group, source), group=ranks.group)
             pieces.append(piece)
         return torch.cat(pieces, dim)
 
