@@ -275,9 +275,9 @@ tiling with halos would lose at the borders of a tile as large as the image.
 {_MODELS}
 A forward pass without gradients and a training step are measured, in evaluation mode. Ways take turns, on a CPU each in a process
 of its own, after ten seconds of passes each that are not counted; seconds are medians. Memory is the peak of all passes above the
-weights, their gradients and the image. Where
-plain PyTorch is faster in channels_last, all ways have it. Streamed runs get shares of plain's peak, or of the machine's memory if
-plain PyTorch does not fit. Measure on an idle machine: short steps suffer most from other processes.
+weights, their gradients and the image. Where plain PyTorch is faster in channels_last, all ways have it. Streamed runs get shares
+of plain's peak, or of the machine's memory if plain PyTorch does not fit. Measure on an idle machine: short steps suffer most from
+other processes.
 
 Peers: torch.utils.checkpoint in training steps; lightstream on ResNets of torchvision (beside which norm layers are frozen), from
 1312 pixels on; MONAI's sliding window (not exact) where the result is a map of the image's size; diffusers' tiling (not exact).

@@ -28,7 +28,7 @@ _HEAP_EXCESS = (0.4, 0.6, 0.1)
 
 
 class WrittenBytes(NamedTuple):
-    """What maps that are written need less or more than whole ones, in all and for each row of the image in a row of tiles.
+    """Bytes that written maps need more than whole ones (less: negative), in all and for each row of the image in a row of tiles.
 
     `replaced` are the names of those that are kept nowhere else.
     """
@@ -269,9 +269,8 @@ def tiles_of(stage: Stage, image: tuple[int, int], request: PlanRequest) -> list
     times = 1 if request.training else 2
     pixels = min(times * pixels, max(pixels // 2, times * image[0] * image[1] // _SOME_STEPS))
     share = height * width / (image[0] * image[1])
-    pixels = max(
-        1, int(pixels * (share if request.divided else sqrt(share)))
-    )  # deeper maps are smaller, their weights larger
+    share = share if request.divided else sqrt(share)  # deeper maps are smaller, their weights larger
+    pixels = max(1, int(pixels * share))
     preferred = max(32, pixels // width // 32 * 32)
     heights = sorted(
         {min(h, height) for h in (preferred, 32, 64, 128, 256, 512, 1024, 2048, 4096) if height / h < 2000}

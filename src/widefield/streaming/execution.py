@@ -278,9 +278,8 @@ def _settings(device_type: str, autocast_dtype: torch.dtype, autocast: bool, det
 
 
 _SWITCH = Lock()
-_switched: list[
-    tuple[bool, bool]
-] = []  # what the switch was for each pass that is in it; the first is what the user set
+# For each pass that is within it, how the switch was before (on, and only to warn): first of all as the user has it.
+_switched: list[tuple[bool, bool]] = []
 
 
 @contextmanager

@@ -97,12 +97,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             if (before := before_forward(value)) is not NOTHING
         ]
         tensors = [
-            (
-                key,
-                None
-                if t is None
-                else (tuple(t.shape), t.dtype, t.requires_grad, shared.setdefault(id(t), len(shared))),
-            )
+            (key, t if t is None else (tuple(t.shape), t.dtype, t.requires_grad), shared.setdefault(id(t), len(shared)))
             for key, t in (*part._parameters.items(), *part._buffers.items())
         ]
         parts.append((name, walk(type(part)), tuple(settings), tuple(tensors), walk.hooks(part)))

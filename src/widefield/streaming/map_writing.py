@@ -122,9 +122,8 @@ class _ArraySink:
     def rows_done(self, number: int, y: int) -> None:
         """Let go of the pages of an array in a file: the system has what was written, and this process needs it no more."""
         place = self.places[number]
-        mapping = (
-            None if getattr(place, "mode", "") == "c" else getattr(place, "_mmap", None)
-        )  # the file has nothing of it
+        private = getattr(place, "mode", "") == "c"  # the file has nothing of what was written
+        mapping = None if private else getattr(place, "_mmap", None)
         advice = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
         if mapping is not None and advice is not None:
             mapping.madvise(advice)
@@ -230,7 +229,7 @@ class Writing:
 
     @cached_property
     def memory(self) -> WrittenBytes:
-        """What the plan has to know."""
+        """Return the bytes that a plan counts for these maps."""
         fixed, per_row = 0, 0.0
         for name, output in self.outputs.items():
             rows = self.target.buffer_rows(output.written)

@@ -148,7 +148,7 @@ class StreamingCNN(nn.Module):
         self._programs = ProgramCache()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What is set later is read and refused as the constructor does."""
+        """Set an attribute; `tile_size` and `memory_budget` are parsed, and refused, as by the constructor."""
         super().__setattr__(name, _READ[name](value) if name in _READ else value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -135,9 +135,8 @@ def _subsampled(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """`x[:, :, :: stride[0], :: stride[1]]`, whose gradient is in channels_last if `x` is; that of slices is always contiguous."""
     n, channels, *size = x.shape
     rows, cols = (len(range(0, length, step)) for length, step in zip(size, stride, strict=True))
-    if x.stride()[1::2] != (1, channels) or (
-        n > 1 and x.stride(0) < x.stride(2) * size[0]
-    ):  # gaps, or an expanded batch
+    gaps, expanded = x.stride()[1::2] != (1, channels), n > 1 and x.stride(0) < x.stride(2) * size[0]
+    if gaps or expanded:
         return x[:, :, :: stride[0], :: stride[1]]
     strides = (*x.stride()[:2], x.stride(2) * stride[0], x.stride(3) * stride[1])
     return x.as_strided((n, channels, rows, cols), strides, x.storage_offset())
